@@ -1,0 +1,19 @@
+"""Strict by default: warnings are errors (pyproject.toml), shapes broadcast only where the code says so; and two CPU devices."""
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data sets that are not part of the project."""
+    folder = Path(os.environ.get("VGG_JAX_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data: {folder} does not exist and VGG_JAX_DATA is not set")
+    return folder

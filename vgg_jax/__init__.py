@@ -1,0 +1,34 @@
+"""VGG (Simonyan & Zisserman, arXiv 1409.1556) in JAX/Flax."""
+
+from vgg_jax.configs import CONFIGS, IMAGENET, Conv, Statistics, TrainConfig, VGGConfig, preset
+from vgg_jax.errors import InputError
+from vgg_jax.layers import compiler_options
+from vgg_jax.model import VGG, init_from, vgg11, vgg11_lrn, vgg13, vgg16, vgg16_c, vgg19
+
+__all__ = [
+    "CONFIGS",
+    "IMAGENET",
+    "VGG",
+    "Conv",
+    "InputError",
+    "Statistics",
+    "TrainConfig",
+    "VGGConfig",
+    "compiler_options",
+    "init_from",
+    "load",
+    "preset",
+    "vgg11",
+    "vgg11_lrn",
+    "vgg13",
+    "vgg16",
+    "vgg16_c",
+    "vgg19",
+]
+
+
+def load(workdir):
+    """The trained network of a run: `(model, variables, metadata)`; see `vgg_jax.checkpoint.load`."""
+    from vgg_jax.checkpoint import load  # orbax comes with the extra `train`
+
+    return load(workdir)

@@ -1,0 +1,155 @@
+"""The command line: flags to arguments, and errors to one sentence.
+
+Exit codes: 0 done, 2 bad input, 4 diverged, 75 stopped and resumable, 130 interrupted.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from vgg_jax.configs import CHOICES, PRESETS, TrainConfig, preset
+from vgg_jax.errors import InputError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = vars(parser().parse_args(argv))
+    command = arguments.pop("command")
+    try:
+        return command(**arguments)
+    except InputError as error:
+        print(f"vgg-jax: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name and error.name.startswith("vgg_jax"):
+            raise
+        print(f"vgg-jax: this command needs {error.name}: pip install 'vgg-jax[train]'", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("vgg-jax: interrupted", file=sys.stderr)
+        return 130
+
+
+def train(data: str, workdir: str | None, data_dir: str | None, download: bool, **given: Any) -> int:
+    config = preset(data, **given)
+    from vgg_jax.train import DivergedError, fit
+
+    name = data.rstrip("/").replace("/", "-").replace(":", "-").strip(".-") or "data"
+    try:
+        outcome = fit(config, workdir or f"runs/{name}-{config.net}", data_dir, download)
+    except DivergedError as error:
+        print(f"vgg-jax: {error}", file=sys.stderr)
+        return 4
+    return 75 if outcome.stopped else 0
+
+
+def summary(net: str, num_classes: int, batch_norm: bool, image_size: int) -> int:
+    from vgg_jax.configs import CONFIGS
+    from vgg_jax.summary import table
+
+    print(table(CONFIGS[net], num_classes, batch_norm, image_size))
+    return 0
+
+
+def statistics(data: str, split: str, data_dir: str | None, download: bool, skip_bad: bool) -> int:
+    from vgg_jax.data import measure, open_split
+
+    source = open_split(data, split, data_dir=data_dir, download=download, skip_bad=skip_bad)
+    measured = measure(source)
+    print(f"{source.name}: {measured.count} images, RGB on the 0-255 scale")
+    for label, values in (
+        ("mean over all pixels", measured.pixel_mean),
+        ("std over all pixels", measured.pixel_std),
+        ("mean of the images' means", measured.image_mean),
+        ("mean of the images' stds", measured.image_std),
+    ):
+        print(f"{label:<26}" + "".join(f"{value:>10.3f}" for value in values))
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="vgg-jax", description="VGG (Simonyan & Zisserman, arXiv 1409.1556) in JAX/Flax.")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    add_train(commands.add_parser("train", help="train a network, or go on with a run", argument_default=argparse.SUPPRESS))
+
+    command = commands.add_parser("summary", help="a network's layers, parameters and cost")
+    command.set_defaults(command=summary)
+    command.add_argument("net", choices=CHOICES["net"])
+    command.add_argument("--num-classes", type=int, default=1000)
+    command.add_argument("--batch-norm", action="store_true")
+    command.add_argument("--image-size", type=int, default=224)
+
+    command = commands.add_parser("statistics", help="mean and standard deviation of a data set's colours")
+    command.set_defaults(command=statistics)
+    add_data(command)
+    command.add_argument("--split", default="train")
+    command.add_argument("--skip-bad", action="store_true", help="leave out files that are no images")
+    return top
+
+
+def add_data(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "data",
+        nargs="?",
+        default="digits",
+        metavar="DATA",
+        help="digits, an image folder, or a name of TensorFlow Datasets (default: digits)",
+    )
+    command.add_argument("--data-dir", default=None, help="where prepared TensorFlow Datasets lie")
+    command.add_argument("--download", action="store_true", default=False, help="let TensorFlow Datasets download and prepare the data")
+
+
+def add_train(command: argparse.ArgumentParser) -> None:
+    """A flag for each field of TrainConfig. What is not given stays out, so that the data set's preset decides."""
+    default = TrainConfig()
+    command.set_defaults(command=train)
+    command.description = (
+        f"Train a network. Running the same command again goes on where it stopped. The defaults below are the paper's; "
+        f"{', '.join(PRESETS)} have their own."
+    )
+    add_data(command)
+    command.add_argument("--workdir", default=None, help="the run's folder (default: runs/DATA-NET)")
+
+    def flag(name: str, help: str, **options: Any) -> None:
+        value = getattr(default, name)
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+        if name in CHOICES:
+            options["choices"] = CHOICES[name]
+        command.add_argument("--" + name.replace("_", "-"), help=help if value in (None, ()) else f"{help} (default: {shown})", **options)
+
+    def switch(name: str, help: str) -> None:
+        command.add_argument("--" + name.replace("_", "-"), action=argparse.BooleanOptionalAction, help=help)
+
+    flag("net", "column of Table 1")
+    switch("batch_norm", "batch normalisation behind every convolution")
+    flag("fc", "widths of fc6 and fc7", type=int, nargs=2)
+    flag("dropout_rate", "of fc6 and fc7", type=float)
+    flag("initializer", "of the kernels")
+    flag("initializer_std", "the deviation of --initializer paper", type=float)
+    flag("init_from", "start with the layers of another run: its workdir", metavar="RUN")
+    flag("dtype", "of the computation; parameters are float32")
+    flag("image_size", "side of the crop that the net reads", type=int)
+    flag("scale", "S, or S_min S_max: the shorter side that images are rescaled to", type=int, nargs="+", metavar="S")
+    switch("flip", "mirror half of the images")
+    flag("colour_shift", "deviation of the random shift along the principal colours, 0 for none", type=float)
+    flag("colour_convention", "what the shift is relative to: a component's deviation or its variance")
+    switch("exif", "turn photos upright as their EXIF orientation says")
+    flag("statistics", "mean RGB and principal colours")
+    flag("validation_fraction", "of the training images, where the data has no validation split", type=float)
+    switch("skip_bad", "leave out files that are no images, instead of refusing the folder")
+    flag("batch_size", "images a step", type=int)
+    flag("microbatch", "images whose activations are held at once; a step adds up their gradients", type=int)
+    flag("learning_rate", "at the start", type=float)
+    flag("momentum", "of SGD", type=float)
+    flag("weight_decay", "L2 penalty", type=float)
+    switch("decay_biases", "decay biases and batch-norm parameters too")
+    flag("schedule", "when the rate is divided by 10")
+    flag("patience", "plateau: epochs without a better validation accuracy", type=int)
+    flag("drops", "plateau: times the rate is divided; the next plateau ends the run", type=int)
+    flag("drop_epochs", "step: the epochs after which it is", type=int, nargs="+", metavar="EPOCH")
+    flag("epochs", "at most", type=int)
+    flag("seed", "of everything random", type=int)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""The operations that need care: convolution and pooling that are fast on a CPU too, batch normalisation, LRN, FC layers over maps.
+
+Shapes are (N, H, W, C). On an accelerator a convolution is XLA's own. On a CPU XLA's is slow in three places (2-core x86,
+float32, forward and both gradients together, jax 0.10.1): a map that is smaller than the kernel reaches (2x2x512, batch 128:
+2,600 ms, here 110 as one matrix product), the three channels of the image (32x32, batch 128: 115 ms, here 49 by im2col), and
+everywhere the 144 products a tile that Winograd does with 36 (8x8x256, batch 128: 419 ms, here 185).
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
+from jax import Array, lax
+
+from vgg_jax import winograd
+
+_NHWC = ("NHWC", "HWIO", "NHWC")
+
+
+def compiler_options() -> dict[str, str]:
+    """What to pass as `jax.jit(f, compiler_options=...)` for the best speed on the default backend.
+
+    On a CPU it turns XLA's YNN fusion off, which makes the weight gradient of a convolution 1.2 to 6 times as fast.
+    """
+    # The empty list. Its name, LIBRARY_FUSION_TYPE_INVALID, means the same and logs an error with every compilation.
+    return {"xla_cpu_experimental_ynn_fusion_type": ""} if jax.default_backend() == "cpu" else {}
+
+
+def _direct(x: Array, kernel: Array) -> Array:
+    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=_NHWC)
+
+
+def _connected(x: Array, kernel: Array) -> Array:
+    """A convolution that sees its whole map from every pixel, as one matrix product."""
+    n, h, w, _ = x.shape
+    centre, channels = kernel.shape[0] // 2, kernel.shape[3]
+    pixels = [(i, j) for i in range(h) for j in range(w)]
+    matrix = jnp.block([[kernel[centre + i - p, centre + j - q] for p, q in pixels] for i, j in pixels])
+    return (x.reshape(n, -1) @ matrix).reshape(n, h, w, channels)
+
+
+def _im2col(x: Array, kernel: Array) -> Array:
+    h, w = x.shape[1:3]
+    side, _, _, channels = kernel.shape
+    pad = (side // 2, side // 2)
+    x = jnp.pad(x, ((0, 0), pad, pad, (0, 0)))
+    windows = jnp.concatenate([x[:, i : i + h, j : j + w] for i in range(side) for j in range(side)], axis=-1)
+    return windows @ kernel.reshape(-1, channels)
+
+
+def _on_cpu(x: Array, kernel: Array) -> Array:
+    (h, w, c), side = x.shape[1:], kernel.shape[0]
+    if max(h, w) <= side // 2 + 1:
+        return _connected(x, kernel)
+    if c <= 4 or min(h, w) < side:
+        return _im2col(x, kernel)
+    # Measured at 224x224x64: 0.6 to 1.0 times the direct speed; bfloat16 has too few digits for the transforms.
+    if side == 3 and max(h, w) <= 112 and jnp.finfo(x.dtype).bits >= 32:
+        return winograd.convolution_3x3(x, kernel)
+    return _direct(x, kernel)
+
+
+@jax.jit  # traced, and outside of a jit compiled, once for each shape
+def convolution(x: Array, kernel: Array) -> Array:
+    """(N, H, W, C), (k, k, C, K) -> (N, H, W, K): cross-correlation, stride 1, zero padding k // 2, for an odd k."""
+    if kernel.shape[0] == 1:
+        return x @ kernel[0, 0]
+    return lax.platform_dependent(x, kernel, cpu=_on_cpu, default=_direct)
+
+
+def max_pool(x: Array) -> Array:
+    """(N, H, W, C) -> (N, H // 2, W // 2, C): the maximum of each 2x2 window, an odd row or column left out.
+
+    As a reshape its gradient needs no select-and-scatter, which is 3 to 5 times slower on a CPU and refused by XLA's
+    deterministic mode on a GPU. Equal maxima share their gradient; PyTorch gives it to the first.
+    """
+    n, h, w, c = x.shape
+    return x[:, : h // 2 * 2, : w // 2 * 2].reshape(n, h // 2, 2, w // 2, 2, c).max((2, 4))
+
+
+def local_response_norm(x: Array, k: float = 2.0, n: int = 5, alpha: float = 1e-4, beta: float = 0.75) -> Array:
+    """(…, C) -> (…, C): x / (k + alpha · Σ x²)^beta, the sum over the n channels around each (Krizhevsky et al. 2012, §3.3).
+
+    alpha multiplies the sum itself. Caffe and PyTorch divide it by n: their equal has alpha=5e-4.
+    """
+    channels = x.shape[-1]
+    squares = jnp.pad(x * x, [(0, 0)] * (x.ndim - 1) + [(n // 2, n // 2)])
+    total = sum(squares[..., i : i + channels] for i in range(n))
+    return x * (k + alpha * total) ** -beta
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over (N, H, W), with PyTorch's running statistics and a mask of the real examples.
+
+    linen's own keeps the biased variance; PyTorch's running variance is the unbiased one. An example that a mask leaves out
+    changes neither the statistics nor, thereby, the others.
+    """
+
+    momentum: float = 0.9  # the weight of the past: PyTorch's 0.1, said the other way round
+    epsilon: float = 1e-5
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False, mask: Array | None = None) -> Array:
+        channels = x.shape[-1:]
+        scale = self.param("scale", nn.initializers.ones, channels, self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, channels, self.param_dtype)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, self.param_dtype)
+        running_var = self.variable("batch_stats", "var", jnp.ones, channels, self.param_dtype)
+        if train and not self.is_initializing():
+            wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            mask = jnp.ones(x.shape[0], bool) if mask is None else mask
+            where = mask[:, None, None, None]
+            count = mask.sum() * (x.shape[1] * x.shape[2])
+            mean = jnp.where(where, wide, 0).sum((0, 1, 2)) / jnp.maximum(count, 1)
+            var = jnp.where(where, (wide - mean[None, None, None]) ** 2, 0).sum((0, 1, 2)) / jnp.maximum(count, 1)
+            keep = jnp.where(count > 0, self.momentum, 1.0)  # a micro-batch may be all padding
+            running_mean.value = (keep * running_mean.value + (1 - keep) * mean).astype(self.param_dtype)
+            unbiased = var * count / jnp.maximum(count - 1, 1)
+            running_var.value = (keep * running_var.value + (1 - keep) * unbiased).astype(self.param_dtype)
+        else:
+            mean, var = running_mean.value, running_var.value
+        factor = scale * lax.rsqrt(var + self.epsilon)
+        x, factor, offset = promote_dtype(x, factor, bias - mean * factor, dtype=self.dtype)
+        return x * factor[None, None, None] + offset[None, None, None]
+
+
+class FullyConnected(nn.Module):
+    """A fully connected layer at every position of a map (§3.2): (N, h, w, C) -> (N, h - side + 1, w - side + 1, width).
+
+    The kernel is (side · side · C, width), its rows in the order y, x, channel. On a map of its own size it is a plain matrix product.
+    """
+
+    width: int
+    side: int
+    kernel_init: nn.initializers.Initializer
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        n, h, w, c = x.shape
+        kernel = self.param("kernel", self.kernel_init, (self.side * self.side * c, self.width), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.width,), self.param_dtype)
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+        if h == w == self.side or self.side == 1:
+            y = x.reshape(n, h // self.side, w // self.side, -1) @ kernel
+        else:
+            window = kernel.reshape(self.side, self.side, c, self.width)
+            y = lax.conv_general_dilated(x, window, (1, 1), "VALID", dimension_numbers=_NHWC)
+        return y + bias[None, None, None]

@@ -1,0 +1,153 @@
+"""VGG as a Flax linen module: Table 1 of the paper, read layer by layer, and its initialisation (§3.1)."""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax.core import FrozenDict
+from jax import Array
+
+from vgg_jax.configs import CONFIGS, VGGConfig, layer_table
+from vgg_jax.errors import InputError
+from vgg_jax.layers import BatchNorm, FullyConnected, convolution, local_response_norm, max_pool
+
+# Of the kernels, (convolutions', fully connected layers'); biases start at 0.
+INITIALIZERS: dict[str, Callable[[float], tuple[nn.initializers.Initializer, nn.initializers.Initializer]]] = {
+    # §3.1: a normal of "variance 10⁻²". That explodes even in A (deviation 0.1 multiplies the signal by 6e5), while deviation 0.01 trains
+    # in A and vanishes in the deeper nets: the paper's story. So 10⁻² is read as the deviation, as Krizhevsky's is.
+    "paper": lambda std: (nn.initializers.normal(std), nn.initializers.normal(std)),
+    # The paper's note after submission: with this no net needs pre-training.
+    "glorot": lambda std: (nn.initializers.glorot_uniform(), nn.initializers.glorot_uniform()),
+    # torchvision's: for inputs of unit variance. On 0-255 pixels it diverges at the paper's learning rate without batch normalisation.
+    "he": lambda std: (nn.initializers.variance_scaling(2.0, "fan_out", "normal"), nn.initializers.normal(0.01)),
+}
+
+
+class VGG(nn.Module):
+    """The networks of Simonyan & Zisserman (arXiv 1409.1556), Table 1.
+
+    Images are float RGB on the 0-255 scale with the mean RGB value subtracted, (N, H, W, 3).
+    Parameters: `params/conv1_1/{kernel,bias}` … `params/fc8/{kernel,bias}`; with batch_norm also `params/bn1_1/{scale,bias}` and
+    `batch_stats/bn1_1/{mean,var}`. One parameter set serves `__call__`, `score_map` and `features`.
+    """
+
+    config: VGGConfig = CONFIGS["D"]
+    num_classes: int = 1000
+    batch_norm: bool = False
+    dropout_rate: float = 0.5
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    image_size: int = 224
+    initializer: str = "glorot"
+    initializer_std: float = 0.01
+
+    def __call__(self, images: Array, train: bool = False, mask: Array | None = None) -> Array:
+        """Logits (N, K) of images (N, image_size, image_size, 3).
+
+        With `train` dropout is on (needs a "dropout" rng) and batch normalisation uses the batch's statistics, those of the
+        examples where `mask` (N,) is true (needs `mutable=["batch_stats"]`). Raises InputError for images of another size.
+        """
+        size = self.image_size
+        if images.shape[1:3] != (size, size):
+            raise InputError(
+                f"the images are {images.shape[1]}x{images.shape[2]}: this net gives logits of {size}x{size} images; "
+                f'rescale and crop them, or use method="score_map" for larger ones'
+            )
+        return self._run(images, ("fc8",), train, mask)["fc8"][:, 0, 0]
+
+    def score_map(self, images: Array) -> Array:
+        """The dense class-score map (N, h, w, K) of images of at least image_size (§3.2): the logits of every window, stride 32.
+
+        A side of n pixels gives n // 32 - image_size // 32 + 1 positions. Raises InputError for a smaller image.
+        """
+        return self._run(images, ("fc8",))["fc8"]
+
+    def features(self, images: Array, layers: Iterable[str]) -> dict[str, Array]:
+        """The named activations, each a map (N, h, w, C), of images of any size that reaches the deepest one, where the net stops.
+
+        "conv3_3" and "fc7" are taken before their ReLU, "relu3_3" and "relu7" behind it. Raises InputError for an unknown layer
+        (the message lists the layers there are) or an image too small (it names the smallest size).
+        """
+        return self._run(images, tuple(layers))
+
+    @nn.compact
+    def _run(self, x: Array, wanted: tuple[str, ...], train: bool = False, mask: Array | None = None) -> dict[str, Array]:
+        table = layer_table(self.config, self.num_classes, self.batch_norm, self.image_size)
+        table = table[: _deepest(wanted, [layer.name for layer in table]) + 1]
+        _check_images(x, table)
+        conv_init, fc_init = INITIALIZERS[self.initializer](self.initializer_std)
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        found = {}
+        for name, kind, width, kernel in table:
+            if kind == "conv":
+                padding = kernel // 2
+                x = nn.Conv(
+                    width, (kernel, kernel), padding=padding, kernel_init=conv_init, conv_general_dilated=_conv, name=name, **types
+                )(x)
+            elif kind == "bn":
+                x = BatchNorm(name=name, **types)(x, train, mask)
+            elif kind == "relu":
+                x = nn.relu(x)
+            elif kind == "lrn":
+                x = local_response_norm(x)
+            elif kind == "pool":
+                x = max_pool(x)
+            elif kind == "fc":
+                x = FullyConnected(width, kernel, kernel_init=fc_init, name=name, **types)(x)
+            elif kind == "drop":
+                x = nn.Dropout(self.dropout_rate, deterministic=not train, name=name)(x)
+            if name in wanted:
+                found[name] = x
+        return found
+
+
+def _conv(x: Array, kernel: Array, strides: Any, padding: Any, **_: Any) -> Array:
+    """`convolution` with the signature that nn.Conv calls."""
+    return convolution(x, kernel)
+
+
+def _deepest(wanted: tuple[str, ...], names: list[str]) -> int:
+    unknown = [name for name in wanted if name not in names]
+    if unknown or not wanted:
+        raise InputError(f"no layer {', '.join(map(repr, unknown)) or 'given'}: this net has {', '.join(names)}")
+    return max(names.index(name) for name in wanted)
+
+
+def _check_images(x: Array, table: tuple) -> None:
+    if x.ndim != 4 or x.shape[3] != 3:
+        raise InputError(f"the images have the shape {x.shape}: expected (N, H, W, 3)")
+    pools = sum(layer.kind == "pool" for layer in table)
+    smallest = max([1, *(layer.kernel for layer in table if layer.kind == "fc")]) * 2**pools
+    if min(x.shape[1:3]) < smallest:
+        raise InputError(f"the images are {x.shape[1]}x{x.shape[2]}: {table[-1].name} needs at least {smallest}x{smallest}")
+
+
+vgg11 = functools.partial(VGG, CONFIGS["A"])
+vgg11_lrn = functools.partial(VGG, CONFIGS["A-LRN"])
+vgg13 = functools.partial(VGG, CONFIGS["B"])
+vgg16_c = functools.partial(VGG, CONFIGS["C"])
+vgg16 = functools.partial(VGG, CONFIGS["D"])
+vgg19 = functools.partial(VGG, CONFIGS["E"])
+
+# §3.1: "the first four convolutional layers and the last three fully-connected layers" of A. By position they fit no deeper net
+# (its second convolution reads 64 channels, not 128's); by name they fit all.
+FROM_A = ("conv1_1", "conv2_1", "conv3_1", "conv3_2", "fc6", "fc7", "fc8")
+
+
+def init_from(
+    source: Mapping[str, Any], params: Mapping[str, Any], layers: Iterable[str] = FROM_A
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """`params` with the named layers of `source` in place of their own, and the names of those that were copied (§3.1).
+
+    Copied is a layer that both have with equal shapes, with the batch normalisation behind it; another (an fc8 for other classes) stays.
+    Works for `params` and for `batch_stats`.
+    """
+    wanted = {name for layer in layers for name in (layer, layer.replace("conv", "bn"))}
+    copied = tuple(name for name in params if name in wanted and name in source and _shapes(source[name]) == _shapes(params[name]))
+    return {name: source[name] if name in copied else value for name, value in params.items()}, copied
+
+
+def _shapes(layer: Mapping[str, Array] | FrozenDict) -> dict[str, tuple[int, ...]]:
+    return {name: value.shape for name, value in layer.items()}

@@ -1,0 +1,61 @@
+"""SGD with momentum and weight decay, and the schedules of its learning rate (§3.1)."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from vgg_jax.configs import TrainConfig
+
+
+def sgd(config: TrainConfig) -> optax.GradientTransformation:
+    """v = momentum · v + rate · (gradient + weight_decay · w); w -= v. The rate lies in the state: see `set_learning_rate`.
+
+    With the rate inside the velocity, as in Caffe, which the paper used: when the rate drops, the velocity runs out at the old one.
+    PyTorch's form, w -= rate · v, is the same while the rate is constant.
+    """
+
+    @optax.inject_hyperparams
+    def transformation(learning_rate: Array) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.add_decayed_weights(config.weight_decay, mask=None if config.decay_biases else _kernels),
+            optax.scale(learning_rate),
+            optax.trace(config.momentum),
+            optax.scale(-1.0),
+        )
+
+    return transformation(learning_rate=jnp.float32(config.learning_rate))
+
+
+def _kernels(params: dict) -> dict:
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+
+def set_learning_rate(opt_state: optax.InjectHyperparamsState, rate: float) -> optax.InjectHyperparamsState:
+    old = opt_state.hyperparams["learning_rate"]
+    new = jax.device_put(jnp.asarray(rate, old.dtype), old.sharding)  # the same kind of array: nothing is compiled again
+    return opt_state._replace(hyperparams={**opt_state.hyperparams, "learning_rate": new})
+
+
+def learning_rate(config: TrainConfig, accuracies: Sequence[float]) -> float | None:
+    """The rate of the epoch after those with these validation accuracies, or None where the run ends.
+
+    "plateau": a tenth of it each time that `patience` epochs bring no better accuracy, `drops` times, then the end (§3.1).
+    "step": a tenth of it at each of `drop_epochs`. "constant": always the same.
+    """
+    if len(accuracies) >= config.epochs:
+        return None
+    drops = 0
+    if config.schedule == "step":
+        drops = sum(epoch <= len(accuracies) for epoch in config.drop_epochs)
+    elif config.schedule == "plateau":
+        best, waited = float("-inf"), 0
+        for accuracy in accuracies:
+            best, waited = max(best, accuracy), 0 if accuracy > best else waited + 1
+            if waited == config.patience:
+                drops, waited = drops + 1, 0
+        if drops > config.drops:
+            return None
+    return config.learning_rate / 10**drops

@@ -1,0 +1,248 @@
+"""Training: one long, flat story from a configuration to a folder with a trained network."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from tqdm import tqdm
+
+from vgg_jax.checkpoint import Run, Saved, load, open_run, restore_state, write_whole
+from vgg_jax.configs import IMAGENET, TrainConfig
+from vgg_jax.data import Source, batches_per_epoch, eval_batches, measure, open_splits, train_batches
+from vgg_jax.metrics import Sums, averages, merge
+from vgg_jax.model import FROM_A, init_from
+from vgg_jax.optimizer import learning_rate, set_learning_rate, sgd
+from vgg_jax.sharding import data_mesh, put_batch
+from vgg_jax.train_step import TrainState, build_model, compile_steps, init_state
+
+SAVE_SECONDS = 600  # between two saves within an epoch
+
+
+class DivergedError(Exception):
+    """The loss is not a number; nothing of that is saved."""
+
+
+class Outcome(NamedTuple):
+    """How a run stands: a record for each epoch that is done, and whether it was stopped before its end."""
+
+    history: list[dict[str, Any]]
+    stopped: bool
+
+
+def fit(config: TrainConfig, workdir: str | Path, data_dir: str | Path | None = None, download: bool = False) -> Outcome:
+    """Trains a network, or goes on with the training that the workdir holds; prints a line an epoch.
+
+    Each epoch is one pass over all training images; then the validation images drive the learning rate and which state is the best
+    (§3.1). SIGINT or SIGTERM ends it after the step in hand, saved; a second one at once. Raises InputError for anything wrong in the
+    input, DivergedError where the loss becomes infinite or NaN.
+    """
+    workdir = Path(workdir)
+    mesh = data_mesh(config.batch_size)
+    train, validation = open_splits(
+        config.data,
+        data_dir=None if data_dir is None else str(data_dir),
+        validation_fraction=config.validation_fraction,
+        seed=config.seed,
+        skip_bad=config.skip_bad,
+        download=download,
+    )
+    print(f"{config.data}: {train.size} training and {validation.size} validation images of {len(train.classes)} classes", flush=True)
+    if train.skipped or validation.skipped:
+        print(f"skipped {train.skipped} training and {validation.skipped} validation files that are no images", flush=True)
+    statistics = measure(train).statistics if config.statistics == "measure" else IMAGENET
+    resuming = open_run(workdir, Run(config, train.classes, statistics, train.size, validation.size))
+
+    model = build_model(config, len(train.classes))
+    train_step, eval_step = compile_steps(config, model, statistics.mean_rgb, mesh)
+    state = init_state(model, sgd(config), config.seed, mesh)
+    per_epoch = batches_per_epoch(train, config.batch_size)
+    validation_batches = eval_batches(validation, config, config.batch_size)
+    history: list[dict[str, Any]] = []
+    batch_number, seconds, sums = 0, 0.0, Sums()
+
+    with Saved(workdir / "last") as last, Saved(workdir / "best") as best, stop_signals() as stop:
+        restored = restore_state(last, state) if resuming else None
+        if restored is not None:
+            state, progress = restored
+            history, batch_number, seconds = progress["history"], progress["batch"], progress["seconds"]
+            sums = Sums(**progress["sums"])
+            print(f"{workdir}: going on at epoch {len(history) + 1}, batch {batch_number + 1} of {per_epoch}", flush=True)
+        elif config.init_from is not None:
+            state = start_from(config, model, state)
+        write_whole(workdir / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history))
+
+        def save_last() -> None:
+            progress = {"history": history, "batch": batch_number, "seconds": seconds, "sums": dataclasses.asdict(sums)}
+            last.save(len(history) * (per_epoch + 1) + batch_number, state, progress)
+
+        batches = iter(train_batches(train, config, statistics, first_epoch=len(history), first_batch=batch_number))
+        saved_at = time.monotonic()
+        while (rate := learning_rate(config, [record["validation"]["accuracy"] for record in history])) is not None:
+            epoch = len(history) + 1
+            state = dataclasses.replace(state, opt_state=set_learning_rate(state.opt_state, rate))
+            started, seconds_before = time.monotonic(), seconds
+            pending = None  # the sums of the step in progress: the host reads them when the next one is on its way
+            with progress_bar(f"epoch {epoch}", train.size, batch_number * config.batch_size) as bar:
+                while batch_number < per_epoch and not stop.is_set():
+                    state, step_sums = train_step(state, on_devices(next(batches), mesh))
+                    batch_number += 1
+                    sums, pending = add(sums, pending, bar), step_sums
+                    check_finite(sums, epoch, batch_number, rate)
+                    if time.monotonic() - saved_at > SAVE_SECONDS:
+                        sums, pending = add(sums, pending, bar), None
+                        check_finite(sums, epoch, batch_number, rate)
+                        seconds = seconds_before + time.monotonic() - started
+                        save_last()
+                        saved_at = time.monotonic()
+                sums = add(sums, pending, bar)
+            check_finite(sums, epoch, batch_number, rate)
+            seconds = seconds_before + time.monotonic() - started
+
+            validated = evaluate_all(eval_step, state, validation_batches, validation, mesh, stop)
+            if validated is None:
+                save_last()
+                print(f"stopped in epoch {epoch} and saved in {workdir}: the same command goes on from there", flush=True)
+                return Outcome(history, stopped=True)
+
+            record = epoch_record(epoch, seconds, rate, sums, validated, train)
+            improved = all(record["validation"]["accuracy"] > old["validation"]["accuracy"] for old in history)
+            history.append(record)
+            batch_number, seconds, sums = 0, 0.0, Sums()
+            if improved:
+                variables = {"params": state.params} | ({"batch_stats": state.batch_stats} if config.batch_norm else {})
+                best.save(epoch, variables, {"epoch": epoch, "validation": record["validation"]})
+            save_last()
+            saved_at = time.monotonic()
+            with (workdir / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            tqdm.write(line(record))
+            if stuck(history, len(train.classes)):
+                tqdm.write(advice(len(train.classes)))
+
+    top = max(history, key=lambda record: record["validation"]["accuracy"])
+    print(f"done: best validation accuracy {top['validation']['accuracy']:.2%} in epoch {top['epoch']}, {workdir / 'best'}", flush=True)
+    return Outcome(history, stopped=False)
+
+
+def start_from(config: TrainConfig, model: Any, state: TrainState) -> TrainState:
+    """The state with the layers of another run: all of them where the nets are equal, else the paper's seven (§3.1)."""
+    assert config.init_from is not None
+    _, variables, metadata = load(config.init_from)
+    same = metadata["config"].vgg.stages == model.config.stages
+    layers = tuple(state.params) if same else FROM_A
+    params, copied = init_from(variables["params"], state.params, layers)
+    batch_stats, _ = init_from(variables.get("batch_stats", {}), state.batch_stats, layers)
+    new = [name for name in state.params if name not in copied]
+    print(f"from {config.init_from}: {', '.join(copied) or 'nothing'}; new: {', '.join(new) or 'nothing'}", flush=True)
+    placed = jax.device_put((params, batch_stats), jax.tree.map(lambda x: x.sharding, (state.params, state.batch_stats)))
+    return dataclasses.replace(state, params=placed[0], batch_stats=placed[1])
+
+
+def evaluate_all(eval_step: Any, state: TrainState, batches: Any, source: Source, mesh: Any, stop: threading.Event) -> Sums | None:
+    """The sums over a whole source, or None where the run is to stop."""
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    sums, pending = Sums(), None
+    with progress_bar("validation", source.size) as bar:
+        for batch in batches:
+            if stop.is_set():
+                return None
+            step_sums = eval_step(variables, on_devices(batch, mesh))
+            sums, pending = add(sums, pending, bar), step_sums
+        sums = add(sums, pending, bar)
+    assert stop.is_set() or sums.count == source.size, f"{sums.count} of {source.size} images were evaluated"
+    return None if stop.is_set() else sums
+
+
+def on_devices(batch: dict[str, Any], mesh: Any) -> dict[str, jax.Array]:
+    return put_batch({name: batch[name] for name in ("image", "colour_shift", "label", "mask")}, mesh)
+
+
+def add(sums: Sums, pending: Sums | None, bar: tqdm) -> Sums:
+    """Waits for a step's sums and adds them, in double precision."""
+    if pending is None:
+        return sums
+    new = jax.tree.map(float, jax.device_get(pending))
+    bar.update(int(new.count))
+    bar.set_postfix_str(f"loss {new.loss / max(new.count, 1):.3f}", refresh=False)
+    return merge(sums, new)
+
+
+def progress_bar(name: str, total: int, initial: int = 0) -> tqdm:
+    return tqdm(desc=name, total=total, initial=initial, unit=" images", leave=False, disable=None)  # None: where there is no terminal
+
+
+def check_finite(sums: Sums, epoch: int, batch: int, rate: float) -> None:
+    if not math.isfinite(sums.loss):
+        raise DivergedError(
+            f"the loss is {sums.loss} in epoch {epoch}, by batch {batch}, at learning rate {rate:g}: "
+            f"expected a finite one; pass a lower --learning-rate, --initializer glorot or --batch-norm, and a new --workdir"
+        )
+
+
+def epoch_record(epoch: int, seconds: float, rate: float, sums: Sums, validated: Sums, train: Source) -> dict[str, Any]:
+    """What metrics.jsonl says of an epoch. Training loss and errors are those of the steps, dropout and distortions on."""
+    assert sums.count == train.size, f"{sums.count} of {train.size} images were trained on"
+    parts = {"train": averages(sums), "validation": averages(validated)}
+    parts = {name: values | {"accuracy": 1 - values["top1_error"]} for name, values in parts.items()}
+    return {
+        "epoch": epoch,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "seconds": round(seconds, 3),
+        "images_per_second": round(train.size / seconds, 1),
+        "learning_rate": rate,
+    } | parts
+
+
+def line(record: dict[str, Any]) -> str:
+    train, validation = record["train"], record["validation"]
+    return (
+        f"{record['time'][11:]}  epoch {record['epoch']:3d}  train loss {train['loss']:.4f} accuracy {train['accuracy']:.2%}  "
+        f"validation loss {validation['loss']:.4f} accuracy {validation['accuracy']:.2%}  "
+        f"rate {record['learning_rate']:g}  {record['seconds']:.1f} s  {record['images_per_second']:.1f} images/s"
+    )
+
+
+def stuck(history: list[dict[str, Any]], classes: int) -> bool:
+    """Whether the second epoch in a row, but not the third, ends at the loss of guessing."""
+    at_chance = [abs(record["train"]["loss"] - math.log(classes)) < 0.01 * math.log(classes) for record in history]
+    return classes > 1 and at_chance[-2:] == [True, True] and at_chance[-3:] != [True] * 3
+
+
+def advice(classes: int) -> str:
+    return (
+        f"the training loss stays at ln({classes}) = {math.log(classes):.3f}, the loss of guessing: the signal dies out on its way through "
+        f"the net; deeper nets need --init-from a trained A, --batch-norm or another --learning-rate, and --initializer glorot"
+    )
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM sets; the second one acts as it always does."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+        yield stop
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def handle(number: int, frame: object) -> None:
+        stop.set()
+        restore()
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        restore()

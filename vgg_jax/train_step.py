@@ -1,0 +1,130 @@
+"""One step of training and of evaluation, as pure functions of a state and a batch.
+
+A batch is {"image": uint8 (N, H, W, 3), "colour_shift": float32 (N, 3), "label": int32 (N,), "mask": bool (N,)}.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import Mesh
+
+from vgg_jax.configs import TrainConfig
+from vgg_jax.layers import compiler_options
+from vgg_jax.metrics import Sums, sums_of
+from vgg_jax.model import VGG
+from vgg_jax.optimizer import sgd
+from vgg_jax.sharding import replicated
+
+Batch = dict[str, Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that the next step depends on, besides its batch."""
+
+    step: Array
+    params: Any
+    batch_stats: Any
+    opt_state: optax.OptState
+    key: Array  # never replaced: a step's randomness is derived from it and the step's number
+
+
+def build_model(config: TrainConfig, num_classes: int) -> VGG:
+    return VGG(
+        config=config.vgg,
+        num_classes=num_classes,
+        batch_norm=config.batch_norm,
+        dropout_rate=config.dropout_rate,
+        dtype=jnp.dtype(config.dtype),
+        image_size=config.image_size,
+        initializer=config.initializer,
+        initializer_std=config.initializer_std,
+    )
+
+
+def init_state(model: VGG, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
+    """A state at step 0, on every device of the mesh, its parameters drawn from the seed."""
+
+    def init(key: Array) -> TrainState:
+        images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32)
+        variables = model.lazy_init(key, images)
+        params = variables["params"]
+        return TrainState(jnp.int32(0), params, variables.get("batch_stats", {}), optimizer.init(params), key)
+
+    return jax.jit(init, out_shardings=replicated(mesh))(jax.random.key(seed))
+
+
+def preprocess(images: Array, mean_rgb: tuple[float, float, float], colour_shift: Array | None = None) -> Array:
+    """uint8 (N, H, W, 3) -> what the nets read: float32 less the mean RGB, plus a shift (N, 3) of each image's colour (§2.1, §3.1)."""
+    images = images.astype(jnp.float32) - jnp.array(mean_rgb, jnp.float32)[None, None, None]
+    return images if colour_shift is None else images + colour_shift[:, None, None, :]
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    model: VGG,
+    optimizer: optax.GradientTransformation,
+    mean_rgb: tuple[float, float, float],
+    microbatch: int | None = None,
+) -> tuple[TrainState, Sums]:
+    """One step of SGD on the mean loss of the batch's real examples, and their sums as they were seen in training.
+
+    With `microbatch` that many examples at a time run forward and backward and their gradients are added: the same step but for
+    batch normalisation, whose statistics are then a micro-batch's.
+    """
+    step_key = jax.random.fold_in(state.key, state.step)
+
+    def loss(params: Any, batch_stats: Any, part: Batch, key: Array) -> tuple[Array, tuple[Any, Sums]]:
+        images = preprocess(part["image"], mean_rgb, part["colour_shift"])
+        variables = {"params": params, "batch_stats": batch_stats}
+        logits: Any
+        logits, updated = model.apply(variables, images, train=True, mask=part["mask"], rngs={"dropout": key}, mutable=["batch_stats"])
+        sums = sums_of(logits, part["label"], part["mask"])
+        return sums.loss, (updated.get("batch_stats", batch_stats), sums)
+
+    def add(carry: tuple, numbered_part: tuple[Array, Batch]) -> tuple[tuple, Sums]:
+        gradients, batch_stats = carry
+        number, part = numbered_part
+        more, (batch_stats, sums) = jax.grad(loss, has_aux=True)(state.params, batch_stats, part, jax.random.fold_in(step_key, number))
+        return (jax.tree.map(jnp.add, gradients, more), batch_stats), sums
+
+    size = batch["label"].shape[0]
+    parts = size // (microbatch or size)
+    if parts == 1:
+        gradients, (batch_stats, sums) = jax.grad(loss, has_aux=True)(state.params, state.batch_stats, batch, step_key)
+    else:
+        # Every parts-th example makes a part, so that each device finds its share of every part in its own share of the batch.
+        split = jax.tree.map(lambda x: x.reshape(size // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+        start = (jax.tree.map(jnp.zeros_like, state.params), state.batch_stats)
+        (gradients, batch_stats), sums = jax.lax.scan(add, start, (jnp.arange(parts), split))
+        sums = jax.tree.map(lambda x: x.sum(0), sums)
+
+    gradients = jax.tree.map(lambda g: g / jnp.maximum(sums.count, 1), gradients)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return dataclasses.replace(state, step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state), sums
+
+
+def eval_step(variables: dict[str, Any], batch: Batch, *, model: VGG, mean_rgb: tuple[float, float, float]) -> Sums:
+    """The sums of a batch, in inference."""
+    logits: Any = model.apply(variables, preprocess(batch["image"], mean_rgb, batch["colour_shift"]))
+    return sums_of(logits, batch["label"], batch["mask"])
+
+
+def compile_steps(
+    config: TrainConfig, model: VGG, mean_rgb: tuple[float, float, float], mesh: Mesh
+) -> tuple[Callable[[TrainState, Batch], tuple[TrainState, Sums]], Callable[[dict[str, Any], Batch], Sums]]:
+    """`train_step(state, batch)`, which reuses the memory of the state it is given, and `eval_step(variables, batch)`, jitted."""
+    static: dict[str, Any] = {"model": model, "mean_rgb": mean_rgb}
+    options: dict[str, Any] = {"compiler_options": compiler_options(), "out_shardings": replicated(mesh)}
+    step = partial(train_step, optimizer=sgd(config), microbatch=config.microbatch, **static)
+    return jax.jit(step, donate_argnums=0, **options), jax.jit(partial(eval_step, **static), **options)
