@@ -9,12 +9,13 @@ import optax
 import pytest
 
 from vgg_jax import CONFIGS, VGG, compiler_options
-from vgg_jax.configs import TrainConfig, VGGConfig
+from vgg_jax.configs import TrainConfig
 from vgg_jax.optimizer import sgd
 from vgg_jax.sharding import data_mesh, put_batch, replicated
 from vgg_jax.train_step import TrainState, compile_steps
 
 torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
+from tests.tiny import TINY  # noqa: E402
 from tests.torch_vgg import STAGES, randomize, to_jax, torch_vgg  # noqa: E402
 
 FC, CLASSES = (48, 32), 10
@@ -88,10 +89,6 @@ def test_logits_of_the_whole_net_d():
     ours = jax.jit(VGG(CONFIGS["D"]).apply, compiler_options=compiler_options())({"params": params}, images)
     with torch.inference_mode():
         assert_close(ours, theirs(torch.from_numpy(images.transpose(0, 3, 1, 2))).numpy())
-
-
-STAGES_8 = tuple(tuple(conv._replace(width=8 * i) for conv in stage) for i, stage in enumerate(CONFIGS["A"].stages, 1))
-TINY = VGGConfig(STAGES_8, fc=(24, 16))
 
 
 def tiny_torch(batch_norm):

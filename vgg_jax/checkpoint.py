@@ -81,8 +81,11 @@ def load(workdir: str | os.PathLike) -> tuple[VGG, dict[str, Any], dict[str, Any
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), dict(shapes))
-    with Saved(Path(workdir) / "best") as best:
-        restored = best.restore(shapes)
+    folder = Path(workdir) / "best"
+    restored = None
+    if folder.is_dir():
+        with Saved(folder, read_only=True) as best:
+            restored = best.restore(shapes)
     if restored is None:
         raise InputError(f"no trained net in {workdir}: its first epoch is not done; run the same `vgg-jax train` again to go on")
     variables, progress = restored
@@ -101,9 +104,9 @@ def load(workdir: str | os.PathLike) -> tuple[VGG, dict[str, Any], dict[str, Any
 class Saved:
     """A folder of checkpoints, each a tree of arrays with a JSON object; only the newest is kept."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, read_only: bool = False) -> None:
         # Without the background thread: the arrays are donated to the next step as soon as `save` returns.
-        options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False, read_only=not folder.parent.exists())
+        options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False, read_only=read_only)
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def save(self, step: int, arrays: Any, progress: dict[str, Any]) -> None:

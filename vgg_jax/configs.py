@@ -65,7 +65,14 @@ class Layer(NamedTuple):
 
 
 def layer_table(config: VGGConfig, num_classes: int = 1000, batch_norm: bool = False, image_size: int = 224) -> tuple[Layer, ...]:
-    """A configuration written out layer by layer, as in the released models: what the module runs and what the summary counts."""
+    """A configuration written out layer by layer, as in the released models: what the module runs and what the summary counts.
+
+    Raises InputError for an image that the poolings leave nothing of.
+    """
+    if image_size < 2 ** len(config.stages):
+        raise InputError(f"image_size is {image_size}: expected at least {2 ** len(config.stages)}, since each stage halves the image")
+    if num_classes < 1:
+        raise InputError(f"num_classes is {num_classes}: expected at least 1")
     table = []
     for i, stage in enumerate(config.stages, 1):
         for j, conv in enumerate(stage, 1):
@@ -159,8 +166,7 @@ class TrainConfig:
                 raise InputError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
         if len(self.scale) not in (1, 2) or self.scale[0] > self.scale[-1]:
             raise InputError(f"scale is {self.scale}: expected one side S, or S_min and S_max with S_min <= S_max")
-        if self.image_size < 32:
-            raise InputError(f"image_size is {self.image_size}: expected at least 32, since five poolings halve the image")
+        layer_table(self.vgg, image_size=self.image_size)  # raises for an image that is too small
         if self.scale[0] < self.image_size:
             raise InputError(f"scale is {self.scale}: expected at least the image size, {self.image_size}")
         for name in ("batch_size", "epochs", "patience", "learning_rate", "initializer_std"):
@@ -204,4 +210,4 @@ PRESETS: dict[str, dict] = {
 
 def preset(data: str, **given) -> TrainConfig:
     """The configuration for a data set: the values `given`, else the data set's preset, else the paper's."""
-    return TrainConfig(**{"data": data} | PRESETS.get(data, {}) | given)
+    return TrainConfig(**{"data": data} | PRESETS.get(data.split(":")[0], {}) | given)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 from tqdm import tqdm
 
-from vgg_jax.checkpoint import Run, Saved, load, open_run, restore_state, write_whole
+from vgg_jax.checkpoint import Run, Saved, load, open_run, read_run, restore_state, write_whole
 from vgg_jax.configs import IMAGENET, TrainConfig
 from vgg_jax.data import Source, batches_per_epoch, eval_batches, measure, open_splits, train_batches
 from vgg_jax.metrics import Sums, averages, merge
@@ -46,6 +46,9 @@ def fit(config: TrainConfig, workdir: str | Path, data_dir: str | Path | None = 
     """
     workdir = Path(workdir)
     mesh = data_mesh(config.batch_size)
+    known = read_run(workdir) if (workdir / "run.json").exists() else None
+    if config.init_from is not None:
+        read_run(Path(config.init_from))  # raises now rather than after the data are read
     train, validation = open_splits(
         config.data,
         data_dir=None if data_dir is None else str(data_dir),
@@ -57,7 +60,10 @@ def fit(config: TrainConfig, workdir: str | Path, data_dir: str | Path | None = 
     print(f"{config.data}: {train.size} training and {validation.size} validation images of {len(train.classes)} classes", flush=True)
     if train.skipped or validation.skipped:
         print(f"skipped {train.skipped} training and {validation.skipped} validation files that are no images", flush=True)
-    statistics = measure(train).statistics if config.statistics == "measure" else IMAGENET
+    if config.statistics == "imagenet":
+        statistics = IMAGENET
+    else:
+        statistics = known.statistics if known is not None and known.config == config else measure(train).statistics
     resuming = open_run(workdir, Run(config, train.classes, statistics, train.size, validation.size))
 
     model = build_model(config, len(train.classes))

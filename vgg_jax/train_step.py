@@ -58,7 +58,7 @@ def init_state(model: VGG, optimizer: optax.GradientTransformation, seed: int, m
         params = variables["params"]
         return TrainState(jnp.int32(0), params, variables.get("batch_stats", {}), optimizer.init(params), key)
 
-    return jax.jit(init, out_shardings=replicated(mesh))(jax.random.key(seed))
+    return jax.jit(init, out_shardings=replicated(mesh), compiler_options=compiler_options())(jax.random.key(seed))
 
 
 def preprocess(images: Array, mean_rgb: tuple[float, float, float], colour_shift: Array | None = None) -> Array:

@@ -1,0 +1,203 @@
+import dataclasses
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from tests.data.tiny_data import NUMBERS, encode, noise
+from vgg_jax.configs import IMAGENET, TrainConfig
+from vgg_jax.data import batches_per_epoch, decode, eval_batches, open_split, open_splits, train_batches
+from vgg_jax.errors import InputError
+
+TINY = TrainConfig(image_size=32, scale=(32, 40), batch_size=4, epochs=3, seed=5)
+
+
+@pytest.fixture(params=["folder", "digits", "tfrecord", "array_record"])
+def source(request):
+    """About 20 images of each kind of storage, as a part that validation has left over."""
+    if request.param == "digits":
+        return open_splits("digits", validation_fraction=0.99)[0]
+    if request.param == "folder":
+        return open_split(str(request.getfixturevalue("folder")), "train")
+    return open_splits("numbers", data_dir=request.getfixturevalue("prepared")[request.param])[0]
+
+
+def by_example(batches):
+    """{(epoch, index): the example's arrays}; masked examples are left out. Epochs are told by the index coming again."""
+    seen, found = {}, {}
+    for batch in batches:
+        for i in np.flatnonzero(batch["mask"]):
+            index = int(batch["index"][i])
+            seen[index] = seen.get(index, -1) + 1
+            found[seen[index], index] = {key: batch[key][i] for key in ("image", "colour_shift", "label")}
+    return found
+
+
+def assert_equal(one, other):
+    assert one.keys() == other.keys()
+    for key in one:
+        np.testing.assert_array_equal(one[key], other[key], key)
+
+
+def test_every_epoch_has_every_image_once_and_a_mask(source):
+    batches = list(train_batches(source, TINY, IMAGENET))
+    per_epoch = batches_per_epoch(source, 4)
+    assert per_epoch == int(np.ceil(source.size / 4)) and len(batches) == 3 * per_epoch
+    shapes = {
+        "image": ((4, 32, 32, 3), "uint8"),
+        "colour_shift": ((4, 3), "float32"),
+        "label": ((4,), "int32"),
+        "mask": ((4,), "bool"),
+        "index": ((4,), "int64"),
+    }
+    expected = sorted(int(example["index"]) for example in source.examples(None, 0).as_numpy_iterator())
+    orders = []
+    for epoch in range(3):
+        part = batches[epoch * per_epoch : (epoch + 1) * per_epoch]
+        assert all({key: (value.shape, value.dtype.name) for key, value in batch.items()} == shapes for batch in part)
+        mask, index = (np.concatenate([batch[key] for batch in part]) for key in ("mask", "index"))
+        assert mask.sum() == source.size and np.all(np.diff(mask.astype(int)) <= 0)
+        assert np.all(index[~mask] == -1) and sorted(index[mask]) == expected
+        orders.append(index[mask].tolist())
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+def test_a_resumed_run_sees_the_same_batches(source):
+    whole = list(train_batches(source, TINY, IMAGENET))
+    per_epoch = batches_per_epoch(source, 4)
+    for epoch, batch in ((0, 2), (1, 0), (1, per_epoch - 1), (0, per_epoch), (2, 1)):
+        resumed = list(train_batches(source, TINY, IMAGENET, first_epoch=epoch, first_batch=batch))
+        assert len(resumed) == len(whole) - epoch * per_epoch - batch
+        for one, other in zip(whole[epoch * per_epoch + batch :], resumed, strict=True):
+            assert_equal(one, other)
+    assert list(train_batches(source, TINY, IMAGENET, first_epoch=3)) == []
+
+
+def test_draws_depend_on_seed_epoch_and_index_only(source):
+    fours, sevens = (by_example(train_batches(source, dataclasses.replace(TINY, batch_size=size), IMAGENET)) for size in (4, 7))
+    assert fours.keys() == sevens.keys() and len(fours) == 3 * source.size
+    for key in fours:
+        assert_equal(fours[key], sevens[key])
+    shifts = np.array([example["colour_shift"] for example in fours.values()])
+    assert len(np.unique(shifts, axis=0)) == len(shifts)
+    other = by_example(train_batches(source, dataclasses.replace(TINY, seed=6), IMAGENET))
+    assert not any(np.array_equal(fours[key]["colour_shift"], other[key]["colour_shift"]) for key in fours)
+
+
+def test_draws_do_not_depend_on_the_rest_of_the_data(folder):
+    """The last image by name goes; the others keep their index and what is drawn for them."""
+    before = by_example(train_batches(open_split(str(folder), "train"), TINY, IMAGENET))
+    (folder / "train" / "bees" / "5.png").unlink()
+    after = by_example(train_batches(open_split(str(folder), "train"), TINY, IMAGENET))
+    assert before.keys() - after.keys() == {(epoch, 12) for epoch in range(3)}
+    for key in after:
+        assert_equal(before[key], after[key])
+
+
+def test_eval_batches_are_all_examples_in_order_at_each_pass(source):
+    batches = eval_batches(source, TINY, 6)
+    first, second = list(batches), list(batches)
+    assert len(first) == batches_per_epoch(source, 6) and all(batch["image"].shape == (6, 32, 32, 3) for batch in first)
+    for one, other in zip(first, second, strict=True):
+        assert_equal(one, other)
+    examples = list(source.examples(None, 0).as_numpy_iterator())
+    mask, index, label, shift = (np.concatenate([batch[key] for batch in first]) for key in ("mask", "index", "label", "colour_shift"))
+    assert mask.sum() == source.size and not shift.any()
+    assert index[mask].tolist() == [example["index"] for example in examples]
+    assert label[mask].tolist() == [example["label"] for example in examples]
+
+
+def test_labels_belong_to_images(prepared):
+    """The colour of a record tells its number, and the number its label."""
+    source = open_split("numbers", "train", data_dir=prepared["tfrecord"])
+    number_of = {int(example["index"]): int(decode(example["encoded"])[0, 0, 0]) // 10 for example in source.examples(None, 0)}
+    for (_, index), example in by_example(train_batches(source, TINY, IMAGENET)).items():
+        assert np.all(example["image"] == number_of[index] * 10) and example["label"] == number_of[index] % 3
+
+
+def test_an_empty_source_has_no_batches(folder):
+    empty = open_splits(str(folder / "train"), validation_fraction=0.0)[1]
+    assert list(eval_batches(empty, TINY, 4)) == []
+
+
+def truncated(folder):
+    encoded = encode(noise(40, 40), "JPEG")
+    (folder / "train" / "bees" / "broken.jpg").write_bytes(encoded[: len(encoded) // 2])
+
+
+def no_image(folder):
+    (folder / "train" / "bees" / "broken.jpg").write_bytes(b"RIFF\0\0\0\0WEBPand nothing more")
+
+
+@pytest.mark.parametrize("spoil", [truncated, no_image])
+def test_a_broken_image_is_named(folder, spoil):
+    spoil(folder)
+    source = open_split(str(folder), "train")
+    path = str(folder / "train" / "bees" / "broken.jpg")
+    for batches in (
+        train_batches(source, TINY, IMAGENET),
+        train_batches(source, TINY, IMAGENET, first_epoch=1, first_batch=1),
+        eval_batches(source, TINY, 4),
+    ):
+        with pytest.raises(InputError) as error:
+            list(batches)
+        message = str(error.value)
+        assert message.startswith(f"cannot decode {path!r}: ") and message.endswith("; expected a whole image, so replace or remove it")
+        assert len(message) < len(path) + 200 and "\n" not in message and "{{" not in message and "Traceback" not in message
+
+
+def test_the_batches_before_a_broken_image_arrive(folder):
+    truncated(folder)
+    source = open_split(str(folder), "train")
+    broken = next(i for i in range(source.size) if "broken" in source.file_name(i))
+    arrived = []
+    with pytest.raises(InputError, match=r"broken\.jpg"):
+        for batch in eval_batches(source, TINY, 4):
+            arrived += batch["index"].tolist()
+    assert arrived == list(range(broken // 4 * 4))
+
+
+def test_a_file_that_disappears_is_named(folder):
+    source = open_split(str(folder), "train")
+    (folder / "train" / "ants" / "3.png").unlink()
+    with pytest.raises(InputError, match=r"cannot read .*train: .*ants/3\.png"):
+        list(train_batches(source, TINY, IMAGENET))
+
+
+def test_an_interrupt_ends_the_process(folder):
+    for kind in ("png", "webp"):  # the second goes through Python threads
+        (folder / "train" / "ants" / f"more.{kind}").write_bytes(encode(noise(40, 40), kind))
+    script = f"""
+from vgg_jax.configs import IMAGENET, TrainConfig
+from vgg_jax.data import open_split, train_batches
+config = TrainConfig(image_size=32, scale=(32,), batch_size=4, epochs=10**9)
+for i, batch in enumerate(train_batches(open_split({str(folder)!r}, "train"), config, IMAGENET)):
+    if i == 20:
+        print("ready", flush=True)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert b"KeyboardInterrupt" in errors and b"Exception ignored" not in errors and time.monotonic() - started < 15
+
+
+@pytest.mark.parametrize("folder_name", ["tfds", "tfds-array-record"])
+def test_cifar10_resumes(shared_data, folder_name):
+    config = dataclasses.replace(TINY, batch_size=100, epochs=2)
+    source, _ = open_splits("cifar10", data_dir=str(shared_data / folder_name))
+    stream = iter(train_batches(source, config, IMAGENET))
+    batches = [next(stream) for _ in range(5)]
+    resumed = iter(train_batches(source, config, IMAGENET, first_batch=3))
+    for batch in batches[3:]:
+        assert_equal(batch, next(resumed))
+    labels = np.concatenate([batch["label"] for batch in batches])
+    assert np.all(np.bincount(labels, minlength=10) > 20)  # 50 each expected
+
+
+def test_numbers_is_no_multiple_of_a_batch():
+    assert NUMBERS % 4 and NUMBERS % 6 and NUMBERS % 7

@@ -1,0 +1,95 @@
+"""Flags, exit codes and sentences."""
+
+import dataclasses
+import shutil
+
+import pytest
+
+from vgg_jax import TrainConfig, cli, preset
+
+
+def run(capsys, *argv):
+    """The exit code and what was printed to stdout and stderr."""
+    try:
+        code = cli.main(argv)
+    except SystemExit as error:  # argparse's
+        code = error.code
+    return code, *capsys.readouterr()
+
+
+def test_summary_of_the_printout_that_pytorch_users_know(capsys):
+    code, out, _ = run(capsys, "summary", "D", "--batch-norm")
+    assert code == 0
+    for line in ("Total params: 138,365,992", "(MB): 0.57", "(MB): 321.95", "(MB): 527.82", "(MB): 850.35"):
+        assert line in out
+
+
+def test_every_field_of_the_configuration_has_a_flag_and_the_other_way_round():
+    flags = vars(cli.parser().parse_args(["train", "d", *FLAGS.split()]))
+    given = {name: flags[name] for name in flags if name not in ("command", "workdir", "data_dir", "download")}
+    assert given.keys() == {field.name for field in dataclasses.fields(TrainConfig)}
+    config = preset(**given)
+    assert config.fc == (10, 20)
+    assert config.scale == (300, 400)
+    assert dataclasses.asdict(config).items() >= {"flip": False, "exif": False, "batch_norm": True, "microbatch": 4, "seed": 7}.items()
+
+
+FLAGS = """--net E --batch-norm --fc 10 20 --dropout-rate 0.1 --initializer paper --initializer-std 0.1 --init-from r --dtype bfloat16
+--image-size 100 --scale 300 400 --no-flip --colour-shift 0 --colour-convention variance --no-exif --statistics measure
+--validation-fraction 0.2 --skip-bad --batch-size 8 --microbatch 4 --learning-rate 0.1 --momentum 0.8 --weight-decay 0 --decay-biases
+--schedule step --patience 1 --drops 1 --drop-epochs 2 3 --epochs 4 --seed 7"""
+
+
+def test_what_is_not_given_is_the_presets():
+    flags = vars(cli.parser().parse_args(["train"]))
+    assert flags.keys() == {"command", "data", "data_dir", "download", "workdir"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("train", "--net", "F"), ("--net", "'F'", "B-5x5")),
+        (("train", "--epoch", "x"), ("--epoch", "'x'")),
+        (("train", "--no-such-flag"), ("--no-such-flag",)),
+        (("summary", "D", "--image-size", "16"), ("image_size", "16", "32")),
+        (("summary", "D", "--num-classes", "0"), ("num_classes", "0")),
+        (("train", "--scale", "20"), ("scale", "20", "32")),
+        (("train", "--scale", "40", "36"), ("scale", "40", "36")),
+        (("train", "no/such/folder"), ("no/such/folder",)),
+        (("train", "cifar10", "--data-dir", "nowhere"), ("cifar10", "nowhere", "--download")),
+        (("train", "--batch-size", "7"), ("7", "2 devices", "--batch-size")),
+        (("train", "--init-from", "no_run"), ("no_run", "run.json")),
+        (("statistics", "digits", "--split", "test"), ("digits", "test", "train")),
+    ],
+)
+def test_a_bad_input_gets_one_sentence_and_exit_code_2(argv, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(capsys, *argv)
+    assert code == 2
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("vgg-jax")
+    assert all(word in last for word in words), last
+    assert "Traceback" not in err
+
+
+def test_statistics_of_the_digits(capsys):
+    from sklearn.datasets import load_digits
+
+    code, out, _ = run(capsys, "statistics", "digits")
+    assert code == 0
+    assert "1797 images" in out
+    pixels = (load_digits().images * 255 / 16).astype("uint8")
+    pooled = [line.split()[-1] for line in out.splitlines() if "pixels" in line]
+    assert float(pooled[0]) == pytest.approx(pixels.mean(), abs=0.5)
+    assert float(pooled[1]) == pytest.approx(pixels.std(), abs=0.5)
+
+
+def test_a_run_that_cannot_be_read(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for content in ("", "{", "[]", '{"config": {"nett": 1}}', "\x00\xff"):
+        shutil.rmtree("w", ignore_errors=True)
+        (tmp_path / "w").mkdir()
+        (tmp_path / "w" / "run.json").write_bytes(content.encode("latin1"))
+        code, _, err = run(capsys, "train", "--workdir", "w")
+        assert code == 2
+        assert "w/run.json" in err.strip().splitlines()[-1]

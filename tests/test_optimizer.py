@@ -1,0 +1,49 @@
+"""The update against one written out, the schedules against lists written by hand."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from vgg_jax import TrainConfig
+from vgg_jax.optimizer import learning_rate, set_learning_rate, sgd
+
+
+@pytest.mark.parametrize("decay_biases", [False, True])
+def test_update_is_caffes(decay_biases):
+    """v = m v + rate (g + decay w); w -= v, through a change of the rate."""
+    config = TrainConfig(decay_biases=decay_biases)
+    optimizer = sgd(config)
+    rng = np.random.default_rng(0)
+    w = {"kernel": rng.normal(size=3), "bias": rng.normal(size=2)}
+    params = {"fc8": {name: jnp.float32(value) for name, value in w.items()}}
+    state = optimizer.init(params)
+    velocity = {"kernel": np.zeros(3), "bias": np.zeros(2)}
+    for rate in (0.1, 0.1, 0.01):
+        state = set_learning_rate(state, rate)
+        gradient = {name: rng.normal(size=value.shape) for name, value in w.items()}
+        updates, state = optimizer.update({"fc8": {name: jnp.float32(g) for name, g in gradient.items()}}, state, params)
+        params = optax.apply_updates(params, updates)
+        for name in w:
+            decay = 5e-4 if decay_biases or name == "kernel" else 0.0
+            velocity[name] = 0.9 * velocity[name] + rate * (gradient[name] + decay * w[name])
+            w[name] -= velocity[name]
+            np.testing.assert_allclose(params["fc8"][name], w[name], rtol=1e-5)
+
+
+def rates(config, accuracies):
+    return [learning_rate(config, accuracies[:n]) for n in range(len(accuracies) + 1)]
+
+
+def test_plateau_drops_three_times_then_ends():
+    config = TrainConfig(learning_rate=1.0, patience=2)
+    accuracies = [0.1, 0.2, 0.2, 0.1, 0.3, 0.3, 0.3, 0.4, 0.4, 0.4, 0.4, 0.4]
+    expected = [1, 1, 1, 1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.01, 0.001, 0.001, None]
+    assert rates(config, accuracies) == pytest.approx(expected)
+
+
+def test_step_and_constant():
+    step = TrainConfig(learning_rate=1.0, schedule="step", drop_epochs=(2, 3), epochs=5)
+    assert rates(step, [0.0] * 5) == pytest.approx([1, 1, 0.1, 0.01, 0.01, None])
+    constant = TrainConfig(learning_rate=1.0, schedule="constant", epochs=3)
+    assert rates(constant, [0.0] * 3) == [1, 1, 1, None]

@@ -1,0 +1,40 @@
+"""From image files to batches of numpy arrays. The only package that imports TensorFlow; TensorFlow never sees a GPU."""
+
+import contextlib
+import os
+
+from vgg_jax.errors import InputError
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow reads it while it is imported
+
+try:
+    import tensorflow as tf
+except ImportError as error:
+    raise InputError(f"the data pipeline needs TensorFlow, which cannot be imported ({error}): pip install 'vgg-jax[train]'") from error
+
+with contextlib.suppress(RuntimeError):  # a notebook that used TensorFlow before has decided already
+    tf.config.set_visible_devices([], "GPU")
+
+from vgg_jax.data.batches import Batches
+from vgg_jax.data.pipeline import batches_per_epoch, eval_batches, train_batches
+from vgg_jax.data.sources import open_split, open_splits
+from vgg_jax.data.splits import Source
+from vgg_jax.data.statistics import Measured, measure
+from vgg_jax.data.transforms import crop_offsets, crop_resized, decode, eval_scale, rescale
+
+__all__ = [
+    "Batches",
+    "Measured",
+    "Source",
+    "batches_per_epoch",
+    "crop_offsets",
+    "crop_resized",
+    "decode",
+    "eval_batches",
+    "eval_scale",
+    "measure",
+    "open_split",
+    "open_splits",
+    "rescale",
+    "train_batches",
+]

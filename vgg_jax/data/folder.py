@@ -1,0 +1,117 @@
+"""A folder of images: <root>/<class>/*, or <root>/{train,val,test}/<class>/*."""
+
+import functools
+import itertools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import tensorflow as tf
+from tqdm import tqdm
+
+from vgg_jax.data.splits import CORES, Records, random_access
+from vgg_jax.errors import InputError
+
+SPLITS = ("train", "val", "validation", "valid", "test")
+MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM")
+SNIFFED_AT_ONCE = 256  # files per task of a thread: one by one, handing out the tasks takes longer than the reading
+THREADS = 16  # they wait for the disk or the network, not for a core
+
+
+def folder_splits(root: str, skip_bad: bool) -> dict[str, Callable[[], Records]]:
+    """The splits of an image folder; each is read when it is called. Labels index the sorted class folders of the training split.
+
+    Raises InputError where there are no class folders, and, when a split is read, for files that are not images (unless `skip_bad`),
+    for a class folder without images and for a class that the training split does not have.
+    """
+    if not os.path.isdir(root):
+        raise InputError(f"no folder {root!r}: expected {os.path.join(root, '<class>', '*.jpg')} there; pass another one as --data")
+    names = [name for name in SPLITS if os.path.isdir(os.path.join(root, name))]
+    if names and names[0] != "train" and set(_class_names(root)) <= set(SPLITS):
+        raise InputError(
+            f"no training images under {root!r}: expected {os.path.join(root, 'train', '<class>', '*.jpg')} beside {names[0]!r}"
+        )
+    folders = {name: os.path.join(root, name) for name in names} if "train" in names else {"train": root}
+    classes = _class_names(folders["train"])
+    if not classes:
+        expected = os.path.join(folders["train"], "<class>", "*.jpg")
+        raise InputError(f"no images under {folders['train']!r}: expected {expected}; pass another folder as --data")
+    return {name: functools.partial(_records, f"{root} {name}", folder, classes, skip_bad) for name, folder in folders.items()}
+
+
+def _records(name: str, folder: str, classes: tuple[str, ...], skip_bad: bool) -> Records:
+    present = _class_names(folder)
+    if unknown := [each for each in present if each not in classes]:
+        raise InputError(f"the class folder {os.path.join(folder, unknown[0])!r} is none of training's {len(classes)}: remove or rename it")
+    # Bytes, because a file name need not be Unicode, and one tensor of all, because a list of a million str is several times as large.
+    listed = [sorted(entry for entry in os.listdir(os.fsencode(os.path.join(folder, each))) if not _hidden(entry)) for each in present]
+    paths = [
+        os.path.join(os.fsencode(folder), os.fsencode(each), entry)
+        for each, entries in zip(present, listed, strict=True)
+        for entry in entries
+    ]
+    labels = np.repeat(np.array([classes.index(each) for each in present], np.int32), [len(entries) for entries in listed])
+    good = _sniff(paths, name)
+    bad = list(itertools.compress(paths, ~good))
+    if bad and not skip_bad:
+        shown = ", ".join(repr(os.fsdecode(path)) for path in bad[:10]) + (", …" if len(bad) > 10 else "")
+        raise InputError(f"{len(bad)} of {len(paths)} files under {folder!r} are not images: {shown}; remove them or pass --skip-bad")
+    for each in present:
+        if not np.any(labels[good] == classes.index(each)):
+            raise InputError(
+                f"the class folder {os.path.join(folder, each)!r} has no images: expected at least one; add some or remove the folder"
+            )
+    files = tf.constant(list(itertools.compress(paths, good)), tf.string)
+    label_of = tf.constant(labels[good])
+
+    def read(indices: tf.data.Dataset) -> tf.data.Dataset:
+        def one(index: tf.Tensor) -> dict[str, tf.Tensor]:
+            return {"index": index, "encoded": tf.io.read_file(files[index]), "label": label_of[index]}
+
+        return indices.unbatch().map(one, num_parallel_calls=CORES, deterministic=True)
+
+    return Records(
+        name=name,
+        classes=classes,
+        size=int(good.sum()),
+        order=functools.partial(random_access, read=read),
+        file_name=lambda index: os.fsdecode(files[index].numpy()),
+        skipped=len(bad),
+    )
+
+
+def _class_names(folder: str) -> tuple[str, ...]:
+    with os.scandir(folder) as entries:
+        return tuple(sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")))
+
+
+def _hidden(name: bytes) -> bool:
+    return name.startswith(b".") or name == b"Thumbs.db"
+
+
+def _sniff(paths: list[bytes], name: str) -> np.ndarray:
+    """bool (n,): which files begin as an image does. Their extensions say little: ImageNet has a PNG named .JPEG."""
+    good = np.zeros(len(paths), bool)
+    starts = range(0, len(paths), SNIFFED_AT_ONCE)
+    bar = tqdm(total=len(paths), desc=f"looking at the files of {name}", unit="file", disable=None, delay=2)
+    with bar, ThreadPoolExecutor(THREADS) as pool:
+        for start, found in zip(
+            starts, pool.map(lambda start: [*map(_is_image, paths[start : start + SNIFFED_AT_ONCE])], starts), strict=True
+        ):
+            good[start : start + len(found)] = found
+            bar.update(len(found))
+    return good
+
+
+def _is_image(path: bytes) -> bool:
+    """Whether a file can be opened and begins as a JPEG, PNG, GIF, BMP or WebP does."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe would wait for a writer
+        try:
+            head = os.read(file, 16)  # a folder raises here
+        finally:
+            os.close(file)
+    except OSError:
+        return False
+    return head.startswith(MAGIC) or (head.startswith(b"RIFF") and head[8:12] == b"WEBP")

@@ -1,0 +1,67 @@
+"""Batches for training and evaluation: {"image", "colour_shift", "label", "mask", "index"}, seeded, padded, resumable.
+
+uint8 image (B, size, size, 3), float32 colour_shift (B, 3), int32 label (B,), bool mask (B,), int64 index (B,). No example is dropped: the
+last batch of an epoch is filled up with black images whose mask is False and whose index is -1.
+
+Every draw is a pure function of (seed, epoch, index), and the order one of (seed, epoch): what a batch holds does not depend on where
+the run was started.
+"""
+
+import functools
+
+import numpy as np
+import tensorflow as tf
+
+from vgg_jax.configs import Statistics, TrainConfig
+from vgg_jax.data.batches import Batches
+from vgg_jax.data.splits import Source
+from vgg_jax.data.transforms import eval_example, train_example
+
+ORDER, DRAWS = 0, 1  # independent streams of one seed
+EXAMPLE = ("index", "encoded", "label", "mask")
+
+
+def batches_per_epoch(source: Source, batch_size: int) -> int:
+    return -(-source.size // batch_size)
+
+
+def train_batches(source: Source, config: TrainConfig, statistics: Statistics, *, first_epoch: int = 0, first_batch: int = 0) -> Batches:
+    """The batches of the epochs up to `config.epochs`, in one stream, from batch `first_batch` of epoch `first_epoch` on (both from 0)."""
+    per_epoch = batches_per_epoch(source, config.batch_size)
+
+    def examples(batch: int) -> tf.data.Dataset:
+        first, at = divmod(first_epoch * per_epoch + first_batch + batch, per_epoch)
+
+        def epoch(number: tf.Tensor) -> tf.data.Dataset:
+            start = tf.where(number == first, tf.constant(at * config.batch_size, tf.int64), 0)
+            shuffled = source.examples(epoch_seed(config.seed, ORDER, number), start)
+            return _padded(shuffled, source.size, config.batch_size, epoch_seed=epoch_seed(config.seed, DRAWS, number))
+
+        return tf.data.Dataset.range(first, config.epochs).flat_map(tf.autograph.experimental.do_not_convert(epoch))
+
+    def prepare(example: dict) -> dict:
+        seed = tf.random.experimental.stateless_fold_in(example["epoch_seed"], example["index"])
+        return train_example({key: example[key] for key in EXAMPLE}, config, statistics, seed)
+
+    return Batches(source, examples, prepare, config.batch_size)
+
+
+def eval_batches(source: Source, config: TrainConfig, batch_size: int) -> Batches:
+    """One pass over the source, in its own order."""
+
+    def examples(batch: int) -> tf.data.Dataset:
+        return _padded(source.examples(None, batch * batch_size), source.size, batch_size)
+
+    return Batches(source, examples, functools.partial(eval_example, config=config), batch_size)
+
+
+def epoch_seed(seed: int, stream: int, epoch: tf.Tensor) -> tf.Tensor:
+    """int64 (2,) for `tf.random.experimental`, a pure function of the three."""
+    return tf.random.experimental.stateless_fold_in(tf.constant([seed, stream], tf.int64), epoch)
+
+
+def _padded(examples: tf.data.Dataset, size: int, batch_size: int, **constants: tf.Tensor) -> tf.data.Dataset:
+    """Examples with a mask and the `constants`, followed by as many masked ones as fill up the last batch."""
+    black = {"index": np.int64(-1), "encoded": tf.io.encode_png(np.zeros((1, 1, 3), np.uint8)), "label": np.int32(0)}
+    padding = tf.data.Dataset.from_tensors(black | {"mask": False} | constants).repeat(-size % batch_size)
+    return examples.map(lambda example: example | {"mask": True} | constants).concatenate(padding)

@@ -1,0 +1,92 @@
+"""Where examples come from: the digits that scikit-learn brings, a folder of images, or a TensorFlow Datasets name."""
+
+import functools
+import os
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import tensorflow as tf
+
+from vgg_jax.data.folder import folder_splits
+from vgg_jax.data.records import record_splits
+from vgg_jax.data.splits import Records, Source, divide, part, random_access, whole
+from vgg_jax.errors import InputError
+
+VALIDATION = ("validation", "val", "valid")  # one split under the names that it goes by
+
+
+def open_splits(
+    data: str,
+    *,
+    data_dir: str | None = None,
+    validation_fraction: float = 0.1,
+    seed: int = 0,
+    skip_bad: bool = False,
+    download: bool = False,
+) -> tuple[Source, Source]:
+    """The training and the validation split of "digits", an image folder or a TensorFlow Datasets name. Never looks at a test split.
+
+    Without a validation split, a seeded `validation_fraction` of the training split takes its place: at least one image, and none
+    only if the fraction is 0. Raises InputError for data that is not there or not usable.
+    """
+    splits = _splits(data, data_dir, skip_bad, download)
+    train = _pick(splits, ("train",), data)()
+    for name in VALIDATION:
+        if name in splits:
+            return whole(train), whole(splits[name]())
+    kept, held_out = divide(train.size, validation_fraction, seed)
+    if not len(kept):
+        raise InputError(
+            f"{train.name} has {train.size} image(s) and validation takes {len(held_out)}: no image is left to train on; "
+            "pass a smaller --validation-fraction"
+        )
+    return part(train, kept, train.name), part(train, held_out, f"{train.name} (held out)")
+
+
+def open_split(data: str, split: str, *, data_dir: str | None = None, skip_bad: bool = False, download: bool = False) -> Source:
+    """One split, whole: "train", "validation" under any of its names, "test", or what else TensorFlow Datasets has.
+
+    Raises InputError for data that is not there or not usable, and for a split that it does not have.
+    """
+    names = VALIDATION if split in VALIDATION else (split,)
+    return whole(_pick(_splits(data, data_dir, skip_bad, download), names, data)())
+
+
+def _splits(data: str, data_dir: str | None, skip_bad: bool, download: bool) -> dict[str, Callable[[], Records]]:
+    if data == "digits":
+        return {"train": _digits}
+    folder = os.path.expanduser(data)
+    # "imagenette/320px" may be a data set, so one separator inside a name does not make it a path.
+    if os.path.isdir(folder) or folder.startswith((".", os.sep)) or folder.count(os.sep) > 1 or folder.endswith(os.sep):
+        return folder_splits(folder, skip_bad)
+    return record_splits(data, data_dir, download)
+
+
+def _pick(splits: dict[str, Callable[[], Records]], names: Iterable[str], data: str) -> Callable[[], Records]:
+    for name in names:
+        if name in splits:
+            return splits[name]
+    raise InputError(f"{data!r} has no split {' or '.join(map(repr, names))}: expected one of {', '.join(splits)}")
+
+
+def _digits() -> Records:
+    """The 1,797 handwritten digits of the UCI test set, 8x8 with values 0-16, as greyscale PNG files in memory."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise InputError(f"the data 'digits' needs scikit-learn ({error}): pip install 'vgg-jax[train]'") from error
+    bunch = load_digits()
+    pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
+    encoded = tf.stack([tf.io.encode_png(image) for image in pixels])
+    labels = tf.constant(bunch.target, tf.int32)
+
+    def read(indices: tf.data.Dataset) -> tf.data.Dataset:
+        return indices.map(lambda i: {"index": i, "encoded": tf.gather(encoded, i), "label": tf.gather(labels, i)}).unbatch()
+
+    return Records(
+        name="digits train",
+        classes=tuple(map(str, bunch.target_names)),
+        size=len(labels),
+        order=functools.partial(random_access, read=read),
+        file_name=lambda index: f"digits train record {index}",
+    )

@@ -1,0 +1,108 @@
+"""What a split is, whatever it is stored in: examples in a seeded order that can start anywhere."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+
+import numpy as np
+import tensorflow as tf
+
+CORES = getattr(os, "process_cpu_count", os.cpu_count)() or 1
+CHUNK = 64  # indices that are looked up by one call; enough to hide the cost of the call, 7 MB of ImageNet photos
+SHUFFLE_BUFFER = 8192  # records of a sequential file held encoded: 0.9 GB of ImageNet photos, 10 MB of CIFAR
+
+# (seed of this epoch's order, int64 (2,), or None: in order; position to start at) -> {"index": int64, "encoded": string, "label": int32}
+Examples = Callable[[tf.Tensor | None, "tf.Tensor | int"], tf.data.Dataset]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The examples of one split, or of a part of one, as encoded bytes and a label."""
+
+    name: str  # for messages: "cifar10 train"
+    classes: tuple[str, ...]
+    size: int
+    examples: Examples
+    file_name: Callable[[int], str]  # what an example's "index" is called in a message or a table: its path, or "cifar10 train record 17"
+    skipped: int = 0  # files that are not images and were left out
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """A whole split as it is stored. `order` takes the sorted indices that are wanted, int64 (n,), and reads those."""
+
+    name: str
+    classes: tuple[str, ...]
+    size: int
+    order: Callable[[np.ndarray], Examples]
+    file_name: Callable[[int], str]
+    skipped: int = 0
+
+
+def part(records: Records, kept: np.ndarray, name: str) -> Source:
+    """The examples at the sorted indices `kept`, int64 (n,). An example keeps the index and the file name it has in the whole."""
+    return Source(name, records.classes, len(kept), records.order(kept), records.file_name, records.skipped)
+
+
+def whole(records: Records) -> Source:
+    return part(records, np.arange(records.size), records.name)
+
+
+def divide(size: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted indices for training and, a seeded `fraction` but at least one if it is not 0, for validation."""
+    # RandomState's stream is frozen: another numpy must not move training images into the validation part of a resumed run.
+    permutation = np.random.RandomState(np.random.MT19937(seed)).permutation(size)
+    count = max(1, round(size * fraction)) if fraction else 0
+    return np.sort(permutation[count:]).astype(np.int64), np.sort(permutation[:count]).astype(np.int64)
+
+
+def shuffle(positions: tf.Tensor, seed: tf.Tensor, size: int) -> tf.Tensor:
+    """int64 positions -> what is there after a permutation of 0 … size - 1 by `seed`, int64 (2,). Nothing of that size is held.
+
+    `tf.random.experimental.index_shuffle` is this operation with 4 rounds and the seed as its key. Measured over epochs, that repeats after
+    256 of them, and of 45,000 images the orders of two epochs correlate by 0.67, neighbours within one by 0.10. With 8 rounds and a
+    key that is drawn from the seed, both are those of numpy's permutations.
+    """
+    key = tf.random.stateless_uniform((3,), seed, minval=None, maxval=None, dtype=tf.int32)
+    return tf.raw_ops.RandomIndexShuffle(
+        index=positions, seed=tf.bitcast(key, tf.uint32), max_index=tf.constant(size - 1, tf.int64), rounds=16
+    )
+
+
+def random_access(kept: np.ndarray, read: Callable[[tf.data.Dataset], tf.data.Dataset]) -> Examples:
+    """For storage that finds an example by its index. `read` takes vectors of at most CHUNK indices and gives examples one by one.
+
+    Starting anywhere costs nothing, and the permutation is never held in memory.
+    """
+    size = len(kept)
+    lookup = tf.constant(kept, tf.int64)
+
+    def examples(seed: tf.Tensor | None, start: tf.Tensor | int = 0) -> tf.data.Dataset:
+        def indices(positions: tf.Tensor) -> tf.Tensor:
+            if seed is not None:
+                positions = shuffle(positions, seed, size)
+            return tf.gather(lookup, positions)
+
+        return read(tf.data.Dataset.range(start, size).batch(CHUNK).map(indices))
+
+    return examples
+
+
+def sequential(kept: np.ndarray, size: int, scan: Callable[[tf.Tensor | None], tf.data.Dataset], parse: Callable[[dict], dict]) -> Examples:
+    """For storage that is read from its beginning. `scan` gives {"index", "record"}, files in a seeded order; `parse` makes an example.
+
+    Starting elsewhere reads, but does not parse, what lies before.
+    """
+    wanted = tf.constant(np.isin(np.arange(size), kept))
+
+    def examples(seed: tf.Tensor | None, start: tf.Tensor | int = 0) -> tf.data.Dataset:
+        records = scan(seed)
+        if len(kept) < size:
+            records = records.filter(lambda record: wanted[record["index"]])
+        if seed is not None:
+            # The second number of a folded seed is the epoch itself, so draw one from both.
+            number = tf.random.stateless_uniform((), seed, minval=None, maxval=None, dtype=tf.int64)
+            records = records.shuffle(SHUFFLE_BUFFER, seed=number, reshuffle_each_iteration=False)
+        return records.skip(start).map(parse, num_parallel_calls=CORES, deterministic=True)
+
+    return examples

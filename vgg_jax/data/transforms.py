@@ -1,0 +1,248 @@
+"""What happens to one image, in TensorFlow operations: eagerly and inside `Dataset.map` alike. Sides are (height, width) in pixels."""
+
+import io
+import struct
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+from PIL import Image
+
+from vgg_jax.configs import Statistics, TrainConfig
+from vgg_jax.errors import InputError
+
+# What Pillow and torchvision decode: pixels are equal to theirs. TensorFlow's default differs by up to 21 levels, 1.2 on average.
+DCT = "INTEGER_ACCURATE"
+EXIF_HEAD = 4096  # bytes; EXIF belongs behind the start of a JPEG, or behind the 18 bytes of JFIF
+
+
+class Draw(NamedTuple):
+    """The random draws of one use of one training image (§3.1)."""
+
+    scale: tf.Tensor  # int32, S
+    y_fraction: tf.Tensor  # float32 in [0, 1)
+    x_fraction: tf.Tensor
+    flip: tf.Tensor  # bool
+    colour_shift: tf.Tensor  # float32 (3,), RGB, in the units of 0-255 pixels
+
+
+class _Window(NamedTuple):
+    """Which pixels of an image a crop of the rescaled image needs, and how they map to it. All (2,), along y and x."""
+
+    first: tf.Tensor  # int32
+    sides: tf.Tensor  # int32
+    zoom: tf.Tensor  # float32, pixels of the crop per source pixel
+    translation: tf.Tensor  # float32, of the window's corner, in pixels of the crop
+
+
+def train_example(example: dict, config: TrainConfig, statistics: Statistics, seed: tf.Tensor) -> dict:
+    """`example` with "image", uint8 (size, size, 3), and "colour_shift", float32 (3,), in the place of "encoded". `seed` is int64 (2,)."""
+    drawn = draw(seed, config, statistics)
+    image = crop_resized(example["encoded"], drawn.scale, config.image_size, drawn.y_fraction, drawn.x_fraction, config.exif)
+    rest = {key: value for key, value in example.items() if key != "encoded"}
+    return rest | {"image": flip(image, drawn.flip), "colour_shift": drawn.colour_shift}
+
+
+def eval_example(example: dict, config: TrainConfig) -> dict:
+    """As `train_example`, but the centre crop at Q = `eval_scale(config)`, not flipped, with a colour shift of zeros."""
+    image = crop_resized(example["encoded"], eval_scale(config), config.image_size, 0.5, 0.5, config.exif)
+    rest = {key: value for key, value in example.items() if key != "encoded"}
+    return rest | {"image": image, "colour_shift": tf.zeros(3)}
+
+
+def eval_scale(config: TrainConfig) -> int:
+    """Q = S, or the middle of the jitter's range (§4.1)."""
+    return (config.scale[0] + config.scale[-1]) // 2
+
+
+def draw(seed: tf.Tensor, config: TrainConfig, statistics: Statistics) -> Draw:
+    """A pure function of `seed`, int64 (2,). S is uniform over the integers of `config.scale`, both ends included."""
+    # Few and small operations: on a 32-pixel image they take as long as the pixels do.
+    seeds = tf.random.split(seed, 2)
+    uniform = tf.random.stateless_uniform((4,), seeds[0])
+    alpha = tf.random.stateless_normal((3,), seeds[1]) * config.colour_shift
+    smallest, largest = config.scale[0], config.scale[-1]
+    return Draw(
+        scale=tf.minimum(smallest + tf.cast(uniform[0] * (largest - smallest + 1), tf.int32), largest),
+        y_fraction=uniform[1],
+        x_fraction=uniform[2],
+        flip=uniform[3] < (0.5 if config.flip else 0.0),
+        colour_shift=tf.linalg.matvec(_components(config.colour_convention, statistics), alpha),
+    )
+
+
+def _components(convention: str, statistics: Statistics) -> np.ndarray:
+    """float32 (3, 3): the columns that the three alphas are multiplied by, RGB in the units of 0-255 pixels.
+
+    The formula as printed multiplies an eigenvector by its variance; with the variance of 0-255 pixels it would drown the image.
+    """
+    eigenvalues = np.array(statistics.eigenvalues)
+    # "deviation": Krizhevsky's own code and MatConvNet. "variance": fb.resnet.torch, pixels in [0, 1]: / 255², then times 255.
+    spread = np.sqrt(eigenvalues) if convention == "deviation" else eigenvalues / 255
+    return (np.array(statistics.eigenvectors) * spread).astype(np.float32)
+
+
+def flip(image: tf.Tensor, coin: tf.Tensor) -> tf.Tensor:
+    """(H, W, C), mirrored left to right if `coin`."""
+    return tf.where(coin, image[:, ::-1], image)
+
+
+def crop_resized(
+    encoded: tf.Tensor, scale: tf.Tensor | int, size: int, y_fraction: tf.Tensor | float, x_fraction: tf.Tensor | float, exif: bool = True
+) -> tf.Tensor:
+    """uint8 (size, size, 3): the crop that rescaling the shorter side to `scale` >= `size` and cropping would give (§3.1).
+
+    Only the source pixels that the crop is made of are decoded (of an upright JPEG) and resampled. A fraction in [0, 1] picks one of
+    the offsets from the first to the last: equally likely for a uniform fraction, the centre crop for 0.5.
+    """
+    turn = orientation(encoded) if exif else tf.constant(1)
+
+    def from_jpeg() -> tf.Tensor:
+        window = _window(tf.io.extract_jpeg_shape(encoded)[:2], scale, size, fractions)
+        pixels = tf.io.decode_and_crop_jpeg(encoded, tf.concat([window.first, window.sides], 0), channels=3, dct_method=DCT)
+        return _resample(pixels, (size, size), window.zoom, window.translation)
+
+    def from_image() -> tf.Tensor:
+        image = _upright(_decode(encoded), turn)
+        window = _window(tf.shape(image)[:2], scale, size, fractions)
+        pixels = tf.slice(image, [*tf.unstack(window.first), 0], [*tf.unstack(window.sides), 3])
+        return _resample(pixels, (size, size), window.zoom, window.translation)
+
+    fractions = tf.cast(tf.stack([y_fraction, x_fraction]), tf.float64)
+    return tf.ensure_shape(tf.cond(_is_jpeg(encoded) & (turn == 1), from_jpeg, from_image), (size, size, 3))
+
+
+def _window(sides: tf.Tensor, scale: tf.Tensor | int, size: int, fractions: tf.Tensor) -> _Window:
+    """The window of an image of `sides`, int32 (2,), for the crop at `fractions`, float64 (2,), of the image rescaled to `scale`.
+
+    A crop of round(size * short / scale) source pixels, resized, would be simpler, but leaves an 8x8 digit two scales and two offsets.
+    """
+    exact = tf.cast(sides, tf.float64)
+    rescaled = _rescaled(exact, scale)
+    extent = rescaled - size
+    offset = tf.minimum(tf.floor(fractions * (extent + 1)), extent)
+    zoom = rescaled / exact
+    reach = tf.maximum(tf.ones_like(zoom), 1 / zoom) + 1  # of the filter, in source pixels
+    first = tf.maximum(tf.zeros_like(zoom), tf.floor(offset / zoom - reach))
+    last = tf.minimum(exact, tf.math.ceil((offset + size) / zoom + reach))
+    return _Window(
+        first=tf.cast(first, tf.int32),
+        sides=tf.cast(last - first, tf.int32),
+        zoom=tf.cast(zoom, tf.float32),
+        translation=tf.cast(first * zoom - offset, tf.float32),
+    )
+
+
+def rescale(image: tf.Tensor, scale: tf.Tensor | int) -> tf.Tensor:
+    """uint8 (H, W, 3) -> uint8 with the shorter side `scale` and the longer one round(long * scale / short) (§3.1)."""
+    sides = tf.cast(tf.shape(image)[:2], tf.float64)
+    rescaled = _rescaled(sides, scale)
+    return _resample(image, tf.cast(rescaled, tf.int32), tf.cast(rescaled / sides, tf.float32), tf.zeros(2))
+
+
+def _rescaled(sides: tf.Tensor, scale: tf.Tensor | int) -> tf.Tensor:
+    return tf.round(sides * tf.cast(scale, tf.float64) / tf.reduce_min(sides))
+
+
+def _resample(image: tf.Tensor, sides: tf.Tensor | tuple[int, int], zoom: tf.Tensor, translation: tf.Tensor) -> tf.Tensor:
+    """Antialiased bilinear, as Pillow and torchvision do it: the filter is as wide as a pixel of the result."""
+    resampled = tf.raw_ops.ScaleAndTranslate(
+        images=tf.cast(image, tf.float32)[None], size=sides, scale=zoom, translation=translation, kernel_type="triangle", antialias=True
+    )
+    return tf.cast(tf.round(resampled[0]), tf.uint8)
+
+
+def decode(encoded: tf.Tensor, exif: bool = True) -> tf.Tensor:
+    """uint8 (H, W, 3) RGB of a JPEG, PNG, WebP or BMP image or the first frame of a GIF; alpha is dropped, 16 bits become 8.
+
+    Turned as the EXIF orientation of a JPEG says if `exif`. Raises tf.errors.InvalidArgumentError for what cannot be decoded, or ValueError
+    if Pillow is asked eagerly (for anything but JPEG and PNG).
+    """
+    image = _decode(encoded)
+    return _upright(image, orientation(encoded)) if exif else image
+
+
+def _decode(encoded: tf.Tensor) -> tf.Tensor:
+    def other() -> tf.Tensor:
+        return tf.ensure_shape(tf.numpy_function(_decode_by_pillow, [encoded], tf.uint8), (None, None, 3))
+
+    def png() -> tf.Tensor:
+        return tf.io.decode_png(encoded, channels=3)
+
+    is_png = tf.strings.substr(encoded, 0, 4) == b"\x89PNG"
+    return tf.cond(
+        _is_jpeg(encoded),
+        lambda: tf.io.decode_jpeg(encoded, channels=3, dct_method=DCT),
+        lambda: tf.cond(is_png, png, other),
+    )
+
+
+def _decode_by_pillow(encoded: bytes | np.ndarray) -> np.ndarray:
+    """For what TensorFlow decodes only in part: it refuses a BMP with a palette, and WebP before version 2.19."""
+    try:
+        with Image.open(io.BytesIO(_bytes(encoded))) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise ValueError(
+            "not an image that Pillow can decode" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        ) from error
+
+
+def _is_jpeg(encoded: tf.Tensor) -> tf.Tensor:
+    return tf.strings.substr(encoded, 0, 3) == b"\xff\xd8\xff"
+
+
+def orientation(encoded: tf.Tensor) -> tf.Tensor:
+    """int32, 1 to 8: how EXIF says that the pixels of a JPEG lie; 1, upright, where it says nothing."""
+
+    def read() -> tf.Tensor:
+        return tf.ensure_shape(tf.numpy_function(_read_orientation, [head], tf.int32), ())
+
+    head = tf.strings.substr(encoded, 0, EXIF_HEAD)
+    # \C is any byte; "." would stop at one that is not UTF-8. Few photos have EXIF, and Python is asked for those only.
+    marked = _is_jpeg(encoded) & tf.strings.regex_full_match(head, r"\C*Exif\x00\x00\C*")
+    return tf.cond(marked, read, lambda: tf.constant(1))
+
+
+def _read_orientation(head: bytes | np.ndarray) -> np.int32:
+    """Tag 0x112 of the first directory. Not by Pillow, which warns or raises in many ways about the broken EXIF that cameras write."""
+    head = _bytes(head)
+    start = head.find(b"Exif\0\0") + 6
+    order = {b"II": "<", b"MM": ">"}.get(head[start : start + 2])
+    if order is None:
+        return np.int32(1)
+    try:
+        directory = start + struct.unpack_from(f"{order}I", head, start + 4)[0]
+        for entry in range(struct.unpack_from(f"{order}H", head, directory)[0]):
+            at = directory + 2 + 12 * entry
+            tag, kind = struct.unpack_from(f"{order}HH", head, at)
+            if tag == 0x112:
+                value = struct.unpack_from(order + ("I" if kind == 4 else "H"), head, at + 8)[0]
+                return np.int32(value if 1 <= value <= 8 else 1)
+    except struct.error:  # the directory lies outside the file
+        pass
+    return np.int32(1)
+
+
+def _bytes(string: bytes | np.ndarray) -> bytes:
+    """`tf.numpy_function` hands over a string as bytes in a graph, but as an array of shape () eagerly."""
+    return np.asarray(string, object).item()
+
+
+def _upright(image: tf.Tensor, turn: tf.Tensor) -> tf.Tensor:
+    """(H, W, 3) whose pixels lie as EXIF orientation `turn` says -> (H, W, 3) or (W, H, 3), upright."""
+    image = tf.cond(turn >= 5, lambda: tf.transpose(image, (1, 0, 2)), lambda: image)
+    image = tf.cond((turn == 3) | (turn == 4) | (turn == 7) | (turn == 8), lambda: image[::-1], lambda: image)
+    return tf.cond((turn == 2) | (turn == 3) | (turn == 6) | (turn == 7), lambda: image[:, ::-1], lambda: image)
+
+
+def crop_offsets(side: int, crop: int, count: int) -> tuple[int, ...]:
+    """`count` evenly spaced offsets of a crop in a side, from first to last (§3.2): crop_offsets(256, 224, 5) is (0, 8, 16, 24, 32).
+
+    One offset is the centre's. Raises InputError for a crop that does not fit.
+    """
+    if crop > side:
+        raise InputError(f"the crop is {crop} pixels and the image side {side}: expected at most the side; pass a larger test scale")
+    if count == 1:
+        return ((side - crop) // 2,)
+    return tuple(int(offset) for offset in np.round(np.linspace(0, side - crop, count)))
