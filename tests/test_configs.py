@@ -39,6 +39,7 @@ def test_presets_give_way_to_what_is_given():
     assert preset("digits").image_size == 32
     assert preset("digits", image_size=64, scale=(64,)).image_size == 64
     assert preset("cifar10:3.0.2").fc == (512, 512)
+    assert preset("digits", schedule="plateau").drop_epochs == ()
     assert preset("some/folder") == TrainConfig(data="some/folder")
 
 

@@ -19,7 +19,7 @@ def with_gradients(f, x, kernel, g):
     return y, *pullback(g)
 
 
-# Each path of the convolution: connected, im2col by channels and by size, Winograd in one piece and in chunks (which divide the images
+# Each path of the convolution: im2col by channels and by size, Winograd in one piece and in chunks (which divide the images
 # or do not), direct.
 SHAPES = [
     (3, 1, 1, 8, 5, 3),

@@ -10,8 +10,8 @@ from vgg_jax.optimizer import learning_rate, set_learning_rate, sgd
 
 
 @pytest.mark.parametrize("decay_biases", [False, True])
-def test_update_is_caffes(decay_biases):
-    """v = m v + rate (g + decay w); w -= v, through a change of the rate."""
+def test_update_is_the_one_written_out(decay_biases):
+    """v = m v + g + decay w; w -= rate v, through a change of the rate."""
     config = TrainConfig(decay_biases=decay_biases)
     optimizer = sgd(config)
     rng = np.random.default_rng(0)
@@ -26,8 +26,8 @@ def test_update_is_caffes(decay_biases):
         params = optax.apply_updates(params, updates)
         for name in w:
             decay = 5e-4 if decay_biases or name == "kernel" else 0.0
-            velocity[name] = 0.9 * velocity[name] + rate * (gradient[name] + decay * w[name])
-            w[name] -= velocity[name]
+            velocity[name] = 0.9 * velocity[name] + gradient[name] + decay * w[name]
+            w[name] -= rate * velocity[name]
             np.testing.assert_allclose(params["fc8"][name], w[name], rtol=1e-5)
 
 

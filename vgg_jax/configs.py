@@ -194,14 +194,17 @@ _CIFAR = {"image_size": 32, "scale": (32, 40), "fc": (512, 512), "batch_size": 1
 PRESETS: dict[str, dict] = {
     "digits": {
         "net": "A",
+        "batch_norm": True,  # the plain net needs twice the epochs
+        "dropout_rate": 0.2,
         "image_size": 32,
-        "scale": (32, 36),
+        "scale": (32,),
         "fc": (512, 512),
         "batch_size": 32,
         "flip": False,
         "colour_shift": 0.0,
-        "patience": 3,
-        "epochs": 10,
+        "schedule": "step",
+        "drop_epochs": (3,),
+        "epochs": 4,
     },
     "cifar10": _CIFAR,
     "cifar100": _CIFAR,
@@ -209,5 +212,9 @@ PRESETS: dict[str, dict] = {
 
 
 def preset(data: str, **given) -> TrainConfig:
-    """The configuration for a data set: the values `given`, else the data set's preset, else the paper's."""
-    return TrainConfig(**{"data": data} | PRESETS.get(data.split(":")[0], {}) | given)
+    """The configuration for a data set: the values `given` (lists become tuples), else the data set's preset, else the paper's."""
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    chosen = PRESETS.get(data.split(":")[0], {})
+    if given.get("schedule", "step") != "step":
+        chosen = {name: value for name, value in chosen.items() if name != "drop_epochs"}
+    return TrainConfig(**{"data": data} | chosen | given)

@@ -1,9 +1,9 @@
 """The operations that need care: convolution and pooling that are fast on a CPU too, batch normalisation, LRN, FC layers over maps.
 
 Shapes are (N, H, W, C). On an accelerator a convolution is XLA's own. On a CPU XLA's is slow in three places (2-core x86,
-float32, forward and both gradients together, jax 0.10.1): a map that is smaller than the kernel reaches (2x2x512, batch 128:
-2,600 ms, here 110 as one matrix product), the three channels of the image (32x32, batch 128: 115 ms, here 49 by im2col), and
-everywhere the 144 products a tile that Winograd does with 36 (8x8x256, batch 128: 419 ms, here 185).
+float32, batch 128, forward and both gradients together, jax 0.10.1): a map smaller than the kernel (2x2x512: 2,600 ms, by im2col
+116), the three channels of the image (32x32: 111 ms, by im2col 88), and everywhere the 144 products a tile that Winograd does
+with 36 (8x8x256: 411 ms, here 208).
 """
 
 import flax.linen as nn
@@ -33,15 +33,6 @@ def _direct(x: Array, kernel: Array) -> Array:
     return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=_NHWC)
 
 
-def _connected(x: Array, kernel: Array) -> Array:
-    """A convolution that sees its whole map from every pixel, as one matrix product."""
-    n, h, w, _ = x.shape
-    centre, channels = kernel.shape[0] // 2, kernel.shape[3]
-    pixels = [(i, j) for i in range(h) for j in range(w)]
-    matrix = jnp.block([[kernel[centre + i - p, centre + j - q] for p, q in pixels] for i, j in pixels])
-    return (x.reshape(n, -1) @ matrix).reshape(n, h, w, channels)
-
-
 def _im2col(x: Array, kernel: Array) -> Array:
     h, w = x.shape[1:3]
     side, _, _, channels = kernel.shape
@@ -53,8 +44,6 @@ def _im2col(x: Array, kernel: Array) -> Array:
 
 def _on_cpu(x: Array, kernel: Array) -> Array:
     (h, w, c), side = x.shape[1:], kernel.shape[0]
-    if max(h, w) <= side // 2 + 1:
-        return _connected(x, kernel)
     if c <= 4 or min(h, w) < side:
         return _im2col(x, kernel)
     # Measured at 224x224x64: 0.6 to 1.0 times the direct speed; bfloat16 has too few digits for the transforms.

@@ -129,9 +129,9 @@ def fit(config: TrainConfig, workdir: str | Path, data_dir: str | Path | None = 
             saved_at = time.monotonic()
             with (workdir / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(record) + "\n")
-            tqdm.write(line(record))
+            print(line(record), flush=True)
             if stuck(history, len(train.classes)):
-                tqdm.write(advice(len(train.classes)))
+                print(advice(len(train.classes)), flush=True)
 
     top = max(history, key=lambda record: record["validation"]["accuracy"])
     print(f"done: best validation accuracy {top['validation']['accuracy']:.2%} in epoch {top['epoch']}, {workdir / 'best'}", flush=True)
