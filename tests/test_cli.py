@@ -59,6 +59,7 @@ def test_what_is_not_given_is_the_presets():
         (("train", "cifar10", "--data-dir", "nowhere"), ("cifar10", "nowhere", "--download")),
         (("train", "--batch-size", "7"), ("7", "2 devices", "--batch-size")),
         (("train", "--init-from", "no_run"), ("no_run", "run.json")),
+        (("train", "--workdir", "/dev/null/w"), ("/dev/null/w", "--workdir")),
         (("statistics", "digits", "--split", "test"), ("digits", "test", "train")),
     ],
 )

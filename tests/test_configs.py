@@ -59,6 +59,7 @@ def test_presets_give_way_to_what_is_given():
         ("weight_decay", -1.0),
         ("dropout_rate", 1.0),
         ("validation_fraction", 1.5),
+        ("validation_fraction", 0.0),
         ("fc", (0, 10)),
         ("schedule", "step"),
         ("drop_epochs", (3,)),

@@ -29,20 +29,26 @@ class Run:
 
     config: TrainConfig
     classes: tuple[str, ...]
-    statistics: Statistics
+    colours: Statistics
     train_size: int
     validation_size: int
 
 
 def open_run(workdir: Path, run: Run) -> bool:
-    """Whether the workdir holds this run already; writes its run.json where it holds none.
+    """Whether the workdir holds a checkpoint of this run; writes its run.json where it holds none of any.
 
     Raises InputError where it holds another run, with the differences listed, or a run.json that cannot be read.
     """
     path = workdir / "run.json"
-    if not path.exists():
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(_plain(run), indent=1) + "\n")
+    if not any(step.name.isdigit() for folder in ("last", "best") for step in (workdir / folder).glob("*")):
+        # A run that was stopped, or ran out of memory, before its first checkpoint left nothing but its name.
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            write_whole(path, json.dumps(_plain(run), indent=1) + "\n")
+        except OSError as error:
+            raise InputError(
+                f"cannot write to {workdir} ({error.strerror}): expected a folder of the run; pass another --workdir"
+            ) from error
         return False
     old, new = _flat(_plain(read_run(workdir))), _flat(_plain(run))
     differences = [f"{name} is {old.get(name)!r} there and {new.get(name)!r} here" for name in new if old.get(name) != new.get(name)]
@@ -59,8 +65,8 @@ def read_run(workdir: Path) -> Run:
     try:
         content = json.loads(path.read_text())
         config = TrainConfig(**{name: _tuples(value) for name, value in content.pop("config").items()})
-        statistics = Statistics(**{name: _tuples(value) for name, value in content.pop("statistics").items()})
-        return Run(config, tuple(content.pop("classes")), statistics, **content)
+        colours = Statistics(**{name: _tuples(value) for name, value in content.pop("colours").items()})
+        return Run(config, tuple(content.pop("classes")), colours, **content)
     except FileNotFoundError as error:
         raise InputError(f"no run in {workdir}: expected {path}, which `vgg-jax train` writes; pass the workdir of a run") from error
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, OSError, InputError) as error:
@@ -87,14 +93,14 @@ def load(workdir: str | os.PathLike) -> tuple[VGG, dict[str, Any], dict[str, Any
         with Saved(folder, read_only=True) as best:
             restored = best.restore(shapes)
     if restored is None:
-        raise InputError(f"no trained net in {workdir}: its first epoch is not done; run the same `vgg-jax train` again to go on")
+        raise InputError(f"no trained net in {folder}: expected one after the first epoch; run the same `vgg-jax train` again to go on")
     variables, progress = restored
     preprocessing = {
-        "mean_rgb": run.statistics.mean_rgb,
+        "mean_rgb": run.colours.mean_rgb,
         "range": (0, 255),
         "channels": "RGB",
         "image_size": run.config.image_size,
-        "scale": run.config.scale,
+        "scale": (run.config.scale[0] + run.config.scale[-1]) // 2,  # Q, the shorter side; the centre crop is read
         "interpolation": "bilinear, antialiased",
         "exif": run.config.exif,
     }
@@ -105,13 +111,16 @@ class Saved:
     """A folder of checkpoints, each a tree of arrays with a JSON object; only the newest is kept."""
 
     def __init__(self, folder: Path, read_only: bool = False) -> None:
-        # Without the background thread: the arrays are donated to the next step as soon as `save` returns.
-        options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False, read_only=read_only)
+        # Without the background thread: on a CPU it would read the very arrays that are donated to the next step.
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=1, enable_async_checkpointing=False, read_only=read_only, cleanup_tmp_directories=not read_only
+        )
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def save(self, step: int, arrays: Any, progress: dict[str, Any]) -> None:
+        """Saves what a run holds at a step, unless it is there: the same run came to the same step."""
         if step in self._manager.all_steps():
-            self._manager.delete(step)
+            return
         items = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), progress=ocp.args.JsonSave(progress))
         self._manager.save(step, args=items, force=True)
 

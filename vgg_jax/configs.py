@@ -175,7 +175,9 @@ class TrainConfig:
         for name in ("weight_decay", "colour_shift", "drops", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} is {getattr(self, name)}: expected 0 or more")
-        for name in ("dropout_rate", "momentum", "validation_fraction"):
+        if not 0 < self.validation_fraction < 1:
+            raise InputError(f"validation_fraction is {self.validation_fraction}: expected more than 0 and less than 1")
+        for name in ("dropout_rate", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}: expected at least 0 and less than 1")
         if len(self.fc) != 2 or min(self.fc) < 1:

@@ -50,6 +50,7 @@ class VGG(nn.Module):
         examples where `mask` (N,) is true (needs `mutable=["batch_stats"]`). Raises InputError for images of another size.
         """
         size = self.image_size
+        _check_shape(images)
         if images.shape[1:3] != (size, size):
             raise InputError(
                 f"the images are {images.shape[1]}x{images.shape[2]}: this net gives logits of {size}x{size} images; "
@@ -117,9 +118,13 @@ def _deepest(wanted: tuple[str, ...], names: list[str]) -> int:
     return max(names.index(name) for name in wanted)
 
 
-def _check_images(x: Array, table: tuple) -> None:
+def _check_shape(x: Array) -> None:
     if x.ndim != 4 or x.shape[3] != 3:
         raise InputError(f"the images have the shape {x.shape}: expected (N, H, W, 3)")
+
+
+def _check_images(x: Array, table: tuple) -> None:
+    _check_shape(x)
     pools = sum(layer.kind == "pool" for layer in table)
     smallest = max([1, *(layer.kernel for layer in table if layer.kind == "fc")]) * 2**pools
     if min(x.shape[1:3]) < smallest:
@@ -146,8 +151,12 @@ def init_from(
     Copied is a layer that both have with equal shapes, with the batch normalisation behind it; another (an fc8 for other classes) stays.
     Works for `params` and for `batch_stats`.
     """
-    wanted = {name for layer in layers for name in (layer, layer.replace("conv", "bn"))}
-    copied = tuple(name for name in params if name in wanted and name in source and _shapes(source[name]) == _shapes(params[name]))
+
+    def fits(name: str) -> bool:
+        return name in source and name in params and _shapes(source[name]) == _shapes(params[name])
+
+    wanted = {name for layer in layers if fits(layer) or layer not in params for name in (layer, layer.replace("conv", "bn"))}
+    copied = tuple(name for name in params if name in wanted and fits(name))
     return {name: source[name] if name in copied else value for name, value in params.items()}, copied
 
 

@@ -9,11 +9,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from vgg_jax.errors import InputError
 
 
-def data_mesh(batch_size: int, devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh of the devices (all, by default). Raises InputError where they do not share the batch evenly."""
+def data_mesh(examples: int, devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh of the devices (all, by default). Raises InputError where they do not share so many examples evenly."""
     devices = jax.devices() if devices is None else devices
-    if batch_size % len(devices):
-        raise InputError(f"the batch size is {batch_size}: expected a multiple of the {len(devices)} devices; pass another --batch-size")
+    if examples % len(devices):
+        raise InputError(
+            f"{examples} examples are computed at once: expected a multiple of the {len(devices)} devices; "
+            "pass another --batch-size or --microbatch"
+        )
     # Explicit axes, the default since jax 0.9, are refused by linen's Conv.
     return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,11 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from tqdm import tqdm
 
 from vgg_jax.checkpoint import Run, Saved, load, open_run, read_run, restore_state, write_whole
 from vgg_jax.configs import IMAGENET, TrainConfig
 from vgg_jax.data import Source, batches_per_epoch, eval_batches, measure, open_splits, train_batches
+from vgg_jax.errors import InputError
 from vgg_jax.metrics import Sums, averages, merge
 from vgg_jax.model import FROM_A, init_from
 from vgg_jax.optimizer import learning_rate, set_learning_rate, sgd
@@ -45,10 +48,10 @@ def fit(config: TrainConfig, workdir: str | Path, data_dir: str | Path | None = 
     input, DivergedError where the loss becomes infinite or NaN.
     """
     workdir = Path(workdir)
-    mesh = data_mesh(config.batch_size)
+    mesh = data_mesh(config.microbatch or config.batch_size)
     known = read_run(workdir) if (workdir / "run.json").exists() else None
-    if config.init_from is not None:
-        read_run(Path(config.init_from))  # raises now rather than after the data are read
+    if config.init_from is not None and known is None:
+        load(config.init_from)  # raises now rather than after the data are read
     train, validation = open_splits(
         config.data,
         data_dir=None if data_dir is None else str(data_dir),
@@ -63,7 +66,7 @@ def fit(config: TrainConfig, workdir: str | Path, data_dir: str | Path | None = 
     if config.statistics == "imagenet":
         statistics = IMAGENET
     else:
-        statistics = known.statistics if known is not None and known.config == config else measure(train).statistics
+        statistics = known.colours if known is not None and known.config == config else measure(train).statistics
     resuming = open_run(workdir, Run(config, train.classes, statistics, train.size, validation.size))
 
     model = build_model(config, len(train.classes))
@@ -86,6 +89,10 @@ def fit(config: TrainConfig, workdir: str | Path, data_dir: str | Path | None = 
         write_whole(workdir / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history))
 
         def save_last() -> None:
+            # The loss that a step reports is the one before its update.
+            assert rate is not None
+            if not finite(state.params):
+                raise DivergedError(diverged("a parameter", len(history) + 1, batch_number, rate))
             progress = {"history": history, "batch": batch_number, "seconds": seconds, "sums": dataclasses.asdict(sums)}
             last.save(len(history) * (per_epoch + 1) + batch_number, state, progress)
 
@@ -112,8 +119,10 @@ def fit(config: TrainConfig, workdir: str | Path, data_dir: str | Path | None = 
             check_finite(sums, epoch, batch_number, rate)
             seconds = seconds_before + time.monotonic() - started
 
-            validated = evaluate_all(eval_step, state, validation_batches, validation, mesh, stop)
-            if validated is None:
+            validated = None if stop.is_set() else evaluate_all(eval_step, state, validation_batches, validation, mesh, stop)
+            if validated is not None:
+                check_finite(validated, epoch, batch_number, rate)
+            else:
                 save_last()
                 print(f"stopped in epoch {epoch} and saved in {workdir}: the same command goes on from there", flush=True)
                 return Outcome(history, stopped=True)
@@ -145,7 +154,11 @@ def start_from(config: TrainConfig, model: Any, state: TrainState) -> TrainState
     same = metadata["config"].vgg.stages == model.config.stages
     layers = tuple(state.params) if same else FROM_A
     params, copied = init_from(variables["params"], state.params, layers)
-    batch_stats, _ = init_from(variables.get("batch_stats", {}), state.batch_stats, layers)
+    batch_stats, _ = init_from(variables.get("batch_stats", {}), state.batch_stats, copied)
+    if not copied:
+        raise InputError(
+            f"no layer of {config.init_from} fits {config.net}: expected layers of equal names and shapes; pass another --init-from"
+        )
     new = [name for name in state.params if name not in copied]
     print(f"from {config.init_from}: {', '.join(copied) or 'nothing'}; new: {', '.join(new) or 'nothing'}", flush=True)
     placed = jax.device_put((params, batch_stats), jax.tree.map(lambda x: x.sharding, (state.params, state.batch_stats)))
@@ -187,10 +200,19 @@ def progress_bar(name: str, total: int, initial: int = 0) -> tqdm:
 
 def check_finite(sums: Sums, epoch: int, batch: int, rate: float) -> None:
     if not math.isfinite(sums.loss):
-        raise DivergedError(
-            f"the loss is {sums.loss} in epoch {epoch}, by batch {batch}, at learning rate {rate:g}: "
-            f"expected a finite one; pass a lower --learning-rate, --initializer glorot or --batch-norm, and a new --workdir"
-        )
+        raise DivergedError(diverged("the loss", epoch, batch, rate))
+
+
+def diverged(what: str, epoch: int, batch: int, rate: float) -> str:
+    return (
+        f"{what} is not finite in epoch {epoch}, by batch {batch}, at learning rate {rate:g}: "
+        f"pass a lower --learning-rate, --initializer glorot or --batch-norm, and a new --workdir"
+    )
+
+
+@jax.jit
+def finite(params: Any) -> jax.Array:
+    return jnp.all(jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(params)]))
 
 
 def epoch_record(epoch: int, seconds: float, rate: float, sums: Sums, validated: Sums, train: Source) -> dict[str, Any]:
@@ -245,6 +267,7 @@ def stop_signals() -> Iterator[threading.Event]:
     def handle(number: int, frame: object) -> None:
         stop.set()
         restore()
+        print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
 
     for number in before:
         signal.signal(number, handle)

@@ -79,7 +79,7 @@ def train_step(
     """One step of SGD on the mean loss of the batch's real examples, and their sums as they were seen in training.
 
     With `microbatch` that many examples at a time run forward and backward and their gradients are added: the same step but for
-    batch normalisation, whose statistics are then a micro-batch's.
+    batch normalisation, whose statistics are then a micro-batch's, and for what dropout draws.
     """
     step_key = jax.random.fold_in(state.key, state.step)
 

@@ -26,7 +26,7 @@ def folder_splits(root: str, skip_bad: bool) -> dict[str, Callable[[], Records]]
     for a class folder without images and for a class that the training split does not have.
     """
     if not os.path.isdir(root):
-        raise InputError(f"no folder {root!r}: expected {os.path.join(root, '<class>', '*.jpg')} there; pass another one as --data")
+        raise InputError(f"no folder {root!r}: expected {os.path.join(root, '<class>', '*.jpg')} there; pass another one as DATA")
     names = [name for name in SPLITS if os.path.isdir(os.path.join(root, name))]
     if names and names[0] != "train" and set(_class_names(root)) <= set(SPLITS):
         raise InputError(
@@ -36,7 +36,7 @@ def folder_splits(root: str, skip_bad: bool) -> dict[str, Callable[[], Records]]
     classes = _class_names(folders["train"])
     if not classes:
         expected = os.path.join(folders["train"], "<class>", "*.jpg")
-        raise InputError(f"no images under {folders['train']!r}: expected {expected}; pass another folder as --data")
+        raise InputError(f"no images under {folders['train']!r}: expected {expected}; pass another folder as DATA")
     return {name: functools.partial(_records, f"{root} {name}", folder, classes, skip_bad) for name, folder in folders.items()}
 
 

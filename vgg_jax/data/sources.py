@@ -1,5 +1,6 @@
 """Where examples come from: the digits that scikit-learn brings, a folder of images, or a TensorFlow Datasets name."""
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterable
@@ -40,7 +41,8 @@ def open_splits(
             f"{train.name} has {train.size} image(s) and validation takes {len(held_out)}: no image is left to train on; "
             "pass a smaller --validation-fraction"
         )
-    return part(train, kept, train.name), part(train, held_out, f"{train.name} (held out)")
+    held = dataclasses.replace(part(train, held_out, f"{train.name} (held out)"), skipped=0)  # they are counted with the others
+    return part(train, kept, train.name), held
 
 
 def open_split(data: str, split: str, *, data_dir: str | None = None, skip_bad: bool = False, download: bool = False) -> Source:

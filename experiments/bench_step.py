@@ -1,0 +1,120 @@
+"""How long one step takes, beside a peer's script in turn with ours.
+
+    python experiments/bench_step.py --net A --image-size 32 --batch 128 --fc 512 [--mode infer] [--dtype bfloat16]
+    python experiments/bench_step.py … --peer "python linen_step.py"     # runs that command with the same flags after each run of ours
+
+Prints one JSON line: the seconds of a step, warm (the median of --runs), and with --peer the ratios, peer's seconds over ours, pair by
+pair. The peer's command must take --net, --image-size, --batch, --hidden, --dtype, --mode and print a JSON line with "seconds".
+"""
+
+import argparse
+import dataclasses
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vgg_jax import CONFIGS, IMAGENET, VGG, TrainConfig, compiler_options
+from vgg_jax.optimizer import sgd
+from vgg_jax.sharding import data_mesh, put_batch
+from vgg_jax.train_step import compile_steps, init_state, preprocess
+
+CLASSES = 10
+
+
+def seconds_of_steps(args: argparse.Namespace) -> dict[str, float]:
+    config = TrainConfig(
+        net=args.net,
+        fc=(args.fc, args.fc),
+        dtype=args.dtype,
+        image_size=args.image_size,
+        scale=(args.image_size,),
+        batch_size=args.batch,
+    )
+    model = VGG(dataclasses.replace(CONFIGS[args.net], fc=config.fc), CLASSES, dtype=jnp.dtype(args.dtype), image_size=args.image_size)
+    mesh = data_mesh(args.batch)
+    state = init_state(model, sgd(config), 0, mesh)
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.integers(256, size=(args.batch, args.image_size, args.image_size, 3), dtype=np.uint8),
+        "colour_shift": np.zeros((args.batch, 3), np.float32),
+        "label": rng.integers(CLASSES, size=args.batch).astype(np.int32),
+        "mask": np.ones(args.batch, bool),
+    }
+    on_device = put_batch(batch, mesh)
+    if args.mode == "train":
+        step, _ = compile_steps(config, model, IMAGENET.mean_rgb, mesh)
+
+        def run() -> None:
+            nonlocal state
+            state, _ = jax.block_until_ready(step(state, on_device))
+    else:
+        images = preprocess(on_device["image"], IMAGENET.mean_rgb)
+        infer = jax.jit(model.apply, compiler_options=compiler_options())
+        variables = {"params": state.params}
+
+        def run() -> None:
+            jax.block_until_ready(infer(variables, images))
+
+    first = timed(run)
+    seconds = [timed(run) for _ in range(args.runs)]
+    return {
+        "seconds": statistics.median(seconds),
+        "min": min(seconds),
+        "max": max(seconds),
+        "first_call_seconds": first,
+        "images_per_second": args.batch / statistics.median(seconds),
+    }
+
+
+def timed(run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def seconds_of_peer(args: argparse.Namespace) -> float:
+    flags = (
+        f"--net {args.net} --image-size {args.image_size} --batch {args.batch} --hidden {args.fc} --dtype {args.dtype} --mode {args.mode}"
+    )
+    command = [*shlex.split(args.peer), *flags.split(), "--runs", str(args.runs)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return json.loads(output.strip().splitlines()[-1])["seconds"]
+
+
+def seconds_of_ours(argv: list[str]) -> dict:
+    """In a process of its own, as the peer's is."""
+    output = subprocess.run([sys.executable, __file__, *argv], check=True, capture_output=True, text=True).stdout
+    return json.loads(output.strip().splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--net", default="A", choices=CONFIGS)
+    parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--fc", type=int, default=512)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--mode", default="train", choices=["train", "infer"])
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--peer", help="a command to run in turn with ours")
+    parser.add_argument("--pairs", type=int, default=3)
+    args = parser.parse_args()
+    what = {name: value for name, value in vars(args).items() if name not in ("peer", "pairs")}
+    if args.peer is None:
+        print(json.dumps(what | {"jax": jax.__version__, "device": jax.devices()[0].device_kind} | seconds_of_steps(args)))
+        return
+    argv = [f"--{name.replace('_', '-')}={value}" for name, value in what.items()]
+    pairs = [(seconds_of_ours(argv)["seconds"], seconds_of_peer(args)) for _ in range(args.pairs)]
+    ratios = [peer / ours for ours, peer in pairs]
+    print(json.dumps(what | {"peer": args.peer, "pairs": pairs, "ratios": ratios, "median_ratio": statistics.median(ratios)}))
+
+
+if __name__ == "__main__":
+    main()
