@@ -42,7 +42,7 @@ class Batches:
         release = weakref.finalize(self, stream.clear)
         try:
             # Not in the caller's thread: a KeyboardInterrupt is raised in the main one, wherever that is, and raised within TensorFlow's
-            # call it corrupted the heap ("malloc(): invalid next size") in 10 of 54 runs.
+            # call it corrupted the heap ("malloc(): invalid next size") in some runs.
             with ThreadPoolExecutor(1, "batches") as reader:
                 for done in itertools.count():
                     try:
