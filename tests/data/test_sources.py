@@ -213,7 +213,7 @@ def test_folders_that_hold_no_data(tmp_path, folder):
         open_splits(f"{tmp_path}/nowhere")
     with pytest.raises(InputError, match=r"no folder './nowhere'"):
         open_splits("./nowhere")
-    with pytest.raises(InputError, match=r"no images under .*: expected .*/<class>/\*.jpg; pass another folder as --data"):
+    with pytest.raises(InputError, match=r"no images under .*: expected .*/<class>/\*.jpg; pass another folder as DATA"):
         open_splits(str(folder / "train" / "ants"))
     os.rename(folder / "train", folder / "test")
     with pytest.raises(InputError, match=r"no training images under .* beside 'val'"):
