@@ -1,6 +1,7 @@
 """Strict by default: warnings are errors (pyproject.toml), shapes broadcast only where the code says so; and two CPU devices."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import jax
@@ -8,6 +9,10 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Many tests compile the same programs, a run and the one that goes on with it for example.
+CACHE = tempfile.TemporaryDirectory()
+jax.config.update("jax_compilation_cache_dir", CACHE.name)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from vgg_jax import CONFIGS, InputError, TrainConfig, preset
-from vgg_jax.configs import layer_table
+from vgg_jax.configs import CHOICES, layer_table, with_learning_rate
+from vgg_jax.model import INITIALIZERS
 
 CONV_LAYERS = {"A": 8, "A-LRN": 8, "B": 10, "C": 13, "D": 13, "E": 16, "B-5x5": 5}
 
@@ -32,7 +33,8 @@ def test_only_c_has_1x1_convolutions_and_they_end_its_last_stages():
 def test_defaults_are_the_papers():
     config = TrainConfig()
     assert (config.batch_size, config.momentum, config.weight_decay, config.dropout_rate) == (256, 0.9, 5e-4, 0.5)
-    assert (config.learning_rate, config.drops, config.epochs, config.scale, config.image_size) == (1e-2, 3, 74, (256,), 224)
+    assert with_learning_rate(config, 1000).learning_rate == 1e-2
+    assert (config.drops, config.epochs, config.scale, config.image_size) == (3, 74, (256,), 224)
 
 
 def test_presets_give_way_to_what_is_given():
@@ -41,6 +43,34 @@ def test_presets_give_way_to_what_is_given():
     assert preset("cifar10:3.0.2").fc == (512, 512)
     assert preset("digits", schedule="plateau").drop_epochs == ()
     assert preset("some/folder") == TrainConfig(data="some/folder")
+
+
+def test_few_classes_get_a_lower_rate_unless_one_is_given():
+    assert [with_learning_rate(TrainConfig(), classes).learning_rate for classes in (2, 99, 100)] == [1e-3, 1e-3, 1e-2]
+    assert with_learning_rate(TrainConfig(learning_rate=0.5), 2).learning_rate == 0.5
+    assert preset("cifar10").learning_rate == preset("digits").learning_rate == 1e-2  # small images, smaller nets: measured to train
+
+
+def test_a_schedule_of_ones_own_ends_when_it_says():
+    assert preset("digits", schedule="plateau").epochs == preset("digits", schedule="constant").epochs == 74
+    assert preset("digits", schedule="constant", epochs=7).epochs == 7
+
+
+def test_every_initializer_can_be_chosen():
+    assert set(CHOICES["initializer"]) == INITIALIZERS.keys()
+
+
+@pytest.mark.parametrize(
+    ("data", "given", "words"),
+    [
+        ("digits", {"patience": 3}, "patience is 3, and schedule is 'step': expected 'plateau'"),
+        ("cifar10", {"drop_epochs": [3]}, "drop_epochs"),
+        ("cifar10", {"initializer_std": 0.1}, "initializer_std is 0.1, and initializer is 'glorot': expected 'paper'"),
+    ],
+)
+def test_a_value_without_effect_is_refused(data, given, words):
+    with pytest.raises(InputError, match=words):
+        preset(data, **given)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +93,10 @@ def test_presets_give_way_to_what_is_given():
         ("fc", (0, 10)),
         ("schedule", "step"),
         ("drop_epochs", (3,)),
+        ("drop_epochs", (3, 2)),
+        ("drop_epochs", (0, 2)),
         ("seed", -1),
+        ("seed", 2**32),
     ],
 )
 def test_a_bad_value_is_named(field, value):

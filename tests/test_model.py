@@ -91,6 +91,8 @@ def test_errors_name_the_layers_and_the_smallest_size(net):
         model.apply(variables, images(1, 3, 80), method="features", layers=("pool2",))
     with pytest.raises(InputError, match=r"96x96.*64x64.*score_map"):
         model.apply(variables, images(1, 96, 96))
+    with pytest.raises(InputError, match=r"'xavier'.*paper, glorot, he"):
+        init(VGG(TINY, image_size=32, initializer="xavier"))
     with pytest.raises(InputError, match=r"\(64, 64, 3\)"):
         model.apply(variables, images(64, 64), method="score_map")
 

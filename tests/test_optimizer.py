@@ -12,7 +12,7 @@ from vgg_jax.optimizer import learning_rate, set_learning_rate, sgd
 @pytest.mark.parametrize("decay_biases", [False, True])
 def test_update_is_the_one_written_out(decay_biases):
     """v = m v + g + decay w; w -= rate v, through a change of the rate."""
-    config = TrainConfig(decay_biases=decay_biases)
+    config = TrainConfig(learning_rate=0.1, decay_biases=decay_biases)
     optimizer = sgd(config)
     rng = np.random.default_rng(0)
     w = {"kernel": rng.normal(size=3), "bias": rng.normal(size=2)}

@@ -4,7 +4,9 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
+import time
 
 import jax
 import numpy as np
@@ -13,18 +15,21 @@ from PIL import Image
 
 import vgg_jax
 import vgg_jax.train
-from tests.tiny import TINY
-from vgg_jax import CONFIGS, InputError, TrainConfig, cli
+from tests.tiny import DEEP, SHALLOW
+from vgg_jax import CONFIGS, InputError, TrainConfig, cli, compiler_options
 from vgg_jax.configs import CHOICES
-from vgg_jax.data import eval_batches, open_splits
+from vgg_jax.data import eval_batches, measure, open_splits
 from vgg_jax.train import fit
 from vgg_jax.train_step import preprocess
 
 
-@pytest.fixture(autouse=True)
-def tiny_net(monkeypatch):
-    monkeypatch.setitem(CONFIGS, "tiny", TINY)
-    monkeypatch.setitem(CHOICES, "net", (*CHOICES["net"], "tiny"))
+@pytest.fixture(scope="module", autouse=True)
+def small_nets():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CONFIGS, "shallow", SHALLOW)
+        patch.setitem(CONFIGS, "deep", DEEP)
+        patch.setitem(CHOICES, "net", tuple(CONFIGS))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +48,8 @@ def folder(tmp_path_factory):
 
 def config(folder, **changes):
     values = {
-        "data": folder, "net": "tiny", "fc": (24, 16), "batch_norm": True, "image_size": 32, "scale": (36, 44), "batch_size": 8,
-        "epochs": 3, "learning_rate": 1e-2,
+        "data": folder, "net": "shallow", "fc": (24, 16), "batch_norm": True, "image_size": 16, "scale": (18, 22), "batch_size": 8,
+        "epochs": 3, "learning_rate": 1e-2, "schedule": "step", "drop_epochs": (1,),
     }  # fmt: skip
     return TrainConfig(**values | changes)
 
@@ -57,11 +62,8 @@ def lasting(history):
 @pytest.fixture(scope="module")
 def finished(folder, tmp_path_factory):
     """A run of three epochs and its history."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(CONFIGS, "tiny", TINY)
-        patch.setitem(CHOICES, "net", (*CHOICES["net"], "tiny"))
-        workdir = tmp_path_factory.mktemp("run")
-        return workdir, fit(config(folder), workdir).history
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, fit(config(folder), workdir).history
 
 
 def test_each_epoch_is_recorded_and_counts_every_image(finished):
@@ -80,43 +82,104 @@ def test_load_gives_the_net_of_the_best_epoch(finished, folder):
     assert metadata["config"] == config(folder)
     right = total = 0
     _, validation = open_splits(folder)
+    apply = jax.jit(model.apply, compiler_options=compiler_options())
     for batch in eval_batches(validation, metadata["config"], 3):
-        logits = model.apply(variables, preprocess(batch["image"], metadata["preprocessing"]["mean_rgb"]))
+        logits = apply(variables, preprocess(batch["image"], metadata["preprocessing"]["mean_rgb"]))
         right += ((np.asarray(logits).argmax(1) == batch["label"]) & batch["mask"]).sum()
         total += batch["mask"].sum()
     assert total == 7
     assert right / total == pytest.approx(best["validation"]["accuracy"])
 
 
+def test_a_run_compiles_each_step_once_and_reuses_the_states_memory(folder, tmp_path, monkeypatch, caplog):
+    """Over epochs and a change of the rate."""
+    states, compiled = [], vgg_jax.train.compile_steps
+
+    def compile_steps(*arguments):
+        train_step, eval_step = compiled(*arguments)
+
+        def remembered(state, batch):
+            states.append(state)
+            return train_step(state, batch)
+
+        return remembered, eval_step
+
+    monkeypatch.setattr(vgg_jax.train, "compile_steps", compile_steps)
+    with jax.log_compiles():
+        history = fit(config(folder), tmp_path).history
+    assert [record["learning_rate"] for record in history] == pytest.approx([1e-2, 1e-3, 1e-3])
+    for step in ("train_step", "eval_step"):
+        assert sum(record.getMessage().startswith(f"Compiling jit({step})") for record in caplog.records) == 1
+    assert len(states) == 9
+    assert all(state.params["fc6"]["kernel"].is_deleted() for state in states)
+
+
+class KilledError(BaseException):
+    """Stands for kill -9: nothing of the run's own code saves anything behind it."""
+
+
 @pytest.mark.parametrize(
-    "stop_at",
+    ("at_batch", "killed"),
     [
-        pytest.param(2, id="mid_epoch"),
-        pytest.param(4, id="in_validation", marks=pytest.mark.slow),
-        pytest.param(5, id="in_second_epoch", marks=pytest.mark.slow),
+        pytest.param(2, False, id="mid_epoch"),
+        pytest.param(4, False, id="in_validation"),
+        pytest.param(5, False, id="in_second_epoch"),
+        pytest.param(3, True, id="killed_behind_a_save"),
     ],
 )
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(stop_at, folder, finished, tmp_path, monkeypatch):
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(at_batch, killed, folder, finished, tmp_path, monkeypatch):
     """Bit by bit: parameters, momentum, statistics, metrics; with dropout, scale jitter, flips and colour shift on."""
     calls, send = 0, vgg_jax.train.on_devices
 
     def interrupted(batch, mesh):
         nonlocal calls
         calls += 1
-        if calls == stop_at:
+        if calls == at_batch and killed:
+            raise KilledError
+        if calls == at_batch:
             os.kill(os.getpid(), signal.SIGTERM)
         return send(batch, mesh)
 
     monkeypatch.setattr(vgg_jax.train, "on_devices", interrupted)
-    outcome = fit(config(folder), tmp_path)
-    assert outcome.stopped
-    assert len(outcome.history) == (stop_at == 5)
+    if killed:
+        monkeypatch.setattr(vgg_jax.train, "SAVE_SECONDS", -1)
+        with pytest.raises(KilledError):
+            fit(config(folder), tmp_path)
+    else:
+        outcome = fit(config(folder), tmp_path)
+        assert outcome.stopped
+        assert len(outcome.history) == (at_batch == 5)
+    before = calls
     outcome = fit(config(folder), tmp_path)
     assert not outcome.stopped
+    # An epoch is 3 batches of training and 1 of validation. The one that a stop comes with is used in training, and not in validation.
+    assert calls - before == 12 - at_batch + (killed or at_batch == 4)
     workdir, history = finished
     assert lasting(outcome.history) == lasting(history)
     one, other = (arrays_of_last(path, folder) for path in (workdir, tmp_path))
     jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_a_second_signal_stops_at_once():
+    with vgg_jax.train.stop_signals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.wait(10)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+
+
+def test_measured_colours_are_measured_once(folder, tmp_path, monkeypatch):
+    settings = config(folder, statistics="measure", epochs=1, drop_epochs=(1,))
+    monkeypatch.setattr(vgg_jax.train, "evaluate_all", lambda *_: None)
+    assert fit(settings, tmp_path).stopped
+    monkeypatch.undo()
+    monkeypatch.setattr(vgg_jax.train, "measure", lambda source: pytest.fail("measured again"))
+    fit(settings, tmp_path)
+    _, _, metadata = vgg_jax.load(tmp_path)
+    expected = measure(open_splits(folder)[0]).pixel_mean
+    assert metadata["preprocessing"]["mean_rgb"] == pytest.approx(tuple(expected))
+    assert expected[0] > 100  # the mean of these images, not ImageNet's
 
 
 def arrays_of_last(workdir, folder):
@@ -142,6 +205,28 @@ def test_another_configuration_is_refused_with_the_differences(finished, folder)
     assert "epochs" not in str(error.value)
 
 
+def test_other_data_or_storage_is_refused(finished, folder, tmp_path):
+    workdir, _ = finished
+    shutil.copytree(workdir, tmp_path / "w")
+    content = json.loads((tmp_path / "w" / "run.json").read_text())
+    (tmp_path / "w" / "run.json").write_text(json.dumps(content | {"storage": "numbers/1.0.0 tfrecord", "train_size": 21}))
+    with pytest.raises(
+        InputError, match=r"storage is 'numbers/1.0.0 tfrecord' there and 'folder' here; train_size is 21 there and 22 here"
+    ):
+        fit(config(folder), tmp_path / "w")
+
+
+def test_a_cut_checkpoint_is_named_and_kept(finished, folder, tmp_path):
+    workdir, _ = finished
+    shutil.copytree(workdir, tmp_path / "w")
+    files = sorted(path for path in (tmp_path / "w" / "last").rglob("*") if path.is_file())
+    for path in files:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(InputError, match=r"the checkpoint .*/last/\d+ cannot be read"):
+        fit(config(folder), tmp_path / "w")
+    assert sorted(path for path in (tmp_path / "w" / "last").rglob("*") if path.is_file()) == files
+
+
 def test_microbatches_train_on_every_image(folder, tmp_path):
     outcome = fit(config(folder, microbatch=2, epochs=1, batch_norm=False), tmp_path)
     assert outcome.history[0]["train"]["count"] == 22
@@ -149,7 +234,7 @@ def test_microbatches_train_on_every_image(folder, tmp_path):
 
 def test_start_from_another_run_says_what_came(finished, folder, tmp_path, capsys):
     workdir, _ = finished
-    fit(config(folder, init_from=str(workdir), epochs=1, learning_rate=1e-9), tmp_path)
+    fit(config(folder, init_from=str(workdir), epochs=1, drop_epochs=(1,), learning_rate=1e-9), tmp_path)
     out = capsys.readouterr().out
     assert "new: nothing" in out
     _, source, _ = vgg_jax.load(workdir)
@@ -157,9 +242,22 @@ def test_start_from_another_run_says_what_came(finished, folder, tmp_path, capsy
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), source["params"], copy["params"])
 
 
+def test_a_deeper_net_starts_from_the_layers_that_a_has(finished, folder, tmp_path, capsys):
+    workdir, _ = finished
+    fit(config(folder, net="deep", init_from=str(workdir), epochs=1, drop_epochs=(1,), learning_rate=1e-9), tmp_path)
+    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("from"))
+    came, new = said.partition(": ")[2].split("; new: ")
+    assert set(came.split(", ")) == {"conv1_1", "bn1_1", "conv2_1", "bn2_1", "fc6", "fc7", "fc8"}
+    assert set(new.split(", ")) == {"conv1_2", "bn1_2", "conv2_2", "bn2_2"}
+    _, source, _ = vgg_jax.load(workdir)
+    _, merged, _ = vgg_jax.load(tmp_path)
+    for name, layer in source["params"].items():
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), layer, merged["params"][name])
+
+
 @pytest.mark.parametrize("batch_size", ["8", "22"], ids=["in_the_second_step", "by_the_only_step"])
 def test_divergence_is_not_saved(batch_size, folder, tmp_path, capsys):
-    argv = ["train", folder, "--net", "tiny", "--image-size", "32", "--scale", "36", "--fc", "24", "16", "--batch-size", batch_size]
+    argv = ["train", folder, "--net", "shallow", "--image-size", "16", "--scale", "18", "--fc", "24", "16", "--batch-size", batch_size]
     code = cli.main([*argv, "--learning-rate", "1e20", "--workdir", str(tmp_path / "w")])
     err = capsys.readouterr().err
     assert code == 4
@@ -182,37 +280,22 @@ def test_loss_at_chance_is_named_once():
     assert "--init-from" in vgg_jax.train.advice(10)
 
 
-def test_a_corrupt_image_is_named(tmp_path, capsys):
-    for colour in ("blue", "red"):
-        (tmp_path / "data" / "train" / colour).mkdir(parents=True)
-        for i in range(6):
-            Image.new("RGB", (40, 40), colour).save(tmp_path / "data" / "train" / colour / f"{i}.jpg")
-    bad = tmp_path / "data" / "train" / "red" / "3.jpg"
-    bad.write_bytes(bad.read_bytes()[:200])
-    argv = [
-        "train",
-        str(tmp_path / "data"),
-        "--net",
-        "tiny",
-        "--image-size",
-        "32",
-        "--scale",
-        "36",
-        "--fc",
-        "24",
-        "16",
-        "--batch-size",
-        "2",
-    ]
-    argv += ["--epochs", "1", "--workdir", str(tmp_path / "w")]
-    assert cli.main(argv) == 2
-    err = capsys.readouterr().err
-    assert str(bad) in err
-    assert "Traceback" not in err
+@pytest.mark.parametrize("file", ["train/red/3.jpg", "val/red/0.jpg"])
+def test_a_corrupt_image_is_named_and_with_it_replaced_the_run_goes_on(file, folder, finished, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(folder, data)
+    whole = (data / file).read_bytes()
+    (data / file).write_bytes(whole[:200])
+    with pytest.raises(InputError, match=file):
+        fit(config(str(data), batch_size=2), tmp_path / "w")
+    assert "saved in" in capsys.readouterr().out
+    (data / file).write_bytes(whole)
+    history = fit(config(str(data), batch_size=2), tmp_path / "w").history
+    assert "going on at epoch 1" in capsys.readouterr().out
+    assert lasting(history) == lasting(fit(config(folder, batch_size=2), tmp_path / "undisturbed").history)
 
 
-@pytest.mark.slow
-def test_tiny_net_learns_the_digits(tmp_path):
-    digits = dataclasses.replace(vgg_jax.preset("digits"), net="tiny", fc=(64, 64), epochs=6)
+def test_a_small_net_learns_the_digits(tmp_path):
+    digits = dataclasses.replace(vgg_jax.preset("digits"), net="deep", image_size=16, scale=(16,), fc=(64, 64), epochs=6, drop_epochs=(5,))
     accuracies = [record["validation"]["accuracy"] for record in fit(digits, tmp_path).history]
     assert max(accuracies) > 0.9

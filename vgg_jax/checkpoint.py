@@ -25,38 +25,41 @@ except ImportError as error:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a run is besides its parameters: all that using the net later needs to know."""
+    """What a run is besides its parameters: all that using the net later needs to know, and all that its course depends on."""
 
     config: TrainConfig
     classes: tuple[str, ...]
     colours: Statistics
+    storage: str  # of the training images
     train_size: int
     validation_size: int
 
 
-def open_run(workdir: Path, run: Run) -> bool:
-    """Whether the workdir holds a checkpoint of this run; writes its run.json where it holds none of any.
+def begun_run(workdir: Path) -> Run | None:
+    """The run that the workdir holds a checkpoint of, if any. Raises InputError for a run.json that cannot be read."""
+    # A run that was stopped, or ran out of memory, before its first checkpoint left nothing but its name.
+    saved = any(step.name.isdigit() for folder in ("last", "best") for step in (workdir / folder).glob("*"))
+    run = read_run(workdir) if saved or (workdir / "run.json").exists() else None
+    return run if saved else None
 
-    Raises InputError where it holds another run, with the differences listed, or a run.json that cannot be read.
-    """
-    path = workdir / "run.json"
-    if not any(step.name.isdigit() for folder in ("last", "best") for step in (workdir / folder).glob("*")):
-        # A run that was stopped, or ran out of memory, before its first checkpoint left nothing but its name.
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            write_whole(path, json.dumps(_plain(run), indent=1) + "\n")
-        except OSError as error:
-            raise InputError(
-                f"cannot write to {workdir} ({error.strerror}): expected a folder of the run; pass another --workdir"
-            ) from error
-        return False
-    old, new = _flat(_plain(read_run(workdir))), _flat(_plain(run))
-    differences = [f"{name} is {old.get(name)!r} there and {new.get(name)!r} here" for name in new if old.get(name) != new.get(name)]
+
+def begin_run(workdir: Path, run: Run) -> None:
+    """Writes run.json. Raises InputError for a folder that cannot be written to."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_whole(workdir / "run.json", json.dumps(_plain(run), indent=1) + "\n")
+    except OSError as error:
+        raise InputError(f"cannot write to {workdir} ({error.strerror}): expected a folder of the run; pass another --workdir") from error
+
+
+def refuse_another(workdir: Path, begun: Run, run: Run) -> None:
+    """Raises InputError, with the differences, where the run that was begun in the workdir is not this one."""
+    old, new = _flat(_plain(begun)), _flat(_plain(run))
+    differences = [f"{name} is {old[name]!r} there and {new[name]!r} here" for name in new if old[name] != new[name]]
     if differences:
         raise InputError(
             f"{workdir} holds another run: {'; '.join(differences)}; pass another --workdir, or the same flags to go on with that run"
         )
-    return True
 
 
 def read_run(workdir: Path) -> Run:
@@ -115,6 +118,7 @@ class Saved:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=1, enable_async_checkpointing=False, read_only=read_only, cleanup_tmp_directories=not read_only
         )
+        self._folder = folder
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def save(self, step: int, arrays: Any, progress: dict[str, Any]) -> None:
@@ -130,7 +134,14 @@ class Saved:
         if step is None:
             return None
         items = ocp.args.Composite(arrays=ocp.args.StandardRestore(shapes), progress=ocp.args.JsonRestore())
-        restored = self._manager.restore(step, args=items)
+        try:
+            restored = self._manager.restore(step, args=items)
+        except (ValueError, KeyError, TypeError, OSError) as error:  # what orbax makes of cut and missing files
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"the checkpoint {self._folder / str(step)} cannot be read ({reason}): expected it as it was written; restore that folder, "
+                "or train again into another --workdir"
+            ) from error
         return restored.arrays, restored.progress
 
     def __enter__(self) -> "Saved":

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from vgg_jax.configs import CHOICES, PRESETS, TrainConfig, preset
+from vgg_jax.configs import CHOICES, CONFIGS, PRESETS, TrainConfig, preset
 from vgg_jax.errors import InputError
 
 
@@ -24,6 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.name and error.name.startswith("vgg_jax"):
             raise
         print(f"vgg-jax: this command needs {error.name}: pip install 'vgg-jax[train]'", file=sys.stderr)
+        return 2
+    except OSError as error:  # a disk that is full, a folder that may not be read: the message has the path
+        print(f"vgg-jax: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("vgg-jax: interrupted", file=sys.stderr)
@@ -44,7 +47,6 @@ def train(data: str, workdir: str | None, data_dir: str | None, download: bool, 
 
 
 def summary(net: str, num_classes: int, batch_norm: bool, image_size: int) -> int:
-    from vgg_jax.configs import CONFIGS
     from vgg_jax.summary import table
 
     print(table(CONFIGS[net], num_classes, batch_norm, image_size))
@@ -139,7 +141,7 @@ def add_train(command: argparse.ArgumentParser) -> None:
     switch("skip_bad", "leave out files that are no images, instead of refusing the folder")
     flag("batch_size", "images a step", type=int)
     flag("microbatch", "images whose activations are held at once; a step adds up their gradients", type=int)
-    flag("learning_rate", "at the start", type=float)
+    flag("learning_rate", "at the start (default: 0.01, or 0.001 for fewer than 100 classes)", type=float)
     flag("momentum", "of SGD", type=float)
     flag("weight_decay", "L2 penalty", type=float)
     switch("decay_biases", "decay biases and batch-norm parameters too")
@@ -149,7 +151,3 @@ def add_train(command: argparse.ArgumentParser) -> None:
     flag("drop_epochs", "step: the epochs after which it is", type=int, nargs="+", metavar="EPOCH")
     flag("epochs", "at most", type=int)
     flag("seed", "of everything random", type=int)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -78,6 +78,8 @@ class VGG(nn.Module):
         table = layer_table(self.config, self.num_classes, self.batch_norm, self.image_size)
         table = table[: _deepest(wanted, [layer.name for layer in table]) + 1]
         _check_images(x, table)
+        if self.initializer not in INITIALIZERS:
+            raise InputError(f"initializer is {self.initializer!r}: expected one of {', '.join(INITIALIZERS)}")
         conv_init, fc_init = INITIALIZERS[self.initializer](self.initializer_std)
         # Outside of jit, as init often is, XLA's own convolution compiles in a tenth of the time.
         conv = lax.conv_general_dilated if self.is_initializing() else _conv

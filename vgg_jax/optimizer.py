@@ -24,7 +24,12 @@ def sgd(config: TrainConfig) -> optax.GradientTransformation:
             optax.sgd(learning_rate, config.momentum),
         )
 
-    return transformation(learning_rate=jnp.float32(config.learning_rate))
+    return transformation(learning_rate=jnp.float32(_first_rate(config)))
+
+
+def _first_rate(config: TrainConfig) -> float:
+    assert config.learning_rate is not None, "fill it in by with_learning_rate"
+    return config.learning_rate
 
 
 def _kernels(params: dict) -> dict:
@@ -56,4 +61,4 @@ def learning_rate(config: TrainConfig, accuracies: Sequence[float]) -> float | N
                 drops, waited = drops + 1, 0
         if drops > config.drops:
             return None
-    return config.learning_rate / 10**drops
+    return _first_rate(config) / 10**drops

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from vgg_jax.checkpoint import Run, Saved, load, open_run, read_run, restore_state, write_whole
-from vgg_jax.configs import IMAGENET, TrainConfig
+from vgg_jax.checkpoint import Run, Saved, begin_run, begun_run, load, refuse_another, restore_state, write_whole
+from vgg_jax.configs import IMAGENET, TrainConfig, with_learning_rate
 from vgg_jax.data import Source, batches_per_epoch, eval_batches, measure, open_splits, train_batches
 from vgg_jax.errors import InputError
 from vgg_jax.metrics import Sums, averages, merge
@@ -49,9 +49,11 @@ def fit(config: TrainConfig, workdir: str | Path, data_dir: str | Path | None = 
     """
     workdir = Path(workdir)
     mesh = data_mesh(config.microbatch or config.batch_size)
-    known = read_run(workdir) if (workdir / "run.json").exists() else None
-    if config.init_from is not None and known is None:
-        load(config.init_from)  # raises now rather than after the data are read
+    begun = begun_run(workdir)
+    if begun is not None:  # what can be said now is not said after the data are read
+        refuse_another(workdir, begun, dataclasses.replace(begun, config=with_learning_rate(config, len(begun.classes))))
+    elif config.init_from is not None:
+        load(config.init_from)
     train, validation = open_splits(
         config.data,
         data_dir=None if data_dir is None else str(data_dir),
@@ -63,14 +65,16 @@ def fit(config: TrainConfig, workdir: str | Path, data_dir: str | Path | None = 
     print(f"{config.data}: {train.size} training and {validation.size} validation images of {len(train.classes)} classes", flush=True)
     if train.skipped or validation.skipped:
         print(f"skipped {train.skipped} training and {validation.skipped} validation files that are no images", flush=True)
-    if config.statistics == "imagenet":
-        statistics = IMAGENET
+    config = with_learning_rate(config, len(train.classes))
+    colours = begun.colours if begun else measure(train).statistics if config.statistics == "measure" else IMAGENET
+    run = Run(config, train.classes, colours, train.storage, train.size, validation.size)
+    if begun is None:
+        begin_run(workdir, run)
     else:
-        statistics = known.colours if known is not None and known.config == config else measure(train).statistics
-    resuming = open_run(workdir, Run(config, train.classes, statistics, train.size, validation.size))
+        refuse_another(workdir, begun, run)
 
     model = build_model(config, len(train.classes))
-    train_step, eval_step = compile_steps(config, model, statistics.mean_rgb, mesh)
+    train_step, eval_step = compile_steps(config, model, colours.mean_rgb, mesh)
     state = init_state(model, sgd(config), config.seed, mesh)
     per_epoch = batches_per_epoch(train, config.batch_size)
     validation_batches = eval_batches(validation, config, config.batch_size)
@@ -78,12 +82,13 @@ def fit(config: TrainConfig, workdir: str | Path, data_dir: str | Path | None = 
     batch_number, seconds, sums = 0, 0.0, Sums()
 
     with Saved(workdir / "last") as last, Saved(workdir / "best") as best, stop_signals() as stop:
-        restored = restore_state(last, state) if resuming else None
+        restored = restore_state(last, state) if begun else None
         if restored is not None:
             state, progress = restored
             history, batch_number, seconds = progress["history"], progress["batch"], progress["seconds"]
             sums = Sums(**progress["sums"])
-            print(f"{workdir}: going on at epoch {len(history) + 1}, batch {batch_number + 1} of {per_epoch}", flush=True)
+            at = f"batch {batch_number + 1} of {per_epoch}" if batch_number < per_epoch else "its validation"
+            print(f"{workdir}: going on at epoch {len(history) + 1}, {at}", flush=True)
         elif config.init_from is not None:
             state = start_from(config, model, state)
         write_whole(workdir / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history))
@@ -96,16 +101,22 @@ def fit(config: TrainConfig, workdir: str | Path, data_dir: str | Path | None = 
             progress = {"history": history, "batch": batch_number, "seconds": seconds, "sums": dataclasses.asdict(sums)}
             last.save(len(history) * (per_epoch + 1) + batch_number, state, progress)
 
-        batches = iter(train_batches(train, config, statistics, first_epoch=len(history), first_batch=batch_number))
+        batches = iter(train_batches(train, config, colours, first_epoch=len(history), first_batch=batch_number))
         saved_at = time.monotonic()
         while (rate := learning_rate(config, [record["validation"]["accuracy"] for record in history])) is not None:
             epoch = len(history) + 1
             state = dataclasses.replace(state, opt_state=set_learning_rate(state.opt_state, rate))
             started, seconds_before = time.monotonic(), seconds
+            unreadable: InputError | None = None  # raised behind the saving
             pending = None  # the sums of the step in progress: the host reads them when the next one is on its way
             with progress_bar(f"epoch {epoch}", train.size, batch_number * config.batch_size) as bar:
                 while batch_number < per_epoch and not stop.is_set():
-                    state, step_sums = train_step(state, on_devices(next(batches), mesh))
+                    try:
+                        batch = on_devices(next(batches), mesh)
+                    except InputError as error:
+                        unreadable = error
+                        break
+                    state, step_sums = train_step(state, batch)
                     batch_number += 1
                     sums, pending = add(sums, pending, bar), step_sums
                     check_finite(sums, epoch, batch_number, rate)
@@ -119,13 +130,20 @@ def fit(config: TrainConfig, workdir: str | Path, data_dir: str | Path | None = 
             check_finite(sums, epoch, batch_number, rate)
             seconds = seconds_before + time.monotonic() - started
 
-            validated = None if stop.is_set() else evaluate_all(eval_step, state, validation_batches, validation, mesh, stop)
-            if validated is not None:
-                check_finite(validated, epoch, batch_number, rate)
-            else:
-                save_last()
-                print(f"stopped in epoch {epoch} and saved in {workdir}: the same command goes on from there", flush=True)
+            validated = None
+            if not stop.is_set() and unreadable is None:
+                try:
+                    validated = evaluate_all(eval_step, state, validation_batches, validation, mesh, stop)
+                except InputError as error:
+                    unreadable = error
+            if validated is None:
+                if unreadable is None or history or batch_number:
+                    save_last()
+                    print(f"stopped in epoch {epoch} and saved in {workdir}: the same command goes on from there", flush=True)
+                if unreadable is not None:
+                    raise unreadable
                 return Outcome(history, stopped=True)
+            check_finite(validated, epoch, batch_number, rate)
 
             record = epoch_record(epoch, seconds, rate, sums, validated, train)
             improved = all(record["validation"]["accuracy"] > old["validation"]["accuracy"] for old in history)
@@ -206,7 +224,7 @@ def check_finite(sums: Sums, epoch: int, batch: int, rate: float) -> None:
 def diverged(what: str, epoch: int, batch: int, rate: float) -> str:
     return (
         f"{what} is not finite in epoch {epoch}, by batch {batch}, at learning rate {rate:g}: "
-        f"pass a lower --learning-rate, --initializer glorot or --batch-norm, and a new --workdir"
+        f"pass --learning-rate {rate / 10:g}, --initializer glorot or --batch-norm, and a new --workdir if this one holds a checkpoint"
     )
 
 

@@ -145,7 +145,7 @@ def test_a_broken_image_is_named(folder, spoil):
         with pytest.raises(InputError) as error:
             list(batches)
         message = str(error.value)
-        assert message.startswith(f"cannot decode {path!r}: ") and message.endswith("; expected a whole image, so replace or remove it")
+        assert message.startswith(f"cannot decode {path!r}: ") and "; expected a whole image, so replace it" in message
         assert len(message) < len(path) + 200 and "\n" not in message and "{{" not in message and "Traceback" not in message
 
 

@@ -63,7 +63,10 @@ class Batches:
                     self._prepare(example)
                 except tf.errors.OpError as cause:
                     name = self._source.file_name(int(example["index"]))
-                    return f"cannot decode {name!r}: {_cause(cause)}; expected a whole image, so replace or remove it"
+                    return (
+                        f"cannot decode {name!r}: {_cause(cause)}; expected a whole image, so replace it (a run that began goes on), "
+                        "or remove it and begin another"
+                    )
         except tf.errors.OpError as cause:
             error = cause
         return f"cannot read {self._source.name}: {_cause(error)}; expected the files that were there at the start"

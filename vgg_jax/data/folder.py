@@ -73,6 +73,7 @@ def _records(name: str, folder: str, classes: tuple[str, ...], skip_bad: bool) -
 
     return Records(
         name=name,
+        storage="folder",
         classes=classes,
         size=int(good.sum()),
         order=functools.partial(random_access, read=read),

@@ -33,7 +33,7 @@ def record_splits(data: str, data_dir: str | None, download: bool) -> dict[str, 
             f"no folder {data!r} and no prepared data set {data!r} under {root!r} (found there: {found}): "
             "pass --download, or --data-dir with the folder that has it"
         )
-    info = tfds.builder_from_directory(folder).info
+    info = _info(tfds, folder)
     image, label = _image_and_label(tfds, info, data)
     return {name: functools.partial(_records, tfds, info, f"{data} {name}", name, image, label) for name in info.splits}
 
@@ -95,6 +95,15 @@ def _download(tfds: Any, data: str, root: str) -> str:
     return os.fspath(builder.data_dir)
 
 
+def _info(tfds: Any, folder: str) -> Any:
+    try:
+        return tfds.builder_from_directory(folder).info
+    # What a cut or foreign dataset_info.json makes of TFDS: its parser's errors are ValueErrors.
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{folder!r} cannot be read as a prepared data set ({reason}): prepare it again") from error
+
+
 def _image_and_label(tfds: Any, info: Any, data: str) -> tuple[str, str]:
     """The names of the image and of the label: the data set's own supervised keys, else its only image and its only label."""
     features = dict(info.features)
@@ -131,6 +140,7 @@ def _records(tfds: Any, info: Any, name: str, split: str, image: str, label: str
         raise InputError(f"{name} is stored as {info.file_format.value}: expected tfrecord or array_record; prepare it as one of these")
     return Records(
         name=name,
+        storage=f"{info.full_name} {info.file_format.value}",
         classes=tuple(info.features[label].names),
         size=files.num_examples,
         order=order,

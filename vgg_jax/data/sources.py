@@ -87,6 +87,7 @@ def _digits() -> Records:
 
     return Records(
         name="digits train",
+        storage="digits",
         classes=tuple(map(str, bunch.target_names)),
         size=len(labels),
         order=functools.partial(random_access, read=read),

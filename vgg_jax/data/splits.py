@@ -20,6 +20,7 @@ class Source:
     """The examples of one split, or of a part of one, as encoded bytes and a label."""
 
     name: str  # for messages: "cifar10 train"
+    storage: str  # what the order of an epoch depends on besides the seed: "folder", "cifar10/3.0.2 tfrecord"
     classes: tuple[str, ...]
     size: int
     examples: Examples
@@ -32,6 +33,7 @@ class Records:
     """A whole split as it is stored. `order` takes the sorted indices that are wanted, int64 (n,), and reads those."""
 
     name: str
+    storage: str
     classes: tuple[str, ...]
     size: int
     order: Callable[[np.ndarray], Examples]
@@ -41,7 +43,7 @@ class Records:
 
 def part(records: Records, kept: np.ndarray, name: str) -> Source:
     """The examples at the sorted indices `kept`, int64 (n,). An example keeps the index and the file name it has in the whole."""
-    return Source(name, records.classes, len(kept), records.order(kept), records.file_name, records.skipped)
+    return Source(name, records.storage, records.classes, len(kept), records.order(kept), records.file_name, records.skipped)
 
 
 def whole(records: Records) -> Source:
