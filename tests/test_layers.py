@@ -7,7 +7,6 @@ import pytest
 from jax import lax
 
 from vgg_jax.layers import BatchNorm, FullyConnected, convolution, local_response_norm, max_pool
-from vgg_jax.winograd import convolution_3x3
 
 
 def direct(x, kernel):
@@ -64,20 +63,6 @@ def test_convolution_by_hand():
                     if 0 <= i + a - 1 < 4 and 0 <= j + b - 1 < 5:
                         expected[0, i, j] += x[0, i + a - 1, j + b - 1] @ kernel[a, b]
     np.testing.assert_allclose(convolution(jnp.float32(x), jnp.float32(kernel)), expected, atol=1e-5)
-
-
-def test_winograd_has_second_derivatives_and_a_batching_rule():
-    rng = np.random.default_rng(2)
-    x, kernel = jnp.float32(rng.normal(size=(2, 6, 6, 4))), jnp.float32(rng.normal(size=(3, 3, 4, 4)))
-
-    def penalty(f):
-        return lambda x: (jax.grad(lambda x: (f(x, kernel) ** 3).sum())(x) ** 2).sum()
-
-    ours, theirs = jax.grad(penalty(convolution_3x3))(x), jax.grad(penalty(direct))(x)
-    assert jnp.abs(ours - theirs).max() < 1e-4 * jnp.abs(theirs).max()
-    kernels = jnp.stack([kernel, 2 * kernel])
-    twice = jax.vmap(convolution_3x3, in_axes=(None, 0))(x, kernels)
-    np.testing.assert_allclose(twice[1], direct(x, 2 * kernel), atol=1e-4)
 
 
 def test_bfloat16_is_not_left_to_winograd():

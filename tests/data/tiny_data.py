@@ -3,6 +3,7 @@
 import io
 
 import numpy as np
+import tensorflow as tf
 import tensorflow_datasets as tfds
 from PIL import Image
 
@@ -46,3 +47,29 @@ class Numbers(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self):
         for index in range(NUMBERS):
             yield index, {"image": colour(index), "label": index % 3}
+
+
+SEED = tf.constant([3, 4], tf.int64)
+
+
+def listed(source, seed=None, start=0):
+    return list(source.examples(seed, start).as_numpy_iterator())
+
+
+def indices(source, seed=None, start=0):
+    return [int(example["index"]) for example in listed(source, seed, start)]
+
+
+def check_order(source):
+    """In order without a seed; with one shuffled, another with another seed, and the same from anywhere."""
+    ordered, shuffled = indices(source), indices(source, SEED)
+    assert ordered == sorted(shuffled) != shuffled
+    assert indices(source, SEED + 1) not in (ordered, shuffled)
+    assert indices(source, None, 5) == ordered[5:]
+    for start in (1, source.size - 1, source.size):
+        assert indices(source, SEED, start) == shuffled[start:]
+
+
+def check_divided(train, validation, size):
+    assert len(indices(train)) == train.size and len(indices(validation)) == validation.size
+    assert sorted(indices(train) + indices(validation)) == list(range(size))

@@ -70,7 +70,7 @@ def measure(source: Source, progress: bool = True) -> Measured:
 def _sums(example: dict) -> dict:
     """float64 (5, 3, 3): of one image the number of pixels, their sum, the sum of their outer products, their mean, their deviation.
 
-    The first three are whole numbers below 2**53, so adding them up is exact in any order.
+    The first three are whole numbers, so adding them up is exact, in any order, below 2**53: some 700,000 ImageNet photos.
     """
     pixels = tf.cast(tf.reshape(decode(example["encoded"], exif=False), (-1, 3)), tf.float64)
     count = tf.cast(tf.shape(pixels)[0], tf.float64)

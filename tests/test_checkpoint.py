@@ -1,0 +1,67 @@
+"""The folder of a run; `test_train` shows it in use."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from vgg_jax import IMAGENET, InputError, TrainConfig
+from vgg_jax.checkpoint import Run, Saved, begin_run, begun_run, read_run, refuse_another, write_whole
+
+RUN = Run(TrainConfig(data="photos", learning_rate=0.1, drop_epochs=()), ("ants", "bees"), IMAGENET, "folder", 10, 3)
+ARRAYS = {"kernel": np.arange(6.0).reshape(2, 3), "step": np.int32(7)}
+SHAPES = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])), ARRAYS
+)
+
+
+def test_a_run_is_read_as_it_was_written(tmp_path):
+    begin_run(tmp_path, RUN)
+    assert read_run(tmp_path) == RUN
+    assert begun_run(tmp_path) is None  # nothing is saved yet: another run may take the folder
+    with Saved(tmp_path / "last") as last:
+        last.save(1, ARRAYS, {})
+    assert begun_run(tmp_path) == RUN
+
+
+def test_another_run_is_refused_with_all_differences(tmp_path):
+    refuse_another(tmp_path, RUN, RUN)
+    other = dataclasses.replace(RUN, classes=("ants", "wasps"), config=dataclasses.replace(RUN.config, seed=1))
+    with pytest.raises(InputError, match=r"classes is .*'bees'.* there and .*'wasps'.* here") as error:
+        refuse_another(tmp_path, RUN, other)
+    assert "seed is 0 there and 1 here" in str(error.value)
+    assert "storage" not in str(error.value)
+
+
+def test_the_newest_is_restored_and_the_only_one_kept(tmp_path):
+    with Saved(tmp_path / "last") as last:
+        assert last.restore(SHAPES) is None
+        last.save(1, ARRAYS, {"epoch": 1})
+        last.save(12, jax.tree.map(lambda x: x + 1, ARRAYS), {"epoch": 2})
+    assert [path.name for path in (tmp_path / "last").iterdir()] == ["12"]
+    with Saved(tmp_path / "last", read_only=True) as last:
+        arrays, progress = last.restore(SHAPES)
+    assert progress == {"epoch": 2}
+    jax.tree.map(np.testing.assert_array_equal, arrays, jax.tree.map(lambda x: x + 1, ARRAYS))
+
+
+def test_a_checkpoint_of_other_shapes_is_named(tmp_path):
+    with Saved(tmp_path / "last") as last:
+        last.save(1, ARRAYS, {})
+        other = SHAPES | {"bias": SHAPES["step"]}
+        with pytest.raises(InputError, match=r"the checkpoint .*last/1 cannot be read"):
+            last.restore(other)
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "run.json"
+    write_whole(path, "old")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(path, "new")
+    assert path.read_text() == "old"

@@ -1,0 +1,73 @@
+"""One step, without PyTorch; `test_parity` compares twenty of them with it."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from tests.tiny import SHALLOW
+from vgg_jax import IMAGENET, VGG, TrainConfig
+from vgg_jax.metrics import averages
+from vgg_jax.optimizer import sgd
+from vgg_jax.sharding import data_mesh, put_batch
+from vgg_jax.train_step import compile_steps, init_state, preprocess
+
+CONFIG = TrainConfig(image_size=32, scale=(32,), batch_size=8, learning_rate=1e-3)
+MODEL = VGG(SHALLOW, 5, image_size=32, dropout_rate=0.0)
+MESH = data_mesh(8)
+
+
+def batch(n=8, real=8, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "image": rng.integers(0, 256, (n, 32, 32, 3)).astype(np.uint8),
+        "colour_shift": rng.normal(size=(n, 3)).astype(np.float32),
+        "label": rng.integers(5, size=n).astype(np.int32),
+        "mask": np.arange(n) < real,
+    }
+
+
+def after_a_step(config, model, examples):
+    state = init_state(model, sgd(config), 0, MESH)
+    step, _ = compile_steps(config, model, IMAGENET.mean_rgb, MESH)
+    state, sums = step(state, put_batch(examples, MESH))
+    return jax.tree.map(np.asarray, state.params), averages(jax.tree.map(float, sums))
+
+
+def test_images_are_shifted_and_the_mean_is_taken_off():
+    image = np.full((1, 2, 2, 3), (10, 20, 30), np.uint8)
+    np.testing.assert_allclose(preprocess(image, (1.0, 2.0, 3.0), np.float32([[0.5, 0, -0.5]]))[0, 1, 1], [9.5, 18, 26.5])
+    np.testing.assert_allclose(preprocess(image, (1.0, 2.0, 3.0))[0, 0, 1], [9, 18, 27])
+
+
+def test_parameters_are_drawn_from_the_seed():
+    one, same, other = (init_state(MODEL, sgd(CONFIG), seed, MESH).params["fc6"]["kernel"] for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one, same)
+    assert np.abs(one - other).max() > 0.01
+
+
+def test_microbatches_make_the_step_of_the_whole_batch():
+    whole, whole_averages = after_a_step(CONFIG, MODEL, batch(real=7))
+    parts, parts_averages = after_a_step(dataclasses.replace(CONFIG, microbatch=2), MODEL, batch(real=7))
+    assert parts_averages == pytest.approx(whole_averages, rel=1e-5)
+    assert whole_averages["count"] == 7
+    start = init_state(MODEL, sgd(CONFIG), 0, MESH).params
+    for name in start:
+        moved = np.abs(whole[name]["kernel"] - start[name]["kernel"]).max()
+        assert moved > 0
+        assert np.abs(parts[name]["kernel"] - whole[name]["kernel"]).max() < 1e-4 * moved
+
+
+def test_padding_counts_nowhere():
+    """Neither in a step nor in evaluation: other pixels and labels in masked places, the same result."""
+    one, other = batch(real=5), batch(real=5, seed=1)
+    mixed = {name: np.concatenate([one[name][:5], other[name][5:]]) for name in one}
+    (a, a_averages), (b, b_averages) = (after_a_step(CONFIG, MODEL, examples) for examples in (one, mixed))
+    assert a_averages == b_averages
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    _, eval_step = compile_steps(CONFIG, MODEL, IMAGENET.mean_rgb, MESH)
+    variables = {"params": init_state(MODEL, sgd(CONFIG), 0, MESH).params, "batch_stats": {}}
+    sums = [jax.tree.map(float, eval_step(variables, put_batch(examples, MESH))) for examples in (one, mixed)]
+    assert sums[0] == sums[1]
+    assert sums[0].count == 5
