@@ -33,7 +33,7 @@ def torch_vgg(net, fc, classes, batch_norm=False, image_size=224, dropout=0.0):
             channels = width
         layers[f"pool{i}"] = nn.MaxPool2d(2, 2)
     layers["flatten"] = nn.Flatten()
-    channels *= (image_size // 32) ** 2
+    channels *= (image_size // 2 ** len(STAGES[net])) ** 2
     for i, width in enumerate(fc, 6):
         layers |= {f"fc{i}": nn.Linear(channels, width), f"relu{i}": nn.ReLU(), f"drop{i}": nn.Dropout(dropout)}
         channels = width
@@ -83,3 +83,27 @@ def randomize(model, seed):
             layer.running_mean = torch.randn(layer.bias.shape, generator=generator) * 0.1
             layer.running_var = torch.rand(layer.bias.shape, generator=generator) + 0.5
     return model
+
+
+def score_map(model, images, window, ceil=False):
+    """(N, K, h, w): the layers applied one by one to images (N, 3, H, W) of any size, fully connected ones as convolutions."""
+    x, side = images, window
+    for name, layer in model.named_children():
+        if isinstance(layer, nn.MaxPool2d):
+            x = nn.functional.max_pool2d(x, 2, 2, ceil_mode=ceil)
+        elif isinstance(layer, nn.Linear):
+            x = nn.functional.conv2d(x, layer.weight.reshape(len(layer.weight), -1, side, side), layer.bias)
+            side = 1
+        elif name != "flatten":
+            x = layer(x)
+    return x
+
+
+def dense_posterior(model, image, mean_rgb, window, ceil=False, flip=True, softmax_first=False):
+    """(K,): the dense evaluation of one uint8 image (H, W, 3) at its own size, written from the paper."""
+    x = (torch.from_numpy(image.copy()).float() - torch.tensor(mean_rgb)).permute(2, 0, 1)[None]
+    found = []
+    for each in [x, x.flip(3)] if flip else [x]:
+        scores = score_map(model, each, window, ceil)
+        found.append(scores.softmax(1).mean((2, 3)) if softmax_first else scores.mean((2, 3)).softmax(1))
+    return torch.stack(found).mean(0)[0].detach().double().numpy()

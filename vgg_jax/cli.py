@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from vgg_jax.configs import CHOICES, CONFIGS, PRESETS, TrainConfig, preset
+from vgg_jax.configs import CHOICES, CONFIGS, PRESETS, PROTOCOLS, Protocol, TrainConfig, preset
 from vgg_jax.errors import InputError
 
 
@@ -69,10 +69,71 @@ def statistics(data: str, split: str, data_dir: str | None, download: bool, skip
     return 0
 
 
+def evaluate(
+    run: str,
+    data: str | None,
+    split: str,
+    scales: list[int],
+    protocol: str,
+    flip: bool | None,
+    softmax_first: bool,
+    ceil: bool,
+    out: str | None,
+    **where: Any,
+) -> int:
+    from vgg_jax.evaluate import evaluate, report, save
+
+    chosen = Protocol(protocol, protocol != "center" if flip is None else flip, softmax_first, ceil)
+    evaluation, facts = evaluate(run, data, split, protocol=chosen, scales=scales, **where)
+    folder = out or f"{run}/{split}-{protocol}-{'-'.join(map(str, facts['scales']))}"
+    save(folder, evaluation, facts)
+    flags = ", ".join(name for name, on in (("mirrored", chosen.flip), ("soft-max first", softmax_first), ("ceil", ceil)) if on)
+    print(f"{protocol}, Q = {', '.join(map(str, facts['scales']))}{flags and ', ' + flags}: {report(facts)}")
+    print(f"{facts['seconds']:.1f} s, {facts['images_per_second']:.1f} images/s; {folder}/evaluation.json, {folder}/posteriors.npz")
+    return 0
+
+
+def fuse(posteriors: list[str], out: str | None) -> int:
+    from vgg_jax.evaluate import fuse, report, save
+
+    fused = fuse(posteriors)
+    facts = {"fused": posteriors} | fused.errors()
+    if out is not None:
+        save(out, fused, facts)
+    print(f"mean of {len(posteriors)} posteriors: {report(facts)}")
+    return 0
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="vgg-jax", description="VGG (Simonyan & Zisserman, arXiv 1409.1556) in JAX/Flax.")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     add_train(commands.add_parser("train", help="train a network, or go on with a run", argument_default=argparse.SUPPRESS))
+
+    command = commands.add_parser("evaluate", help="a trained network's errors, as the paper measures them")
+    command.set_defaults(command=evaluate)
+    command.add_argument("run", metavar="RUN", help="the workdir of a run")
+    add_data(command, None, "the run's own")
+    command.add_argument("--split", default="val", help="of the run's own data, val is what the run validated on (default: val)")
+    command.add_argument("--protocol", default="dense", choices=PROTOCOLS, help="default: dense")
+    command.add_argument(
+        "--scales",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="Q",
+        help="test scales (default: S, or the middle of its jitter)",
+    )
+    command.add_argument("--flip", action=argparse.BooleanOptionalAction, help="the mean with the mirror image; off for center only")
+    command.add_argument("--softmax-first", action="store_true", help="dense: soft-max at every position, then the mean")
+    command.add_argument("--ceil", action="store_true", help="pooling as in Caffe: an odd side is rounded up")
+    command.add_argument("--skip-bad", action="store_true", help="leave out files that are no images")
+    command.add_argument("--pixels", type=int, default=400_000, help="computed at once; more is faster on an accelerator (default: 400000)")
+    command.add_argument("--out", help="folder for evaluation.json and posteriors.npz (default: RUN/SPLIT-PROTOCOL-SCALES)")
+
+    command = commands.add_parser("fuse", help="the mean of the posteriors of several evaluations")
+    command.set_defaults(command=fuse)
+    command.add_argument("posteriors", nargs="+", metavar="POSTERIORS.npz")
+    command.add_argument("--out", help="folder for evaluation.json and posteriors.npz (default: none is written)")
 
     command = commands.add_parser("summary", help="a network's layers, parameters and cost")
     command.set_defaults(command=summary)
@@ -89,13 +150,13 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def add_data(command: argparse.ArgumentParser) -> None:
+def add_data(command: argparse.ArgumentParser, default: str | None = "digits", said: str = "digits") -> None:
     command.add_argument(
         "data",
         nargs="?",
-        default="digits",
+        default=default,
         metavar="DATA",
-        help="digits, an image folder, or a name of TensorFlow Datasets (default: digits)",
+        help=f"digits, an image folder, or a name of TensorFlow Datasets (default: {said})",
     )
     command.add_argument("--data-dir", default=None, help="where prepared TensorFlow Datasets lie")
     command.add_argument("--download", action="store_true", default=False, help="let TensorFlow Datasets download and prepare the data")

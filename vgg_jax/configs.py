@@ -115,6 +115,25 @@ CHOICES = {
     "statistics": ("imagenet", "measure"),
     "schedule": ("plateau", "step", "constant"),
 }
+# One crop; the corners and the centre; the whole image; a grid of 5x5 crops; the mean of the last two.
+PROTOCOLS = ("center", "ten-crop", "dense", "multi-crop", "both")
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """How the posteriors of an image are taken (§3.2); the defaults are dense, as in the paper. Raises InputError for another name."""
+
+    name: str = "dense"
+    flip: bool = True  # the mean with the mirror image's posterior
+    softmax_first: bool = False  # at every position of a map, before their mean; the paper does not say which comes first
+    ceil: bool = False  # pooling as in Caffe, an odd side rounded up
+
+    def __post_init__(self) -> None:
+        if self.name not in PROTOCOLS:
+            raise InputError(f"protocol is {self.name!r}: expected one of {', '.join(PROTOCOLS)}")
+
+
+DENSE = Protocol()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,14 +60,25 @@ def convolution(x: Array, kernel: Array) -> Array:
     return lax.platform_dependent(x, kernel, cpu=_on_cpu, default=_direct)
 
 
-def max_pool(x: Array) -> Array:
-    """(N, H, W, C) -> (N, H // 2, W // 2, C): the maximum of each 2x2 window, an odd row or column left out.
+def max_pool(x: Array, ceil: bool = False) -> Array:
+    """(N, H, W, C) -> (N, H // 2, W // 2, C): the maximum of each 2x2 window.
 
-    As a reshape its gradient needs no select-and-scatter, which is 3 to 5 times slower on a CPU and refused by XLA's
-    deterministic mode on a GPU. Equal maxima share their gradient; PyTorch gives it to the first.
+    Of an odd side the last row or column is left out, or with `ceil`, as in Caffe, pooled by itself. As a reshape its gradient needs no
+    select-and-scatter, which is 3 to 5 times slower on a CPU and refused by XLA's deterministic mode on a GPU. Equal maxima share
+    their gradient; PyTorch gives it to the first.
     """
     n, h, w, c = x.shape
+    if ceil:
+        x = jnp.pad(x, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), constant_values=-jnp.inf)
+        n, h, w, c = x.shape
     return x[:, : h // 2 * 2, : w // 2 * 2].reshape(n, h // 2, 2, w // 2, 2, c).max((2, 4))
+
+
+def inside(x: Array, sizes: Array) -> Array:
+    """bool (N, H, W, 1): which positions of the maps (N, H, W, C) lie within their first `sizes` (N, 2) rows and columns."""
+    row = jnp.arange(x.shape[1])[None, :, None, None] < sizes[:, 0, None, None, None]
+    column = jnp.arange(x.shape[2])[None, None, :, None] < sizes[:, 1, None, None, None]
+    return row & column
 
 
 def local_response_norm(x: Array, k: float = 2.0, n: int = 5, alpha: float = 1e-4, beta: float = 0.75) -> Array:

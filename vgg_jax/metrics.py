@@ -1,5 +1,6 @@
 """Sums over examples of loss and right answers: added over batches, divided once."""
 
+import math
 from typing import Any
 
 import flax.struct
@@ -42,3 +43,11 @@ def averages(sums: Sums) -> dict[str, float]:
     """Loss in nats, errors in [0, 1] and the number of examples that they are over."""
     n = float(sums.count)
     return {"loss": sums.loss / n, "top1_error": 1 - sums.top1 / n, "top5_error": 1 - sums.top5 / n, "count": int(n)}
+
+
+def interval(error: float, count: int) -> tuple[float, float]:
+    """Wilson's 95 % confidence interval of an error rate that was observed on `count` examples."""
+    z = 1.959964
+    middle = (error + z * z / (2 * count)) / (1 + z * z / count)
+    reach = z / (1 + z * z / count) * math.sqrt(error * (1 - error) / count + (z / (2 * count)) ** 2)
+    return max(0.0, middle - reach), min(1.0, middle + reach)

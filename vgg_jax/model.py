@@ -11,7 +11,7 @@ from jax import Array, lax
 
 from vgg_jax.configs import CONFIGS, VGGConfig, layer_table
 from vgg_jax.errors import InputError
-from vgg_jax.layers import BatchNorm, FullyConnected, convolution, local_response_norm, max_pool
+from vgg_jax.layers import BatchNorm, FullyConnected, convolution, inside, local_response_norm, max_pool
 
 # Of the kernels, (convolutions', fully connected layers'); biases start at 0.
 INITIALIZERS: dict[str, Callable[[float], tuple[nn.initializers.Initializer, nn.initializers.Initializer]]] = {
@@ -58,12 +58,22 @@ class VGG(nn.Module):
             )
         return self._run(images, ("fc8",), train, mask)["fc8"][:, 0, 0]
 
-    def score_map(self, images: Array) -> Array:
+    def score_map(self, images: Array, sizes: Array | None = None, ceil: bool = False) -> Array:
         """The dense class-score map (N, h, w, K) of images of at least image_size (§3.2): the logits of every window, stride 32.
 
-        A side of n pixels gives n // 32 - image_size // 32 + 1 positions. Raises InputError for a smaller image.
+        A side of n pixels gives n // 32 - image_size // 32 + 1 positions; with `ceil`, Caffe's pooling, n / 32 is rounded up.
+        Images of several sizes share a batch when each lies in the upper left corner of its place and `sizes`, int (N, 2), are their
+        heights and widths: the first positions of a map, `map_sizes(sizes)`, are then those of the image alone, and the others mean
+        nothing. Raises InputError for a place smaller than image_size.
         """
-        return self._run(images, ("fc8",))["fc8"]
+        return self._run(images, ("fc8",), sizes=sizes, ceil=ceil)["fc8"]
+
+    @nn.nowrap
+    def map_sizes(self, sizes: Array, ceil: bool = False) -> Array:
+        """int (N, 2): the sides of the score maps of images with these sides."""
+        stages = len(self.config.stages)
+        halved = -(-sizes // 2**stages) if ceil else sizes // 2**stages
+        return halved - self.image_size // 2**stages + 1
 
     def features(self, images: Array, layers: Iterable[str]) -> dict[str, Array]:
         """The named activations, each a map (N, h, w, C), of images of any size that reaches the deepest one, where the net stops.
@@ -74,7 +84,15 @@ class VGG(nn.Module):
         return self._run(images, tuple(layers))
 
     @nn.compact
-    def _run(self, x: Array, wanted: tuple[str, ...], train: bool = False, mask: Array | None = None) -> dict[str, Array]:
+    def _run(
+        self,
+        x: Array,
+        wanted: tuple[str, ...],
+        train: bool = False,
+        mask: Array | None = None,
+        sizes: Array | None = None,
+        ceil: bool = False,
+    ) -> dict[str, Array]:
         table = layer_table(self.config, self.num_classes, self.batch_norm, self.image_size)
         table = table[: _deepest(wanted, [layer.name for layer in table]) + 1]
         _check_images(x, table)
@@ -85,6 +103,12 @@ class VGG(nn.Module):
         conv = lax.conv_general_dilated if self.is_initializing() else _conv
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         found = {}
+
+        def clear(x: Array) -> Array:
+            """Zeros around each image, as a convolution of the image alone would find there."""
+            return x if sizes is None else jnp.where(inside(x, sizes), x, 0)
+
+        x = clear(x)
         for name, kind, width, kernel in table:
             if kind == "conv":
                 padding = kernel // 2
@@ -94,11 +118,14 @@ class VGG(nn.Module):
             elif kind == "bn":
                 x = BatchNorm(name=name, **types)(x, train, mask)
             elif kind == "relu":
-                x = nn.relu(x)
+                x = clear(nn.relu(x))
             elif kind == "lrn":
                 x = local_response_norm(x)
             elif kind == "pool":
-                x = max_pool(x)
+                x = max_pool(x, ceil)
+                if sizes is not None:
+                    sizes = (sizes + 1) // 2 if ceil else sizes // 2
+                    x = clear(x)  # of an odd side the last row was pooled with a zero
             elif kind == "fc":
                 x = FullyConnected(width, kernel, kernel_init=fc_init, name=name, **types)(x)
             elif kind == "drop":

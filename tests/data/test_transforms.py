@@ -10,8 +10,7 @@ from PIL import Image, ImageOps
 from tests.data.tiny_data import encode, noise
 from vgg_jax.configs import IMAGENET, Statistics, TrainConfig
 from vgg_jax.data import transforms
-from vgg_jax.data.transforms import crop_offsets, crop_resized, decode, draw, eval_example, flip, rescale, train_example
-from vgg_jax.errors import InputError
+from vgg_jax.data.transforms import crop_resized, decode, draw, eval_example, flip, rescale, train_example
 
 TINY = TrainConfig(image_size=32, scale=(32, 40))
 
@@ -287,13 +286,3 @@ def test_eval_example_is_the_centre_crop_in_the_middle_of_the_range(run):
 def test_half_an_image_is_an_error(run, name):
     with pytest.raises((tf.errors.InvalidArgumentError, ValueError)):
         run(decode, [FILES[name][: len(FILES[name]) // 3]])
-
-
-def test_crop_offsets():
-    """The example of §3.2 on a 256 x 341 image."""
-    assert crop_offsets(256, 224, 5) == (0, 8, 16, 24, 32)
-    assert crop_offsets(341, 224, 5) == (0, 29, 58, 88, 117)
-    assert crop_offsets(224, 224, 5) == (0, 0, 0, 0, 0)
-    assert crop_offsets(256, 224, 1) == (16,)
-    with pytest.raises(InputError, match="crop is 224 pixels and the image side 223"):
-        crop_offsets(223, 224, 5)

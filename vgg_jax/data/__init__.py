@@ -16,18 +16,18 @@ with contextlib.suppress(RuntimeError):  # a notebook that used TensorFlow befor
     tf.config.set_visible_devices([], "GPU")
 
 from vgg_jax.data.batches import Batches
-from vgg_jax.data.pipeline import batches_per_epoch, eval_batches, train_batches
-from vgg_jax.data.sources import open_split, open_splits
+from vgg_jax.data.pipeline import batches_per_epoch, eval_batches, rescaled_images, train_batches
+from vgg_jax.data.sources import VALIDATION, open_split, open_splits
 from vgg_jax.data.splits import Source
 from vgg_jax.data.statistics import Measured, measure
-from vgg_jax.data.transforms import crop_offsets, crop_resized, decode, eval_scale, rescale
+from vgg_jax.data.transforms import crop_resized, decode, eval_scale, rescale
 
 __all__ = [
+    "VALIDATION",
     "Batches",
     "Measured",
     "Source",
     "batches_per_epoch",
-    "crop_offsets",
     "crop_resized",
     "decode",
     "eval_batches",
@@ -36,5 +36,6 @@ __all__ = [
     "open_split",
     "open_splits",
     "rescale",
+    "rescaled_images",
     "train_batches",
 ]

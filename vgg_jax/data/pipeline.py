@@ -15,7 +15,7 @@ import tensorflow as tf
 from vgg_jax.configs import Statistics, TrainConfig
 from vgg_jax.data.batches import Batches
 from vgg_jax.data.splits import Source
-from vgg_jax.data.transforms import eval_example, train_example
+from vgg_jax.data.transforms import decode, eval_example, rescale, train_example
 
 ORDER, DRAWS = 0, 1  # independent streams of one seed
 EXAMPLE = ("index", "encoded", "label", "mask")
@@ -53,6 +53,17 @@ def eval_batches(source: Source, config: TrainConfig, batch_size: int) -> Batche
         return _padded(source.examples(None, batch * batch_size), source.size, batch_size)
 
     return Batches(source, examples, functools.partial(eval_example, config=config), batch_size)
+
+
+def rescaled_images(source: Source, scales: tuple[int, ...], exif: bool) -> Batches:
+    """The whole images of a source, one by one in its order: {"scaled": a tuple of uint8 (1, H, W, 3), one a scale, "label", "index"}."""
+
+    def prepare(example: dict) -> dict:
+        image = decode(example["encoded"], exif)
+        rest = {key: value for key, value in example.items() if key != "encoded"}
+        return rest | {"scaled": tuple(rescale(image, scale) for scale in scales)}
+
+    return Batches(source, lambda at: source.examples(None, at), prepare, 1)
 
 
 def epoch_seed(seed: int, stream: int, epoch: tf.Tensor) -> tf.Tensor:

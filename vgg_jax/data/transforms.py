@@ -9,7 +9,6 @@ import tensorflow as tf
 from PIL import Image
 
 from vgg_jax.configs import Statistics, TrainConfig
-from vgg_jax.errors import InputError
 
 # What Pillow and torchvision decode: pixels are equal to theirs. TensorFlow's default differs by up to 21 levels, 1.2 on average.
 DCT = "INTEGER_ACCURATE"
@@ -234,15 +233,3 @@ def _upright(image: tf.Tensor, turn: tf.Tensor) -> tf.Tensor:
     image = tf.cond(turn >= 5, lambda: tf.transpose(image, (1, 0, 2)), lambda: image)
     image = tf.cond((turn == 3) | (turn == 4) | (turn == 7) | (turn == 8), lambda: image[::-1], lambda: image)
     return tf.cond((turn == 2) | (turn == 3) | (turn == 6) | (turn == 7), lambda: image[:, ::-1], lambda: image)
-
-
-def crop_offsets(side: int, crop: int, count: int) -> tuple[int, ...]:
-    """`count` evenly spaced offsets of a crop in a side, from first to last (§3.2): crop_offsets(256, 224, 5) is (0, 8, 16, 24, 32).
-
-    One offset is the centre's. Raises InputError for a crop that does not fit.
-    """
-    if crop > side:
-        raise InputError(f"the crop is {crop} pixels and the image side {side}: expected at most the side; pass a larger test scale")
-    if count == 1:
-        return ((side - crop) // 2,)
-    return tuple(int(offset) for offset in np.round(np.linspace(0, side - crop, count)))

@@ -1,0 +1,151 @@
+"""Posteriors of mixed sizes in shared batches against one image at a time, in PyTorch and by hand."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.tiny import init
+from vgg_jax import IMAGENET, VGG, Conv, InputError, VGGConfig
+from vgg_jax.configs import DENSE, PROTOCOLS, Protocol
+from vgg_jax.posteriors import crop_offsets, place_of, posteriors, stream_posteriors, windows
+from vgg_jax.sharding import data_mesh
+
+SMALL = VGGConfig(((Conv(8),), (Conv(16), Conv(16)), (Conv(24),)), fc=(24, 16))
+STAGES = [[8], [16, 16], [24]]  # the same, for PyTorch
+SIZE, CLASSES, MEAN = 16, 7, IMAGENET.mean_rgb  # fc6 reads 2x2 positions
+SIZES = [(16, 16), (16, 32), (23, 16), (16, 37), (47, 16), (33, 34), (16, 43), (24, 27)]
+
+
+def photos(sizes, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 256, (h, w, 3)).astype(np.uint8) for h, w in sizes]
+
+
+@pytest.fixture(scope="module")
+def net():
+    model = VGG(SMALL, num_classes=CLASSES, image_size=SIZE, initializer="he")
+    variables = init(model)
+    return model, jax.tree.map(lambda x: x * 0.5 if x.ndim > 1 else x, variables)  # soft-max over scores that are not all or nothing
+
+
+@pytest.mark.parametrize("ceil", [False, True], ids=["floor", "ceil"])
+@pytest.mark.parametrize(("kind", "batch_norm"), [("plain", False), ("lrn", False), ("plain", True)], ids=["plain", "lrn", "batch_norm"])
+def test_dense_posteriors_equal_pytorchs_one_by_one(kind, batch_norm, ceil, monkeypatch):
+    pytest.importorskip("torch", reason="needs torch: pip install torch")
+    from tests import torch_vgg
+
+    monkeypatch.setitem(torch_vgg.STAGES, "small", [[8, "lrn"], *STAGES[1:]] if kind == "lrn" else STAGES)
+    theirs = torch_vgg.randomize(torch_vgg.torch_vgg("small", (24, 16), CLASSES, batch_norm, SIZE), seed=3).eval()
+    theirs.fc8.weight.data *= 0.02
+    params, batch_stats = torch_vgg.to_jax(theirs, 2)
+    config = dataclasses.replace(SMALL, lrn=("conv1_1",) if kind == "lrn" else ())
+    model = VGG(config, CLASSES, batch_norm, image_size=SIZE)
+    images = photos(SIZES)
+    for softmax_first in (False, True) if kind == "plain" else (False,):
+        protocol = Protocol(ceil=ceil, softmax_first=softmax_first)
+        ours = posteriors(model, {"params": params, "batch_stats": batch_stats}, images, protocol=protocol)
+        expected = np.stack([torch_vgg.dense_posterior(theirs, image, MEAN, 2, ceil, True, softmax_first) for image in images])
+        assert 0.05 < expected.max(1).mean() < 0.95
+        assert np.abs(ours - expected).max() < 1e-5
+        assert np.abs(np.diff(ours, axis=0)).max() > 1e-3  # the images differ
+
+
+def test_a_padded_map_is_the_map_of_the_image_alone(net):
+    """Also a place much larger than the image, and what is outside of it makes no difference."""
+    model, variables = net
+    image = photos([(23, 41)])[0].astype(np.float32) - 120
+    for ceil in (False, True):
+        alone = model.apply(variables, image[None], ceil=ceil, method="score_map")
+        place = np.full((2, 40, 56, 3), 99.0, np.float32)
+        place[0, :23, :41] = image
+        sizes = jnp.array([[23, 41], [40, 56]])
+        h, w = model.map_sizes(sizes, ceil)[0].tolist()
+        assert alone.shape[1:3] == (h, w)
+        shared = model.apply(variables, place, sizes=sizes, ceil=ceil, method="score_map")
+        np.testing.assert_allclose(shared[0, :h, :w], alone[0], rtol=1e-4, atol=1e-4 * np.abs(alone).max())
+
+
+def softmax_of(net, crops):
+    model, variables = net
+    return jax.nn.softmax(model.apply(variables, jnp.float32(np.stack(crops)) - jnp.array(MEAN)[None, None, None]))
+
+
+def test_dense_on_a_crop_of_the_nets_size_is_the_forward_pass(net):
+    image = photos([(SIZE, SIZE)])
+    ours = posteriors(*net, image, protocol=Protocol(flip=False))
+    np.testing.assert_allclose(ours, softmax_of(net, image), atol=1e-5)
+
+
+def test_crops_are_those_cut_by_hand(net):
+    """5x5 and their mirror images at two scales; the ten crops of corners and centre; the centre."""
+    scaled = photos([(24, 49), (48, 83)])
+    grid = []
+    for image, ys, xs in zip(scaled, [(0, 2, 4, 6, 8), (0, 8, 16, 24, 32)], [(0, 8, 16, 25, 33), (0, 17, 34, 50, 67)], strict=True):
+        grid += [image[y : y + 16, x : x + 16] for y in ys for x in xs]
+    expected = np.asarray(softmax_of(net, grid + [crop[:, ::-1] for crop in grid]))
+    assert len(expected) == 100
+    ours = posteriors(*net, [scaled], protocol=Protocol("multi-crop"))
+    np.testing.assert_allclose(ours[0], expected.mean(0), atol=1e-5)
+
+    image = scaled[0]
+    ten = [image[y : y + 16, x : x + 16] for y, x in ((0, 0), (0, 33), (8, 0), (8, 33), (4, 16))]
+    expected = np.asarray(softmax_of(net, ten + [crop[:, ::-1] for crop in ten])).mean(0)
+    np.testing.assert_allclose(posteriors(*net, [image], protocol=Protocol("ten-crop"))[0], expected, atol=1e-5)
+    np.testing.assert_allclose(
+        posteriors(*net, [image], protocol=Protocol("center", flip=False))[0], softmax_of(net, ten[4:])[0], atol=1e-5
+    )
+
+
+def test_both_and_scales_are_means(net):
+    images = photos([(20, 40), (31, 17)])
+    both, dense, crops = (posteriors(*net, images, protocol=Protocol(name)) for name in ("both", "dense", "multi-crop"))
+    np.testing.assert_allclose(both, (dense + crops) / 2, atol=1e-6)
+    other = photos([(30, 60), (62, 34)], seed=1)
+    np.testing.assert_allclose(posteriors(*net, list(zip(images, other, strict=True))), (dense + posteriors(*net, other)) / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_the_weights_of_an_image_add_up_to_one(name):
+    found = list(windows(3, photos([(20, 40), (31, 17)]), 16, Protocol(name)))
+    assert sum(window.weight for window in found) == pytest.approx(1)
+    assert {window.image for window in found} == {3}
+
+
+def test_each_image_comes_once_and_places_share_programs(net, caplog):
+    """On two devices; 60 images of 60 sizes in few compilations."""
+    sizes = [(16, 16 + i) if i % 2 else (16 + i, 16) for i in range(60)]
+    with jax.log_compiles():
+        found = dict(stream_posteriors(*net, ([image] for image in photos(sizes)), mesh=data_mesh(2), protocol=DENSE, pixels=8_000))
+    assert found.keys() == set(range(60))
+    places = {place_of(*size) for size in sizes}
+    compiled = sum(record.getMessage().startswith("Compiling jit(window_posteriors)") for record in caplog.records)
+    assert places == {(32, 32), (32, 128), (128, 32)}
+    assert 0 < compiled <= len(places)
+    np.testing.assert_allclose(found[41], posteriors(*net, [photos(sizes)[41]])[0], atol=1e-6)
+    assert sum(found.values()).sum() == pytest.approx(60)
+
+
+def test_few_sizes_are_far_from_square():
+    assert place_of(256, 341) == (256, 352)
+    assert place_of(513, 256) == (640, 256)
+    assert place_of(64, 64) == (64, 64)
+
+
+def test_crop_offsets():
+    """The example of §3.2 on a 256 x 341 image."""
+    assert crop_offsets(256, 224, 5) == (0, 8, 16, 24, 32)
+    assert crop_offsets(341, 224, 5) == (0, 29, 58, 88, 117)
+    assert crop_offsets(224, 224, 5) == (0, 0, 0, 0, 0)
+    assert crop_offsets(256, 224, 1) == (16,)
+    with pytest.raises(InputError, match="crop is 224 pixels and the image side 223"):
+        crop_offsets(223, 224, 5)
+
+
+def test_too_small_an_image_and_an_unknown_protocol(net):
+    with pytest.raises(InputError, match="image 1 is 15x80: expected both sides to be at least the net's, 16"):
+        posteriors(*net, photos([(16, 16), (15, 80)]))
+    with pytest.raises(InputError, match=r"'sparse'.*dense"):
+        Protocol("sparse")

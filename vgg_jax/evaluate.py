@@ -1,0 +1,167 @@
+"""From a trained net and a data set to class posteriors, errors and the files that keep both; fusion of such files (§3.2, §4)."""
+
+import dataclasses
+import json
+import time
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vgg_jax.checkpoint import load, write_whole
+from vgg_jax.configs import DENSE, Protocol
+from vgg_jax.errors import InputError
+from vgg_jax.metrics import averages, interval, sums_of
+from vgg_jax.posteriors import PIXELS, stream_posteriors
+from vgg_jax.sharding import data_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The posteriors of a split, in its order."""
+
+    posteriors: np.ndarray  # float32 (N, K)
+    labels: np.ndarray  # int32 (N,)
+    files: np.ndarray  # str (N,)
+    classes: np.ndarray  # str (K,)
+
+    def errors(self) -> dict[str, Any]:
+        """Top-1 and top-5 error in [0, 1], each with its 95 % interval, the mean of -log of the right class's posterior, and the count."""
+        logits = jnp.log(jnp.maximum(self.posteriors, np.finfo(np.float32).tiny))
+        found = averages(jax.tree.map(float, sums_of(logits, jnp.asarray(self.labels), jnp.ones(len(self.labels), bool))))
+        intervals = {f"{name}_interval": interval(found[name], len(self.labels)) for name in ("top1_error", "top5_error")}
+        return found | intervals
+
+
+def evaluate(
+    workdir: str | Path,
+    data: str | None = None,
+    split: str = "val",
+    *,
+    protocol: Protocol = DENSE,
+    scales: Sequence[int] = (),
+    data_dir: str | None = None,
+    download: bool = False,
+    skip_bad: bool = False,
+    pixels: int = PIXELS,
+) -> tuple[Evaluation, dict[str, Any]]:
+    """The best net of a run on every image of a split: the evaluation and what is to be said of it.
+
+    `data` is the run's own if none is given; of that, "val" is what the run validated on. Test scales Q are by default the training
+    scale S, or the middle of its jitter (§4.1). Raises InputError for anything wrong in the input.
+    """
+    model, variables, metadata = load(workdir)
+    config = metadata["config"]
+    scales = tuple(scales) or (metadata["preprocessing"]["scale"],)
+    if min(scales) < model.image_size:
+        raise InputError(f"scales is {scales}: expected at least the size of the net's images, {model.image_size}")
+    from tqdm import tqdm
+
+    from vgg_jax.data import VALIDATION, open_split, open_splits, rescaled_images  # TensorFlow is for those who read files
+
+    where: dict[str, Any] = {"data_dir": data_dir, "download": download, "skip_bad": skip_bad}
+    data = config.data if data is None else data
+    if data == config.data and split in VALIDATION:
+        source = open_splits(data, validation_fraction=config.validation_fraction, seed=config.seed, **where)[1]
+    else:
+        source = open_split(data, split, **where)
+    if source.classes != metadata["classes"]:
+        raise InputError(f"{source.name} has other classes than {workdir}: {_first_difference(source.classes, metadata['classes'])}")
+
+    labels, files = np.zeros(source.size, np.int32), []
+
+    def images():
+        for index, example in enumerate(rescaled_images(source, scales, config.exif)):
+            labels[index] = example["label"][0]
+            files.append(source.file_name(int(example["index"][0])))
+            yield [image[0] for image in example["scaled"]]
+
+    stream = stream_posteriors(
+        model,
+        variables,
+        images(),
+        mesh=data_mesh(len(jax.local_devices()), jax.local_devices()),
+        protocol=protocol,
+        mean_rgb=metadata["preprocessing"]["mean_rgb"],
+        pixels=pixels,
+    )
+    found = np.full((source.size, len(source.classes)), np.nan, np.float32)
+    started, done = time.monotonic(), 0
+    with tqdm(desc="evaluation", total=source.size, unit=" images", leave=False, disable=None) as bar:
+        for index, posterior in stream:
+            found[index] = posterior
+            done += 1
+            bar.update()
+    seconds = time.monotonic() - started
+    assert done == source.size == len(files), f"{done} of {source.size} images were evaluated"
+    evaluation = Evaluation(found, labels, np.array(files, str), np.array(source.classes, str))
+    facts = {
+        "run": str(workdir),
+        "epoch": metadata["epoch"],
+        "data": data,
+        "split": split,
+        "net": config.net,
+        "scales": list(scales),
+        "protocol": dataclasses.asdict(protocol),
+        **evaluation.errors(),
+        "seconds": round(seconds, 3),
+        "images_per_second": round(source.size / seconds, 2),
+    }
+    return evaluation, facts
+
+
+def save(folder: str | Path, evaluation: Evaluation, facts: dict[str, Any]) -> None:
+    """Writes posteriors.npz and evaluation.json into the folder, each whole or not at all."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / "posteriors.new.npz"
+    np.savez(temporary, **dataclasses.asdict(evaluation))
+    temporary.replace(folder / "posteriors.npz")
+    write_whole(folder / "evaluation.json", json.dumps(facts, indent=1) + "\n")
+
+
+def read(path: str | Path) -> Evaluation:
+    """Raises InputError for a file that `save` did not write."""
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            evaluation = Evaluation(**{field.name: content[field.name] for field in dataclasses.fields(Evaluation)})
+        n, k = evaluation.posteriors.shape
+        if (evaluation.labels.shape, evaluation.files.shape, evaluation.classes.shape) != ((n,), (n,), (k,)):
+            raise ValueError("its arrays do not fit together")
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} cannot be read ({error}): expected a posteriors.npz as `vgg-jax evaluate` writes it") from error
+    return evaluation
+
+
+def fuse(paths: Sequence[str | Path]) -> Evaluation:
+    """The mean of the posteriors in some files (§4.4). Raises InputError where their images, labels or classes differ."""
+    first = read(paths[0])
+    total = np.zeros(first.posteriors.shape)
+    for path in paths:
+        other = read(path)
+        for name, what in (("classes", "class"), ("files", "image"), ("labels", "label of image")):
+            one, two = getattr(first, name), getattr(other, name)
+            if not np.array_equal(one, two):
+                raise InputError(f"{path} does not fit {paths[0]}: {what} {_first_difference(two, one)}; evaluate both on the same split")
+        total += other.posteriors
+    return dataclasses.replace(first, posteriors=(total / len(paths)).astype(np.float32))
+
+
+def report(facts: dict[str, Any]) -> str:
+    """The errors in one line, with all that they depend on."""
+    parts = []
+    for k in (1, 5):
+        low, high = facts[f"top{k}_error_interval"]
+        parts.append(f"top-{k} error {facts[f'top{k}_error']:.2%} ({low:.2%} to {high:.2%})")
+    return f"{', '.join(parts)}; 95 % intervals, {facts['count']} images"
+
+
+def _first_difference(here: Sequence, there: Sequence) -> str:
+    if len(here) != len(there):
+        return f"count is {len(here)} and {len(there)}"
+    at = next(i for i, (one, two) in enumerate(zip(here, there, strict=True)) if one != two)
+    return f"{at} is {str(here[at])!r} and {str(there[at])!r}"

@@ -1,0 +1,173 @@
+"""The paper's evaluation (§3.2): class posteriors of images of any size, from dense score maps, from crops, or from both.
+
+Knows neither files nor TensorFlow. All that is evaluated is a window: the whole rescaled image, or a crop of it. Windows of different
+sizes share batches: each lies in the corner of a place whose sides are multiples of 32, and the net clears what is around it.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from vgg_jax.configs import DENSE, IMAGENET, Protocol
+from vgg_jax.errors import InputError
+from vgg_jax.layers import compiler_options, inside
+from vgg_jax.model import VGG
+from vgg_jax.sharding import data_mesh, put_batch, replicated
+from vgg_jax.train_step import preprocess
+
+PLACE = 32  # pixels: places have sides that are multiples of it; of 500 ImageNet photos at Q = 256 in 20 places, 3 % of the area is empty
+LARGE_PLACE = 128  # the same for a side above twice the shorter one's, which few photos have
+PIXELS = 400_000  # of the windows that are computed at once
+
+
+class Window(NamedTuple):
+    """A part of an image that gives one posterior."""
+
+    image: int  # whose it is
+    weight: float  # of its posterior in the image's
+    pixels: np.ndarray  # uint8 (h, w, 3)
+
+
+def window_posteriors(
+    variables: Any, images: Array, sizes: Array, *, model: VGG, mean_rgb: tuple[float, float, float], protocol: Protocol
+) -> Array:
+    """float32 (N, K): the posteriors of windows of `sizes`, int (N, 2), in the corners of uint8 images (N, H, W, 3)."""
+    if protocol.flip:
+        # The mirror image lies in the same corner.
+        columns = jnp.arange(images.shape[2])[None]
+        mirrored = jnp.where(columns < sizes[:, 1:], sizes[:, 1:] - 1 - columns, columns)
+        images = jnp.concatenate([images, jnp.take_along_axis(images, mirrored[:, None, :, None], axis=2)])
+        sizes = jnp.concatenate([sizes, sizes])
+    scores: Any = model.apply(variables, preprocess(images, mean_rgb), sizes=sizes, ceil=protocol.ceil, method="score_map")
+    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    valid = model.map_sizes(sizes, protocol.ceil)
+    share = inside(scores, valid) / valid.prod(1)[:, None, None, None]
+    first, then = (jax.nn.softmax, lambda x: x) if protocol.softmax_first else (lambda x: x, jax.nn.softmax)
+    posteriors = then((first(scores) * share).sum((1, 2)))
+    return posteriors.reshape(1 + protocol.flip, -1, model.num_classes).mean(0)
+
+
+def windows(index: int, scales: Sequence[np.ndarray], crop: int, protocol: Protocol) -> Iterator[Window]:
+    """The windows of an image that is given rescaled to each test scale, uint8 (H, W, 3). Their weights add up to 1."""
+    for image in scales:
+        h, w = image.shape[:2]
+        if min(h, w) < crop:
+            raise InputError(f"image {index} is {h}x{w}: expected both sides to be at least the net's, {crop}; pass larger test scales")
+        if protocol.name in ("dense", "both"):
+            yield Window(index, (0.5 if protocol.name == "both" else 1.0) / len(scales), image)
+        if protocol.name == "dense":
+            continue
+        count = {"center": 1, "ten-crop": 2, "multi-crop": 5, "both": 5}[protocol.name]
+        offsets = [(y, x) for y in crop_offsets(h, crop, count) for x in crop_offsets(w, crop, count)]
+        if protocol.name == "ten-crop":
+            offsets += [(crop_offsets(h, crop, 1)[0], crop_offsets(w, crop, 1)[0])]
+        for y, x in offsets:
+            weight = (0.5 if protocol.name == "both" else 1.0) / len(scales) / len(offsets)
+            yield Window(index, weight, image[y : y + crop, x : x + crop])
+
+
+def crop_offsets(side: int, crop: int, count: int) -> tuple[int, ...]:
+    """`count` evenly spaced offsets of a crop in a side, from first to last (§3.2): crop_offsets(256, 224, 5) is (0, 8, 16, 24, 32).
+
+    One offset is the centre's. Raises InputError for a crop that does not fit.
+    """
+    if crop > side:
+        raise InputError(f"the crop is {crop} pixels and the image side {side}: expected at most the side; pass a larger test scale")
+    if count == 1:
+        return ((side - crop) // 2,)
+    return tuple(int(offset) for offset in np.round(np.linspace(0, side - crop, count)))
+
+
+def stream_posteriors(
+    model: VGG,
+    variables: Any,
+    images: Iterable[Sequence[np.ndarray]],
+    *,
+    mesh: jax.sharding.Mesh,
+    protocol: Protocol = DENSE,
+    mean_rgb: tuple[float, float, float] = IMAGENET.mean_rgb,
+    pixels: int = PIXELS,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(index, posterior (K,)) of each image, in the order in which they are done; each is given at all test scales.
+
+    Memory depends on `pixels`, those of the windows that are computed at once, not on the number of images. Raises InputError for an
+    image that is smaller than the net's.
+    """
+    compute = jax.jit(
+        partial(window_posteriors, model=model, mean_rgb=mean_rgb, protocol=protocol),
+        compiler_options=compiler_options(),
+        out_shardings=replicated(mesh),
+    )
+    variables = jax.device_put(variables, replicated(mesh))
+    sums: dict[int, Any] = defaultdict(float)
+    left: dict[int, int] = {}
+    waiting: dict[tuple[int, int], list[Window]] = defaultdict(list)
+
+    def computed(place: tuple[int, int], batch: Sequence[Window]) -> Iterator[tuple[int, np.ndarray]]:
+        full = np.zeros((windows_at_once(place, pixels, mesh.size), *place, 3), np.uint8)
+        sizes = np.full((len(full), 2), model.image_size, np.int32)
+        for i, window in enumerate(batch):
+            sizes[i] = h, w = window.pixels.shape[:2]
+            full[i, :h, :w] = window.pixels
+        placed = put_batch({"images": full, "sizes": sizes}, mesh)
+        posteriors = np.asarray(compute(variables, placed["images"], placed["sizes"]), np.float64)
+        for window, posterior in zip(batch, posteriors, strict=False):
+            sums[window.image] += window.weight * posterior
+            left[window.image] -= 1
+            if not left[window.image]:
+                del left[window.image]
+                yield window.image, sums.pop(window.image)
+
+    for index, scales in enumerate(images):
+        of_image = list(windows(index, scales, model.image_size, protocol))
+        left[index] = len(of_image)
+        for window in of_image:
+            place = place_of(*window.pixels.shape[:2])
+            waiting[place].append(window)
+            if len(waiting[place]) == windows_at_once(place, pixels, mesh.size):
+                yield from computed(place, waiting.pop(place))
+
+    # What is left of a small place fills up the batches of a larger one: fewer batches, and fewer programs to compile.
+    rest = sorted((place for place in waiting), key=lambda place: place[0] * place[1], reverse=True)
+    while rest:
+        place = rest[0]
+        batch: list[Window] = []
+        for other in [other for other in rest if other[0] <= place[0] and other[1] <= place[1]]:
+            free = windows_at_once(place, pixels, mesh.size) - len(batch)
+            batch += waiting[other][:free]
+            waiting[other] = waiting[other][free:]
+        rest = [place for place in rest if waiting[place]]
+        yield from computed(place, batch)
+
+
+def posteriors(model: VGG, variables: Any, images: Sequence[np.ndarray] | Sequence[Sequence[np.ndarray]], **settings: Any) -> np.ndarray:
+    """float64 (N, K): the class posteriors of images, uint8 RGB (H, W, 3) at a test scale each, or sequences of them, one for each scale.
+
+    Settings are those of `stream_posteriors`. Raises InputError for an image that is smaller than the net's.
+    """
+    scaled = [[image] if isinstance(image, np.ndarray) else image for image in images]
+    mesh = settings.pop("mesh", None) or data_mesh(1, jax.devices()[:1])
+    found = dict(stream_posteriors(model, variables, scaled, mesh=mesh, **settings))
+    return np.stack([found[index] for index in range(len(scaled))])
+
+
+def place_of(h: int, w: int) -> tuple[int, int]:
+    """The sides of the place for a window of these sides."""
+    up = partial(_round_up, short=min(h, w))
+    return up(h), up(w)
+
+
+def _round_up(side: int, short: int) -> int:
+    step = PLACE if side <= 2 * short else LARGE_PLACE
+    return -(-side // step) * step
+
+
+def windows_at_once(place: tuple[int, int], pixels: int, devices: int) -> int:
+    """How many windows of a place are computed together: at least one a device, and as many on each."""
+    return max(1, pixels // (place[0] * place[1]) // devices) * devices
