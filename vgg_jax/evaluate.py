@@ -127,7 +127,7 @@ def save(folder: str | Path, evaluation: Evaluation, facts: dict[str, Any]) -> N
 def read(path: str | Path) -> Evaluation:
     """Raises InputError for a file that `save` did not write."""
     try:
-        with np.load(path, allow_pickle=False) as content:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as content:
             evaluation = Evaluation(**{field.name: content[field.name] for field in dataclasses.fields(Evaluation)})
         n, k = evaluation.posteriors.shape
         if (evaluation.labels.shape, evaluation.files.shape, evaluation.classes.shape) != ((n,), (n,), (k,)):

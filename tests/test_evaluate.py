@@ -1,0 +1,161 @@
+"""From a run and a folder of photos to errors and files; what is computed is compared in `test_posteriors`."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.tiny import SHALLOW, init
+from vgg_jax import CONFIGS, IMAGENET, InputError, TrainConfig, cli
+from vgg_jax.checkpoint import Run, Saved, begin_run
+from vgg_jax.configs import CHOICES, Protocol
+from vgg_jax.data import decode, rescale
+from vgg_jax.evaluate import Evaluation, evaluate, fuse, read, save
+from vgg_jax.metrics import interval
+from vgg_jax.posteriors import posteriors
+from vgg_jax.train_step import build_model
+
+COUNT = 7
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_net():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CONFIGS, "shallow", SHALLOW)
+        patch.setitem(CHOICES, "net", tuple(CONFIGS))
+        yield
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for i in range(COUNT):
+        for split in ("train", "val"):
+            path = root / split / ("blue", "red")[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (20 + 3 * i, 30, 3)).astype(np.uint8)).save(path)
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(photos, tmp_path_factory):
+    """The workdir of a run that has saved its net once."""
+    workdir = tmp_path_factory.mktemp("run")
+    config = TrainConfig(
+        data=str(photos), net="shallow", fc=(24, 16), image_size=16, scale=(16, 24), learning_rate=0.1, initializer="he"
+    )  # fmt: skip
+    begin_run(workdir, Run(config, ("blue", "red"), IMAGENET, "folder", COUNT, COUNT))
+    with Saved(workdir / "best") as best:
+        best.save(1, init(build_model(config, 2)), {"epoch": 1, "validation": {}})
+    return workdir
+
+
+def test_posteriors_labels_and_names_are_in_the_order_of_the_data(run, photos):
+    evaluation, facts = evaluate(run, scales=(18, 24))
+    files = [photos / "val" / label / f"{i}.png" for label, start in (("blue", 0), ("red", 1)) for i in range(start, COUNT, 2)]
+    assert evaluation.files.tolist() == [str(file) for file in files]
+    assert evaluation.labels.tolist() == [0, 0, 0, 0, 1, 1, 1]
+    assert evaluation.classes.tolist() == ["blue", "red"]
+    from vgg_jax import load
+
+    model, variables, _ = load(run)
+    images = [[rescale(decode(file.read_bytes()), scale).numpy() for scale in (18, 24)] for file in files]
+    np.testing.assert_allclose(evaluation.posteriors, posteriors(model, variables, images), atol=1e-6)
+    wrong = (evaluation.posteriors.argmax(1) != evaluation.labels).mean()
+    assert facts["top1_error"] == pytest.approx(wrong)
+    assert (facts["top5_error"], facts["count"], facts["scales"]) == (0, COUNT, [18, 24])
+
+
+def test_the_command_prints_and_writes(run, photos, capsys):
+    assert cli.main(["evaluate", str(run), "--protocol", "center"]) == 0
+    out = capsys.readouterr().out
+    assert "center, Q = 20: top-1 error" in out  # the middle of the jitter
+    assert f"{COUNT} images" in out
+    facts = json.loads((run / "val-center-20" / "evaluation.json").read_text())
+    assert facts["protocol"] == dataclasses.asdict(Protocol("center", flip=False))
+    assert facts["data"] == str(photos)
+    assert read(run / "val-center-20" / "posteriors.npz").posteriors.shape == (COUNT, 2)
+
+
+def test_fusion_is_the_mean(run, tmp_path, capsys):
+    folders = []
+    for scale in ("16", "24"):
+        assert cli.main(["evaluate", str(run), "--scales", scale, "--out", str(tmp_path / scale)]) == 0
+        folders.append(str(tmp_path / scale / "posteriors.npz"))
+    assert cli.main(["fuse", *folders, "--out", str(tmp_path / "fused")]) == 0
+    assert "mean of 2 posteriors: top-1 error" in capsys.readouterr().out
+    one, other, fused = (read(path) for path in (*folders, tmp_path / "fused" / "posteriors.npz"))
+    np.testing.assert_allclose(fused.posteriors, (one.posteriors + other.posteriors) / 2, atol=1e-7)
+
+
+EVALUATION = Evaluation(
+    np.float32([[0.9, 0.1], [0.4, 0.6]]), np.int32([0, 0]), np.array(["a.png", "two\nlines.png"]), np.array(["ants", "bees"])
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"files": np.array(["a.png", "c.png"])}, r"image 1 is 'c.png' and 'two\nlines.png'"),
+        ({"classes": np.array(["bees", "ants"])}, "class 0 is 'bees' and 'ants'"),
+        ({"labels": np.int32([0, 1])}, "label of image 1 is '1' and '0'"),
+    ],
+)
+def test_what_does_not_fit_is_not_fused(change, words, tmp_path):
+    save(tmp_path / "a", EVALUATION, {})
+    save(tmp_path / "b", dataclasses.replace(EVALUATION, **change), {})
+    with pytest.raises(InputError) as error:
+        fuse([tmp_path / "a" / "posteriors.npz", tmp_path / "b" / "posteriors.npz"])
+    assert words in str(error.value)
+
+
+def test_a_file_that_is_cut_or_foreign(tmp_path):
+    save(tmp_path, EVALUATION, {})
+    whole = (tmp_path / "posteriors.npz").read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"no archive", whole[:-1]):
+        (tmp_path / "cut.npz").write_bytes(content)
+        with pytest.raises(InputError, match=r"cut\.npz cannot be read"):
+            read(tmp_path / "cut.npz")
+    np.savez(tmp_path / "pickled.npz", **dataclasses.asdict(EVALUATION) | {"files": np.array([{}, {}], object)})
+    with pytest.raises(InputError, match=r"pickled\.npz cannot be read"):
+        read(tmp_path / "pickled.npz")
+    np.savez(tmp_path / "short.npz", **dataclasses.asdict(EVALUATION) | {"labels": np.int32([0])})
+    with pytest.raises(InputError, match=r"short\.npz cannot be read \(its arrays do not fit together\)"):
+        read(tmp_path / "short.npz")
+
+
+def test_errors_by_hand():
+    errors = dataclasses.replace(EVALUATION, labels=np.int32([0, 0])).errors()
+    assert errors["top1_error"] == 0.5
+    assert errors["loss"] == pytest.approx(-(np.log(0.9) + np.log(0.4)) / 2)
+
+
+def test_wilsons_interval():
+    """Against the roots of the quadratic it solves: (p - observed)² = z² p (1 - p) / n."""
+    for observed, n in ((0.25, 500), (0.0, 10), (1.0, 7)):
+        z2 = 1.959964**2
+        low, high = np.sort(np.roots([1 + z2 / n, -2 * observed - z2 / n, observed**2]))
+        assert interval(observed, n) == pytest.approx((max(low, 0), min(high, 1)), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--scales", "15"], ("scales", "15", "16")),
+        (["--split", "test"], ("test", "train, val")),
+        (["digits", "--split", "train"], ("other classes", "count is 10 and 2")),
+        (["no/such/folder"], ("no/such/folder",)),
+        (["--protocol", "sparse"], ("sparse", "multi-crop")),
+    ],
+)
+def test_bad_input_gets_one_sentence(argv, words, run, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = cli.main(["evaluate", str(run), *argv])
+    except SystemExit as error:
+        code = error.code
+    err = capsys.readouterr().err
+    assert code == 2
+    assert all(word in err.strip().splitlines()[-1] for word in words), err
