@@ -27,7 +27,7 @@ def test_summary_of_the_printout_that_pytorch_users_know(capsys):
 
 def test_every_field_of_the_configuration_has_a_flag_and_the_other_way_round():
     flags = vars(cli.parser().parse_args(["train", "d", *FLAGS.split()]))
-    given = {name: flags[name] for name in flags if name not in ("command", "workdir", "data_dir", "download")}
+    given = {name: flags[name] for name in flags if name not in NOT_OF_THE_RUN}
     assert given.keys() == {field.name for field in dataclasses.fields(TrainConfig)}
     config = preset(**{name: value for name, value in given.items() if name not in WITHOUT_EFFECT})
     assert config.fc == (10, 20)
@@ -40,11 +40,27 @@ FLAGS = """--net E --batch-norm --fc 10 20 --dropout-rate 0.1 --initializer pape
 --validation-fraction 0.2 --skip-bad --batch-size 8 --microbatch 4 --learning-rate 0.1 --momentum 0.8 --weight-decay 0 --decay-biases
 --schedule step --patience 1 --drops 1 --drop-epochs 2 3 --epochs 4 --seed 7"""
 WITHOUT_EFFECT = {"patience", "drops"}  # beside --schedule step
+NOT_OF_THE_RUN = {"command", "workdir", "data_dir", "download", "compilation_cache"}
 
 
 def test_what_is_not_given_is_the_presets():
     flags = vars(cli.parser().parse_args(["train"]))
-    assert flags.keys() == {"command", "data", "data_dir", "download", "workdir"}
+    assert flags.keys() == {"data"} | NOT_OF_THE_RUN
+
+
+def test_compiled_programs_are_kept_in_the_users_cache_folder(monkeypatch, tmp_path):
+    import jax
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        cli.keep_compiled_programs()
+        assert jax.config.jax_compilation_cache_dir == before  # what the user has chosen stays
+        jax.config.update("jax_compilation_cache_dir", None)
+        cli.keep_compiled_programs()
+        assert jax.config.jax_compilation_cache_dir.startswith(str(tmp_path / "vgg_jax"))
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
 
 
 @pytest.mark.parametrize(

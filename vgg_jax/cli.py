@@ -4,6 +4,8 @@ Exit codes: 0 done, 2 bad input, 4 diverged, 75 stopped and resumable, 130 inter
 """
 
 import argparse
+import os
+import platform
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = vars(parser().parse_args(argv))
     command = arguments.pop("command")
     try:
+        if arguments.pop("compilation_cache", False):
+            keep_compiled_programs()
         return command(**arguments)
     except InputError as error:
         print(f"vgg-jax: {error}", file=sys.stderr)
@@ -31,6 +35,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("vgg-jax: interrupted", file=sys.stderr)
         return 130
+
+
+def keep_compiled_programs() -> None:
+    """Lets the next start find what this one compiles, in $JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
+    import jax
+
+    if not jax.config.values["jax_compilation_cache_dir"]:
+        # A folder for each machine, since a home may be shared by several and a program for one processor need not run on another.
+        cache = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.expanduser(cache), "vgg_jax", platform.node()))
 
 
 def train(data: str, workdir: str | None, data_dir: str | None, download: bool, **given: Any) -> int:
@@ -127,6 +141,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--softmax-first", action="store_true", help="dense: soft-max at every position, then the mean")
     command.add_argument("--ceil", action="store_true", help="pooling as in Caffe: an odd side is rounded up")
     command.add_argument("--skip-bad", action="store_true", help="leave out files that are no images")
+    add_cache(command)
     command.add_argument("--pixels", type=int, default=400_000, help="computed at once; more is faster on an accelerator (default: 400000)")
     command.add_argument("--out", help="folder for evaluation.json and posteriors.npz (default: RUN/SPLIT-PROTOCOL-SCALES)")
 
@@ -162,6 +177,11 @@ def add_data(command: argparse.ArgumentParser, default: str | None = "digits", s
     command.add_argument("--download", action="store_true", default=False, help="let TensorFlow Datasets download and prepare the data")
 
 
+def add_cache(command: argparse.ArgumentParser) -> None:
+    help = "keep compiled programs in the user's cache folder"
+    command.add_argument("--compilation-cache", action=argparse.BooleanOptionalAction, default=True, help=f"{help} (default: on)")
+
+
 def add_train(command: argparse.ArgumentParser) -> None:
     """A flag for each field of TrainConfig. What is not given stays out, so that the data set's preset decides."""
     default = TrainConfig()
@@ -171,6 +191,7 @@ def add_train(command: argparse.ArgumentParser) -> None:
         f"{', '.join(PRESETS)} have their own."
     )
     add_data(command)
+    add_cache(command)
     command.add_argument("--workdir", default=None, help="the run's folder (default: runs/DATA-NET)")
 
     def flag(name: str, help: str, **options: Any) -> None:
