@@ -23,9 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from vgg_jax import CONFIGS, IMAGENET, VGG, TrainConfig, compiler_options
+from vgg_jax.model import preprocess
 from vgg_jax.optimizer import sgd
 from vgg_jax.sharding import data_mesh, put_batch
-from vgg_jax.train_step import compile_steps, init_state, preprocess
+from vgg_jax.train_step import compile_steps, init_state
 
 CLASSES = 10
 

@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 
 from vgg_jax import CONFIGS, InputError, TrainConfig, preset
-from vgg_jax.configs import CHOICES, layer_table, with_learning_rate
+from vgg_jax.configs import CHOICES, layer_table
 from vgg_jax.model import INITIALIZERS
+from vgg_jax.presets import with_learning_rate
 
 CONV_LAYERS = {"A": 8, "A-LRN": 8, "B": 10, "C": 13, "D": 13, "E": 16, "B-5x5": 5}
 
@@ -91,6 +92,8 @@ def test_a_value_without_effect_is_refused(data, given, words):
         ("validation_fraction", 1.5),
         ("validation_fraction", 0.0),
         ("fc", (0, 10)),
+        ("fc", (512,)),
+        ("fc", (1, 2, 3)),
         ("schedule", "step"),
         ("drop_epochs", (3,)),
         ("drop_epochs", (3, 2)),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from tests.tiny import SHALLOW, init
 from vgg_jax import CONFIGS, IMAGENET, InputError, TrainConfig, cli
 from vgg_jax.checkpoint import Run, Saved, begin_run
 from vgg_jax.configs import CHOICES, Protocol
-from vgg_jax.data import decode, rescale
+from vgg_jax.data import decode, open_splits, rescale
 from vgg_jax.evaluate import Evaluation, evaluate, fuse, read, save
 from vgg_jax.metrics import interval
 from vgg_jax.posteriors import posteriors
@@ -46,7 +47,7 @@ def run(photos, tmp_path_factory):
     config = TrainConfig(
         data=str(photos), net="shallow", fc=(24, 16), image_size=16, scale=(16, 24), learning_rate=0.1, initializer="he"
     )  # fmt: skip
-    begin_run(workdir, Run(config, ("blue", "red"), IMAGENET, "folder", COUNT, COUNT))
+    begin_run(workdir, Run(config, ("blue", "red"), IMAGENET, open_splits(str(photos))[0].storage, COUNT, COUNT))
     with Saved(workdir / "best") as best:
         best.save(1, init(build_model(config, 2)), {"epoch": 1, "validation": {}})
     return workdir
@@ -70,6 +71,7 @@ def test_posteriors_labels_and_names_are_in_the_order_of_the_data(run, photos):
 
 def test_the_command_prints_and_writes(run, photos, capsys):
     assert cli.main(["evaluate", str(run), "--protocol", "center"]) == 0
+    assert cli.main(["evaluate", str(run), "--protocol", "center", "--flip", "--ceil"]) == 0
     out = capsys.readouterr().out
     assert "center, Q = 20: top-1 error" in out  # the middle of the jitter
     assert f"{COUNT} images" in out
@@ -77,6 +79,7 @@ def test_the_command_prints_and_writes(run, photos, capsys):
     assert facts["protocol"] == dataclasses.asdict(Protocol("center", flip=False))
     assert facts["data"] == str(photos)
     assert read(run / "val-center-20" / "posteriors.npz").posteriors.shape == (COUNT, 2)
+    assert (run / "val-center-20-mirrored-ceil" / "posteriors.npz").exists()
 
 
 def test_fusion_is_the_mean(run, tmp_path, capsys):
@@ -109,6 +112,17 @@ def test_what_does_not_fit_is_not_fused(change, words, tmp_path):
     with pytest.raises(InputError) as error:
         fuse([tmp_path / "a" / "posteriors.npz", tmp_path / "b" / "posteriors.npz"])
     assert words in str(error.value)
+
+
+def test_what_a_run_validated_on_must_be_there_unchanged(run, photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "photos")
+    shutil.copytree(run, tmp_path / "run")
+    text = (tmp_path / "run" / "run.json").read_text()
+    (tmp_path / "run" / "run.json").write_text(text.replace(str(photos), str(tmp_path / "photos")))
+    evaluate(tmp_path / "run", protocol=Protocol("center"))
+    (tmp_path / "photos" / "train" / "blue" / "0.png").rename(tmp_path / "photos" / "train" / "blue" / "00.png")
+    with pytest.raises(InputError, match=r"is not what .*run was trained on: storage and sizes were \('folder, names"):
+        evaluate(tmp_path / "run", protocol=Protocol("center"))
 
 
 def test_a_file_that_is_cut_or_foreign(tmp_path):

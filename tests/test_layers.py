@@ -52,6 +52,11 @@ def test_convolution_and_its_gradients(n, h, w, c, k, side):
         assert np.abs(ours_in_single - theirs).max() < 1e-5 * largest
 
 
+def test_an_empty_batch():
+    for size in (2, 8, 120):
+        assert convolution(jnp.zeros((0, size, size, 8)), jnp.zeros((3, 3, 8, 5))).shape == (0, size, size, 5)
+
+
 def test_convolution_by_hand():
     rng = np.random.default_rng(1)
     x, kernel = rng.normal(size=(1, 4, 5, 2)), rng.normal(size=(3, 3, 2, 3))

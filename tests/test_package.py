@@ -22,7 +22,8 @@ def test_import_is_light_and_starts_nothing():
 
 
 def test_without_the_extra_the_modules_work_and_training_says_what_is_missing():
-    hide = "import sys\nfor name in ('tensorflow', 'tensorflow_datasets', 'sklearn', 'tqdm', 'PIL'): sys.modules[name] = None\n"
+    names = ("tensorflow", "tensorflow_datasets", "sklearn", "tqdm", "PIL", "optax", "orbax")
+    hide = f"import sys\nfor name in {names}: sys.modules[name] = None\n"
     code = hide + "import vgg_jax\nfrom vgg_jax.cli import main\nassert main(['summary', 'A']) == 0\nsys.exit(main(['train']))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 2

@@ -82,6 +82,7 @@ def test_logits_and_gradients_equal_pytorchs(net, batch_norm):
     assert_close(ours, their_inference)
 
 
+@pytest.mark.slow
 def test_logits_of_the_whole_net_d():
     images, _ = images_and_labels(1, 224)
     theirs = randomize(torch_vgg("D", (4096, 4096), 1000), seed=2)

@@ -91,7 +91,7 @@ def test_crops_are_those_cut_by_hand(net):
     np.testing.assert_allclose(ours[0], expected.mean(0), atol=1e-5)
 
     image = scaled[0]
-    ten = [image[y : y + 16, x : x + 16] for y, x in ((0, 0), (0, 33), (8, 0), (8, 33), (4, 16))]
+    ten = [image[y : y + 16, x : x + 16] for y, x in ((0, 0), (0, 33), (8, 0), (8, 33), (4, 17))]
     expected = np.asarray(softmax_of(net, ten + [crop[:, ::-1] for crop in ten])).mean(0)
     np.testing.assert_allclose(posteriors(*net, [image], protocol=Protocol("ten-crop"))[0], expected, atol=1e-5)
     np.testing.assert_allclose(
@@ -124,6 +124,11 @@ def test_each_image_comes_once_and_places_share_programs(net, caplog):
     compiled = sum(record.getMessage().startswith("Compiling jit(window_posteriors)") for record in caplog.records)
     assert places == {(32, 32), (32, 128), (128, 32)}
     assert 0 < compiled <= len(places)
+    with jax.log_compiles():
+        caplog.clear()
+        again = dict(stream_posteriors(*net, ([image] for image in photos(sizes)), mesh=data_mesh(2), protocol=DENSE, pixels=8_000))
+    assert not any("window_posteriors" in record.getMessage() for record in caplog.records)
+    np.testing.assert_array_equal(again[7], found[7])
     np.testing.assert_allclose(found[41], posteriors(*net, [photos(sizes)[41]])[0], atol=1e-6)
     assert sum(found.values()).sum() == pytest.approx(60)
 
@@ -147,5 +152,9 @@ def test_crop_offsets():
 def test_too_small_an_image_and_an_unknown_protocol(net):
     with pytest.raises(InputError, match="image 1 is 15x80: expected both sides to be at least the net's, 16"):
         posteriors(*net, photos([(16, 16), (15, 80)]))
+    image = photos([(16, 16)])[0]
+    for wrong in (image / 255, image.astype(np.float32) - 120, image[..., :1], np.stack([image, image])[..., 0]):
+        with pytest.raises(InputError, match=r"image 0 is .*: expected uint8 RGB, \(H, W, 3\)"):
+            posteriors(*net, [wrong])
     with pytest.raises(InputError, match=r"'sparse'.*dense"):
         Protocol("sparse")

@@ -19,8 +19,13 @@ from tests.tiny import DEEP, SHALLOW
 from vgg_jax import CONFIGS, InputError, TrainConfig, cli, compiler_options
 from vgg_jax.configs import CHOICES
 from vgg_jax.data import eval_batches, measure, open_splits
-from vgg_jax.train import fit
-from vgg_jax.train_step import preprocess
+from vgg_jax.metrics import Sums
+from vgg_jax.model import preprocess
+from vgg_jax.optimizer import sgd
+from vgg_jax.report import advice, epoch_record, line, stuck
+from vgg_jax.sharding import data_mesh
+from vgg_jax.train import Outcome, fit
+from vgg_jax.train_step import build_model, init_state
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -191,6 +196,44 @@ def arrays_of_last(workdir, folder):
     return jax.tree.map(np.asarray, {name: value for name, value in state.items() if name != "key"})
 
 
+def test_best_is_the_best_epochs_net(folder, tmp_path, monkeypatch):
+    """The second of three."""
+    seen = []
+
+    def evaluate_all(eval_step, state, *_):
+        seen.append(jax.tree.map(np.array, state.params))
+        return Sums(loss=1.0, top1=[3, 5, 4][len(seen) - 1], top5=7, count=7)
+
+    monkeypatch.setattr(vgg_jax.train, "evaluate_all", evaluate_all)
+    fit(config(folder), tmp_path)
+    _, variables, metadata = vgg_jax.load(tmp_path)
+    assert metadata["epoch"] == 2
+    jax.tree.map(np.testing.assert_array_equal, variables["params"], seen[1])
+    assert np.abs(seen[1]["fc6"]["kernel"] - seen[2]["fc6"]["kernel"]).max() > 0
+
+
+def test_the_line_of_an_epoch_says_it_all():
+    record = epoch_record(7, 2.0, 1e-3, Sums(30.0, 8.0, 9.0, 10.0), Sums(2.0, 3.0, 4.0, 4.0), 10)
+    text = line(record | {"time": "2020-01-02T03:04:05"})
+    for words in ("03:04:05", "epoch   7", "train loss 3.0000 accuracy 80.00%", "validation loss 0.5000 accuracy 75.00%", "rate 0.001"):
+        assert words in text
+    assert text.endswith("2.0 s  5.0 images/s")
+
+
+@pytest.mark.parametrize(
+    ("ends", "code"), [(Outcome([], True), 75), (Outcome([], False), 0), (KeyboardInterrupt(), 130), (OSError(28, "full"), 2)]
+)
+def test_exit_codes(ends, code, monkeypatch, capsys):
+    def fit(*_):
+        if isinstance(ends, BaseException):
+            raise ends
+        return ends
+
+    monkeypatch.setattr(vgg_jax.train, "fit", fit)
+    assert cli.main(["train", "--no-compilation-cache"]) == code
+    assert capsys.readouterr().err.count("\n") == (code in (2, 130))
+
+
 def test_a_finished_run_is_not_trained_again(finished, folder, capsys):
     workdir, history = finished
     assert lasting(fit(config(folder), workdir).history) == lasting(history)
@@ -211,7 +254,8 @@ def test_other_data_or_storage_is_refused(finished, folder, tmp_path):
     content = json.loads((tmp_path / "w" / "run.json").read_text())
     (tmp_path / "w" / "run.json").write_text(json.dumps(content | {"storage": "numbers/1.0.0 tfrecord", "train_size": 21}))
     with pytest.raises(
-        InputError, match=r"storage is 'numbers/1.0.0 tfrecord' there and 'folder' here; train_size is 21 there and 22 here"
+        InputError,
+        match=r"storage is 'numbers/1.0.0 tfrecord' there and 'folder, names [0-9a-f]+' here; train_size is 21 there",
     ):
         fit(config(folder), tmp_path / "w")
 
@@ -240,6 +284,18 @@ def test_start_from_another_run_says_what_came(finished, folder, tmp_path, capsy
     _, source, _ = vgg_jax.load(workdir)
     _, copy, _ = vgg_jax.load(tmp_path)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), source["params"], copy["params"])
+
+
+@pytest.mark.parametrize("net", ["shallow", "deep"])
+def test_running_statistics_come_along(net, finished, folder):
+    source = vgg_jax.load(finished[0])
+    settings = config(folder, net=net, init_from="it")
+    state = init_state(build_model(settings, 2), sgd(settings), 1, data_mesh(8))
+    started = vgg_jax.train.start_from(source, settings, state)
+    for name, layer in source[1]["batch_stats"].items():
+        jax.tree.map(np.testing.assert_array_equal, started.batch_stats[name], layer)
+        assert np.abs(layer["mean"]).max() > 0
+    assert started.batch_stats.keys() == state.batch_stats.keys()
 
 
 def test_a_deeper_net_starts_from_the_layers_that_a_has(finished, folder, tmp_path, capsys):
@@ -272,14 +328,15 @@ def test_loss_at_chance_is_named_once():
         return [{"train": {"loss": loss}} for loss in losses]
 
     chance = math.log(10)
-    assert not vgg_jax.train.stuck(history(chance), 10)
-    assert vgg_jax.train.stuck(history(chance, 1.001 * chance), 10)
-    assert not vgg_jax.train.stuck(history(chance, chance, chance), 10)
-    assert not vgg_jax.train.stuck(history(chance, 0.9 * chance), 10)
-    assert "ln(10) = 2.303" in vgg_jax.train.advice(10)
-    assert "--init-from" in vgg_jax.train.advice(10)
+    assert not stuck(history(chance), 10)
+    assert stuck(history(chance, 1.001 * chance), 10)
+    assert not stuck(history(chance, chance, chance), 10)
+    assert not stuck(history(chance, 0.9 * chance), 10)
+    assert "ln(10) = 2.303" in advice(10)
+    assert "--init-from" in advice(10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["train/red/3.jpg", "val/red/0.jpg"])
 def test_a_corrupt_image_is_named_and_with_it_replaced_the_run_goes_on(file, folder, finished, tmp_path, capsys):
     data = tmp_path / "data"
@@ -295,6 +352,7 @@ def test_a_corrupt_image_is_named_and_with_it_replaced_the_run_goes_on(file, fol
     assert lasting(history) == lasting(fit(config(folder, batch_size=2), tmp_path / "undisturbed").history)
 
 
+@pytest.mark.slow
 def test_a_small_net_learns_the_digits(tmp_path):
     digits = dataclasses.replace(vgg_jax.preset("digits"), net="deep", image_size=16, scale=(16,), fc=(64, 64), epochs=6, drop_epochs=(5,))
     accuracies = [record["validation"]["accuracy"] for record in fit(digits, tmp_path).history]

@@ -9,9 +9,10 @@ import pytest
 from tests.tiny import SHALLOW
 from vgg_jax import IMAGENET, VGG, TrainConfig
 from vgg_jax.metrics import averages
+from vgg_jax.model import preprocess
 from vgg_jax.optimizer import sgd
 from vgg_jax.sharding import data_mesh, put_batch
-from vgg_jax.train_step import compile_steps, init_state, preprocess
+from vgg_jax.train_step import compile_steps, init_state
 
 CONFIG = TrainConfig(image_size=32, scale=(32,), batch_size=8, learning_rate=1e-3)
 MODEL = VGG(SHALLOW, 5, image_size=32, dropout_rate=0.0)
@@ -57,6 +58,23 @@ def test_microbatches_make_the_step_of_the_whole_batch():
         moved = np.abs(whole[name]["kernel"] - start[name]["kernel"]).max()
         assert moved > 0
         assert np.abs(parts[name]["kernel"] - whole[name]["kernel"]).max() < 1e-4 * moved
+
+
+def test_bfloat16_computes_and_float32_is_kept():
+    """Parameters, momentum and running statistics; the loss is near the one of float32."""
+    losses = []
+    for dtype in ("float32", "bfloat16"):
+        config = dataclasses.replace(CONFIG, dtype=dtype, batch_norm=True)
+        model = VGG(SHALLOW, 5, batch_norm=True, image_size=32, dropout_rate=0.0, dtype=np.dtype(dtype))
+        state = init_state(model, sgd(config), 0, MESH)
+        step, _ = compile_steps(config, model, IMAGENET.mean_rgb, MESH)
+        for _ in range(3):
+            state, sums = step(state, put_batch(batch(), MESH))
+        losses.append(float(sums.loss))
+        kept = jax.tree.leaves((state.params, state.batch_stats, state.opt_state))
+        assert {x.dtype for x in kept if jax.numpy.issubdtype(x.dtype, jax.numpy.floating)} == {np.dtype("float32")}
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
 
 
 def test_padding_counts_nowhere():

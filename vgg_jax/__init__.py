@@ -1,9 +1,10 @@
 """VGG (Simonyan & Zisserman, arXiv 1409.1556) in JAX/Flax."""
 
-from vgg_jax.configs import CONFIGS, IMAGENET, Conv, Statistics, TrainConfig, VGGConfig, preset
+from vgg_jax.configs import CONFIGS, IMAGENET, Conv, Statistics, TrainConfig, VGGConfig
 from vgg_jax.errors import InputError
 from vgg_jax.layers import compiler_options
 from vgg_jax.model import VGG, init_from, vgg11, vgg11_lrn, vgg13, vgg16, vgg16_c, vgg19
+from vgg_jax.presets import preset
 
 __all__ = [
     "CONFIGS",

@@ -103,7 +103,7 @@ def load(workdir: str | os.PathLike) -> tuple[VGG, dict[str, Any], dict[str, Any
         "range": (0, 255),
         "channels": "RGB",
         "image_size": run.config.image_size,
-        "scale": (run.config.scale[0] + run.config.scale[-1]) // 2,  # Q, the shorter side; the centre crop is read
+        "scale": run.config.test_scale,  # Q, the shorter side; the centre crop is read
         "interpolation": "bilinear, antialiased",
         "exif": run.config.exif,
     }

@@ -10,8 +10,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from vgg_jax.configs import CHOICES, CONFIGS, PRESETS, PROTOCOLS, Protocol, TrainConfig, preset
+from vgg_jax.configs import CHOICES, CONFIGS, PROTOCOLS, Protocol, TrainConfig
 from vgg_jax.errors import InputError
+from vgg_jax.presets import PRESETS, preset
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,13 +52,17 @@ def train(data: str, workdir: str | None, data_dir: str | None, download: bool, 
     config = preset(data, **given)
     from vgg_jax.train import DivergedError, fit
 
-    name = data.rstrip("/").replace("/", "-").replace(":", "-").strip(".-") or "data"
     try:
-        outcome = fit(config, workdir or f"runs/{name}-{config.net}", data_dir, download)
+        outcome = fit(config, workdir or f"runs/{plain(data)}-{config.net}", data_dir, download)
     except DivergedError as error:
         print(f"vgg-jax: {error}", file=sys.stderr)
         return 4
     return 75 if outcome.stopped else 0
+
+
+def plain(data: str) -> str:
+    """What data is called in the name of a folder."""
+    return data.rstrip("/").replace("/", "-").replace(":", "-").strip(".-") or "data"
 
 
 def summary(net: str, num_classes: int, batch_norm: bool, image_size: int) -> int:
@@ -97,12 +102,14 @@ def evaluate(
 ) -> int:
     from vgg_jax.evaluate import evaluate, report, save
 
-    chosen = Protocol(protocol, protocol != "center" if flip is None else flip, softmax_first, ceil)
+    chosen = Protocol(protocol, flip, softmax_first, ceil)
+    if out is not None:
+        os.makedirs(out, exist_ok=True)  # now rather than when all is computed
     evaluation, facts = evaluate(run, data, split, protocol=chosen, scales=scales, **where)
-    folder = out or f"{run}/{split}-{protocol}-{'-'.join(map(str, facts['scales']))}"
+    flags = [name for name, on in (("mirrored", chosen.flip), ("softmax-first", softmax_first), ("ceil", ceil)) if on]
+    folder = out or os.path.join(run, "-".join([*([plain(data)] if data else []), split, protocol, *map(str, facts["scales"]), *flags]))
     save(folder, evaluation, facts)
-    flags = ", ".join(name for name, on in (("mirrored", chosen.flip), ("soft-max first", softmax_first), ("ceil", ceil)) if on)
-    print(f"{protocol}, Q = {', '.join(map(str, facts['scales']))}{flags and ', ' + flags}: {report(facts)}")
+    print(f"{', '.join([protocol, 'Q = ' + ', '.join(map(str, facts['scales'])), *flags])}: {report(facts)}")
     print(f"{facts['seconds']:.1f} s, {facts['images_per_second']:.1f} images/s; {folder}/evaluation.json, {folder}/posteriors.npz")
     return 0
 
@@ -143,7 +150,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--skip-bad", action="store_true", help="leave out files that are no images")
     add_cache(command)
     command.add_argument("--pixels", type=int, default=400_000, help="computed at once; more is faster on an accelerator (default: 400000)")
-    command.add_argument("--out", help="folder for evaluation.json and posteriors.npz (default: RUN/SPLIT-PROTOCOL-SCALES)")
+    command.add_argument("--out", help="folder for evaluation.json and posteriors.npz (default: RUN/SPLIT-PROTOCOL-SCALES-FLAGS)")
 
     command = commands.add_parser("fuse", help="the mean of the posteriors of several evaluations")
     command.set_defaults(command=fuse)

@@ -124,11 +124,13 @@ class Protocol:
     """How the posteriors of an image are taken (§3.2); the defaults are dense, as in the paper. Raises InputError for another name."""
 
     name: str = "dense"
-    flip: bool = True  # the mean with the mirror image's posterior
+    flip: bool | None = None  # the mean with the mirror image's posterior; None: for all but "center"
     softmax_first: bool = False  # at every position of a map, before their mean; the paper does not say which comes first
     ceil: bool = False  # pooling as in Caffe, an odd side rounded up
 
     def __post_init__(self) -> None:
+        if self.flip is None:
+            object.__setattr__(self, "flip", self.name != "center")
         if self.name not in PROTOCOLS:
             raise InputError(f"protocol is {self.name!r}: expected one of {', '.join(PROTOCOLS)}")
 
@@ -163,7 +165,7 @@ class TrainConfig:
     skip_bad: bool = False
     batch_size: int = 256
     microbatch: int | None = None  # examples whose activations are held at once; None: the whole batch
-    learning_rate: float | None = None  # None: `with_learning_rate` chooses
+    learning_rate: float | None = None  # None: `presets.with_learning_rate` chooses
     momentum: float = 0.9
     weight_decay: float = 5e-4
     decay_biases: bool = False  # Caffe's recipes and MatConvNet's VGG do not; the paper is silent
@@ -179,12 +181,19 @@ class TrainConfig:
         """The net's column of Table 1, with this run's widths of fc6 and fc7."""
         return dataclasses.replace(CONFIGS[self.net], fc=self.fc)
 
+    @property
+    def test_scale(self) -> int:
+        """Q = S, or the middle of the jitter's range (§4.1)."""
+        return (self.scale[0] + self.scale[-1]) // 2
+
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
         if len(self.scale) not in (1, 2) or self.scale[0] > self.scale[-1]:
             raise InputError(f"scale is {self.scale}: expected one side S, or S_min and S_max with S_min <= S_max")
+        if len(self.fc) != 2 or min(self.fc) < 1:
+            raise InputError(f"fc is {self.fc}: expected the two widths of fc6 and fc7")
         layer_table(self.vgg, image_size=self.image_size)  # raises for an image that is too small
         if self.scale[0] < self.image_size:
             raise InputError(f"scale is {self.scale}: expected at least the image size, {self.image_size}")
@@ -202,8 +211,6 @@ class TrainConfig:
         for name in ("dropout_rate", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}: expected at least 0 and less than 1")
-        if len(self.fc) != 2 or min(self.fc) < 1:
-            raise InputError(f"fc is {self.fc}: expected the two widths of fc6 and fc7")
         if self.microbatch is not None and (self.microbatch < 1 or self.batch_size % self.microbatch):
             raise InputError(f"microbatch is {self.microbatch}: expected a divisor of the batch size, {self.batch_size}")
         if (self.schedule == "step") != bool(self.drop_epochs):
@@ -213,62 +220,3 @@ class TrainConfig:
             )
         if list(self.drop_epochs) != sorted(set(self.drop_epochs)) or min(self.drop_epochs, default=1) < 1:
             raise InputError(f"drop_epochs is {self.drop_epochs}: expected rising numbers from 1 on")
-
-
-def with_learning_rate(config: TrainConfig, classes: int) -> TrainConfig:
-    """The configuration with its learning rate filled in, if it has none: the paper's 1e-2, or 1e-3 for fewer than 100 classes.
-
-    The fewer classes, the more of the images pull at the same logit. Net A from Glorot's initialisation at 224 pixels, batch 16, rate 1e-2:
-    with 2 and 10 classes the loss is NaN after three and five steps, with 100 and 1,000 it stays near ln(K); with 2 classes 1e-3 trains.
-    """
-    if config.learning_rate is not None:
-        return config
-    return dataclasses.replace(config, learning_rate=1e-2 if classes >= 100 else 1e-3)
-
-
-# What differs from the paper where the images are small: a name is a data set, the values are TrainConfig's.
-_CIFAR = {"image_size": 32, "scale": (32, 40), "fc": (512, 512), "batch_size": 128, "learning_rate": 1e-2}
-PRESETS: dict[str, dict] = {
-    "digits": {
-        "net": "A",
-        "batch_norm": True,  # the plain net needs twice the epochs
-        "dropout_rate": 0.2,
-        "image_size": 32,
-        "scale": (32,),
-        "fc": (512, 512),
-        "batch_size": 32,
-        "learning_rate": 1e-2,
-        "flip": False,
-        "colour_shift": 0.0,
-        "schedule": "step",
-        "drop_epochs": (3,),
-        "epochs": 4,
-    },
-    "cifar10": _CIFAR,
-    "cifar100": _CIFAR,
-}
-
-
-# Flags that do nothing but where another one has this value.
-_ONLY_WITH = {
-    "patience": ("schedule", "plateau"),
-    "drops": ("schedule", "plateau"),
-    "drop_epochs": ("schedule", "step"),
-    "initializer_std": ("initializer", "paper"),
-}
-
-
-def preset(data: str, **given) -> TrainConfig:
-    """The configuration for a data set: the values `given` (lists become tuples), else the data set's preset, else the paper's.
-
-    Raises InputError for a value that no run can have, and for one that would have no effect.
-    """
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    chosen = PRESETS.get(data.split(":")[0], {})
-    if given.get("schedule", "step") != "step":  # the epochs go with the preset's own schedule
-        chosen = {name: value for name, value in chosen.items() if name not in ("drop_epochs", "epochs")}
-    config = TrainConfig(**{"data": data} | chosen | given)
-    for name, (other, value) in _ONLY_WITH.items():
-        if name in given and getattr(config, other) != value:
-            raise InputError(f"{name} is {given[name]}, and {other} is {getattr(config, other)!r}: expected {value!r} with it")
-    return config

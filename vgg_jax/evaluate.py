@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import time
 import zipfile
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vgg_jax.checkpoint import load, write_whole
+from vgg_jax.checkpoint import load, read_run, write_whole
 from vgg_jax.configs import DENSE, Protocol
 from vgg_jax.errors import InputError
 from vgg_jax.metrics import averages, interval, sums_of
@@ -63,10 +64,17 @@ def evaluate(
 
     from vgg_jax.data import VALIDATION, open_split, open_splits, rescaled_images  # TensorFlow is for those who read files
 
-    where: dict[str, Any] = {"data_dir": data_dir, "download": download, "skip_bad": skip_bad}
     data = config.data if data is None else data
+    where: dict[str, Any] = {"data_dir": data_dir, "download": download, "skip_bad": skip_bad or (config.skip_bad and data == config.data)}
     if data == config.data and split in VALIDATION:
-        source = open_splits(data, validation_fraction=config.validation_fraction, seed=config.seed, **where)[1]
+        train, source = open_splits(data, validation_fraction=config.validation_fraction, seed=config.seed, **where)
+        run = read_run(Path(workdir))
+        there, here = (run.storage, run.train_size, run.validation_size), (train.storage, train.size, source.size)
+        if there != here:
+            raise InputError(
+                f"{data} is not what {workdir} was trained on: storage and sizes were {there} and are {here}, so what it "
+                "validated on is not known; pass another --split, or the data as they were"
+            )
     else:
         source = open_split(data, split, **where)
     if source.classes != metadata["classes"]:
@@ -118,8 +126,11 @@ def save(folder: str | Path, evaluation: Evaluation, facts: dict[str, Any]) -> N
     """Writes posteriors.npz and evaluation.json into the folder, each whole or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / "posteriors.new.npz"
-    np.savez(temporary, **dataclasses.asdict(evaluation))
+    temporary = folder / "posteriors.npz.new"
+    with temporary.open("wb") as file:
+        np.savez(file, **dataclasses.asdict(evaluation))
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(folder / "posteriors.npz")
     write_whole(folder / "evaluation.json", json.dumps(facts, indent=1) + "\n")
 

@@ -148,7 +148,7 @@ class FullyConnected(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.width,), self.param_dtype)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         if h == w == self.side or self.side == 1:
-            y = x.reshape(n, h // self.side, w // self.side, -1) @ kernel
+            y = x.reshape(n, h // self.side, w // self.side, len(kernel)) @ kernel
         else:
             window = kernel.reshape(self.side, self.side, c, self.width)
             y = lax.conv_general_dilated(x, window, (1, 1), "VALID", dimension_numbers=_NHWC)

@@ -135,6 +135,12 @@ class VGG(nn.Module):
         return found
 
 
+def preprocess(images: Array, mean_rgb: tuple[float, float, float], colour_shift: Array | None = None) -> Array:
+    """uint8 (N, H, W, 3) -> what the nets read: float32 less the mean RGB, plus a shift (N, 3) of each image's colour (§2.1, §3.1)."""
+    images = images.astype(jnp.float32) - jnp.array(mean_rgb, jnp.float32)[None, None, None]
+    return images if colour_shift is None else images + colour_shift[:, None, None, :]
+
+
 def _conv(x: Array, kernel: Array, strides: Any, padding: Any, **_: Any) -> Array:
     """`convolution` with the signature that nn.Conv calls."""
     return convolution(x, kernel)
@@ -184,6 +190,7 @@ def init_from(
     def fits(name: str) -> bool:
         return name in source and name in params and _shapes(source[name]) == _shapes(params[name])
 
+    # In batch_stats no convolution is a name: there the caller's word is taken.
     wanted = {name for layer in layers if fits(layer) or layer not in params for name in (layer, layer.replace("conv", "bn"))}
     copied = tuple(name for name in params if name in wanted and fits(name))
     return {name: source[name] if name in copied else value for name, value in params.items()}, copied

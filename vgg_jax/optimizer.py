@@ -28,7 +28,7 @@ def sgd(config: TrainConfig) -> optax.GradientTransformation:
 
 
 def _first_rate(config: TrainConfig) -> float:
-    assert config.learning_rate is not None, "fill it in by with_learning_rate"
+    assert config.learning_rate is not None, "fill it in by presets.with_learning_rate"
     return config.learning_rate
 
 

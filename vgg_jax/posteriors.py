@@ -4,9 +4,9 @@ Knows neither files nor TensorFlow. All that is evaluated is a window: the whole
 sizes share batches: each lies in the corner of a place whose sides are multiples of 32, and the net clears what is around it.
 """
 
+import functools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,9 +17,8 @@ from jax import Array
 from vgg_jax.configs import DENSE, IMAGENET, Protocol
 from vgg_jax.errors import InputError
 from vgg_jax.layers import compiler_options, inside
-from vgg_jax.model import VGG
+from vgg_jax.model import VGG, preprocess
 from vgg_jax.sharding import data_mesh, put_batch, replicated
-from vgg_jax.train_step import preprocess
 
 PLACE = 32  # pixels: places have sides that are multiples of it; of 500 ImageNet photos at Q = 256 in 20 places, 3 % of the area is empty
 LARGE_PLACE = 128  # the same for a side above twice the shorter one's, which few photos have
@@ -50,12 +49,21 @@ def window_posteriors(
     share = inside(scores, valid) / valid.prod(1)[:, None, None, None]
     first, then = (jax.nn.softmax, lambda x: x) if protocol.softmax_first else (lambda x: x, jax.nn.softmax)
     posteriors = then((first(scores) * share).sum((1, 2)))
-    return posteriors.reshape(1 + protocol.flip, -1, model.num_classes).mean(0)
+    return posteriors.reshape(1 + bool(protocol.flip), -1, model.num_classes).mean(0)
+
+
+@functools.lru_cache(maxsize=8)
+def compiled(model: VGG, mean_rgb: tuple[float, float, float], protocol: Protocol, mesh: jax.sharding.Mesh) -> Callable[..., Array]:
+    """`window_posteriors`, jitted. The same function for equal arguments, so that what it has compiled is used again."""
+    function = functools.partial(window_posteriors, model=model, mean_rgb=mean_rgb, protocol=protocol)
+    return jax.jit(function, compiler_options=compiler_options(), out_shardings=replicated(mesh))
 
 
 def windows(index: int, scales: Sequence[np.ndarray], crop: int, protocol: Protocol) -> Iterator[Window]:
     """The windows of an image that is given rescaled to each test scale, uint8 (H, W, 3). Their weights add up to 1."""
     for image in scales:
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+            raise InputError(f"image {index} is {image.dtype} {image.shape}: expected uint8 RGB, (H, W, 3), the mean not subtracted")
         h, w = image.shape[:2]
         if min(h, w) < crop:
             raise InputError(f"image {index} is {h}x{w}: expected both sides to be at least the net's, {crop}; pass larger test scales")
@@ -75,12 +83,12 @@ def windows(index: int, scales: Sequence[np.ndarray], crop: int, protocol: Proto
 def crop_offsets(side: int, crop: int, count: int) -> tuple[int, ...]:
     """`count` evenly spaced offsets of a crop in a side, from first to last (§3.2): crop_offsets(256, 224, 5) is (0, 8, 16, 24, 32).
 
-    One offset is the centre's. Raises InputError for a crop that does not fit.
+    One offset is the centre's, as validation in training has it. Raises InputError for a crop that does not fit.
     """
     if crop > side:
         raise InputError(f"the crop is {crop} pixels and the image side {side}: expected at most the side; pass a larger test scale")
     if count == 1:
-        return ((side - crop) // 2,)
+        return ((side - crop + 1) // 2,)
     return tuple(int(offset) for offset in np.round(np.linspace(0, side - crop, count)))
 
 
@@ -99,11 +107,7 @@ def stream_posteriors(
     Memory depends on `pixels`, those of the windows that are computed at once, not on the number of images. Raises InputError for an
     image that is smaller than the net's.
     """
-    compute = jax.jit(
-        partial(window_posteriors, model=model, mean_rgb=mean_rgb, protocol=protocol),
-        compiler_options=compiler_options(),
-        out_shardings=replicated(mesh),
-    )
+    compute = compiled(model, tuple(mean_rgb), protocol, mesh)
     variables = jax.device_put(variables, replicated(mesh))
     sums: dict[int, Any] = defaultdict(float)
     left: dict[int, int] = {}
@@ -151,7 +155,7 @@ def posteriors(model: VGG, variables: Any, images: Sequence[np.ndarray] | Sequen
 
     Settings are those of `stream_posteriors`. Raises InputError for an image that is smaller than the net's.
     """
-    scaled = [[image] if isinstance(image, np.ndarray) else image for image in images]
+    scaled = [[np.asarray(image)] if np.ndim(image) == 3 else [*map(np.asarray, image)] for image in images]
     mesh = settings.pop("mesh", None) or data_mesh(1, jax.devices()[:1])
     found = dict(stream_posteriors(model, variables, scaled, mesh=mesh, **settings))
     return np.stack([found[index] for index in range(len(scaled))])
@@ -159,7 +163,7 @@ def posteriors(model: VGG, variables: Any, images: Sequence[np.ndarray] | Sequen
 
 def place_of(h: int, w: int) -> tuple[int, int]:
     """The sides of the place for a window of these sides."""
-    up = partial(_round_up, short=min(h, w))
+    up = functools.partial(_round_up, short=min(h, w))
     return up(h), up(w)
 
 

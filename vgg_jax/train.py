@@ -17,12 +17,14 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from vgg_jax.checkpoint import Run, Saved, begin_run, begun_run, load, refuse_another, restore_state, write_whole
-from vgg_jax.configs import IMAGENET, TrainConfig, with_learning_rate
+from vgg_jax.configs import IMAGENET, TrainConfig
 from vgg_jax.data import Source, batches_per_epoch, eval_batches, measure, open_splits, train_batches
 from vgg_jax.errors import InputError
-from vgg_jax.metrics import Sums, averages, merge
-from vgg_jax.model import FROM_A, init_from
+from vgg_jax.metrics import Sums, merge
+from vgg_jax.model import FROM_A, VGG, init_from
 from vgg_jax.optimizer import learning_rate, set_learning_rate, sgd
+from vgg_jax.presets import with_learning_rate
+from vgg_jax.report import advice, diverged, epoch_record, line, stuck
 from vgg_jax.sharding import data_mesh, put_batch
 from vgg_jax.train_step import TrainState, build_model, compile_steps, init_state
 
@@ -52,8 +54,7 @@ def fit(config: TrainConfig, workdir: str | Path, data_dir: str | Path | None = 
     begun = begun_run(workdir)
     if begun is not None:  # what can be said now is not said after the data are read
         refuse_another(workdir, begun, dataclasses.replace(begun, config=with_learning_rate(config, len(begun.classes))))
-    elif config.init_from is not None:
-        load(config.init_from)
+    source = load(config.init_from) if config.init_from is not None and begun is None else None
     train, validation = open_splits(
         config.data,
         data_dir=None if data_dir is None else str(data_dir),
@@ -77,7 +78,7 @@ def fit(config: TrainConfig, workdir: str | Path, data_dir: str | Path | None = 
     train_step, eval_step = compile_steps(config, model, colours.mean_rgb, mesh)
     state = init_state(model, sgd(config), config.seed, mesh)
     per_epoch = batches_per_epoch(train, config.batch_size)
-    validation_batches = eval_batches(validation, config, config.batch_size)
+    validation_batches = eval_batches(validation, config, config.microbatch or config.batch_size)
     history: list[dict[str, Any]] = []
     batch_number, seconds, sums = 0, 0.0, Sums()
 
@@ -89,8 +90,8 @@ def fit(config: TrainConfig, workdir: str | Path, data_dir: str | Path | None = 
             sums = Sums(**progress["sums"])
             at = f"batch {batch_number + 1} of {per_epoch}" if batch_number < per_epoch else "its validation"
             print(f"{workdir}: going on at epoch {len(history) + 1}, {at}", flush=True)
-        elif config.init_from is not None:
-            state = start_from(config, model, state)
+        elif source is not None:
+            state = start_from(source, config, state)
         write_whole(workdir / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history))
 
         def save_last() -> None:
@@ -145,7 +146,7 @@ def fit(config: TrainConfig, workdir: str | Path, data_dir: str | Path | None = 
                 return Outcome(history, stopped=True)
             check_finite(validated, epoch, batch_number, rate)
 
-            record = epoch_record(epoch, seconds, rate, sums, validated, train)
+            record = epoch_record(epoch, seconds, rate, sums, validated, train.size)
             improved = all(record["validation"]["accuracy"] > old["validation"]["accuracy"] for old in history)
             history.append(record)
             batch_number, seconds, sums = 0, 0.0, Sums()
@@ -165,11 +166,10 @@ def fit(config: TrainConfig, workdir: str | Path, data_dir: str | Path | None = 
     return Outcome(history, stopped=False)
 
 
-def start_from(config: TrainConfig, model: Any, state: TrainState) -> TrainState:
-    """The state with the layers of another run: all of them where the nets are equal, else the paper's seven (§3.1)."""
-    assert config.init_from is not None
-    _, variables, metadata = load(config.init_from)
-    same = metadata["config"].vgg.stages == model.config.stages
+def start_from(source: tuple[VGG, dict[str, Any], dict[str, Any]], config: TrainConfig, state: TrainState) -> TrainState:
+    """The state with the layers of what `load` gave: all of them where the nets are equal, else the paper's seven (§3.1)."""
+    model, variables, _ = source
+    same = model.config.stages == config.vgg.stages
     layers = tuple(state.params) if same else FROM_A
     params, copied = init_from(variables["params"], state.params, layers)
     batch_stats, _ = init_from(variables.get("batch_stats", {}), state.batch_stats, copied)
@@ -178,7 +178,7 @@ def start_from(config: TrainConfig, model: Any, state: TrainState) -> TrainState
             f"no layer of {config.init_from} fits {config.net}: expected layers of equal names and shapes; pass another --init-from"
         )
     new = [name for name in state.params if name not in copied]
-    print(f"from {config.init_from}: {', '.join(copied) or 'nothing'}; new: {', '.join(new) or 'nothing'}", flush=True)
+    print(f"from {config.init_from}: {', '.join(copied)}; new: {', '.join(new) or 'nothing'}", flush=True)
     placed = jax.device_put((params, batch_stats), jax.tree.map(lambda x: x.sharding, (state.params, state.batch_stats)))
     return dataclasses.replace(state, params=placed[0], batch_stats=placed[1])
 
@@ -221,52 +221,9 @@ def check_finite(sums: Sums, epoch: int, batch: int, rate: float) -> None:
         raise DivergedError(diverged("the loss", epoch, batch, rate))
 
 
-def diverged(what: str, epoch: int, batch: int, rate: float) -> str:
-    return (
-        f"{what} is not finite in epoch {epoch}, by batch {batch}, at learning rate {rate:g}: "
-        f"pass --learning-rate {rate / 10:g}, --initializer glorot or --batch-norm, and a new --workdir if this one holds a checkpoint"
-    )
-
-
 @jax.jit
 def finite(params: Any) -> jax.Array:
     return jnp.all(jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(params)]))
-
-
-def epoch_record(epoch: int, seconds: float, rate: float, sums: Sums, validated: Sums, train: Source) -> dict[str, Any]:
-    """What metrics.jsonl says of an epoch. Training loss and errors are those of the steps, dropout and distortions on."""
-    assert sums.count == train.size, f"{sums.count} of {train.size} images were trained on"
-    parts = {"train": averages(sums), "validation": averages(validated)}
-    parts = {name: values | {"accuracy": 1 - values["top1_error"]} for name, values in parts.items()}
-    return {
-        "epoch": epoch,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
-        "seconds": round(seconds, 3),
-        "images_per_second": round(train.size / seconds, 1),
-        "learning_rate": rate,
-    } | parts
-
-
-def line(record: dict[str, Any]) -> str:
-    train, validation = record["train"], record["validation"]
-    return (
-        f"{record['time'][11:]}  epoch {record['epoch']:3d}  train loss {train['loss']:.4f} accuracy {train['accuracy']:.2%}  "
-        f"validation loss {validation['loss']:.4f} accuracy {validation['accuracy']:.2%}  "
-        f"rate {record['learning_rate']:g}  {record['seconds']:.1f} s  {record['images_per_second']:.1f} images/s"
-    )
-
-
-def stuck(history: list[dict[str, Any]], classes: int) -> bool:
-    """Whether the second epoch in a row, but not the third, ends at the loss of guessing."""
-    at_chance = [abs(record["train"]["loss"] - math.log(classes)) < 0.01 * math.log(classes) for record in history]
-    return classes > 1 and at_chance[-2:] == [True, True] and at_chance[-3:] != [True] * 3
-
-
-def advice(classes: int) -> str:
-    return (
-        f"the training loss stays at ln({classes}) = {math.log(classes):.3f}, the loss of guessing: the signal dies out on its way through "
-        f"the net; deeper nets need --init-from a trained A, --batch-norm or another --learning-rate, and --initializer glorot"
-    )
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from vgg_jax.configs import TrainConfig
 from vgg_jax.layers import compiler_options
 from vgg_jax.metrics import Sums, sums_of
-from vgg_jax.model import VGG
+from vgg_jax.model import VGG, preprocess
 from vgg_jax.optimizer import sgd
 from vgg_jax.sharding import replicated
 
@@ -59,12 +59,6 @@ def init_state(model: VGG, optimizer: optax.GradientTransformation, seed: int, m
         return TrainState(jnp.int32(0), params, variables.get("batch_stats", {}), optimizer.init(params), key)
 
     return jax.jit(init, out_shardings=replicated(mesh), compiler_options=compiler_options())(jax.random.key(seed))
-
-
-def preprocess(images: Array, mean_rgb: tuple[float, float, float], colour_shift: Array | None = None) -> Array:
-    """uint8 (N, H, W, 3) -> what the nets read: float32 less the mean RGB, plus a shift (N, 3) of each image's colour (§2.1, §3.1)."""
-    images = images.astype(jnp.float32) - jnp.array(mean_rgb, jnp.float32)[None, None, None]
-    return images if colour_shift is None else images + colour_shift[:, None, None, :]
 
 
 def train_step(

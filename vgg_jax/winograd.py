@@ -64,8 +64,8 @@ def _gradient_tiles(g: Array) -> Array:
 def _chunked(x: Array) -> Array:
     """(N, H, W, C) -> (chunks, n, H, W, C), zero images added at the end where N does not divide."""
     n, h, w, _ = x.shape
-    chunks = -(-n // max(1, _PIXELS // (h * w)))
-    size = -(-n // chunks)
+    chunks = max(1, -(-n // max(1, _PIXELS // (h * w))))
+    size = max(1, -(-n // chunks))
     return jnp.pad(x, ((0, chunks * size - n), (0, 0), (0, 0), (0, 0))).reshape(chunks, size, *x.shape[1:])
 
 

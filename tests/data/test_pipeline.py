@@ -2,10 +2,11 @@ import dataclasses
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from tests.data.tiny_data import NUMBERS
+from tests.data.tiny_data import NUMBERS, encode
 from vgg_jax.configs import IMAGENET, TrainConfig
-from vgg_jax.data import batches_per_epoch, decode, eval_batches, open_split, open_splits, train_batches
+from vgg_jax.data import batches_per_epoch, decode, eval_batches, open_split, open_splits, rescaled_images, train_batches
 
 TINY = TrainConfig(image_size=32, scale=(32, 40), batch_size=4, epochs=3, seed=5)
 
@@ -111,6 +112,28 @@ def test_labels_belong_to_images(prepared):
     number_of = {int(example["index"]): int(decode(example["encoded"])[0, 0, 0]) // 10 for example in source.examples(None, 0)}
     for (_, index), example in by_example(train_batches(source, TINY, IMAGENET)).items():
         assert np.all(example["image"] == number_of[index] * 10) and example["label"] == number_of[index] % 3
+
+
+@pytest.mark.parametrize("exif", [True, False])
+def test_training_evaluation_and_prediction_turn_photos_alike(tmp_path, exif):
+    """A JPEG that lies on its side: red above blue when it is upright, red left of blue as it is stored."""
+    stored = np.zeros((40, 40, 3), np.uint8)
+    stored[:, :20, 0] = stored[:, 20:, 2] = 255
+    tag = Image.Exif()
+    tag[0x112] = 6  # to be turned clockwise by a quarter
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.jpg").write_bytes(encode(stored, "JPEG", exif=tag, quality=95))
+    config = dataclasses.replace(TINY, exif=exif, flip=False, colour_shift=0.0, scale=(32,), epochs=1)
+    source = open_split(str(tmp_path), "train")
+    images = [
+        next(iter(train_batches(source, config, IMAGENET)))["image"][0],
+        next(iter(eval_batches(source, config, 1)))["image"][0],
+        next(iter(rescaled_images(source, (32,), config.exif)))["scaled"][0][0],
+    ]
+    expected = np.rot90(stored, -1) if exif else stored
+    for image in images:
+        assert image.shape == (32, 32, 3)
+        assert np.abs(image[::31, ::31].astype(int) - expected[::39, ::39]).max() < 30
 
 
 def test_an_empty_source_has_no_batches(folder):

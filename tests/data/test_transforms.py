@@ -9,7 +9,6 @@ from PIL import Image, ImageOps
 
 from tests.data.tiny_data import encode, noise
 from vgg_jax.configs import IMAGENET, Statistics, TrainConfig
-from vgg_jax.data import transforms
 from vgg_jax.data.transforms import crop_resized, decode, draw, eval_example, flip, rescale, train_example
 
 TINY = TrainConfig(image_size=32, scale=(32, 40))
@@ -278,8 +277,8 @@ def test_eval_example_is_the_centre_crop_in_the_middle_of_the_range(run):
     [example] = run(lambda data, label: eval_example({"encoded": data, "label": label}, TINY), [encode(noise(60, 50))], [3])
     assert np.abs(example["image"] - crop_of(noise(60, 50), 36, 32, 0.5, 0.5).astype(float)).max() <= 1
     assert example["colour_shift"].tolist() == [0, 0, 0] and example["label"] == 3
-    assert transforms.eval_scale(TrainConfig(scale=(256, 512))) == 384  # Table 3
-    assert transforms.eval_scale(TrainConfig(scale=(384,))) == 384
+    assert TrainConfig(scale=(256, 512)).test_scale == 384  # Table 3
+    assert TrainConfig(scale=(384,)).test_scale == 384
 
 
 @pytest.mark.parametrize("name", ["jpeg", "png", "webp", "gif", "bmp"])

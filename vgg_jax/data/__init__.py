@@ -20,7 +20,7 @@ from vgg_jax.data.pipeline import batches_per_epoch, eval_batches, rescaled_imag
 from vgg_jax.data.sources import VALIDATION, open_split, open_splits
 from vgg_jax.data.splits import Source
 from vgg_jax.data.statistics import Measured, measure
-from vgg_jax.data.transforms import crop_resized, decode, eval_scale, rescale
+from vgg_jax.data.transforms import crop_resized, decode, rescale
 
 __all__ = [
     "VALIDATION",
@@ -31,7 +31,6 @@ __all__ = [
     "crop_resized",
     "decode",
     "eval_batches",
-    "eval_scale",
     "measure",
     "open_split",
     "open_splits",

@@ -1,6 +1,7 @@
 """A folder of images: <root>/<class>/*, or <root>/{train,val,test}/<class>/*."""
 
 import functools
+import hashlib
 import itertools
 import os
 from collections.abc import Callable
@@ -62,7 +63,9 @@ def _records(name: str, folder: str, classes: tuple[str, ...], skip_bad: bool) -
             raise InputError(
                 f"the class folder {os.path.join(folder, each)!r} has no images: expected at least one; add some or remove the folder"
             )
-    files = tf.constant(list(itertools.compress(paths, good)), tf.string)
+    kept = list(itertools.compress(paths, good))
+    names = hashlib.sha256(b"\0".join(os.path.relpath(path, os.fsencode(folder)) for path in kept)).hexdigest()
+    files = tf.constant(kept, tf.string)
     label_of = tf.constant(labels[good])
 
     def read(indices: tf.data.Dataset) -> tf.data.Dataset:
@@ -73,7 +76,7 @@ def _records(name: str, folder: str, classes: tuple[str, ...], skip_bad: bool) -
 
     return Records(
         name=name,
-        storage="folder",
+        storage=f"folder, names {names[:16]}",
         classes=classes,
         size=int(good.sum()),
         order=functools.partial(random_access, read=read),

@@ -20,7 +20,7 @@ class Source:
     """The examples of one split, or of a part of one, as encoded bytes and a label."""
 
     name: str  # for messages: "cifar10 train"
-    storage: str  # what the order of an epoch depends on besides the seed: "folder", "cifar10/3.0.2 tfrecord"
+    storage: str  # what the order of an epoch depends on besides the seed: "folder, names <digest>", "cifar10/3.0.2 tfrecord"
     classes: tuple[str, ...]
     size: int
     examples: Examples

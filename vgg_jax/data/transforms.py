@@ -43,15 +43,10 @@ def train_example(example: dict, config: TrainConfig, statistics: Statistics, se
 
 
 def eval_example(example: dict, config: TrainConfig) -> dict:
-    """As `train_example`, but the centre crop at Q = `eval_scale(config)`, not flipped, with a colour shift of zeros."""
-    image = crop_resized(example["encoded"], eval_scale(config), config.image_size, 0.5, 0.5, config.exif)
+    """As `train_example`, but the centre crop at Q = `config.test_scale`, not flipped, with a colour shift of zeros."""
+    image = crop_resized(example["encoded"], config.test_scale, config.image_size, 0.5, 0.5, config.exif)
     rest = {key: value for key, value in example.items() if key != "encoded"}
     return rest | {"image": image, "colour_shift": tf.zeros(3)}
-
-
-def eval_scale(config: TrainConfig) -> int:
-    """Q = S, or the middle of the jitter's range (§4.1)."""
-    return (config.scale[0] + config.scale[-1]) // 2
 
 
 def draw(seed: tf.Tensor, config: TrainConfig, statistics: Statistics) -> Draw:

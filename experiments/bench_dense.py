@@ -1,0 +1,94 @@
+"""Dense evaluation of a folder of photos, end to end: files read, decoded, rescaled, evaluated with their mirror images.
+
+    python experiments/bench_dense.py PHOTOS --net A --scale 256 --images 500 [--cache DIR]
+    python experiments/bench_dense.py … --peer "python PEER.py"     # runs that command with the same flags after each run of ours
+
+Prints one JSON line: images a second from the first file to the last posterior, compilation included, and how many programs were
+compiled. With --cache compiled programs are kept in DIR, and a second run finds them there. Weights are random: they do not matter here.
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+
+from vgg_jax import CONFIGS, VGG, compiler_options
+from vgg_jax.configs import PROTOCOLS, Protocol
+from vgg_jax.data import open_split, rescaled_images
+from vgg_jax.posteriors import PIXELS, stream_posteriors
+from vgg_jax.sharding import data_mesh
+
+
+class Compilations(logging.Handler):
+    count = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.count += record.getMessage().startswith("Compiling jit(window_posteriors)")
+
+
+def measured(args: argparse.Namespace) -> dict:
+    if args.cache:
+        jax.config.update("jax_compilation_cache_dir", args.cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    model = VGG(CONFIGS[args.net])
+    init = jax.jit(model.lazy_init, compiler_options=compiler_options())
+    variables = jax.block_until_ready(init(jax.random.key(0), np.zeros((1, 224, 224, 3), np.float32)))
+    compilations = Compilations()
+    logging.getLogger("jax._src.interpreters.pxla").addHandler(compilations)
+    logging.getLogger("jax._src.interpreters.pxla").propagate = False
+    started = time.perf_counter()
+    source = open_split(args.folder, "train")
+    source = dataclasses.replace(source, size=min(source.size, args.images))
+    with jax.log_compiles():
+        examples = rescaled_images(dataclasses.replace(source, examples=first(source)), (args.scale,), True)
+        images = ([example["scaled"][0][0]] for example in examples)
+        mesh = data_mesh(1, jax.devices()[:1])
+        found = dict(stream_posteriors(model, variables, images, mesh=mesh, protocol=Protocol(args.protocol), pixels=args.pixels))
+    seconds = time.perf_counter() - started
+    assert len(found) == source.size
+    return {"images_per_second": source.size / seconds, "seconds": seconds, "programs": compilations.count}
+
+
+def first(source):
+    return lambda seed, start=0: source.examples(seed, start).take(source.size)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder")
+    parser.add_argument("--net", default="A", choices=CONFIGS)
+    parser.add_argument("--scale", type=int, default=256)
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--protocol", default="dense", choices=PROTOCOLS)
+    parser.add_argument("--pixels", type=int, default=PIXELS)
+    parser.add_argument("--cache")
+    parser.add_argument("--peer", help="a command to run in turn with ours")
+    parser.add_argument("--pairs", type=int, default=1)
+    args = parser.parse_args()
+    what = {name: value for name, value in vars(args).items() if name not in ("peer", "pairs")}
+    if args.peer is None:
+        print(json.dumps(what | {"jax": jax.__version__} | measured(args)))
+        return
+    shared = [args.folder, "--net", args.net, "--scale", str(args.scale), "--images", str(args.images)]
+    ours = [sys.executable, __file__, *shared, "--protocol", args.protocol, "--pixels", str(args.pixels)]
+    ours += ["--cache", args.cache] if args.cache else []
+    pairs = [(rate(ours), rate([*shlex.split(args.peer), *shared])) for _ in range(args.pairs)]
+    ratios = [mine / peers for mine, peers in pairs]
+    print(json.dumps(what | {"peer": args.peer, "images_per_second": pairs, "ratios": ratios, "median_ratio": statistics.median(ratios)}))
+
+
+def rate(command: list[str]) -> float:
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return json.loads(output.strip().splitlines()[-1])["images_per_second"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""What a run says of itself: a record and a line an epoch, and the remedies when it does not learn."""
+
+import math
+import time
+from typing import Any
+
+from vgg_jax.metrics import Sums, averages
+
+
+def epoch_record(epoch: int, seconds: float, rate: float, sums: Sums, validated: Sums, size: int) -> dict[str, Any]:
+    """What metrics.jsonl says of an epoch. Training loss and errors are those of the steps, dropout and distortions on."""
+    assert sums.count == size, f"{sums.count} of {size} images were trained on"
+    parts = {"train": averages(sums), "validation": averages(validated)}
+    parts = {name: values | {"accuracy": 1 - values["top1_error"]} for name, values in parts.items()}
+    return {
+        "epoch": epoch,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "seconds": round(seconds, 3),
+        "images_per_second": round(size / seconds, 1),
+        "learning_rate": rate,
+    } | parts
+
+
+def line(record: dict[str, Any]) -> str:
+    train, validation = record["train"], record["validation"]
+    return (
+        f"{record['time'][11:]}  epoch {record['epoch']:3d}  train loss {train['loss']:.4f} accuracy {train['accuracy']:.2%}  "
+        f"validation loss {validation['loss']:.4f} accuracy {validation['accuracy']:.2%}  "
+        f"rate {record['learning_rate']:g}  {record['seconds']:.1f} s  {record['images_per_second']:.1f} images/s"
+    )
+
+
+def stuck(history: list[dict[str, Any]], classes: int) -> bool:
+    """Whether the second epoch in a row, but not the third, ends at the loss of guessing."""
+    at_chance = [abs(record["train"]["loss"] - math.log(classes)) < 0.01 * math.log(classes) for record in history]
+    return classes > 1 and at_chance[-2:] == [True, True] and at_chance[-3:] != [True] * 3
+
+
+def advice(classes: int) -> str:
+    return (
+        f"the training loss stays at ln({classes}) = {math.log(classes):.3f}, the loss of guessing: the signal dies out on its way through "
+        f"the net; deeper nets need --init-from a trained A, --batch-norm or another --learning-rate, and --initializer glorot"
+    )
+
+
+def diverged(what: str, epoch: int, batch: int, rate: float) -> str:
+    return (
+        f"{what} is not finite in epoch {epoch}, by batch {batch}, at learning rate {rate:g}: "
+        f"pass --learning-rate {rate / 10:g}, --initializer glorot or --batch-norm, and a new --workdir if this one holds a checkpoint"
+    )
