@@ -5,6 +5,7 @@ sizes share batches: each lies in the corner of a place whose sides are multiple
 """
 
 import functools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -112,10 +113,11 @@ def stream_posteriors(
     sums: dict[int, Any] = defaultdict(float)
     left: dict[int, int] = {}
     waiting: dict[tuple[int, int], list[Window]] = defaultdict(list)
+    known: set[tuple[int, int]] = set()  # places whose full batch has been compiled
 
-    def computed(place: tuple[int, int], batch: Sequence[Window]) -> Iterator[tuple[int, np.ndarray]]:
-        full = np.zeros((windows_at_once(place, pixels, mesh.size), *place, 3), np.uint8)
-        sizes = np.full((len(full), 2), model.image_size, np.int32)
+    def computed(place: tuple[int, int], batch: Sequence[Window], count: int) -> Iterator[tuple[int, np.ndarray]]:
+        full = np.zeros((count, *place, 3), np.uint8)
+        sizes = np.full((count, 2), model.image_size, np.int32)
         for i, window in enumerate(batch):
             sizes[i] = h, w = window.pixels.shape[:2]
             full[i, :h, :w] = window.pixels
@@ -134,20 +136,25 @@ def stream_posteriors(
         for window in of_image:
             place = place_of(*window.pixels.shape[:2])
             waiting[place].append(window)
-            if len(waiting[place]) == windows_at_once(place, pixels, mesh.size):
-                yield from computed(place, waiting.pop(place))
+            count = windows_at_once(place, pixels, mesh.size)
+            if len(waiting[place]) == count:
+                known.add(place)
+                yield from computed(place, waiting.pop(place), count)
 
     # What is left of a small place fills up the batches of a larger one: fewer batches, and fewer programs to compile.
     rest = sorted((place for place in waiting), key=lambda place: place[0] * place[1], reverse=True)
     while rest:
         place = rest[0]
+        count = windows_at_once(place, pixels, mesh.size)
         batch: list[Window] = []
         for other in [other for other in rest if other[0] <= place[0] and other[1] <= place[1]]:
-            free = windows_at_once(place, pixels, mesh.size) - len(batch)
+            free = count - len(batch)
             batch += waiting[other][:free]
             waiting[other] = waiting[other][free:]
         rest = [place for place in rest if waiting[place]]
-        yield from computed(place, batch)
+        if place not in known:
+            count = min(count, mesh.size * 2 ** math.ceil(math.log2(-(-len(batch) // mesh.size))))
+        yield from computed(place, batch, count)
 
 
 def posteriors(model: VGG, variables: Any, images: Sequence[np.ndarray] | Sequence[Sequence[np.ndarray]], **settings: Any) -> np.ndarray:
@@ -155,7 +162,7 @@ def posteriors(model: VGG, variables: Any, images: Sequence[np.ndarray] | Sequen
 
     Settings are those of `stream_posteriors`. Raises InputError for an image that is smaller than the net's.
     """
-    scaled = [[np.asarray(image)] if np.ndim(image) == 3 else [*map(np.asarray, image)] for image in images]
+    scaled = [[np.asarray(image)] if hasattr(image, "shape") else [*map(np.asarray, image)] for image in images]
     mesh = settings.pop("mesh", None) or data_mesh(1, jax.devices()[:1])
     found = dict(stream_posteriors(model, variables, scaled, mesh=mesh, **settings))
     return np.stack([found[index] for index in range(len(scaled))])
