@@ -39,6 +39,7 @@ def seconds_of_steps(args: argparse.Namespace) -> dict[str, float]:
         image_size=args.image_size,
         scale=(args.image_size,),
         batch_size=args.batch,
+        learning_rate=1e-2,
     )
     model = VGG(dataclasses.replace(CONFIGS[args.net], fc=config.fc), CLASSES, dtype=jnp.dtype(args.dtype), image_size=args.image_size)
     mesh = data_mesh(args.batch)
