@@ -76,10 +76,19 @@ def test_the_command_prints_and_writes(run, photos, capsys):
     assert "center, Q = 20: top-1 error" in out  # the middle of the jitter
     assert f"{COUNT} images" in out
     facts = json.loads((run / "val-center-20" / "evaluation.json").read_text())
-    assert facts["protocol"] == dataclasses.asdict(Protocol("center", flip=False))
+    assert facts["protocol"] == {"name": "center", "flip": False, "softmax_first": False, "ceil": False}
     assert facts["data"] == str(photos)
     assert read(run / "val-center-20" / "posteriors.npz").posteriors.shape == (COUNT, 2)
     assert (run / "val-center-20-mirrored-ceil" / "posteriors.npz").exists()
+
+
+def test_mirror_images_count_where_the_run_was_trained_with_them(run, tmp_path):
+    assert evaluate(run)[1]["protocol"]["flip"]
+    shutil.copytree(run, tmp_path / "run")
+    text = (tmp_path / "run" / "run.json").read_text()
+    (tmp_path / "run" / "run.json").write_text(text.replace('"flip": true', '"flip": false'))
+    assert not evaluate(tmp_path / "run")[1]["protocol"]["flip"]
+    assert evaluate(tmp_path / "run", protocol=Protocol(flip=True))[1]["protocol"]["flip"]
 
 
 def test_fusion_is_the_mean(run, tmp_path, capsys):

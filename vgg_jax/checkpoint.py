@@ -6,6 +6,7 @@ between leaves a readable run.
 
 import dataclasses
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,14 @@ class Saved:
             max_to_keep=1, enable_async_checkpointing=False, read_only=read_only, cleanup_tmp_directories=not read_only
         )
         self._folder = folder
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        absl = logging.getLogger("absl")
+        level = absl.level
+        if read_only:  # orbax warns that it then neither saves nor creates
+            absl.setLevel(logging.ERROR)
+        try:
+            self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        finally:
+            absl.setLevel(level)
 
     def save(self, step: int, arrays: Any, progress: dict[str, Any]) -> None:
         """Saves what a run holds at a step, unless it is there: the same run came to the same step."""

@@ -106,7 +106,7 @@ def evaluate(
     if out is not None:
         os.makedirs(out, exist_ok=True)  # now rather than when all is computed
     evaluation, facts = evaluate(run, data, split, protocol=chosen, scales=scales, **where)
-    flags = [name for name, on in (("mirrored", chosen.flip), ("softmax-first", softmax_first), ("ceil", ceil)) if on]
+    flags = [name for name, on in (("mirrored", facts["protocol"]["flip"]), ("softmax-first", softmax_first), ("ceil", ceil)) if on]
     folder = out or os.path.join(run, "-".join([*([plain(data)] if data else []), split, protocol, *map(str, facts["scales"]), *flags]))
     save(folder, evaluation, facts)
     print(f"{', '.join([protocol, 'Q = ' + ', '.join(map(str, facts['scales'])), *flags])}: {report(facts)}")
@@ -144,7 +144,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="Q",
         help="test scales (default: S, or the middle of its jitter)",
     )
-    command.add_argument("--flip", action=argparse.BooleanOptionalAction, help="the mean with the mirror image; off for center only")
+    command.add_argument(
+        "--flip", action=argparse.BooleanOptionalAction, help="the mean with the mirror image (default: as in training; off for center)"
+    )
     command.add_argument("--softmax-first", action="store_true", help="dense: soft-max at every position, then the mean")
     command.add_argument("--ceil", action="store_true", help="pooling as in Caffe: an odd side is rounded up")
     command.add_argument("--skip-bad", action="store_true", help="leave out files that are no images")

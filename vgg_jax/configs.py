@@ -124,13 +124,16 @@ class Protocol:
     """How the posteriors of an image are taken (§3.2); the defaults are dense, as in the paper. Raises InputError for another name."""
 
     name: str = "dense"
-    flip: bool | None = None  # the mean with the mirror image's posterior; None: for all but "center"
+    flip: bool | None = None  # the mean with the mirror image's posterior; None: where it is usual, see `mirrored`
     softmax_first: bool = False  # at every position of a map, before their mean; the paper does not say which comes first
     ceil: bool = False  # pooling as in Caffe, an odd side rounded up
 
+    @property
+    def mirrored(self) -> bool:
+        """Whether the mirror image counts: by default for all but one centre crop."""
+        return self.name != "center" if self.flip is None else self.flip
+
     def __post_init__(self) -> None:
-        if self.flip is None:
-            object.__setattr__(self, "flip", self.name != "center")
         if self.name not in PROTOCOLS:
             raise InputError(f"protocol is {self.name!r}: expected one of {', '.join(PROTOCOLS)}")
 

@@ -53,10 +53,12 @@ def evaluate(
     """The best net of a run on every image of a split: the evaluation and what is to be said of it.
 
     `data` is the run's own if none is given; of that, "val" is what the run validated on. Test scales Q are by default the training
-    scale S, or the middle of its jitter (§4.1). Raises InputError for anything wrong in the input.
+    scale S, or the middle of its jitter (§4.1). Mirror images count by default if the run was trained with them. Raises InputError for anything wrong in the input.
     """
     model, variables, metadata = load(workdir)
     config = metadata["config"]
+    if protocol.flip is None and not config.flip:  # as for digits: their mirror images are none
+        protocol = dataclasses.replace(protocol, flip=False)
     scales = tuple(scales) or (metadata["preprocessing"]["scale"],)
     if min(scales) < model.image_size:
         raise InputError(f"scales is {scales}: expected at least the size of the net's images, {model.image_size}")
@@ -114,7 +116,7 @@ def evaluate(
         "split": split,
         "net": config.net,
         "scales": list(scales),
-        "protocol": dataclasses.asdict(protocol),
+        "protocol": dataclasses.asdict(protocol) | {"flip": protocol.mirrored},
         **evaluation.errors(),
         "seconds": round(seconds, 3),
         "images_per_second": round(source.size / seconds, 2),

@@ -38,7 +38,7 @@ def window_posteriors(
     variables: Any, images: Array, sizes: Array, *, model: VGG, mean_rgb: tuple[float, float, float], protocol: Protocol
 ) -> Array:
     """float32 (N, K): the posteriors of windows of `sizes`, int (N, 2), in the corners of uint8 images (N, H, W, 3)."""
-    if protocol.flip:
+    if protocol.mirrored:
         # The mirror image lies in the same corner.
         columns = jnp.arange(images.shape[2])[None]
         mirrored = jnp.where(columns < sizes[:, 1:], sizes[:, 1:] - 1 - columns, columns)
@@ -50,7 +50,7 @@ def window_posteriors(
     share = inside(scores, valid) / valid.prod(1)[:, None, None, None]
     first, then = (jax.nn.softmax, lambda x: x) if protocol.softmax_first else (lambda x: x, jax.nn.softmax)
     posteriors = then((first(scores) * share).sum((1, 2)))
-    return posteriors.reshape(1 + bool(protocol.flip), -1, model.num_classes).mean(0)
+    return posteriors.reshape(1 + protocol.mirrored, -1, model.num_classes).mean(0)
 
 
 @functools.lru_cache(maxsize=8)
