@@ -21,11 +21,10 @@ from vgg_jax.checkpoint import read_run
 def recorded(workdir: str) -> dict:
     run = read_run(Path(workdir))
     usual = dataclasses.asdict(preset(run.config.data))
-    given = {name: value for name, value in dataclasses.asdict(run.config).items() if value != usual[name]}
+    given = {name: value for name, value in dataclasses.asdict(run.config).items() if value != usual[name] and name != "seed"}
     epochs = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
     return {
         "data": {"name": run.config.data, "storage": run.storage, "train": run.train_size, "validation": run.validation_size},
-        "net": run.config.net,
         "seed": run.config.seed,
         "other_than_the_preset": given,
         "training_seconds": round(sum(epoch["seconds"] for epoch in epochs), 1),

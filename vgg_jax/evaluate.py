@@ -53,7 +53,8 @@ def evaluate(
     """The best net of a run on every image of a split: the evaluation and what is to be said of it.
 
     `data` is the run's own if none is given; of that, "val" is what the run validated on. Test scales Q are by default the training
-    scale S, or the middle of its jitter (§4.1). Mirror images count by default if the run was trained with them. Raises InputError for anything wrong in the input.
+    scale S, or the middle of its jitter (§4.1). Mirror images count by default if the run was trained with them. Raises InputError for
+    anything wrong in the input.
     """
     model, variables, metadata = load(workdir)
     config = metadata["config"]
