@@ -78,7 +78,8 @@ def fit(config: TrainConfig, workdir: str | Path, data_dir: str | Path | None = 
     train_step, eval_step = compile_steps(config, model, colours.mean_rgb, mesh)
     state = init_state(model, sgd(config), config.seed, mesh)
     per_epoch = batches_per_epoch(train, config.batch_size)
-    validation_batches = eval_batches(validation, config, config.microbatch or config.batch_size)
+    at_once = min(config.microbatch or config.batch_size, -(-validation.size // mesh.size) * mesh.size)
+    validation_batches = eval_batches(validation, config, at_once)
     history: list[dict[str, Any]] = []
     batch_number, seconds, sums = 0, 0.0, Sums()
 
