@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 import shutil
 import signal
@@ -22,7 +21,6 @@ from vgg_jax.data import eval_batches, measure, open_splits
 from vgg_jax.metrics import Sums
 from vgg_jax.model import preprocess
 from vgg_jax.optimizer import sgd
-from vgg_jax.report import advice, epoch_record, line, stuck
 from vgg_jax.sharding import data_mesh
 from vgg_jax.train import Outcome, fit
 from vgg_jax.train_step import build_model, init_state
@@ -212,14 +210,6 @@ def test_best_is_the_best_epochs_net(folder, tmp_path, monkeypatch):
     assert np.abs(seen[1]["fc6"]["kernel"] - seen[2]["fc6"]["kernel"]).max() > 0
 
 
-def test_the_line_of_an_epoch_says_it_all():
-    record = epoch_record(7, 2.0, 1e-3, Sums(30.0, 8.0, 9.0, 10.0), Sums(2.0, 3.0, 4.0, 4.0), 10)
-    text = line(record | {"time": "2020-01-02T03:04:05"})
-    for words in ("03:04:05", "epoch   7", "train loss 3.0000 accuracy 80.00%", "validation loss 0.5000 accuracy 75.00%", "rate 0.001"):
-        assert words in text
-    assert text.endswith("2.0 s  5.0 images/s")
-
-
 @pytest.mark.parametrize(
     ("ends", "code"), [(Outcome([], True), 75), (Outcome([], False), 0), (KeyboardInterrupt(), 130), (OSError(28, "full"), 2)]
 )
@@ -321,19 +311,6 @@ def test_divergence_is_not_saved(batch_size, folder, tmp_path, capsys):
     assert "epoch 1" in err
     assert "--learning-rate" in err
     assert not list((tmp_path / "w").glob("*/[0-9]*"))
-
-
-def test_loss_at_chance_is_named_once():
-    def history(*losses):
-        return [{"train": {"loss": loss}} for loss in losses]
-
-    chance = math.log(10)
-    assert not stuck(history(chance), 10)
-    assert stuck(history(chance, 1.001 * chance), 10)
-    assert not stuck(history(chance, chance, chance), 10)
-    assert not stuck(history(chance, 0.9 * chance), 10)
-    assert "ln(10) = 2.303" in advice(10)
-    assert "--init-from" in advice(10)
 
 
 @pytest.mark.slow
