@@ -115,19 +115,19 @@ class Saved:
     """A folder of checkpoints, each a tree of arrays with a JSON object; only the newest is kept."""
 
     def __init__(self, folder: Path, read_only: bool = False) -> None:
-        # Without the background thread: on a CPU it would read the very arrays that are donated to the next step.
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=1, enable_async_checkpointing=False, read_only=read_only, cleanup_tmp_directories=not read_only
-        )
-        self._folder = folder
         absl = logging.getLogger("absl")
         level = absl.level
         if read_only:  # orbax warns that it then neither saves nor creates
             absl.setLevel(logging.ERROR)
         try:
+            # Without the background thread: on a CPU it would read the very arrays that are donated to the next step.
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=1, enable_async_checkpointing=False, read_only=read_only, cleanup_tmp_directories=not read_only
+            )
             self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
         finally:
             absl.setLevel(level)
+        self._folder = folder
 
     def save(self, step: int, arrays: Any, progress: dict[str, Any]) -> None:
         """Saves what a run holds at a step, unless it is there: the same run came to the same step."""
