@@ -1,9 +1,10 @@
 """The operations that need care: convolution and pooling that are fast on a CPU too, batch normalisation, LRN, FC layers over maps.
 
-Shapes are (N, H, W, C). On an accelerator a convolution is XLA's own. On a CPU XLA's is slow in three places (2-core x86,
-float32, batch 128, forward and both gradients together, jax 0.10.1): a map smaller than the kernel (2x2x512: 2,600 ms, by im2col
-116), the three channels of the image (32x32: 111 ms, by im2col 88), and everywhere the 144 products a tile that Winograd does
-with 36 (8x8x256: 411 ms, here 208).
+Shapes are (N, H, W, C). On an accelerator a convolution is XLA's own. On a CPU XLA's is slow in three places (2-core x86, float32):
+a map smaller than the kernel (batch 128 of 2x2x512, forward and both gradients: 2,600 ms, by im2col 116); the gradients where the image
+has three channels (a whole step of A, batch 128 at 32 pixels: 3.4 s, by im2col 1.2 s; forward im2col takes 1.4 times as long); and
+everywhere the 144 products a tile that Winograd does with 36 (jax 0.12, batch 8, forward and both gradients, 224x224x64: 1,450 ms,
+here 970; 56x56x256: 1,520 ms, here 540).
 """
 
 import flax.linen as nn
@@ -17,14 +18,18 @@ from vgg_jax import winograd
 _NHWC = ("NHWC", "HWIO", "NHWC")
 
 
-def compiler_options() -> dict[str, str | int]:
+def compiler_options(thorough: bool = False) -> dict[str, str | int]:
     """What to pass as `jax.jit(f, compiler_options=...)` for the best speed on the default backend; nothing but on a CPU.
 
     There XLA's YNN fusion is off, which makes the weight gradient of a convolution 1.2 to 6 times as fast, and LLVM optimises less,
-    which halves the time to compile a training step, and that to compile an initialisation ten times, at the same speed.
+    which halves the time to compile a training step, and that to compile an initialisation ten times, at the same speed. `thorough` is
+    for inference that goes on for minutes: one and a half times as long to compile, and faster (dense evaluation with net A, 4 photos:
+    2.07 s -> 1.82 s with jax 0.12, 2.45 s -> 1.85 s with 0.10.1).
     """
     if jax.default_backend() != "cpu":
         return {}
+    if thorough:
+        return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
     # The empty list. Its name, LIBRARY_FUSION_TYPE_INVALID, means the same and logs an error with every compilation.
     return {"xla_cpu_experimental_ynn_fusion_type": "", "xla_backend_optimization_level": 1}
 
@@ -42,13 +47,30 @@ def _im2col(x: Array, kernel: Array) -> Array:
     return windows @ kernel.reshape(-1, channels)
 
 
+@jax.custom_vjp
+def _of_few_channels(x: Array, kernel: Array) -> Array:
+    return _direct(x, kernel)
+
+
+def _few_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _direct(x, kernel), (x, kernel)
+
+
+def _few_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    return jax.vjp(_im2col, *saved)[1](g)
+
+
+_of_few_channels.defvjp(_few_forward, _few_backward)
+
+
 def _on_cpu(x: Array, kernel: Array) -> Array:
     (h, w, c), side = x.shape[1:], kernel.shape[0]
-    if c <= 4 or min(h, w) < side:
+    if min(h, w) < side:
         return _im2col(x, kernel)
-    # Measured at 224x224x64: 0.6 to 1.0 times the direct speed; bfloat16 has too few digits for the transforms.
-    if side == 3 and max(h, w) <= 112 and jnp.finfo(x.dtype).bits >= 32:
-        return winograd.convolution_3x3(x, kernel)
+    if c <= 4:
+        return _of_few_channels(x, kernel)
+    if side == 3 and jnp.finfo(x.dtype).bits >= 32:
+        return winograd.convolution_3x3(x, kernel)  # bfloat16 has too few digits for its transforms
     return _direct(x, kernel)
 
 
