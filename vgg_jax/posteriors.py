@@ -135,7 +135,8 @@ def stream_posteriors(
         of_image = list(windows(index, scales, model.image_size, protocol))
         left[index] = len(of_image)
         for window in of_image:
-            place = place_of(*window.pixels.shape[:2], ceil=protocol.ceil)
+            height, width = window.pixels.shape[:2]
+            place = place_of(height, width, protocol.ceil)
             waiting[place].append(window)
             count = windows_at_once(place, pixels, mesh.size)
             if len(waiting[place]) == count:
