@@ -23,7 +23,7 @@ def compiler_options(thorough: bool = False) -> dict[str, str | int]:
 
     There XLA's YNN fusion is off, which makes the weight gradient of a convolution 1.2 to 6 times as fast, and LLVM optimises less,
     which halves the time to compile a training step, and that to compile an initialisation ten times, at the same speed. `thorough` is
-    for inference that goes on for minutes: one and a half times as long to compile, and faster (dense evaluation with net A, 4 photos:
+    for inference that goes on for minutes: 1.4 to 1.8 times as long to compile, and faster (dense evaluation with net A, 4 photos:
     2.07 s -> 1.82 s with jax 0.12, 2.45 s -> 1.85 s with 0.10.1).
     """
     if jax.default_backend() != "cpu":
