@@ -66,6 +66,8 @@ def test_every_initializer_can_be_chosen():
         ("drop_epochs", (3,)),
         ("drop_epochs", (3, 2)),
         ("drop_epochs", (0, 2)),
+        ("freeze", ("conv9_9",)),
+        ("freeze", ("conv", "fc")),
         ("seed", -1),
         ("seed", 2**32),
     ],

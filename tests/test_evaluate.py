@@ -168,7 +168,7 @@ def test_wilsons_interval():
     [
         (["--scales", "15"], ("scales", "15", "16")),
         (["--split", "test"], ("test", "train, val")),
-        (["digits", "--split", "train"], ("other classes", "count is 10 and 2")),
+        (["digits", "--split", "train"], ("classes that", "does not know: '0', '1'", "some of its 2: 'blue', 'red'")),
         (["no/such/folder"], ("no/such/folder",)),
         (["--protocol", "sparse"], ("sparse", "multi-crop")),
     ],

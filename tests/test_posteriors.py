@@ -10,7 +10,7 @@ import pytest
 from tests.tiny import init
 from vgg_jax import IMAGENET, VGG, Conv, InputError, VGGConfig
 from vgg_jax.configs import DENSE, PROTOCOLS, Protocol
-from vgg_jax.posteriors import crop_offsets, place_of, posteriors, stream_posteriors, windows
+from vgg_jax.posteriors import Window, batches, crop_offsets, place_of, posteriors, stream_posteriors, windows
 from vgg_jax.sharding import data_mesh
 
 SMALL = VGGConfig(((Conv(8),), (Conv(16), Conv(16)), (Conv(24),)), fc=(24, 16))
@@ -109,28 +109,82 @@ def test_both_and_scales_are_means(net):
 
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_the_weights_of_an_image_add_up_to_one(name):
-    found = list(windows(3, photos([(20, 40), (31, 17)]), 16, Protocol(name)))
+    found = list(windows(3, photos([(20, 40), (16, 27)]), 16, Protocol(name)))
     assert sum(window.weight for window in found) == pytest.approx(1)
     assert {window.image for window in found} == {3}
 
 
-def test_each_image_comes_once_and_places_share_programs(net, caplog):
-    """On two devices; 60 images of 60 sizes in few compilations."""
+def test_equal_crops_are_computed_once(net):
+    image = photos([(16, 24)])
+    assert len(list(windows(0, image, 16, Protocol("multi-crop")))) == 5
+    grid = [image[0][:, x : x + 16] for x in (0, 2, 4, 6, 8)]
+    expected = np.asarray(softmax_of(net, grid + [crop[:, ::-1] for crop in grid]))
+    np.testing.assert_allclose(posteriors(*net, image, protocol=Protocol("multi-crop"))[0], expected.mean(0), atol=1e-5)
+
+
+@pytest.fixture
+def compilations(caplog):
+    """How often a program was compiled, in whatever thread."""
+    jax.config.update("jax_log_compiles", True)
+    yield lambda: sum(record.getMessage().startswith("Compiling jit(window_posteriors)") for record in caplog.records)
+    jax.config.update("jax_log_compiles", False)
+
+
+@pytest.mark.parametrize("worth", [2_000_000, 2_000], ids=["few_programs", "many_programs"])
+def test_each_image_comes_once_and_places_share_programs(net, caplog, compilations, worth, monkeypatch):
+    """On two devices; 60 images of 60 sizes in few programs, whatever the order in which they are ready."""
+    monkeypatch.setattr("vgg_jax.posteriors.COMPILED", worth)
+    monkeypatch.setattr("vgg_jax.posteriors.BACKLOG", 1)
     sizes = [(16, 16 + i) if i % 2 else (16 + i, 16) for i in range(60)]
-    with jax.log_compiles():
-        found = dict(stream_posteriors(*net, ([image] for image in photos(sizes)), mesh=data_mesh(2), protocol=DENSE, pixels=8_000))
+    settings = {"mesh": data_mesh(2), "protocol": DENSE, "pixels": 8_000 if worth == 2_000_000 else 3_000}
+    found = dict(stream_posteriors(*net, ([image] for image in photos(sizes)), **settings))
     assert found.keys() == set(range(60))
-    places = {place_of(*size) for size in sizes}
-    compiled = sum(record.getMessage().startswith("Compiling jit(window_posteriors)") for record in caplog.records)
-    assert places == {(31, 31), (32, 31), (31, 127), (127, 31)}
-    assert 0 < compiled <= len(places)
-    with jax.log_compiles():
-        caplog.clear()
-        again = dict(stream_posteriors(*net, ([image] for image in photos(sizes)), mesh=data_mesh(2), protocol=DENSE, pixels=8_000))
-    assert not any("window_posteriors" in record.getMessage() for record in caplog.records)
-    np.testing.assert_array_equal(again[7], found[7])
-    np.testing.assert_allclose(found[41], posteriors(*net, [photos(sizes)[41]])[0], atol=1e-6)
-    assert sum(found.values()).sum() == pytest.approx(60)
+    assert {place_of(*size) for size in sizes} == {(31, 31), (32, 31), (31, 127), (127, 31)}
+    assert 0 < compilations() <= 4
+    caplog.clear()
+    again = dict(stream_posteriors(*net, ([image] for image in photos(sizes)), **settings))
+    assert compilations() == 0
+    for index, posterior in found.items():
+        np.testing.assert_array_equal(again[index], posterior)
+        np.testing.assert_allclose(posterior, posteriors(*net, [photos(sizes)[index]])[0], atol=1e-6)
+
+
+def plan(sizes, pixels=400_000, devices=1):
+    """The batches of windows of these sizes, of no pixels."""
+    found = [Window(i, 0, 1.0, np.broadcast_to(np.uint8(0), (*size, 3))) for i, size in enumerate(sizes)]
+    return list(batches(found, pixels, devices, ceil=False))
+
+
+def test_batches_hold_every_window_once_in_a_place_that_is_large_enough():
+    rng = np.random.default_rng(0)
+    sizes = [
+        (256, int(side)) if tall else (int(side), 256)
+        for side, tall in zip(rng.integers(256, 900, 300), rng.random(300) < 0.7, strict=True)
+    ]
+    for devices in (1, 3):
+        found = plan(sizes, devices=devices)
+        assert sorted(window.image for batch in found for window in batch.windows) == list(range(300))
+        for batch in found:
+            assert 0 < len(batch.windows) <= batch.slots
+            assert batch.slots % devices == 0
+            assert all(side <= room for window in batch.windows for side, room in zip(sizes[window.image], batch.place, strict=True))
+        assert len({batch.program for batch in found}) <= 25
+        computed = sum(batch.slots * batch.place[0] * batch.place[1] for batch in found)
+        assert computed < 1.25 * sum(h * w for h, w in sizes)
+
+
+def test_a_place_has_a_program_only_where_that_is_worth_it():
+    """22 photos of 256x351 are; three that are a little smaller go along, one that is much larger cannot."""
+    usual = plan([(256, 351)] * 30)
+    assert {batch.program for batch in usual} == {((256, 351), 4)}
+    assert [len(batch.windows) for batch in usual] == [4] * 7 + [2]
+    mixed = plan([(256, 351)] * 30 + [(256, 300)] * 3 + [(256, 800)])
+    assert {batch.program for batch in mixed} == {((256, 351), 4), ((256, 895), 1)}
+    assert sum(len(batch.windows) for batch in mixed) == 34
+    alone = plan([(256, 300)] * 3)
+    assert [(batch.program, len(batch.windows)) for batch in alone] == [(((256, 319), 4), 3)]
+    apart = plan([(256, 383)] * 100 + [(256, 256)] * 100)  # to compute the second in the first's place would cost half as much again
+    assert {batch.place for batch in apart} == {(256, 383), (256, 256)}
 
 
 def test_few_sizes_are_far_from_square():

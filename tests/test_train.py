@@ -11,19 +11,20 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 import vgg_jax
 import vgg_jax.train
 from tests.tiny import DEEP, SHALLOW
-from vgg_jax import CONFIGS, InputError, TrainConfig, cli, compiler_options
+from vgg_jax import CONFIGS, IMAGENET, InputError, TrainConfig, cli, compiler_options
 from vgg_jax.configs import CHOICES
 from vgg_jax.data import eval_batches, measure, open_splits
 from vgg_jax.metrics import Sums
 from vgg_jax.model import preprocess
 from vgg_jax.optimizer import sgd
-from vgg_jax.sharding import data_mesh
+from vgg_jax.sharding import data_mesh, put_batch
 from vgg_jax.train import Outcome, fit
-from vgg_jax.train_step import build_model, init_state
+from vgg_jax.train_step import build_model, compile_steps, init_state
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -281,7 +282,7 @@ def test_running_statistics_come_along(net, finished, folder):
     source = vgg_jax.load(finished[0])
     settings = config(folder, net=net, init_from="it")
     state = init_state(build_model(settings, 2), sgd(settings), 1, data_mesh(8))
-    started = vgg_jax.train.start_from(source, settings, state)
+    started = vgg_jax.train.start_from(source, settings, state, IMAGENET.mean_rgb)
     for name, layer in source[1]["batch_stats"].items():
         jax.tree.map(np.testing.assert_array_equal, started.batch_stats[name], layer)
         assert np.abs(layer["mean"]).max() > 0
@@ -292,13 +293,59 @@ def test_a_deeper_net_starts_from_the_layers_that_a_has(finished, folder, tmp_pa
     workdir, _ = finished
     fit(config(folder, net="deep", init_from=str(workdir), epochs=1, drop_epochs=(1,), learning_rate=1e-9), tmp_path)
     said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("from"))
-    came, new = said.partition(": ")[2].split("; new: ")
+    came, new = said.partition(": ")[2].removesuffix("; left: nothing").split("; new: ")
     assert set(came.split(", ")) == {"conv1_1", "bn1_1", "conv2_1", "bn2_1", "fc6", "fc7", "fc8"}
     assert set(new.split(", ")) == {"conv1_2", "bn1_2", "conv2_2", "bn2_2"}
     _, source, _ = vgg_jax.load(workdir)
     _, merged, _ = vgg_jax.load(tmp_path)
     for name, layer in source["params"].items():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), layer, merged["params"][name])
+
+
+def test_a_file_of_weights_for_other_images_and_classes(finished, folder, tmp_path, capsys):
+    """fc6 of another image size and fc8 of other classes are new, with the shapes said; what the net does not have is left."""
+    _, variables, _ = vgg_jax.load(finished[0])
+    rng = np.random.default_rng(0)
+    params = {name: dict(layer) for name, layer in variables["params"].items() if not name.startswith("bn")}
+    params["fc6"]["kernel"] = rng.normal(size=(8 * 8 * 16, 24))
+    params["fc8"] = {"kernel": rng.normal(size=(16, 5)), "bias": rng.normal(size=5)}
+    tensors = {f"{name}/{leaf}": np.float32(array) for name, layer in params.items() for leaf, array in layer.items()}
+    save_file(tensors, tmp_path / "weights.safetensors", {"vgg_jax": json.dumps({"mean_rgb": [1, 2, 3], "std_rgb": [1, 1, 1]})})
+    settings = config(folder, batch_norm=False, init_from=str(tmp_path / "weights.safetensors"), epochs=1, drop_epochs=(1,))
+    fit(dataclasses.replace(settings, freeze=("conv", "fc7")), tmp_path / "w")
+    out = capsys.readouterr().out
+    assert "conv1_1, conv2_1, fc7; new: fc6 (its kernel is (1024, 24) there and (256, 24) here), fc8" in out
+    assert "less the mean (1.00, 2.00, 3.00), those of this run are less (123.68, 116.78, 103.94)" in out
+    _, trained, _ = vgg_jax.load(tmp_path / "w")
+    for name in ("conv1_1", "conv2_1", "fc7"):
+        for leaf in ("kernel", "bias"):
+            np.testing.assert_array_equal(trained["params"][name][leaf], tensors[f"{name}/{leaf}"])
+
+
+def test_frozen_layers_stay_to_the_bit(finished, folder):
+    """Their values, their batch normalisation's, and their part of the optimizer's state; the others move."""
+    source = vgg_jax.load(finished[0])
+    settings = config(folder, init_from="it", freeze=("conv",), decay_biases=True, learning_rate=0.1)
+    model, mesh = build_model(settings, 2), data_mesh(8)
+    state = vgg_jax.train.start_from(source, settings, init_state(model, sgd(settings), 1, mesh), IMAGENET.mean_rgb)
+    before = jax.tree.map(np.asarray, (state.params, state.batch_stats))
+    train_step, _ = compile_steps(settings, model, IMAGENET.mean_rgb, mesh)
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.integers(0, 256, (8, 16, 16, 3)).astype(np.uint8),
+        "colour_shift": np.zeros((8, 3), np.float32),
+        "label": np.arange(8, dtype=np.int32) % 2,
+        "mask": np.ones(8, bool),
+    }
+    for _ in range(3):
+        state, _ = train_step(state, put_batch(batch, mesh))
+    velocity = state.opt_state.inner_state[1][0].trace
+    for name, layer in state.params.items():
+        for leaf, array in layer.items():
+            same = np.array_equal(array, before[0][name][leaf])
+            assert same == name.startswith(("conv", "bn")), name
+            assert same == (np.asarray(velocity[name][leaf]) == 0).all()
+    jax.tree.map(np.testing.assert_array_equal, state.batch_stats, before[1])
 
 
 @pytest.mark.parametrize("batch_size", ["8", "22"], ids=["in_the_second_step", "by_the_only_step"])

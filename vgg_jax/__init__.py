@@ -28,8 +28,11 @@ __all__ = [
 ]
 
 
-def load(workdir):
-    """The trained network of a run: `(model, variables, metadata)`; see `vgg_jax.checkpoint.load`."""
-    from vgg_jax.checkpoint import load  # orbax comes with the extra `train`
+def load(path, net=None):
+    """A network: `(model, variables, metadata)`, of a run's folder or of a file of weights, ours or another library's.
 
-    return load(workdir)
+    See `vgg_jax.checkpoint.load` and `vgg_jax.weights.load_file`. `net` says which net a file holds where its shapes do not: "A-LRN".
+    """
+    from vgg_jax.weights import load
+
+    return load(path, net)

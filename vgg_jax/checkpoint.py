@@ -82,8 +82,9 @@ def read_run(workdir: Path) -> Run:
 def load(workdir: str | os.PathLike) -> tuple[VGG, dict[str, Any], dict[str, Any]]:
     """The network of a run at its best validation accuracy: `(model, variables, metadata)`.
 
-    `model.apply(variables, images)` gives logits, for images as `metadata["preprocessing"]` says. `metadata` has the `config`, `classes`,
-    `preprocessing`, `epoch` (from 1) and `validation` (loss, errors, count). Raises InputError where there is no such run.
+    `model.apply(variables, images)` gives logits, for images as `metadata["preprocessing"]` says. `metadata` has the `config`, `net`,
+    `flip` (whether it was trained with mirror images), `classes`, `preprocessing`, `epoch` (from 1) and `validation` (loss, errors,
+    count). Raises InputError where there is no such run.
     """
     run = read_run(Path(workdir))
     model = build_model(run.config, len(run.classes))
@@ -108,7 +109,8 @@ def load(workdir: str | os.PathLike) -> tuple[VGG, dict[str, Any], dict[str, Any
         "interpolation": "bilinear, antialiased",
         "exif": run.config.exif,
     }
-    return model, variables, {"config": run.config, "classes": run.classes, "preprocessing": preprocessing} | progress
+    known = {"config": run.config, "net": run.config.net, "flip": run.config.flip, "classes": run.classes, "preprocessing": preprocessing}
+    return model, variables, known | progress
 
 
 class Saved:

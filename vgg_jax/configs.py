@@ -155,7 +155,8 @@ class TrainConfig:
     dropout_rate: float = 0.5
     initializer: str = "glorot"  # the paper's note after submission; see `vgg_jax.model.INITIALIZERS`
     initializer_std: float = 0.01  # of "paper"; §3.1 prints a variance of 10⁻², with which every net explodes
-    init_from: str | None = None  # the workdir of a finished run
+    init_from: str | None = None  # the workdir of a finished run, or a file of weights
+    freeze: tuple[str, ...] = ()  # layers that stay as they are, by name, or "conv" or "fc" for all of them
     dtype: str = "float32"
     image_size: int = 224
     scale: tuple[int, ...] = (256,)  # S, or (S_min, S_max) of the scale jitter
@@ -185,6 +186,16 @@ class TrainConfig:
         return dataclasses.replace(CONFIGS[self.net], fc=self.fc)
 
     @property
+    def frozen(self) -> tuple[str, ...]:
+        """The layers that training leaves as they are: those of `freeze`, with the batch normalisation behind a convolution."""
+        names = [layer.name for layer in self._table if layer.kind in ("conv", "fc") and {layer.name, layer.kind} & set(self.freeze)]
+        return (*names, *(name.replace("conv", "bn") for name in names if self.batch_norm and name.startswith("conv")))
+
+    @property
+    def _table(self) -> tuple[Layer, ...]:
+        return layer_table(self.vgg, image_size=self.image_size)
+
+    @property
     def test_scale(self) -> int:
         """Q = S, or the middle of the jitter's range (§4.1)."""
         return (self.scale[0] + self.scale[-1]) // 2
@@ -197,7 +208,11 @@ class TrainConfig:
             raise InputError(f"scale is {self.scale}: expected one side S, or S_min and S_max with S_min <= S_max")
         if len(self.fc) != 2 or min(self.fc) < 1:
             raise InputError(f"fc is {self.fc}: expected the two widths of fc6 and fc7")
-        layer_table(self.vgg, image_size=self.image_size)  # raises for an image that is too small
+        learned = [layer.name for layer in self._table if layer.kind in ("conv", "fc")]  # raises for an image that is too small
+        if unknown := [name for name in self.freeze if name not in ("conv", "fc", *learned)]:
+            raise InputError(f"freeze is {self.freeze}, and {unknown[0]!r} is no layer: expected conv, fc, or some of {', '.join(learned)}")
+        if set(learned) <= set(self.frozen):
+            raise InputError(f"freeze is {self.freeze}: expected a layer that is left to train")
         if self.scale[0] < self.image_size:
             raise InputError(f"scale is {self.scale}: expected at least the image size, {self.image_size}")
         for name in ("batch_size", "epochs", "patience", "learning_rate", "initializer_std"):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import time
 import zipfile
 from collections.abc import Sequence
@@ -13,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vgg_jax.checkpoint import load, read_run, write_whole
+from vgg_jax.checkpoint import read_run, write_whole
 from vgg_jax.configs import DENSE, Protocol
 from vgg_jax.errors import InputError
 from vgg_jax.metrics import averages, interval, sums_of
 from vgg_jax.posteriors import PIXELS, stream_posteriors
 from vgg_jax.sharding import data_mesh
+from vgg_jax.weights import load
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Evaluation:
 
 
 def evaluate(
-    workdir: str | Path,
+    path: str | Path,
     data: str | None = None,
     split: str = "val",
     *,
@@ -50,15 +52,16 @@ def evaluate(
     skip_bad: bool = False,
     pixels: int = PIXELS,
 ) -> tuple[Evaluation, dict[str, Any]]:
-    """The best net of a run on every image of a split: the evaluation and what is to be said of it.
+    """The best net of a run, or the net in a file of weights, on every image of a split: the evaluation and what is to be said of it.
 
-    `data` is the run's own if none is given; of that, "val" is what the run validated on. Test scales Q are by default the training
-    scale S, or the middle of its jitter (§4.1). Mirror images count by default if the run was trained with them. Raises InputError for
-    anything wrong in the input.
+    `data` is the run's own if none is given; of that, "val" is what the run validated on. Its classes are the net's or some of them, in
+    any order; ImageNet's go by their WordNet ids. Test scales Q are by default the training scale S, or the middle of its jitter (§4.1),
+    and 256 for a file of a 224-pixel net. Mirror images count by default unless the run was trained without them. Raises InputError
+    for anything wrong in the input.
     """
-    model, variables, metadata = load(workdir)
-    config = metadata["config"]
-    if protocol.flip is None and not config.flip:  # as for digits: their mirror images are none
+    model, variables, metadata = load(path)
+    config: Any = metadata.get("config")  # of a run
+    if protocol.flip is None and not metadata["flip"]:  # as for digits: their mirror images are none
         protocol = dataclasses.replace(protocol, flip=False)
     scales = tuple(scales) or (metadata["preprocessing"]["scale"],)
     if min(scales) < model.image_size:
@@ -67,27 +70,29 @@ def evaluate(
 
     from vgg_jax.data import VALIDATION, open_split, open_splits, rescaled_images  # TensorFlow is for those who read files
 
+    if data is None and config is None:
+        raise InputError(f"{path} is a file of weights and DATA is not given: expected an image folder or a name of TensorFlow Datasets")
     data = config.data if data is None else data
-    where: dict[str, Any] = {"data_dir": data_dir, "download": download, "skip_bad": skip_bad or (config.skip_bad and data == config.data)}
-    if data == config.data and split in VALIDATION:
+    own = config is not None and data == config.data
+    where: dict[str, Any] = {"data_dir": data_dir, "download": download, "skip_bad": skip_bad or (own and config.skip_bad)}
+    if own and split in VALIDATION:
         train, source = open_splits(data, validation_fraction=config.validation_fraction, seed=config.seed, **where)
-        run = read_run(Path(workdir))
+        run = read_run(Path(path))
         there, here = (run.storage, run.train_size, run.validation_size), (train.storage, train.size, source.size)
         if there != here:
             raise InputError(
-                f"{data} is not what {workdir} was trained on: storage and sizes were {there} and are {here}, so what it "
+                f"{data} is not what {path} was trained on: storage and sizes were {there} and are {here}, so what it "
                 "validated on is not known; pass another --split, or the data as they were"
             )
     else:
         source = open_split(data, split, **where)
-    if source.classes != metadata["classes"]:
-        raise InputError(f"{source.name} has other classes than {workdir}: {_first_difference(source.classes, metadata['classes'])}")
+    positions = class_positions(source.classes, metadata["classes"], f"{source.name} has classes that {path} does not know")
 
     labels, files = np.zeros(source.size, np.int32), []
 
     def images():
-        for index, example in enumerate(rescaled_images(source, scales, config.exif)):
-            labels[index] = example["label"][0]
+        for index, example in enumerate(rescaled_images(source, scales, metadata["preprocessing"]["exif"])):
+            labels[index] = positions[example["label"][0]]
             files.append(source.file_name(int(example["index"][0])))
             yield [image[0] for image in example["scaled"]]
 
@@ -100,7 +105,7 @@ def evaluate(
         mean_rgb=metadata["preprocessing"]["mean_rgb"],
         pixels=pixels,
     )
-    found = np.full((source.size, len(source.classes)), np.nan, np.float32)
+    found = np.full((source.size, model.num_classes), np.nan, np.float32)
     started, done = time.monotonic(), 0
     with tqdm(desc="evaluation", total=source.size, unit=" images", leave=False, disable=None) as bar:
         for index, posterior in stream:
@@ -109,13 +114,13 @@ def evaluate(
             bar.update()
     seconds = time.monotonic() - started
     assert done == source.size == len(files), f"{done} of {source.size} images were evaluated"
-    evaluation = Evaluation(found, labels, np.array(files, str), np.array(source.classes, str))
+    evaluation = Evaluation(found, labels, np.array(files, str), np.array(metadata["classes"], str))
     facts = {
-        "run": str(workdir),
-        "epoch": metadata["epoch"],
+        "run": str(path),
+        "epoch": metadata.get("epoch"),
         "data": data,
         "split": split,
-        "net": config.net,
+        "net": metadata["net"],
         "scales": list(scales),
         "protocol": dataclasses.asdict(protocol) | {"flip": protocol.mirrored},
         **evaluation.errors(),
@@ -123,6 +128,16 @@ def evaluate(
         "images_per_second": round(source.size / seconds, 2),
     }
     return evaluation, facts
+
+
+def class_positions(names: Sequence[str], known: Sequence[str], otherwise: str) -> np.ndarray:
+    """int (n,): where a net has the classes of a data set. "n01440764" is also "n01440764 tench, Tinca tinca"."""
+    places = {name.split()[0]: i for i, name in enumerate(known) if re.match(r"n\d{8} ", name)} | {name: i for i, name in enumerate(known)}
+    unknown = [name for name in names if name not in places]
+    if unknown:
+        few = [", ".join(map(repr, some[:5])) + (", …" if len(some) > 5 else "") for some in (unknown, known)]
+        raise InputError(f"{otherwise}: {few[0]}; expected some of its {len(known)}: {few[1]}")
+    return np.array([places[name] for name in names])
 
 
 def save(folder: str | Path, evaluation: Evaluation, facts: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from jax import Array, lax
 
 from vgg_jax.configs import CONFIGS, VGGConfig, layer_table
 from vgg_jax.errors import InputError
-from vgg_jax.layers import BatchNorm, FullyConnected, convolution, inside, local_response_norm, max_pool
+from vgg_jax.layers import BatchNorm, FullyConnected, avg_pool, convolution, inside, local_response_norm, max_pool
 
 # Of the kernels, (convolutions', fully connected layers'); biases start at 0.
 INITIALIZERS: dict[str, Callable[[float], tuple[nn.initializers.Initializer, nn.initializers.Initializer]]] = {
@@ -23,6 +23,8 @@ INITIALIZERS: dict[str, Callable[[float], tuple[nn.initializers.Initializer, nn.
     # torchvision's: for inputs of unit variance. On 0-255 pixels it diverges at the paper's learning rate without batch normalisation.
     "he": lambda std: (nn.initializers.variance_scaling(2.0, "fan_out", "normal"), nn.initializers.normal(0.01)),
 }
+
+POOLS = ("max", "avg")
 
 
 class VGG(nn.Module):
@@ -42,6 +44,8 @@ class VGG(nn.Module):
     image_size: int = 224
     initializer: str = "glorot"
     initializer_std: float = 0.01
+    frozen: tuple[str, ...] = ()  # layers that training leaves as they are
+    pool: str = "max"  # or "avg", smoother gradients for textures (Gatys et al., arXiv 1508.06576)
 
     def __call__(self, images: Array, train: bool = False, mask: Array | None = None) -> Array:
         """Logits (N, K) of images (N, image_size, image_size, 3).
@@ -83,6 +87,10 @@ class VGG(nn.Module):
         """
         return self._run(images, tuple(layers))
 
+    @nn.nowrap
+    def _convolution(self, name: str) -> Callable[..., Array]:
+        return functools.partial(_conv, filters=self.get_variable("filters", name))
+
     @nn.compact
     def _run(
         self,
@@ -96,11 +104,14 @@ class VGG(nn.Module):
         table = layer_table(self.config, self.num_classes, self.batch_norm, self.image_size)
         table = table[: _deepest(wanted, [layer.name for layer in table]) + 1]
         _check_images(x, table)
-        if self.initializer not in INITIALIZERS:
-            raise InputError(f"initializer is {self.initializer!r}: expected one of {', '.join(INITIALIZERS)}")
+        for name, allowed in (("initializer", INITIALIZERS), ("pool", POOLS)):
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
+        if ceil and self.pool == "avg":
+            raise InputError("ceil is set and pool is 'avg': expected pool 'max', which alone Caffe's rounding is defined for here")
         conv_init, fc_init = INITIALIZERS[self.initializer](self.initializer_std)
         # Outside of jit, as init often is, XLA's own convolution compiles in a tenth of the time.
-        conv = lax.conv_general_dilated if self.is_initializing() else _conv
+        conv = (lambda _: lax.conv_general_dilated) if self.is_initializing() else self._convolution
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         found = {}
 
@@ -112,17 +123,17 @@ class VGG(nn.Module):
         for name, kind, width, kernel in table:
             if kind == "conv":
                 padding = kernel // 2
-                x = nn.Conv(width, (kernel, kernel), padding=padding, kernel_init=conv_init, conv_general_dilated=conv, name=name, **types)(
-                    x
-                )
+                x = nn.Conv(
+                    width, (kernel, kernel), padding=padding, kernel_init=conv_init, conv_general_dilated=conv(name), name=name, **types
+                )(x)
             elif kind == "bn":
-                x = BatchNorm(name=name, **types)(x, train, mask)
+                x = BatchNorm(name=name, **types)(x, train and name not in self.frozen, mask)
             elif kind == "relu":
                 x = clear(nn.relu(x))
             elif kind == "lrn":
                 x = local_response_norm(x)
             elif kind == "pool":
-                x = max_pool(x, ceil)
+                x = max_pool(x, ceil) if self.pool == "max" else avg_pool(x)
                 if sizes is not None:
                     sizes = (sizes + 1) // 2 if ceil else sizes // 2
                     x = clear(x)  # of an odd side the last row was pooled with a zero
@@ -141,9 +152,9 @@ def preprocess(images: Array, mean_rgb: tuple[float, float, float], colour_shift
     return images if colour_shift is None else images + colour_shift[:, None, None, :]
 
 
-def _conv(x: Array, kernel: Array, strides: Any, padding: Any, **_: Any) -> Array:
+def _conv(x: Array, kernel: Array, strides: Any, padding: Any, *, filters: Array | None, **_: Any) -> Array:
     """`convolution` with the signature that nn.Conv calls."""
-    return convolution(x, kernel)
+    return convolution(x, kernel, filters)
 
 
 def _deepest(wanted: tuple[str, ...], names: list[str]) -> int:
@@ -162,7 +173,7 @@ def _check_images(x: Array, table: tuple) -> None:
     _check_shape(x)
     pools = sum(layer.kind == "pool" for layer in table)
     smallest = max([1, *(layer.kernel for layer in table if layer.kind == "fc")]) * 2**pools
-    if min(x.shape[1:3]) < smallest:
+    if any(side < smallest for side in x.shape[1:3]):  # also decided for symbols of jax.export
         raise InputError(f"the images are {x.shape[1]}x{x.shape[2]}: {table[-1].name} needs at least {smallest}x{smallest}")
 
 

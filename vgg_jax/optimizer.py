@@ -1,5 +1,6 @@
 """SGD with momentum and weight decay, and the schedules of its learning rate (§3.1)."""
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -20,7 +21,7 @@ def sgd(config: TrainConfig) -> optax.GradientTransformation:
     @optax.inject_hyperparams
     def transformation(learning_rate: Array) -> optax.GradientTransformation:
         return optax.chain(
-            optax.add_decayed_weights(config.weight_decay, mask=None if config.decay_biases else _kernels),
+            optax.add_decayed_weights(config.weight_decay, mask=functools.partial(_decayed, config)),
             optax.sgd(learning_rate, config.momentum),
         )
 
@@ -32,8 +33,15 @@ def _first_rate(config: TrainConfig) -> float:
     return config.learning_rate
 
 
-def _kernels(params: dict) -> dict:
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+def _decayed(config: TrainConfig, params: dict) -> dict:
+    """Which parameters decay; a frozen one does not, and has no gradient: its velocity stays 0, and it the same to the bit."""
+
+    frozen = config.frozen
+
+    def decays(path: tuple, _: Array) -> bool:
+        return (config.decay_biases or path[-1].key == "kernel") and path[0].key not in frozen
+
+    return jax.tree_util.tree_map_with_path(decays, params)
 
 
 def set_learning_rate(opt_state: optax.InjectHyperparamsState, rate: float) -> optax.InjectHyperparamsState:

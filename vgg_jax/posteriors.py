@@ -6,8 +6,9 @@ sizes share batches: each lies in the corner of a place, whose sides are few, an
 
 import functools
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from jax import Array
 
 from vgg_jax.configs import DENSE, IMAGENET, Protocol
 from vgg_jax.errors import InputError
-from vgg_jax.layers import compiler_options, inside
+from vgg_jax.layers import compiler_options, inside, with_filters
 from vgg_jax.model import VGG, preprocess
 from vgg_jax.sharding import data_mesh, put_batch, replicated
 
@@ -25,14 +26,30 @@ from vgg_jax.sharding import data_mesh, put_batch, replicated
 PLACE = 32
 LARGE_PLACE = 128  # the same for a side above twice the shorter one's, which few photos have
 PIXELS = 400_000  # of the windows that are computed at once
+COMPILED = 2_000_000  # pixels that are computed in the time that compiling a program takes: 22 photos (net A, 2-core x86)
+BACKLOG = 16  # batches that wait for their program before the reading of images waits too
 
 
 class Window(NamedTuple):
     """A part of an image that gives one posterior."""
 
     image: int  # whose it is
+    number: int  # among those of the image
     weight: float  # of its posterior in the image's
     pixels: np.ndarray  # uint8 (h, w, 3)
+
+
+class Batch(NamedTuple):
+    """Windows that are computed together, each in the corner of a place, and how many there can be."""
+
+    place: tuple[int, int]
+    slots: int
+    windows: tuple[Window, ...]
+
+    @property
+    def program(self) -> tuple[tuple[int, int], int]:
+        """What is compiled once for all batches that have it."""
+        return self.place, self.slots
 
 
 def window_posteriors(
@@ -63,23 +80,26 @@ def compiled(model: VGG, mean_rgb: tuple[float, float, float], protocol: Protoco
 
 def windows(index: int, scales: Sequence[np.ndarray], crop: int, protocol: Protocol) -> Iterator[Window]:
     """The windows of an image that is given rescaled to each test scale, uint8 (H, W, 3). Their weights add up to 1."""
+    number = 0
     for image in scales:
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
             raise InputError(f"image {index} is {image.dtype} {image.shape}: expected uint8 RGB, (H, W, 3), the mean not subtracted")
         h, w = image.shape[:2]
         if min(h, w) < crop:
             raise InputError(f"image {index} is {h}x{w}: expected both sides to be at least the net's, {crop}; pass larger test scales")
+        share = (0.5 if protocol.name == "both" else 1.0) / len(scales)
         if protocol.name in ("dense", "both"):
-            yield Window(index, (0.5 if protocol.name == "both" else 1.0) / len(scales), image)
+            yield Window(index, number, share, image)
+            number += 1
         if protocol.name == "dense":
             continue
         count = {"center": 1, "ten-crop": 2, "multi-crop": 5, "both": 5}[protocol.name]
         offsets = [(y, x) for y in crop_offsets(h, crop, count) for x in crop_offsets(w, crop, count)]
         if protocol.name == "ten-crop":
             offsets += [(crop_offsets(h, crop, 1)[0], crop_offsets(w, crop, 1)[0])]
-        for y, x in offsets:
-            weight = (0.5 if protocol.name == "both" else 1.0) / len(scales) / len(offsets)
-            yield Window(index, weight, image[y : y + crop, x : x + crop])
+        for (y, x), times in Counter(offsets).items():  # where a side is the crop's, five crops are one
+            yield Window(index, number, share * times / len(offsets), image[y : y + crop, x : x + crop])
+            number += 1
 
 
 def crop_offsets(side: int, crop: int, count: int) -> tuple[int, ...]:
@@ -106,57 +126,122 @@ def stream_posteriors(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """(index, posterior (K,)) of each image, in the order in which they are done; each is given at all test scales.
 
-    Memory depends on `pixels`, those of the windows that are computed at once, not on the number of images. Raises InputError for an
-    image that is smaller than the net's.
+    Memory depends on `pixels`, those of the windows that are computed at once, not on the number of images. A program is compiled while
+    batches of others are computed, so a result may come earlier or later, but it is always the same. Raises InputError for an image that
+    is smaller than the net's.
     """
     compute = compiled(model, tuple(mean_rgb), protocol, mesh)
-    variables = jax.device_put(variables, replicated(mesh))
-    sums: dict[int, Any] = defaultdict(float)
-    left: dict[int, int] = {}
-    waiting: dict[tuple[int, int], list[Window]] = defaultdict(list)
-    known: set[tuple[int, int]] = set()  # places whose full batch has been compiled
+    variables = jax.device_put(with_filters(variables), replicated(mesh))
+    parts: dict[int, list[Any]] = {}  # of each image that is not done, its windows' shares
 
-    def computed(place: tuple[int, int], batch: Sequence[Window], count: int) -> Iterator[tuple[int, np.ndarray]]:
-        full = np.zeros((count, *place, 3), np.uint8)
-        sizes = np.full((count, 2), model.image_size, np.int32)
-        for i, window in enumerate(batch):
+    def all_windows() -> Iterator[Window]:
+        for index, scales in enumerate(images):
+            of_image = list(windows(index, scales, model.image_size, protocol))
+            parts[index] = [None] * len(of_image)
+            yield from of_image
+
+    def answer(batch: Batch) -> np.ndarray:
+        full = np.zeros((batch.slots, *batch.place, 3), np.uint8)
+        sizes = np.full((batch.slots, 2), model.image_size, np.int32)
+        for i, window in enumerate(batch.windows):
             sizes[i] = h, w = window.pixels.shape[:2]
             full[i, :h, :w] = window.pixels
         placed = put_batch({"images": full, "sizes": sizes}, mesh)
-        posteriors = np.asarray(compute(variables, placed["images"], placed["sizes"]), np.float64)
-        for window, posterior in zip(batch, posteriors, strict=False):
-            sums[window.image] += window.weight * posterior
-            left[window.image] -= 1
-            if not left[window.image]:
-                del left[window.image]
-                yield window.image, sums.pop(window.image)
+        return np.asarray(compute(variables, placed["images"], placed["sizes"]), np.float64)
 
-    for index, scales in enumerate(images):
-        of_image = list(windows(index, scales, model.image_size, protocol))
-        left[index] = len(of_image)
-        for window in of_image:
-            height, width = window.pixels.shape[:2]
-            place = place_of(height, width, protocol.ceil)
-            waiting[place].append(window)
-            count = windows_at_once(place, pixels, mesh.size)
-            if len(waiting[place]) == count:
-                known.add(place)
-                yield from computed(place, waiting.pop(place), count)
+    def done(batch: Batch, answers: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        for window, posterior in zip(batch.windows, answers, strict=False):
+            of_image = parts[window.image]
+            of_image[window.number] = window.weight * posterior
+            if not any(part is None for part in of_image):
+                yield window.image, np.sum(parts.pop(window.image), 0)
 
-    # What is left of a small place fills up the batches of a larger one: fewer batches, and fewer programs to compile.
-    rest = sorted((place for place in waiting), key=lambda place: place[0] * place[1], reverse=True)
-    while rest:
-        place = rest[0]
-        count = windows_at_once(place, pixels, mesh.size)
-        batch: list[Window] = []
-        for other in [other for other in rest if other[0] <= place[0] and other[1] <= place[1]]:
-            free = count - len(batch)
-            batch += waiting[other][:free]
-            waiting[other] = waiting[other][free:]
-        rest = [place for place in rest if waiting[place]]
-        if place not in known:
-            count = min(count, mesh.size * 2 ** math.ceil(math.log2(-(-len(batch) // mesh.size))))
-        yield from computed(place, batch, count)
+    ready: set[tuple] = set()
+    first: dict[tuple, tuple[Batch, Future]] = {}  # of each program that is being compiled, the batch that it is compiled for
+    backlog: list[Batch] = []  # of such programs
+
+    def finished(wait: bool) -> Iterator[tuple[int, np.ndarray]]:
+        """What the compiling thread has done, and then the batches that waited for it."""
+        for program, (batch, future) in list(first.items()):
+            if wait or future.done():
+                yield from done(batch, future.result())
+                del first[program]
+                ready.add(program)
+                now = [other for other in backlog if other.program == program]
+                backlog[:] = [other for other in backlog if other.program != program]
+                for other in now:
+                    yield from done(other, answer(other))
+                wait = False  # there is work to do again
+
+    compiler = ThreadPoolExecutor(1, "compiler")
+    try:
+        for batch in batches(all_windows(), pixels, mesh.size, protocol.ceil):
+            if batch.program in ready:
+                yield from done(batch, answer(batch))
+            elif batch.program in first:
+                backlog.append(batch)
+            else:
+                first[batch.program] = batch, compiler.submit(answer, batch)
+            yield from finished(wait=len(backlog) > BACKLOG)
+        while first:
+            yield from finished(wait=True)
+    finally:
+        compiler.shutdown(wait=False, cancel_futures=True)
+
+
+def batches(found: Iterable[Window], pixels: int, devices: int, ceil: bool) -> Iterator[Batch]:
+    """Windows put together into batches, few enough kinds of them: what a program costs is worth `COMPILED` pixels.
+
+    A place has a program of its own when so much of it waits. At the end what is left of a place goes into a larger one while that saves
+    more than it costs, and fills up the last batches of larger ones. Depends on nothing but the windows.
+    """
+    waiting: dict[tuple[int, int], list[Window]] = defaultdict(list)
+    counts: dict[tuple[int, int], int] = {}  # of the places that have a program
+    for window in found:
+        h, w = window.pixels.shape[:2]
+        place = place_of(h, w, ceil)
+        waiting[place].append(window)
+        full = windows_at_once(place, pixels, devices)
+        if _area(place) * len(waiting[place]) >= max(COMPILED, _area(place) * full):
+            counts[place] = full
+        while place in counts and len(waiting[place]) >= full:
+            yield Batch(place, full, tuple(waiting[place][:full]))
+            del waiting[place][:full]
+
+    left = {place: here for place, here in waiting.items() if here}
+    while merger := min(_mergers(left, counts), default=None):
+        cost, place, larger = merger
+        if cost > COMPILED:
+            break
+        left.setdefault(larger, []).extend(left.pop(place))
+    for place in sorted(left, key=_area, reverse=True):
+        here = left[place]
+        enough = 2 ** math.ceil(math.log2(max(1, -(-len(here) // devices)))) * devices
+        count = counts.get(place) or min(windows_at_once(place, pixels, devices), enough)
+        for other in sorted((other for other in left if other != place and _fits(other, place)), key=_area, reverse=True):
+            free = -len(here) % count
+            here += left[other][:free]
+            del left[other][:free]
+        for start in range(0, len(here), count):
+            yield Batch(place, count, tuple(here[start : start + count]))
+        here.clear()
+
+
+def _mergers(left: Mapping[tuple[int, int], Sequence[Window]], programs: Iterable[tuple[int, int]]) -> Iterator[tuple]:
+    """(more pixels to compute, place, larger place) for each place that has no program and could do without."""
+    for place, here in left.items():
+        larger = [other for other in {*left, *programs} if other != place and _fits(place, other)]
+        if larger and place not in programs:
+            nearest = min(larger, key=lambda other: (_area(other), other))
+            yield (_area(nearest) - _area(place)) * len(here), place, nearest
+
+
+def _area(place: tuple[int, int]) -> int:
+    return place[0] * place[1]
+
+
+def _fits(place: tuple[int, int], other: tuple[int, int]) -> bool:
+    return place[0] <= other[0] and place[1] <= other[1]
 
 
 def posteriors(model: VGG, variables: Any, images: Sequence[np.ndarray] | Sequence[Sequence[np.ndarray]], **settings: Any) -> np.ndarray:

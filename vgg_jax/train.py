@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from vgg_jax.checkpoint import Run, Saved, begin_run, begun_run, load, refuse_another, restore_state, write_whole
+from vgg_jax.checkpoint import Run, Saved, begin_run, begun_run, refuse_another, restore_state, write_whole
 from vgg_jax.configs import IMAGENET, TrainConfig
 from vgg_jax.data import Source, batches_per_epoch, eval_batches, measure, open_splits, train_batches
 from vgg_jax.errors import InputError
@@ -27,6 +27,7 @@ from vgg_jax.presets import with_learning_rate
 from vgg_jax.report import advice, diverged, epoch_record, line, stuck
 from vgg_jax.sharding import data_mesh, put_batch
 from vgg_jax.train_step import TrainState, build_model, compile_steps, init_state
+from vgg_jax.weights import load
 
 SAVE_SECONDS = 600  # between two saves within an epoch
 
@@ -92,7 +93,7 @@ def fit(config: TrainConfig, workdir: str | Path, data_dir: str | Path | None = 
             at = f"batch {batch_number + 1} of {per_epoch}" if batch_number < per_epoch else "its validation"
             print(f"{workdir}: going on at epoch {len(history) + 1}, {at}", flush=True)
         elif source is not None:
-            state = start_from(source, config, state)
+            state = start_from(source, config, state, colours.mean_rgb)
         write_whole(workdir / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history))
 
         def save_last() -> None:
@@ -167,9 +168,14 @@ def fit(config: TrainConfig, workdir: str | Path, data_dir: str | Path | None = 
     return Outcome(history, stopped=False)
 
 
-def start_from(source: tuple[VGG, dict[str, Any], dict[str, Any]], config: TrainConfig, state: TrainState) -> TrainState:
-    """The state with the layers of what `load` gave: all of them where the nets are equal, else the paper's seven (§3.1)."""
-    model, variables, _ = source
+def start_from(
+    source: tuple[VGG, dict[str, Any], dict[str, Any]], config: TrainConfig, state: TrainState, mean_rgb: tuple[float, float, float]
+) -> TrainState:
+    """The state with the layers of what `load` gave: all that fit where the nets are equal, else the paper's seven (§3.1).
+
+    Prints what came, what is new and why, and what was left. Raises InputError where nothing came.
+    """
+    model, variables, metadata = source
     same = model.config.stages == config.vgg.stages
     layers = tuple(state.params) if same else FROM_A
     params, copied = init_from(variables["params"], state.params, layers)
@@ -178,10 +184,24 @@ def start_from(source: tuple[VGG, dict[str, Any], dict[str, Any]], config: Train
         raise InputError(
             f"no layer of {config.init_from} fits {config.net}: expected layers of equal names and shapes; pass another --init-from"
         )
-    new = [name for name in state.params if name not in copied]
-    print(f"from {config.init_from}: {', '.join(copied)}; new: {', '.join(new) or 'nothing'}", flush=True)
+    print(said_of_start(config.init_from, variables["params"], state.params, copied), flush=True)
+    mean = metadata["preprocessing"]["mean_rgb"]
+    if any(abs(theirs - ours) > 1 for theirs, ours in zip(mean, mean_rgb, strict=True)):
+        means = [", ".join(f"{value:.2f}" for value in each) for each in (mean, mean_rgb)]
+        print(f"its images were less the mean ({means[0]}), those of this run are less ({means[1]})", flush=True)
     placed = jax.device_put((params, batch_stats), jax.tree.map(lambda x: x.sharding, (state.params, state.batch_stats)))
     return dataclasses.replace(state, params=placed[0], batch_stats=placed[1])
+
+
+def said_of_start(source: str | None, there: Any, here: Any, copied: tuple[str, ...]) -> str:
+    """What came, what is new, with the shapes of a kernel that did not fit, and what was left."""
+    new = []
+    for name in (name for name in here if name not in copied):
+        shapes = [layers[name]["kernel"].shape for layers in (there, here) if "kernel" in layers.get(name, {})]
+        new.append(f"{name} (its kernel is {shapes[0]} there and {shapes[1]} here)" if len(set(shapes)) == 2 else name)
+    left = [name for name in there if name not in copied and name not in here]
+    parts = ("", copied), ("new: ", new), ("left: ", left)
+    return f"from {source}: " + "; ".join(words + (", ".join(names) or "nothing") for words, names in parts)
 
 
 def evaluate_all(eval_step: Any, state: TrainState, batches: Any, source: Source, mesh: Any, stop: threading.Event) -> Sums | None:

@@ -46,6 +46,7 @@ def build_model(config: TrainConfig, num_classes: int) -> VGG:
         image_size=config.image_size,
         initializer=config.initializer,
         initializer_std=config.initializer_std,
+        frozen=config.frozen,
     )
 
 
@@ -79,6 +80,7 @@ def train_step(
 
     def loss(params: Any, batch_stats: Any, part: Batch, key: Array) -> tuple[Array, tuple[Any, Sums]]:
         images = preprocess(part["image"], mean_rgb, part["colour_shift"])
+        params = {name: jax.lax.stop_gradient(layer) if name in model.frozen else layer for name, layer in params.items()}
         variables = {"params": params, "batch_stats": batch_stats}
         logits: Any
         logits, updated = model.apply(variables, images, train=True, mask=part["mask"], rngs={"dropout": key}, mutable=["batch_stats"])

@@ -54,8 +54,8 @@ def _combine(matrix: np.ndarray, planes: Sequence[Array], axis: int) -> Array:
     return lax.optimization_barrier(jnp.stack(rows, axis))
 
 
-def _transform_filters(kernel: Array) -> Array:
-    """(3, 3, C, K) -> (36, C, K)"""
+def transform_filters(kernel: Array) -> Array:
+    """(3, 3, C, K) -> (36, C, K), what `convolve` takes."""
     return (jnp.asarray(_GG, kernel.dtype) @ kernel.reshape(9, -1)).reshape(36, *kernel.shape[2:])
 
 
@@ -91,8 +91,8 @@ def _cut(x: Array, blocks: _Blocks, halo: int) -> Callable[[Array], Array]:
     return lambda block: lax.dynamic_slice(x, (block // strips * images, block % strips * 4 * rows, 0, 0), size)
 
 
-def _convolve(x: Array, filters: Array) -> Array:
-    """(N, H, W, C), transformed filters (36, C, K) -> (N, H, W, K)"""
+def convolve(x: Array, filters: Array) -> Array:
+    """(N, H, W, C), transformed filters (36, C, K) -> (N, H, W, K), as `convolution_3x3`."""
     n, h, w, _ = x.shape
     blocks = _blocks(x.shape)
     images, groups, rows, strips, columns = blocks
@@ -108,7 +108,7 @@ def _convolve(x: Array, filters: Array) -> Array:
 @jax.custom_vjp
 def convolution_3x3(x: Array, kernel: Array) -> Array:
     """(N, H, W, C), (3, 3, C, K) -> (N, H, W, K): stride 1, zero padding 1. Differentiable in reverse, any number of times."""
-    return _convolve(x, _transform_filters(kernel))
+    return convolve(x, transform_filters(kernel))
 
 
 def _forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -117,7 +117,7 @@ def _forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
 
 def _backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, kernel = saved
-    dx = _convolve(g, _transform_filters(kernel[::-1, ::-1].swapaxes(2, 3)))
+    dx = convolve(g, transform_filters(kernel[::-1, ::-1].swapaxes(2, 3)))
 
     blocks = _blocks(x.shape)
     inputs, gradients = _cut(x, blocks, halo=1), _cut(g, blocks, halo=0)

@@ -15,7 +15,7 @@ except ImportError as error:
 with contextlib.suppress(RuntimeError):  # a notebook that used TensorFlow before has decided already
     tf.config.set_visible_devices([], "GPU")
 
-from vgg_jax.data.batches import Batches
+from vgg_jax.data.batches import Batches, read_scaled
 from vgg_jax.data.pipeline import batches_per_epoch, eval_batches, rescaled_images, train_batches
 from vgg_jax.data.sources import VALIDATION, open_split, open_splits
 from vgg_jax.data.splits import Source
@@ -34,6 +34,7 @@ __all__ = [
     "measure",
     "open_split",
     "open_splits",
+    "read_scaled",
     "rescale",
     "rescaled_images",
     "train_batches",

@@ -3,13 +3,14 @@
 import itertools
 import re
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import tensorflow as tf
 
 from vgg_jax.data.splits import CORES, Source
+from vgg_jax.data.transforms import decode, rescale
 from vgg_jax.errors import InputError
 
 AHEAD = 2  # batches that are ready before they are asked for
@@ -70,6 +71,19 @@ class Batches:
         except tf.errors.OpError as cause:
             error = cause
         return f"cannot read {self._source.name}: {_cause(error)}; expected the files that were there at the start"
+
+
+def read_scaled(path: str, scales: Sequence[int], exif: bool) -> list[np.ndarray]:
+    """An image file at each test scale, uint8 (H, W, 3). Raises InputError for one that cannot be read or decoded."""
+    try:
+        with open(path, "rb") as file:
+            image = decode(tf.constant(file.read()), exif)
+        return [rescale(image, scale).numpy() for scale in scales]
+    except OSError as error:
+        raise InputError(f"cannot read {path!r}: {error.strerror}") from error
+    except (tf.errors.OpError, ValueError) as error:
+        cause = _cause(error) if isinstance(error, tf.errors.OpError) else str(error)
+        raise InputError(f"cannot decode {path!r}: {cause}") from error
 
 
 def _cause(error: tf.errors.OpError) -> str:

@@ -1,7 +1,8 @@
-"""Dense evaluation of a folder of photos, end to end: files read, decoded, rescaled, evaluated with their mirror images.
+"""Evaluation of a folder of photos, end to end: files read, decoded, rescaled, evaluated with their mirror images.
 
-    python experiments/bench_dense.py PHOTOS --net A --scale 256 --images 500 [--cache DIR]
-    python experiments/bench_dense.py … --peer "python PEER.py"     # runs that command with the same flags after each run of ours
+    python experiments/bench_evaluate.py PHOTOS --net A --scale 256 --images 500 [--cache DIR]
+    python experiments/bench_evaluate.py … --peer "python PEER.py"     # runs that command with the same flags after each run of ours
+    python experiments/bench_evaluate.py … --protocol multi-crop --scale 256 384 512 --peer "python experiments/torch_crops.py"
 
 Prints one JSON line: images a second from the first file to the last posterior, compilation included, and how many programs were
 compiled. With --cache compiled programs are kept in DIR, and a second run finds them there. Weights are random: they do not matter here.
@@ -22,6 +23,7 @@ import jax
 import numpy as np
 
 from vgg_jax import CONFIGS, VGG, compiler_options
+from vgg_jax.cli import keep_memory
 from vgg_jax.configs import PROTOCOLS, Protocol
 from vgg_jax.data import open_split, rescaled_images
 from vgg_jax.posteriors import PIXELS, stream_posteriors
@@ -50,11 +52,11 @@ def measured(args: argparse.Namespace) -> dict:
     started = time.perf_counter()
     source = open_split(args.folder, "train")
     source = dataclasses.replace(source, size=min(source.size, args.images))
-    with jax.log_compiles():
-        examples = rescaled_images(dataclasses.replace(source, examples=first(source)), (args.scale,), True)
-        images = ([example["scaled"][0][0]] for example in examples)
-        mesh = data_mesh(1, jax.devices()[:1])
-        found = dict(stream_posteriors(model, variables, images, mesh=mesh, protocol=Protocol(args.protocol), pixels=args.pixels))
+    jax.config.update("jax_log_compiles", True)  # in all threads
+    examples = rescaled_images(dataclasses.replace(source, examples=first(source)), tuple(args.scale), True)
+    images = ([image[0] for image in example["scaled"]] for example in examples)
+    mesh = data_mesh(1, jax.devices()[:1])
+    found = dict(stream_posteriors(model, variables, images, mesh=mesh, protocol=Protocol(args.protocol), pixels=args.pixels))
     seconds = time.perf_counter() - started
     assert len(found) == source.size
     return {"images_per_second": source.size / seconds, "seconds": seconds, "programs": compilations.count}
@@ -68,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
     parser.add_argument("--net", default="A", choices=CONFIGS)
-    parser.add_argument("--scale", type=int, default=256)
+    parser.add_argument("--scale", type=int, nargs="+", default=[256])
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--protocol", default="dense", choices=PROTOCOLS)
     parser.add_argument("--pixels", type=int, default=PIXELS)
@@ -78,9 +80,10 @@ def main() -> None:
     args = parser.parse_args()
     what = {name: value for name, value in vars(args).items() if name not in ("peer", "pairs")}
     if args.peer is None:
+        keep_memory()  # as `vgg-jax evaluate` does
         print(json.dumps(what | {"jax": jax.__version__} | measured(args)))
         return
-    shared = [args.folder, "--net", args.net, "--scale", str(args.scale), "--images", str(args.images)]
+    shared = [args.folder, "--net", args.net, "--scale", *map(str, args.scale), "--images", str(args.images)]
     ours = [sys.executable, __file__, *shared, "--protocol", args.protocol, "--pixels", str(args.pixels)]
     ours += ["--cache", args.cache] if args.cache else []
     pairs = [(rate(ours), rate([*shlex.split(args.peer), *shared])) for _ in range(args.pairs)]

@@ -1,0 +1,186 @@
+"""Exported files, run by the libraries that run such files, against our own answer."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from tests.test_features import narrow
+from tests.tiny import init
+from vgg_jax import CONFIGS, IMAGENET, VGG, InputError, cli
+from vgg_jax.export import Artefact, kind_of, with_folded_batch_norm, write
+from vgg_jax.export.verify import verify
+from vgg_jax.weights import Weights, read
+from vgg_jax.weights.layouts import Preprocessing
+
+CLASSES = ("ants", "bees", "wasps")
+
+
+def weights(net="D", batch_norm=False, size=32):
+    model = VGG(narrow(net), len(CLASSES), batch_norm, image_size=size, initializer="he")
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(lambda x: np.asarray(x + np.float32(rng.uniform(0, 0.1, x.shape))), dict(init(model)))
+    variables["params"]["conv1_1"]["kernel"] = variables["params"]["conv1_1"]["kernel"] / 50  # images are 0-255
+    return Weights(
+        net, "vgg_jax", model, variables["params"], variables.get("batch_stats", {}), True, Preprocessing(IMAGENET.mean_rgb), CLASSES
+    )
+
+
+def photos(*shape, seed=3):
+    return np.random.default_rng(seed).integers(0, 256, (*shape, 3)).astype(np.uint8)
+
+
+def ours(artefact, images):
+    return np.asarray(jax.jit(artefact)(artefact.weights.variables, images))
+
+
+def same(found, expected, tolerance=1e-4):
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() < tolerance * np.abs(expected).max()
+
+
+def run_onnx(path, images):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install 'vgg-jax[onnx]'")
+    return onnxruntime.InferenceSession(path).run(None, {"images": images})[0]
+
+
+def run_stablehlo(path, images):
+    import zipfile
+
+    from safetensors.flax import load
+
+    with zipfile.ZipFile(path) as file:
+        program = jax.export.deserialize(bytearray(file.read("program")))
+        return np.asarray(program.call(load(file.read("weights.safetensors")), images))
+
+
+def run_savedmodel(path, images):
+    import tensorflow as tf
+
+    (answer,) = tf.saved_model.load(str(path)).signatures["serving_default"](images=tf.constant(images)).values()
+    return answer.numpy()
+
+
+RUN = {"onnx": run_onnx, "stablehlo": run_stablehlo, "savedmodel": run_savedmodel}
+
+
+@pytest.mark.parametrize("net", ["A", "A-LRN", "B", "C", "D", "E"])
+def test_onnx_of_every_net(net, tmp_path):
+    pytest.importorskip("onnx", reason="needs onnx: pip install 'vgg-jax[onnx]'")
+    artefact = Artefact(weights(net))
+    write(tmp_path / "net.onnx", artefact)
+    same(run_onnx(tmp_path / "net.onnx", photos(3, 32, 32)), ours(artefact, photos(3, 32, 32)))
+
+
+@pytest.mark.parametrize("output", ["posteriors", "score_map"])
+@pytest.mark.parametrize("kind", RUN)
+def test_any_size_any_batch(kind, output, tmp_path):
+    if kind == "onnx":
+        pytest.importorskip("onnx", reason="needs onnx: pip install 'vgg-jax[onnx]'")
+    artefact = Artefact(weights("A", batch_norm=True), output)
+    write(tmp_path / f"net.{kind}", artefact)
+    for shape in ((1, 32, 32), (2, 33, 70)):
+        expected = ours(artefact, photos(*shape))
+        assert expected.shape == ((shape[0], 1, shape[2] // 32, 3) if output == "score_map" else (shape[0], 3))
+        same(RUN[kind](tmp_path / f"net.{kind}", photos(*shape)), expected)
+
+
+@pytest.mark.parametrize("kind", RUN)
+@pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
+def test_float_images_and_stored_types(kind, bfloat16, tmp_path):
+    if kind == "onnx":
+        pytest.importorskip("onnx", reason="needs onnx: pip install 'vgg-jax[onnx]'")
+    artefact = Artefact(weights("A-LRN"), uint8=False, bfloat16=bfloat16)
+    path = tmp_path / f"net.{kind}"
+    write(path, artefact)
+    images = photos(2, 32, 32).astype(np.float32) - np.float32(IMAGENET.mean_rgb)
+    if not bfloat16:
+        same(RUN[kind](path, images), ours(artefact, images))
+        return
+    rounded = jax.tree.map(lambda x: x.astype(artefact.dtype).astype(np.float32), artefact.weights.params)
+    same(RUN[kind](path, images), np.asarray(artefact.weights.model.apply({"params": rounded}, images)))
+    whole = tmp_path / f"whole.{kind}"
+    write(whole, dataclasses.replace(artefact, bfloat16=False))
+    sizes = [sum(file.stat().st_size for file in (each.rglob("*") if each.is_dir() else [each])) for each in (path, whole)]
+    assert sizes[0] < 0.75 * sizes[1]
+
+
+def test_a_folded_batch_normalisation_is_the_same_net():
+    normed = weights("D", batch_norm=True)
+    folded = with_folded_batch_norm(normed)
+    assert not any(name.startswith("bn") for name in folded.params)
+    same(ours(Artefact(folded), photos(2, 32, 32)), ours(Artefact(normed), photos(2, 32, 32)))
+    assert with_folded_batch_norm(weights("A")).params.keys() == weights("A").params.keys()
+
+
+@pytest.mark.parametrize("kind", ["safetensors", *RUN])
+def test_verify_asks_again(kind, tmp_path, capsys):
+    """In another process it finds the same answer; with one number of the weights changed it does not."""
+    if kind == "onnx":
+        pytest.importorskip("onnx", reason="needs onnx: pip install 'vgg-jax[onnx]'")
+    path = tmp_path / f"net.{kind}"
+    write(path, Artefact(weights("A")))
+    done = subprocess.run([sys.executable, "-m", "vgg_jax", "verify", str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "A, 3 classes, logits, images uint8" in done.stdout
+    other = Artefact(dataclasses.replace(weights("A"), params=jax.tree.map(lambda x: x * np.float32(1.01), weights("A").params)))
+    said = Artefact.described
+    try:
+        Artefact.described = lambda _: said(Artefact(weights("A")))
+        write(tmp_path / f"other.{kind}", other)
+    finally:
+        Artefact.described = said
+    assert cli.main(["verify", str(tmp_path / f"other.{kind}")]) == 1
+
+
+def test_the_metadata_are_all_that_is_to_be_known(tmp_path):
+    from safetensors import safe_open
+
+    write(tmp_path / "net.safetensors", Artefact(weights("A-LRN")))
+    with safe_open(tmp_path / "net.safetensors", "numpy") as file:
+        said = json.loads(file.metadata()["vgg_jax"])
+    assert said["classes"] == list(CLASSES)
+    assert (said["net"], said["image_size"], said["channels"]) == ("A-LRN", 32, "RGB")
+    assert said["mean_rgb"] == list(IMAGENET.mean_rgb)
+    back = read(tmp_path / "net.safetensors")
+    assert (back.net, back.classes, back.preprocessing.mean_rgb) == ("A-LRN", CLASSES, IMAGENET.mean_rgb)
+    jax.tree.map(np.testing.assert_array_equal, back.params, weights("A-LRN").params)
+
+
+def test_litert_takes_the_savedmodel(tmp_path):
+    import tensorflow as tf
+
+    artefact = Artefact(weights("A"), uint8=False)
+    write(tmp_path / "net.savedmodel", artefact)
+    converter = tf.lite.TFLiteConverter.from_saved_model(str(tmp_path / "net.savedmodel"))
+    interpreter = tf.lite.Interpreter(model_content=converter.convert())
+    images = photos(1, 32, 32).astype(np.float32) - np.float32(IMAGENET.mean_rgb)
+    ask = interpreter.get_signature_runner("serving_default")
+    same(ask(images=images)["logits"], ours(artefact, images))
+
+
+def test_what_cannot_be_exported_or_verified(tmp_path, capsys):
+    with pytest.raises(InputError, match=r"ends in '.pb': expected \.safetensors, \.onnx"):
+        kind_of("net.pb")
+    with pytest.raises(InputError, match="output is 'scores': expected one of logits"):
+        Artefact(weights("A"), "scores")
+    with pytest.raises(InputError, match="the fully connected layers are not there"):
+        Artefact(dataclasses.replace(weights("A"), top=False))
+    (tmp_path / "taken.onnx").mkdir()
+    with pytest.raises(InputError, match=r"taken\.onnx is a folder"):
+        write(tmp_path / "taken.onnx", Artefact(weights("A")))
+    write(tmp_path / "net.savedmodel", Artefact(weights("A")))
+    write(tmp_path / "net.savedmodel", Artefact(weights("A")))  # an earlier export is replaced
+    for kind in ("safetensors", "stablehlo", "onnx"):
+        (tmp_path / f"cut.{kind}").write_bytes(b"PK\x03\x04nothing")
+        assert cli.main(["verify", str(tmp_path / f"cut.{kind}")]) == 2
+        assert f"cut.{kind} cannot be asked" in capsys.readouterr().err or kind == "onnx"
+    shutil.rmtree(tmp_path / "net.savedmodel" / "assets.extra")
+    with pytest.raises(InputError, match=r"net\.savedmodel cannot be asked"):
+        verify(tmp_path / "net.savedmodel")
+    assert CONFIGS["A"].fc == (4096, 4096)

@@ -1,0 +1,354 @@
+"""Files as the other libraries write them, in and out again: by those libraries where they are installed, else to the published layout."""
+
+import json
+import re
+import struct
+
+import h5py
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from vgg_jax import CONFIGS, IMAGENET, InputError, load
+from vgg_jax.weights import read, save
+from vgg_jax.weights.layouts import LAYOUTS, rows
+
+MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # torchvision's, times 255
+FC, CLASSES, SIZE = (24, 16), 10, 64  # fc6 reads 2x2 positions: more than one, so that their order counts
+TORCHVISION = {"A": [0, 3, 6, 8, 11, 13, 16, 18], "D": [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]}  # of the published files
+BATCH_NORM = {"A": [0, 4, 8, 11, 15, 18, 22, 25]}
+
+
+def by_hand(net, batch_norm=False, seed=0):
+    """{name of ours: an array in PyTorch's order}, small enough numbers that logits are of the order of 1."""
+    rng = np.random.default_rng(seed)
+    tensors, inputs = {}, 3
+    for i, stage in enumerate(CONFIGS[net].stages, 1):
+        for j, (width, kernel) in enumerate(stage, 1):
+            shape = (width, inputs, kernel, kernel)
+            tensors[f"conv{i}_{j}"] = rng.normal(0, (2 / (inputs * kernel**2)) ** 0.5, shape), rng.normal(0, 0.1, width)
+            if batch_norm:
+                tensors[f"bn{i}_{j}"] = [rng.uniform(0.5, 1.5, width), *rng.normal(0, 0.1, (2, width)), rng.uniform(0.5, 1.5, width)]
+            inputs = width
+    for name, shape in (("fc6", (FC[0], 512 * 4)), ("fc7", (FC[1], FC[0])), ("fc8", (CLASSES, FC[1]))):
+        tensors[name] = rng.normal(0, (2 / shape[1]) ** 0.5, shape), rng.normal(0, 0.1, shape[0])
+    return {name: [np.float32(array) for array in arrays] for name, arrays in tensors.items()}
+
+
+def torchs(tensors, convolutions, linear, normalisations=()):
+    """A state_dict with the modules' numbers."""
+    found = {}
+    for names, prefixes in (
+        ([name for name in tensors if name.startswith("conv")], convolutions),
+        (["fc6", "fc7", "fc8"], linear),
+        ([name for name in tensors if name.startswith("bn")], normalisations),
+    ):
+        for name, prefix in zip(names, prefixes, strict=True):
+            leaves = ("weight", "bias") if len(tensors[name]) == 2 else ("weight", "bias", "running_mean", "running_var")
+            found |= {f"{prefix}.{leaf}": array for leaf, array in zip(leaves, tensors[name], strict=True)}
+    return found
+
+
+def torchvision_file(tensors, net, batch_norm=False):
+    convolutions = BATCH_NORM[net] if batch_norm else TORCHVISION[net]
+    normalisations = [f"features.{i + 1}" for i in convolutions] if batch_norm else []
+    return torchs(tensors, [f"features.{i}" for i in convolutions], [f"classifier.{i}" for i in (0, 3, 6)], normalisations)
+
+
+def images(count=2, seed=1):
+    return np.random.default_rng(seed).integers(0, 256, (count, SIZE, SIZE, 3)).astype(np.float32)
+
+
+def logits(path, net=None):
+    model, variables, metadata = load(path) if net is None else load(path, net)
+    assert (model.num_classes, model.image_size) == (CLASSES, SIZE)
+    return np.asarray(jax.jit(model.apply)(variables, images() - np.float32(metadata["preprocessing"]["mean_rgb"])))
+
+
+def expected(tensors, mean, std=(1, 1, 1), bgr=False):
+    """The logits in PyTorch's operations, in float64, from the numbers as the other library has them."""
+    torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
+    from torch.nn import functional
+
+    x = torch.from_numpy(((images() - np.array(mean)) / np.array(std)).transpose(0, 3, 1, 2).copy())
+    x = x.flip(1) if bgr else x
+    stage = 1
+    for name, arrays in tensors.items():
+        kernel, bias, *rest = [torch.from_numpy(np.float64(array)) for array in arrays]
+        if name[:2] in ("co", "fc") and (name[:2] == "fc" or int(name[4]) > stage):
+            x, stage = (functional.max_pool2d(x, 2) if x.ndim == 4 else x), stage + 1
+        if name.startswith("conv"):
+            x = functional.conv2d(x, kernel, bias, padding=kernel.shape[-1] // 2)
+            if name.replace("conv", "bn") in tensors:
+                continue
+        elif name.startswith("bn"):
+            x = functional.batch_norm(x, rest[0], rest[1], kernel, bias)
+        else:
+            x = functional.linear(x.flatten(1), kernel, bias)
+        x = x if name == "fc8" else x.relu()
+    return x.numpy()
+
+
+def same(ours, theirs):
+    np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max(), rtol=0)
+
+
+@pytest.mark.parametrize(("net", "batch_norm"), [("A", False), ("D", False), ("A", True)], ids=["A", "D", "A-batch-norm"])
+@pytest.mark.parametrize("kind", ["safetensors", "pth"])
+def test_torchvisions_layout(net, batch_norm, kind, tmp_path):
+    tensors = by_hand(net, batch_norm)
+    state = torchvision_file(tensors, net, batch_norm)
+    path = tmp_path / f"vgg.{kind}"
+    if kind == "pth":
+        torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
+        counters = {name.replace("running_mean", "num_batches_tracked"): torch.tensor(7) for name in state if "running_mean" in name}
+        torch.save({name: torch.from_numpy(array) for name, array in state.items()} | counters, path)
+    else:
+        save_file(state, path)
+    found = read(path)
+    assert (found.layout, found.net, found.model.batch_norm, found.model.config.fc) == ("torchvision", net, batch_norm, FC)
+    same(logits(path), expected(tensors, MEAN, STD))
+    back_and_bit_equal(path, state, "torchvision", tmp_path)
+
+
+def back_and_bit_equal(path, state, layout, tmp_path):
+    """Through our own file, and out of that in the layout it came in."""
+    save(tmp_path / "ours.safetensors", read(path))
+    save(tmp_path / "back.safetensors", read(tmp_path / "ours.safetensors"), layout)
+    back = load_file(tmp_path / "back.safetensors")
+    assert back.keys() == state.keys()
+    for name, array in state.items():
+        np.testing.assert_array_equal(back[name], array, err_msg=name)
+
+
+def test_timms_layout(tmp_path):
+    tensors = by_hand("A")
+    state = torchs(tensors, [f"features.{i}" for i in TORCHVISION["A"]], ["pre_logits.fc1", "pre_logits.fc2", "head.fc"])
+    state["pre_logits.fc1.weight"] = state["pre_logits.fc1.weight"].reshape(FC[0], 512, 2, 2)
+    state["pre_logits.fc2.weight"] = state["pre_logits.fc2.weight"].reshape(FC[1], FC[0], 1, 1)
+    save_file(state, tmp_path / "vgg.safetensors")
+    assert read(tmp_path / "vgg.safetensors").layout == "timm"
+    same(logits(tmp_path / "vgg.safetensors"), expected(tensors, MEAN, STD))
+    back_and_bit_equal(tmp_path / "vgg.safetensors", state, "timm", tmp_path)
+
+
+def in_rows(array, order):
+    """A kernel in another order than PyTorch's: "HWIO", or "HWI O" and "IHW O" with fc6's positions in one axis."""
+    if array.ndim == 2 and array.shape[1] != 512 * 4:
+        return array.T
+    array = array.reshape(len(array), -1, 2, 2) if array.ndim == 2 else array
+    words = order.split()
+    array = array.transpose(["OIHW".index(letter) for letter in "".join(words)])
+    return array if len(words) == 1 else array.reshape(-1, array.shape[-1])
+
+
+@pytest.mark.parametrize("style", ["2016", "tf.keras", "keras 3", "functional"])
+def test_kerass_layouts(style, tmp_path):
+    """`vgg16_weights_tf_dim_ordering_tf_kernels.h5` and what later Keras made of it."""
+    tensors, path = by_hand("D"), tmp_path / "vgg16.h5"
+    names = {name: re.sub(r"conv(\d)_(\d)", r"block\1_conv\2", name) for name in tensors} | {
+        "fc6": "fc1",
+        "fc7": "fc2",
+        "fc8": "predictions",
+    }
+    with h5py.File(path, "w") as file:
+        file.attrs["layer_names"] = [name.encode() for name in names.values()]
+        for name, (kernel, bias) in tensors.items():
+            layer = names[name]
+            paths = {
+                "2016": [f"{layer}/{layer}_W_1:0", f"{layer}/{layer}_b_1:0"],
+                "tf.keras": [f"{layer}/{layer}/kernel:0", f"{layer}/{layer}/bias:0"],
+                "keras 3": [f"layers/{layer}/vars/0", f"layers/{layer}/vars/1"],
+                "functional": [f"model_weights/{layer}/vgg16/{layer}/kernel", f"model_weights/{layer}/vgg16/{layer}/bias"],
+            }[style]
+            file[paths[0]] = in_rows(kernel, "HWIO" if kernel.ndim == 4 else "HWI O")
+            file[paths[1]] = bias
+    assert (read(path).layout, read(path).net) == ("keras", "D")
+    same(logits(path), expected(tensors, IMAGENET.mean_rgb, bgr=True))
+
+
+def test_keras_itself(tmp_path):
+    """Its own VGG16 and its own file, with the top and without."""
+    keras = pytest.importorskip("keras", reason="needs keras, which comes with TensorFlow")
+    pixels = images(1)[:, :32, :32]
+    for top in (True, False):
+        theirs = keras.applications.VGG16(weights=None, include_top=top, input_shape=(32, 32, 3), classes=10, classifier_activation=None)
+        path = tmp_path / f"{top}.weights.h5"
+        theirs.save_weights(path)
+        wanted = np.asarray(theirs(keras.applications.vgg16.preprocess_input(pixels.copy()), training=False))
+        model, variables, metadata = load(path)
+        x = pixels - np.float32(metadata["preprocessing"]["mean_rgb"])
+        if top:
+            ours = model.apply(variables, x)
+        else:
+            ours = model.apply(variables, x, layers=("pool5",), method="features")["pool5"]
+            assert "without fully connected layers" in metadata["source"]
+        same(ours, wanted)
+
+
+def test_flaxmodels_layout(tmp_path):
+    tensors, path = by_hand("D"), tmp_path / "vgg16_weights.h5"
+    with h5py.File(path, "w") as file:
+        for name, (kernel, bias) in tensors.items():
+            file[f"{name}/weight"] = in_rows(kernel, "HWIO" if kernel.ndim == 4 else "IHW O")
+            file[f"{name}/bias"] = bias
+    assert read(path).layout == "flaxmodels"
+    same(logits(path), expected(tensors, MEAN, STD))
+
+
+def caffe_messages():
+    """NetParameter and its two kinds of layers, built from caffe.proto's field numbers by protobuf itself."""
+    descriptor_pb2 = pytest.importorskip("google.protobuf.descriptor_pb2", reason="needs protobuf, which comes with TensorFlow")
+    from google.protobuf import descriptor_pool, message_factory
+
+    file = descriptor_pb2.FileDescriptorProto(name="caffe.proto", package="caffe", syntax="proto2")
+    kinds = descriptor_pb2.FieldDescriptorProto
+    one, many = kinds.LABEL_OPTIONAL, kinds.LABEL_REPEATED
+
+    def message(name, *fields):
+        added = file.message_type.add(name=name)
+        for field, number, label, kind, packed in fields:
+            new = added.field.add(name=field, number=number, label=label)
+            if isinstance(kind, str):
+                new.type, new.type_name = kinds.TYPE_MESSAGE, f".caffe.{kind}"
+            else:
+                new.type = kind
+            if packed:
+                new.options.packed = True
+
+    message("BlobShape", ("dim", 1, many, kinds.TYPE_INT64, True))
+    sides = [(name, i, one, kinds.TYPE_INT32, False) for i, name in enumerate(("num", "channels", "height", "width"), 1)]
+    message("BlobProto", *sides, ("data", 5, many, kinds.TYPE_FLOAT, True), ("shape", 7, one, "BlobShape", False))
+    text, number = kinds.TYPE_STRING, kinds.TYPE_INT32
+    message("V1LayerParameter", ("name", 4, one, text, False), ("type", 5, one, number, False), ("blobs", 6, many, "BlobProto", False))
+    message("LayerParameter", ("name", 1, one, text, False), ("type", 2, one, text, False), ("blobs", 7, many, "BlobProto", False))
+    layers = ("layers", 2, many, "V1LayerParameter", False), ("layer", 100, many, "LayerParameter", False)
+    message("NetParameter", ("name", 1, one, text, False), *layers)
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("caffe.NetParameter"))
+
+
+@pytest.mark.parametrize("encoding", ["V1", "new"])
+def test_caffes_layout(encoding, tmp_path):
+    tensors, path = by_hand("D"), tmp_path / "VGG_ILSVRC_16_layers.caffemodel"
+    net = caffe_messages()(name="VGG_ILSVRC_16_layers")
+    for name, arrays in tensors.items():
+        layer = net.layers.add(name=name, type=4) if encoding == "V1" else net.layer.add(name=name, type="Convolution")
+        for array in arrays:
+            blob = layer.blobs.add(data=array.ravel())
+            if encoding == "V1":
+                blob.num, blob.channels, blob.height, blob.width = (1,) * (4 - array.ndim) + array.shape
+            else:
+                blob.shape.dim.extend(array.shape)
+        (net.layers if encoding == "V1" else net.layer).add(name=name.replace("conv", "relu"))
+    path.write_bytes(net.SerializeToString())
+    assert read(path).layout == "caffe"
+    same(logits(path), expected(tensors, IMAGENET.mean_rgb, bgr=True))
+
+
+@pytest.mark.parametrize("style", ["weights", "filters"])
+def test_matconvnets_layout(style, tmp_path):
+    io = pytest.importorskip("scipy.io", reason="needs scipy")
+    tensors, path = by_hand("D"), tmp_path / "imagenet-vgg-verydeep-16.mat"
+    layers = []
+    for name, (kernel, bias) in tensors.items():
+        window = {"fc6": 2, "fc7": 1, "fc8": 1}.get(name)
+        filters = (kernel if window is None else kernel.reshape(len(kernel), -1, window, window)).transpose(2, 3, 1, 0)
+        pair = np.empty((1, 2), object)
+        pair[0, 0], pair[0, 1] = filters, bias[None]
+        held = {"weights": pair} if style == "weights" else {"filters": filters, "biases": bias[None]}
+        layers += [{"name": name, "type": "conv", **held}, {"name": name.replace("conv", "relu"), "type": "relu"}]
+    cells = np.empty((1, len(layers)), object)
+    for i, layer in enumerate(layers):
+        cells[0, i] = layer
+    io.savemat(path, {"layers": cells, "meta": {"normalization": {"averageImage": np.array(IMAGENET.mean_rgb)}}})
+    assert read(path).layout == "matconvnet"
+    same(logits(path), expected(tensors, IMAGENET.mean_rgb))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_there_and_back_is_bit_equal(layout):
+    """Every row of every table, each number at its place: an index goes in, is moved, and comes back."""
+    for row in rows(layout, CONFIGS["C"], CLASSES, False, SIZE):
+        array = np.arange(np.prod(row.shape)).reshape(row.shape)
+        ours = row.to_ours(array)
+        assert ours.shape == row.our_shape
+        np.testing.assert_array_equal(row.to_theirs(ours), array)
+
+
+def test_all_differences_in_one_message(tmp_path):
+    state = torchvision_file(by_hand("D"), "D")
+    del state["features.5.bias"]
+    state["features.7.weight"] = state["features.7.weight"][:100]
+    state["extra"] = np.zeros(3, np.float32)
+    save_file(state, tmp_path / "vgg.safetensors")
+    with pytest.raises(InputError) as error:
+        read(tmp_path / "vgg.safetensors")
+    for words in (
+        "D as torchvision has it",
+        "features.5.bias (128,) is missing",
+        "features.7.weight is (100, 128, 3, 3) instead of (128, 128, 3, 3)",
+        "extra is too much",
+    ):
+        assert words in str(error.value)
+    with pytest.raises(InputError, match=r"its names \(a\) are of no known layout: expected those of vgg_jax, torchvision"):
+        save_file({"a": np.zeros(3, np.float32)}, tmp_path / "other.safetensors")
+        read(tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match=r"net is 'F': expected one of A, A-LRN"):
+        read(tmp_path / "other.safetensors", "F")
+
+
+def test_a_named_net_is_taken_at_its_word(tmp_path):
+    save_file(torchvision_file(by_hand("A"), "A"), tmp_path / "vgg.safetensors")
+    assert read(tmp_path / "vgg.safetensors", "A").net == "A"
+    with pytest.raises(InputError, match=r"of D as torchvision has it.*features.28.weight \(512, 512, 3, 3\) is missing"):
+        read(tmp_path / "vgg.safetensors", "D")
+
+
+def test_no_code_and_no_other_file_is_read(tmp_path):
+    """Pickles, links and external storage."""
+    torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
+    marker = tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(marker), "w"))
+
+    torch.save({"features.0.weight": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(InputError, match=r"evil\.pth cannot be read as a PyTorch file"):
+        read(tmp_path / "evil.pth")
+    assert not marker.exists()
+
+    with h5py.File(tmp_path / "secret.h5", "w") as file:
+        file["kernel"] = np.zeros(3, np.float32)
+    with h5py.File(tmp_path / "link.h5", "w") as file:
+        file["conv1_1"] = h5py.ExternalLink("secret.h5", "/kernel")
+    with h5py.File(tmp_path / "soft.h5", "w") as file:
+        file["conv1_1"] = h5py.SoftLink("/elsewhere")
+    (tmp_path / "raw").write_bytes(bytes(12))
+    with h5py.File(tmp_path / "external.h5", "w") as file:
+        file.create_dataset("conv1_1", (3,), "f4", external=[(str(tmp_path / "raw"), 0, 12)])
+    for name, words in (("link", "is a link"), ("soft", "is a link"), ("external", "is stored in another file")):
+        with pytest.raises(InputError, match=rf"conv1_1 {words}: expected the weights in the file itself"):
+            read(tmp_path / f"{name}.h5")
+
+
+def test_a_file_that_lies_about_itself(tmp_path):
+    header = json.dumps({"features.0.weight": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "lie.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    with pytest.raises(InputError, match=r"lie\.safetensors cannot be read as a safetensors file"):
+        read(tmp_path / "lie.safetensors")
+    net = caffe_messages()()
+    blob = net.layer.add(name="conv1_1").blobs.add(data=[1.0])
+    blob.shape.dim.extend([2**20, 2**20])
+    (tmp_path / "lie.caffemodel").write_bytes(net.SerializeToString())
+    with pytest.raises(InputError, match=r"conv1_1 has the shape .* and 1 numbers"):
+        read(tmp_path / "lie.caffemodel")
+    for name, content in (("empty.pth", b""), ("text.pth", b"hello, world"), ("cut.h5", b"\x89HDF\r\n\x1a\n"), ("zip.pth", b"PK\x03\x04")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=re.escape(name)):
+            read(tmp_path / name)
+    with pytest.raises(InputError, match="expected a file of weights, or a run's folder"):
+        load(tmp_path / "nothing.pth")

@@ -1,0 +1,95 @@
+"""An exported file, asked again for its golden answer by the library that runs such files."""
+
+import json
+import os
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vgg_jax.errors import InputError
+from vgg_jax.export import EXTRAS, decoded, kind_of, prepared
+
+BOUND, BFLOAT16_BOUND = 1e-4, 5e-2  # of the largest value; bfloat16 has three digits
+
+
+def verify(path: str | os.PathLike) -> tuple[str, float, float]:
+    """What the file says of itself, how far its answer is from the golden one, relative to the largest value, and the bound.
+
+    Runs the file's program: ask only files that you trust. Raises InputError for a file that is damaged, not exported by `vgg-jax export`,
+    or that needs a library that is not installed.
+    """
+    path, kind = Path(path), kind_of(path)
+    try:
+        described, ask = _OPEN[kind](path)
+        image, answer = decoded(described["golden_image"]), decoded(described["golden_answer"])
+        images = prepared(image, described["input"].startswith("uint8"), described["mean_rgb"])
+        found = ask(images)
+        said = f"{described['net']}, {len(described['classes'])} classes, {described['output']}, images {described['input']}"
+        bound = BFLOAT16_BOUND if described["bfloat16"] else BOUND
+    except InputError:
+        raise
+    except ImportError as error:
+        raise InputError(f"asking {path} needs {error.name}: pip install 'vgg-jax[{EXTRAS[kind]}]'") from error
+    except Exception as error:  # each library has its own ways to say that a file is damaged
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise InputError(f"{path} cannot be asked ({reason}): expected a whole file that `vgg-jax export` wrote") from error
+    if found.shape != answer.shape:
+        raise InputError(f"{path} answers {found.shape}: expected {answer.shape}, as at its export")
+    return said, float(np.abs(found - answer).max() / max(np.abs(answer).max(), 1e-30)), bound
+
+
+Opened = tuple[Mapping[str, Any], Callable[[np.ndarray], np.ndarray]]
+
+
+def _onnx(path: Path) -> Opened:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    described = json.loads(session.get_modelmeta().custom_metadata_map["vgg_jax"])
+    return described, lambda images: session.run(None, {"images": images})[0]
+
+
+def _stablehlo(path: Path) -> Opened:
+    from jax import export
+    from safetensors.flax import load
+
+    with zipfile.ZipFile(path) as file:
+        described = json.loads(file.read("metadata.json"))
+        program, weights = export.deserialize(bytearray(file.read("program"))), load(file.read("weights.safetensors"))
+    return described, lambda images: np.asarray(program.call(weights, images))
+
+
+def _savedmodel(path: Path) -> Opened:
+    import tensorflow as tf
+
+    described = json.loads((path / "assets.extra" / "vgg_jax.json").read_text())
+    answer = tf.saved_model.load(str(path)).signatures["serving_default"]
+    return described, lambda images: answer(images=tf.constant(images))[described["output"]].numpy()
+
+
+def _safetensors(path: Path) -> Opened:
+    import jax
+    from safetensors import safe_open
+
+    from vgg_jax.weights import load_file
+
+    with safe_open(path, framework="numpy") as file:
+        described = json.loads(file.metadata()["vgg_jax"])
+    model, variables, metadata = load_file(path)
+
+    def ask(images: np.ndarray) -> np.ndarray:
+        x = images.astype(np.float32) - np.array(metadata["preprocessing"]["mean_rgb"], np.float32)
+        return np.asarray(jax.jit(model.apply)(variables, x))
+
+    return described, ask
+
+
+_OPEN: dict[str, Callable[[Path], Opened]] = {
+    "onnx": _onnx,
+    "stablehlo": _stablehlo,
+    "savedmodel": _savedmodel,
+    "safetensors": _safetensors,
+}

@@ -1,0 +1,148 @@
+"""How others name and order the same tensors: one table of rows a layout, read in both directions.
+
+A pattern says how a kernel lies there: letters O (outputs), I (inputs), H and W (the window), a word for each axis. PyTorch's fc6,
+"O IHW", has the axes (4096, 512 · 7 · 7). Here convolutions are "H W I O" and fully connected layers "HWI O".
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from vgg_jax.configs import IMAGENET, Layer, VGGConfig, layer_table
+
+
+class Preprocessing(NamedTuple):
+    """What a net's images are: RGB on the 0-255 scale, less a mean, divided by a deviation."""
+
+    mean_rgb: tuple[float, float, float]
+    std_rgb: tuple[float, float, float] = (1.0, 1.0, 1.0)
+
+
+# The authors' mean pixel, and what torchvision's nets were trained with, on the 0-255 scale.
+AUTHORS = Preprocessing(IMAGENET.mean_rgb)
+TORCHVISION = Preprocessing((0.485 * 255, 0.456 * 255, 0.406 * 255), (0.229 * 255, 0.224 * 255, 0.225 * 255))
+
+
+class Layout(NamedTuple):
+    """How one library names and orders the tensors of a VGG."""
+
+    name: str
+    modules: Callable[[Iterable[Layer]], Mapping[str, str]]  # of a net's layers to their names there
+    leaves: Mapping[str, str]  # of "kernel", "bias" and batch normalisation's four to what follows a layer's name there
+    patterns: Mapping[str, str]  # of a kernel, by the layer's name or else its kind
+    preprocessing: Preprocessing
+    bgr: bool = False  # whether conv1_1 reads blue first
+    ignored: str = r"(?!)"  # names of tensors that are not parameters
+
+
+class Row(NamedTuple):
+    """One tensor, there and here."""
+
+    theirs: str
+    ours: tuple[str, str, str]  # ("params", "conv1_1", "kernel")
+    shape: tuple[int, ...]  # there
+    split: tuple[int, ...]  # there, each letter an axis
+    axes: tuple[int, ...]  # of `split`, in our order
+    our_shape: tuple[int, ...]
+    bgr: bool = False
+
+    def to_ours(self, array: np.ndarray) -> np.ndarray:
+        array = array.reshape(self.split).transpose(self.axes)
+        return np.ascontiguousarray(array[:, :, ::-1] if self.bgr else array).reshape(self.our_shape)
+
+    def to_theirs(self, array: np.ndarray) -> np.ndarray:
+        array = array.reshape([self.split[axis] for axis in self.axes])
+        array = (array[:, :, ::-1] if self.bgr else array).transpose(np.argsort(self.axes))
+        return np.ascontiguousarray(array).reshape(self.shape)
+
+
+def rows(layout: Layout, config: VGGConfig, num_classes: int, batch_norm: bool, image_size: int, top: bool = True) -> list[Row]:
+    """Every tensor of a net; without `top` the fully connected layers are left out."""
+    table = [layer for layer in layer_table(config, num_classes, batch_norm, image_size) if layer.kind in ("conv", "bn", "fc")]
+    modules = layout.modules(layer_table(config, num_classes, batch_norm, image_size))
+    found, inputs = [], 3
+    for name, kind, width, window in table:
+        if kind == "fc" and not top:
+            break
+        if kind == "bn":
+            for leaf in ("scale", "bias", "mean", "var"):
+                group = "params" if leaf in ("scale", "bias") else "batch_stats"
+                found.append(_vector(modules[name] + layout.leaves[leaf], (group, name, leaf), inputs))
+            continue
+        sizes = {"O": width, "I": inputs, "H": window, "W": window}
+        pattern, ours = layout.patterns.get(name) or layout.patterns[kind], {"conv": "H W I O", "fc": "HWI O"}[kind]
+        letters = pattern.replace(" ", "")
+        found.append(
+            Row(
+                theirs=modules[name] + layout.leaves["kernel"],
+                ours=("params", name, "kernel"),
+                shape=_shape(pattern, sizes),
+                split=tuple(sizes[letter] for letter in letters),
+                axes=tuple(letters.index(letter) for letter in "HWIO"),
+                our_shape=_shape(ours, sizes),
+                bgr=layout.bgr and inputs == 3,
+            )
+        )
+        found.append(_vector(modules[name] + layout.leaves["bias"], ("params", name, "bias"), width))
+        inputs = width
+    return found
+
+
+def _shape(pattern: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    return tuple(math.prod(sizes[letter] for letter in word) for word in pattern.split())
+
+
+def _vector(theirs: str, ours: tuple[str, str, str], width: int) -> Row:
+    return Row(theirs, ours, (width,), (width,), (0,), (width,))
+
+
+def window_and_width(pattern: str, shape: tuple[int, ...], inputs: int) -> tuple[int, int]:
+    """The side of fc6's window and its outputs, from its kernel's shape there; (0, 0) for a shape that does not fit."""
+    words = pattern.split()
+    if len(words) != len(shape):
+        return 0, 0
+    area = math.prod(shape) // max(1, inputs * shape[words.index("O")])
+    return math.isqrt(area), shape[words.index("O")]
+
+
+def _same_names(table: Iterable[Layer]) -> dict[str, str]:
+    return {layer.name: layer.name for layer in table}
+
+
+def _torchvision(table: Iterable[Layer]) -> dict[str, str]:
+    in_features = [layer for layer in table if re.match(r"(conv|bn|relu|pool)\d(_|$)", layer.name) and layer.name not in ("relu6", "relu7")]
+    return {layer.name: f"features.{i}" for i, layer in enumerate(in_features)} | {
+        "fc6": "classifier.0",
+        "fc7": "classifier.3",
+        "fc8": "classifier.6",
+    }
+
+
+def _timm(table: Iterable[Layer]) -> dict[str, str]:
+    return _torchvision(table) | {"fc6": "pre_logits.fc1", "fc7": "pre_logits.fc2", "fc8": "head.fc"}
+
+
+def _keras(table: Iterable[Layer]) -> dict[str, str]:
+    return {layer.name: re.sub(r"conv(\d)_(\d)", r"block\1_conv\2", layer.name) for layer in table} | {
+        "fc6": "fc1",
+        "fc7": "fc2",
+        "fc8": "predictions",
+    }
+
+
+_TORCH = {"kernel": ".weight", "bias": ".bias", "scale": ".weight", "mean": ".running_mean", "var": ".running_var"}
+_BLOBS = {"kernel": "/0", "bias": "/1", "scale": "/none", "mean": "/none", "var": "/none"}  # no batch normalisation was published
+_OURS = {leaf: f"/{leaf}" for leaf in ("kernel", "bias", "scale", "mean", "var")}
+
+LAYOUTS = (
+    Layout("vgg_jax", _same_names, _OURS, {"conv": "H W I O", "fc": "HWI O"}, AUTHORS),
+    Layout("torchvision", _torchvision, _TORCH, {"conv": "O I H W", "fc": "O IHW"}, TORCHVISION, ignored=r".*\.num_batches_tracked"),
+    Layout("timm", _timm, _TORCH, {"conv": "O I H W", "fc": "O I H W", "fc8": "O IHW"}, TORCHVISION, ignored=r".*\.num_batches_tracked"),
+    Layout("keras", _keras, _BLOBS, {"conv": "H W I O", "fc": "HWI O"}, AUTHORS, bgr=True),
+    Layout("caffe", _same_names, _BLOBS, {"conv": "O I H W", "fc": "O IHW"}, AUTHORS, bgr=True),
+    Layout("matconvnet", _same_names, {**_BLOBS, "kernel": "/filters", "bias": "/biases"}, {"conv": "H W I O", "fc": "H W I O"}, AUTHORS),
+    Layout("flaxmodels", _same_names, {**_BLOBS, "kernel": "/weight", "bias": "/bias"}, {"conv": "H W I O", "fc": "IHW O"}, TORCHVISION),
+)
