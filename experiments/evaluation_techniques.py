@@ -1,6 +1,6 @@
 """Dense evaluation, crops or both, at one scale or three: error and cost on CIFAR-10, the paper's Table 5 beside them.
 
-    vgg-jax train cifar10 --data-dir DIR --net A --batch-norm --scale 32 64 --schedule step --drop-epochs 6 8 --epochs 9 \
+    vgg-jax train cifar10 --data-dir DIR --net A --batch-norm --scale 32 64 --schedule step --drop-epochs 4 5 --epochs 6 \
         --workdir runs/cifar10-A-jitter
     python experiments/evaluation_techniques.py runs/cifar10-A-jitter --data-dir DIR --device "2 cores of …" \
         > experiments/results/evaluation_techniques.json

@@ -7,7 +7,7 @@ import zipfile
 import numpy as np
 from jax import export
 from PIL import Image
-from safetensors.flax import load
+from safetensors.numpy import load
 
 with zipfile.ZipFile(sys.argv[1]) as file:
     about, weights = json.loads(file.read("metadata.json")), load(file.read("weights.safetensors"))

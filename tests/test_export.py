@@ -19,10 +19,11 @@ from vgg_jax.weights import Weights, read
 from vgg_jax.weights.layouts import Preprocessing
 
 CLASSES = ("ants", "bees", "wasps")
+WIDE = dataclasses.replace(CONFIGS["A"], fc=(12, 8))  # its convolutions are the paper's, which a file is recognised by
 
 
-def weights(net="D", batch_norm=False, size=32):
-    model = VGG(narrow(net), len(CLASSES), batch_norm, image_size=size, initializer="he")
+def weights(net="D", batch_norm=False, size=32, config=None):
+    model = VGG(config or narrow(net), len(CLASSES), batch_norm, image_size=size, initializer="he")
     rng = np.random.default_rng(0)
     variables = jax.tree.map(lambda x: np.asarray(x + np.float32(rng.uniform(0, 0.1, x.shape))), dict(init(model)))
     variables["params"]["conv1_1"]["kernel"] = variables["params"]["conv1_1"]["kernel"] / 50  # images are 0-255
@@ -52,7 +53,7 @@ def run_onnx(path, images):
 def run_stablehlo(path, images):
     import zipfile
 
-    from safetensors.flax import load
+    from safetensors.numpy import load
 
     with zipfile.ZipFile(path) as file:
         program = jax.export.deserialize(bytearray(file.read("program")))
@@ -107,7 +108,7 @@ def test_float_images_and_stored_types(kind, bfloat16, tmp_path):
     whole = tmp_path / f"whole.{kind}"
     write(whole, dataclasses.replace(artefact, bfloat16=False))
     sizes = [sum(file.stat().st_size for file in (each.rglob("*") if each.is_dir() else [each])) for each in (path, whole)]
-    assert sizes[0] < 0.75 * sizes[1]
+    assert sizes[1] - sizes[0] > 0.8 * 2 * sum(array.size for array in jax.tree.leaves(artefact.weights.params))
 
 
 def test_a_folded_batch_normalisation_is_the_same_net():
@@ -124,14 +125,15 @@ def test_verify_asks_again(kind, tmp_path, capsys):
     if kind == "onnx":
         pytest.importorskip("onnx", reason="needs onnx: pip install 'vgg-jax[onnx]'")
     path = tmp_path / f"net.{kind}"
-    write(path, Artefact(weights("A")))
+    net = weights("A", config=WIDE)
+    write(path, Artefact(net))
     done = subprocess.run([sys.executable, "-m", "vgg_jax", "verify", str(path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "A, 3 classes, logits, images uint8" in done.stdout
-    other = Artefact(dataclasses.replace(weights("A"), params=jax.tree.map(lambda x: x * np.float32(1.01), weights("A").params)))
+    other = Artefact(dataclasses.replace(net, params=jax.tree.map(lambda x: x * np.float32(1.01), net.params)))
     said = Artefact.described
     try:
-        Artefact.described = lambda _: said(Artefact(weights("A")))
+        Artefact.described = lambda _: said(Artefact(net))
         write(tmp_path / f"other.{kind}", other)
     finally:
         Artefact.described = said
@@ -141,7 +143,8 @@ def test_verify_asks_again(kind, tmp_path, capsys):
 def test_the_metadata_are_all_that_is_to_be_known(tmp_path):
     from safetensors import safe_open
 
-    write(tmp_path / "net.safetensors", Artefact(weights("A-LRN")))
+    net = weights("A-LRN", config=dataclasses.replace(CONFIGS["A-LRN"], fc=(12, 8)))
+    write(tmp_path / "net.safetensors", Artefact(net))
     with safe_open(tmp_path / "net.safetensors", "numpy") as file:
         said = json.loads(file.metadata()["vgg_jax"])
     assert said["classes"] == list(CLASSES)
@@ -149,9 +152,10 @@ def test_the_metadata_are_all_that_is_to_be_known(tmp_path):
     assert said["mean_rgb"] == list(IMAGENET.mean_rgb)
     back = read(tmp_path / "net.safetensors")
     assert (back.net, back.classes, back.preprocessing.mean_rgb) == ("A-LRN", CLASSES, IMAGENET.mean_rgb)
-    jax.tree.map(np.testing.assert_array_equal, back.params, weights("A-LRN").params)
+    jax.tree.map(np.testing.assert_array_equal, back.params, net.params)
 
 
+@pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated:UserWarning")
 def test_litert_takes_the_savedmodel(tmp_path):
     import tensorflow as tf
 
@@ -183,4 +187,3 @@ def test_what_cannot_be_exported_or_verified(tmp_path, capsys):
     shutil.rmtree(tmp_path / "net.savedmodel" / "assets.extra")
     with pytest.raises(InputError, match=r"net\.savedmodel cannot be asked"):
         verify(tmp_path / "net.savedmodel")
-    assert CONFIGS["A"].fc == (4096, 4096)

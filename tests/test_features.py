@@ -38,7 +38,7 @@ def test_every_layer_of_every_net(name, batch_norm):
     kinds = {layer.strip("0123456789_") for layer in layers}
     assert {"conv", "relu", "pool", "fc", "drop"} | ({"bn"} if batch_norm else set()) | ({"lrn"} if "LRN" in name else set()) == kinds
     every = jax.jit(lambda v, x: model.apply(v, x, layers=layers, method="features"))(variables, x)
-    assert list(every) == layers
+    assert every.keys() == set(layers)
     assert every["fc8"].shape == (1, 1, 2, 5)
     for conv in (layer for layer in layers if layer.startswith("conv")):
         behind = every[conv.replace("conv", "bn")] if batch_norm else every[conv]
@@ -59,7 +59,7 @@ def test_nothing_behind_the_deepest_layer_is_computed(net):
     counts = [flops(layer) for layer in ("conv1_1", "pool2", "conv4_1", "fc8")]
     assert counts == sorted(counts)
     multiply_adds = 2 * 32 * 32 * 27 * 8  # conv1_1 of two images
-    assert 2 * multiply_adds <= counts[0] < 1.2 * 2 * multiply_adds
+    assert 0.95 * 2 * multiply_adds < counts[0] < 1.2 * 2 * multiply_adds  # XLA leaves out those with the padding's zeros
     assert counts[1] < 0.5 * counts[3]
 
 

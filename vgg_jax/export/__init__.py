@@ -27,7 +27,7 @@ OUTPUTS = ("logits", "posteriors", "score_map")
 EXTRAS = {"onnx": "onnx", "stablehlo": "train", "savedmodel": "train", "safetensors": "train"}  # what is to be installed, by kind
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Artefact:
     """What is written: a net, and how it is to be asked.
 

@@ -77,9 +77,9 @@ def graph(artefact: Artefact) -> Any:
     else:
         add("Identity", "logits")
 
-    sides = ["H", "W"] if dense else [net.image_size] * 2
+    sides: list[Any] = ["H", "W"] if dense else [net.image_size] * 2
     images = helper.make_tensor_value_info("images", TensorProto.UINT8 if artefact.uint8 else TensorProto.FLOAT, ["N", *sides, 3])
-    shape = ["N", "h", "w", net.num_classes] if artefact.output == "score_map" else ["N", net.num_classes]
+    shape: list[Any] = ["N", "h", "w", net.num_classes] if artefact.output == "score_map" else ["N", net.num_classes]
     output = helper.make_tensor_value_info(artefact.output, TensorProto.FLOAT, shape)
     if not artefact.uint8:
         initializers = [each for each in initializers if each.name != "mean_rgb"]

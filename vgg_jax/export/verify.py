@@ -54,7 +54,7 @@ def _onnx(path: Path) -> Opened:
 
 def _stablehlo(path: Path) -> Opened:
     from jax import export
-    from safetensors.flax import load
+    from safetensors.numpy import load
 
     with zipfile.ZipFile(path) as file:
         described = json.loads(file.read("metadata.json"))

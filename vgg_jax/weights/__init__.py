@@ -22,7 +22,7 @@ NO_STD = (1.0, 1.0, 1.0)
 WRITTEN = ("vgg_jax", "torchvision", "timm")  # layouts of safetensors files
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Weights:
     """The tensors of a file, bit by bit, in our names and order, and what is known of them."""
 

@@ -6,6 +6,7 @@ Nothing here runs code from a file: no pickle but by `torch.load(weights_only=Tr
 import json
 import math
 import mmap
+import re
 import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -146,13 +147,9 @@ def _hdf5(path: Path) -> Contents:
 
 
 def _keras_name(path: str) -> str:
-    """`block1_conv1/0` for a kernel and `…/1` for a bias, however Keras wrote it; other names as they are."""
-    words = path.removeprefix("model_weights/").removeprefix("layers/").split("/")
-    last = words[-1].split(":")[0]
-    for number, endings in enumerate((("W_1", "kernel", "W"), ("b_1", "bias", "b"))):
-        if any(last == ending or last == f"{words[0]}_{ending}" for ending in endings) or words[1:] == ["vars", str(number)]:
-            return f"{words[0]}/{number}"
-    return path
+    """`block1_conv1/0` for a kernel and `…/1` for a bias, however Keras before version 3 wrote it; other names as they are."""
+    found = re.fullmatch(r"(?:model_weights/)?(block\d_conv\d|fc[12]|predictions)/(?:\w+/)*(?:\w+_)?(W|W_1|kernel|b|b_1|bias)(?::0)?", path)
+    return path if found is None else f"{found[1]}/{0 if found[2] in ('W', 'W_1', 'kernel') else 1}"
 
 
 def _matlab(path: Path) -> Contents:

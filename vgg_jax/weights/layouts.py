@@ -133,6 +133,15 @@ def _keras(table: Iterable[Layer]) -> dict[str, str]:
     }
 
 
+def _keras3(table: Iterable[Layer]) -> dict[str, str]:
+    """By class and number, in the order in which the layers were made."""
+    names = {}
+    for kind, theirs in (("conv", "conv2d"), ("fc", "dense")):
+        for i, layer in enumerate(layer for layer in table if layer.kind == kind):
+            names[layer.name] = f"layers/{theirs}_{i}" if i else f"layers/{theirs}"
+    return names | {layer.name: "layers/batch_normalization" for layer in table if layer.kind == "bn"}
+
+
 _TORCH = {"kernel": ".weight", "bias": ".bias", "scale": ".weight", "mean": ".running_mean", "var": ".running_var"}
 _BLOBS = {"kernel": "/0", "bias": "/1", "scale": "/none", "mean": "/none", "var": "/none"}  # no batch normalisation was published
 _OURS = {leaf: f"/{leaf}" for leaf in ("kernel", "bias", "scale", "mean", "var")}
@@ -142,6 +151,7 @@ LAYOUTS = (
     Layout("torchvision", _torchvision, _TORCH, {"conv": "O I H W", "fc": "O IHW"}, TORCHVISION, ignored=r".*\.num_batches_tracked"),
     Layout("timm", _timm, _TORCH, {"conv": "O I H W", "fc": "O I H W", "fc8": "O IHW"}, TORCHVISION, ignored=r".*\.num_batches_tracked"),
     Layout("keras", _keras, _BLOBS, {"conv": "H W I O", "fc": "HWI O"}, AUTHORS, bgr=True),
+    Layout("keras 3", _keras3, {**_BLOBS, "kernel": "/vars/0", "bias": "/vars/1"}, {"conv": "H W I O", "fc": "HWI O"}, AUTHORS, bgr=True),
     Layout("caffe", _same_names, _BLOBS, {"conv": "O I H W", "fc": "O IHW"}, AUTHORS, bgr=True),
     Layout("matconvnet", _same_names, {**_BLOBS, "kernel": "/filters", "bias": "/biases"}, {"conv": "H W I O", "fc": "H W I O"}, AUTHORS),
     Layout("flaxmodels", _same_names, {**_BLOBS, "kernel": "/weight", "bias": "/bias"}, {"conv": "H W I O", "fc": "IHW O"}, TORCHVISION),
