@@ -49,6 +49,7 @@ def test_lpips_is_zero_for_equal_images_with_a_gradient_that_is_a_number():
     assert lpips(model, variables, heads, maps(0, (1, 32, 32, 3)) * 50, black)[0] > 0
 
 
+@pytest.mark.filterwarnings("ignore:The parameter 'pretrained':UserWarning", "ignore:Arguments other than a weight enum:UserWarning")
 def test_lpips_equals_the_package(tmp_path):
     """Random weights of VGG-16 in torchvision's layout, the published heads, two images."""
     torch = pytest.importorskip("torch", reason="needs torch, torchvision and lpips")

@@ -358,3 +358,45 @@ def test_a_file_that_lies_about_itself(tmp_path):
             read(tmp_path / name)
     with pytest.raises(InputError, match="expected a file of weights, or a run's folder"):
         load(tmp_path / "nothing.pth")
+
+
+@pytest.mark.parametrize("name", ["vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn"])
+def test_torchvision_itself(name, tmp_path):
+    """All eight of its nets, with a head for 64 pixels."""
+    torchvision = pytest.importorskip("torchvision", reason="needs torchvision", exc_type=(ImportError, RuntimeError))
+    from torch import nn
+
+    theirs = getattr(torchvision.models, name)(weights=None, num_classes=CLASSES)
+    theirs.avgpool = nn.Identity()
+    theirs.classifier[0], theirs.classifier[3] = nn.Linear(512 * 4, 64), nn.Linear(64, 32)
+    theirs.classifier[6] = nn.Linear(32, CLASSES)
+    goes_in_and_back("torchvision", theirs, images(), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["vgg11_bn", "vgg16"])
+def test_timm_itself(name, tmp_path):
+    timm = pytest.importorskip("timm", reason="needs timm", exc_type=(ImportError, RuntimeError))
+    pixels = np.random.default_rng(2).integers(0, 256, (1, 224, 224, 3)).astype(np.float32)
+    goes_in_and_back("timm", timm.create_model(name, pretrained=False, num_classes=CLASSES), pixels, tmp_path)
+
+
+def goes_in_and_back(library, theirs, pixels, tmp_path):
+    """Its file gives its logits here, and its own loader takes ours back, bit-equal."""
+    import torch
+
+    theirs.eval()
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    torch.save(theirs.state_dict(), tmp_path / "vgg.pth")
+    model, variables, metadata = load(tmp_path / "vgg.pth")
+    ours = jax.jit(model.apply)(variables, pixels - np.float32(metadata["preprocessing"]["mean_rgb"]))
+    with torch.inference_mode():
+        wanted = theirs(torch.from_numpy(((pixels - np.float32(MEAN)) / np.float32(STD)).transpose(0, 3, 1, 2).copy())).numpy()
+    same(ours, wanted)
+    save(tmp_path / "back.safetensors", read(tmp_path / "vgg.pth"), library)
+    back = {key: torch.from_numpy(array) for key, array in load_file(tmp_path / "back.safetensors").items()}
+    for key, value in theirs.state_dict().items():
+        assert "num_batches_tracked" in key or torch.equal(back[key], value)
+    theirs.load_state_dict(back, strict=True)
