@@ -35,7 +35,8 @@ def test_every_field_of_the_configuration_has_a_flag_and_the_other_way_round():
     assert dataclasses.asdict(config).items() >= {"flip": False, "exif": False, "batch_norm": True, "microbatch": 4, "seed": 7}.items()
 
 
-FLAGS = """--net E --batch-norm --fc 10 20 --dropout-rate 0.1 --initializer paper --initializer-std 0.1 --init-from r --dtype bfloat16
+FLAGS = """--net E --batch-norm --fc 10 20 --dropout-rate 0.1 --initializer paper --initializer-std 0.1 --init-from r --freeze conv fc6
+--dtype bfloat16
 --image-size 100 --scale 300 400 --no-flip --colour-shift 0 --colour-convention variance --no-exif --statistics measure
 --validation-fraction 0.2 --skip-bad --batch-size 8 --microbatch 4 --learning-rate 0.1 --momentum 0.8 --weight-decay 0 --decay-biases
 --schedule step --patience 1 --drops 1 --drop-epochs 2 3 --epochs 4 --seed 7"""
@@ -76,7 +77,7 @@ def test_compiled_programs_are_kept_in_the_users_cache_folder(monkeypatch, tmp_p
         (("train", "no/such/folder"), ("no/such/folder",)),
         (("train", "cifar10", "--data-dir", "nowhere"), ("cifar10", "nowhere", "--download")),
         (("train", "--batch-size", "7"), ("7", "2 devices", "--batch-size")),
-        (("train", "--init-from", "no_run"), ("no_run", "run.json")),
+        (("train", "--init-from", "no_run"), ("no_run", "run's folder")),
         (("train", "--patience", "3"), ("patience", "schedule", "step", "plateau")),
         (("train", "--workdir", "/dev/null/w"), ("/dev/null/w", "--workdir")),
         (("statistics", "digits", "--split", "test"), ("digits", "test", "train")),
@@ -109,7 +110,7 @@ def test_a_run_that_cannot_be_read(capsys, tmp_path, monkeypatch):
     for content in ("", "{", "[]", '{"config": {"nett": 1}}', "\x00\xff"):
         shutil.rmtree("w", ignore_errors=True)
         (tmp_path / "w").mkdir()
-        (tmp_path / "w" / "run.json").write_bytes(content.encode("latin1"))
+        (tmp_path / "w" / "run's folder").write_bytes(content.encode("latin1"))
         code, _, err = run(capsys, "train", "--workdir", "w")
         assert code == 2
         assert "w/run.json" in err.strip().splitlines()[-1]

@@ -17,6 +17,8 @@ from vgg_jax.evaluate import Evaluation, evaluate, fuse, read, save
 from vgg_jax.metrics import interval
 from vgg_jax.posteriors import posteriors
 from vgg_jax.train_step import build_model
+from vgg_jax.weights import read as weights_of
+from vgg_jax.weights import save as save_weights
 
 COUNT = 7
 
@@ -67,6 +69,29 @@ def test_posteriors_labels_and_names_are_in_the_order_of_the_data(run, photos):
     wrong = (evaluation.posteriors.argmax(1) != evaluation.labels).mean()
     assert facts["top1_error"] == pytest.approx(wrong)
     assert (facts["top5_error"], facts["count"], facts["scales"]) == (0, COUNT, [18, 24])
+
+
+def test_a_file_of_weights_on_some_of_its_classes_in_another_order(run, photos, tmp_path, monkeypatch, capsys):
+    """Exported, it gives what the run gives; "n00000001" is the net's "n00000001 blue things"."""
+    weights = weights_of(run)
+    params = {**weights.params, "fc8": {leaf: np.roll(np.asarray(array), 1, -1) for leaf, array in weights.params["fc8"].items()}}
+    classes = ("n00000002 red things", "n00000001 blue things")
+    save_weights(tmp_path / "net.safetensors", dataclasses.replace(weights, params=params, classes=classes))
+    shutil.copytree(photos, tmp_path / "photos")
+    for split in ("train", "val"):
+        for name, synset in (("blue", "n00000001"), ("red", "n00000002")):
+            (tmp_path / "photos" / split / name).rename(tmp_path / "photos" / split / synset)
+    ours, facts = evaluate(run)
+    found, _ = evaluate(tmp_path / "net.safetensors", str(tmp_path / "photos"))
+    np.testing.assert_allclose(found.posteriors[:, ::-1], ours.posteriors, atol=1e-6)
+    np.testing.assert_array_equal(found.labels, 1 - ours.labels)
+    assert found.errors()["top1_error"] == facts["top1_error"]
+    with pytest.raises(InputError, match="is a file of weights and DATA is not given"):
+        evaluate(tmp_path / "net.safetensors")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["evaluate", "net.safetensors", "photos", "--protocol", "center"]) == 0
+    assert (tmp_path / "net.safetensors-evaluated" / "photos-val-center-20" / "posteriors.npz").exists()
+    capsys.readouterr()
 
 
 def test_the_command_prints_and_writes(run, photos, capsys):

@@ -87,10 +87,10 @@ def test_as_an_nnx_module(net):
     model, variables = net
     x = images(2, 32, 32)
     bridged = nnx.bridge.ToNNX(model, rngs=nnx.Rngs(0)).lazy_init(x)
-    nnx.update(bridged, nnx.state(nnx.bridge.ToNNX(model, rngs=nnx.Rngs(0)).lazy_init(x)))
-    params = {name: {leaf: getattr(bridged, name)[leaf].get_value() for leaf in ("kernel", "bias")} for name in variables["params"]}
-    np.testing.assert_allclose(bridged(x), model.apply({"params": params}, x), rtol=1e-4, atol=1e-5)
-    ours = model.apply({"params": params}, x, layers=("pool2",), method="features")["pool2"]
+    for name, layer in variables["params"].items():
+        setattr(bridged, name, {leaf: nnx.Param(array) for leaf, array in layer.items()})
+    np.testing.assert_allclose(bridged(x), model.apply(variables, x), rtol=1e-4, atol=1e-5)
+    ours = model.apply(variables, x, layers=("pool2",), method="features")["pool2"]
     np.testing.assert_allclose(bridged(x, layers=("pool2",), method="features")["pool2"], ours, rtol=1e-4, atol=1e-5)
 
     optimizer = nnx.Optimizer(bridged, optax.sgd(0.1), wrt=nnx.Param)

@@ -204,6 +204,22 @@ def test_crop_offsets():
         crop_offsets(223, 224, 5)
 
 
+def test_nothing_and_too_much(net, monkeypatch):
+    assert posteriors(*net, []).shape == (0, CLASSES)
+    monkeypatch.setattr("vgg_jax.posteriors.LARGEST", 500)
+    with pytest.raises(InputError, match="image 0 is 16x40 at its test scale: expected at most 500 pixels"):
+        posteriors(*net, photos([(16, 40)]))
+    with pytest.raises(InputError, match="pixels is 0"):
+        posteriors(*net, photos([(16, 16)]), pixels=0)
+
+
+def test_parameters_of_another_type_are_promoted_as_ever(net):
+    model, variables = net
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables)
+    expected = posteriors(model, jax.tree.map(lambda x: x.astype(jnp.float32), half), photos([(16, 24)]))
+    np.testing.assert_allclose(posteriors(model, half, photos([(16, 24)])), expected, atol=1e-5)
+
+
 def test_too_small_an_image_and_an_unknown_protocol(net):
     with pytest.raises(InputError, match="image 1 is 15x80: expected both sides to be at least the net's, 16"):
         posteriors(*net, photos([(16, 16), (15, 80)]))

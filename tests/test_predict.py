@@ -1,5 +1,6 @@
 """Image files to classes: what is read, what is reported, and the same answer as by hand."""
 
+import dataclasses
 import json
 
 import jax
@@ -13,7 +14,7 @@ from vgg_jax.configs import CHOICES
 from vgg_jax.data import decode, rescale
 from vgg_jax.posteriors import posteriors
 from vgg_jax.predict import listed, predict
-from vgg_jax.weights import Weights, load, save
+from vgg_jax.weights import Weights, load, read, save
 from vgg_jax.weights.layouts import Preprocessing
 
 CLASSES = ("ants", "bees", "wasps", "flies", "bugs", "moths")
@@ -86,5 +87,12 @@ def test_an_unreadable_file_is_reported_and_the_others_answered(net, photos, cap
 def test_nothing_to_predict(net, tmp_path, photos):
     with pytest.raises(InputError, match="no images in"):
         list(predict(net, [str(tmp_path)]))
+    with pytest.raises(InputError, match="top is 0: expected at least 1"):
+        list(predict(net, [str(photos / "b.png")], top=0))
+    weights = read(net)
+    headless = {name: layer for name, layer in weights.params.items() if name.startswith("conv")}
+    save(tmp_path / "headless.safetensors", dataclasses.replace(weights, params=headless, top=False))
+    with pytest.raises(InputError, match=r"headless\.safetensors has no fully connected layers"):
+        list(predict(tmp_path / "headless.safetensors", [str(photos / "b.png")]))
     with pytest.raises(InputError, match=r"scales is \(15,\): expected at least .* 16"):
         list(predict(net, [str(photos / "b.png")], scales=(15,)))

@@ -1,5 +1,6 @@
 """Files as the other libraries write them, in and out again: by those libraries where they are installed, else to the published layout."""
 
+import itertools
 import json
 import re
 import struct
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from vgg_jax import CONFIGS, IMAGENET, InputError, load
+from vgg_jax import CONFIGS, IMAGENET, InputError, cli, load
 from vgg_jax.weights import read, save
 from vgg_jax.weights.layouts import LAYOUTS, rows
 
@@ -269,9 +270,11 @@ def test_matconvnets_layout(style, tmp_path):
     cells = np.empty((1, len(layers)), object)
     for i, layer in enumerate(layers):
         cells[0, i] = layer
-    io.savemat(path, {"layers": cells, "meta": {"normalization": {"averageImage": np.array(IMAGENET.mean_rgb)}}})
+    normalization = {"normalization": {"averageImage": np.array([[[100.0, 110.0, 120.0]]])}}
+    io.savemat(path, {"layers": cells, **({"meta": normalization} if style == "weights" else normalization)})
     assert read(path).layout == "matconvnet"
-    same(logits(path), expected(tensors, IMAGENET.mean_rgb))
+    assert read(path).preprocessing.mean_rgb == (100, 110, 120)
+    same(logits(path), expected(tensors, (100, 110, 120)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
@@ -358,6 +361,76 @@ def test_a_file_that_lies_about_itself(tmp_path):
             read(tmp_path / name)
     with pytest.raises(InputError, match="expected a file of weights, or a run's folder"):
         load(tmp_path / "nothing.pth")
+
+
+def test_files_that_would_take_for_ever(tmp_path):
+    """Groups that hold each other many times over, cells within cells, numbers that are nowhere, axes without end."""
+    with h5py.File(tmp_path / "loops.h5", "w") as file:
+        groups = [file.create_group(f"g{i}") for i in range(7)]
+        for one, other in itertools.pairwise(groups):
+            for i in range(30):
+                one[f"l{i}"] = other
+    with pytest.raises(InputError, match="more groups than a VGG"):
+        read(tmp_path / "loops.h5")
+    with h5py.File(tmp_path / "hollow.h5", "w") as file:
+        for name, (kernel, bias) in by_hand("A").items():
+            shape = (25088, 4096) if name == "fc6" else (4096, FC[1]) if name == "fc7" else in_rows(kernel, "HWIO").shape
+            file.create_dataset(f"{name}/weight", shape, "f4", chunks=True)
+            file.create_dataset(f"{name}/bias", (4096,) if name == "fc6" else bias.shape, "f4", chunks=True)
+    with pytest.raises(InputError, match=r"says that it holds 112,\d{3},\d{3} numbers in"):
+        read(tmp_path / "hollow.h5")
+    element = b""
+    for _ in range(20):
+        element = struct.pack("<II", 14, len(element)) + element
+    (tmp_path / "deep.mat").write_bytes(b"MATLAB".ljust(124) + b"\x00\x01IM" + element)
+    with pytest.raises(InputError, match="nested more than 12 deep"):
+        read(tmp_path / "deep.mat")
+    net = caffe_messages()()
+    net.layer.add(name="conv1_1").blobs.add(data=[1.0]).shape.dim.extend([2] * 100_000)
+    (tmp_path / "axes.caffemodel").write_bytes(net.SerializeToString())
+    with pytest.raises(InputError, match="conv1_1 has 9 or more axes"):
+        read(tmp_path / "axes.caffemodel")
+
+
+def test_parameters_and_an_optimizer_are_no_obstacle(tmp_path):
+    """Tensors that want a gradient; a file that Keras saved with what its optimizer knows."""
+    torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
+    state = torchvision_file(by_hand("A"), "A")
+    torch.save({name: torch.nn.Parameter(torch.from_numpy(array)) for name, array in state.items()}, tmp_path / "vgg.pth")
+    assert read(tmp_path / "vgg.pth").net == "A"
+    torch.save({name: torch.empty(array.shape, device="meta") for name, array in state.items()}, tmp_path / "meta.pth")
+    with pytest.raises(InputError, match="is no plain tensor"):
+        read(tmp_path / "meta.pth")
+
+
+def test_a_run_keeps_its_way_of_being_tested(tmp_path, monkeypatch):
+    """Q, mirror images and EXIF, and float32 whatever it was trained in, as a file."""
+    save_file(torchvision_file(by_hand("A"), "A"), tmp_path / "vgg.safetensors")
+    model, variables, metadata = load(tmp_path / "vgg.safetensors")
+    assert (metadata["preprocessing"]["scale"], metadata["flip"], metadata["preprocessing"]["exif"]) == (73, True, True)
+    metadata["preprocessing"] |= {"scale": 70, "exif": False}
+    run = model.clone(dtype=jax.numpy.bfloat16), variables, metadata | {"flip": False}
+    monkeypatch.setattr("vgg_jax.checkpoint.load", lambda _: run)
+    weights = read(tmp_path)
+    assert weights.model.dtype == np.float32
+    save(tmp_path / "run.safetensors", weights)
+    _, _, found = load(tmp_path / "run.safetensors")
+    assert (found["preprocessing"]["scale"], found["flip"], found["preprocessing"]["exif"]) == (70, False, False)
+
+
+def test_the_command_imports_and_checks(tmp_path, capsys):
+    torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
+    state = torchvision_file(by_hand("A", batch_norm=True), "A", batch_norm=True)
+    save_file(state, tmp_path / "vgg.safetensors")
+    assert cli.main(["import", str(tmp_path / "vgg.safetensors"), str(tmp_path / "ours.safetensors"), "--check", "torch"]) == 0
+    out = capsys.readouterr().out
+    assert "A with batch normalisation in torchvision's layout, deviation (58.395, 57.120, 57.375) to be divided into conv1_1" in out
+    assert "bn5_2" in out
+    assert "largest difference from PyTorch" in out
+    state["features.0.weight"][0, 0, 0, 0] = np.nan
+    save_file(state, tmp_path / "nan.safetensors")
+    assert cli.main(["import", str(tmp_path / "nan.safetensors"), str(tmp_path / "ours.safetensors"), "--check", "torch"]) == 1
+    assert torch.__version__
 
 
 @pytest.mark.parametrize("name", ["vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn"])

@@ -109,7 +109,14 @@ def load(workdir: str | os.PathLike) -> tuple[VGG, dict[str, Any], dict[str, Any
         "interpolation": "bilinear, antialiased",
         "exif": run.config.exif,
     }
-    known = {"config": run.config, "net": run.config.net, "flip": run.config.flip, "classes": run.classes, "preprocessing": preprocessing}
+    known = {
+        "config": run.config,
+        "net": run.config.net,
+        "flip": run.config.flip,
+        "top": True,
+        "classes": run.classes,
+        "preprocessing": preprocessing,
+    }
     return model, variables, known | progress
 
 

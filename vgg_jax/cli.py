@@ -1,6 +1,6 @@
 """The command line: flags to arguments, and errors to one sentence.
 
-Exit codes: 0 done, 2 bad input, 4 diverged, 75 stopped and resumable, 130 interrupted.
+Exit codes: 0 done, 1 a check that did not hold, 2 bad input, 4 diverged, 75 stopped and resumable, 130 interrupted.
 """
 
 import argparse
@@ -114,7 +114,7 @@ def import_(file: str, out: str, net: str | None, check: str | None) -> int:
         return 0
     from vgg_jax.weights.check import BOUND, against_torch
 
-    differences = against_torch(file, net)
+    differences = against_torch(weights)
     for layer, difference in differences.items():
         print(f"{layer:<10}{difference:>10.1e}")
     worst = max(differences, key=lambda layer: differences[layer])
@@ -126,8 +126,11 @@ def export(net: str, out: str, layout: str, output: str, uint8: bool, fold_batch
     from vgg_jax.export import Artefact, kind_of, with_folded_batch_norm, write
     from vgg_jax.weights import read
 
-    if kind_of(out) == "safetensors":
-        output, uint8 = "logits", True  # of the golden answer; the file holds nothing but weights
+    of_weights = kind_of(out) == "safetensors"
+    if of_weights and (output, uint8) != ("logits", True):
+        raise InputError(f"{out} holds weights only: expected neither --output nor --no-uint8 with it; they are for .onnx and the others")
+    if layout != "vgg_jax" and not of_weights:
+        raise InputError(f"layout is {layout!r}: expected a .safetensors file with it; {out} is a program")
     weights = read(net, arch)
     write(out, Artefact(with_folded_batch_norm(weights) if fold_batch_norm else weights, output, uint8, bfloat16), layout)
     print(f"{out}: written; `vgg-jax verify {out}` asks it again")
@@ -175,11 +178,11 @@ def evaluate(
     from vgg_jax.evaluate import evaluate, report, save
 
     chosen = Protocol(protocol, flip, softmax_first, ceil)
-    if out is not None:
-        os.makedirs(out, exist_ok=True)  # now rather than when all is computed
+    beside = run if os.path.isdir(run) else run + "-evaluated"
+    if out is not None or os.path.isfile(run):
+        os.makedirs(out or beside, exist_ok=True)  # now rather than when all is computed
     evaluation, facts = evaluate(run, data, split, protocol=chosen, scales=scales, **where)
     flags = [name for name, on in (("mirrored", facts["protocol"]["flip"]), ("softmax-first", softmax_first), ("ceil", ceil)) if on]
-    beside = run if os.path.isdir(run) else os.path.splitext(run)[0]
     folder = out or os.path.join(beside, "-".join([*([plain(data)] if data else []), split, protocol, *map(str, facts["scales"]), *flags]))
     save(folder, evaluation, facts)
     print(f"{', '.join([protocol, 'Q = ' + ', '.join(map(str, facts['scales'])), *flags])}: {report(facts)}")
@@ -226,7 +229,8 @@ def parser() -> argparse.ArgumentParser:
     add_cache(command)
     command.add_argument("--pixels", type=int, default=400_000, help="computed at once; more is faster on an accelerator (default: 400000)")
     command.add_argument(
-        "--out", help="folder for evaluation.json and posteriors.npz (default: SPLIT-PROTOCOL-SCALES-FLAGS in the run, or beside the file)"
+        "--out",
+        help="folder for evaluation.json and posteriors.npz (default: SPLIT-PROTOCOL-SCALES-FLAGS in RUN, or in FILE-evaluated)",
     )
 
     command = commands.add_parser("fuse", help="the mean of the posteriors of several evaluations")

@@ -6,6 +6,7 @@ import os
 import re
 import time
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from vgg_jax.checkpoint import read_run, write_whole
 from vgg_jax.configs import DENSE, Protocol
 from vgg_jax.errors import InputError
 from vgg_jax.metrics import averages, interval, sums_of
-from vgg_jax.posteriors import PIXELS, stream_posteriors
+from vgg_jax.posteriors import PIXELS, stream_posteriors, usual
 from vgg_jax.sharding import data_mesh
 from vgg_jax.weights import load
 
@@ -61,11 +62,7 @@ def evaluate(
     """
     model, variables, metadata = load(path)
     config: Any = metadata.get("config")  # of a run
-    if protocol.flip is None and not metadata["flip"]:  # as for digits: their mirror images are none
-        protocol = dataclasses.replace(protocol, flip=False)
-    scales = tuple(scales) or (metadata["preprocessing"]["scale"],)
-    if min(scales) < model.image_size:
-        raise InputError(f"scales is {scales}: expected at least the size of the net's images, {model.image_size}")
+    protocol, scales = usual(protocol, scales, model, metadata, path)
     from tqdm import tqdm
 
     from vgg_jax.data import VALIDATION, open_split, open_splits, rescaled_images  # TensorFlow is for those who read files
@@ -161,7 +158,7 @@ def read(path: str | Path) -> Evaluation:
         n, k = evaluation.posteriors.shape
         if (evaluation.labels.shape, evaluation.files.shape, evaluation.classes.shape) != ((n,), (n,), (k,)):
             raise ValueError("its arrays do not fit together")
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, TypeError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path} cannot be read ({error}): expected a posteriors.npz as `vgg-jax evaluate` writes it") from error
     return evaluation
 

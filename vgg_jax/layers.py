@@ -101,7 +101,11 @@ def with_filters(variables: Mapping[str, Any]) -> dict[str, Any]:
         return dict(variables)
     kernels = {name: layer["kernel"] for name, layer in variables["params"].items() if name.startswith("conv")}
     kernels = {name: kernel for name, kernel in kernels.items() if kernel.shape[0] == 3 and kernel.shape[2] > FEW}
-    return {**variables, "filters": jax.jit(functools.partial(jax.tree.map, winograd.transform_filters))(kernels)}
+    return {**variables, "filters": jax.jit(functools.partial(jax.tree.map, _filters))(kernels)}
+
+
+def _filters(kernel: Array) -> Array:
+    return winograd.transform_filters(kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32)))
 
 
 def max_pool(x: Array, ceil: bool = False) -> Array:

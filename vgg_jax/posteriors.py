@@ -4,6 +4,7 @@ Knows neither files nor TensorFlow. All that is evaluated is a window: the whole
 sizes share batches: each lies in the corner of a place, whose sides are few, and the net clears what is around it.
 """
 
+import dataclasses
 import functools
 import math
 from collections import Counter, defaultdict
@@ -27,6 +28,7 @@ PLACE = 32
 LARGE_PLACE = 128  # the same for a side above twice the shorter one's, which few photos have
 PIXELS = 400_000  # of the windows that are computed at once
 COMPILED = 2_000_000  # pixels that are computed in the time that compiling a program takes: 22 photos (net A, 2-core x86)
+LARGEST = 8_000_000  # pixels of one image at a test scale: they are computed at once (net A: about 3 GB)
 BACKLOG = 16  # batches that wait for their program before the reading of images waits too
 
 
@@ -85,6 +87,8 @@ def windows(index: int, scales: Sequence[np.ndarray], crop: int, protocol: Proto
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
             raise InputError(f"image {index} is {image.dtype} {image.shape}: expected uint8 RGB, (H, W, 3), the mean not subtracted")
         h, w = image.shape[:2]
+        if h * w > LARGEST:
+            raise InputError(f"image {index} is {h}x{w} at its test scale: expected at most {LARGEST:,} pixels; crop it, or leave it out")
         if min(h, w) < crop:
             raise InputError(f"image {index} is {h}x{w}: expected both sides to be at least the net's, {crop}; pass larger test scales")
         share = (0.5 if protocol.name == "both" else 1.0) / len(scales)
@@ -127,9 +131,12 @@ def stream_posteriors(
     """(index, posterior (K,)) of each image, in the order in which they are done; each is given at all test scales.
 
     Memory depends on `pixels`, those of the windows that are computed at once, not on the number of images. A program is compiled while
-    batches of others are computed, so a result may come earlier or later, but it is always the same. Raises InputError for an image that
-    is smaller than the net's.
+    batches of others are computed, so a result may come earlier or later, but it is always the same. Settings of jax that hold in one
+    thread only (`with jax.default_matmul_precision(…)`) do not reach all of it. Raises InputError for an image that is smaller than the
+    net's, or larger than `LARGEST`.
     """
+    if pixels < 1:
+        raise InputError(f"pixels is {pixels}: expected at least 1")
     compute = compiled(model, tuple(mean_rgb), protocol, mesh)
     variables = jax.device_put(with_filters(variables), replicated(mesh))
     parts: dict[int, list[Any]] = {}  # of each image that is not done, its windows' shares
@@ -244,6 +251,23 @@ def _fits(place: tuple[int, int], other: tuple[int, int]) -> bool:
     return place[0] <= other[0] and place[1] <= other[1]
 
 
+def usual(
+    protocol: Protocol, scales: Sequence[int], model: VGG, metadata: Mapping[str, Any], path: Any
+) -> tuple[Protocol, tuple[int, ...]]:
+    """The protocol and the test scales for a net, `metadata` as `vgg_jax.load` gives it, with what was not said filled in.
+
+    Raises InputError for a scale below the net's size, and for a net without fully connected layers.
+    """
+    if not metadata["top"]:
+        raise InputError(f"{path} has no fully connected layers: expected a whole net; it gives features only")
+    if protocol.flip is None and not metadata["flip"]:  # as for digits: their mirror images are none
+        protocol = dataclasses.replace(protocol, flip=False)
+    scales = tuple(scales) or (metadata["preprocessing"]["scale"],)
+    if min(scales) < model.image_size:
+        raise InputError(f"scales is {scales}: expected at least the size of the net's images, {model.image_size}")
+    return protocol, scales
+
+
 def posteriors(model: VGG, variables: Any, images: Sequence[np.ndarray] | Sequence[Sequence[np.ndarray]], **settings: Any) -> np.ndarray:
     """float64 (N, K): the class posteriors of images, uint8 RGB (H, W, 3) at a test scale each, or sequences of them, one for each scale.
 
@@ -252,7 +276,7 @@ def posteriors(model: VGG, variables: Any, images: Sequence[np.ndarray] | Sequen
     scaled = [[np.asarray(image)] if hasattr(image, "shape") else [*map(np.asarray, image)] for image in images]
     mesh = settings.pop("mesh", None) or data_mesh(1, jax.devices()[:1])
     found = dict(stream_posteriors(model, variables, scaled, mesh=mesh, **settings))
-    return np.stack([found[index] for index in range(len(scaled))])
+    return np.array([found[index] for index in range(len(scaled))]).reshape(-1, model.num_classes)
 
 
 def place_of(h: int, w: int, ceil: bool = False) -> tuple[int, int]:

@@ -94,6 +94,7 @@ def fit(config: TrainConfig, workdir: str | Path, data_dir: str | Path | None = 
             print(f"{workdir}: going on at epoch {len(history) + 1}, {at}", flush=True)
         elif source is not None:
             state = start_from(source, config, state, colours.mean_rgb)
+            source = None  # half a gigabyte
         write_whole(workdir / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history))
 
         def save_last() -> None:

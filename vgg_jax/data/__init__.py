@@ -1,4 +1,4 @@
-"""From image files to batches of numpy arrays. The only package that imports TensorFlow; TensorFlow never sees a GPU."""
+"""From image files to batches of numpy arrays. TensorFlow is imported here, also for `vgg_jax.export`, and never sees a GPU."""
 
 import contextlib
 import os
@@ -37,5 +37,6 @@ __all__ = [
     "read_scaled",
     "rescale",
     "rescaled_images",
+    "tf",
     "train_batches",
 ]

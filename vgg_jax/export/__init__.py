@@ -19,10 +19,11 @@ import numpy as np
 
 from vgg_jax.configs import Layer, layer_table
 from vgg_jax.errors import InputError
-from vgg_jax.layers import compiler_options
+from vgg_jax.layers import BatchNorm, compiler_options
 from vgg_jax.model import preprocess
 from vgg_jax.weights import Weights, metadata_of, save
 
+SAVEDMODEL_METADATA = "assets.extra/vgg_jax.json"  # TF Serving and TensorFlow leave it alone
 OUTPUTS = ("logits", "posteriors", "score_map")
 EXTRAS = {"onnx": "onnx", "stablehlo": "train", "savedmodel": "train", "safetensors": "train"}  # what is to be installed, by kind
 
@@ -89,6 +90,7 @@ class Artefact:
             "output": self.output,
             "bfloat16": self.bfloat16,
             "scale": metadata["preprocessing"]["scale"],
+            "flip": metadata["flip"],
             "golden_image": encoded(image),
             "golden_answer": encoded(answer),
         }
@@ -116,7 +118,7 @@ def with_folded_batch_norm(weights: Weights) -> Weights:
         if norm != name and norm in weights.params:
             scale, bias = (np.float64(weights.params[norm][leaf]) for leaf in ("scale", "bias"))
             mean, var = (np.float64(weights.batch_stats[norm][leaf]) for leaf in ("mean", "var"))
-            factor = scale / np.sqrt(var + 1e-5)
+            factor = scale / np.sqrt(var + BatchNorm.epsilon)
             kernel, offset = np.asarray(layer["kernel"]) * factor, (np.asarray(layer["bias"]) - mean) * factor + bias
             params[name] = {"kernel": kernel.astype(np.float32), "bias": offset.astype(np.float32)}
         elif not name.startswith("bn"):
@@ -138,7 +140,7 @@ def write(out: str | os.PathLike, artefact: Artefact, layout: str = "vgg_jax") -
     Raises InputError where the library that it needs is not installed, and for a folder in its place that is no earlier export.
     """
     out, kind = Path(out), kind_of(out)
-    if out.is_dir() and not (kind == "savedmodel" and (out / "saved_model.pb").exists()):
+    if out.is_dir() and not (kind == "savedmodel" and (out / SAVEDMODEL_METADATA).exists()):
         raise InputError(f"{out} is a folder: expected a name that is free, or an earlier export's")
     temporary = out.with_name(out.name + ".new")
     if temporary.is_dir():

@@ -9,6 +9,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from vgg_jax.export import Artefact
+from vgg_jax.layers import BatchNorm
 from vgg_jax.weights.layouts import LAYOUTS, rows
 
 OPSET, IR = 17, 8  # what runtimes of 2022 and later read
@@ -58,7 +59,7 @@ def graph(artefact: Artefact) -> Any:
             add("Conv", name, f"{name}/kernel", f"{name}/bias", kernel_shape=[kernel, kernel], pads=pads)
         elif kind == "bn":
             leaves = (f"{name}/{leaf}" for leaf in ("scale", "bias", "mean", "var"))
-            add("BatchNormalization", name, *leaves, epsilon=1e-5)
+            add("BatchNormalization", name, *leaves, epsilon=BatchNorm.epsilon)
         elif kind == "relu":
             add("Relu", name)
         elif kind == "lrn":

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
-from vgg_jax.export import Artefact
+from vgg_jax.data import tf  # which sees no GPU
+from vgg_jax.export import SAVEDMODEL_METADATA, Artefact
+from vgg_jax.layers import BatchNorm
 
 
 def write(path: Path, artefact: Artefact) -> None:
@@ -16,9 +17,8 @@ def write(path: Path, artefact: Artefact) -> None:
     size = None if artefact.output != "logits" else artefact.weights.model.image_size
     images = tf.TensorSpec((None, size, size, 3), tf.uint8 if artefact.uint8 else tf.float32, name="images")
     tf.saved_model.save(module, str(path), signatures=module.answer.get_concrete_function(images))
-    extra = path / "assets.extra"  # TF Serving and TensorFlow leave it alone
-    extra.mkdir()
-    (extra / "vgg_jax.json").write_text(json.dumps(artefact.described()))
+    (path / SAVEDMODEL_METADATA).parent.mkdir()
+    (path / SAVEDMODEL_METADATA).write_text(json.dumps(artefact.described()))
 
 
 class Module(tf.Module):
@@ -45,7 +45,7 @@ class Module(tf.Module):
                 x = tf.nn.conv2d(x, self._weight(name, "kernel"), 1, "SAME") + self._weight(name, "bias")
             elif kind == "bn":
                 mean, var, bias, scale = (self._weight(name, leaf) for leaf in ("mean", "var", "bias", "scale"))
-                x = tf.nn.batch_normalization(x, mean, var, bias, scale, 1e-5)
+                x = tf.nn.batch_normalization(x, mean, var, bias, scale, BatchNorm.epsilon)
             elif kind == "relu":
                 x = tf.nn.relu(x)
             elif kind == "lrn":

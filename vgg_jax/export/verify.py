@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vgg_jax.errors import InputError
-from vgg_jax.export import EXTRAS, decoded, kind_of, prepared
+from vgg_jax.export import EXTRAS, SAVEDMODEL_METADATA, decoded, kind_of, prepared
 
 BOUND, BFLOAT16_BOUND = 1e-4, 5e-2  # of the largest value; bfloat16 has three digits
 
@@ -63,9 +63,9 @@ def _stablehlo(path: Path) -> Opened:
 
 
 def _savedmodel(path: Path) -> Opened:
-    import tensorflow as tf
+    from vgg_jax.data import tf  # which sees no GPU
 
-    described = json.loads((path / "assets.extra" / "vgg_jax.json").read_text())
+    described = json.loads((path / SAVEDMODEL_METADATA).read_text())
     answer = tf.saved_model.load(str(path)).signatures["serving_default"]
     return described, lambda images: answer(images=tf.constant(images))[described["output"]].numpy()
 

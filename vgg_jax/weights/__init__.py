@@ -2,23 +2,24 @@
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from vgg_jax.configs import CONFIGS
 from vgg_jax.errors import InputError
 from vgg_jax.imagenet import CLASSES
 from vgg_jax.model import VGG
-from vgg_jax.weights.containers import open_file
-from vgg_jax.weights.layouts import LAYOUTS, Preprocessing, rows
+from vgg_jax.weights.containers import damage_named, open_file
+from vgg_jax.weights.layouts import LAYOUTS, NO_STD, Preprocessing, rows
 from vgg_jax.weights.recognize import recognize
 
 Tree = Mapping[str, Mapping[str, Any]]
-NO_STD = (1.0, 1.0, 1.0)
 WRITTEN = ("vgg_jax", "torchvision", "timm")  # layouts of safetensors files
 
 
@@ -60,8 +61,10 @@ def read(path: str | os.PathLike, net: str | None = None) -> Weights:
         raise InputError(f"net is {net!r}: expected one of {', '.join(CONFIGS)}")
     if path.is_dir():
         model, variables, metadata = load(path, net)
-        preprocessing = Preprocessing(tuple(metadata["preprocessing"]["mean_rgb"]))
+        known = metadata["preprocessing"]
+        preprocessing = Preprocessing(tuple(known["mean_rgb"]), NO_STD, known["scale"], metadata["flip"], known["exif"])
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
+        model = model.clone(dtype=jnp.float32)  # whatever it was trained in
         return Weights(metadata["net"], "vgg_jax", model, params, batch_stats, True, preprocessing, metadata["classes"])
     contents = open_file(path)
     try:
@@ -71,10 +74,14 @@ def read(path: str | os.PathLike, net: str | None = None) -> Weights:
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     trees: dict[str, dict[str, dict[str, np.ndarray]]] = {"params": {}, "batch_stats": {}}
-    for row in found.rows:
-        group, layer, leaf = row.ours
-        trees[group].setdefault(layer, {})[leaf] = row.to_ours(contents.tensors[row.theirs].read().astype(np.float32))
-    preprocessing = Preprocessing(notes["mean_rgb"], notes["std_rgb"]) if "mean_rgb" in notes else found.layout.preprocessing
+    numbers = sum(math.prod(row.shape) for row in found.rows)
+    if numbers > 4 * path.stat().st_size:  # 2 bytes each at least, and weights do not compress
+        raise InputError(f"{path} says that it holds {numbers:,} numbers in {path.stat().st_size:,} bytes: expected them all in the file")
+    with damage_named(path):
+        for row in found.rows:
+            group, layer, leaf = row.ours
+            trees[group].setdefault(layer, {})[leaf] = row.to_ours(contents.tensors[row.theirs].read().astype(np.float32))
+    preprocessing = found.layout.preprocessing._replace(**notes["preprocessing"])
     classes = notes.get("classes") or class_names(found.num_classes)
     if len(classes) != found.num_classes:
         raise InputError(f"{path} names {len(classes)} classes and fc8 has {found.num_classes}: expected a name for each")
@@ -105,18 +112,18 @@ def load_file(path: str | os.PathLike, net: str | None = None) -> tuple[VGG, dic
 
 def metadata_of(weights: Weights) -> dict[str, Any]:
     """What is to be known besides the numbers, as `load` gives it."""
-    size = weights.model.image_size
+    size, known = weights.model.image_size, weights.preprocessing
     preprocessing = {
-        "mean_rgb": weights.preprocessing.mean_rgb,
+        "mean_rgb": known.mean_rgb,
         "range": (0, 255),
         "channels": "RGB",
         "image_size": size,
-        "scale": round(size * 256 / 224),  # Q, the shorter side; the centre crop is read
+        "scale": known.scale or round(size * 256 / 224),  # Q, the shorter side; the centre crop is read
         "interpolation": "bilinear, antialiased",
-        "exif": True,
+        "exif": known.exif,
     }
-    # A mirror image is of the same class.
-    return {"classes": weights.classes, "preprocessing": preprocessing, "net": weights.net, "flip": True, "source": str(weights)}
+    about = {"net": weights.net, "flip": known.flip, "top": weights.top, "source": str(weights)}
+    return about | {"classes": weights.classes, "preprocessing": preprocessing}
 
 
 def save(
@@ -127,10 +134,13 @@ def save(
     Ours says in its metadata all that `read` needs. The others' are for images as those libraries prepare them: RGB, less the mean that
     the metadata name, divided by their own deviation; a net of another deviation has that multiplied into conv1_1.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     if layout not in WRITTEN:
         raise InputError(f"layout is {layout!r}: expected one of {', '.join(WRITTEN)}")
+    if layout != "vgg_jax" and weights.net not in ("A", "B", "D", "E"):
+        raise InputError(f"the net is {weights.net}, which {layout} does not have: expected A, B, D or E; pass the layout vgg_jax")
     there = next(each for each in LAYOUTS if each.name == layout)
     std = weights.preprocessing.std_rgb if layout == "vgg_jax" else there.preprocessing.std_rgb
     params = weights.params
@@ -141,16 +151,16 @@ def save(
     for row in rows(there, model.config, model.num_classes, model.batch_norm, model.image_size, weights.top):
         group, layer, leaf = row.ours
         tensors[row.theirs] = row.to_theirs(np.asarray(trees[group][layer][leaf])).astype(dtype)
-    notes = {
-        "net": weights.net,
-        "image_size": model.image_size,
-        "mean_rgb": weights.preprocessing.mean_rgb,
-        "std_rgb": std,
-        "classes": weights.classes,
-    }
+    known = weights.preprocessing._replace(std_rgb=std, scale=metadata_of(weights)["preprocessing"]["scale"])
+    notes = {"net": weights.net, "image_size": model.image_size, "classes": weights.classes} | known._asdict()
     temporary = Path(path).with_name(Path(path).name + ".part")
-    save_file(tensors, temporary, metadata={"format": "pt", "vgg_jax": json.dumps(notes | dict(more or {}))})
-    os.replace(temporary, path)
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt", "vgg_jax": json.dumps(notes | dict(more or {}))})
+        os.replace(temporary, path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"cannot write {path} ({error}): expected a folder that can be written to, with room for the file") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def class_names(count: int) -> tuple[str, ...]:
@@ -168,22 +178,24 @@ def divided(params: Tree, std_rgb: tuple[float, ...]) -> Tree:
 
 
 def _notes(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """What our own files say, checked. Raises InputError for what `save` does not write."""
-    notes: dict[str, Any] = {}
+    """What our own files say, and MatConvNet's of their mean, checked. Raises InputError for what cannot be."""
+    notes: dict[str, Any] = {"preprocessing": {}}
+    known = notes["preprocessing"]
     try:
         if "net" in raw:
             notes["net"] = {name: name for name in CONFIGS}[raw["net"]]
         if "image_size" in raw:
             notes["image_size"] = int(raw["image_size"])
-        if "mean_rgb" in raw:
-            for name in ("mean_rgb", "std_rgb"):
-                notes[name] = tuple(float(value) for value in raw[name])
-                if len(notes[name]) != 3 or not np.isfinite(notes[name]).all():
-                    raise ValueError(name)
-            if min(notes["std_rgb"]) <= 0:
-                raise ValueError("std_rgb")
         if "classes" in raw:
             notes["classes"] = tuple(str(name) for name in raw["classes"])
+        for name in ("mean_rgb", "std_rgb"):
+            if name in raw:
+                known[name] = tuple(float(value) for value in raw[name])
+                if len(known[name]) != 3 or not np.isfinite(known[name]).all() or (name == "std_rgb" and min(known[name]) <= 0):
+                    raise ValueError(f"{name} is {known[name]}")
+        if raw.get("scale") is not None:
+            known["scale"] = int(raw["scale"])
+        known |= {name: bool(raw[name]) for name in ("flip", "exif") if name in raw}
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"its metadata cannot be read ({error}): expected what vgg_jax writes") from error
     return notes

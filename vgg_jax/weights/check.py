@@ -1,6 +1,6 @@
 """The net of a file, layer by layer, beside PyTorch's operations on the same numbers."""
 
-import os
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,24 +9,24 @@ import numpy as np
 from vgg_jax.configs import layer_table
 from vgg_jax.errors import InputError
 from vgg_jax.layers import compiler_options
-from vgg_jax.weights import read
+from vgg_jax.weights import Weights
 from vgg_jax.weights.layouts import LAYOUTS, rows
 
 BOUND = 1e-4
 
 
-def against_torch(path: str | os.PathLike, net: str | None = None, seed: int = 0) -> dict[str, float]:
+def against_torch(weights: Weights, seed: int = 0) -> dict[str, float]:
     """Of each layer's activations the largest difference, relative to the largest value, on one random image.
 
-    PyTorch gets the file's own numbers, in its order of axes, and the image less the mean divided by the deviation; ours the net as
-    `load` gives it. Raises InputError where torch is not installed, or as `read` does.
+    PyTorch gets the tensors as `read` gives them and the image less the mean divided by the deviation; ours the variables of `load`, so
+    this checks the layers and the deviation in conv1_1, not the order of a file's axes. What is not a number is infinitely far. Raises
+    InputError where torch is not installed.
     """
     try:
         import torch
         from torch.nn import functional
     except ImportError as error:
         raise InputError(f"the check against PyTorch needs torch ({error}): pip install torch") from error
-    weights = read(path, net)
     model = weights.model
     table = layer_table(model.config, model.num_classes, model.batch_norm, model.image_size)
     table = tuple(layer for layer in table if layer.kind != "drop" and (weights.top or layer.name[-1] not in "678"))
@@ -59,5 +59,6 @@ def against_torch(path: str | os.PathLike, net: str | None = None, seed: int = 0
             else:
                 x = functional.linear(x.flatten(1), tensors[name, "kernel"], tensors[name, "bias"])
             theirs = x.numpy().transpose(0, 2, 3, 1) if x.ndim == 4 else x.numpy()[:, None, None]
-            differences[name] = float(np.abs(np.asarray(ours[name]) - theirs).max() / max(np.abs(theirs).max(), 1e-30))
+            difference = float(np.abs(np.asarray(ours[name]) - theirs).max() / max(np.abs(theirs).max(), 1e-30))
+            differences[name] = difference if math.isfinite(difference) else math.inf
     return differences

@@ -1,13 +1,15 @@
-"""Weight files as names with shapes: the numbers are read one tensor at a time, once the shapes are known to be a VGG's.
+"""Weight files as names with shapes. Where the format allows it, the numbers are read once the shapes are known to be a VGG's.
 
 Nothing here runs code from a file: no pickle but by `torch.load(weights_only=True)`, no external storage of HDF5, no path out of a file.
 """
 
+import contextlib
 import json
 import math
 import mmap
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -34,8 +36,6 @@ class Contents(NamedTuple):
 
 def open_file(path: Path) -> Contents:
     """Recognises the kind by the first bytes. Raises InputError for a file that is not there, of no known kind, or damaged."""
-    if path.is_dir():
-        raise InputError(f"{path} is a folder without run.json: expected a run's folder, or a file of weights")
     try:
         with path.open("rb") as file:
             head = file.read(128)
@@ -56,17 +56,28 @@ def open_file(path: Path) -> Contents:
             f"{path} is of no known kind: expected .safetensors, .pth (PyTorch), .h5 (Keras, flaxmodels), .caffemodel, or .mat (MatConvNet)"
         )
     try:
-        return read(path)
-    except InputError:
-        raise
+        with damage_named(path, kind):
+            return read(path)
     except ImportError as error:
         raise InputError(f"reading {path} needs {error.name}: {_INSTALL[kind]}") from error
+
+
+@contextlib.contextmanager
+def damage_named(path: Path, kind: str = "weights") -> Iterator[None]:
+    """Turns what a library says of a damaged file into InputError: each has its own ways to say it."""
+    try:
+        yield
+    except (InputError, ImportError):
+        raise
     except MemoryError as error:
         raise InputError(f"{path} says that it is larger than this machine's memory: expected a VGG's weights") from error
-    except Exception as error:  # each library has its own ways to say that a file is damaged
+    except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise InputError(f"{path} cannot be read as a {kind} file ({reason}): expected it whole, as it was written") from error
 
+
+LARGEST = 2**31  # bytes; E with ImageNet's classes has 575 MB
+MANY = 2000  # names, groups or fields: more than any VGG has
 
 _INSTALL = {
     "HDF5": "pip install 'vgg-jax[weights]'",
@@ -80,10 +91,12 @@ _INSTALL = {
 def _safetensors(path: Path) -> Contents:
     from safetensors import safe_open
 
-    file = safe_open(path, framework="flax")
+    file = safe_open(path, framework="numpy")
 
     def read(name: str) -> np.ndarray:
-        return np.asarray(file.get_tensor(name))
+        if file.get_slice(name).get_dtype() == "BF16":  # NumPy has no such type, jax's arrays do
+            return np.asarray(safe_open(path, framework="flax").get_tensor(name))
+        return file.get_tensor(name)
 
     names = list(file.keys())
     tensors = {name: Tensor(tuple(file.get_slice(name).get_shape()), partial(read, name)) for name in names}
@@ -104,7 +117,7 @@ def _pytorch(path: Path) -> Contents:
         raise InputError(f"{path} holds {type(found).__name__}: expected a state_dict, as torch.save(model.state_dict(), …) writes")
     tensors = {}
     for name, value in found.items():
-        if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_quantized:
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_quantized or value.is_meta:
             raise InputError(f"{path}: {name} is no plain tensor: expected a state_dict of arrays")
         # A view may claim to be larger than what is stored.
         if value.numel() and value.numel() * value.element_size() > value.untyped_storage().nbytes():
@@ -114,7 +127,7 @@ def _pytorch(path: Path) -> Contents:
 
 
 def _of_torch(value: Any) -> np.ndarray:
-    return value.float().numpy()
+    return value.detach().float().numpy()
 
 
 def _hdf5(path: Path) -> Contents:
@@ -122,10 +135,14 @@ def _hdf5(path: Path) -> Contents:
 
     tensors: dict[str, Tensor] = {}
 
+    seen = 0
+
     def walk(group: Any, prefix: str, depth: int) -> None:
-        if depth > 8 or len(tensors) > 1000:
-            raise InputError(f"{path} has more groups than a VGG: expected the weights of one net")
+        nonlocal seen
         for name in group:
+            seen += 1
+            if depth > 8 or seen > MANY:
+                raise InputError(f"{path} has more groups than a VGG: expected the weights of one net")
             if not isinstance(group.get(name, getlink=True), h5py.HardLink):
                 raise InputError(f"{path}: {prefix}{name} is a link: expected the weights in the file itself")
             item = group[name]
@@ -155,8 +172,15 @@ def _keras_name(path: str) -> str:
 def _matlab(path: Path) -> Contents:
     from scipy.io import loadmat
 
+    _check_matlab(path)
     found = loadmat(path, variable_names=("layers", "meta", "normalization"))
     tensors = {}
+    notes = {}
+    for place in (found, found["meta"][0, 0] if "meta" in found else {}):
+        names = place.dtype.names if isinstance(place, np.void) else place
+        if "normalization" in (names or ()) and "averageImage" in place["normalization"].dtype.names:
+            mean = np.asarray(place["normalization"][0, 0]["averageImage"], np.float64)
+            notes["mean_rgb"] = mean.reshape(-1, 3).mean(0) if mean.shape[-1] == 3 else mean.ravel()
     for layer in found["layers"].ravel():
         layer = layer[0, 0]
         names = layer.dtype.names
@@ -173,7 +197,32 @@ def _matlab(path: Path) -> Contents:
             if leaf == "filters":
                 array = array.reshape(array.shape + (1,) * (4 - array.ndim))  # MATLAB drops ones at the end
             tensors[f"{name}/{leaf}"] = Tensor(array.shape, partial(np.asarray, array))
-    return Contents(tensors, {})
+    return Contents(tensors, notes)
+
+
+def _check_matlab(path: Path) -> None:
+    """Raises InputError for nesting that would exhaust scipy's stack, and for more than a VGG's numbers behind a compression."""
+    data = memoryview(path.read_bytes())[128:]
+    waiting = [(data, 0)]
+    while waiting:
+        part, depth = waiting.pop()
+        at = 0
+        while at + 8 <= len(part):
+            kind, size = (int.from_bytes(part[at + i : at + i + 4], "little") for i in (0, 4))
+            if kind >> 16:  # a small element: its bytes lie in the tag
+                at += 8
+                continue
+            inside = part[at + 8 : at + 8 + size]
+            if kind == 15:
+                unpacker = zlib.decompressobj()
+                inside = memoryview(unpacker.decompress(inside, LARGEST))
+                if unpacker.unconsumed_tail:
+                    raise InputError(f"{path} unpacks to more than {LARGEST:,} bytes: expected a VGG's weights")
+            if kind in (14, 15):
+                if depth > 12:
+                    raise InputError(f"{path} is nested more than 12 deep: expected MatConvNet's net")
+                waiting.append((inside, depth + 1))
+            at += 8 + size + (0 if kind == 15 else -size % 8)
 
 
 def _caffe(path: Path) -> Contents:
@@ -202,13 +251,15 @@ def _blob(data: memoryview, name: str) -> Tensor:
         if field <= 4 and isinstance(value, int):
             legacy[field] = value
         elif field == 7 and not isinstance(value, int):
-            shape = [number for _, dims in _fields(value) for number in ([dims] if isinstance(dims, int) else _varints(dims))]
+            shape = [number for _, dims in _fields(value) for number in ([dims] if isinstance(dims, int) else _varints(dims))][:9]
         elif field in (5, 8) and not isinstance(value, int):
             parts.append((value, {5: "<f4", 8: "<f8"}[field]))
     if shape is None:
         shape = [legacy.get(field, 1) for field in (1, 2, 3, 4)]
         while len(shape) > 1 and shape[0] == 1:  # a matrix and a vector lie in the last axes
             shape = shape[1:]
+    if len(shape) > 8:
+        raise InputError(f"{name} has {len(shape)} or more axes: expected at most four")
     stored = sum(len(part) // int(kind[2]) for part, kind in parts)
     if stored != math.prod(shape):
         raise InputError(f"{name} has the shape {tuple(shape)} and {stored} numbers: expected as many as the shape says")
@@ -217,8 +268,11 @@ def _blob(data: memoryview, name: str) -> Tensor:
 
 def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
     """The fields of a protocol buffer message: numbers, and strings, messages and packed arrays as views of the file."""
-    at = 0
+    at = count = 0
     while at < len(data):
+        count += 1
+        if count > MANY:
+            raise ValueError("more fields than a VGG has")
         key, at = _varint(data, at)
         kind = key & 7
         if kind == 0:
@@ -253,6 +307,6 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
 
 def _varints(data: memoryview) -> Iterator[int]:
     at = 0
-    while at < len(data):
+    while at < min(len(data), 100):
         value, at = _varint(data, at)
         yield value

@@ -13,12 +13,17 @@ import numpy as np
 
 from vgg_jax.configs import IMAGENET, Layer, VGGConfig, layer_table
 
+NO_STD = (1.0, 1.0, 1.0)
+
 
 class Preprocessing(NamedTuple):
-    """What a net's images are: RGB on the 0-255 scale, less a mean, divided by a deviation."""
+    """What a net's images are: RGB on the 0-255 scale, less a mean, divided by a deviation; and how it is to be tested."""
 
     mean_rgb: tuple[float, float, float]
-    std_rgb: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    std_rgb: tuple[float, float, float] = NO_STD
+    scale: int | None = None  # Q, the shorter side; None: 256 for a net of 224 pixels, and in proportion
+    flip: bool = True  # whether a mirror image is of the same class
+    exif: bool = True  # whether photos are turned upright
 
 
 # The authors' mean pixel, and what torchvision's nets were trained with, on the 0-255 scale.
@@ -144,14 +149,25 @@ def _keras3(table: Iterable[Layer]) -> dict[str, str]:
 
 _TORCH = {"kernel": ".weight", "bias": ".bias", "scale": ".weight", "mean": ".running_mean", "var": ".running_var"}
 _BLOBS = {"kernel": "/0", "bias": "/1", "scale": "/none", "mean": "/none", "var": "/none"}  # no batch normalisation was published
+_VARS = {**_BLOBS, "kernel": "/vars/0", "bias": "/vars/1"}
 _OURS = {leaf: f"/{leaf}" for leaf in ("kernel", "bias", "scale", "mean", "var")}
+
+_KERAS_STATE = r"(optimizer|optimizer_weights|top_level_model_weights|metrics|vars)\b.*"  # of a model that was trained
 
 LAYOUTS = (
     Layout("vgg_jax", _same_names, _OURS, {"conv": "H W I O", "fc": "HWI O"}, AUTHORS),
     Layout("torchvision", _torchvision, _TORCH, {"conv": "O I H W", "fc": "O IHW"}, TORCHVISION, ignored=r".*\.num_batches_tracked"),
     Layout("timm", _timm, _TORCH, {"conv": "O I H W", "fc": "O I H W", "fc8": "O IHW"}, TORCHVISION, ignored=r".*\.num_batches_tracked"),
-    Layout("keras", _keras, _BLOBS, {"conv": "H W I O", "fc": "HWI O"}, AUTHORS, bgr=True),
-    Layout("keras 3", _keras3, {**_BLOBS, "kernel": "/vars/0", "bias": "/vars/1"}, {"conv": "H W I O", "fc": "HWI O"}, AUTHORS, bgr=True),
+    Layout("keras", _keras, _BLOBS, {"conv": "H W I O", "fc": "HWI O"}, AUTHORS, bgr=True, ignored=_KERAS_STATE),
+    Layout(
+        "keras 3",
+        _keras3,
+        {**_BLOBS, "kernel": "/vars/0", "bias": "/vars/1"},
+        {"conv": "H W I O", "fc": "HWI O"},
+        AUTHORS,
+        bgr=True,
+        ignored=_KERAS_STATE,
+    ),
     Layout("caffe", _same_names, _BLOBS, {"conv": "O I H W", "fc": "O IHW"}, AUTHORS, bgr=True),
     Layout("matconvnet", _same_names, {**_BLOBS, "kernel": "/filters", "bias": "/biases"}, {"conv": "H W I O", "fc": "H W I O"}, AUTHORS),
     Layout("flaxmodels", _same_names, {**_BLOBS, "kernel": "/weight", "bias": "/bias"}, {"conv": "H W I O", "fc": "IHW O"}, TORCHVISION),
