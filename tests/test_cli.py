@@ -110,7 +110,7 @@ def test_a_run_that_cannot_be_read(capsys, tmp_path, monkeypatch):
     for content in ("", "{", "[]", '{"config": {"nett": 1}}', "\x00\xff"):
         shutil.rmtree("w", ignore_errors=True)
         (tmp_path / "w").mkdir()
-        (tmp_path / "w" / "run's folder").write_bytes(content.encode("latin1"))
+        (tmp_path / "w" / "run.json").write_bytes(content.encode("latin1"))
         code, _, err = run(capsys, "train", "--workdir", "w")
         assert code == 2
         assert "w/run.json" in err.strip().splitlines()[-1]

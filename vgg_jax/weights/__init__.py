@@ -83,9 +83,9 @@ def read(path: str | os.PathLike, net: str | None = None) -> Weights:
             trees[group].setdefault(layer, {})[leaf] = row.to_ours(contents.tensors[row.theirs].read().astype(np.float32))
     preprocessing = found.layout.preprocessing._replace(**notes["preprocessing"])
     classes = notes.get("classes") or class_names(found.num_classes)
-    if len(classes) != found.num_classes:
+    if found.top and len(classes) != found.num_classes:
         raise InputError(f"{path} names {len(classes)} classes and fc8 has {found.num_classes}: expected a name for each")
-    model = VGG(found.config, found.num_classes, found.batch_norm, image_size=found.image_size)
+    model = VGG(found.config, len(classes), found.batch_norm, image_size=found.image_size)
     return Weights(found.net, found.layout.name, model, trees["params"], trees["batch_stats"], found.top, preprocessing, classes)
 
 
