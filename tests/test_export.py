@@ -12,7 +12,7 @@ import pytest
 
 from tests.test_features import narrow
 from tests.tiny import init
-from vgg_jax import CONFIGS, IMAGENET, VGG, InputError, cli
+from vgg_jax import CONFIGS, IMAGENET, VGG, InputError, cli, compiler_options
 from vgg_jax.export import Artefact, kind_of, with_folded_batch_norm, write
 from vgg_jax.export.verify import verify
 from vgg_jax.weights import Weights, read
@@ -37,7 +37,7 @@ def photos(*shape, seed=3):
 
 
 def ours(artefact, images):
-    return np.asarray(jax.jit(artefact)(artefact.weights.variables, images))
+    return np.asarray(jax.jit(artefact, compiler_options=compiler_options())(artefact.weights.variables, images))
 
 
 def same(found, expected, tolerance=1e-4):

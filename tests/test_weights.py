@@ -1,5 +1,6 @@
 """Files as the other libraries write them, in and out again: by those libraries where they are installed, else to the published layout."""
 
+import functools
 import itertools
 import json
 import re
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from vgg_jax import CONFIGS, IMAGENET, InputError, cli, load
+from vgg_jax import CONFIGS, IMAGENET, InputError, cli, compiler_options, load
 from vgg_jax.weights import read, save
 from vgg_jax.weights.layouts import LAYOUTS, rows
 
@@ -64,7 +65,13 @@ def images(count=2, seed=1):
 def logits(path, net=None):
     model, variables, metadata = load(path) if net is None else load(path, net)
     assert (model.num_classes, model.image_size) == (CLASSES, SIZE)
-    return np.asarray(jax.jit(model.apply)(variables, images() - np.float32(metadata["preprocessing"]["mean_rgb"])))
+    return np.asarray(forward(model, variables, images() - np.float32(metadata["preprocessing"]["mean_rgb"])))
+
+
+@functools.partial(jax.jit, static_argnums=0, compiler_options=compiler_options())
+def forward(model, variables, x):
+    """Compiled once for all the files that hold the same net."""
+    return model.apply(variables, x)
 
 
 def expected(tensors, mean, std=(1, 1, 1), bgr=False):
@@ -187,7 +194,7 @@ def test_keras_itself(tmp_path):
         model, variables, metadata = load(path)
         x = pixels - np.float32(metadata["preprocessing"]["mean_rgb"])
         if top:
-            ours = model.apply(variables, x)
+            ours = forward(model, variables, x)
         else:
             ours = model.apply(variables, x, layers=("pool5",), method="features")["pool5"]
             assert "without fully connected layers" in metadata["source"]
@@ -464,7 +471,7 @@ def goes_in_and_back(library, theirs, pixels, tmp_path):
             module.running_var.uniform_(0.5, 1.5)
     torch.save(theirs.state_dict(), tmp_path / "vgg.pth")
     model, variables, metadata = load(tmp_path / "vgg.pth")
-    ours = jax.jit(model.apply)(variables, pixels - np.float32(metadata["preprocessing"]["mean_rgb"]))
+    ours = forward(model, variables, pixels - np.float32(metadata["preprocessing"]["mean_rgb"]))
     with torch.inference_mode():
         wanted = theirs(torch.from_numpy(((pixels - np.float32(MEAN)) / np.float32(STD)).transpose(0, 3, 1, 2).copy())).numpy()
     same(ours, wanted)
