@@ -87,7 +87,7 @@ def windows(index: int, scales: Sequence[np.ndarray], crop: int, protocol: Proto
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
             raise InputError(f"image {index} is {image.dtype} {image.shape}: expected uint8 RGB, (H, W, 3), the mean not subtracted")
         h, w = image.shape[:2]
-        if h * w > LARGEST:
+        if h * w > LARGEST and protocol.name in ("dense", "both"):
             raise InputError(f"image {index} is {h}x{w} at its test scale: expected at most {LARGEST:,} pixels; crop it, or leave it out")
         if min(h, w) < crop:
             raise InputError(f"image {index} is {h}x{w}: expected both sides to be at least the net's, {crop}; pass larger test scales")
