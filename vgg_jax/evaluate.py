@@ -19,7 +19,7 @@ from vgg_jax.checkpoint import read_run, write_whole
 from vgg_jax.configs import DENSE, Protocol
 from vgg_jax.errors import InputError
 from vgg_jax.metrics import averages, interval, sums_of
-from vgg_jax.posteriors import PIXELS, stream_posteriors, usual
+from vgg_jax.posteriors import PIXELS, stream_posteriors, with_defaults
 from vgg_jax.sharding import data_mesh
 from vgg_jax.weights import load
 
@@ -62,7 +62,7 @@ def evaluate(
     """
     model, variables, metadata = load(path)
     config: Any = metadata.get("config")  # of a run
-    protocol, scales = usual(protocol, scales, model, metadata, path)
+    protocol, scales = with_defaults(protocol, scales, model, metadata, path)
     from tqdm import tqdm
 
     from vgg_jax.data import VALIDATION, open_split, open_splits, rescaled_images  # TensorFlow is for those who read files

@@ -35,7 +35,6 @@ def _first_rate(config: TrainConfig) -> float:
 
 def _decayed(config: TrainConfig, params: dict) -> dict:
     """Which parameters decay; a frozen one does not, and has no gradient: its velocity stays 0, and it the same to the bit."""
-
     frozen = config.frozen
 
     def decays(path: tuple, _: Array) -> bool:

@@ -252,7 +252,7 @@ def _fits(place: tuple[int, int], other: tuple[int, int]) -> bool:
     return place[0] <= other[0] and place[1] <= other[1]
 
 
-def usual(
+def with_defaults(
     protocol: Protocol, scales: Sequence[int], model: VGG, metadata: Mapping[str, Any], path: Any
 ) -> tuple[Protocol, tuple[int, ...]]:
     """The protocol and the test scales for a net, `metadata` as `vgg_jax.load` gives it, with what was not said filled in.

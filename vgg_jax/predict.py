@@ -11,7 +11,7 @@ import jax
 
 from vgg_jax.configs import DENSE, Protocol
 from vgg_jax.errors import InputError
-from vgg_jax.posteriors import stream_posteriors, usual
+from vgg_jax.posteriors import stream_posteriors, with_defaults
 from vgg_jax.sharding import data_mesh
 from vgg_jax.weights import load
 
@@ -38,7 +38,7 @@ def predict(
         raise InputError(f"top is {top}: expected at least 1")
     files = listed(images)
     model, variables, metadata = load(path)
-    protocol, scales = usual(protocol, scales, model, metadata, path)
+    protocol, scales = with_defaults(protocol, scales, model, metadata, path)
     from vgg_jax.data import read_scaled  # TensorFlow is for those who read files
 
     readable: list[int] = []
