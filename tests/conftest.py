@@ -15,10 +15,12 @@ CACHE = tempfile.TemporaryDirectory()
 jax.config.update("jax_compilation_cache_dir", CACHE.name)
 
 
+DATA = Path(os.environ.get("VGG_JAX_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data sets that are not part of the project."""
-    folder = Path(os.environ.get("VGG_JAX_DATA", Path(__file__).parents[2] / "shared" / "data"))
-    if not folder.is_dir():
-        pytest.skip(f"no real data: {folder} does not exist and VGG_JAX_DATA is not set")
-    return folder
+    if not DATA.is_dir():
+        pytest.skip(f"no real data: {DATA} does not exist and VGG_JAX_DATA is not set")
+    return DATA

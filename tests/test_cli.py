@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from vgg_jax import TrainConfig, cli, preset
+from vgg_jax.arguments import parser
 
 
 def run(capsys, *argv):
@@ -26,7 +27,7 @@ def test_summary_of_the_printout_that_pytorch_users_know(capsys):
 
 
 def test_every_field_of_the_configuration_has_a_flag_and_the_other_way_round():
-    flags = vars(cli.parser().parse_args(["train", "d", *FLAGS.split()]))
+    flags = vars(parser().parse_args(["train", "d", *FLAGS.split()]))
     given = {name: flags[name] for name in flags if name not in NOT_OF_THE_RUN}
     assert given.keys() == {field.name for field in dataclasses.fields(TrainConfig)}
     config = preset(**{name: value for name, value in given.items() if name not in WITHOUT_EFFECT})
@@ -45,7 +46,7 @@ NOT_OF_THE_RUN = {"command", "workdir", "data_dir", "download", "compilation_cac
 
 
 def test_what_is_not_given_is_the_presets():
-    flags = vars(cli.parser().parse_args(["train"]))
+    flags = vars(parser().parse_args(["train"]))
     assert flags.keys() == {"data"} | NOT_OF_THE_RUN
 
 

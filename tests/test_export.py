@@ -177,6 +177,22 @@ def test_litert_takes_the_savedmodel(tmp_path):
     same(ask(images=images)["logits"], ours(artefact, images))
 
 
+def test_the_savedmodel_is_what_tf_serving_asks_for(tmp_path):
+    """Its tag, its kind of signature, any batch size, and no operation that a server without Python lacks."""
+    from tensorflow.core.protobuf import saved_model_pb2
+
+    write(tmp_path / "net.savedmodel", Artefact(weights("A-LRN")))
+    (graph,) = saved_model_pb2.SavedModel.FromString((tmp_path / "net.savedmodel" / "saved_model.pb").read_bytes()).meta_graphs
+    assert list(graph.meta_info_def.tags) == ["serve"]
+    signature = graph.signature_def["serving_default"]
+    assert signature.method_name == "tensorflow/serving/predict"
+    assert {name: [dim.size for dim in info.tensor_shape.dim] for name, info in signature.inputs.items()} == {"images": [-1, 32, 32, 3]}
+    assert {name: [dim.size for dim in info.tensor_shape.dim] for name, info in signature.outputs.items()} == {"logits": [-1, 3]}
+    operations = {operation.name for operation in graph.meta_info_def.stripped_op_list.op}
+    assert {"Conv2D", "LRN", "MaxPool"} <= operations
+    assert not {name for name in operations if "Py" in name or "Xla" in name}
+
+
 def test_what_cannot_be_exported_or_verified(tmp_path, capsys):
     pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install 'vgg-jax[onnx]'")
     with pytest.raises(InputError, match=r"ends in '.pb': expected \.safetensors, \.onnx"):

@@ -11,6 +11,7 @@ import pytest
 import vgg_jax
 from tests.tiny import TINY, images, init
 from vgg_jax import CONFIGS, VGG, InputError, init_from
+from vgg_jax.model import transposed
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,14 @@ def test_score_map_is_the_three_matrices_on_every_window(net):
                 y = y @ np.asarray(variables["params"][name]["kernel"])
                 y = y if name == "fc8" else np.maximum(y, 0)
             np.testing.assert_allclose(scores[:, i, j], y, rtol=1e-4, atol=1e-4)
+
+
+def test_a_transposed_net_answers_transposed_images(net):
+    model, variables = net
+    x = images(2, 100, 165)
+    scores = model.apply(transposed(model, variables), x.swapaxes(1, 2), method="score_map")
+    assert scores.shape == (2, 4, 2, 7)
+    np.testing.assert_allclose(scores.swapaxes(1, 2), model.apply(variables, x, method="score_map"), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("size", "expected"), [((256, 256), 2), ((384, 384), 6), ((512, 512), 10), ((256, 341), (2, 4)), ((224, 224), 1)])

@@ -139,8 +139,8 @@ def test_each_image_comes_once_and_places_share_programs(net, caplog, compilatio
     settings = {"mesh": data_mesh(2), "protocol": DENSE, "pixels": 8_000 if worth == 2_000_000 else 3_000}
     found = dict(stream_posteriors(*net, ([image] for image in photos(sizes)), **settings))
     assert found.keys() == set(range(60))
-    assert {place_of(*size) for size in sizes} == {(31, 31), (32, 31), (31, 127), (127, 31)}
-    assert 0 < compilations() <= 4
+    assert {place_of(*sorted(size)) for size in sizes} == {(31, 31, False), (31, 32, False), (31, 127, False)}
+    assert 0 < compilations() <= 3
     caplog.clear()
     again = dict(stream_posteriors(*net, ([image] for image in photos(sizes)), **settings))
     assert compilations() == 0
@@ -151,7 +151,7 @@ def test_each_image_comes_once_and_places_share_programs(net, caplog, compilatio
 
 def plan(sizes, pixels=400_000, devices=1):
     """The batches of windows of these sizes, of no pixels."""
-    found = [Window(i, 0, 1.0, np.broadcast_to(np.uint8(0), (*size, 3))) for i, size in enumerate(sizes)]
+    found = [Window(i, 0, 1.0, np.broadcast_to(np.uint8(0), (*sorted(size), 3)), size[0] > size[1]) for i, size in enumerate(sizes)]
     return list(batches(found, pixels, devices, ceil=False))
 
 
@@ -167,8 +167,9 @@ def test_batches_hold_every_window_once_in_a_place_that_is_large_enough():
         for batch in found:
             assert 0 < len(batch.windows) <= batch.slots
             assert batch.slots % devices == 0
-            assert all(side <= room for window in batch.windows for side, room in zip(sizes[window.image], batch.place, strict=True))
-        assert len({batch.program for batch in found}) <= 25
+            for h, w in (sizes[window.image] for window in batch.windows):
+                assert h <= batch.place.h and w <= batch.place.w if not batch.place.turned else w <= batch.place.h < h <= batch.place.w
+        assert len({batch.program for batch in found}) <= 12
         computed = sum(batch.slots * batch.place[0] * batch.place[1] for batch in found)
         assert computed < 1.25 * sum(h * w for h, w in sizes)
 
@@ -176,22 +177,25 @@ def test_batches_hold_every_window_once_in_a_place_that_is_large_enough():
 def test_a_place_has_a_program_only_where_that_is_worth_it():
     """22 photos of 256x351 are; three that are a little smaller go along, one that is much larger cannot."""
     usual = plan([(256, 351)] * 30)
-    assert {batch.program for batch in usual} == {((256, 351), 4)}
+    assert {batch.program for batch in usual} == {(256, 351, 4)}
     assert [len(batch.windows) for batch in usual] == [4] * 7 + [2]
     mixed = plan([(256, 351)] * 30 + [(256, 300)] * 3 + [(256, 800)])
-    assert {batch.program for batch in mixed} == {((256, 351), 4), ((256, 895), 1)}
+    assert {batch.program for batch in mixed} == {(256, 351, 4), (256, 895, 1)}
     assert sum(len(batch.windows) for batch in mixed) == 34
     alone = plan([(256, 300)] * 3)
-    assert [(batch.program, len(batch.windows)) for batch in alone] == [(((256, 319), 4), 3)]
+    assert [(batch.program, len(batch.windows)) for batch in alone] == [((256, 319, 4), 3)]
     apart = plan([(256, 383)] * 100 + [(256, 256)] * 100)  # to compute the second in the first's place would cost half as much again
-    assert {batch.place for batch in apart} == {(256, 383), (256, 256)}
+    assert {batch.place for batch in apart} == {(256, 383, False), (256, 256, False)}
+    tall = plan([(256, 351)] * 30 + [(351, 256)] * 2)
+    assert {batch.program for batch in tall} == {(256, 351, 4)}  # the same for both
+    assert {batch.place for batch in tall} == {(256, 351, False), (256, 351, True)}
 
 
 def test_few_sizes_are_far_from_square():
-    assert place_of(256, 341) == (256, 351)
-    assert place_of(256, 341, ceil=True) == (256, 352)
-    assert place_of(513, 256) == (639, 256)
-    assert place_of(64, 64) == (64, 64)
+    assert place_of(256, 341) == (256, 351, False)
+    assert place_of(256, 341, ceil=True) == (256, 352, False)
+    assert place_of(256, 513) == (256, 639, False)
+    assert place_of(64, 64) == (64, 64, False)
 
 
 def test_crop_offsets():

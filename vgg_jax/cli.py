@@ -1,25 +1,25 @@
-"""The command line: flags to arguments, and errors to one sentence.
+"""The command line: each command, and errors to one sentence.
 
 Exit codes: 0 done, 1 a check that did not hold, 2 bad input, 4 diverged, 75 stopped and resumable, 130 interrupted.
 """
 
-import argparse
 import ctypes
 import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from vgg_jax.configs import CHOICES, CONFIGS, PROTOCOLS, Protocol, TrainConfig
+from vgg_jax.arguments import parser
+from vgg_jax.configs import CONFIGS, Protocol
 from vgg_jax.errors import InputError
-from vgg_jax.presets import PRESETS, preset
+from vgg_jax.presets import preset
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = vars(parser().parse_args(argv))
-    command = arguments.pop("command")
+    command = COMMANDS[arguments.pop("command")]
     try:
         if arguments.pop("compilation_cache", False):
             keep_compiled_programs()
@@ -201,166 +201,14 @@ def fuse(posteriors: list[str], out: str | None) -> int:
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="vgg-jax", description="VGG (Simonyan & Zisserman, arXiv 1409.1556) in JAX/Flax.")
-    commands = top.add_subparsers(required=True, metavar="COMMAND")
-    add_train(commands.add_parser("train", help="train a network, or go on with a run", argument_default=argparse.SUPPRESS))
-
-    command = commands.add_parser("evaluate", help="a trained network's errors, as the paper measures them")
-    command.set_defaults(command=evaluate)
-    command.add_argument("run", metavar="RUN_OR_WEIGHTS", help="the workdir of a run, or a file of weights")
-    add_data(command, None, "the run's own")
-    command.add_argument("--split", default="val", help="of the run's own data, val is what the run validated on (default: val)")
-    command.add_argument("--protocol", default="dense", choices=PROTOCOLS, help="default: dense")
-    command.add_argument(
-        "--scales",
-        type=int,
-        nargs="+",
-        default=[],
-        metavar="Q",
-        help="test scales (default: S, or the middle of its jitter)",
-    )
-    command.add_argument(
-        "--flip", action=argparse.BooleanOptionalAction, help="the mean with the mirror image (default: as in training; off for center)"
-    )
-    command.add_argument("--softmax-first", action="store_true", help="dense: soft-max at every position, then the mean")
-    command.add_argument("--ceil", action="store_true", help="pooling as in Caffe: an odd side is rounded up")
-    command.add_argument("--skip-bad", action="store_true", help="leave out files that are no images")
-    add_cache(command)
-    command.add_argument("--pixels", type=int, default=400_000, help="computed at once; more is faster on an accelerator (default: 400000)")
-    command.add_argument(
-        "--out",
-        help="folder for evaluation.json and posteriors.npz (default: SPLIT-PROTOCOL-SCALES-FLAGS in RUN, or in FILE-evaluated)",
-    )
-
-    command = commands.add_parser("fuse", help="the mean of the posteriors of several evaluations")
-    command.set_defaults(command=fuse)
-    command.add_argument("posteriors", nargs="+", metavar="POSTERIORS.npz")
-    command.add_argument("--out", help="folder for evaluation.json and posteriors.npz (default: none is written)")
-
-    command = commands.add_parser("predict", help="the most probable classes of images")
-    command.set_defaults(command=predict)
-    command.add_argument("net", metavar="RUN_OR_WEIGHTS", help="the workdir of a run, or a file of weights")
-    command.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders and patterns")
-    command.add_argument("--top", type=int, default=5, help="classes of each image (default: 5)")
-    command.add_argument("--json", action="store_true", dest="as_json", help="one JSON object a line")
-    command.add_argument("--protocol", default="dense", choices=PROTOCOLS, help="default: dense")
-    command.add_argument("--scales", type=int, nargs="+", default=[], metavar="Q", help="test scales (default: as for evaluate)")
-    add_cache(command)
-
-    command = commands.add_parser("import", help="another library's weights into a .safetensors file in our names")
-    command.set_defaults(command=import_)
-    command.add_argument("file", metavar="FILE", help=".pth, .safetensors (torchvision, timm), .h5 (Keras, flaxmodels), .caffemodel, .mat")
-    command.add_argument("out", metavar="OUT", help="the .safetensors file to write")
-    command.add_argument("--net", choices=CHOICES["net"], help="where the shapes do not tell: A-LRN")
-    command.add_argument("--check", choices=("torch",), help="print the largest difference from PyTorch after each layer")
-
-    command = commands.add_parser("export", help="a net as a file that others run")
-    command.set_defaults(command=export)
-    command.add_argument("net", metavar="RUN_OR_WEIGHTS", help="the workdir of a run, or a file of weights")
-    command.add_argument("out", metavar="FILE", help="ends in .safetensors, .onnx, .stablehlo, or .savedmodel (a folder)")
-    command.add_argument("--layout", choices=("vgg_jax", "torchvision", "timm"), default="vgg_jax", help=".safetensors: whose names")
-    command.add_argument(
-        "--output",
-        choices=("logits", "posteriors", "score_map"),
-        default="logits",
-        help="not .safetensors: logits of images of the net's size; posteriors or score maps of any size (default: logits)",
-    )
-    command.add_argument(
-        "--uint8",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="images are uint8, preprocessed inside (default), or float32",
-    )
-    command.add_argument("--fold-batch-norm", action="store_true", help="batch normalisation multiplied into the convolutions")
-    command.add_argument("--bfloat16", action="store_true", help="half the size: weights are stored in bfloat16")
-    command.add_argument("--net", dest="arch", choices=CHOICES["net"], help="where a file's shapes do not tell: A-LRN")
-
-    command = commands.add_parser("verify", help="ask an exported file again for the answer that it was exported with")
-    command.set_defaults(command=verify)
-    command.add_argument("file", metavar="FILE")
-
-    command = commands.add_parser("summary", help="a network's layers, parameters and cost")
-    command.set_defaults(command=summary)
-    command.add_argument("net", choices=CHOICES["net"])
-    command.add_argument("--num-classes", type=int, default=1000)
-    command.add_argument("--batch-norm", action="store_true")
-    command.add_argument("--image-size", type=int, default=224)
-
-    command = commands.add_parser("statistics", help="mean and standard deviation of a data set's colours")
-    command.set_defaults(command=statistics)
-    add_data(command)
-    command.add_argument("--split", default="train")
-    command.add_argument("--skip-bad", action="store_true", help="leave out files that are no images")
-    return top
-
-
-def add_data(command: argparse.ArgumentParser, default: str | None = "digits", said: str = "digits") -> None:
-    command.add_argument(
-        "data",
-        nargs="?",
-        default=default,
-        metavar="DATA",
-        help=f"digits, an image folder, or a name of TensorFlow Datasets (default: {said})",
-    )
-    command.add_argument("--data-dir", default=None, help="where prepared TensorFlow Datasets lie")
-    command.add_argument("--download", action="store_true", default=False, help="let TensorFlow Datasets download and prepare the data")
-
-
-def add_cache(command: argparse.ArgumentParser) -> None:
-    help = "keep compiled programs in the user's cache folder"
-    command.add_argument("--compilation-cache", action=argparse.BooleanOptionalAction, default=True, help=f"{help} (default: on)")
-
-
-def add_train(command: argparse.ArgumentParser) -> None:
-    """A flag for each field of TrainConfig. What is not given stays out, so that the data set's preset decides."""
-    default = TrainConfig()
-    command.set_defaults(command=train)
-    command.description = (
-        f"Train a network. Running the same command again goes on where it stopped. The defaults below are the paper's; "
-        f"{', '.join(PRESETS)} have their own."
-    )
-    add_data(command)
-    add_cache(command)
-    command.add_argument("--workdir", default=None, help="the run's folder (default: runs/DATA-NET)")
-
-    def flag(name: str, help: str, **options: Any) -> None:
-        value = getattr(default, name)
-        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-        if name in CHOICES:
-            options["choices"] = CHOICES[name]
-        command.add_argument("--" + name.replace("_", "-"), help=help if value in (None, ()) else f"{help} (default: {shown})", **options)
-
-    def switch(name: str, help: str) -> None:
-        command.add_argument("--" + name.replace("_", "-"), action=argparse.BooleanOptionalAction, help=help)
-
-    flag("net", "column of Table 1")
-    switch("batch_norm", "batch normalisation behind every convolution")
-    flag("fc", "widths of fc6 and fc7", type=int, nargs=2)
-    flag("dropout_rate", "of fc6 and fc7", type=float)
-    flag("initializer", "of the kernels")
-    flag("initializer_std", "the deviation of --initializer paper", type=float)
-    flag("init_from", "start with the layers of a run, or of a file of weights", metavar="RUN_OR_WEIGHTS")
-    flag("freeze", "layers that stay as they are: names, or conv or fc", nargs="+", metavar="LAYER")
-    flag("dtype", "of the computation; parameters are float32")
-    flag("image_size", "side of the crop that the net reads", type=int)
-    flag("scale", "S, or S_min S_max: the shorter side that images are rescaled to", type=int, nargs="+", metavar="S")
-    switch("flip", "mirror half of the images")
-    flag("colour_shift", "deviation of the random shift along the principal colours, 0 for none", type=float)
-    flag("colour_convention", "what the shift is relative to: a component's deviation or its variance")
-    switch("exif", "turn photos upright as their EXIF orientation says")
-    flag("statistics", "mean RGB and principal colours")
-    flag("validation_fraction", "of the training images, where the data has no validation split", type=float)
-    switch("skip_bad", "leave out files that are no images, instead of refusing the folder")
-    flag("batch_size", "images a step", type=int)
-    flag("microbatch", "images whose activations are held at once; a step adds up their gradients", type=int)
-    flag("learning_rate", "at the start (default: 0.01, or 0.001 for fewer than 100 classes)", type=float)
-    flag("momentum", "of SGD", type=float)
-    flag("weight_decay", "L2 penalty", type=float)
-    switch("decay_biases", "decay biases and batch-norm parameters too")
-    flag("schedule", "when the rate is divided by 10")
-    flag("patience", "plateau: epochs without a better validation accuracy", type=int)
-    flag("drops", "plateau: times the rate is divided; the next plateau ends the run", type=int)
-    flag("drop_epochs", "step: the epochs after which it is", type=int, nargs="+", metavar="EPOCH")
-    flag("epochs", "at most", type=int)
-    flag("seed", "of everything random", type=int)
+COMMANDS: dict[str, Callable[..., int]] = {
+    "train": train,
+    "evaluate": evaluate,
+    "fuse": fuse,
+    "predict": predict,
+    "import": import_,
+    "export": export,
+    "verify": verify,
+    "summary": summary,
+    "statistics": statistics,
+}

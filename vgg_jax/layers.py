@@ -7,7 +7,6 @@ everywhere the 144 products a tile that Winograd does with 36 (jax 0.12, batch 8
 here 970; 56x56x256: 1,520 ms, here 540).
 """
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,18 +22,18 @@ _NHWC = ("NHWC", "HWIO", "NHWC")
 FEW = 4  # input channels, too few for Winograd: the image's
 
 
-def compiler_options(thorough: bool = False) -> dict[str, str | int]:
+def compiler_options(thorough: bool = False) -> dict[str, str | int | bool]:
     """What to pass as `jax.jit(f, compiler_options=...)` for the best speed on the default backend; nothing but on a CPU.
 
     There XLA's YNN fusion is off, which makes the weight gradient of a convolution 1.2 to 6 times as fast, and LLVM optimises less,
     which halves the time to compile a training step, and that to compile an initialisation ten times, at the same speed. `thorough` is
-    for inference that goes on for minutes: 1.4 to 1.8 times as long to compile, and faster (dense evaluation with net A, 4 photos:
-    2.07 s -> 1.82 s with jax 0.12, 2.45 s -> 1.85 s with 0.10.1).
+    for inference that goes on for minutes: 1.5 times as long to compile, and faster by a tenth (dense evaluation with net A, 4 photos,
+    AVX-512: 0.58 s -> 0.53 s). LLVM's expensive passes are a third of what would be left to compile, and gain nothing.
     """
     if jax.default_backend() != "cpu":
         return {}
     if thorough:
-        return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
+        return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT", "xla_llvm_disable_expensive_passes": True}
     # The empty list. Its name, LIBRARY_FUSION_TYPE_INVALID, means the same and logs an error with every compilation.
     return {"xla_cpu_experimental_ynn_fusion_type": "", "xla_backend_optimization_level": 1}
 
@@ -101,11 +100,14 @@ def with_filters(variables: Mapping[str, Any]) -> dict[str, Any]:
         return dict(variables)
     kernels = {name: layer["kernel"] for name, layer in variables["params"].items() if name.startswith("conv")}
     kernels = {name: kernel for name, kernel in kernels.items() if kernel.shape[0] == 3 and kernel.shape[2] > FEW}
-    return {**variables, "filters": jax.jit(functools.partial(jax.tree.map, _filters))(kernels)}
+    return {**variables, "filters": _filters(kernels)}
 
 
-def _filters(kernel: Array) -> Array:
-    return winograd.transform_filters(kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32)))
+@jax.jit
+def _filters(kernels: dict[str, Array]) -> dict[str, Array]:
+    return {
+        name: winograd.transform_filters(kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))) for name, kernel in kernels.items()
+    }
 
 
 def max_pool(x: Array, ceil: bool = False) -> Array:

@@ -152,6 +152,17 @@ def preprocess(images: Array, mean_rgb: tuple[float, float, float], colour_shift
     return images if colour_shift is None else images + colour_shift[:, None, None, :]
 
 
+def transposed(model: VGG, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables with which the net gives for transposed images, (N, W, H, 3), what it gives for the images, each map transposed."""
+    params = dict(variables["params"])
+    for name, kind, _, side in layer_table(model.config, model.num_classes, model.batch_norm, model.image_size):
+        if kind in ("conv", "fc") and side > 1:
+            kernel = params[name]["kernel"]
+            turned = kernel.reshape(side, side, -1, kernel.shape[-1]).swapaxes(0, 1).reshape(kernel.shape)
+            params[name] = {**params[name], "kernel": turned}
+    return {**variables, "params": params}
+
+
 def _conv(x: Array, kernel: Array, strides: Any, padding: Any, *, filters: Array | None, **_: Any) -> Array:
     """`convolution` with the signature that nn.Conv calls."""
     return convolution(x, kernel, filters)

@@ -1,7 +1,8 @@
 """The paper's evaluation (§3.2): class posteriors of images of any size, from dense score maps, from crops, or from both.
 
 Knows neither files nor TensorFlow. All that is evaluated is a window: the whole rescaled image, or a crop of it. Windows of different
-sizes share batches: each lies in the corner of a place, whose sides are few, and the net clears what is around it.
+sizes share batches: each lies in the corner of a place, whose sides are few, and the net clears what is around it. A window that is
+taller than wide is turned, transposed, and computed by the same program with transposed kernels.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from jax import Array
 from vgg_jax.configs import DENSE, IMAGENET, Protocol
 from vgg_jax.errors import InputError
 from vgg_jax.layers import compiler_options, inside, with_filters
-from vgg_jax.model import VGG, preprocess
+from vgg_jax.model import VGG, preprocess, transposed
 from vgg_jax.sharding import data_mesh, put_batch, replicated
 
 # Places have sides that are multiples of 32 pixels, or a pixel less: of 500 ImageNet photos at Q = 256, 3 % of their area would be empty.
@@ -28,7 +29,7 @@ from vgg_jax.sharding import data_mesh, put_batch, replicated
 PLACE = 32
 LARGE_PLACE = 128  # the same for a side above twice the shorter one's, which few photos have
 PIXELS = 400_000  # of the windows that are computed at once
-COMPILED = 2_000_000  # pixels that are computed in the time that compiling a program takes: 22 photos (net A, 2-core x86)
+COMPILED = 2_000_000  # pixels that are computed in about the time that compiling a program takes: 22 photos (net A, 2-core x86)
 LARGEST = 8_000_000  # pixels of one image at a test scale: they are computed at once (net A: about 3 GB)
 BACKLOG = 16  # batches that wait for their program before the reading of images waits too
 
@@ -39,31 +40,42 @@ class Window(NamedTuple):
     image: int  # whose it is
     number: int  # among those of the image
     weight: float  # of its posterior in the image's
-    pixels: np.ndarray  # uint8 (h, w, 3)
+    pixels: np.ndarray  # uint8 (h, w, 3), at least as wide as tall
+    turned: bool = False  # whether its rows are the image's columns
+
+
+class Place(NamedTuple):
+    """Where windows of about its size lie while they are computed, and whether they are turned."""
+
+    h: int
+    w: int
+    turned: bool = False
+
+
+Program = tuple[int, int, int]  # what is compiled once: the sides of the place, and the slots
 
 
 class Batch(NamedTuple):
     """Windows that are computed together, each in the corner of a place, and how many there can be."""
 
-    place: tuple[int, int]
+    place: Place
     slots: int
     windows: tuple[Window, ...]
 
     @property
-    def program(self) -> tuple[tuple[int, int], int]:
-        """What is compiled once for all batches that have it."""
-        return self.place, self.slots
+    def program(self) -> Program:
+        return self.place.h, self.place.w, self.slots
 
 
 def window_posteriors(
-    variables: Any, images: Array, sizes: Array, *, model: VGG, mean_rgb: tuple[float, float, float], protocol: Protocol
+    variables: Any, images: Array, sizes: Array, turned: Array, *, model: VGG, mean_rgb: tuple[float, float, float], protocol: Protocol
 ) -> Array:
-    """float32 (N, K): the posteriors of windows of `sizes`, int (N, 2), in the corners of uint8 images (N, H, W, 3)."""
+    """float32 (N, K): the posteriors of windows of `sizes`, int (N, 2), in the corners of uint8 images (N, H, W, 3).
+
+    If they are `turned`, a bool (), the variables are expected to be `transposed`.
+    """
     if protocol.mirrored:
-        # The mirror image lies in the same corner.
-        columns = jnp.arange(images.shape[2])[None]
-        mirrored = jnp.where(columns < sizes[:, 1:], sizes[:, 1:] - 1 - columns, columns)
-        images = jnp.concatenate([images, jnp.take_along_axis(images, mirrored[:, None, :, None], axis=2)])
+        images = jnp.concatenate([images, jnp.where(turned, _mirrored(images, sizes, 1), _mirrored(images, sizes, 2))])
         sizes = jnp.concatenate([sizes, sizes])
     scores: Any = model.apply(variables, preprocess(images, mean_rgb), sizes=sizes, ceil=protocol.ceil, method="score_map")
     scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
@@ -72,6 +84,13 @@ def window_posteriors(
     first, then = (jax.nn.softmax, lambda x: x) if protocol.softmax_first else (lambda x: x, jax.nn.softmax)
     posteriors = then((first(scores) * share).sum((1, 2)))
     return posteriors.reshape(1 + protocol.mirrored, -1, model.num_classes).mean(0)
+
+
+def _mirrored(images: Array, sizes: Array, axis: int) -> Array:
+    """The mirror images along an axis, in the same corners."""
+    at, side = jnp.arange(images.shape[axis])[None], sizes[:, axis - 1, None]
+    source = jnp.where(at < side, side - 1 - at, at)
+    return jnp.take_along_axis(images, jnp.expand_dims(source, (3 - axis, 3)), axis)
 
 
 @functools.lru_cache(maxsize=8)
@@ -94,7 +113,7 @@ def windows(index: int, scales: Sequence[np.ndarray], crop: int, protocol: Proto
             raise InputError(f"image {index} is {h}x{w}: expected both sides to be at least the net's, {crop}; pass larger test scales")
         share = (0.5 if protocol.name == "both" else 1.0) / len(scales)
         if protocol.name in ("dense", "both"):
-            yield Window(index, number, share, image)
+            yield Window(index, number, share, image.swapaxes(0, 1) if h > w else image, h > w)
             number += 1
         if protocol.name == "dense":
             continue
@@ -139,7 +158,7 @@ def stream_posteriors(
     if pixels < 1:
         raise InputError(f"pixels is {pixels}: expected at least 1")
     compute = compiled(model, tuple(mean_rgb), protocol, mesh)
-    variables = jax.device_put(with_filters(variables), replicated(mesh))
+    nets = {False: jax.device_put(with_filters(variables), replicated(mesh))}  # the variables, by whether windows are turned
     parts: dict[int, list[Any]] = {}  # of each image that is not done, its windows' shares
 
     def all_windows() -> Iterator[Window]:
@@ -149,13 +168,13 @@ def stream_posteriors(
             yield from of_image
 
     def answer(batch: Batch) -> np.ndarray:
-        full = np.zeros((batch.slots, *batch.place, 3), np.uint8)
+        full = np.zeros((batch.slots, batch.place.h, batch.place.w, 3), np.uint8)
         sizes = np.full((batch.slots, 2), model.image_size, np.int32)
         for i, window in enumerate(batch.windows):
             sizes[i] = h, w = window.pixels.shape[:2]
             full[i, :h, :w] = window.pixels
         placed = put_batch({"images": full, "sizes": sizes}, mesh)
-        return np.asarray(compute(variables, placed["images"], placed["sizes"]), np.float64)
+        return np.asarray(compute(nets[batch.place.turned], placed["images"], placed["sizes"], batch.place.turned), np.float64)
 
     def done(batch: Batch, answers: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         for window, posterior in zip(batch.windows, answers, strict=False):
@@ -164,8 +183,8 @@ def stream_posteriors(
             if not any(part is None for part in of_image):
                 yield window.image, np.sum(parts.pop(window.image), 0)
 
-    ready: set[tuple] = set()
-    first: dict[tuple, tuple[Batch, Future]] = {}  # of each program that is being compiled, the batch that it is compiled for
+    ready: set[Program] = set()
+    first: dict[Program, tuple[Batch, Future]] = {}  # of each program that is being compiled, the batch that it is compiled for
     backlog: list[Batch] = []  # of such programs
 
     def finished(wait: bool) -> Iterator[tuple[int, np.ndarray]]:
@@ -184,6 +203,8 @@ def stream_posteriors(
     compiler = ThreadPoolExecutor(1, "compiler")
     try:
         for batch in batches(all_windows(), pixels, mesh.size, protocol.ceil):
+            if batch.place.turned and True not in nets:
+                nets[True] = jax.device_put(with_filters(transposed(model, variables)), replicated(mesh))
             if batch.program in ready:
                 yield from done(batch, answer(batch))
             elif batch.program in first:
@@ -203,15 +224,15 @@ def batches(found: Iterable[Window], pixels: int, devices: int, ceil: bool) -> I
     A place has a program of its own when so much of it waits. At the end what is left of a place goes into a larger one while that saves
     more than it costs, and fills up the last batches of larger ones. Depends on nothing but the windows.
     """
-    waiting: dict[tuple[int, int], list[Window]] = defaultdict(list)
-    counts: dict[tuple[int, int], int] = {}  # of the places that have a program
+    waiting: dict[Place, list[Window]] = defaultdict(list)
+    counts: dict[Place, int] = {}  # of the places that have a program
     for window in found:
         h, w = window.pixels.shape[:2]
-        place = place_of(h, w, ceil)
+        place = place_of(h, w, window.turned, ceil)
         waiting[place].append(window)
         full = windows_at_once(place, pixels, devices)
         if _area(place) * len(waiting[place]) >= max(COMPILED, _area(place) * full):
-            counts[place] = full
+            counts |= {place: full, _other_way(place): full}
         while place in counts and len(waiting[place]) >= full:
             yield Batch(place, full, tuple(waiting[place][:full]))
             del waiting[place][:full]
@@ -226,6 +247,7 @@ def batches(found: Iterable[Window], pixels: int, devices: int, ceil: bool) -> I
         here = left[place]
         enough = 2 ** math.ceil(math.log2(max(1, -(-len(here) // devices)))) * devices
         count = counts.get(place) or min(windows_at_once(place, pixels, devices), enough)
+        counts[_other_way(place)] = count
         for other in sorted((other for other in left if other != place and _fits(other, place)), key=_area, reverse=True):
             free = -len(here) % count
             here += left[other][:free]
@@ -235,7 +257,7 @@ def batches(found: Iterable[Window], pixels: int, devices: int, ceil: bool) -> I
         here.clear()
 
 
-def _mergers(left: Mapping[tuple[int, int], Sequence[Window]], programs: Iterable[tuple[int, int]]) -> Iterator[tuple]:
+def _mergers(left: Mapping[Place, Sequence[Window]], programs: Iterable[Place]) -> Iterator[tuple]:
     """(more pixels to compute, place, larger place) for each place that has no program and could do without."""
     for place, here in left.items():
         larger = [other for other in {*left, *programs} if other != place and _fits(place, other)]
@@ -244,12 +266,16 @@ def _mergers(left: Mapping[tuple[int, int], Sequence[Window]], programs: Iterabl
             yield (_area(nearest) - _area(place)) * len(here), place, nearest
 
 
-def _area(place: tuple[int, int]) -> int:
-    return place[0] * place[1]
+def _area(place: Place) -> int:
+    return place.h * place.w
 
 
-def _fits(place: tuple[int, int], other: tuple[int, int]) -> bool:
-    return place[0] <= other[0] and place[1] <= other[1]
+def _fits(place: Place, other: Place) -> bool:
+    return place.h <= other.h and place.w <= other.w and place.turned == other.turned
+
+
+def _other_way(place: Place) -> Place:
+    return place._replace(turned=not place.turned)
 
 
 def with_defaults(
@@ -280,21 +306,19 @@ def posteriors(model: VGG, variables: Any, images: Sequence[np.ndarray] | Sequen
     return np.array([found[index] for index in range(len(scaled))]).reshape(-1, model.num_classes)
 
 
-def place_of(h: int, w: int, ceil: bool = False) -> tuple[int, int]:
-    """The sides of the place for a window of these sides.
+def place_of(h: int, w: int, turned: bool = False, ceil: bool = False) -> Place:
+    """The place for a window of these sides, at least as wide as tall.
 
     Pooling that rounds down leaves no more score positions of 351 pixels than of 321, but one more of 352: a fifth of fc6's work.
     """
-    up = functools.partial(_round_up, short=min(h, w), ceil=ceil)
-    return up(h), up(w)
+
+    def up(side: int, step: int) -> int:
+        multiple = -(-side // step) * step
+        return multiple if ceil or multiple == side else multiple - 1
+
+    return Place(up(h, PLACE), up(w, PLACE if w <= 2 * h else LARGE_PLACE), turned)
 
 
-def _round_up(side: int, short: int, ceil: bool) -> int:
-    step = PLACE if side <= 2 * short else LARGE_PLACE
-    multiple = -(-side // step) * step
-    return multiple if ceil or multiple == side else multiple - 1
-
-
-def windows_at_once(place: tuple[int, int], pixels: int, devices: int) -> int:
+def windows_at_once(place: Place, pixels: int, devices: int) -> int:
     """How many windows of a place are computed together: at least one a device, and as many on each."""
-    return max(1, pixels // (place[0] * place[1]) // devices) * devices
+    return max(1, pixels // _area(place) // devices) * devices

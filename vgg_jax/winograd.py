@@ -48,7 +48,10 @@ def _blocks(shape: Sequence[int]) -> _Blocks:
 
 
 def _combine(matrix: np.ndarray, planes: Sequence[Array], axis: int) -> Array:
-    """Each row of a small matrix as a sum of scaled planes, stacked."""
+    """Each row of a small matrix as a sum of scaled planes, stacked.
+
+    Planes of few axes: with one more, LLVM takes ten times as long over some shapes, and unrolls them.
+    """
     rows = [functools.reduce(jnp.add, (float(m) * p for m, p in zip(row, planes, strict=True) if m)) for row in matrix]
     # Fused with its reader the first of two transforms would be computed six times over, and compile ten times as long.
     return lax.optimization_barrier(jnp.stack(rows, axis))
@@ -61,24 +64,26 @@ def transform_filters(kernel: Array) -> Array:
 
 def _input_tiles(x: Array) -> Array:
     """(n, 4 rows + 2, 4 columns + 2, C) -> (36, tiles, C): the 6x6 windows at every fourth pixel, transformed."""
-    _, h, w, c = x.shape
-    x = _combine(_BT, [x[:, i : i + h - 5 : 4] for i in range(6)], 0)
-    return _combine(_BT, [x[:, :, :, j : j + w - 5 : 4] for j in range(6)], 1).reshape(36, -1, c)
+    n, h, w, c = x.shape
+    x = x.reshape(n, h, w * c)
+    x = _combine(_BT, [x[:, i : i + h - 5 : 4] for i in range(6)], 0).reshape(6, -1, w, c)
+    return _combine(_BT, [x[:, :, j : j + w - 5 : 4] for j in range(6)], 1).reshape(36, -1, c)
 
 
 def _output_image(tiles: Array, n: int, rows: int, columns: int) -> Array:
     """(36, tiles, K) -> (n, 4 rows, 4 columns, K)"""
     k = tiles.shape[-1]
-    tiles = tiles.reshape(6, 6, n, rows, columns, k)
-    y = _combine(_AT, [tiles[i] for i in range(6)], 3)  # (6, n, rows, 4, columns, K)
-    return _combine(_AT, [y[j] for j in range(6)], 4).reshape(n, 4 * rows, 4 * columns, k)
+    tiles = tiles.reshape(6, 6, n * rows, columns * k)
+    y = _combine(_AT, list(tiles), 2).reshape(6, -1, columns, k)  # (6, n · 4 rows, columns, K)
+    return _combine(_AT, list(y), 2).reshape(n, 4 * rows, 4 * columns, k)
 
 
 def _gradient_tiles(g: Array) -> Array:
     """(n, 4 rows, 4 columns, K) -> (36, tiles, K): the transpose of `_output_image`."""
-    k = g.shape[-1]
-    g = _combine(_AT.T, [g[:, i::4] for i in range(4)], 0)
-    return _combine(_AT.T, [g[:, :, :, j::4] for j in range(4)], 1).reshape(36, -1, k)
+    n, h, w, k = g.shape
+    g = g.reshape(n * h // 4, 4, w * k)
+    g = _combine(_AT.T, [g[:, i] for i in range(4)], 0).reshape(6, -1, w // 4, 4, k)
+    return _combine(_AT.T, [g[:, :, :, j] for j in range(4)], 1).reshape(36, -1, k)
 
 
 def _cut(x: Array, blocks: _Blocks, halo: int) -> Callable[[Array], Array]:

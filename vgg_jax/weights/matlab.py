@@ -1,0 +1,66 @@
+"""MatConvNet's .mat files."""
+
+import zlib
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from vgg_jax.errors import InputError
+from vgg_jax.weights.contents import LARGEST, Contents, Tensor
+
+
+def read(path: Path) -> Contents:
+    from scipy.io import loadmat
+
+    _check(path)
+    found = loadmat(path, variable_names=("layers", "meta", "normalization"))
+    tensors = {}
+    notes = {}
+    for place in (found, found["meta"][0, 0] if "meta" in found else {}):
+        names = place.dtype.names if isinstance(place, np.void) else place
+        if "normalization" in (names or ()) and "averageImage" in place["normalization"].dtype.names:
+            mean = np.asarray(place["normalization"][0, 0]["averageImage"], np.float64)
+            notes["mean_rgb"] = mean.reshape(-1, 3).mean(0) if mean.shape[-1] == 3 else mean.ravel()
+    for layer in found["layers"].ravel():
+        layer = layer[0, 0]
+        names = layer.dtype.names
+        if "weights" in names and layer["weights"].size:
+            filters, biases = layer["weights"].ravel()[:2]
+        elif "filters" in names and layer["filters"].size:  # before MatConvNet 1.0-beta12
+            filters, biases = layer["filters"], layer["biases"]
+        else:
+            continue
+        name = str(layer["name"].item())
+        for leaf, array in (("filters", np.asarray(filters)), ("biases", np.asarray(biases).ravel())):
+            if array.dtype.kind != "f":
+                raise InputError(f"{path}: {name} has {array.dtype}: expected numbers")
+            if leaf == "filters":
+                array = array.reshape(array.shape + (1,) * (4 - array.ndim))  # MATLAB drops ones at the end
+            tensors[f"{name}/{leaf}"] = Tensor(array.shape, partial(np.asarray, array))
+    return Contents(tensors, notes)
+
+
+def _check(path: Path) -> None:
+    """Raises InputError for nesting that would exhaust scipy's stack, and for more than a VGG's numbers behind a compression."""
+    data = memoryview(path.read_bytes())[128:]
+    waiting = [(data, 0)]
+    while waiting:
+        part, depth = waiting.pop()
+        at = 0
+        while at + 8 <= len(part):
+            kind, size = (int.from_bytes(part[at + i : at + i + 4], "little") for i in (0, 4))
+            if kind >> 16:  # a small element: its bytes lie in the tag
+                at += 8
+                continue
+            inside = part[at + 8 : at + 8 + size]
+            if kind == 15:
+                unpacker = zlib.decompressobj()
+                inside = memoryview(unpacker.decompress(inside, LARGEST))
+                if unpacker.unconsumed_tail:
+                    raise InputError(f"{path} unpacks to more than {LARGEST:,} bytes: expected a VGG's weights")
+            if kind in (14, 15):
+                if depth > 12:
+                    raise InputError(f"{path} is nested more than 12 deep: expected MatConvNet's net")
+                waiting.append((inside, depth + 1))
+            at += 8 + size + (0 if kind == 15 else -size % 8)
