@@ -24,9 +24,9 @@ import numpy as np
 
 from vgg_jax import CONFIGS, VGG, compiler_options
 from vgg_jax.cli import keep_memory
-from vgg_jax.configs import PROTOCOLS, Protocol
+from vgg_jax.configs import PIXELS, PROTOCOLS, Protocol
 from vgg_jax.data import open_split, rescaled_images
-from vgg_jax.posteriors import PIXELS, stream_posteriors
+from vgg_jax.posteriors import stream_posteriors
 from vgg_jax.sharding import data_mesh
 
 

@@ -18,6 +18,10 @@ jax.config.update("jax_compilation_cache_dir", CACHE.name)
 DATA = Path(os.environ.get("VGG_JAX_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
+def pytest_report_header() -> str:
+    return f"real data: {DATA if DATA.is_dir() else 'none (VGG_JAX_DATA); weights are tried on random colours instead of photos'}"
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data sets that are not part of the project."""

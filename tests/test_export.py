@@ -5,10 +5,12 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.test_features import narrow
 from tests.tiny import init
@@ -57,6 +59,7 @@ def run_stablehlo(path, images):
 
     with zipfile.ZipFile(path) as file:
         program = jax.export.deserialize(bytearray(file.read("program")))
+        assert program.platforms == ("cpu", "cuda", "tpu")
         return np.asarray(program.call(load(file.read("weights.safetensors")), images))
 
 
@@ -119,21 +122,38 @@ def test_a_folded_batch_normalisation_is_the_same_net():
     assert with_folded_batch_norm(weights("A")).params.keys() == weights("A").params.keys()
 
 
+@pytest.mark.parametrize("kind", RUN)
+def test_the_scripts_that_serve_it(kind, tmp_path):
+    """Without this package they give the class that it gives."""
+    if kind == "onnx":
+        pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install 'vgg-jax[onnx]'")
+    artefact, image = Artefact(weights("A")), photos(32, 32)
+    write(tmp_path / f"net.{kind}", artefact)
+    Image.fromarray(image).save(tmp_path / "photo.png")
+    script = Path(__file__).parents[1] / "experiments" / f"serve_{kind}.py"
+    assert "vgg_jax import" not in script.read_text()
+    command = [sys.executable, str(script), str(tmp_path / f"net.{kind}"), str(tmp_path / "photo.png")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == CLASSES[ours(artefact, image[None])[0].argmax()], done.stderr
+
+
+@pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["safetensors", *RUN])
-def test_verify_asks_again(kind, tmp_path, capsys):
-    """In another process it finds the same answer; with weights that are a thousandth larger it does not."""
+def test_verify_asks_again(kind, bfloat16, tmp_path, capsys):
+    """In another process it finds the same answer; with weights that are a little larger it does not."""
     if kind == "onnx":
         pytest.importorskip("onnx", reason="needs onnx: pip install 'vgg-jax[onnx]'")
     path = tmp_path / f"net.{kind}"
     net = weights("A", config=WIDE)
-    write(path, Artefact(net))
+    write(path, Artefact(net, bfloat16=bfloat16))
     done = subprocess.run([sys.executable, "-m", "vgg_jax", "verify", str(path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "A, 3 classes, logits, images uint8" in done.stdout
-    other = Artefact(dataclasses.replace(net, params=jax.tree.map(lambda x: x * np.float32(1.001), net.params)))
+    more = np.float32(1.01 if bfloat16 else 1.001)
+    other = Artefact(dataclasses.replace(net, params=jax.tree.map(lambda x: x * more, net.params)), bfloat16=bfloat16)
     said = Artefact.described
     try:
-        Artefact.described = lambda _: said(Artefact(net))
+        Artefact.described = lambda _: said(Artefact(net, bfloat16=bfloat16))
         write(tmp_path / f"other.{kind}", other)
     finally:
         Artefact.described = said
@@ -215,6 +235,11 @@ def test_what_cannot_be_exported_or_verified(tmp_path, capsys):
         verify(tmp_path / "net.savedmodel")
     with pytest.raises(InputError, match=r"net\.savedmodel is a folder"):  # it may be somebody else's
         write(tmp_path / "net.savedmodel", Artefact(weights("A")))
+    with pytest.raises(InputError, match=r"net\.safetensors holds weights only"):
+        write(tmp_path / "net.safetensors", Artefact(weights("A"), uint8=False))
+    with pytest.raises(InputError, match=r"layout is .timm.: expected a \.safetensors file"):
+        write(tmp_path / "net.onnx", Artefact(weights("A")), "timm")
+    assert not list(tmp_path.glob("*.new"))
     with pytest.raises(InputError, match="the net is A-LRN, which torchvision does not have"):
         write(tmp_path / "net.safetensors", Artefact(weights("A-LRN")), "torchvision")
     with pytest.raises(InputError, match=r"cannot write .*none/net\.safetensors"):

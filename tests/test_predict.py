@@ -46,7 +46,7 @@ def photos(tmp_path_factory):
 
 
 def test_the_answers_are_those_by_hand(net, photos):
-    found = list(predict(net, [str(photos / "b.png"), str(photos / "deep")], top=2))
+    found = sorted(predict(net, [str(photos / "b.png"), str(photos / "deep")], top=2))
     files = [photos / "b.png", photos / "deep/er/c.jpeg"]
     assert [prediction.file for prediction in found] == list(map(str, files))
     model, variables, metadata = load(net)
@@ -69,18 +69,26 @@ def test_files_folders_and_patterns(photos):
 
 
 def test_an_unreadable_file_is_reported_and_the_others_answered(net, photos, capsys):
-    argv = ["predict", net, *(str(photos / name) for name in ("broken.jpg", "b.png", "missing.jpg", "notes.txt"))]
+    Image.new("L", (12_500, 1)).save(photos / "line.png")
+    argv = ["predict", net, *(str(photos / name) for name in ("broken.jpg", "line.png", "b.png", "missing.jpg", "notes.txt"))]
     assert cli.main([*argv, "--json"]) == 2
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["file"].rpartition("/")[2] for line in lines] == ["broken.jpg", "b.png", "missing.jpg", "notes.txt"]
-    assert [len(line.get("top", ())) for line in lines] == [0, 5, 0, 0]
-    assert "cannot decode" in lines[0]["error"]
-    assert "No such file" in lines[2]["error"]
+    lines = {line["file"].rpartition("/")[2]: line for line in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert {name: len(line.get("top", ())) for name, line in lines.items()} == {
+        "broken.jpg": 0,
+        "b.png": 5,
+        "missing.jpg": 0,
+        "notes.txt": 0,
+        "line.png": 0,
+    }
+    assert "cannot decode" in lines["broken.jpg"]["error"]
+    assert "No such file" in lines["missing.jpg"]["error"]
+    assert "line.png': at the test scale it has more than 4,000,000 pixels" in lines["line.png"]["error"]
     assert cli.main(argv) == 2
     out, err = capsys.readouterr()
     assert "%" in out.splitlines()[0]
     assert len(out.splitlines()) == 1
-    assert sum("expected a JPEG" in line for line in err.splitlines()) == 3
+    assert sum("expected a JPEG" in line for line in err.splitlines()) == 4
+    (photos / "line.png").unlink()
     assert cli.main(["predict", net, str(photos / "b.png"), "--protocol", "ten-crop", "--scales", "16", "20"]) == 0
 
 

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from vgg_jax.configs import CHOICES, PROTOCOLS, TrainConfig
+from vgg_jax.configs import CHOICES, OUTPUTS, PIXELS, PROTOCOLS, WRITTEN, TrainConfig
 from vgg_jax.presets import PRESETS
 
 
@@ -32,7 +32,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--ceil", action="store_true", help="pooling as in Caffe: an odd side is rounded up")
     command.add_argument("--skip-bad", action="store_true", help="leave out files that are no images")
     add_cache(command)
-    command.add_argument("--pixels", type=int, default=400_000, help="computed at once; more is faster on an accelerator (default: 400000)")
+    more = "computed at once; more is faster on an accelerator"
+    command.add_argument("--pixels", type=int, default=PIXELS, help=f"{more} (default: {PIXELS})")
     command.add_argument(
         "--out",
         help="folder for evaluation.json and posteriors.npz (default: SPLIT-PROTOCOL-SCALES-FLAGS in RUN, or in FILE-evaluated)",
@@ -60,10 +61,10 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("export", help="a net as a file that others run")
     command.add_argument("net", metavar="RUN_OR_WEIGHTS", help="the workdir of a run, or a file of weights")
     command.add_argument("out", metavar="FILE", help="ends in .safetensors, .onnx, .stablehlo, or .savedmodel (a folder)")
-    command.add_argument("--layout", choices=("vgg_jax", "torchvision", "timm"), default="vgg_jax", help=".safetensors: whose names")
+    command.add_argument("--layout", choices=WRITTEN, default="vgg_jax", help=".safetensors: whose names")
     command.add_argument(
         "--output",
-        choices=("logits", "posteriors", "score_map"),
+        choices=OUTPUTS,
         default="logits",
         help="not .safetensors: logits of images of the net's size; posteriors or score maps of any size (default: logits)",
     )
@@ -106,8 +107,8 @@ def add_data(command: argparse.ArgumentParser, default: str | None = "digits", s
 
 
 def add_cache(command: argparse.ArgumentParser) -> None:
-    help = "keep compiled programs in the user's cache folder"
-    command.add_argument("--compilation-cache", action=argparse.BooleanOptionalAction, default=True, help=f"{help} (default: on)")
+    what = "keep compiled programs in the user's cache folder (default: on)"
+    command.add_argument("--compilation-cache", action=argparse.BooleanOptionalAction, default=True, help=what)
 
 
 def add_train(command: argparse.ArgumentParser) -> None:

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from vgg_jax.checkpoint import read_run, write_whole
-from vgg_jax.configs import DENSE, Protocol
+from vgg_jax.configs import DENSE, PIXELS, Protocol
 from vgg_jax.errors import InputError
 from vgg_jax.metrics import averages, interval, sums_of
-from vgg_jax.posteriors import PIXELS, stream_posteriors, with_defaults
+from vgg_jax.posteriors import stream_posteriors, with_defaults
 from vgg_jax.sharding import data_mesh
 from vgg_jax.weights import load
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from vgg_jax.configs import DENSE, IMAGENET, Protocol
+from vgg_jax.configs import DENSE, IMAGENET, LARGEST, PIXELS, Protocol
 from vgg_jax.errors import InputError
 from vgg_jax.layers import compiler_options, inside, with_filters
 from vgg_jax.model import VGG, preprocess, transposed
@@ -28,9 +28,9 @@ from vgg_jax.sharding import data_mesh, put_batch, replicated
 # With the few programs that are worth their compilation it is 9 %.
 PLACE = 32
 LARGE_PLACE = 128  # the same for a side above twice the shorter one's, which few photos have
-PIXELS = 400_000  # of the windows that are computed at once
-COMPILED = 2_000_000  # pixels that are computed in about the time that compiling a program takes: 22 photos (net A, 2-core x86)
-LARGEST = 8_000_000  # pixels of one image at a test scale: they are computed at once (net A: about 3 GB)
+# Pixels for which a place gets a program of its own: 23 photos. To compile one costs as much as 12 to 15 (net A, two cores), and what
+# comes after the photos seen so far is not known.
+COMPILED = 2_000_000
 BACKLOG = 16  # batches that wait for their program before the reading of images waits too
 
 
@@ -45,7 +45,7 @@ class Window(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where windows of about its size lie while they are computed, and whether they are turned."""
+    """The sides of the array in whose corner a window lies while it is computed, and whether its windows are turned."""
 
     h: int
     w: int
@@ -150,7 +150,9 @@ def stream_posteriors(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """(index, posterior (K,)) of each image, in the order in which they are done; each is given at all test scales.
 
-    Memory depends on `pixels`, those of the windows that are computed at once, not on the number of images. A program is compiled while
+    Memory depends on `pixels`, those of the windows that are computed at once (their mirror images not counted), and a little on the
+    number of sizes, whose windows wait for each other; not on the number of images. The first image that is taller than wide takes a
+    second copy of fc6 and of the convolutions' kernels. A program is compiled while
     batches of others are computed, so a result may come earlier or later, but it is always the same. Settings of jax that hold in one
     thread only (`with jax.default_matmul_precision(…)`) do not reach all of it. Raises InputError for an image that is smaller than the
     net's, or larger than `LARGEST`.
@@ -204,7 +206,7 @@ def stream_posteriors(
     try:
         for batch in batches(all_windows(), pixels, mesh.size, protocol.ceil):
             if batch.place.turned and True not in nets:
-                nets[True] = jax.device_put(with_filters(transposed(model, variables)), replicated(mesh))
+                nets[True] = jax.device_put(with_filters(transposed(model, nets[False])), replicated(mesh))
             if batch.program in ready:
                 yield from done(batch, answer(batch))
             elif batch.program in first:
@@ -221,8 +223,9 @@ def stream_posteriors(
 def batches(found: Iterable[Window], pixels: int, devices: int, ceil: bool) -> Iterator[Batch]:
     """Windows put together into batches, few enough kinds of them: what a program costs is worth `COMPILED` pixels.
 
-    A place has a program of its own when so much of it waits. At the end what is left of a place goes into a larger one while that saves
-    more than it costs, and fills up the last batches of larger ones. Depends on nothing but the windows.
+    A place has a program of its own when so much of it waits, and shares it with the place of its sides for turned windows. At the end
+    what is left of a place goes into a larger one while that saves more than it costs (a program for each, as if none were shared), and
+    fills up the last batches of larger ones. Depends on nothing but the windows.
     """
     waiting: dict[Place, list[Window]] = defaultdict(list)
     counts: dict[Place, int] = {}  # of the places that have a program
@@ -245,7 +248,8 @@ def batches(found: Iterable[Window], pixels: int, devices: int, ceil: bool) -> I
         left.setdefault(larger, []).extend(left.pop(place))
     for place in sorted(left, key=_area, reverse=True):
         here = left[place]
-        enough = 2 ** math.ceil(math.log2(max(1, -(-len(here) // devices)))) * devices
+        most = max(len(here), len(left.get(_other_way(place), ())))
+        enough = 2 ** math.ceil(math.log2(max(1, -(-most // devices)))) * devices
         count = counts.get(place) or min(windows_at_once(place, pixels, devices), enough)
         counts[_other_way(place)] = count
         for other in sorted((other for other in left if other != place and _fits(other, place)), key=_area, reverse=True):
@@ -298,7 +302,7 @@ def with_defaults(
 def posteriors(model: VGG, variables: Any, images: Sequence[np.ndarray] | Sequence[Sequence[np.ndarray]], **settings: Any) -> np.ndarray:
     """float64 (N, K): the class posteriors of images, uint8 RGB (H, W, 3) at a test scale each, or sequences of them, one for each scale.
 
-    Settings are those of `stream_posteriors`. Raises InputError for an image that is smaller than the net's.
+    Settings are those of `stream_posteriors`. Raises InputError for an image that is smaller than the net's, or larger than `LARGEST`.
     """
     scaled = [[np.asarray(image)] if hasattr(image, "shape") else [*map(np.asarray, image)] for image in images]
     mesh = settings.pop("mesh", None) or data_mesh(1, jax.devices()[:1])

@@ -29,7 +29,7 @@ class Prediction(NamedTuple):
 def predict(
     path: str | os.PathLike, images: Sequence[str], *, protocol: Protocol = DENSE, scales: Sequence[int] = (), top: int = 5
 ) -> Iterator[Prediction]:
-    """Each image's `top` classes by the net of a run or of a file of weights, in the order of the files.
+    """Each image's `top` classes by the net of a run or of a file of weights, in the order in which they are known.
 
     `images` are files, folders, in which every image at any depth counts, and patterns such as "photos/*.jpg". A file that cannot be read
     has an error instead; the others are answered. Raises InputError for a net that cannot be read, and where there is no file at all.
@@ -41,32 +41,28 @@ def predict(
     protocol, scales = with_defaults(protocol, scales, model, metadata, path)
     from vgg_jax.data import read_scaled  # TensorFlow is for those who read files
 
-    readable: list[int] = []
-    done: dict[int, Prediction] = {}
+    readable: list[str] = []
+    failed: list[Prediction] = []
 
     def scaled() -> Iterator[list[Any]]:
         # Not in the caller's thread: a KeyboardInterrupt within TensorFlow's call corrupts its memory.
         with ThreadPoolExecutor(1, "reader") as reader:
-            for index, file in enumerate(files):
+            for file in files:
                 try:
                     image = reader.submit(read_scaled, file, scales, metadata["preprocessing"]["exif"]).result()
                 except InputError as error:
-                    done[index] = Prediction(file, [], str(error))
+                    failed.append(Prediction(file, [], str(error)))
                     continue
-                readable.append(index)
+                readable.append(file)
                 yield image
 
     mesh = data_mesh(1, jax.devices()[:1])
     mean_rgb = metadata["preprocessing"]["mean_rgb"]
-    said = 0
     for number, posterior in stream_posteriors(model, variables, scaled(), mesh=mesh, protocol=protocol, mean_rgb=mean_rgb):
-        index, best = readable[number], posterior.argsort()[::-1][:top]
-        done[index] = Prediction(files[index], [(metadata["classes"][i], float(posterior[i])) for i in best])
-        while said in done:
-            yield done.pop(said)
-            said += 1
-    for index in sorted(done):
-        yield done[index]
+        while failed:
+            yield failed.pop(0)
+        yield Prediction(readable[number], [(metadata["classes"][i], float(posterior[i])) for i in posterior.argsort()[::-1][:top]])
+    yield from failed
 
 
 def listed(images: Sequence[str]) -> list[str]:
@@ -74,8 +70,7 @@ def listed(images: Sequence[str]) -> list[str]:
     files: list[str] = []
     for name in images:
         if os.path.isdir(name):
-            inside = sorted(str(file) for file in Path(name).rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-            files += inside
+            files += sorted(str(file) for file in Path(name).rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
         else:
             files += [name] if os.path.lexists(name) else sorted(glob.glob(name, recursive=True)) or [name]
     if not files:

@@ -50,7 +50,7 @@ def _blocks(shape: Sequence[int]) -> _Blocks:
 def _combine(matrix: np.ndarray, planes: Sequence[Array], axis: int) -> Array:
     """Each row of a small matrix as a sum of scaled planes, stacked.
 
-    Planes of few axes: with one more, LLVM takes ten times as long over some shapes, and unrolls them.
+    Each with at most three axes: with four, LLVM takes ten times as long to compile some shapes.
     """
     rows = [functools.reduce(jnp.add, (float(m) * p for m, p in zip(row, planes, strict=True) if m)) for row in matrix]
     # Fused with its reader the first of two transforms would be computed six times over, and compile ten times as long.

@@ -4,10 +4,11 @@ import sys
 import time
 
 import pytest
+from PIL import Image
 
 from tests.data.tiny_data import encode, noise
 from vgg_jax.configs import IMAGENET, TrainConfig
-from vgg_jax.data import eval_batches, open_split, train_batches
+from vgg_jax.data import eval_batches, open_split, rescaled_images, train_batches
 from vgg_jax.errors import InputError
 
 TINY = TrainConfig(image_size=32, scale=(32, 40), batch_size=4, epochs=3, seed=5)
@@ -74,3 +75,12 @@ for i, batch in enumerate(train_batches(open_split({str(folder)!r}, "train"), co
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)
     assert b"KeyboardInterrupt" in errors and b"Exception ignored" not in errors and time.monotonic() - started < 15
+
+
+def test_what_would_be_too_large_at_the_test_scale_is_named(tmp_path):
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (10_000, 1)).save(tmp_path / "a" / "line.png")
+    source = open_split(str(tmp_path), "train")
+    assert len(list(rescaled_images(source, (16,), True))) == 1
+    with pytest.raises(InputError, match=r"cannot decode 'a/line\.png': at the test scale it has more than 4,000,000 pixels"):
+        list(rescaled_images(source, (256,), True))

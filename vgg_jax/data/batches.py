@@ -87,6 +87,9 @@ def read_scaled(path: str, scales: Sequence[int], exif: bool) -> list[np.ndarray
 
 
 def _cause(error: tf.errors.OpError) -> str:
-    """The first line of TensorFlow's message without the names of its graph."""
+    """The first line of TensorFlow's message without the names of its graph, or what `rescale` asserts."""
+    asserted = re.search(r"assertion failed: \[(.*?)\]", error.message)
+    if asserted:
+        return asserted[1]
     line = re.sub(r"\{\{.*?\}\}|\[Op:.*|\[\[.*", "", error.message).strip().split("\n")[0]
     return re.sub(r"^ValueError: ", "", line).rstrip(". ")

@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image
 
-from vgg_jax.configs import Statistics, TrainConfig
+from vgg_jax.configs import LARGEST, Statistics, TrainConfig
 
 # What Pillow and torchvision decode: pixels are equal to theirs. TensorFlow's default differs by up to 21 levels, 1.2 on average.
 DCT = "INTEGER_ACCURATE"
@@ -128,9 +128,14 @@ def _window(sides: tf.Tensor, scale: tf.Tensor | int, size: int, fractions: tf.T
 
 
 def rescale(image: tf.Tensor, scale: tf.Tensor | int) -> tf.Tensor:
-    """uint8 (H, W, 3) -> uint8 with the shorter side `scale` and the longer one round(long * scale / short) (§3.1)."""
+    """uint8 (H, W, 3) -> uint8 with the shorter side `scale` and the longer one round(long * scale / short) (§3.1).
+
+    Raises tf.errors.InvalidArgumentError for more than `LARGEST` pixels: a line of pixels would become gigabytes.
+    """
     sides = tf.cast(tf.shape(image)[:2], tf.float64)
     rescaled = _rescaled(sides, scale)
+    told = f"at the test scale it has more than {LARGEST:,} pixels"
+    tf.raw_ops.Assert(condition=tf.reduce_prod(rescaled) <= LARGEST, data=[told])
     return _resample(image, tf.cast(rescaled, tf.int32), tf.cast(rescaled / sides, tf.float32), tf.zeros(2))
 
 

@@ -17,15 +17,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from vgg_jax.configs import Layer, layer_table
+from vgg_jax.configs import OUTPUTS, Layer, layer_table
 from vgg_jax.errors import InputError
 from vgg_jax.layers import BatchNorm, compiler_options
 from vgg_jax.model import preprocess
 from vgg_jax.weights import Weights, metadata_of, save
 
 SAVEDMODEL_METADATA = "assets.extra/vgg_jax.json"  # TF Serving and TensorFlow leave it alone
-OUTPUTS = ("logits", "posteriors", "score_map")
-EXTRAS = {"onnx": "onnx", "stablehlo": "train", "savedmodel": "train", "safetensors": "train"}  # what is to be installed, by kind
+EXTRAS = {"onnx": "onnx", "stablehlo": "stablehlo", "savedmodel": "train", "safetensors": ""}  # what is to be installed, by kind
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,7 +76,8 @@ class Artefact:
         size = model.image_size
         image = np.random.default_rng(0).integers(0, 256, (1, size, size, 3)).astype(np.uint8)
         ask = jax.jit(self, compiler_options=compiler_options())
-        answer = np.asarray(ask(self.weights.variables, prepared(image, self.uint8, self.mean_rgb)), np.float32)
+        stored = jax.tree.map(lambda x: np.asarray(x).astype(self.dtype), self.weights.variables)
+        answer = np.asarray(ask(stored, prepared(image, self.uint8, self.mean_rgb)), np.float32)
         return {
             "net": self.weights.net,
             "batch_norm": model.batch_norm,
@@ -137,9 +137,16 @@ def kind_of(out: str | os.PathLike) -> str:
 def write(out: str | os.PathLike, artefact: Artefact, layout: str = "vgg_jax") -> None:
     """Writes the file that `kind_of(out)` says, whole or not at all; a .safetensors file in a `layout`.
 
-    Raises InputError where the library that it needs is not installed, and for a folder in its place that is no earlier export.
+    Raises InputError where the library that it needs is not installed, for a folder in its place that is no earlier export, and for what
+    the kind of file cannot hold: a program has no layout of weights, and weights no other output.
     """
     out, kind = Path(out), kind_of(out)
+    if kind == "safetensors" and (artefact.output, artefact.uint8) != ("logits", True):
+        raise InputError(
+            f"{out} holds weights only: expected the output logits of uint8 images with it; others are for .onnx and the others"
+        )
+    if kind != "safetensors" and layout != "vgg_jax":
+        raise InputError(f"layout is {layout!r}: expected a .safetensors file with it; {out} is a program")
     if out.is_dir() and not (kind == "savedmodel" and (out / SAVEDMODEL_METADATA).exists()):
         raise InputError(f"{out} is a folder: expected a name that is free, or an earlier export's")
     temporary = out.with_name(out.name + ".new")
@@ -154,10 +161,15 @@ def write(out: str | os.PathLike, artefact: Artefact, layout: str = "vgg_jax") -
             from vgg_jax.export.savedmodel import write
     except ImportError as error:
         raise InputError(f"writing {out} needs {error.name}: pip install 'vgg-jax[{EXTRAS[kind]}]'") from error
-    if kind == "safetensors":
-        save(temporary, artefact.weights, layout, artefact.dtype, artefact.described())
-    else:
-        write(temporary, artefact)
-    if out.is_dir():
-        shutil.rmtree(out)
-    os.replace(temporary, out)
+    try:
+        if kind == "safetensors":
+            save(temporary, artefact.weights, layout, artefact.dtype, artefact.described())
+        else:
+            write(temporary, artefact)
+        if out.is_dir():
+            shutil.rmtree(out)
+        os.replace(temporary, out)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        temporary.unlink(missing_ok=True)

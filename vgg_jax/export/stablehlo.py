@@ -5,6 +5,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import flatbuffers  # noqa: F401 - jax.export writes with it, and says so late
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -11,16 +11,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from vgg_jax.configs import CONFIGS
+from vgg_jax.configs import CONFIGS, WRITTEN
 from vgg_jax.errors import InputError
 from vgg_jax.imagenet import CLASSES
 from vgg_jax.model import VGG
 from vgg_jax.weights.containers import damage_named, open_file
-from vgg_jax.weights.layouts import LAYOUTS, NO_STD, Preprocessing, rows
+from vgg_jax.weights.layouts import FEATURES, LAYOUTS, NO_STD, Preprocessing, rows
 from vgg_jax.weights.recognize import recognize
 
 Tree = Mapping[str, Mapping[str, Any]]
-WRITTEN = ("vgg_jax", "torchvision", "timm")  # layouts of safetensors files
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -75,18 +74,24 @@ def read(path: str | os.PathLike, net: str | None = None) -> Weights:
         raise InputError(f"{path}: {error}") from error
     trees: dict[str, dict[str, dict[str, np.ndarray]]] = {"params": {}, "batch_stats": {}}
     numbers = sum(math.prod(row.shape) for row in found.rows)
-    if numbers > 4 * path.stat().st_size:  # 2 bytes each at least, and weights do not compress
+    if numbers > 4 * path.stat().st_size:  # a number has 2 bytes at least, and weights compress by less than 8
         raise InputError(f"{path} says that it holds {numbers:,} numbers in {path.stat().st_size:,} bytes: expected them all in the file")
     with damage_named(path):
         for row in found.rows:
             group, layer, leaf = row.ours
             trees[group].setdefault(layer, {})[leaf] = row.to_ours(contents.tensors[row.theirs].read().astype(np.float32))
-    preprocessing = found.layout.preprocessing._replace(**notes["preprocessing"])
+    preprocessing, top = found.layout.preprocessing, found.top
+    head = [name for name in trees["params"] if name.startswith("fc")]
+    if found.layout.name == "torchvision" and any(np.isnan(trees["params"][name]["kernel"]).all() for name in head):
+        # IMAGENET1K_FEATURES, the authors' own convolutions: the classifier is not a number, and the images are as the authors had them.
+        preprocessing, top = FEATURES, False
+        trees["params"] = {name: layer for name, layer in trees["params"].items() if name not in head}
+    preprocessing = preprocessing._replace(**notes["preprocessing"])
     classes = notes.get("classes") or class_names(found.num_classes)
-    if found.top and len(classes) != found.num_classes:
+    if top and len(classes) != found.num_classes:
         raise InputError(f"{path} names {len(classes)} classes and fc8 has {found.num_classes}: expected a name for each")
     model = VGG(found.config, len(classes), found.batch_norm, image_size=found.image_size)
-    return Weights(found.net, found.layout.name, model, trees["params"], trees["batch_stats"], found.top, preprocessing, classes)
+    return Weights(found.net, found.layout.name, model, trees["params"], trees["batch_stats"], top, preprocessing, classes)
 
 
 def load(path: str | os.PathLike, net: str | None = None) -> tuple[VGG, dict[str, Any], dict[str, Any]]:

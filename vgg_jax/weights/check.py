@@ -29,7 +29,8 @@ def against_torch(weights: Weights, seed: int = 0) -> dict[str, float]:
         raise InputError(f"the check against PyTorch needs torch ({error}): pip install torch") from error
     model = weights.model
     table = layer_table(model.config, model.num_classes, model.batch_norm, model.image_size)
-    table = tuple(layer for layer in table if layer.kind != "drop" and (weights.top or layer.name[-1] not in "678"))
+    end = len(table) if weights.top else next(i for i, layer in enumerate(table) if layer.kind == "fc")
+    table = tuple(layer for layer in table[:end] if layer.kind != "drop")
     pixels = np.random.default_rng(seed).integers(0, 256, (1, model.image_size, model.image_size, 3)).astype(np.float32)
     mean, std = (np.array(values, np.float32) for values in weights.preprocessing[:2])
     features = jax.jit(model.apply, static_argnames=("layers", "method"), compiler_options=compiler_options())

@@ -29,6 +29,7 @@ class Preprocessing(NamedTuple):
 # The authors' mean pixel, and what torchvision's nets were trained with, on the 0-255 scale.
 AUTHORS = Preprocessing(IMAGENET.mean_rgb)
 TORCHVISION = Preprocessing((0.485 * 255, 0.456 * 255, 0.406 * 255), (0.229 * 255, 0.224 * 255, 0.225 * 255))
+FEATURES = Preprocessing((0.48235 * 255, 0.45882 * 255, 0.40784 * 255))  # of torchvision's IMAGENET1K_FEATURES, whose deviation is 1
 
 
 class Layout(NamedTuple):
@@ -36,7 +37,7 @@ class Layout(NamedTuple):
 
     name: str
     modules: Callable[[Iterable[Layer]], Mapping[str, str]]  # of a net's layers to their names there
-    leaves: Mapping[str, str]  # of "kernel", "bias" and batch normalisation's four to what follows a layer's name there
+    leaves: Mapping[str, str]  # of "kernel", "bias" and, if there is any, batch normalisation's four to what follows a layer's name there
     patterns: Mapping[str, str]  # of a kernel, by the layer's name or else its kind
     preprocessing: Preprocessing
     bgr: bool = False  # whether conv1_1 reads blue first
@@ -148,8 +149,8 @@ def _keras3(table: Iterable[Layer]) -> dict[str, str]:
 
 
 _TORCH = {"kernel": ".weight", "bias": ".bias", "scale": ".weight", "mean": ".running_mean", "var": ".running_var"}
-_BLOBS = {"kernel": "/0", "bias": "/1", "scale": "/none", "mean": "/none", "var": "/none"}  # no batch normalisation was published
-_VARS = {**_BLOBS, "kernel": "/vars/0", "bias": "/vars/1"}
+_BLOBS = {"kernel": "/0", "bias": "/1"}  # no batch normalisation was published
+_VARS = {"kernel": "/vars/0", "bias": "/vars/1"}
 _OURS = {leaf: f"/{leaf}" for leaf in ("kernel", "bias", "scale", "mean", "var")}
 
 _KERAS_STATE = r"(optimizer|optimizer_weights|top_level_model_weights|metrics|vars)\b.*"  # of a model that was trained
@@ -162,13 +163,13 @@ LAYOUTS = (
     Layout(
         "keras 3",
         _keras3,
-        {**_BLOBS, "kernel": "/vars/0", "bias": "/vars/1"},
+        _VARS,
         {"conv": "H W I O", "fc": "HWI O"},
         AUTHORS,
         bgr=True,
         ignored=_KERAS_STATE,
     ),
     Layout("caffe", _same_names, _BLOBS, {"conv": "O I H W", "fc": "O IHW"}, AUTHORS, bgr=True),
-    Layout("matconvnet", _same_names, {**_BLOBS, "kernel": "/filters", "bias": "/biases"}, {"conv": "H W I O", "fc": "H W I O"}, AUTHORS),
-    Layout("flaxmodels", _same_names, {**_BLOBS, "kernel": "/weight", "bias": "/bias"}, {"conv": "H W I O", "fc": "IHW O"}, TORCHVISION),
+    Layout("matconvnet", _same_names, {"kernel": "/filters", "bias": "/biases"}, {"conv": "H W I O", "fc": "H W I O"}, AUTHORS),
+    Layout("flaxmodels", _same_names, {"kernel": "/weight", "bias": "/bias"}, {"conv": "H W I O", "fc": "IHW O"}, TORCHVISION),
 )

@@ -9,6 +9,8 @@ import numpy as np
 from vgg_jax.errors import InputError
 from vgg_jax.weights.contents import LARGEST, Contents, Tensor
 
+SLACK = 2**20  # bytes that a file may unpack to, however small it is
+
 
 def read(path: Path) -> Contents:
     from scipy.io import loadmat
@@ -43,8 +45,11 @@ def read(path: Path) -> Contents:
 
 def _check(path: Path) -> None:
     """Raises InputError for nesting that would exhaust scipy's stack, and for more than a VGG's numbers behind a compression."""
-    data = memoryview(path.read_bytes())[128:]
-    waiting = [(data, 0)]
+    data = memoryview(path.read_bytes())
+    if data[126:128] != b"IM":
+        raise InputError(f"{path} is big-endian: expected MatConvNet's net, which is little-endian")
+    waiting = [(data[128:], 0)]
+    unpacked = 0
     while waiting:
         part, depth = waiting.pop()
         at = 0
@@ -56,9 +61,11 @@ def _check(path: Path) -> None:
             inside = part[at + 8 : at + 8 + size]
             if kind == 15:
                 unpacker = zlib.decompressobj()
-                inside = memoryview(unpacker.decompress(inside, LARGEST))
+                limit = min(LARGEST, 4 * len(data) + SLACK) - unpacked  # weights hardly compress
+                inside = memoryview(unpacker.decompress(inside, max(1, limit)))
+                unpacked += len(inside)
                 if unpacker.unconsumed_tail:
-                    raise InputError(f"{path} unpacks to more than {LARGEST:,} bytes: expected a VGG's weights")
+                    raise InputError(f"{path} unpacks to more than {unpacked:,} bytes: expected a VGG's weights")
             if kind in (14, 15):
                 if depth > 12:
                     raise InputError(f"{path} is nested more than 12 deep: expected MatConvNet's net")

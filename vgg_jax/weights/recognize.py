@@ -31,7 +31,8 @@ def recognize(shapes: Shapes, net: str | None = None, image_size: int | None = N
     unless `image_size` is another that does.
     """
     nets = [net] if net else [name for name, config in CONFIGS.items() if not config.lrn]
-    candidates = [_candidate(shapes, layout, name, batch_norm) for layout in LAYOUTS for name in nets for batch_norm in (False, True)]
+    kinds = [(layout, batch_norm) for layout in LAYOUTS for batch_norm in ((False, True) if "mean" in layout.leaves else (False,))]
+    candidates = [_candidate(shapes, layout, name, batch_norm) for layout, batch_norm in kinds for name in nets]
     nearest = min(candidates, key=lambda candidate: len(differences(shapes, candidate)))
     if not any(row.theirs in shapes for row in nearest.rows):
         raise InputError(
