@@ -3,8 +3,9 @@
     python -m experiments.fuzz_loaders --count 1000 [--seed 0] > experiments/results/fuzz_loaders.json
 
 Each file is a small valid one with some bytes changed, cut out, doubled or set to extreme numbers, most of them where its names and sizes
-lie. They are read in child processes with a limit on memory (1 GB above the start) and on time (10 s a file). Needs torch, h5py and scipy.
-Prints one JSON document; about two minutes for a thousand files of each format on two cores.
+lie. They are read in child processes with a limit on memory (256 MB above the start: a library's own needs, since the nets have
+kilobytes) and on time (10 s a file). Needs torch, h5py and scipy. Prints one JSON document; about four minutes for a thousand files of
+each format on two cores.
 """
 
 import argparse
@@ -41,14 +42,21 @@ def tensors(layout: str) -> dict[str, np.ndarray]:
 
 
 def write_valid(folder: Path) -> dict[str, Path]:
-    """A file of each format that `read` takes."""
-    paths = {name: folder / f"valid.{name}" for name in ("safetensors", "pth", "h5", "mat", "caffemodel")}
+    """A file of each format that `read` takes, by what its name ends in."""
+    kinds = ("safetensors", "pth", "old.pth", "h5", "3.h5", "flax.h5", "mat", "caffemodel", "V1.caffemodel")
+    paths = {name: folder / f"valid.{name}" for name in kinds}
     save_file(tensors("torchvision"), paths["safetensors"], {"vgg_jax": json.dumps({"net": "small", "image_size": 8})})
-    torch.save({name: torch.from_numpy(array) for name, array in tensors("torchvision").items()}, paths["pth"])
+    state = {name: torch.from_numpy(array) for name, array in tensors("torchvision").items()}
+    torch.save(state, paths["pth"])
+    torch.save(state, paths["old.pth"], _use_new_zipfile_serialization=False)
     with h5py.File(paths["h5"], "w") as file:
         for name, array in tensors("keras").items():
             layer, _, number = name.partition("/")
             file[f"{layer}/{layer}_{('W', 'b')[int(number)]}_1:0"] = array
+    for kind, layout in (("3.h5", "keras 3"), ("flax.h5", "flaxmodels")):
+        with h5py.File(paths[kind], "w") as file:
+            for name, array in tensors(layout).items():
+                file[name] = array
     held: dict[str, dict] = {}
     for name, array in tensors("matconvnet").items():
         layer, _, leaf = name.partition("/")
@@ -56,13 +64,18 @@ def write_valid(folder: Path) -> dict[str, Path]:
     cells = np.empty((1, len(held)), object)
     cells[0] = list(held.values())
     savemat(paths["mat"], {"layers": cells}, do_compression=True)
-    net = caffe_messages()()
-    layers = {}
-    for name, array in tensors("caffe").items():
-        layer, _, _ = name.partition("/")
-        layers.setdefault(layer, net.layer.add(name=layer) if layer not in layers else None)
-        layers[layer].blobs.add(data=array.ravel()).shape.dim.extend(array.shape)
-    paths["caffemodel"].write_bytes(net.SerializeToString())
+    for kind in ("caffemodel", "V1.caffemodel"):
+        net, layers = caffe_messages()(), {}
+        for name, array in tensors("caffe").items():
+            layer, _, _ = name.partition("/")
+            if layer not in layers:
+                layers[layer] = (net.layer if kind == "caffemodel" else net.layers).add(name=layer)
+            blob = layers[layer].blobs.add(data=array.ravel())
+            if kind == "caffemodel":
+                blob.shape.dim.extend(array.shape)
+            else:
+                blob.num, blob.channels, blob.height, blob.width = (1,) * (4 - array.ndim) + array.shape
+        paths[kind].write_bytes(net.SerializeToString())
     return paths
 
 
@@ -90,7 +103,7 @@ def mutated(content: bytes, draw: random.Random) -> bytes:
 def read_all(paths: list[Path], results: multiprocessing.Queue) -> None:
     """In a child process: what each file gave."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     for path in paths:
         signal.alarm(10)  # ends the process: a hang is a crash
@@ -135,7 +148,7 @@ def main() -> None:
                         totals[kind][f"crashed with {child.exitcode}"] += 1
                         done += 1
                     paths = paths[done:]
-                for path in folder.glob(f"[0-9]*.{kind}"):
+                for path in folder.glob("[0-9]*"):
                     path.unlink()
     print(json.dumps({"files_of_each": args.count, "seed": args.seed, "results": totals}, indent=1))
 

@@ -1,5 +1,6 @@
 """MatConvNet's .mat files."""
 
+import math
 import zlib
 from functools import partial
 from pathlib import Path
@@ -44,7 +45,7 @@ def read(path: Path) -> Contents:
 
 
 def _check(path: Path) -> None:
-    """Raises InputError for nesting that would exhaust scipy's stack, and for more than a VGG's numbers behind a compression."""
+    """Raises InputError for what would exhaust scipy's stack or the memory: deep nesting, compression, arrays that are not there."""
     data = memoryview(path.read_bytes())
     if data[126:128] != b"IM":
         raise InputError(f"{path} is big-endian: expected MatConvNet's net, which is little-endian")
@@ -66,8 +67,19 @@ def _check(path: Path) -> None:
                 unpacked += len(inside)
                 if unpacker.unconsumed_tail:
                     raise InputError(f"{path} unpacks to more than {unpacked:,} bytes: expected a VGG's weights")
+            if kind == 14 and _elements(inside) > len(inside):
+                raise InputError(
+                    f"{path} says that an array in {len(inside):,} bytes has {_elements(inside):,} elements: expected them there"
+                )
             if kind in (14, 15):
                 if depth > 12:
                     raise InputError(f"{path} is nested more than 12 deep: expected MatConvNet's net")
                 waiting.append((inside, depth + 1))
             at += 8 + size + (0 if kind == 15 else -size % 8)
+
+
+def _elements(array: memoryview) -> int:
+    """How many elements an array says that it has: its second part, behind 16 bytes of flags, holds its sides."""
+    size = int.from_bytes(array[20:24], "little")
+    sides = array[24 : 24 + min(size, len(array) - 24) // 4 * 4].cast("i") if len(array) > 24 else ()
+    return math.prod(abs(side) for side in sides)
