@@ -82,7 +82,7 @@ def test_an_unreadable_file_is_reported_and_the_others_answered(net, photos, cap
     }
     assert "cannot decode" in lines["broken.jpg"]["error"]
     assert "No such file" in lines["missing.jpg"]["error"]
-    assert "line.png': at the test scale it has more than 4,000,000 pixels" in lines["line.png"]["error"]
+    assert "line.png': at the test scale it has more than 2,000,000 pixels" in lines["line.png"]["error"]
     assert cli.main(argv) == 2
     out, err = capsys.readouterr()
     assert "%" in out.splitlines()[0]

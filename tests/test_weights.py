@@ -448,6 +448,21 @@ def test_matlab_files_that_would_fill_the_memory(tmp_path):
         read(tmp_path / "big.mat")
 
 
+def test_a_file_of_an_old_pytorch(tmp_path):
+    """It is read; one that names more numbers than it has is refused before there is memory for them."""
+    torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
+    state = {name: torch.from_numpy(array) for name, array in torchvision_file(by_hand("A"), "A").items()}
+    path = tmp_path / "old.pth"
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+    assert read(path).net == "A"
+    numbers = struct.pack("<cH", b"M", 3 * 64 * 9)
+    content = path.read_bytes()
+    assert numbers in content
+    path.write_bytes(content.replace(numbers, struct.pack("<ci", b"J", 2**31 - 1), 1))
+    with pytest.raises(InputError, match=r"names 2,147,483,647 numbers in [\d,]+ bytes"):
+        read(path)
+
+
 def test_tensors_that_want_a_gradient_and_such_without_numbers(tmp_path):
     torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
     state = torchvision_file(by_hand("A"), "A")

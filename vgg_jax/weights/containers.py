@@ -5,6 +5,8 @@ Nothing here runs code from a file: no pickle but by `torch.load(weights_only=Tr
 
 import contextlib
 import json
+import mmap
+import pickletools
 import re
 import zipfile
 from collections.abc import Iterator
@@ -91,7 +93,10 @@ def _safetensors(path: Path) -> Contents:
 def _pytorch(path: Path) -> Contents:
     import torch
 
-    found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    is_zip = zipfile.is_zipfile(path)
+    if not is_zip:
+        _check_legacy(path)
+    found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     for key in ("state_dict", "model"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
@@ -106,6 +111,16 @@ def _pytorch(path: Path) -> Contents:
             raise InputError(f"{path}: {name} of the shape {tuple(value.shape)} is larger than what is stored of it")
         tensors[str(name).removeprefix("module.")] = Tensor(tuple(value.shape), partial(_of_torch, value))
     return Contents(tensors, {})
+
+
+def _check_legacy(path: Path) -> None:
+    """Raises InputError or ValueError for a file of before PyTorch 1.6 that names more than it has: PyTorch would ask for that memory."""
+    size = path.stat().st_size
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        for part in range(5):  # two numbers of its version, the machine's sizes, the state_dict, and the storages' names
+            for _, argument, _ in pickletools.genops(data):  # reads the instructions, and follows none
+                if part == 3 and isinstance(argument, int) and argument > size:
+                    raise InputError(f"{path} names {argument:,} numbers in {size:,} bytes: expected them all in the file")
 
 
 def _of_torch(value: Any) -> np.ndarray:

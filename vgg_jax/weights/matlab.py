@@ -60,6 +60,8 @@ def _check(path: Path) -> None:
                 at += 8
                 continue
             inside = part[at + 8 : at + 8 + size]
+            if len(inside) < size:
+                raise InputError(f"{path} says that {size:,} bytes come where {len(inside):,} are left: expected it whole")
             if kind == 15:
                 unpacker = zlib.decompressobj()
                 limit = min(LARGEST, 4 * len(data) + SLACK) - unpacked  # weights hardly compress
