@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 
@@ -118,7 +118,7 @@ def _check_legacy(path: Path) -> None:
     size = path.stat().st_size
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         for part in range(5):  # two numbers of its version, the machine's sizes, the state_dict, and the storages' names
-            for _, argument, _ in pickletools.genops(data):  # reads the instructions, and follows none
+            for _, argument, _ in pickletools.genops(cast(IO[bytes], data)):  # reads the instructions, and follows none
                 if part == 3 and isinstance(argument, int) and argument > size:
                     raise InputError(f"{path} names {argument:,} numbers in {size:,} bytes: expected them all in the file")
 
