@@ -12,7 +12,7 @@ import json
 import numpy as np
 import torch
 
-from tests.torch_vgg import dense_posterior, randomize, to_jax, torch_vgg
+from tests.torch_vgg import dense_posterior, randomize, score_map, to_jax, torch_vgg
 from vgg_jax import CONFIGS, IMAGENET, VGG
 from vgg_jax.configs import Protocol
 from vgg_jax.data import open_split, rescaled_images
@@ -35,8 +35,10 @@ def main() -> None:
         if len(images) == args.images:
             break
     theirs = randomize(torch_vgg(args.net, (4096, 4096), 1000, args.batch_norm), seed=0).eval()
-    # On 0-255 pixels the random scores would be all or nothing: scaled so that the largest posterior is well between.
-    theirs.fc8.weight.data *= 0.02
+    # Random scores may be all or nothing, or nearly equal: scaled so that the largest posterior is well between.
+    pixels = torch.from_numpy(images[0] - np.array(IMAGENET.mean_rgb, np.float32)).permute(2, 0, 1)[None]
+    with torch.inference_mode():
+        theirs.fc8.weight.data *= 2.5 / score_map(theirs, pixels, 7).std()
     params, batch_stats = to_jax(theirs, 7)
     model = VGG(CONFIGS[args.net], batch_norm=args.batch_norm)
     variables = {"params": params, "batch_stats": batch_stats}
