@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import struct
+import sys
 import zlib
 
 import h5py
@@ -15,7 +16,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from tests.conftest import DATA
-from vgg_jax import CONFIGS, IMAGENET, InputError, cli, compiler_options, load
+from vgg_jax import CONFIGS, IMAGENET, InputError, cli, compiler_options, imagenet, load
 from vgg_jax.weights import read, save
 from vgg_jax.weights.layouts import LAYOUTS, rows
 
@@ -371,9 +372,32 @@ def test_no_code_and_no_other_file_is_read(tmp_path):
     (tmp_path / "raw").write_bytes(bytes(12))
     with h5py.File(tmp_path / "external.h5", "w") as file:
         file.create_dataset("conv1_1", (3,), "f4", external=[(str(tmp_path / "raw"), 0, 12)])
-    for name, words in (("link", "is a link"), ("soft", "is a link"), ("external", "is stored in another file")):
+    layout = h5py.VirtualLayout((3,), "f4")
+    layout[:] = h5py.VirtualSource("secret.h5", "kernel", (3,))
+    with h5py.File(tmp_path / "virtual.h5", "w") as file:
+        file.create_virtual_dataset("conv1_1", layout)
+    other = "is stored in another file"
+    for name, words in (("link", "is a link"), ("soft", "is a link"), ("external", other), ("virtual", other)):
         with pytest.raises(InputError, match=rf"conv1_1 {words}: expected the weights in the file itself"):
             read(tmp_path / f"{name}.h5")
+
+
+def test_a_pickle_is_refused_where_torch_is_not(tmp_path, monkeypatch):
+    (tmp_path / "vgg.pth").write_bytes(b"PK\x03\x04")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(InputError, match=r"reading .*vgg\.pth needs torch: pip install torch, or convert it"):
+        read(tmp_path / "vgg.pth")
+
+
+def test_imagenets_names_are_in_the_order_of_the_released_models():
+    numbers = [name.split()[0] for name in imagenet.CLASSES]
+    assert len(set(numbers)) == 1000
+    assert numbers == sorted(numbers)
+    assert [imagenet.CLASSES[i] for i in (0, 207, 999)] == [
+        "n01440764 tench, Tinca tinca",
+        "n02099601 golden retriever",
+        "n15075141 toilet tissue, toilet paper, bathroom tissue",
+    ]
 
 
 def test_a_file_that_lies_about_itself(tmp_path):
