@@ -34,7 +34,7 @@ class Compilations(logging.Handler):
     count = 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.count += record.getMessage().startswith("Compiling jit(window_posteriors)")
+        self.count += record.getMessage().startswith(("Compiling jit(last_maps)", "Compiling jit(logits_at)"))
 
 
 def measured(args: argparse.Namespace) -> dict:

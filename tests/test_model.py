@@ -57,9 +57,10 @@ def test_score_map_is_the_three_matrices_on_every_window(net):
 def test_a_transposed_net_answers_transposed_images(net):
     model, variables = net
     x = images(2, 100, 165)
-    scores = model.apply(transposed(model, variables), x.swapaxes(1, 2), method="score_map")
-    assert scores.shape == (2, 4, 2, 7)
-    np.testing.assert_allclose(scores.swapaxes(1, 2), model.apply(variables, x, method="score_map"), rtol=1e-4, atol=1e-4)
+    turned = model.apply(transposed(variables), x.swapaxes(1, 2), ("pool5",), method="features")["pool5"]
+    expected = model.apply(variables, x, ("pool5",), method="features")["pool5"]
+    assert turned.shape == (2, 5, 3, 40)
+    np.testing.assert_allclose(turned.swapaxes(1, 2), expected, rtol=1e-4, atol=1e-4 * expected.max())
 
 
 @pytest.mark.parametrize(("size", "expected"), [((256, 256), 2), ((384, 384), 6), ((512, 512), 10), ((256, 341), (2, 4)), ((224, 224), 1)])
@@ -68,7 +69,7 @@ def test_map_sizes_of_the_specification(size, expected):
     x = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32))
     scores = jax.eval_shape(lambda v, x: model.apply(v, x, method="score_map"), variables, x)
-    assert scores.shape[1:3] == (expected if isinstance(expected, tuple) else (expected, expected))
+    assert scores.shape[1:3] == model.map_size(*size) == (expected if isinstance(expected, tuple) else (expected, expected))
 
 
 def test_features_are_what_the_names_say(net):

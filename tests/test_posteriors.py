@@ -10,7 +10,8 @@ import pytest
 from tests.tiny import init
 from vgg_jax import IMAGENET, VGG, Conv, InputError, VGGConfig
 from vgg_jax.configs import DENSE, PROTOCOLS, Protocol
-from vgg_jax.posteriors import Window, batches, crop_offsets, place_of, posteriors, stream_posteriors, windows
+from vgg_jax.films import rows_of
+from vgg_jax.posteriors import crop_offsets, posteriors, stream_posteriors, windows
 from vgg_jax.sharding import data_mesh
 
 SMALL = VGGConfig(((Conv(8),), (Conv(16), Conv(16)), (Conv(24),)), fc=(24, 16))
@@ -53,19 +54,24 @@ def test_dense_posteriors_equal_pytorchs_one_by_one(kind, batch_norm, ceil, monk
         assert np.abs(np.diff(ours, axis=0)).max() > 1e-3  # the images differ
 
 
-def test_a_padded_map_is_the_map_of_the_image_alone(net):
-    """Also a place much larger than the image, and what is outside of it makes no difference."""
-    model, variables = net
-    image = photos([(23, 41)])[0].astype(np.float32) - 120
-    for ceil in (False, True):
-        alone = model.apply(variables, image[None], ceil=ceil, method="score_map")
-        place = np.full((2, 40, 56, 3), 99.0, np.float32)
-        place[0, :23, :41] = image
-        sizes = jnp.array([[23, 41], [40, 56]])
-        h, w = model.map_sizes(sizes, ceil)[0].tolist()
-        assert alone.shape[1:3] == (h, w)
-        shared = model.apply(variables, place, sizes=sizes, ceil=ceil, method="score_map")
-        np.testing.assert_allclose(shared[0, :h, :w], alone[0], rtol=1e-4, atol=1e-4 * np.abs(alone).max())
+@pytest.mark.parametrize("ceil", [False, True], ids=["floor", "ceil"])
+@pytest.mark.parametrize("side", [3, 5])
+def test_windows_in_a_film_are_what_each_is_alone(side, ceil):
+    """Every height, so that the rows between them are just enough, and what is not of an image makes no difference."""
+    config = VGGConfig(((Conv(8),), (Conv(8), Conv(8, side)), (Conv(8, side),)), fc=(8, 8))
+    model = VGG(config, num_classes=3, image_size=8, initializer="he")
+    variables = init(model)
+    heights = range(9, 17)
+    rows = np.cumsum([0] + [rows_of(h, config, ceil).apart for h in heights])
+    found = photos([(h, 13) for h in heights])
+    film, there = np.full((1, rows[-1], 16, 3), 99.0, np.float32), np.zeros((1, rows[-1], 16), bool)
+    for row, image in zip(rows, found, strict=False):
+        film[0, row : row + len(image), :13], there[0, row : row + len(image), :13] = image, True
+    maps = model.apply(variables, film, there, ceil, method="last_maps")[0]
+    for row, image in zip(rows, found, strict=False):
+        alone = model.apply(variables, image[None].astype(np.float32), np.ones((1, len(image), 13), bool), ceil, method="last_maps")[0]
+        h, w = alone.shape[:2]
+        np.testing.assert_allclose(maps[row // 4 : row // 4 + h, :w], alone, rtol=1e-4, atol=1e-4 * np.abs(alone).max())
 
 
 def softmax_of(net, crops):
@@ -116,7 +122,7 @@ def test_the_weights_of_an_image_add_up_to_one(name):
 
 def test_equal_crops_are_computed_once(net):
     image = photos([(16, 24)])
-    assert len(list(windows(0, image, 16, Protocol("multi-crop")))) == 5
+    assert len(list(windows(0, image, 16, Protocol("multi-crop")))) == 10  # five and their mirror images
     grid = [image[0][:, x : x + 16] for x in (0, 2, 4, 6, 8)]
     expected = np.asarray(softmax_of(net, grid + [crop[:, ::-1] for crop in grid]))
     np.testing.assert_allclose(posteriors(*net, image, protocol=Protocol("multi-crop"))[0], expected.mean(0), atol=1e-5)
@@ -124,82 +130,27 @@ def test_equal_crops_are_computed_once(net):
 
 @pytest.fixture
 def compilations(caplog):
-    """How often a program was compiled, in whatever thread."""
+    """How often a program was compiled."""
     jax.config.update("jax_log_compiles", True)
-    yield lambda: sum(record.getMessage().startswith("Compiling jit(window_posteriors)") for record in caplog.records)
+    yield lambda: sum(record.getMessage().startswith("Compiling jit(last_maps)") for record in caplog.records)
     jax.config.update("jax_log_compiles", False)
 
 
-@pytest.mark.parametrize("worth", [2_000_000, 2_000], ids=["few_programs", "many_programs"])
-def test_each_image_comes_once_and_places_share_programs(net, caplog, compilations, worth, monkeypatch):
+@pytest.mark.parametrize(("worth", "most"), [(4_000_000, 2), (4_000, 4)], ids=["few_programs", "many_programs"])
+def test_each_image_comes_once_and_windows_share_programs(net, caplog, compilations, worth, most, monkeypatch):
     """On two devices; 60 images of 60 sizes in few programs, whatever the order in which they are ready."""
-    monkeypatch.setattr("vgg_jax.posteriors.COMPILED", worth)
-    monkeypatch.setattr("vgg_jax.posteriors.BACKLOG", 1)
-    sizes = [(16, 16 + i) if i % 2 else (16 + i, 16) for i in range(60)]
-    settings = {"mesh": data_mesh(2), "protocol": DENSE, "pixels": 8_000 if worth == 2_000_000 else 3_000}
+    monkeypatch.setattr("vgg_jax.films.COMPILED", worth)
+    sizes = [(16 + i % 7, 23 + i) if i % 2 else (23 + i, 16 + i % 7) for i in range(60)]
+    settings = {"mesh": data_mesh(2), "protocol": DENSE, "pixels": 16_000}
     found = dict(stream_posteriors(*net, ([image] for image in photos(sizes)), **settings))
     assert found.keys() == set(range(60))
-    assert {place_of(*sorted(size)) for size in sizes} == {(31, 31, False), (31, 32, False), (31, 127, False)}
-    assert 0 < compilations() <= 3
+    assert 0 < compilations() <= most
     caplog.clear()
     again = dict(stream_posteriors(*net, ([image] for image in photos(sizes)), **settings))
     assert compilations() == 0
     for index, posterior in found.items():
         np.testing.assert_array_equal(again[index], posterior)
         np.testing.assert_allclose(posterior, posteriors(*net, [photos(sizes)[index]])[0], atol=1e-6)
-
-
-def plan(sizes, pixels=400_000, devices=1):
-    """The batches of windows of these sizes, of no pixels."""
-    found = [Window(i, 0, 1.0, np.broadcast_to(np.uint8(0), (*sorted(size), 3)), size[0] > size[1]) for i, size in enumerate(sizes)]
-    return list(batches(found, pixels, devices, ceil=False))
-
-
-def test_batches_hold_every_window_once_in_a_place_that_is_large_enough():
-    rng = np.random.default_rng(0)
-    sizes = [
-        (256, int(side)) if wide else (int(side), 256)
-        for side, wide in zip(rng.integers(256, 900, 300), rng.random(300) < 0.7, strict=True)
-    ]
-    for devices in (1, 3):
-        found = plan(sizes, devices=devices)
-        assert sorted(window.image for batch in found for window in batch.windows) == list(range(300))
-        for batch in found:
-            assert 0 < len(batch.windows) <= batch.slots
-            assert batch.slots % devices == 0
-            for h, w in (sizes[window.image] for window in batch.windows):
-                assert batch.place.turned == (h > w)
-                assert min(h, w) <= batch.place.h
-                assert max(h, w) <= batch.place.w
-        assert len({batch.program for batch in found}) <= 12
-        computed = sum(batch.slots * batch.place.h * batch.place.w for batch in found)
-        assert computed < 1.25 * sum(h * w for h, w in sizes)
-
-
-def test_a_place_has_a_program_only_where_that_is_worth_it():
-    """23 photos of 256x351 are; three that are a little smaller go along, one that is much larger cannot."""
-    usual = plan([(256, 351)] * 30)
-    assert {batch.program for batch in usual} == {(256, 351, 4)}
-    assert [len(batch.windows) for batch in usual] == [4] * 7 + [2]
-    mixed = plan([(256, 351)] * 30 + [(256, 300)] * 3 + [(256, 800)])
-    assert {batch.program for batch in mixed} == {(256, 351, 4), (256, 895, 1)}
-    assert sum(len(batch.windows) for batch in mixed) == 34
-    alone = plan([(256, 300)] * 3)
-    assert [(batch.program, len(batch.windows)) for batch in alone] == [((256, 319, 4), 3)]
-    apart = plan([(256, 383)] * 100 + [(256, 256)] * 100)  # to compute the second in the first's place would cost half as much again
-    assert {batch.place for batch in apart} == {(256, 383, False), (256, 256, False)}
-    few = plan([(256, 351)] + [(351, 256)] * 20)  # the rarer kind does not decide how many are computed at once
-    assert [(batch.program, len(batch.windows)) for batch in few] == [((256, 351, 4), 1)] + [((256, 351, 4), 4)] * 5
-    tall = plan([(256, 351)] * 30 + [(351, 256)] * 2)
-    assert {batch.program for batch in tall} == {(256, 351, 4)}  # the same for both
-    assert {batch.place for batch in tall} == {(256, 351, False), (256, 351, True)}
-
-
-def test_few_sizes_are_far_from_square():
-    assert place_of(256, 341) == (256, 351, False)
-    assert place_of(256, 341, ceil=True) == (256, 352, False)
-    assert place_of(256, 513) == (256, 639, False)
-    assert place_of(64, 64) == (64, 64, False)
 
 
 def test_crop_offsets():

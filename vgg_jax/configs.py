@@ -139,7 +139,7 @@ class Protocol:
 
 
 DENSE = Protocol()
-PIXELS = 400_000  # of the windows that are computed at once in an evaluation
+PIXELS = 800_000  # of the windows that are computed at once in an evaluation
 LARGEST = 2_000_000  # pixels of one image at a test scale: they are computed at once, and with the mirror image net A takes 5 GB, D 8
 
 OUTPUTS = ("logits", "posteriors", "score_map")  # of an exported program

@@ -130,11 +130,15 @@ def avg_pool(x: Array) -> Array:
     return x[:, : h // 2 * 2, : w // 2 * 2].reshape(n, h // 2, 2, w // 2, 2, c).mean((2, 4))
 
 
-def inside(x: Array, sizes: Array) -> Array:
-    """bool (N, H, W, 1): which positions of the maps (N, H, W, C) lie within their first `sizes` (N, 2) rows and columns."""
-    row = jnp.arange(x.shape[1])[None, :, None, None] < sizes[:, 0, None, None, None]
-    column = jnp.arange(x.shape[2])[None, None, :, None] < sizes[:, 1, None, None, None]
-    return row & column
+def pooled(there: Array, ceil: bool = False) -> Array:
+    """bool (N, H, W) -> (N, H // 2, W // 2): where the pooling of an image has a value, if it fills an array only where it is `there`.
+
+    That is where all of a 2x2 window is the image's, or with `ceil` any of it.
+    """
+    if ceil:
+        there = jnp.pad(there, ((0, 0), *((0, side % 2) for side in there.shape[1:])))
+    share = avg_pool(there[..., None].astype(jnp.float32))[..., 0]
+    return share > 0 if ceil else share == 1
 
 
 def local_response_norm(x: Array, k: float = 2.0, n: int = 5, alpha: float = 1e-4, beta: float = 0.75) -> Array:

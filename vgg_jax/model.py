@@ -11,7 +11,7 @@ from jax import Array, lax
 
 from vgg_jax.configs import CONFIGS, VGGConfig, layer_table
 from vgg_jax.errors import InputError
-from vgg_jax.layers import BatchNorm, FullyConnected, avg_pool, convolution, inside, local_response_norm, max_pool
+from vgg_jax.layers import BatchNorm, FullyConnected, avg_pool, convolution, local_response_norm, max_pool, pooled
 
 # Of the kernels, (convolutions', fully connected layers'); biases start at 0.
 INITIALIZERS: dict[str, Callable[[float], tuple[nn.initializers.Initializer, nn.initializers.Initializer]]] = {
@@ -62,22 +62,38 @@ class VGG(nn.Module):
             )
         return self._run(images, ("fc8",), train, mask)["fc8"][:, 0, 0]
 
-    def score_map(self, images: Array, sizes: Array | None = None, ceil: bool = False) -> Array:
+    def score_map(self, images: Array, ceil: bool = False) -> Array:
         """The dense class-score map (N, h, w, K) of images of at least image_size (§3.2): the logits of every window, stride 32.
 
-        A side of n pixels gives n // 32 - image_size // 32 + 1 positions; with `ceil`, Caffe's pooling, n / 32 is rounded up.
-        Images of several sizes share a batch when each lies in the upper left corner of its place and `sizes`, int (N, 2), are their
-        heights and widths: the first positions of a map, `map_sizes(sizes)`, are then those of the image alone, and the others mean
-        nothing. Raises InputError for a place smaller than image_size.
+        `map_size` are its sides; with `ceil` poolings round up, as Caffe's. Raises InputError for images smaller than image_size.
         """
-        return self._run(images, ("fc8",), sizes=sizes, ceil=ceil)["fc8"]
+        return self._run(images, ("fc8",), ceil=ceil)["fc8"]
 
     @nn.nowrap
-    def map_sizes(self, sizes: Array, ceil: bool = False) -> Array:
-        """int (N, 2): the sides of the score maps of images with these sides."""
-        stages = len(self.config.stages)
-        halved = -(-sizes // 2**stages) if ceil else sizes // 2**stages
-        return halved - self.image_size // 2**stages + 1
+    def map_size(self, h: int, w: int, ceil: bool = False) -> tuple[int, int]:
+        """The sides of the score map of an image: h // 32 - image_size // 32 + 1 positions; with `ceil` h / 32 is rounded up."""
+        stride = 2 ** len(self.config.stages)
+        h, w = (-(-side // stride) if ceil else side // stride for side in (h, w))
+        return h - self.image_size // stride + 1, w - self.image_size // stride + 1
+
+    def last_maps(self, images: Array, there: Array, ceil: bool = False) -> Array:
+        """(N, h, w, C), what the last pooling reads, of arrays that hold several images each, and zeros.
+
+        `there`, bool (N, H, W), says which pixels are an image's. Between two images there must be room, see `vgg_jax.films`: then
+        each image's part of the map is what the image alone would give, with zeros around it.
+        """
+        layer = self._last_layer()
+        return self._run(images, (layer,), there=there, ceil=ceil)[layer]
+
+    def logits_of_maps(self, maps: Array) -> Array:
+        """(N, K), of parts (N, h, w, C) of `last_maps` as large as those of an image of image_size."""
+        return self._run(maps, ("fc8",), behind=self._last_layer())["fc8"][:, 0, 0]
+
+    @nn.nowrap
+    def _last_layer(self) -> str:
+        """The name of the layer that the last pooling reads."""
+        names = [layer.name for layer in layer_table(self.config, self.num_classes, self.batch_norm, self.image_size)]
+        return names[names.index(f"pool{len(self.config.stages)}") - 1]
 
     def features(self, images: Array, layers: Iterable[str]) -> dict[str, Array]:
         """The named activations, each a map (N, h, w, C), of images of any size that reaches the deepest one, where the net stops.
@@ -98,11 +114,15 @@ class VGG(nn.Module):
         wanted: tuple[str, ...],
         train: bool = False,
         mask: Array | None = None,
-        sizes: Array | None = None,
+        there: Array | None = None,
         ceil: bool = False,
+        behind: str | None = None,
     ) -> dict[str, Array]:
         table = layer_table(self.config, self.num_classes, self.batch_norm, self.image_size)
-        table = table[: _deepest(wanted, [layer.name for layer in table]) + 1]
+        names = [layer.name for layer in table]
+        table = table[names.index(behind) + 1 if behind else 0 : _deepest(wanted, names) + 1]
+        if behind is None:
+            _check_shape(x)
         _check_images(x, table)
         for name, allowed in (("initializer", INITIALIZERS), ("pool", POOLS)):
             if getattr(self, name) not in allowed:
@@ -117,7 +137,7 @@ class VGG(nn.Module):
 
         def clear(x: Array) -> Array:
             """Zeros around each image, as a convolution of the image alone would find there."""
-            return x if sizes is None else jnp.where(inside(x, sizes), x, 0)
+            return x if there is None else jnp.where(there[..., None], x, 0)
 
         x = clear(x)
         for name, kind, width, kernel in table:
@@ -134,9 +154,8 @@ class VGG(nn.Module):
                 x = local_response_norm(x)
             elif kind == "pool":
                 x = max_pool(x, ceil) if self.pool == "max" else avg_pool(x)
-                if sizes is not None:
-                    sizes = (sizes + 1) // 2 if ceil else sizes // 2
-                    x = clear(x)  # of an odd side the last row was pooled with a zero
+                there = None if there is None else pooled(there, ceil)
+                x = clear(x)  # of an odd side the last row was pooled with a zero
             elif kind == "fc":
                 x = FullyConnected(width, kernel, kernel_init=fc_init, name=name, **types)(x)
             elif kind == "drop":
@@ -152,15 +171,12 @@ def preprocess(images: Array, mean_rgb: tuple[float, float, float], colour_shift
     return images if colour_shift is None else images + colour_shift[:, None, None, :]
 
 
-def transposed(model: VGG, variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The variables with which the net gives for transposed images, (N, W, H, 3), what it gives for the images, each map transposed."""
-    params = dict(variables["params"])
-    for name, kind, _, side in layer_table(model.config, model.num_classes, model.batch_norm, model.image_size):
-        if kind in ("conv", "fc") and side > 1:
-            kernel = params[name]["kernel"]
-            turned = kernel.reshape(side, side, -1, kernel.shape[-1]).swapaxes(0, 1).reshape(kernel.shape)
-            params[name] = {**params[name], "kernel": turned}
-    return {**variables, "params": params}
+def transposed(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables with which the convolutions give for transposed images, (N, W, H, 3), the transposed maps."""
+    turned = {
+        name: {**layer, "kernel": layer["kernel"].swapaxes(0, 1)} for name, layer in variables["params"].items() if name.startswith("conv")
+    }
+    return {**variables, "params": {**variables["params"], **turned}}
 
 
 def _conv(x: Array, kernel: Array, strides: Any, padding: Any, *, filters: Array | None, **_: Any) -> Array:
@@ -181,7 +197,6 @@ def _check_shape(x: Array) -> None:
 
 
 def _check_images(x: Array, table: tuple) -> None:
-    _check_shape(x)
     pools = sum(layer.kind == "pool" for layer in table)
     smallest = max([1, *(layer.kernel for layer in table if layer.kind == "fc")]) * 2**pools
     if any(side < smallest for side in x.shape[1:3]):  # also decided for symbols of jax.export
