@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vgg_jax import CONFIGS, IMAGENET, VGG, TrainConfig, compiler_options
+from vgg_jax import CONFIGS, IMAGENET, VGG, TrainConfig, compile_inference
 from vgg_jax.model import preprocess
 from vgg_jax.optimizer import sgd
 from vgg_jax.sharding import data_mesh, put_batch
@@ -60,11 +60,10 @@ def seconds_of_steps(args: argparse.Namespace) -> dict[str, float]:
             state, _ = jax.block_until_ready(step(state, on_device))
     else:
         images = preprocess(on_device["image"], IMAGENET.mean_rgb)
-        infer = jax.jit(model.apply, compiler_options=compiler_options())
-        variables = {"params": state.params}
+        infer = compile_inference(model, {"params": state.params})
 
         def run() -> None:
-            jax.block_until_ready(infer(variables, images))
+            jax.block_until_ready(infer(images))
 
     first = timed(run)
     seconds = [timed(run) for _ in range(args.runs)]

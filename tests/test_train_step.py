@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from tests.tiny import SHALLOW
-from vgg_jax import IMAGENET, VGG, TrainConfig
+from vgg_jax import IMAGENET, VGG, TrainConfig, summary
 from vgg_jax.metrics import averages
 from vgg_jax.model import preprocess
 from vgg_jax.optimizer import sgd
 from vgg_jax.sharding import data_mesh, put_batch
-from vgg_jax.train_step import compile_steps, init_state
+from vgg_jax.train_step import compile_steps, init_state, step_memory
 
 CONFIG = TrainConfig(image_size=32, scale=(32,), batch_size=8, learning_rate=1e-3)
 MODEL = VGG(SHALLOW, 5, image_size=32, dropout_rate=0.0)
@@ -46,6 +46,17 @@ def test_parameters_are_drawn_from_the_seed():
     one, same, other = (init_state(MODEL, sgd(CONFIG), seed, MESH).params["fc6"]["kernel"] for seed in (0, 0, 1))
     np.testing.assert_array_equal(one, same)
     assert np.abs(one - other).max() > 0.01
+
+
+def test_memory_of_a_step():
+    """At least the state, gradients of the parameters and the batch's first layer; less with micro-batches."""
+    config = dataclasses.replace(CONFIG, net="A", fc=(16, 16), image_size=64, scale=(64,), batch_size=16)
+    whole, parts = (step_memory(each, 5) for each in (config, dataclasses.replace(config, microbatch=2)))
+    parameters = summary.totals(summary.summarize(config.vgg, 5, image_size=64))["params"]
+    assert whole["state"] == parts["state"] == pytest.approx(2 * 4 * parameters, abs=100)  # and the rate and a count of steps
+    first_layer = 16 * 64 * 64 * 64 * 4
+    assert whole["total"] > whole["state"] + 4 * parameters + first_layer
+    assert parts["total"] < 0.8 * whole["total"]
 
 
 def test_microbatches_make_the_step_of_the_whole_batch():

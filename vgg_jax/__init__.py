@@ -2,6 +2,7 @@
 
 from vgg_jax.configs import CONFIGS, IMAGENET, Conv, Statistics, TrainConfig, VGGConfig
 from vgg_jax.errors import InputError
+from vgg_jax.inference import compile_inference
 from vgg_jax.layers import compiler_options
 from vgg_jax.model import VGG, init_from, vgg11, vgg11_lrn, vgg13, vgg16, vgg16_c, vgg19
 from vgg_jax.presets import preset
@@ -15,6 +16,7 @@ __all__ = [
     "Statistics",
     "TrainConfig",
     "VGGConfig",
+    "compile_inference",
     "compiler_options",
     "init_from",
     "load",

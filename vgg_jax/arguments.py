@@ -86,11 +86,16 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--num-classes", type=int, default=1000)
     command.add_argument("--batch-norm", action="store_true")
     command.add_argument("--image-size", type=int, default=224)
+    command.add_argument("--batch-size", type=int, help="also compile a training step of so many images here, and say what memory it takes")
+    command.add_argument("--microbatch", type=int, help="as for train")
+    command.add_argument("--dtype", default="float32", choices=CHOICES["dtype"], help="as for train")
 
     command = commands.add_parser("statistics", help="mean and standard deviation of a data set's colours")
     add_data(command)
     command.add_argument("--split", default="train")
     command.add_argument("--skip-bad", action="store_true", help="leave out files that are no images")
+
+    commands.add_parser("selfcheck", help="whether this release of jax computes rightly on the devices here")
     return top
 
 

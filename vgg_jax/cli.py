@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vgg_jax.arguments import parser
-from vgg_jax.configs import CONFIGS, Protocol
+from vgg_jax.configs import CONFIGS, Protocol, TrainConfig
 from vgg_jax.errors import InputError
 from vgg_jax.presets import preset
 
@@ -60,7 +60,7 @@ def keep_memory() -> None:
         m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8
         mallopt(m_arena_max, 1)
         mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, 2**31 - 1)
+        mallopt(m_trim_threshold, -1)  # never; any number is an int, and 2 GB at the top are sometimes free
 
 
 def train(data: str, workdir: str | None, data_dir: str | None, download: bool, **given: Any) -> int:
@@ -80,10 +80,18 @@ def plain(data: str) -> str:
     return data.rstrip("/").replace("/", "-").replace(":", "-").strip(".-") or "data"
 
 
-def summary(net: str, num_classes: int, batch_norm: bool, image_size: int) -> int:
+def summary(net: str, num_classes: int, batch_norm: bool, image_size: int, batch_size: int | None, **step: Any) -> int:
     from vgg_jax.summary import table
 
     print(table(CONFIGS[net], num_classes, batch_norm, image_size))
+    if batch_size is not None:
+        shape: dict[str, Any] = {"image_size": image_size, "scale": (image_size,), "batch_size": batch_size}
+        config = TrainConfig(net=net, batch_norm=batch_norm, **shape, **step)
+        from vgg_jax.train_step import step_memory
+
+        found = {name: f"{size / 1e9:.2f} GB" for name, size in step_memory(config, num_classes).items()}
+        print(f"A training step of {batch_size} images takes {found['total']}: {found['state']} for parameters and momentum, the rest for")
+        print("activations and gradients, as XLA has laid it out for this device; what else the process holds comes on top.")
     return 0
 
 
@@ -138,6 +146,14 @@ def verify(file: str) -> int:
     said, difference = verify(file)
     print(f"{file}: {said}; largest difference from the answer at export: {difference:.1e} of the largest value; bound {BOUND:.0e}")
     return 0 if difference < BOUND else 1
+
+
+def selfcheck() -> int:
+    from vgg_jax import selfcheck
+
+    found = selfcheck.check()
+    print(selfcheck.report(found))
+    return 0 if all(each.right for each in found) else 1
 
 
 def predict(net: str, images: list[str], top: int, as_json: bool, protocol: str, scales: list[int]) -> int:
@@ -206,4 +222,5 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "verify": verify,
     "summary": summary,
     "statistics": statistics,
+    "selfcheck": selfcheck,
 }

@@ -23,7 +23,9 @@ from vgg_jax.layers import compiler_options, with_filters
 from vgg_jax.model import VGG, preprocess, transposed
 from vgg_jax.sharding import data_mesh, put_batch, replicated
 
-POSITIONS = 16  # of score maps are computed together, or a multiple of it: few multiples are compiled
+# Of score maps so many positions, or a multiple of it, are computed together, and at most so many: few multiples are compiled, and what
+# neighbours read overlaps, 100 kB each before fc6 and four times that before the last pooling.
+POSITIONS, MOST_POSITIONS = 16, 256
 
 
 def last_maps(variables: Any, images: Array, widths: Array, *, model: VGG, mean_rgb: tuple[float, float, float], ceil: bool) -> Array:
@@ -141,10 +143,12 @@ def stream_posteriors(
     for batch in batches(all_windows(), model.config, ceil=protocol.ceil, pixels=pixels, devices=mesh.size):
         maps = maps_of(net(batch.turned), **put_batch(_films(batch), mesh))
         positions, ends = _positions(batch, model, protocol.ceil)
-        most = -(-len(positions) // (POSITIONS * mesh.size)) * POSITIONS * mesh.size
-        filled = put_batch({"positions": np.pad(positions, ((0, most - len(positions)), (0, 0)))}, mesh)
-        logits = np.asarray(logits_of(placed, maps, **filled, turned=batch.turned), np.float64)
-        for (window, *_), scores in zip(batch.placed, np.split(logits[: len(positions)], ends[:-1]), strict=True):
+        logits = np.zeros((len(positions), model.num_classes))
+        for start in range(0, len(positions), MOST_POSITIONS * mesh.size):
+            some = positions[start : start + MOST_POSITIONS * mesh.size]
+            filled = put_batch({"positions": np.pad(some, ((0, -len(some) % (POSITIONS * mesh.size)), (0, 0)))}, mesh)
+            logits[start : start + len(some)] = logits_of(placed, maps, **filled, turned=batch.turned)[: len(some)]
+        for (window, *_), scores in zip(batch.placed, np.split(logits, ends[:-1]), strict=True):
             posterior = _softmax(scores).mean(0) if protocol.softmax_first else _softmax(scores.mean(0))
             of_image = parts[window.image]
             of_image[window.number] = window.weight * posterior

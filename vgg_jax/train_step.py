@@ -4,7 +4,6 @@ A batch is {"image": uint8 (N, H, W, 3), "colour_shift": float32 (N, 3), "label"
 """
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,7 +19,8 @@ from vgg_jax.layers import compiler_options
 from vgg_jax.metrics import Sums, sums_of
 from vgg_jax.model import VGG, preprocess
 from vgg_jax.optimizer import sgd
-from vgg_jax.sharding import replicated
+from vgg_jax.presets import with_learning_rate
+from vgg_jax.sharding import data_mesh, replicated
 
 Batch = dict[str, Array]
 
@@ -52,14 +52,15 @@ def build_model(config: TrainConfig, num_classes: int) -> VGG:
 
 def init_state(model: VGG, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
     """A state at step 0, on every device of the mesh, its parameters drawn from the seed."""
-
-    def init(key: Array) -> TrainState:
-        images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32)
-        variables = model.lazy_init(key, images)
-        params = variables["params"]
-        return TrainState(jnp.int32(0), params, variables.get("batch_stats", {}), optimizer.init(params), key)
-
+    init = partial(_state, model, optimizer)
     return jax.jit(init, out_shardings=replicated(mesh), compiler_options=compiler_options())(jax.random.key(seed))
+
+
+def _state(model: VGG, optimizer: optax.GradientTransformation, key: Array) -> TrainState:
+    images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32)
+    variables = model.lazy_init(key, images)
+    params = variables["params"]
+    return TrainState(jnp.int32(0), params, variables.get("batch_stats", {}), optimizer.init(params), key)
 
 
 def train_step(
@@ -118,9 +119,27 @@ def eval_step(variables: dict[str, Any], batch: Batch, *, model: VGG, mean_rgb: 
 
 def compile_steps(
     config: TrainConfig, model: VGG, mean_rgb: tuple[float, float, float], mesh: Mesh
-) -> tuple[Callable[[TrainState, Batch], tuple[TrainState, Sums]], Callable[[dict[str, Any], Batch], Sums]]:
+) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped]:
     """`train_step(state, batch)`, which reuses the memory of the state it is given, and `eval_step(variables, batch)`, jitted."""
     static: dict[str, Any] = {"model": model, "mean_rgb": mean_rgb}
     options: dict[str, Any] = {"compiler_options": compiler_options(), "out_shardings": replicated(mesh)}
     step = partial(train_step, optimizer=sgd(config), microbatch=config.microbatch, **static)
     return jax.jit(step, donate_argnums=0, **options), jax.jit(partial(eval_step, **static), **options)
+
+
+def step_memory(config: TrainConfig, num_classes: int) -> dict[str, int]:
+    """Bytes that a step takes on one device: its "state", and the "total" with activations and gradients. Compiles it and runs nothing."""
+    mesh = data_mesh(1, jax.devices()[:1])
+    config = with_learning_rate(config, num_classes)
+    model, size = build_model(config, num_classes), config.image_size
+    step, _ = compile_steps(config, model, (0.0, 0.0, 0.0), mesh)
+    state = jax.eval_shape(partial(_state, model, sgd(config)), jax.random.key(0))
+    batch = {
+        "image": jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.uint8),
+        "colour_shift": jax.ShapeDtypeStruct((config.batch_size, 3), jnp.float32),
+        "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
+        "mask": jax.ShapeDtypeStruct((config.batch_size,), jnp.bool_),
+    }
+    found: Any = step.lower(state, batch).compile().memory_analysis()
+    total = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes + found.temp_size_in_bytes
+    return {"state": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state.params, state.opt_state))), "total": total}

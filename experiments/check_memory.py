@@ -1,0 +1,91 @@
+"""The memory of a training step on a CPU: what `vgg-jax summary --batch-size` predicts, what a run takes, and what PyTorch takes.
+
+    python experiments/check_memory.py --net D --batch 8 [--microbatch 2] [--peer "python torch_step.py"]
+
+Prints one JSON line: bytes predicted, bytes that the process's peak is above what it held before the state was made, their ratio, and
+with --peer the peak of each process as a whole. Linux only.
+"""
+
+import argparse
+import json
+import re
+import resource
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from vgg_jax import IMAGENET, TrainConfig
+from vgg_jax.optimizer import sgd
+from vgg_jax.sharding import data_mesh, put_batch
+from vgg_jax.train_step import build_model, compile_steps, init_state, step_memory
+
+CLASSES = 1000
+
+
+def process(name: str) -> int:
+    """Bytes of this process: VmRSS, what it holds, or VmHWM, the most it has held."""
+    return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def measured(config: TrainConfig) -> int:
+    """Bytes, of two steps."""
+    mesh, model, size = data_mesh(1, jax.devices()[:1]), build_model(config, CLASSES), config.image_size
+    jax.block_until_ready(jax.numpy.ones(1) + 1)  # the backend and its threads are not the step's
+    before = process("VmRSS")
+    state = init_state(model, sgd(config), 0, mesh)
+    step, _ = compile_steps(config, model, IMAGENET.mean_rgb, mesh)
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.integers(256, size=(config.batch_size, size, size, 3), dtype=np.uint8),
+        "colour_shift": np.zeros((config.batch_size, 3), np.float32),
+        "label": rng.integers(CLASSES, size=config.batch_size).astype(np.int32),
+        "mask": np.ones(config.batch_size, bool),
+    }
+    for _ in range(2):
+        state, _ = jax.block_until_ready(step(state, put_batch(batch, mesh)))
+    return process("VmHWM") - before
+
+
+def peak_of(command: list[str]) -> int:
+    """Bytes, the most that a command's process has held."""
+    code = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL); "
+    code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)"
+    return int(subprocess.run([sys.executable, "-c", code, *command], check=True, capture_output=True, text=True).stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--net", default="D")
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--microbatch", type=int)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--peer", help="a command like torch_step.py, run with the same flags")
+    args = parser.parse_args()
+    config = TrainConfig(
+        net=args.net,
+        image_size=args.image_size,
+        scale=(args.image_size,),
+        batch_size=args.batch,
+        microbatch=args.microbatch,
+        dtype=args.dtype,
+        learning_rate=1e-3,
+    )
+    took = measured(config)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    predicted = step_memory(config, CLASSES)["total"]
+    found = vars(args) | {"jax": jax.__version__, "predicted": predicted, "measured": took, "ratio": predicted / took, "process": peak}
+    if args.peer:
+        flags = (
+            f"--net {args.net} --image-size {args.image_size} --batch {args.batch} --hidden 4096 --classes {CLASSES} --dtype {args.dtype}"
+        )
+        found["peer_process"] = peak_of([*shlex.split(args.peer), *flags.split(), "--runs", "2"])
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
