@@ -1,7 +1,10 @@
 """Flags, exit codes and sentences."""
 
 import dataclasses
+import platform
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -115,3 +118,23 @@ def test_a_run_that_cannot_be_read(capsys, tmp_path, monkeypatch):
         code, _, err = run(capsys, "train", "--workdir", "w")
         assert code == 2
         assert "w/run.json" in err.strip().splitlines()[-1]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_a_program_starts_again_with_huge_pages_and_its_own_arguments(monkeypatch):
+    code = "import os, sys; from vgg_jax.cli import use_huge_pages; use_huge_pages(); print(os.environ['GLIBC_TUNABLES'], sys.argv[1:])"
+    command = [sys.executable, "-c", code, "two words", "--flag"]
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert again.stdout == "glibc.malloc.hugetlb=1 ['two words', '--flag']\n"
+    assert again.stderr == ""
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=0")
+    left = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert left.stdout == "glibc.malloc.check=0 ['two words', '--flag']\n"
+
+
+def test_help_answers_at_once():
+    """Without jax: that alone takes longer."""
+    code = "import sys; from vgg_jax.cli import main\ntry: main(['--help'])\nexcept SystemExit: print('jax' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.endswith("False\n")

@@ -1,11 +1,16 @@
 """VGG (Simonyan & Zisserman, arXiv 1409.1556) in JAX/Flax."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from vgg_jax.configs import CONFIGS, IMAGENET, Conv, Statistics, TrainConfig, VGGConfig
 from vgg_jax.errors import InputError
-from vgg_jax.inference import compile_inference
-from vgg_jax.layers import compiler_options
-from vgg_jax.model import VGG, init_from, vgg11, vgg11_lrn, vgg13, vgg16, vgg16_c, vgg19
 from vgg_jax.presets import preset
+
+if TYPE_CHECKING:
+    from vgg_jax.inference import compile_inference
+    from vgg_jax.layers import compiler_options
+    from vgg_jax.model import VGG, init_from, vgg11, vgg11_lrn, vgg13, vgg16, vgg16_c, vgg19
 
 __all__ = [
     "CONFIGS",
@@ -28,6 +33,20 @@ __all__ = [
     "vgg16_c",
     "vgg19",
 ]
+
+# What needs jax is imported when it is asked for: `vgg-jax --help` answers in a tenth of a second.
+_LATER = {
+    "compile_inference": "vgg_jax.inference",
+    "compiler_options": "vgg_jax.layers",
+    **dict.fromkeys(("VGG", "init_from", "vgg11", "vgg11_lrn", "vgg13", "vgg16", "vgg16_c", "vgg19"), "vgg_jax.model"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = getattr(importlib.import_module(_LATER[name]), name)
+    return globals()[name]
 
 
 def load(path, net=None):

@@ -20,6 +20,8 @@ from vgg_jax.presets import preset
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = vars(parser().parse_args(argv))
     command = COMMANDS[arguments.pop("command")]
+    if argv is None and command is train:
+        use_huge_pages()
     try:
         if arguments.pop("compilation_cache", False):
             keep_compiled_programs()
@@ -48,6 +50,17 @@ def keep_compiled_programs() -> None:
         # A folder for each machine, since a home may be shared by several and a program for one processor need not run on another.
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.expanduser(cache), "vgg_jax", platform.node()))
+
+
+def use_huge_pages() -> None:
+    """Starts this program again with glibc's memory in huge pages, which only the environment can ask for before it starts.
+
+    A training step asks for gigabytes and gives them back: in pages of 4 kB net D at 224 pixels, batch 8, takes 1.15 times as long
+    (2 cores). Commands that keep their memory gain nothing by it. A user's own GLIBC_TUNABLES are left as they are.
+    """
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"  # glibc before 2.35 knows no such thing, and says nothing
+        os.execv(sys.executable, sys.orig_argv)
 
 
 def keep_memory() -> None:

@@ -68,12 +68,14 @@ _of_few_channels.defvjp(_few_forward, _few_backward)
 
 
 def _on_cpu(x: Array, kernel: Array, filters: Array | None) -> Array:
+    if jnp.finfo(x.dtype).bits < 32:  # XLA's own is many times slower in bfloat16, and Winograd's transforms need the digits
+        return _on_cpu(x.astype(jnp.float32), kernel.astype(jnp.float32), filters).astype(x.dtype)
     (h, w, c), side = x.shape[1:], kernel.shape[0]
     if min(h, w) < side:
         return _im2col(x, kernel)
     if c <= FEW:
         return _of_few_channels(x, kernel)
-    if side == 3 and jnp.finfo(x.dtype).bits >= 32:  # bfloat16 has too few digits for Winograd's transforms
+    if side == 3:
         return winograd.convolution_3x3(x, kernel) if filters is None else winograd.convolve(x, filters)
     return _direct(x, kernel)
 
