@@ -1,6 +1,7 @@
 """A network prepared for inference gives what it gives unprepared."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -36,3 +37,12 @@ def test_kernels_are_transformed_once(monkeypatch):
     prepared = compile_inference(model, variables)
     monkeypatch.setattr("vgg_jax.winograd.transform_filters", lambda kernel: pytest.fail("transformed again"))
     assert prepared(images(2, 64, 64)).shape == (2, 7)
+
+
+def test_a_bfloat16_net_answers_in_bfloat16():
+    model = VGG(TINY, 7, image_size=64, initializer="he", dtype=jnp.bfloat16)
+    variables, x = init(model), images(2, 64, 64)
+    exact = np.asarray(model.clone(dtype=jnp.float32).apply(variables, x))
+    prepared = compile_inference(model, variables)(x)
+    assert prepared.dtype == jnp.bfloat16
+    np.testing.assert_allclose(prepared.astype(jnp.float32), exact, atol=0.05 * np.abs(exact).max())

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from vgg_jax.layers import BatchNorm, FullyConnected, convolution, local_response_norm, max_pool
+from vgg_jax.layers import BatchNorm, FullyConnected, add_bias, convolution, local_response_norm, max_pool
 
 
 def direct(x, kernel):
@@ -130,3 +130,16 @@ def test_fully_connected_layer_on_a_map_is_its_matrix_on_every_window():
         for j in range(3):
             expected = x[:, i : i + 2, j : j + 2].reshape(2, -1) @ kernel + bias[None]
             np.testing.assert_allclose(y[:, i, j], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_of_a_bias():
+    """Of a sum over all positions, by hand; and its own gradient."""
+    x, bias, g = (np.random.default_rng(0).normal(size=shape).astype(np.float32) for shape in ((3, 5, 7, 4), (4,), (3, 5, 7, 4)))
+    y, pullback = jax.vjp(add_bias, x, bias)
+    np.testing.assert_array_equal(y, x + bias[None, None, None])
+    dx, db = pullback(g)
+    np.testing.assert_array_equal(dx, g)
+    np.testing.assert_allclose(db, g.sum((0, 1, 2)), rtol=1e-5, atol=1e-5)
+    twice = jax.grad(lambda b: (jax.grad(lambda b: (add_bias(x, b) ** 3).sum())(b) ** 2).sum())(bias)
+    first = (3 * (x + bias) ** 2).sum((0, 1, 2))
+    np.testing.assert_allclose(twice, 2 * first * (6 * (x + bias)).sum((0, 1, 2)), rtol=1e-4)

@@ -7,11 +7,11 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 from flax.core import FrozenDict
-from jax import Array, lax
+from jax import Array
 
 from vgg_jax.configs import CONFIGS, VGGConfig, layer_table
 from vgg_jax.errors import InputError
-from vgg_jax.layers import BatchNorm, FullyConnected, avg_pool, convolution, local_response_norm, max_pool, pooled
+from vgg_jax.layers import BatchNorm, Conv, FullyConnected, avg_pool, local_response_norm, max_pool, pooled
 
 # Of the kernels, (convolutions', fully connected layers'); biases start at 0.
 INITIALIZERS: dict[str, Callable[[float], tuple[nn.initializers.Initializer, nn.initializers.Initializer]]] = {
@@ -103,10 +103,6 @@ class VGG(nn.Module):
         """
         return self._run(images, tuple(layers))
 
-    @nn.nowrap
-    def _convolution(self, name: str) -> Callable[..., Array]:
-        return functools.partial(_conv, filters=self.get_variable("filters", name))
-
     @nn.compact
     def _run(
         self,
@@ -130,8 +126,6 @@ class VGG(nn.Module):
         if ceil and self.pool == "avg":
             raise InputError("ceil is set and pool is 'avg': expected pool 'max', which alone Caffe's rounding is defined for here")
         conv_init, fc_init = INITIALIZERS[self.initializer](self.initializer_std)
-        # Outside of jit, as init often is, XLA's own convolution compiles in a tenth of the time.
-        conv = (lambda _: lax.conv_general_dilated) if self.is_initializing() else self._convolution
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         found = {}
 
@@ -142,10 +136,7 @@ class VGG(nn.Module):
         x = clear(x)
         for name, kind, width, kernel in table:
             if kind == "conv":
-                padding = kernel // 2
-                x = nn.Conv(
-                    width, (kernel, kernel), padding=padding, kernel_init=conv_init, conv_general_dilated=conv(name), name=name, **types
-                )(x)
+                x = Conv(width, kernel, kernel_init=conv_init, name=name, **types)(x, self.get_variable("filters", name))
             elif kind == "bn":
                 x = BatchNorm(name=name, **types)(x, train and name not in self.frozen, mask)
             elif kind == "relu":
@@ -177,11 +168,6 @@ def transposed(variables: Mapping[str, Any]) -> dict[str, Any]:
         name: {**layer, "kernel": layer["kernel"].swapaxes(0, 1)} for name, layer in variables["params"].items() if name.startswith("conv")
     }
     return {**variables, "params": {**variables["params"], **turned}}
-
-
-def _conv(x: Array, kernel: Array, strides: Any, padding: Any, *, filters: Array | None, **_: Any) -> Array:
-    """`convolution` with the signature that nn.Conv calls."""
-    return convolution(x, kernel, filters)
 
 
 def _deepest(wanted: tuple[str, ...], names: list[str]) -> int:

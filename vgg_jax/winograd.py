@@ -57,9 +57,9 @@ def _combine(matrix: np.ndarray, planes: Sequence[Array], axis: int) -> Array:
     return lax.optimization_barrier(jnp.stack(rows, axis))
 
 
-def transform_filters(kernel: Array) -> Array:
-    """(3, 3, C, K) -> (36, C, K), what `convolve` takes."""
-    return (jnp.asarray(_GG, kernel.dtype) @ kernel.reshape(9, -1)).reshape(36, *kernel.shape[2:])
+def transform_filters(kernel: Array, rotated: bool = False) -> Array:
+    """(3, 3, C, K) -> (36, C, K), what `convolve` takes; with the kernel turned by 180 degrees if `rotated`."""
+    return (jnp.asarray(_GG[:, ::-1] if rotated else _GG, kernel.dtype) @ kernel.reshape(9, -1)).reshape(36, *kernel.shape[2:])
 
 
 def _input_tiles(x: Array) -> Array:
@@ -122,7 +122,8 @@ def _forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
 
 def _backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, kernel = saved
-    dx = convolve(g, transform_filters(kernel[::-1, ::-1].swapaxes(2, 3)))
+    # By itself XLA transposes in blocks; fused, value by value.
+    dx = convolve(g, transform_filters(lax.optimization_barrier(kernel.swapaxes(2, 3)), rotated=True))
 
     blocks = _blocks(x.shape)
     inputs, gradients = _cut(x, blocks, halo=1), _cut(g, blocks, halo=0)
