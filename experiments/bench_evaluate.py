@@ -52,7 +52,7 @@ def measured(args: argparse.Namespace) -> dict:
     started = time.perf_counter()
     source = open_split(args.folder, "train")
     source = dataclasses.replace(source, size=min(source.size, args.images))
-    jax.config.update("jax_log_compiles", True)  # in all threads
+    jax.config.update("jax_log_compiles", True)
     examples = rescaled_images(dataclasses.replace(source, examples=first(source)), tuple(args.scale), True)
     images = ([image[0] for image in example["scaled"]] for example in examples)
     mesh = data_mesh(1, jax.devices()[:1])

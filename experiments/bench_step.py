@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vgg_jax import CONFIGS, IMAGENET, VGG, TrainConfig, compile_inference
-from vgg_jax.cli import use_huge_pages
+from vgg_jax.cli import keep_memory, use_huge_pages
 from vgg_jax.model import preprocess
 from vgg_jax.optimizer import sgd
 from vgg_jax.sharding import data_mesh, put_batch
@@ -112,8 +112,7 @@ def main() -> None:
     args = parser.parse_args()
     what = {name: value for name, value in vars(args).items() if name not in ("peer", "pairs")}
     if args.peer is None:
-        if args.mode == "train":
-            use_huge_pages()  # as `vgg-jax train` does
+        (use_huge_pages if args.mode == "train" else keep_memory)()  # as `vgg-jax train` and `vgg-jax predict` do
         print(json.dumps(what | {"jax": jax.__version__, "device": jax.devices()[0].device_kind} | seconds_of_steps(args)))
         return
     argv = [f"--{name.replace('_', '-')}={value}" for name, value in what.items()]

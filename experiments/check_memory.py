@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from vgg_jax import IMAGENET, TrainConfig
+from vgg_jax.cli import use_huge_pages
 from vgg_jax.optimizer import sgd
 from vgg_jax.sharding import data_mesh, put_batch
 from vgg_jax.train_step import build_model, compile_steps, init_state, step_memory
@@ -75,6 +76,7 @@ def main() -> None:
         dtype=args.dtype,
         learning_rate=1e-3,
     )
+    use_huge_pages()  # as `vgg-jax train` does
     took = measured(config)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     predicted = step_memory(config, CLASSES)["total"]

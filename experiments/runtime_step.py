@@ -49,6 +49,8 @@ def main() -> None:
     parser.add_argument("--mode", default="infer", choices=("infer",))
     parser.add_argument("--runs", type=int, default=5)
     args = parser.parse_args()
+    if args.runtime == "onnxruntime" and args.dtype == "bfloat16":
+        parser.error("ONNX Runtime has no bfloat16 on a CPU")
     model = VGG(dataclasses.replace(CONFIGS[args.net], fc=(args.hidden, args.hidden)), 10, image_size=args.image_size)
     init = jax.jit(model.lazy_init, compiler_options=compiler_options())
     params = init(jax.random.key(0), jax.ShapeDtypeStruct((1, args.image_size, args.image_size, 3), jnp.float32))["params"]

@@ -29,6 +29,16 @@ def test_summary_of_the_printout_that_pytorch_users_know(capsys):
         assert line in out
 
 
+def test_summary_foretells_the_memory_of_a_step(capsys):
+    code, out, _ = run(capsys, "summary", "A", "--image-size", "32", "--num-classes", "10", "--batch-size", "4")
+    assert code == 0
+    assert "A training step of 4 images takes 0." in out
+    assert "0.23 GB for parameters and momentum" in out  # 28.1 million, twice, 4 bytes each
+    code, out, err = run(capsys, "summary", "A", "--batch-size", "4", "--microbatch", "3")
+    assert code == 2
+    assert "microbatch is 3: expected a divisor of the batch size, 4" in err
+
+
 def test_every_field_of_the_configuration_has_a_flag_and_the_other_way_round():
     flags = vars(parser().parse_args(["train", "d", *FLAGS.split()]))
     given = {name: flags[name] for name in flags if name not in NOT_OF_THE_RUN}

@@ -4,6 +4,10 @@ import json
 import subprocess
 import sys
 
+import pytest
+
+import vgg_jax
+
 IMPORT = """
 import json, sys, time
 start = time.perf_counter()
@@ -30,3 +34,11 @@ def test_without_the_extra_the_modules_work_and_training_says_what_is_missing():
     assert "Total params: 132,863,336" in run.stdout
     assert run.stderr.count("\n") == 1
     assert "pip install 'vgg-jax[train]'" in run.stderr
+
+
+def test_all_that_is_promised_is_there():
+    assert set(vgg_jax.__all__) <= set(dir(vgg_jax))
+    for name in vgg_jax.__all__:
+        assert getattr(vgg_jax, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'vgg12'"):
+        vgg_jax.vgg12  # noqa: B018

@@ -55,7 +55,7 @@ def test_dense_posteriors_equal_pytorchs_one_by_one(kind, batch_norm, ceil, monk
 
 
 @pytest.mark.parametrize("ceil", [False, True], ids=["floor", "ceil"])
-@pytest.mark.parametrize("side", [3, 5])
+@pytest.mark.parametrize("side", [1, 3, 5])
 def test_windows_in_a_film_are_what_each_is_alone(side, ceil):
     """Every height, so that the rows between them are just enough, and what is not of an image makes no difference."""
     config = VGGConfig(((Conv(8),), (Conv(8), Conv(8, side)), (Conv(8, side),)), fc=(8, 8))
@@ -72,6 +72,8 @@ def test_windows_in_a_film_are_what_each_is_alone(side, ceil):
         alone = model.apply(variables, image[None].astype(np.float32), np.ones((1, len(image), 13), bool), ceil, method="last_maps")[0]
         h, w = alone.shape[:2]
         np.testing.assert_allclose(maps[row // 4 : row // 4 + h, :w], alone, rtol=1e-4, atol=1e-4 * np.abs(alone).max())
+        if ceil:
+            assert not maps[row // 4 + h : row // 4 + h + h % 2].any()  # what the last pooling reads behind an odd map
 
 
 def softmax_of(net, crops):
@@ -138,7 +140,7 @@ def compilations(caplog):
 
 @pytest.mark.parametrize(("worth", "most"), [(4_000_000, 2), (4_000, 4)], ids=["few_programs", "many_programs"])
 def test_each_image_comes_once_and_windows_share_programs(net, caplog, compilations, worth, most, monkeypatch):
-    """On two devices; 60 images of 60 sizes in few programs, whatever the order in which they are ready."""
+    """On two devices; 60 images of 60 sizes in few programs: what each is alone, and the same again."""
     monkeypatch.setattr("vgg_jax.films.COMPILED", worth)
     sizes = [(16 + i % 7, 23 + i) if i % 2 else (23 + i, 16 + i % 7) for i in range(60)]
     settings = {"mesh": data_mesh(2), "protocol": DENSE, "pixels": 16_000}
@@ -168,6 +170,8 @@ def test_nothing_and_too_much(net, monkeypatch):
     monkeypatch.setattr("vgg_jax.posteriors.LARGEST", 500)
     with pytest.raises(InputError, match="image 0 is 16x40 at its test scale: expected at most 500 pixels"):
         posteriors(*net, photos([(16, 40)]))
+    with pytest.raises(InputError, match="image 0 is given at no test scale"):
+        posteriors(*net, [[]])
     with pytest.raises(InputError, match="pixels is 0"):
         posteriors(*net, photos([(16, 16)]), pixels=0)
 

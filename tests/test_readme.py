@@ -33,7 +33,7 @@ def test_recipes(tmp_path, monkeypatch):
     names = {"images": images, "others": others, "wanted": {"relu3_3": jnp.zeros((2, 8, 8, 256))}, "labels": jnp.array([1, 7])}
     names["photos"] = [rng.integers(0, 256, size).astype(np.uint8) for size in ((32, 40, 3), (50, 32, 3))]
     recipes = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(recipes) == 6
+    assert len(recipes) == 7
     with jax.numpy_rank_promotion("allow"):  # as it is outside of these tests
         for recipe in recipes:
             exec(compile(recipe.replace("224", "32") if "ToNNX" in recipe else recipe, "README.md", "exec"), names)

@@ -9,10 +9,12 @@ from vgg_jax import selfcheck
 from vgg_jax.cli import main
 
 
-def test_this_machine_is_right(capsys):
+def test_this_machine_is_right(monkeypatch, capsys):
+    one = jax.local_devices()[:1]
+    monkeypatch.setattr(jax, "local_devices", lambda: one)
     assert main(["selfcheck"]) == 0
     said = capsys.readouterr().out
-    assert said.count("forward, compiled") == len(jax.local_devices())
+    assert said.count("forward, compiled") == 1
     assert "computes rightly here" in said
 
 

@@ -49,6 +49,10 @@ def __getattr__(name: str) -> Any:
     return globals()[name]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def load(path, net=None):
     """A network: `(model, variables, metadata)`, of a run's folder or of a file of weights, ours or another library's.
 

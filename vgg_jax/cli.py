@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 a check that did not hold, 2 bad input, 4 diverged, 75 stopped and resumable, 130 interrupted.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -59,8 +60,9 @@ def use_huge_pages() -> None:
     (2 cores). Commands that keep their memory gain nothing by it. A user's own GLIBC_TUNABLES are left as they are.
     """
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"  # glibc before 2.35 knows no such thing, and says nothing
-        os.execv(sys.executable, sys.orig_argv)
+        environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # glibc before 2.35 knows no such thing, and says nothing
+        with contextlib.suppress(OSError):
+            os.execve(sys.executable, sys.orig_argv, environment)
 
 
 def keep_memory() -> None:
@@ -96,6 +98,8 @@ def plain(data: str) -> str:
 def summary(net: str, num_classes: int, batch_norm: bool, image_size: int, batch_size: int | None, **step: Any) -> int:
     from vgg_jax.summary import table
 
+    if batch_size is None and step["microbatch"] is not None:
+        raise InputError(f"microbatch is {step['microbatch']}: expected --batch-size beside it")
     print(table(CONFIGS[net], num_classes, batch_norm, image_size))
     if batch_size is not None:
         shape: dict[str, Any] = {"image_size": image_size, "scale": (image_size,), "batch_size": batch_size}
@@ -104,7 +108,7 @@ def summary(net: str, num_classes: int, batch_norm: bool, image_size: int, batch
 
         found = {name: f"{size / 1e9:.2f} GB" for name, size in step_memory(config, num_classes).items()}
         print(f"A training step of {batch_size} images takes {found['total']}: {found['state']} for parameters and momentum, the rest for")
-        print("activations and gradients, as XLA has laid it out for this device; what else the process holds comes on top.")
+        print("activations and gradients, as XLA has laid it out for one device like this; what else the process holds comes on top.")
     return 0
 
 
@@ -166,7 +170,7 @@ def selfcheck() -> int:
 
     found = selfcheck.check()
     print(selfcheck.report(found))
-    return 0 if all(each.right for each in found) else 1
+    return 0 if all(each.right for each in found) and not selfcheck.known() else 1
 
 
 def predict(net: str, images: list[str], top: int, as_json: bool, protocol: str, scales: list[int]) -> int:

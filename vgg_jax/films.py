@@ -7,7 +7,7 @@ would find around the image alone. Knows of the windows nothing but their sizes.
 
 import functools
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -18,7 +18,8 @@ from vgg_jax.configs import VGGConfig
 # Pixels for which one more kind of films is compiled: 23 photos and their mirror images at Q = 256. To compile it costs as much as half
 # of them (net A, two cores), but what comes after the photos seen so far is not known.
 COMPILED = 4_000_000
-STEP = 512  # rows: where little is left, the height of its films is one of few, which the cache of compiled programs soon knows
+STEP = 256  # rows: where little is left, the height of its films is one of few, which the cache of compiled programs soon knows
+CHOICE = 64  # windows from which a film is filled, at most half of them to one: the time to choose grows with their square
 
 
 class Window(NamedTuple):
@@ -65,7 +66,7 @@ class Rows(NamedTuple):
 def rows_of(h: int, config: VGGConfig, ceil: bool = False) -> Rows:
     """Both are multiples of what all poolings but the last divide by: with Table 1's nets 341 rows take (352, 352), 384 (384, 400)."""
     unit = 2 ** (len(config.stages) - 1)
-    ends = [h]
+    ends = [-(-h // 2 ** len(config.stages)) * 2 ** len(config.stages) if ceil else h]  # what the last pooling reads
     for number, stage in enumerate(config.stages):
         pooled = -(-h // 2**number) if ceil else h // 2**number
         ends.append((pooled + max(conv.kernel // 2 for conv in stage)) * 2**number)
@@ -84,6 +85,8 @@ def batches(found: Iterable[Window], config: VGGConfig, *, ceil: bool, pixels: i
     waiting: dict[tuple[int, bool], list[Window]] = defaultdict(list)  # by width and `turned`: those that no films are there for
     queues: dict[tuple[Films, bool], list[Window]] = defaultdict(list)  # and those that wait for their batch to be full
 
+    taken: Counter = Counter()  # rows, by the keys of both
+
     def heights(windows: Iterable[Window]) -> list[Rows]:
         return [rows(window.pixels.shape[0]) for window in windows]
 
@@ -97,43 +100,49 @@ def batches(found: Iterable[Window], config: VGGConfig, *, ceil: bool, pixels: i
         kinds.add(films)
         for turned in (False, True):
             queues[films, turned] += waiting.pop((width, turned), [])
+            taken[films, turned] += taken.pop((width, turned), 0)
 
     def take(films: Films, turned: bool) -> Batch:
         queue, placed = queues[films, turned], []
         for film in range(films.n):
             row = 0
-            chosen = fill(heights(queue), films.h)
+            here = heights(queue[:CHOICE])
+            chosen = fill(here, films.h)
             for i in chosen:
                 placed.append(Placed(queue[i], film, row))
-                row += rows(queue[i].pixels.shape[0]).apart
-            queue[:] = [window for i, window in enumerate(queue) if i not in chosen]
+                row += here[i].apart
+                taken[films, turned] -= here[i].apart
+            for i in reversed(chosen):
+                del queue[i]
         return Batch(films, turned, tuple(placed))
 
     for window in found:
-        width = _up(window.pixels.shape[1], unit)
+        h, width = rows(window.pixels.shape[0]).apart, _up(window.pixels.shape[1], unit)
         if films := films_for([window], width, widest=width):
             queues[films, window.turned].append(window)
+            taken[films, window.turned] += h
         else:
             waiting[width, window.turned].append(window)
-            here = heights(waiting[width, False] + waiting[width, True])
-            if sum(each.apart for each in here) * width >= max(COMPILED, pixels):
+            taken[width, window.turned] += h
+            if (taken[width, False] + taken[width, True]) * width >= max(COMPILED, pixels):
+                here = heights(waiting[width, False] + waiting[width, True])
                 start(films := films_of(here, width, unit, pixels, devices), width)
         # Of twice as many as a batch needs there are some that fill it.
-        while films and sum(here.apart for here in heights(queues[films, window.turned])) > 2 * films.n * films.h:
+        while films and taken[films, window.turned] > 2 * films.n * films.h:
             yield take(films, window.turned)
 
     for width in sorted({width for width, _ in waiting}):
         windows = waiting[width, False] + waiting[width, True]
-        here = heights(windows)
         films = films_for(windows, width)
         wider = min([w for w, _ in waiting if w > width] + ([films.w] if films else []), default=None)
-        if wider is None or (wider - width) * sum(each.apart for each in here) > COMPILED:
-            start(films_of(here, width, unit, pixels, devices), width)
+        if wider is None or (wider - width) * (taken[width, False] + taken[width, True]) > COMPILED:
+            start(films_of(heights(windows), width, unit, pixels, devices), width)
         elif films and films.w == wider:
             start(films, width)
         else:
             for turned in (False, True):
                 waiting[wider, turned] += waiting.pop((width, turned), [])
+                taken[wider, turned] += taken.pop((width, turned), 0)
     for films, turned in queues:
         while queues[films, turned]:
             yield take(films, turned)
@@ -142,10 +151,11 @@ def batches(found: Iterable[Window], config: VGGConfig, *, ceil: bool, pixels: i
 def films_of(here: Sequence[Rows], width: int, unit: int, pixels: int, devices: int) -> Films:
     """The films for windows of one width: the tallest of those into which they fit best, and as many as are needed at once."""
     tallest = max(each.alone for each in here)
-    most = min(pixels // devices // width // unit * unit, _up(sum(each.apart for each in here), STEP))
+    some = here[:CHOICE]
+    most = min(pixels // devices // width // unit * unit, _up(sum(each.apart for each in some[: CHOICE // 2]), STEP))
     area = {}
     for h in range(tallest, max(tallest, most) + 1, unit):
-        left, films = list(here), 0
+        left, films = list(some), 0
         while left:
             chosen = fill(left, h)
             last = sum(left[i].apart for i in chosen)
@@ -154,7 +164,7 @@ def films_of(here: Sequence[Rows], width: int, unit: int, pixels: int, devices: 
         area[h] = (films - 1) * h + min(last, h), films
     best = min(area.values())[0]
     h = max(h for h, (rows, _) in area.items() if rows <= 1.01 * best)
-    needed = 2 ** (-(-area[h][1] // devices) - 1).bit_length()
+    needed = 2 ** (-(-area[h][1] * len(here) // (len(some) * devices)) - 1).bit_length()
     return Films(max(1, min(pixels // devices // (h * width), needed)) * devices, h, width)
 
 

@@ -75,6 +75,8 @@ def windows(index: int, scales: Sequence[np.ndarray], crop: int, protocol: Proto
 
 def _parts(index: int, scales: Sequence[np.ndarray], crop: int, protocol: Protocol) -> Iterator[tuple[np.ndarray, float]]:
     """The same before mirroring and turning: pixels (h, w, 3) and their weight."""
+    if not scales:
+        raise InputError(f"image {index} is given at no test scale: expected at least one array")
     for image in scales:
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
             raise InputError(f"image {index} is {image.dtype} {image.shape}: expected uint8 RGB, (H, W, 3), the mean not subtracted")
@@ -120,9 +122,10 @@ def stream_posteriors(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """(index, posterior (K,)) of each image, in the order in which they are done; each is given at all test scales.
 
-    Memory depends on `pixels`, those of the windows that are computed at once, and a little on the number of sizes, whose windows wait
-    for each other; not on the number of images. The first image that is wider than tall takes a second copy of the convolutions'
-    kernels. Raises InputError for an image that is smaller than the net's, or larger than `LARGEST`.
+    Memory depends on `pixels`, those of the windows that are computed at once, and on the number of widths (the shorter sides, in steps
+    of 16): the windows of one wait until they are worth a program, 12 MB at most. It does not depend on the number of images. The first
+    image that is wider than tall takes a second copy of the convolutions' kernels. Raises InputError for an image that is smaller than
+    the net's, or larger than `LARGEST`.
     """
     if pixels < 1:
         raise InputError(f"pixels is {pixels}: expected at least 1")
