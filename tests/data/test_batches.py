@@ -70,10 +70,13 @@ for i, batch in enumerate(train_batches(open_split({str(folder)!r}, "train"), co
         print("ready", flush=True)
 """
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout.readline() == b"ready\n"
-    started = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    try:
+        assert process.stdout.readline() == b"ready\n"
+        started = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()  # one that did not end would go on for ever beside the other tests
     assert b"KeyboardInterrupt" in errors and b"Exception ignored" not in errors and time.monotonic() - started < 15
 
 
