@@ -84,8 +84,7 @@ def batches(found: Iterable[Window], config: VGGConfig, *, ceil: bool, pixels: i
     kinds: set[Films] = set()
     waiting: dict[tuple[int, bool], list[Window]] = defaultdict(list)  # by width and `turned`: those that no films are there for
     queues: dict[tuple[Films, bool], list[Window]] = defaultdict(list)  # and those that wait for their batch to be full
-
-    taken: Counter = Counter()  # rows, by the keys of both
+    rows_in: Counter = Counter()  # what these windows take, by the keys of both
 
     def heights(windows: Iterable[Window]) -> list[Rows]:
         return [rows(window.pixels.shape[0]) for window in windows]
@@ -100,7 +99,7 @@ def batches(found: Iterable[Window], config: VGGConfig, *, ceil: bool, pixels: i
         kinds.add(films)
         for turned in (False, True):
             queues[films, turned] += waiting.pop((width, turned), [])
-            taken[films, turned] += taken.pop((width, turned), 0)
+            rows_in[films, turned] += rows_in.pop((width, turned), 0)
 
     def take(films: Films, turned: bool) -> Batch:
         queue, placed = queues[films, turned], []
@@ -111,7 +110,7 @@ def batches(found: Iterable[Window], config: VGGConfig, *, ceil: bool, pixels: i
             for i in chosen:
                 placed.append(Placed(queue[i], film, row))
                 row += here[i].apart
-                taken[films, turned] -= here[i].apart
+                rows_in[films, turned] -= here[i].apart
             for i in reversed(chosen):
                 del queue[i]
         return Batch(films, turned, tuple(placed))
@@ -120,29 +119,29 @@ def batches(found: Iterable[Window], config: VGGConfig, *, ceil: bool, pixels: i
         h, width = rows(window.pixels.shape[0]).apart, _up(window.pixels.shape[1], unit)
         if films := films_for([window], width, widest=width):
             queues[films, window.turned].append(window)
-            taken[films, window.turned] += h
+            rows_in[films, window.turned] += h
         else:
             waiting[width, window.turned].append(window)
-            taken[width, window.turned] += h
-            if (taken[width, False] + taken[width, True]) * width >= max(COMPILED, pixels):
+            rows_in[width, window.turned] += h
+            if (rows_in[width, False] + rows_in[width, True]) * width >= max(COMPILED, pixels):
                 here = heights(waiting[width, False] + waiting[width, True])
                 start(films := films_of(here, width, unit, pixels, devices), width)
         # Of twice as many as a batch needs there are some that fill it.
-        while films and taken[films, window.turned] > 2 * films.n * films.h:
+        while films and rows_in[films, window.turned] > 2 * films.n * films.h:
             yield take(films, window.turned)
 
     for width in sorted({width for width, _ in waiting}):
         windows = waiting[width, False] + waiting[width, True]
         films = films_for(windows, width)
         wider = min([w for w, _ in waiting if w > width] + ([films.w] if films else []), default=None)
-        if wider is None or (wider - width) * (taken[width, False] + taken[width, True]) > COMPILED:
+        if wider is None or (wider - width) * (rows_in[width, False] + rows_in[width, True]) > COMPILED:
             start(films_of(heights(windows), width, unit, pixels, devices), width)
         elif films and films.w == wider:
             start(films, width)
         else:
             for turned in (False, True):
                 waiting[wider, turned] += waiting.pop((width, turned), [])
-                taken[wider, turned] += taken.pop((width, turned), 0)
+                rows_in[wider, turned] += rows_in.pop((width, turned), 0)
     for films, turned in queues:
         while queues[films, turned]:
             yield take(films, turned)
@@ -153,19 +152,21 @@ def films_of(here: Sequence[Rows], width: int, unit: int, pixels: int, devices: 
     tallest = max(each.alone for each in here)
     some = here[:CHOICE]
     most = min(pixels // devices // width // unit * unit, _up(sum(each.apart for each in some[: CHOICE // 2]), STEP))
-    area = {}
-    for h in range(tallest, max(tallest, most) + 1, unit):
-        left, films = list(some), 0
-        while left:
-            chosen = fill(left, h)
-            last = sum(left[i].apart for i in chosen)
-            left = [each for i, each in enumerate(left) if i not in chosen]
-            films += 1
-        area[h] = (films - 1) * h + min(last, h), films
-    best = min(area.values())[0]
-    h = max(h for h, (rows, _) in area.items() if rows <= 1.01 * best)
-    needed = 2 ** (-(-area[h][1] * len(here) // (len(some) * devices)) - 1).bit_length()
+    used = {h: _filled(some, h) for h in range(tallest, max(tallest, most) + 1, unit)}
+    computed = {h: (len(films) - 1) * h + min(films[-1], h) for h, films in used.items()}  # rows; others come into the last film
+    h = max(h for h, total in computed.items() if total <= 1.01 * min(computed.values()))
+    needed = 2 ** (-(-len(used[h]) * len(here) // (len(some) * devices)) - 1).bit_length()
     return Films(max(1, min(pixels // devices // (h * width), needed)) * devices, h, width)
+
+
+def _filled(here: Sequence[Rows], h: int) -> list[int]:
+    """How many rows are taken of each of the films of h rows that these windows fill."""
+    films = []
+    while here:
+        chosen = fill(here, h)
+        films.append(sum(here[i].apart for i in chosen))
+        here = [each for i, each in enumerate(here) if i not in chosen]
+    return films
 
 
 def fill(here: Sequence[Rows], h: int) -> list[int]:

@@ -44,17 +44,16 @@ def check(devices: list[jax.Device] | None = None) -> list[Finding]:
     directions = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape), shapes)
     matrix, vector = rng.normal(size=(300, 70)), rng.normal(size=70)
 
+    def logits(params: Any, images: Any) -> Any:
+        return model.apply({"params": params}, images)
+
     def loss(params: Any, images: Any) -> Any:
-        logits: Any = model.apply({"params": params}, images)
-        return -jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(labels)[:, None], 1).mean()
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits(params, images)), jnp.asarray(labels)[:, None], 1).mean()
 
     def slopes(params: Any, images: Any) -> Any:
         """The gradient's component along one direction for each parameter."""
         gradient = jax.grad(loss)(params, images)
         return jnp.stack([jnp.vdot(g, jnp.asarray(d, g.dtype)) for g, d in zip(*map(jax.tree.leaves, (gradient, directions)), strict=True)])
-
-    def logits(params: Any, images: Any) -> Any:
-        return model.apply({"params": params}, images)
 
     def square(matrix: Any, vector: Any) -> Any:
         return ((matrix @ vector) ** 2).sum()
