@@ -100,10 +100,10 @@ def summary(net: str, num_classes: int, batch_norm: bool, image_size: int, batch
 
     if batch_size is None and step["microbatch"] is not None:
         raise InputError(f"microbatch is {step['microbatch']}: expected --batch-size beside it")
+    shape: dict[str, Any] = {"image_size": image_size, "scale": (image_size,), "batch_size": batch_size}
+    config = None if batch_size is None else TrainConfig(net=net, batch_norm=batch_norm, **shape, **step)
     print(table(CONFIGS[net], num_classes, batch_norm, image_size))
-    if batch_size is not None:
-        shape: dict[str, Any] = {"image_size": image_size, "scale": (image_size,), "batch_size": batch_size}
-        config = TrainConfig(net=net, batch_norm=batch_norm, **shape, **step)
+    if config is not None:
         from vgg_jax.train_step import step_memory
 
         found = {name: f"{size / 1e9:.2f} GB" for name, size in step_memory(config, num_classes).items()}
