@@ -60,7 +60,10 @@ def config(folder, **changes):
 
 def lasting(history):
     """What of the records does not depend on the clock."""
-    return [{name: value for name, value in record.items() if name not in ("time", "seconds", "images_per_second")} for record in history]
+    return [
+        {name: value for name, value in record.items() if name not in ("time", "seconds", "images_per_second", "input_wait_seconds")}
+        for record in history
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +78,13 @@ def test_each_epoch_is_recorded_and_counts_every_image(finished):
     assert [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()] == history
     assert [record["epoch"] for record in history] == [1, 2, 3]
     assert {(record["train"]["count"], record["validation"]["count"]) for record in history} == {(22, 7)}
+
+
+def test_a_run_from_memory_is_the_run_from_the_files(finished, folder, tmp_path):
+    history = fit(config(folder, cache=True), tmp_path).history
+    for ours, theirs in zip(lasting(history), lasting(finished[1]), strict=True):
+        assert ours["train"]["loss"] == pytest.approx(theirs["train"]["loss"], rel=1e-3)
+        assert ours["validation"]["accuracy"] == theirs["validation"]["accuracy"]
 
 
 def test_load_gives_the_net_of_the_best_epoch(finished, folder):

@@ -60,7 +60,9 @@ def use_huge_pages() -> None:
     (2 cores). Commands that keep their memory gain nothing by it. A user's own GLIBC_TUNABLES are left as they are.
     """
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in os.environ:
-        environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # glibc before 2.35 knows no such thing, and says nothing
+        # glibc before 2.35 knows no huge pages, and says nothing. The thresholds keep what an image took for the next one.
+        tunables = {"hugetlb": 1, "mmap_threshold": 2**25, "trim_threshold": 2**28}
+        environment = os.environ | {"GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={value}" for name, value in tunables.items())}
         with contextlib.suppress(OSError):
             os.execve(sys.executable, sys.orig_argv, environment)
 

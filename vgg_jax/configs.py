@@ -172,6 +172,7 @@ class TrainConfig:
     statistics: str = "imagenet"
     validation_fraction: float = 0.1  # of the training split, where the data has no validation split
     skip_bad: bool = False
+    cache: bool = False  # the encoded images in memory; of TFRecord files the order of an epoch is then another
     batch_size: int = 256
     microbatch: int | None = None  # examples whose activations are held at once; None: the whole batch
     learning_rate: float | None = None  # None: `presets.with_learning_rate` chooses

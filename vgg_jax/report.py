@@ -6,9 +6,14 @@ from typing import Any
 
 from vgg_jax.metrics import Sums, averages
 
+WAITING = 0.2  # of the time; less is the start of the stream and chance
 
-def epoch_record(epoch: int, seconds: float, rate: float, sums: Sums, validated: Sums, size: int) -> dict[str, Any]:
-    """What metrics.jsonl says of an epoch. Training loss and errors are those of the steps, dropout and distortions on."""
+
+def epoch_record(epoch: int, seconds: float, waited: float, rate: float, sums: Sums, validated: Sums, size: int) -> dict[str, Any]:
+    """What metrics.jsonl says of an epoch. Training loss and errors are those of the steps, dropout and distortions on.
+
+    `waited` are the seconds of `seconds` in which the next batch was not there yet.
+    """
     assert sums.count == size, f"{sums.count} of {size} images were trained on"
     parts = {"train": averages(sums), "validation": averages(validated)}
     parts = {name: values | {"accuracy": 1 - values["top1_error"]} for name, values in parts.items()}
@@ -17,6 +22,7 @@ def epoch_record(epoch: int, seconds: float, rate: float, sums: Sums, validated:
         "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
         "seconds": round(seconds, 3),
         "images_per_second": round(size / seconds, 1),
+        "input_wait_seconds": round(waited, 3),
         "learning_rate": rate,
     } | parts
 
@@ -26,8 +32,17 @@ def line(record: dict[str, Any]) -> str:
     return (
         f"{record['time'][11:]}  epoch {record['epoch']:3d}  train loss {train['loss']:.4f} accuracy {train['accuracy']:.2%}  "
         f"validation loss {validation['loss']:.4f} accuracy {validation['accuracy']:.2%}  "
-        f"rate {record['learning_rate']:g}  {record['seconds']:.1f} s  {record['images_per_second']:.1f} images/s"
+        f"rate {record['learning_rate']:g}  {record['seconds']:.1f} s  {record['images_per_second']:.1f} images/s, "
+        f"{bottleneck(record['input_wait_seconds'] / record['seconds'])}"
     )
+
+
+def bottleneck(share: float) -> str:
+    """Whether the device or the input bounds the rate, from the share of the time in which the next batch was not there yet.
+
+    The host prepares a batch while the device computes one. Where the device is slower the batch is there when it is asked for.
+    """
+    return f"bound by the {'input' if share > WAITING else 'device'} (waited {share:.0%} for images)"
 
 
 def stuck(history: list[dict[str, Any]], classes: int) -> bool:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from vgg_jax.checkpoint import Run, Saved, begin_run, begun_run, refuse_another, restore_state, write_whole
 from vgg_jax.configs import IMAGENET, TrainConfig
-from vgg_jax.data import Source, batches_per_epoch, eval_batches, measure, open_splits, train_batches
+from vgg_jax.data import Source, batches_per_epoch, cached, eval_batches, measure, open_splits, train_batches
 from vgg_jax.errors import InputError
 from vgg_jax.metrics import Sums, merge
 from vgg_jax.model import FROM_A, VGG, init_from
@@ -67,6 +67,8 @@ def fit(config: TrainConfig, workdir: str | Path, data_dir: str | Path | None = 
     print(f"{config.data}: {train.size} training and {validation.size} validation images of {len(train.classes)} classes", flush=True)
     if train.skipped or validation.skipped:
         print(f"skipped {train.skipped} training and {validation.skipped} validation files that are no images", flush=True)
+    if config.cache:
+        train, validation = cached(train, config), cached(validation, config)
     config = with_learning_rate(config, len(train.classes))
     colours = begun.colours if begun else measure(train).statistics if config.statistics == "measure" else IMAGENET
     run = Run(config, train.classes, colours, train.storage, train.size, validation.size)
@@ -82,13 +84,14 @@ def fit(config: TrainConfig, workdir: str | Path, data_dir: str | Path | None = 
     at_once = min(config.microbatch or config.batch_size, -(-validation.size // mesh.size) * mesh.size)
     validation_batches = eval_batches(validation, config, at_once)
     history: list[dict[str, Any]] = []
-    batch_number, seconds, sums = 0, 0.0, Sums()
+    batch_number, seconds, waited, sums = 0, 0.0, 0.0, Sums()
 
     with Saved(workdir / "last") as last, Saved(workdir / "best") as best, stop_signals() as stop:
         restored = restore_state(last, state) if begun else None
         if restored is not None:
             state, progress = restored
-            history, batch_number, seconds = progress["history"], progress["batch"], progress["seconds"]
+            history, batch_number = progress["history"], progress["batch"]
+            seconds, waited = progress["seconds"], progress["waited"]
             sums = Sums(**progress["sums"])
             at = f"batch {batch_number + 1} of {per_epoch}" if batch_number < per_epoch else "its validation"
             print(f"{workdir}: going on at epoch {len(history) + 1}, {at}", flush=True)
@@ -102,7 +105,13 @@ def fit(config: TrainConfig, workdir: str | Path, data_dir: str | Path | None = 
             assert rate is not None
             if not finite(state.params):
                 raise DivergedError(diverged("a parameter", len(history) + 1, batch_number, rate))
-            progress = {"history": history, "batch": batch_number, "seconds": seconds, "sums": dataclasses.asdict(sums)}
+            progress = {
+                "history": history,
+                "batch": batch_number,
+                "seconds": seconds,
+                "waited": waited,
+                "sums": dataclasses.asdict(sums),
+            }
             last.save(len(history) * (per_epoch + 1) + batch_number, state, progress)
 
         batches = iter(train_batches(train, config, colours, first_epoch=len(history), first_batch=batch_number))
@@ -115,11 +124,13 @@ def fit(config: TrainConfig, workdir: str | Path, data_dir: str | Path | None = 
             pending = None  # the sums of the step in progress: the host reads them when the next one is on its way
             with progress_bar(f"epoch {epoch}", train.size, batch_number * config.batch_size) as bar:
                 while batch_number < per_epoch and not stop.is_set():
+                    asked = time.monotonic()
                     try:
                         batch = on_devices(next(batches), mesh)
                     except InputError as error:
                         unreadable = error
                         break
+                    waited += time.monotonic() - asked
                     state, step_sums = train_step(state, batch)
                     batch_number += 1
                     sums, pending = add(sums, pending, bar), step_sums
@@ -149,10 +160,10 @@ def fit(config: TrainConfig, workdir: str | Path, data_dir: str | Path | None = 
                 return Outcome(history, stopped=True)
             check_finite(validated, epoch, batch_number, rate)
 
-            record = epoch_record(epoch, seconds, rate, sums, validated, train.size)
+            record = epoch_record(epoch, seconds, waited, rate, sums, validated, train.size)
             improved = all(record["validation"]["accuracy"] > old["validation"]["accuracy"] for old in history)
             history.append(record)
-            batch_number, seconds, sums = 0, 0.0, Sums()
+            batch_number, seconds, waited, sums = 0, 0.0, 0.0, Sums()
             if improved:
                 variables = {"params": state.params} | ({"batch_stats": state.batch_stats} if config.batch_norm else {})
                 best.save(epoch, variables, {"epoch": epoch, "validation": record["validation"]})

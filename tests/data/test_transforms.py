@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image, ImageOps
 
-from tests.data.tiny_data import encode, noise
+from tests.data.tiny_data import SEED, encode, noise
 from vgg_jax.configs import IMAGENET, Statistics, TrainConfig
 from vgg_jax.data.transforms import crop_resized, decode, draw, eval_example, flip, rescale, train_example
 
@@ -212,8 +212,24 @@ def test_flip(run):
 def draws():
     """5,000 draws: scale in 32..36, deviations of colour."""
     config = TrainConfig(image_size=32, scale=(32, 36))
-    seeds = tf.data.Dataset.range(5000).map(lambda i: tf.stack([7, i]))
-    return next(seeds.map(lambda seed: draw(seed, config, IMAGENET)).batch(5000).as_numpy_iterator())
+    return next(tf.data.Dataset.range(5000).batch(5000).map(lambda i: draw(SEED, i, config, IMAGENET)).as_numpy_iterator())
+
+
+def test_draws_are_the_same_one_by_one(draws):
+    config = TrainConfig(image_size=32, scale=(32, 36))
+    for i in (0, 1, 4999):
+        for one, all_of_them in zip(draw(SEED, tf.constant(i, tf.int64), config, IMAGENET), draws, strict=True):
+            np.testing.assert_array_equal(one, all_of_them[i])
+
+
+def test_draws_of_neighbours_and_of_epochs_are_independent(draws):
+    """What follows in the order of the images, and what the same image draws under the next seed."""
+    later = draw(SEED + tf.constant([0, 1], tf.int64), tf.range(5000, dtype=tf.int64), TrainConfig(image_size=32, scale=(32, 36)), IMAGENET)
+    for name in ("y_fraction", "x_fraction"):
+        ours, theirs = getattr(draws, name), getattr(later, name).numpy()
+        assert abs(np.corrcoef(ours[1:], ours[:-1])[0, 1]) < 0.05 and abs(np.corrcoef(ours, theirs)[0, 1]) < 0.05
+        cells = np.histogram2d(ours[1:], ours[:-1], 10, [[0, 1], [0, 1]])[0]
+        assert ((cells - 50) ** 2 / 50).sum() < 150  # chi-squared with 99 degrees of freedom: 3.6 deviations
 
 
 def test_draws_are_uniform(draws):
@@ -240,9 +256,9 @@ def test_colour_convention_and_strength(run):
     statistics = Statistics((0.0, 0.0, 0.0), (400.0, 100.0, 25.0), ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)))
 
     def shift(**options):
-        return run(lambda seed: draw(seed, TrainConfig(image_size=32, scale=(32,), **options), statistics), np.array([[1, 2]]))[
-            0
-        ].colour_shift
+        config = TrainConfig(image_size=32, scale=(32,), **options)
+        [drawn] = run(lambda index: draw(SEED, index, config, statistics), [tf.constant(2, tf.int64)])
+        return drawn.colour_shift
 
     alpha = shift() / [20, 10, 5]
     np.testing.assert_allclose(shift(colour_convention="variance"), alpha * [400 / 255, 100 / 255, 25 / 255], rtol=1e-5)
@@ -252,20 +268,16 @@ def test_colour_convention_and_strength(run):
 
 def test_no_flip_and_one_scale(run):
     config = TrainConfig(image_size=32, scale=(40,), flip=False)
-    drawn = run(lambda seed: draw(seed, config, IMAGENET), np.arange(40).reshape(20, 2))
-    assert {int(each.scale) for each in drawn} == {40} and not any(each.flip for each in drawn)
+    drawn = draw(SEED, tf.range(20, dtype=tf.int64), config, IMAGENET)
+    assert set(drawn.scale.numpy()) == {40} and not drawn.flip.numpy().any()
 
 
 def test_train_example_is_made_of_its_draws(run):
-    seeds = np.array([[5, i] for i in range(6)])
-    examples = run(
-        lambda data, label, seed: train_example({"encoded": data, "label": label}, TINY, IMAGENET, seed),
-        [encode(noise(60, 50))] * 6,
-        list(range(6)),
-        seeds,
-    )
-    for i, example in enumerate(examples):
-        drawn = draw(tf.constant(seeds[i]), TINY, IMAGENET)
+    def example_of(data, label):
+        return train_example({"encoded": data, "label": label}, TINY, draw(SEED, tf.cast(label, tf.int64), TINY, IMAGENET))
+
+    for i, example in enumerate(run(example_of, [encode(noise(60, 50))] * 6, list(range(6)))):
+        drawn = draw(SEED, tf.constant(i, tf.int64), TINY, IMAGENET)
         reference = crop_of(noise(60, 50), int(drawn.scale), 32, float(drawn.y_fraction), float(drawn.x_fraction)).astype(float)
         reference = reference[:, ::-1] if drawn.flip else reference
         assert example.keys() == {"label", "image", "colour_shift"} and example["image"].dtype == np.uint8 and example["label"] == i

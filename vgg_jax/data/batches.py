@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import tensorflow as tf
 
-from vgg_jax.data.splits import CORES, Source
+from vgg_jax.data.splits import CORES, IN_FLIGHT, Source
 from vgg_jax.data.transforms import decode, rescale
 from vgg_jax.errors import InputError
 
@@ -19,22 +19,25 @@ AHEAD = 2  # batches that are ready before they are asked for
 class Batches:
     """An iterable of dicts of numpy arrays; each pass starts anew and builds no new TensorFlow graph.
 
-    `examples(k)` gives the encoded examples from batch k on, and `prepare` makes one example of a batch from one of those. Both must
-    be deterministic. Iterating raises InputError with the name of the first file that cannot be decoded.
+    `examples(k)` gives the encoded examples from batch k on, and `prepare` makes one example of a batch from one of those; without a
+    `batch_size` both are about whole batches. Both must be deterministic. Iterating raises InputError with the name of the first file
+    that cannot be decoded.
     """
 
     def __init__(
-        self, source: Source, examples: Callable[[int], tf.data.Dataset], prepare: Callable[[dict], dict], batch_size: int
+        self, source: Source, examples: Callable[[int], tf.data.Dataset], prepare: Callable[[dict], dict], batch_size: int | None
     ) -> None:
         options = tf.data.Options()
         options.threading.private_threadpool_size = CORES
         options.threading.max_intra_op_parallelism = 1  # a core an image: splitting one image between cores only costs
         options.deterministic = True
+        options.autotune.enabled = False  # all its numbers are given; looking at the clock for it takes 5 % of the time
         # All conditions are on Python values; looking for others delays the first batch.
         prepare = tf.autograph.experimental.do_not_convert(prepare)
-        prepared = examples(0).map(prepare, num_parallel_calls=CORES, deterministic=True)
-        self._dataset = prepared.batch(batch_size).prefetch(AHEAD).with_options(options)
-        self._source, self._examples, self._batch_size = source, examples, batch_size
+        prepared = examples(0).map(prepare, num_parallel_calls=CORES if batch_size is None else IN_FLIGHT, deterministic=True)
+        batches = prepared if batch_size is None else prepared.batch(batch_size)
+        self._dataset = batches.prefetch(AHEAD).with_options(options)
+        self._source, self._examples, self._batch_size = source, examples, batch_size or 1
         self._prepare = tf.function(prepare)  # errors of Python functions have the same type as in the stream
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:

@@ -13,11 +13,11 @@ import numpy as np
 import tensorflow as tf
 
 from vgg_jax.configs import Statistics, TrainConfig
+from vgg_jax.data import small
 from vgg_jax.data.batches import Batches
-from vgg_jax.data.splits import Source
-from vgg_jax.data.transforms import decode, eval_example, rescale, train_example
+from vgg_jax.data.splits import Source, epoch_seeds
+from vgg_jax.data.transforms import decode, draw, eval_example, rescale, train_example
 
-ORDER, DRAWS = 0, 1  # independent streams of one seed
 EXAMPLE = ("index", "encoded", "label", "mask")
 
 
@@ -27,6 +27,8 @@ def batches_per_epoch(source: Source, batch_size: int) -> int:
 
 def train_batches(source: Source, config: TrainConfig, statistics: Statistics, *, first_epoch: int = 0, first_batch: int = 0) -> Batches:
     """The batches of the epochs up to `config.epochs`, in one stream, from batch `first_batch` of epoch `first_epoch` on (both from 0)."""
+    if source.pixels is not None:
+        return small.train_batches(source, source.pixels, config, statistics, first_epoch, first_batch)
     per_epoch = batches_per_epoch(source, config.batch_size)
 
     def examples(batch: int) -> tf.data.Dataset:
@@ -34,20 +36,23 @@ def train_batches(source: Source, config: TrainConfig, statistics: Statistics, *
 
         def epoch(number: tf.Tensor) -> tf.data.Dataset:
             start = tf.where(number == first, tf.constant(at * config.batch_size, tf.int64), 0)
-            shuffled = source.examples(epoch_seed(config.seed, ORDER, number), start)
-            return _padded(shuffled, source.size, config.batch_size, epoch_seed=epoch_seed(config.seed, DRAWS, number))
+            order, draws = epoch_seeds(config.seed, number)
+            return _padded(source.examples(order, start), source.size, config.batch_size, epoch_seed=draws)
 
         return tf.data.Dataset.range(first, config.epochs).flat_map(tf.autograph.experimental.do_not_convert(epoch))
 
     def prepare(example: dict) -> dict:
-        seed = tf.random.experimental.stateless_fold_in(example["epoch_seed"], example["index"])
-        return train_example({key: example[key] for key in EXAMPLE}, config, statistics, seed)
+        drawn = draw(example["epoch_seed"], tf.maximum(example["index"], 0), config, statistics)
+        return train_example({key: example[key] for key in EXAMPLE}, config, drawn)
 
     return Batches(source, examples, prepare, config.batch_size)
 
 
 def eval_batches(source: Source, config: TrainConfig, batch_size: int) -> Batches:
     """One pass over the source, in its own order."""
+
+    if source.pixels is not None:
+        return small.eval_batches(source, source.pixels, config, batch_size)
 
     def examples(batch: int) -> tf.data.Dataset:
         return _padded(source.examples(None, batch * batch_size), source.size, batch_size)
@@ -64,11 +69,6 @@ def rescaled_images(source: Source, scales: tuple[int, ...], exif: bool) -> Batc
         return rest | {"scaled": tuple(rescale(image, scale) for scale in scales)}
 
     return Batches(source, lambda at: source.examples(None, at), prepare, 1)
-
-
-def epoch_seed(seed: int, stream: int, epoch: tf.Tensor) -> tf.Tensor:
-    """int64 (2,) for `tf.random.experimental`, a pure function of the three."""
-    return tf.random.experimental.stateless_fold_in(tf.constant([seed, stream], tf.int64), epoch)
 
 
 def _padded(examples: tf.data.Dataset, size: int, batch_size: int, **constants: tf.Tensor) -> tf.data.Dataset:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from vgg_jax.data.splits import CORES, Records, random_access, sequential, shuffle
+from vgg_jax.data.splits import CORES, Records, permuted, random_access, sequential
 from vgg_jax.errors import InputError
 
 NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[\w.+-]+))?(:(?P<version>\d+\.\d+\.\d+))?")
@@ -155,7 +155,7 @@ def _scan(files: Any, seed: tf.Tensor | None) -> tf.data.Dataset:
 
     def one(file: tf.Tensor) -> tf.data.Dataset:
         if seed is not None:
-            file = shuffle(file, seed, len(files.filepaths))
+            file = permuted(file, seed, len(files.filepaths))
         return tf.data.TFRecordDataset(paths[file]).enumerate(first[file])
 
     turns = 1 if seed is None else min(FILES_AT_ONCE, len(files.filepaths))

@@ -3,16 +3,26 @@
 import dataclasses
 import os
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 CORES = getattr(os, "process_cpu_count", os.cpu_count)() or 1
 CHUNK = 64  # indices that are looked up by one call; enough to hide the cost of the call, 7 MB of ImageNet photos
+IN_FLIGHT = 2 * CORES  # images that are prepared at once: with no more than cores, one that takes long holds up the others
 SHUFFLE_BUFFER = 8192  # records of a sequential file held encoded: 0.9 GB of ImageNet photos, 10 MB of CIFAR
 
 # (seed of this epoch's order, int64 (2,), or None: in order; position to start at) -> {"index": int64, "encoded": string, "label": int32}
 Examples = Callable[[tf.Tensor | None, "tf.Tensor | int"], tf.data.Dataset]
+
+
+class Pixels(NamedTuple):
+    """The images of a source in its order, all of one size."""
+
+    images: tf.Tensor  # uint8 (n, H, W, 3)
+    labels: tf.Tensor  # int32 (n,)
+    indices: tf.Tensor  # int64 (n,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +36,7 @@ class Source:
     examples: Examples
     file_name: Callable[[int], str]  # what an example's "index" is called in a message or a table: its path, or "cifar10 train record 17"
     skipped: int = 0  # files that are not images and were left out
+    pixels: Pixels | None = None  # of small images in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +69,13 @@ def divide(size: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarra
     return np.sort(permutation[count:]).astype(np.int64), np.sort(permutation[:count]).astype(np.int64)
 
 
-def shuffle(positions: tf.Tensor, seed: tf.Tensor, size: int) -> tf.Tensor:
+def epoch_seeds(seed: int, epoch: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """An epoch's seeds of its order and of its draws, int64 (2,), pure functions of the two."""
+    order, draws = (tf.random.experimental.stateless_fold_in(tf.constant([seed, stream], tf.int64), epoch) for stream in (0, 1))
+    return order, draws
+
+
+def permuted(positions: tf.Tensor, seed: tf.Tensor, size: int, rounds: int = 16) -> tf.Tensor:
     """int64 positions -> what is there after a permutation of 0 … size - 1 by `seed`, int64 (2,). Nothing of that size is held.
 
     `tf.random.experimental.index_shuffle` is this operation with 4 rounds and the seed as its key. Measured over epochs, that repeats after
@@ -67,7 +84,7 @@ def shuffle(positions: tf.Tensor, seed: tf.Tensor, size: int) -> tf.Tensor:
     """
     key = tf.random.stateless_uniform((3,), seed, minval=None, maxval=None, dtype=tf.int32)
     return tf.raw_ops.RandomIndexShuffle(
-        index=positions, seed=tf.bitcast(key, tf.uint32), max_index=tf.constant(size - 1, tf.int64), rounds=16
+        index=positions, seed=tf.bitcast(key, tf.uint32), max_index=tf.constant(size - 1, tf.int64), rounds=rounds
     )
 
 
@@ -82,7 +99,7 @@ def random_access(kept: np.ndarray, read: Callable[[tf.data.Dataset], tf.data.Da
     def examples(seed: tf.Tensor | None, start: tf.Tensor | int = 0) -> tf.data.Dataset:
         def indices(positions: tf.Tensor) -> tf.Tensor:
             if seed is not None:
-                positions = shuffle(positions, seed, size)
+                positions = permuted(positions, seed, size)
             return tf.gather(lookup, positions)
 
         return read(tf.data.Dataset.range(start, size).batch(CHUNK).map(indices))

@@ -1,0 +1,132 @@
+"""Images in memory: the same batches as from the files."""
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+
+from tests.data.tiny_data import encode, noise
+from vgg_jax.configs import IMAGENET, TrainConfig
+from vgg_jax.data import cache, cached, eval_batches, open_split, open_splits, small, train_batches
+from vgg_jax.errors import InputError
+
+TINY = TrainConfig(image_size=32, scale=(32, 40), batch_size=4, epochs=3, seed=5)
+
+
+def photos_of_one_size(folder):
+    """An image folder of 9 pictures, 20 by 30 pixels."""
+    for i in range(9):
+        (folder / "ab"[i % 2]).mkdir(exist_ok=True)
+        (folder / "ab"[i % 2] / f"{i}.png").write_bytes(encode(noise(20, 30, i)))
+    return open_split(str(folder), "train")
+
+
+@pytest.fixture(params=["mixed sizes", "one size", "one size, large crops", "digits", "array_record"])
+def source_and_config(request, tmp_path):
+    """Storage that is found by index, whose order is the same in memory, and a configuration that uses it."""
+    if request.param == "mixed sizes":
+        return open_split(str(request.getfixturevalue("folder")), "train"), TINY
+    if request.param == "digits":
+        return open_splits("digits", validation_fraction=0.99)[0], TINY
+    if request.param == "array_record":
+        return open_splits("numbers", data_dir=request.getfixturevalue("prepared")["array_record"])[0], TINY
+    large = dataclasses.replace(TINY, image_size=96, scale=(96, 100))
+    return photos_of_one_size(tmp_path), large if "large" in request.param else TINY
+
+
+def assert_equal(ones, others):
+    ones, others = list(ones), list(others)
+    assert len(ones) == len(others)
+    for one, other in zip(ones, others, strict=True):
+        assert one.keys() == other.keys()
+        for key in one.keys() - {"image"}:
+            np.testing.assert_array_equal(one[key], other[key], key)
+            assert one[key].dtype == other[key].dtype
+        difference = np.abs(one["image"].astype(int) - other["image"])
+        assert difference.max() <= 1 and np.count_nonzero(difference) <= 1e-4 * difference.size
+
+
+def test_batches_from_memory_are_those_from_the_files(source_and_config):
+    source, config = source_and_config
+    held = cached(source, config)
+    assert (held.size, held.classes, held.name) == (source.size, source.classes, source.name)
+    assert_equal(train_batches(held, config, IMAGENET), train_batches(source, config, IMAGENET))
+    assert_equal(
+        train_batches(held, config, IMAGENET, first_epoch=1, first_batch=2),
+        train_batches(source, config, IMAGENET, first_epoch=1, first_batch=2),
+    )
+    assert_equal(eval_batches(held, config, 6), eval_batches(source, config, 6))
+
+
+def test_pixels_are_held_of_small_images_of_one_size_only(folder, tmp_path_factory):
+    alike = photos_of_one_size(tmp_path_factory.mktemp("alike"))
+    pixels = cached(alike, TINY).pixels
+    assert pixels is not None and pixels.images.shape == (9, 20, 30, 3)
+    assert cached(alike, dataclasses.replace(TINY, image_size=96, scale=(96,))).pixels is None
+    assert cached(open_split(str(folder), "train"), TINY).pixels is None
+
+
+def test_mirrored_crops_are_drawn_as_often_as_plain_ones(tmp_path):
+    """A picture that is black on its left: the share of crops that are black on their right."""
+    (tmp_path / "a").mkdir()
+    half = np.zeros((32, 32, 3), np.uint8)
+    half[:, 16:] = 255
+    for i in range(64):
+        (tmp_path / "a" / f"{i}.png").write_bytes(encode(half))
+    config = dataclasses.replace(TINY, epochs=4, batch_size=64)
+    images = np.concatenate(
+        [batch["image"] for batch in train_batches(cached(open_split(str(tmp_path), "train"), config), config, IMAGENET)]
+    )
+    assert np.all((images[:, :, 0] == 0).all((1, 2)) != (images[:, :, -1] == 0).all((1, 2)))
+    assert 0.35 < np.mean((images[:, :, -1] == 0).all((1, 2))) < 0.65
+
+
+def test_sequential_files_are_shuffled_anew_each_epoch(prepared):
+    source = open_split("numbers", "train", data_dir=prepared["tfrecord"])
+    batches = list(train_batches(cached(source, TINY), TINY, IMAGENET))
+    indices = np.concatenate([batch["index"][batch["mask"]] for batch in batches]).reshape(3, source.size)
+    assert all(sorted(epoch) == list(range(source.size)) for epoch in indices)
+    assert len({tuple(epoch) for epoch in indices}) == 3
+
+
+def test_the_files_are_not_read_again(tmp_path):
+    source = photos_of_one_size(tmp_path)
+    for config in (TINY, dataclasses.replace(TINY, image_size=96, scale=(96,))):
+        held = cached(source, config)
+        expected = list(train_batches(source, config, IMAGENET))
+        shutil.move(tmp_path / "a", tmp_path / "gone")
+        assert_equal(train_batches(held, config, IMAGENET), expected)
+        shutil.move(tmp_path / "gone", tmp_path / "a")
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_broken_image_is_named(tmp_path, first):
+    source = photos_of_one_size(tmp_path)
+    path = source.file_name(0 if first else 5)
+    whole = encode(noise(20, 30))
+    with open(path, "wb") as file:
+        file.write(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=f"cannot decode '{path}'"):
+        list(train_batches(cached(source, TINY), TINY, IMAGENET))
+
+
+def test_what_does_not_fit_is_refused(tmp_path, monkeypatch):
+    source = photos_of_one_size(tmp_path)
+    monkeypatch.setattr(cache, "free_memory", lambda: 1000.0)
+    with pytest.raises(InputError, match=r"does not fit into memory: .* after 9 of 9 images; leave out --cache"):
+        cached(source, TINY)
+
+
+def test_free_memory_is_less_than_all_of_it():
+    assert 1e6 < cache.free_memory() < 1e14
+
+
+def test_an_empty_source_stays_empty(folder):
+    empty = open_splits(str(folder / "train"), validation_fraction=0.0)[1]
+    assert list(eval_batches(cached(empty, TINY), TINY, 4)) == []
+
+
+def test_many_or_large_crops_are_left_to_the_stream():
+    assert small.fits((32, 32), (32, 40), 32) and small.fits((64, 64), (64,), 64)
+    assert not small.fits((65, 64), (64,), 64) and not small.fits((32, 32), (224,), 224) and not small.fits((32, 32), (32, 256), 32)

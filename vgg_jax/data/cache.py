@@ -1,0 +1,84 @@
+"""A source in memory: read once, its encoded images kept, and of small ones the pixels."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+from tqdm import tqdm
+
+from vgg_jax.configs import TrainConfig
+from vgg_jax.data import small
+from vgg_jax.data.batches import Batches
+from vgg_jax.data.splits import CORES, Pixels, Source, random_access
+from vgg_jax.data.transforms import decode
+from vgg_jax.errors import InputError
+
+AT_ONCE = 64
+SHARE = 0.8  # of the free memory that a cache may take
+
+
+def cached(source: Source, config: TrainConfig) -> Source:
+    """The source with all its encoded images in memory; where they are small and of one size, as CIFAR's, with their pixels too.
+
+    An epoch's order is then that of storage that finds an example by its index. Raises InputError for what cannot be read, and where
+    memory would run out.
+    """
+    if not source.size:
+        return source
+    held, count, room = 0, 0, free_memory()
+    read: dict[str, list[np.ndarray]] = {"index": [], "encoded": [], "label": []}
+    stream = Batches(source, lambda at: source.examples(None, at * AT_ONCE), dict, AT_ONCE)
+    with tqdm(total=source.size, desc=f"reading {source.name} into memory", unit="image", disable=None, delay=2) as bar:
+        for batch in stream:
+            for name, parts in read.items():
+                parts.append(batch[name])
+            held += sum(map(len, batch["encoded"]))
+            count += len(batch["label"])
+            bar.update(len(batch["label"]))
+            if held > SHARE * room:
+                raise InputError(
+                    f"{source.name} does not fit into memory: {held / 1e9:.1f} GB of {room / 1e9:.1f} GB that were free are taken after "
+                    f"{count} of {source.size} images; leave out --cache"
+                )
+    indices, encoded, labels = (tf.constant(np.concatenate(parts)) for parts in read.values())
+
+    def at(positions: tf.data.Dataset) -> tf.data.Dataset:
+        def one(i: tf.Tensor) -> dict[str, tf.Tensor]:
+            return {"index": indices[i], "encoded": encoded[i], "label": labels[i]}
+
+        return positions.unbatch().map(one, num_parallel_calls=CORES, deterministic=True)
+
+    whole = dataclasses.replace(source, examples=random_access(np.arange(source.size), at))
+    return dataclasses.replace(whole, pixels=_pixels(whole, encoded, labels, indices, config))
+
+
+def _pixels(source: Source, encoded: tf.Tensor, labels: tf.Tensor, indices: tf.Tensor, config: TrainConfig) -> Pixels | None:
+    """What `Source.pixels` is, or None where the images are not small, or not of one size."""
+    try:
+        height, width, _ = decode(encoded[0], config.exif).shape
+    except (tf.errors.OpError, ValueError):  # the stream names the file
+        return None
+    if not small.fits((height, width), config.scale, config.image_size):
+        return None
+
+    def prepare(example: dict) -> dict:
+        image = decode(example["encoded"], config.exif)
+        equal = tf.reduce_all(tf.shape(image)[:2] == [height, width])
+        return {"equal": equal, "image": tf.cond(equal, lambda: image, lambda: tf.zeros((height, width, 3), tf.uint8))}
+
+    parts = []
+    for batch in Batches(source, lambda at: source.examples(None, at * AT_ONCE), prepare, AT_ONCE):
+        if not batch["equal"].all():
+            return None
+        parts.append(batch["image"])
+    return Pixels(tf.constant(np.concatenate(parts)), labels, indices)
+
+
+def free_memory() -> float:
+    """Bytes that Linux can give without swapping; elsewhere, where nobody says, without a bound."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError, IndexError):
+        return float("inf")
