@@ -50,9 +50,9 @@ def test_every_field_of_the_configuration_has_a_flag_and_the_other_way_round():
 
 
 FLAGS = """--net E --batch-norm --fc 10 20 --dropout-rate 0.1 --initializer paper --initializer-std 0.1 --init-from r --freeze conv fc6
---dtype bfloat16
+--dtype bfloat16 --cache
 --image-size 100 --scale 300 400 --no-flip --colour-shift 0 --colour-convention variance --no-exif --statistics measure
---validation-fraction 0.2 --skip-bad --cache --batch-size 8 --microbatch 4 --learning-rate 0.1 --momentum 0.8 --weight-decay 0 --decay-biases
+--validation-fraction 0.2 --skip-bad --batch-size 8 --microbatch 4 --learning-rate 0.1 --momentum 0.8 --weight-decay 0 --decay-biases
 --schedule step --patience 1 --drops 1 --drop-epochs 2 3 --epochs 4 --seed 7"""
 WITHOUT_EFFECT = {"patience", "drops"}  # beside --schedule step
 NOT_OF_THE_RUN = {"command", "workdir", "data_dir", "download", "compilation_cache"}
