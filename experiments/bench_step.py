@@ -2,12 +2,14 @@
 
     python experiments/bench_step.py --net A --image-size 32 --batch 128 --fc 512 [--mode infer] [--dtype bfloat16]
     python experiments/bench_step.py … --peer "python PEER.py"     # runs that command with the same flags after each run of ours
+    python experiments/bench_step.py --net D --image-size 224 --batch 256 --fc 4096 --dtype bfloat16 --peak-teraflops 989    # on an H100
 
+It needs no TensorFlow. On a GPU float32 products are TF32's, jax's default (JAX_DEFAULT_MATMUL_PRECISION=float32 for all digits).
 Net A at its defaults, 2 AVX-512 cores, jax 0.12: 0.44 s a step, where PyTorch takes 0.62 s (results/steps.json). Ours trains in huge pages
 and infers with keep_memory, as the command line does; the peer has its defaults.
 
-Prints one JSON line: the seconds of a step, warm (the median of --runs), and with --peer the ratios, peer's seconds over ours, pair by
-pair. The peer's command must take --net, --image-size, --batch, --hidden, --dtype, --mode and print a JSON line with "seconds".
+Prints one JSON line: the seconds of a step, warm (the median of --runs), the definition's operations a second (Winograd makes do with fewer),
+and with --peer the ratios, peer's seconds over ours, pair by pair. The peer's command must take --net, --image-size, --batch, --hidden, --dtype, --mode and print a JSON line with "seconds".
 """
 
 import argparse
@@ -28,6 +30,7 @@ from vgg_jax.cli import keep_memory, use_huge_pages
 from vgg_jax.model import preprocess
 from vgg_jax.optimizer import sgd
 from vgg_jax.sharding import data_mesh, put_batch
+from vgg_jax.summary import summarize
 from vgg_jax.train_step import compile_steps, init_state
 
 CLASSES = 10
@@ -69,13 +72,18 @@ def seconds_of_steps(args: argparse.Namespace) -> dict[str, float]:
 
     first = timed(run)
     seconds = [timed(run) for _ in range(args.runs)]
+    rate = args.batch / statistics.median(seconds)
+    # A multiply-add is two operations; both gradients of a layer take as many as its output.
+    macs = sum(row.macs for row in summarize(model.config, CLASSES, image_size=args.image_size))
+    teraflops = macs * (6 if args.mode == "train" else 2) * rate / 1e12
     return {
         "seconds": statistics.median(seconds),
         "min": min(seconds),
         "max": max(seconds),
         "first_call_seconds": first,
-        "images_per_second": args.batch / statistics.median(seconds),
-    }
+        "images_per_second": rate,
+        "teraflops": teraflops,
+    } | ({"share_of_peak": teraflops / args.peak_teraflops} if args.peak_teraflops else {})
 
 
 def timed(run) -> float:
@@ -108,6 +116,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--mode", default="train", choices=["train", "infer"])
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--peak-teraflops", type=float, help="of the device, for the share of it (989 of an H100 in bfloat16)")
     parser.add_argument("--peer", help="a command to run in turn with ours")
     parser.add_argument("--pairs", type=int, default=3)
     args = parser.parse_args()
@@ -116,7 +125,7 @@ def main() -> None:
         (use_huge_pages if args.mode == "train" else keep_memory)()  # as `vgg-jax train` and `vgg-jax predict` do
         print(json.dumps(what | {"jax": jax.__version__, "device": jax.devices()[0].device_kind} | seconds_of_steps(args)))
         return
-    argv = [f"--{name.replace('_', '-')}={value}" for name, value in what.items()]
+    argv = [f"--{name.replace('_', '-')}={value}" for name, value in what.items() if value is not None]
     pairs = [(seconds_of_ours(argv)["seconds"], seconds_of_peer(args)) for _ in range(args.pairs)]
     ratios = [peer / ours for ours, peer in pairs]
     print(json.dumps(what | {"peer": args.peer, "pairs": pairs, "ratios": ratios, "median_ratio": statistics.median(ratios)}))
