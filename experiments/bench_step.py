@@ -8,8 +8,9 @@ It needs no TensorFlow. On a GPU float32 products are TF32's, jax's default (JAX
 Net A at its defaults, 2 AVX-512 cores, jax 0.12: 0.44 s a step, where PyTorch takes 0.62 s (results/steps.json). Ours trains in huge pages
 and infers with keep_memory, as the command line does; the peer has its defaults.
 
-Prints one JSON line: the seconds of a step, warm (the median of --runs), the definition's operations a second (Winograd makes do with fewer),
-and with --peer the ratios, peer's seconds over ours, pair by pair. The peer's command must take --net, --image-size, --batch, --hidden, --dtype, --mode and print a JSON line with "seconds".
+Prints one JSON line: the seconds of a step, warm (the median of --runs), the definition's operations a second (Winograd makes do with
+fewer), and with --peer the ratios, peer's seconds over ours, pair by pair. The peer's command must take --net, --image-size, --batch,
+--hidden, --dtype, --mode and print a JSON line with "seconds".
 """
 
 import argparse

@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def keep_compiled_programs() -> None:
     """Lets the next start find what this one compiles, in $JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
+    # jaxlib 0.10 writes an error of two kilobytes for each program that it finds, over a preference of LLVM's. What fails is raised.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import jax
 
     if not jax.config.values["jax_compilation_cache_dir"]:
