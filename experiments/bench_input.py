@@ -7,11 +7,10 @@
 With --tfrecord the photos are first written, as they are, to TFRecord files in a temporary folder. Prints one JSON line: the rate from the
 first batch that was asked for to the last, epochs one after another, and the rates of the stream when it ends earlier: "read", the files
 alone; "decode", with the whole images decoded, which training needs only a part of. The peer's command must take the folder, --workers,
---repeat (passes over the folder) and --runs, and print a JSON line with "images_per_second".
+--repeat (passes over the folder) and --runs, and print a JSON line with "images_per_second"; the crops it takes are its own affair.
 """
 
 import argparse
-import itertools
 import json
 import os
 import shlex
@@ -21,6 +20,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+import numpy as np
 
 from vgg_jax import IMAGENET, TrainConfig
 from vgg_jax.cli import use_huge_pages
@@ -48,7 +49,7 @@ def rate(batches: Batches, images: int) -> tuple[float, float]:
     started, first, count = time.perf_counter(), 0.0, 0
     for batch in batches:
         first = first or time.perf_counter() - started
-        count += len(batch["index"])
+        count += int(np.sum(batch["index"] >= 0))  # the last batch of an epoch is filled up with black ones
         if count >= images:
             break
     return round(count / (time.perf_counter() - started), 1), first
@@ -117,8 +118,12 @@ def main() -> None:
         use_huge_pages()  # as `vgg-jax train` does
         print(json.dumps(what | {"tensorflow": tf.__version__} | measured(args)))
         return
-    ours = [sys.executable, __file__, *itertools.takewhile(lambda word: not word.startswith("--peer"), sys.argv[1:])]
+    ours = [sys.executable, __file__, args.data, "--scale", *map(str, args.scale)]
+    ours += [f"--{name.replace('_', '-')}={what[name]}" for name in ("image_size", "batch", "images")]
+    ours += [f"--{name}" for name in ("tfrecord", "cache") if what[name]]
     photos = len(list(Path(args.data).glob("*/*")))
+    if not photos:
+        parser.error(f"no photos {args.data}/<class>/*: expected a folder that the peer can read, too")
     peer = [*shlex.split(args.peer), args.data, "--workers", str(os.cpu_count()), "--repeat", str(-(-args.images // photos)), "--runs", "1"]
     pairs = [(rate_of(ours), rate_of(peer)) for _ in range(args.pairs)]
     ratios = [mine / peers for mine, peers in pairs]

@@ -34,14 +34,17 @@ WAYS = {"winograd": ("float32", FAST), "xla": ("float32", direct), "winograd, bf
 
 
 def first(source: Source, count: int) -> Source:
+    """Of batches from pixels; `examples` stays whole."""
     assert source.pixels is not None
+    count = min(count, source.size)
     pixels = source.pixels._replace(**{name: values[:count] for name, values in source.pixels._asdict().items()})
     return dataclasses.replace(source, size=count, pixels=pixels)
 
 
 def trained(way: str, seed: int, train: Source, validation: Source, epochs: int) -> dict:
-    dtype, layers._on_cpu = WAYS[way]
-    jax.clear_caches()
+    dtype, on_cpu = WAYS[way]
+    layers._on_cpu = on_cpu
+    jax.clear_caches()  # what was traced knows the other one
     config = preset("cifar10", net="A", dtype=dtype, seed=seed, epochs=epochs, schedule="constant")
     mesh, model = data_mesh(config.batch_size), build_model(config, 10)
     state = init_state(model, sgd(config), seed, mesh)
@@ -71,7 +74,7 @@ def main() -> None:
     args = parser.parse_args()
     config = preset("cifar10")
     train, validation = (cached(source, config) for source in open_splits("cifar10", data_dir=args.data_dir))
-    train, validation = first(train, args.images), first(validation, min(5000, validation.size))
+    train, validation = first(train, args.images), first(validation, 5000)
     for seed in args.seeds:
         for way in WAYS:
             print(json.dumps({"way": way, "seed": seed} | trained(way, seed, train, validation, args.epochs)), flush=True)

@@ -33,11 +33,11 @@ def grown_images(count: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8))
         for start in range(0, count, LINKS):
-            names = Path(folder) / f"class{start // LINKS}"
-            names.mkdir()
-            picture.save(names / "0.png")
+            links = Path(folder) / f"class{start // LINKS}"
+            links.mkdir()
+            picture.save(links / "0.png")
             for i in range(1, min(LINKS, count - start)):
-                os.link(names / "0.png", names / f"{i}.png")
+                os.link(links / "0.png", links / f"{i}.png")
         before = peak()
         started = time.perf_counter()
         source = open_split(folder, "train")
@@ -48,7 +48,7 @@ def grown_images(count: int) -> dict:
         next(batches)
         first = time.perf_counter() - started
         started = time.perf_counter()
-        for _ in range(min(9, -(-source.size // BATCH))):
+        for _ in range(9):
             next(batches)
         nine = time.perf_counter() - started
         batches.close()

@@ -1,12 +1,14 @@
 """The operations against loops written by hand and XLA's direct convolution, in both precisions."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
 
-from vgg_jax.layers import BatchNorm, FullyConnected, add_bias, convolution, local_response_norm, max_pool
+from vgg_jax.layers import BatchNorm, FullyConnected, add_bias, compiler_options, convolution, local_response_norm, max_pool
 
 
 def direct(x, kernel):
@@ -75,6 +77,22 @@ def test_bfloat16_is_not_left_to_winograd():
     y = convolution(x, kernel)
     assert y.dtype == jnp.bfloat16
     assert (y == direct(x, kernel)).all()
+
+
+@pytest.mark.parametrize("side", [2, 8])
+def test_bfloat16_keeps_its_digits_forward_and_backward(side):
+    """Against float64 from the same rounded numbers: a product that rounded its partial sums to bfloat16 would be ten times as far off."""
+    rng = np.random.default_rng(0)
+    x, kernel, g = (
+        jnp.asarray(rng.normal(size=size), jnp.bfloat16) for size in ((4, side, side, 512), (3, 3, 512, 64), (4, side, side, 64))
+    )
+
+    ours = jax.jit(functools.partial(with_gradients, convolution), compiler_options=compiler_options())(x, kernel, g)
+    with jax.enable_x64(True):
+        expected = with_gradients(direct, *(jnp.asarray(np.asarray(each, np.float64)) for each in (x, kernel, g)))
+    for one, other in zip(ours, expected, strict=True):
+        assert one.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.asarray(one, np.float64), other, atol=5e-3 * np.abs(other).max())
 
 
 def test_max_pool_leaves_an_odd_edge_out():

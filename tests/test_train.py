@@ -87,6 +87,27 @@ def test_a_run_from_memory_is_the_run_from_the_files(finished, folder, tmp_path)
         assert ours["validation"]["accuracy"] == theirs["validation"]["accuracy"]
 
 
+@pytest.mark.parametrize("slow", ["input", "device"])
+def test_the_line_says_what_bounds_the_rate(folder, tmp_path, monkeypatch, capsys, slow):
+    batches_of, compiled = vgg_jax.train.train_batches, vgg_jax.train.compile_steps
+
+    def slow_batches(*arguments, **options):
+        for batch in batches_of(*arguments, **options):
+            time.sleep(0.5 if slow == "input" else 0)
+            yield batch
+
+    def slow_steps(*arguments):
+        train_step, eval_step = compiled(*arguments)
+        return (lambda state, batch: (time.sleep(0.5 if slow == "device" else 0), train_step(state, batch))[1]), eval_step
+
+    monkeypatch.setattr(vgg_jax.train, "train_batches", slow_batches)
+    monkeypatch.setattr(vgg_jax.train, "compile_steps", slow_steps)
+    [_, second] = fit(config(folder, epochs=2), tmp_path).history
+    share = second["input_wait_seconds"] / second["seconds"]
+    assert share > 0.4 if slow == "input" else share < 0.1
+    assert f"bound by the {slow} (waited " in capsys.readouterr().out.splitlines()[-2]
+
+
 def test_load_gives_the_net_of_the_best_epoch(finished, folder):
     workdir, history = finished
     model, variables, metadata = vgg_jax.load(workdir)

@@ -155,7 +155,7 @@ def add_train(command: argparse.ArgumentParser) -> None:
     flag("statistics", "mean RGB and principal colours")
     flag("validation_fraction", "of the training images, where the data has no validation split", type=float)
     switch("skip_bad", "leave out files that are no images, instead of refusing the folder")
-    switch("cache", "keep the encoded images in memory, and of small ones the pixels")
+    switch("cache", "keep the encoded images in memory, of small ones the pixels; of TFRecord files the order is another")
     flag("batch_size", "images a step", type=int)
     flag("microbatch", "images whose activations are held at once; a step adds up their gradients", type=int)
     flag("learning_rate", "at the start (default: 0.01, or 0.001 for fewer than 100 classes)", type=float)

@@ -59,10 +59,11 @@ def use_huge_pages() -> None:
     """Starts this program again with glibc's memory in huge pages, which only the environment can ask for before it starts.
 
     A training step asks for gigabytes and gives them back: in pages of 4 kB net D at 224 pixels, batch 8, takes 1.15 times as long
-    (2 cores). Commands that keep their memory gain nothing by it. A user's own GLIBC_TUNABLES are left as they are.
+    (2 cores). Commands that keep their memory gain nothing by it. What an image took is kept for the next one, which makes the input
+    2 % faster. A user's own GLIBC_TUNABLES are left as they are.
     """
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in os.environ:
-        # glibc before 2.35 knows no huge pages, and says nothing. The thresholds keep what an image took for the next one.
+        # glibc before 2.35 knows no huge pages, and says nothing.
         tunables = {"hugetlb": 1, "mmap_threshold": 2**25, "trim_threshold": 2**28}
         environment = os.environ | {"GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={value}" for name, value in tunables.items())}
         with contextlib.suppress(OSError):

@@ -7,6 +7,7 @@ everywhere the 144 products a tile that Winograd does with 36 (jax 0.12, batch 8
 here 970; 56x56x256: 1,520 ms, here 540). In bfloat16 it computes in float32: a step of A in XLA's bfloat16 takes minutes, here 0.5 s.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,17 +26,16 @@ FEW = 4  # input channels, too few for Winograd: the image's
 def compiler_options(thorough: bool = False) -> dict[str, str | int | bool]:
     """What to pass as `jax.jit(f, compiler_options=...)` for the best speed on the default backend; nothing but on a CPU.
 
-    There XLA's YNN fusion is off, which makes the weight gradient of a convolution 1.2 to 6 times as fast, and LLVM optimises less,
-    which halves the time to compile a training step, and that to compile an initialisation ten times, at the same speed. `thorough` is
-    for inference that goes on for minutes: 1.5 times as long to compile, and faster by a tenth (dense evaluation with net A, 4 photos,
-    AVX-512: 0.58 s -> 0.53 s). LLVM's expensive passes are a third of what would be left to compile, and gain nothing.
+    There XLA's YNN is for matrix products alone (a step of net A at 32 pixels, jax 0.12: 0.37 s, without it 0.41 s): the weight gradient
+    of a convolution it makes 1.2 to 6 times as slow. And LLVM optimises less, which halves the time to compile a training step, and
+    that to compile an initialisation ten times, at the same speed. `thorough` is for inference that goes on for minutes: 1.5 times as
+    long to compile, and faster by a tenth (dense evaluation with net A, 4 photos, AVX-512: 0.58 s -> 0.53 s). LLVM's expensive passes
+    are a third of what would be left to compile, and gain nothing.
     """
     if jax.default_backend() != "cpu":
         return {}
-    if thorough:
-        return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT", "xla_llvm_disable_expensive_passes": True}
-    # The empty list. Its name, LIBRARY_FUSION_TYPE_INVALID, means the same and logs an error with every compilation.
-    return {"xla_cpu_experimental_ynn_fusion_type": "", "xla_backend_optimization_level": 1}
+    llvm: dict[str, int | bool] = {"xla_llvm_disable_expensive_passes": True} if thorough else {"xla_backend_optimization_level": 1}
+    return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT", **llvm}
 
 
 def _direct(x: Array, kernel: Array) -> Array:
@@ -49,6 +49,25 @@ def _im2col(x: Array, kernel: Array) -> Array:
     x = jnp.pad(x, ((0, 0), pad, pad, (0, 0)))
     windows = jnp.concatenate([x[:, i : i + h, j : j + w] for i in range(side) for j in range(side)], axis=-1)
     return windows @ kernel.reshape(-1, channels)
+
+
+@jax.custom_vjp
+def _of_small_maps(x: Array, kernel: Array) -> Array:
+    return _im2col(x, kernel)
+
+
+def _small_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _im2col(x, kernel), (x, kernel)
+
+
+def _small_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    """A product each; the transpose of im2col would round to bfloat16 nine times on its way to the input's gradient."""
+    x, kernel = saved
+    to_input = lax.optimization_barrier(kernel.swapaxes(2, 3))[::-1, ::-1]
+    return _im2col(g, to_input), jax.vjp(functools.partial(_im2col, x), kernel)[1](g)[0]
+
+
+_of_small_maps.defvjp(_small_forward, _small_backward)
 
 
 @jax.custom_vjp
@@ -68,11 +87,11 @@ _of_few_channels.defvjp(_few_forward, _few_backward)
 
 
 def _on_cpu(x: Array, kernel: Array, filters: Array | None) -> Array:
-    if jnp.finfo(x.dtype).bits < 32:  # XLA's own is many times slower in bfloat16, and Winograd's transforms need the digits
-        return _on_cpu(x.astype(jnp.float32), kernel.astype(jnp.float32), filters).astype(x.dtype)
     (h, w, c), side = x.shape[1:], kernel.shape[0]
     if min(h, w) < side:
-        return _im2col(x, kernel)
+        return _of_small_maps(x, kernel)
+    if jnp.finfo(x.dtype).bits < 32:  # XLA's own is many times slower in bfloat16, and Winograd's transforms need the digits
+        return _on_cpu(x.astype(jnp.float32), kernel.astype(jnp.float32), filters).astype(x.dtype)
     if c <= FEW:
         return _of_few_channels(x, kernel)
     if side == 3:

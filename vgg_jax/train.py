@@ -67,15 +67,17 @@ def fit(config: TrainConfig, workdir: str | Path, data_dir: str | Path | None = 
     print(f"{config.data}: {train.size} training and {validation.size} validation images of {len(train.classes)} classes", flush=True)
     if train.skipped or validation.skipped:
         print(f"skipped {train.skipped} training and {validation.skipped} validation files that are no images", flush=True)
+    config = with_learning_rate(config, len(train.classes))
+    run = Run(config, train.classes, begun.colours if begun else IMAGENET, train.storage, train.size, validation.size)
+    if begun is not None:
+        refuse_another(workdir, begun, run)
     if config.cache:
         train, validation = cached(train, config), cached(validation, config)
-    config = with_learning_rate(config, len(train.classes))
-    colours = begun.colours if begun else measure(train).statistics if config.statistics == "measure" else IMAGENET
-    run = Run(config, train.classes, colours, train.storage, train.size, validation.size)
     if begun is None:
+        if config.statistics == "measure":
+            run = dataclasses.replace(run, colours=measure(train).statistics)
         begin_run(workdir, run)
-    else:
-        refuse_another(workdir, begun, run)
+    colours = run.colours
 
     model = build_model(config, len(train.classes))
     train_step, eval_step = compile_steps(config, model, colours.mean_rgb, mesh)
@@ -91,7 +93,7 @@ def fit(config: TrainConfig, workdir: str | Path, data_dir: str | Path | None = 
         if restored is not None:
             state, progress = restored
             history, batch_number = progress["history"], progress["batch"]
-            seconds, waited = progress["seconds"], progress["waited"]
+            seconds, waited = progress["seconds"], progress.get("waited", 0.0)  # older checkpoints do not say
             sums = Sums(**progress["sums"])
             at = f"batch {batch_number + 1} of {per_epoch}" if batch_number < per_epoch else "its validation"
             print(f"{workdir}: going on at epoch {len(history) + 1}, {at}", flush=True)
@@ -126,12 +128,12 @@ def fit(config: TrainConfig, workdir: str | Path, data_dir: str | Path | None = 
                 while batch_number < per_epoch and not stop.is_set():
                     asked = time.monotonic()
                     try:
-                        batch = on_devices(next(batches), mesh)
+                        batch = next(batches)
                     except InputError as error:
                         unreadable = error
                         break
                     waited += time.monotonic() - asked
-                    state, step_sums = train_step(state, batch)
+                    state, step_sums = train_step(state, on_devices(batch, mesh))
                     batch_number += 1
                     sums, pending = add(sums, pending, bar), step_sums
                     check_finite(sums, epoch, batch_number, rate)

@@ -257,7 +257,7 @@ def test_colour_convention_and_strength(run):
 
     def shift(**options):
         config = TrainConfig(image_size=32, scale=(32,), **options)
-        [drawn] = run(lambda index: draw(SEED, index, config, statistics), [tf.constant(2, tf.int64)])
+        [drawn] = run(lambda index: draw(SEED, index, config, statistics), np.array([2]))
         return drawn.colour_shift
 
     alpha = shift() / [20, 10, 5]
@@ -266,7 +266,7 @@ def test_colour_convention_and_strength(run):
     assert shift(colour_shift=0.0).tolist() == [0, 0, 0]
 
 
-def test_no_flip_and_one_scale(run):
+def test_no_flip_and_one_scale():
     config = TrainConfig(image_size=32, scale=(40,), flip=False)
     drawn = draw(SEED, tf.range(20, dtype=tf.int64), config, IMAGENET)
     assert set(drawn.scale.numpy()) == {40} and not drawn.flip.numpy().any()

@@ -1,4 +1,7 @@
-"""From image files to batches of numpy arrays. TensorFlow is imported here, also for `vgg_jax.export`, and never sees a GPU."""
+"""From image files to batches of numpy arrays.
+
+TensorFlow is imported here, also for `vgg_jax.export`; it never sees a GPU, and computes each of its operations on one core.
+"""
 
 import contextlib
 import os

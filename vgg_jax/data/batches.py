@@ -34,10 +34,10 @@ class Batches:
         options.autotune.enabled = False  # all its numbers are given; looking at the clock for it takes 5 % of the time
         # All conditions are on Python values; looking for others delays the first batch.
         prepare = tf.autograph.experimental.do_not_convert(prepare)
-        prepared = examples(0).map(prepare, num_parallel_calls=CORES if batch_size is None else IN_FLIGHT, deterministic=True)
+        prepared = examples(0).map(prepare, num_parallel_calls=IN_FLIGHT, deterministic=True)
         batches = prepared if batch_size is None else prepared.batch(batch_size)
         self._dataset = batches.prefetch(AHEAD).with_options(options)
-        self._source, self._examples, self._batch_size = source, examples, batch_size or 1
+        self._source, self._examples, self._batch_size = source, examples, batch_size
         self._prepare = tf.function(prepare)  # errors of Python functions have the same type as in the stream
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
@@ -61,6 +61,8 @@ class Batches:
 
     def _explain(self, batch: int, error: tf.errors.OpError) -> str:
         """Names the first example of a batch that cannot be prepared: TensorFlow's errors say neither path nor position."""
+        if self._batch_size is None:  # what lies in memory was decoded before
+            return f"cannot make a batch of {self._source.name}: {_cause(error)}"
         try:
             for example in self._examples(batch).take(self._batch_size):
                 try:

@@ -1,5 +1,6 @@
 """A source in memory: read once, its encoded images kept, and of small ones the pixels."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from vgg_jax.data.splits import CORES, Pixels, Source, random_access
 from vgg_jax.data.transforms import decode
 from vgg_jax.errors import InputError
 
-AT_ONCE = 64
-SHARE = 0.8  # of the free memory that a cache may take
+AT_ONCE = 64  # images that are read, or decoded, in one piece: enough to hide the cost of a call
+SHARE = 0.8  # of the free memory that a cache may take while it is made: the rest is the training's
+COPIES = 2  # of everything at that time: as it is read, and in one piece
 
 
 def cached(source: Source, config: TrainConfig) -> Source:
@@ -36,12 +38,14 @@ def cached(source: Source, config: TrainConfig) -> Source:
             held += sum(map(len, batch["encoded"]))
             count += len(batch["label"])
             bar.update(len(batch["label"]))
-            if held > SHARE * room:
+            if COPIES * held > SHARE * room:
                 raise InputError(
-                    f"{source.name} does not fit into memory: {held / 1e9:.1f} GB of {room / 1e9:.1f} GB that were free are taken after "
-                    f"{count} of {source.size} images; leave out --cache"
+                    f"{source.name} does not fit into memory: {count} of its {source.size} images take {COPIES} times {held / 1e9:.1f} GB "
+                    f"of {room / 1e9:.1f} GB that were free; leave out --cache, or free memory if a run is to go on"
                 )
-    indices, encoded, labels = (tf.constant(np.concatenate(parts)) for parts in read.values())
+    if count != source.size:
+        raise InputError(f"{source.name} says that it has {source.size} images, and has {count}: prepare it again")
+    indices, encoded, labels = (tf.constant(np.concatenate(read.pop(name))) for name in tuple(read))
 
     def at(positions: tf.data.Dataset) -> tf.data.Dataset:
         def one(i: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -59,7 +63,8 @@ def _pixels(source: Source, encoded: tf.Tensor, labels: tf.Tensor, indices: tf.T
         height, width, _ = decode(encoded[0], config.exif).shape
     except (tf.errors.OpError, ValueError):  # the stream names the file
         return None
-    if not small.fits((height, width), config.scale, config.image_size):
+    size = source.size * height * width * 3
+    if not small.fits((height, width), config.scale, config.image_size) or COPIES * size > SHARE * free_memory():
         return None
 
     def prepare(example: dict) -> dict:
@@ -67,18 +72,21 @@ def _pixels(source: Source, encoded: tf.Tensor, labels: tf.Tensor, indices: tf.T
         equal = tf.reduce_all(tf.shape(image)[:2] == [height, width])
         return {"equal": equal, "image": tf.cond(equal, lambda: image, lambda: tf.zeros((height, width, 3), tf.uint8))}
 
-    parts = []
-    for batch in Batches(source, lambda at: source.examples(None, at * AT_ONCE), prepare, AT_ONCE):
+    images = np.empty((source.size, height, width, 3), np.uint8)
+    for number, batch in enumerate(Batches(source, lambda at: source.examples(None, at * AT_ONCE), prepare, AT_ONCE)):
         if not batch["equal"].all():
             return None
-        parts.append(batch["image"])
-    return Pixels(tf.constant(np.concatenate(parts)), labels, indices)
+        images[number * AT_ONCE :][: len(batch["image"])] = batch["image"]
+    return Pixels(tf.constant(images), labels, indices)
 
 
 def free_memory() -> float:
-    """Bytes that Linux can give without swapping; elsewhere, where nobody says, without a bound."""
-    try:
+    """Bytes that Linux can give without swapping, in a container those below its limit; elsewhere, where nobody says, without a bound."""
+    bounds = [float("inf")]
+    with contextlib.suppress(OSError, StopIteration, ValueError, IndexError):
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError, IndexError):
-        return float("inf")
+        bounds.append(next(int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemAvailable:")))
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
+        bounds.append(float(limit - used))
+    return min(bounds)

@@ -1,6 +1,5 @@
 """Batches of small images that lie in memory, a whole batch by a few operations: one by one, calling these takes longer than their work."""
 
-import dataclasses
 from typing import NamedTuple
 
 import numpy as np
@@ -11,8 +10,8 @@ from vgg_jax.data.batches import Batches
 from vgg_jax.data.splits import Pixels, Source, epoch_seeds, permuted
 from vgg_jax.data.transforms import Draw, draw, resample_rows, rescaled_sides, to_uint8, window
 
-LARGEST = 64 * 64  # pixels of an image, and of a crop
-TABLES = 2**24  # bytes of all crops' matrices, which take a second to make
+SMALL = 64 * 64  # pixels of an image, and of a crop, at most
+OFFSETS = 600  # of all scales, at most; making the matrices of so many takes two seconds
 
 
 class Crops(NamedTuple):
@@ -27,7 +26,7 @@ class Crops(NamedTuple):
 def fits(sides: tuple[int, int], scales: tuple[int, ...], size: int) -> bool:
     """Whether images of these sides are small enough, and their crops few enough."""
     offsets = sum(round(scale * max(sides) / min(sides)) - size + 1 for scale in range(scales[0], scales[-1] + 1))
-    return max(sides[0] * sides[1], size * size) <= LARGEST and offsets * 4 * size * (sides[0] + 2 * sides[1]) <= TABLES
+    return max(sides[0] * sides[1], size * size) <= SMALL and offsets <= OFFSETS
 
 
 def crops(sides: tuple[int, int], scales: tuple[int, ...], size: int) -> Crops:
@@ -50,7 +49,8 @@ def crops(sides: tuple[int, int], scales: tuple[int, ...], size: int) -> Crops:
 def cropped(images: tf.Tensor, drawn: Draw, known: Crops, smallest: int) -> tf.Tensor:
     """uint8 (b, H, W, 3) -> uint8 (b, size, size, 3): for each image what `crop_resized` and `flip` would give of its draw.
 
-    Equal but for a level where two orders of additions fall on the two sides of a half: in 3 of a million values of CIFAR-10.
+    `smallest` is the scale that `known` begins with. Equal but for a level where two orders of additions fall on the two sides of a half:
+    in 3 of a million values of CIFAR-10.
     """
     fractions = tf.stack([drawn.y_fraction, drawn.x_fraction], -1)
     count = tf.gather(known.count, drawn.scale - smallest)
@@ -58,7 +58,8 @@ def cropped(images: tf.Tensor, drawn: Draw, known: Crops, smallest: int) -> tf.T
     at = tf.gather(known.first, drawn.scale - smallest)[:, None] + offsets
     along_y = tf.gather(known.along_y, at[:, 0])
     along_x = tf.gather(known.along_x, at[:, 1] + tf.where(drawn.flip, len(known.along_y), 0))
-    (b, height, width, _), size = tf.unstack(tf.shape(images)), known.along_y.shape[1]
+    b, height, width, _ = tf.unstack(tf.shape(images))
+    size = known.along_y.shape[1]
     rows = along_y @ tf.reshape(tf.cast(images, tf.float32), (b, height, width * 3))
     columns = tf.transpose(tf.reshape(rows, (b, size, width, 3)), (0, 2, 1, 3))
     columns = along_x @ tf.reshape(columns, (b, width, size * 3))
@@ -86,7 +87,7 @@ def train_batches(
         positions, mask = _positions(example["batch"], config.batch_size, source.size)
         positions = permuted(positions, order, source.size)
         drawn = draw(draws, tf.where(mask, tf.gather(pixels.indices, positions), 0), config, statistics)
-        return _batch(pixels, positions, mask, drawn, known, config)
+        return _batch(pixels, positions, mask, drawn, known, config.scale[0])
 
     return Batches(source, examples, prepare, None)
 
@@ -99,7 +100,7 @@ def eval_batches(source: Source, pixels: Pixels, config: TrainConfig, batch_size
         positions, mask = _positions(batch, batch_size, source.size)
         half = tf.fill((batch_size,), tf.constant(0.5, tf.float64))
         drawn = Draw(tf.fill((batch_size,), config.test_scale), half, half, tf.zeros(batch_size, tf.bool), tf.zeros((batch_size, 3)))
-        return _batch(pixels, positions, mask, drawn, known, dataclasses.replace(config, scale=(config.test_scale,)))
+        return _batch(pixels, positions, mask, drawn, known, config.test_scale)
 
     return Batches(source, lambda at: tf.data.Dataset.range(at, -(-source.size // batch_size)), prepare, None)
 
@@ -115,8 +116,8 @@ def _positions(batch: tf.Tensor, batch_size: int, size: int) -> tuple[tf.Tensor,
     return tf.minimum(positions, size - 1), positions < size
 
 
-def _batch(pixels: Pixels, positions: tf.Tensor, mask: tf.Tensor, drawn: Draw, known: Crops, config: TrainConfig) -> dict:
-    images = cropped(tf.gather(pixels.images, positions), drawn, known, config.scale[0])
+def _batch(pixels: Pixels, positions: tf.Tensor, mask: tf.Tensor, drawn: Draw, known: Crops, smallest: int) -> dict:
+    images = cropped(tf.gather(pixels.images, positions), drawn, known, smallest)
     return {
         "index": tf.where(mask, tf.gather(pixels.indices, positions), -1),
         "label": tf.where(mask, tf.gather(pixels.labels, positions), 0),
