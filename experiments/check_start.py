@@ -1,0 +1,61 @@
+"""How long `vgg-jax train` takes from its start to the end of the first step, with nothing compiled before and then with it.
+
+    python experiments/check_start.py digits
+    python experiments/check_start.py PHOTOS --net D --batch-size 8
+
+Takes what `vgg-jax train` takes, and prints one JSON line: the seconds of the first and of the second run, and those of `vgg-jax --help`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+
+FIRST_STEP = """
+import os, sys, time
+import jax
+from vgg_jax import cli, train
+
+compiled = train.compile_steps
+
+def compile_steps(*arguments):
+    train_step, eval_step = compiled(*arguments)
+
+    def first(state, batch):
+        jax.block_until_ready(train_step(state, batch))
+        print("first step after", time.time() - float(sys.argv[1]), flush=True)
+        os._exit(0)
+
+    return first, eval_step
+
+train.compile_steps = compile_steps
+cli.main(["train", *sys.argv[2:]])
+"""
+
+
+def seconds_to_first_step(flags: list[str], cache: str) -> float:
+    with tempfile.TemporaryDirectory() as workdir:
+        command = [sys.executable, "-c", FIRST_STEP, str(time.time()), *flags, "--workdir", workdir]
+        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
+        output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return float(output.stdout.split("first step after ")[1].split()[0])
+
+
+def main() -> None:
+    flags = sys.argv[1:]
+    if not flags or flags[0] in ("-h", "--help"):
+        sys.exit(__doc__)
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "vgg_jax", "--help"], check=True, capture_output=True)
+    helped = time.perf_counter() - started
+    with tempfile.TemporaryDirectory() as cache:
+        first, second = (seconds_to_first_step(flags, cache) for _ in range(2))
+    print(
+        json.dumps({"train": flags, "first_seconds": round(first, 2), "second_seconds": round(second, 2), "help_seconds": round(helped, 3)})
+    )
+
+
+if __name__ == "__main__":
+    main()
