@@ -91,6 +91,9 @@ def test_a_file_of_weights_on_some_of_its_classes_in_another_order(run, photos, 
     monkeypatch.chdir(tmp_path)
     assert cli.main(["evaluate", "net.safetensors", "photos", "--protocol", "center"]) == 0
     assert (tmp_path / "net.safetensors-evaluated" / "photos-val-center-20" / "posteriors.npz").exists()
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "net.safetensors").read_bytes()[:100])
+    assert cli.main(["evaluate", "cut.safetensors", "photos"]) == 2
+    assert not (tmp_path / "cut.safetensors-evaluated").exists()
     capsys.readouterr()
 
 

@@ -212,9 +212,16 @@ def evaluate(
 
     chosen = Protocol(protocol, flip, softmax_first, ceil)
     beside = run if os.path.isdir(run) else run + "-evaluated"
-    if out is not None or os.path.isfile(run):
-        os.makedirs(out or beside, exist_ok=True)  # now rather than when all is computed
-    evaluation, facts = evaluate(run, data, split, protocol=chosen, scales=scales, **where)
+    new = out or beside
+    made = not os.path.isdir(new) and (out is not None or os.path.isfile(run))
+    if made:
+        os.makedirs(new)  # now rather than when all is computed
+    try:
+        evaluation, facts = evaluate(run, data, split, protocol=chosen, scales=scales, **where)
+    except BaseException:
+        if made:
+            os.rmdir(new)
+        raise
     flags = [name for name, on in (("mirrored", facts["protocol"]["flip"]), ("softmax-first", softmax_first), ("ceil", ceil)) if on]
     folder = out or os.path.join(beside, "-".join([*([plain(data)] if data else []), split, protocol, *map(str, facts["scales"]), *flags]))
     save(folder, evaluation, facts)
