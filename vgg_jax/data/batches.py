@@ -96,5 +96,7 @@ def _cause(error: tf.errors.OpError) -> str:
     asserted = re.search(r"assertion failed: \[(.*?)\]", error.message)
     if asserted:
         return asserted[1]
-    line = re.sub(r"\{\{.*?\}\}|\[Op:.*|\[\[.*", "", error.message).strip().split("\n")[0]
+    # "Graph execution error", "Detected at node" and the lines of our source may come before what is wrong.
+    message = re.sub(r"^(Graph execution error|Detected at |\s+File ).*\n", "", error.message, flags=re.MULTILINE)
+    line = re.sub(r"\{\{.*?\}\}|\[Op:.*|\[\[.*", "", message).strip().split("\n")[0]
     return re.sub(r"^ValueError: ", "", line).rstrip(". ")
