@@ -4,10 +4,10 @@ Shapes are (N, H, W, C). On an accelerator a convolution is XLA's own. On a CPU 
 a map smaller than the kernel (batch 128 of 2x2x512, forward and both gradients: 2,600 ms, by im2col 116); the gradients where the image
 has three channels (a whole step of A, batch 128 at 32 pixels: 3.4 s, by im2col 1.2 s; forward im2col takes 1.4 times as long); and
 everywhere the 144 products a tile that Winograd does with 36 (jax 0.12, batch 8, forward and both gradients, 224x224x64: 1,450 ms,
-here 970; 56x56x256: 1,520 ms, here 540). In bfloat16 it computes in float32: a step of A in XLA's bfloat16 takes minutes, here 0.5 s.
+here 970; 56x56x256: 1,520 ms, here 540). In bfloat16 all but maps smaller than the kernel is computed in float32: a step of A in XLA's
+bfloat16 takes minutes, here 0.4 s.
 """
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,48 +52,34 @@ def _im2col(x: Array, kernel: Array) -> Array:
 
 
 @jax.custom_vjp
-def _of_small_maps(x: Array, kernel: Array) -> Array:
-    return _im2col(x, kernel)
+def _with_im2col(x: Array, kernel: Array) -> Array:
+    """For maps smaller than the kernel, and for few channels, where only the gradients are by im2col."""
+    return _im2col(x, kernel) if min(x.shape[1:3]) < kernel.shape[0] else _direct(x, kernel)
 
 
-def _small_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _im2col(x, kernel), (x, kernel)
+def _im2col_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _with_im2col(x, kernel), (x, kernel)
 
 
-def _small_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    """A product each; the transpose of im2col would round to bfloat16 nine times on its way to the input's gradient."""
+def _im2col_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, kernel = saved
-    to_input = lax.optimization_barrier(kernel.swapaxes(2, 3))[::-1, ::-1]
-    return _im2col(g, to_input), jax.vjp(functools.partial(_im2col, x), kernel)[1](g)[0]
+    to_input, to_kernel = jax.vjp(_im2col, x, kernel)[1](g)
+    if x.shape[-1] > FEW:  # im2col's transpose would round to bfloat16 nine times on its way; this is one product
+        to_input = _im2col(g, lax.optimization_barrier(kernel.swapaxes(2, 3))[::-1, ::-1])
+    return to_input, to_kernel
 
 
-_of_small_maps.defvjp(_small_forward, _small_backward)
-
-
-@jax.custom_vjp
-def _of_few_channels(x: Array, kernel: Array) -> Array:
-    return _direct(x, kernel)
-
-
-def _few_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _direct(x, kernel), (x, kernel)
-
-
-def _few_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    return jax.vjp(_im2col, *saved)[1](g)
-
-
-_of_few_channels.defvjp(_few_forward, _few_backward)
+_with_im2col.defvjp(_im2col_forward, _im2col_backward)
 
 
 def _on_cpu(x: Array, kernel: Array, filters: Array | None) -> Array:
     (h, w, c), side = x.shape[1:], kernel.shape[0]
     if min(h, w) < side:
-        return _of_small_maps(x, kernel)
+        return _with_im2col(x, kernel)
     if jnp.finfo(x.dtype).bits < 32:  # XLA's own is many times slower in bfloat16, and Winograd's transforms need the digits
         return _on_cpu(x.astype(jnp.float32), kernel.astype(jnp.float32), filters).astype(x.dtype)
     if c <= FEW:
-        return _of_few_channels(x, kernel)
+        return _with_im2col(x, kernel)
     if side == 3:
         return winograd.convolution_3x3(x, kernel) if filters is None else winograd.convolve(x, filters)
     return _direct(x, kernel)

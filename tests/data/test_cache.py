@@ -10,7 +10,7 @@ import pytest
 from tests.data.test_pipeline import by_example
 from tests.data.tiny_data import encode, noise
 from vgg_jax.configs import IMAGENET, TrainConfig
-from vgg_jax.data import cache, cached, eval_batches, open_split, open_splits, small, train_batches
+from vgg_jax.data import cache, cached, eval_batches, open_split, open_splits, train_batches
 from vgg_jax.errors import InputError
 
 TINY = TrainConfig(image_size=32, scale=(32, 40), batch_size=4, epochs=3, seed=5)
@@ -67,21 +67,6 @@ def test_pixels_are_held_of_small_images_of_one_size_only(folder, tmp_path_facto
     assert pixels is not None and pixels.images.shape == (9, 20, 30, 3)
     assert cached(alike, dataclasses.replace(TINY, image_size=96, scale=(96,))).pixels is None
     assert cached(open_split(str(folder), "train"), TINY).pixels is None
-
-
-def test_mirrored_crops_are_drawn_as_often_as_plain_ones(tmp_path):
-    """A picture that is black on its left: the share of crops that are black on their right."""
-    (tmp_path / "a").mkdir()
-    half = np.zeros((32, 32, 3), np.uint8)
-    half[:, 16:] = 255
-    for i in range(64):
-        (tmp_path / "a" / f"{i}.png").write_bytes(encode(half))
-    config = dataclasses.replace(TINY, epochs=4, batch_size=64)
-    images = np.concatenate(
-        [batch["image"] for batch in train_batches(cached(open_split(str(tmp_path), "train"), config), config, IMAGENET)]
-    )
-    assert np.all((images[:, :, 0] == 0).all((1, 2)) != (images[:, :, -1] == 0).all((1, 2)))
-    assert 0.35 < np.mean((images[:, :, -1] == 0).all((1, 2))) < 0.65
 
 
 def test_sequential_files_are_shuffled_anew_each_epoch_with_the_same_draws(prepared):
@@ -147,8 +132,3 @@ def test_free_memory_is_less_than_all_of_it():
 def test_an_empty_source_stays_empty(folder):
     empty = open_splits(str(folder / "train"), validation_fraction=0.0)[1]
     assert list(eval_batches(cached(empty, TINY), TINY, 4)) == []
-
-
-def test_many_or_large_crops_are_left_to_the_stream():
-    assert small.fits((32, 32), (32, 40), 32) and small.fits((64, 64), (64,), 64)
-    assert not small.fits((65, 64), (64,), 64) and not small.fits((32, 32), (224,), 224) and not small.fits((8, 8), (32, 90), 32)

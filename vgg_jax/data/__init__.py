@@ -25,9 +25,9 @@ with contextlib.suppress(RuntimeError):  # a notebook that used TensorFlow befor
 
 from vgg_jax.data.batches import Batches, read_scaled
 from vgg_jax.data.cache import cached
-from vgg_jax.data.pipeline import batches_per_epoch, eval_batches, rescaled_images, train_batches
+from vgg_jax.data.pipeline import eval_batches, rescaled_images, train_batches
 from vgg_jax.data.sources import VALIDATION, open_split, open_splits
-from vgg_jax.data.splits import Source
+from vgg_jax.data.splits import Source, batches_per_epoch
 from vgg_jax.data.statistics import Measured, measure
 from vgg_jax.data.transforms import crop_resized, decode, rescale
 

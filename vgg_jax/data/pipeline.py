@@ -15,14 +15,10 @@ import tensorflow as tf
 from vgg_jax.configs import Statistics, TrainConfig
 from vgg_jax.data import small
 from vgg_jax.data.batches import Batches
-from vgg_jax.data.splits import Source, epoch_seeds
+from vgg_jax.data.splits import Source, batches_per_epoch, epoch_seeds
 from vgg_jax.data.transforms import decode, draw, eval_example, rescale, train_example
 
 EXAMPLE = ("index", "encoded", "label", "mask")
-
-
-def batches_per_epoch(source: Source, batch_size: int) -> int:
-    return -(-source.size // batch_size)
 
 
 def train_batches(source: Source, config: TrainConfig, statistics: Statistics, *, first_epoch: int = 0, first_batch: int = 0) -> Batches:

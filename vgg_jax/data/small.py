@@ -7,14 +7,14 @@ import tensorflow as tf
 
 from vgg_jax.configs import Statistics, TrainConfig
 from vgg_jax.data.batches import Batches
-from vgg_jax.data.splits import Pixels, Source, epoch_seeds, permuted
+from vgg_jax.data.splits import Pixels, Source, batches_per_epoch, epoch_seeds, permuted
 from vgg_jax.data.transforms import Draw, draw, resample_rows, rescaled_sides, to_uint8, window
 
 SMALL = 64 * 64  # pixels of an image, and of a crop, at most
 OFFSETS = 600  # of all scales, at most; making the matrices of so many takes two seconds
 
 
-class Crops(NamedTuple):
+class CropMatrices(NamedTuple):
     """Each crop that a range of scales has, as the matrices that resample an image along y and along x (and there mirrored)."""
 
     along_y: tf.Tensor  # float32 (k, size, H)
@@ -29,7 +29,7 @@ def fits(sides: tuple[int, int], scales: tuple[int, ...], size: int) -> bool:
     return max(sides[0] * sides[1], size * size) <= SMALL and offsets <= OFFSETS
 
 
-def crops(sides: tuple[int, int], scales: tuple[int, ...], size: int) -> Crops:
+def crop_matrices(sides: tuple[int, int], scales: tuple[int, ...], size: int) -> CropMatrices:
     along: tuple[list, list] = [], []
     first, count = [], []
     for scale in range(scales[0], scales[-1] + 1):
@@ -38,28 +38,28 @@ def crops(sides: tuple[int, int], scales: tuple[int, ...], size: int) -> Crops:
         count.append(offsets)
         for offset in range(offsets.max()):
             part = window(tf.constant(sides), scale, size, tf.constant((offset + 0.5) / offsets))
-            for axis, matrices in enumerate(along):
+            for axis, rows in enumerate(along):
                 matrix = resample_rows(tf.eye(int(part.sides[axis])), size, part.zoom[axis], part.translation[axis])
                 before = int(part.first[axis])
-                matrices.append(tf.pad(matrix, [[0, 0], [before, sides[axis] - before - int(part.sides[axis])]]))
+                rows.append(tf.pad(matrix, [[0, 0], [before, sides[axis] - before - int(part.sides[axis])]]))
     along_x = tf.stack(along[1])
-    return Crops(tf.stack(along[0]), tf.concat([along_x, along_x[:, ::-1]], 0), tf.constant(first), tf.constant(np.stack(count)))
+    return CropMatrices(tf.stack(along[0]), tf.concat([along_x, along_x[:, ::-1]], 0), tf.constant(first), tf.constant(np.stack(count)))
 
 
-def cropped(images: tf.Tensor, drawn: Draw, known: Crops, smallest: int) -> tf.Tensor:
+def cropped(images: tf.Tensor, drawn: Draw, matrices: CropMatrices, smallest: int) -> tf.Tensor:
     """uint8 (b, H, W, 3) -> uint8 (b, size, size, 3): for each image what `crop_resized` and `flip` would give of its draw.
 
-    `smallest` is the scale that `known` begins with. Equal but for a level where two orders of additions fall on the two sides of a half:
-    in 3 of a million values of CIFAR-10.
+    `smallest` is the scale that `matrices` begins with. Equal but for a level where two orders of additions fall on the two sides of a
+    half, in 3 of a million values of CIFAR-10.
     """
     fractions = tf.stack([drawn.y_fraction, drawn.x_fraction], -1)
-    count = tf.gather(known.count, drawn.scale - smallest)
+    count = tf.gather(matrices.count, drawn.scale - smallest)
     offsets = tf.minimum(tf.cast(tf.floor(fractions * tf.cast(count, tf.float64)), tf.int32), count - 1)
-    at = tf.gather(known.first, drawn.scale - smallest)[:, None] + offsets
-    along_y = tf.gather(known.along_y, at[:, 0])
-    along_x = tf.gather(known.along_x, at[:, 1] + tf.where(drawn.flip, len(known.along_y), 0))
+    at = tf.gather(matrices.first, drawn.scale - smallest)[:, None] + offsets
+    along_y = tf.gather(matrices.along_y, at[:, 0])
+    along_x = tf.gather(matrices.along_x, at[:, 1] + tf.where(drawn.flip, len(matrices.along_y), 0))
     b, height, width, _ = tf.unstack(tf.shape(images))
-    size = known.along_y.shape[1]
+    size = matrices.along_y.shape[1]
     rows = along_y @ tf.reshape(tf.cast(images, tf.float32), (b, height, width * 3))
     columns = tf.transpose(tf.reshape(rows, (b, size, width, 3)), (0, 2, 1, 3))
     columns = along_x @ tf.reshape(columns, (b, width, size * 3))
@@ -70,8 +70,8 @@ def train_batches(
     source: Source, pixels: Pixels, config: TrainConfig, statistics: Statistics, first_epoch: int, first_batch: int
 ) -> Batches:
     """As `vgg_jax.data.train_batches`."""
-    per_epoch = -(-source.size // config.batch_size)
-    known = crops(_sides(pixels), config.scale, config.image_size)
+    per_epoch = batches_per_epoch(source, config.batch_size)
+    matrices = crop_matrices(_sides(pixels), config.scale, config.image_size)
 
     def examples(batch: int) -> tf.data.Dataset:
         first, at = divmod(first_epoch * per_epoch + first_batch + batch, per_epoch)
@@ -87,22 +87,22 @@ def train_batches(
         positions, mask = _positions(example["batch"], config.batch_size, source.size)
         positions = permuted(positions, order, source.size)
         drawn = draw(draws, tf.where(mask, tf.gather(pixels.indices, positions), 0), config, statistics)
-        return _batch(pixels, positions, mask, drawn, known, config.scale[0])
+        return _batch(pixels, positions, mask, drawn, matrices, config.scale[0])
 
     return Batches(source, examples, prepare, None)
 
 
 def eval_batches(source: Source, pixels: Pixels, config: TrainConfig, batch_size: int) -> Batches:
     """As `vgg_jax.data.eval_batches`."""
-    known = crops(_sides(pixels), (config.test_scale,), config.image_size)
+    matrices = crop_matrices(_sides(pixels), (config.test_scale,), config.image_size)
 
     def prepare(batch: tf.Tensor) -> dict:
         positions, mask = _positions(batch, batch_size, source.size)
         half = tf.fill((batch_size,), tf.constant(0.5, tf.float64))
         drawn = Draw(tf.fill((batch_size,), config.test_scale), half, half, tf.zeros(batch_size, tf.bool), tf.zeros((batch_size, 3)))
-        return _batch(pixels, positions, mask, drawn, known, config.test_scale)
+        return _batch(pixels, positions, mask, drawn, matrices, config.test_scale)
 
-    return Batches(source, lambda at: tf.data.Dataset.range(at, -(-source.size // batch_size)), prepare, None)
+    return Batches(source, lambda at: tf.data.Dataset.range(at, batches_per_epoch(source, batch_size)), prepare, None)
 
 
 def _sides(pixels: Pixels) -> tuple[int, int]:
@@ -116,8 +116,8 @@ def _positions(batch: tf.Tensor, batch_size: int, size: int) -> tuple[tf.Tensor,
     return tf.minimum(positions, size - 1), positions < size
 
 
-def _batch(pixels: Pixels, positions: tf.Tensor, mask: tf.Tensor, drawn: Draw, known: Crops, smallest: int) -> dict:
-    images = cropped(tf.gather(pixels.images, positions), drawn, known, smallest)
+def _batch(pixels: Pixels, positions: tf.Tensor, mask: tf.Tensor, drawn: Draw, matrices: CropMatrices, smallest: int) -> dict:
+    images = cropped(tf.gather(pixels.images, positions), drawn, matrices, smallest)
     return {
         "index": tf.where(mask, tf.gather(pixels.indices, positions), -1),
         "label": tf.where(mask, tf.gather(pixels.labels, positions), 0),

@@ -52,6 +52,10 @@ class Records:
     skipped: int = 0
 
 
+def batches_per_epoch(source: Source, batch_size: int) -> int:
+    return -(-source.size // batch_size)
+
+
 def part(records: Records, kept: np.ndarray, name: str) -> Source:
     """The examples at the sorted indices `kept`, int64 (n,). An example keeps the index and the file name it has in the whole."""
     return Source(name, records.storage, records.classes, len(kept), records.order(kept), records.file_name, records.skipped)
