@@ -34,7 +34,8 @@ class Batches:
         options.autotune.enabled = False  # all its numbers are given; looking at the clock for it takes 5 % of the time
         # All conditions are on Python values; looking for others delays the first batch.
         prepare = tf.autograph.experimental.do_not_convert(prepare)
-        prepared = examples(0).map(prepare, num_parallel_calls=IN_FLIGHT, deterministic=True)
+        at_once = IN_FLIGHT if batch_size else AHEAD  # whole batches: more would take memory for nothing
+        prepared = examples(0).map(prepare, num_parallel_calls=at_once, deterministic=True)
         batches = prepared if batch_size is None else prepared.batch(batch_size)
         self._dataset = batches.prefetch(AHEAD).with_options(options)
         self._source, self._examples, self._batch_size = source, examples, batch_size
