@@ -87,6 +87,17 @@ def test_a_run_from_memory_is_the_run_from_the_files(finished, folder, tmp_path)
         assert ours["validation"]["accuracy"] == theirs["validation"]["accuracy"]
 
 
+def test_an_interrupt_while_the_net_is_made_is_not_lost(finished, folder, tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return init_state(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(vgg_jax.train, "init_state", interrupted)
+        assert fit(config(folder), tmp_path) == Outcome([], stopped=True)
+    assert lasting(fit(config(folder), tmp_path).history) == lasting(finished[1])
+
+
 @pytest.mark.parametrize("slow", ["input", "device"])
 def test_the_line_says_what_bounds_the_rate(folder, tmp_path, monkeypatch, capsys, slow):
     batches_of, compiled = vgg_jax.train.train_batches, vgg_jax.train.compile_steps

@@ -79,16 +79,17 @@ def fit(config: TrainConfig, workdir: str | Path, data_dir: str | Path | None = 
         begin_run(workdir, run)
     colours = run.colours
 
-    model = build_model(config, len(train.classes))
-    train_step, eval_step = compile_steps(config, model, colours.mean_rgb, mesh)
-    state = init_state(model, sgd(config), config.seed, mesh)
-    per_epoch = batches_per_epoch(train, config.batch_size)
-    at_once = min(config.microbatch or config.batch_size, -(-validation.size // mesh.size) * mesh.size)
-    validation_batches = eval_batches(validation, config, at_once)
-    history: list[dict[str, Any]] = []
-    batch_number, seconds, waited, sums = 0, 0.0, 0.0, Sums()
+    # From here on: a KeyboardInterrupt that is raised while JAX traces or compiles may be lost, or end in a crash.
+    with stop_signals() as stop, Saved(workdir / "last") as last, Saved(workdir / "best") as best:
+        model = build_model(config, len(train.classes))
+        train_step, eval_step = compile_steps(config, model, colours.mean_rgb, mesh)
+        state = init_state(model, sgd(config), config.seed, mesh)
+        per_epoch = batches_per_epoch(train, config.batch_size)
+        at_once = min(config.microbatch or config.batch_size, -(-validation.size // mesh.size) * mesh.size)
+        validation_batches = eval_batches(validation, config, at_once)
+        history: list[dict[str, Any]] = []
+        batch_number, seconds, waited, sums = 0, 0.0, 0.0, Sums()
 
-    with Saved(workdir / "last") as last, Saved(workdir / "best") as best, stop_signals() as stop:
         restored = restore_state(last, state) if begun else None
         if restored is not None:
             state, progress = restored
