@@ -50,13 +50,13 @@ def test_parameters_are_drawn_from_the_seed():
 
 def test_memory_of_a_step():
     """At least the state, gradients of the parameters and the batch's first layer; less with micro-batches."""
-    config = dataclasses.replace(CONFIG, net="A", fc=(16, 16), image_size=64, scale=(64,), batch_size=64)
+    config = dataclasses.replace(CONFIG, net="A", fc=(16, 16), image_size=64, scale=(64,), batch_size=128)
     whole, parts = (step_memory(each, 5) for each in (config, dataclasses.replace(config, microbatch=8)))
     parameters = summary.totals(summary.summarize(config.vgg, 5, image_size=64))["params"]
     assert whole["state"] == parts["state"] == pytest.approx(2 * 4 * parameters, abs=100)  # and the rate and a count of steps
-    first_layer = 64 * 64 * 64 * 64 * 4
+    first_layer = 128 * 64 * 64 * 64 * 4
     assert whole["total"] > whole["state"] + 4 * parameters + first_layer
-    assert parts["total"] < 0.8 * whole["total"]
+    assert parts["total"] < 0.6 * whole["total"]
 
 
 def test_microbatches_make_the_step_of_the_whole_batch():
