@@ -9,8 +9,8 @@ Net A at its defaults, 2 AVX-512 cores, jax 0.12: 0.41 s a step, where PyTorch t
 and infers with keep_memory, as the command line does; the peer has its defaults.
 
 Prints one JSON line: the seconds of a step, warm (the median of --runs), the definition's operations a second (Winograd makes do with
-fewer), and with --peer the ratios, peer's seconds over ours, pair by pair. The peer's command must take --net, --image-size, --batch,
---hidden, --dtype, --mode and print a JSON line with "seconds".
+fewer), on an accelerator the most memory that was taken, and with --peer the ratios, peer's seconds over ours, pair by pair. The peer's
+command must take --net, --image-size, --batch, --hidden, --dtype, --mode and print a JSON line with "seconds".
 """
 
 import argparse
@@ -37,7 +37,7 @@ from vgg_jax.train_step import compile_steps, init_state
 CLASSES = 10
 
 
-def seconds_of_steps(args: argparse.Namespace) -> dict[str, float]:
+def seconds_of_steps(args: argparse.Namespace) -> dict[str, float | None]:
     config = TrainConfig(
         net=args.net,
         fc=(args.fc, args.fc),
@@ -45,6 +45,7 @@ def seconds_of_steps(args: argparse.Namespace) -> dict[str, float]:
         image_size=args.image_size,
         scale=(args.image_size,),
         batch_size=args.batch,
+        microbatch=args.microbatch,
         learning_rate=1e-2,
     )
     model = VGG(dataclasses.replace(CONFIGS[args.net], fc=config.fc), CLASSES, dtype=jnp.dtype(args.dtype), image_size=args.image_size)
@@ -84,7 +85,9 @@ def seconds_of_steps(args: argparse.Namespace) -> dict[str, float]:
         "first_call_seconds": first,
         "images_per_second": rate,
         "teraflops": teraflops,
-    } | ({"share_of_peak": teraflops / args.peak_teraflops} if args.peak_teraflops else {})
+        "share_of_peak": args.peak_teraflops and teraflops / args.peak_teraflops,
+        "device_memory": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
+    }
 
 
 def timed(run) -> float:
@@ -113,6 +116,7 @@ def main() -> None:
     parser.add_argument("--net", default="A", choices=CONFIGS)
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--microbatch", type=int, help="examples at a time, in training")
     parser.add_argument("--fc", type=int, default=512)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--mode", default="train", choices=["train", "infer"])

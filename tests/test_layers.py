@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 from jax import lax
 
-from vgg_jax.layers import BatchNorm, FullyConnected, add_bias, compiler_options, convolution, local_response_norm, max_pool
+from vgg_jax.layers import (
+    BatchNorm,
+    FullyConnected,
+    _by_rows,
+    add_bias,
+    compiler_options,
+    convolution,
+    local_response_norm,
+    max_pool,
+    relu,
+)
 
 
 def direct(x, kernel):
@@ -54,6 +64,15 @@ def test_convolution_and_its_gradients(n, h, w, c, k, side):
         assert np.abs(ours_in_single - theirs).max() < 1e-5 * largest
 
 
+@pytest.mark.parametrize("side", [3, 5])
+def test_convolution_of_a_gpu_for_the_image(side):
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        arrays = [jnp.asarray(rng.normal(size=shape)) for shape in ((2, 6, 9, 3), (side, side, 3, 4), (2, 6, 9, 4))]
+        for ours, theirs in zip(with_gradients(_by_rows, *arrays), with_gradients(direct, *arrays), strict=True):
+            assert np.abs(ours - theirs).max() < 1e-12 * np.abs(theirs).max()
+
+
 def test_an_empty_batch():
     for size in (2, 8, 120):
         assert convolution(jnp.zeros((0, size, size, 8)), jnp.zeros((3, 3, 8, 5))).shape == (0, size, size, 5)
@@ -96,13 +115,33 @@ def test_bfloat16_keeps_its_digits_forward_and_backward(side):
 
 
 def test_max_pool_leaves_an_odd_edge_out():
-    x = np.random.default_rng(0).normal(size=(2, 5, 6, 3))
+    x = np.random.default_rng(0).normal(size=(2, 5, 6, 3)).astype(np.float32)
     expected = [
         [[max(x[n, 2 * i + a, 2 * j + b, c] for a in (0, 1) for b in (0, 1)) for c in range(3)] for j in range(3)]
         for n in range(2)
         for i in range(2)
     ]
     np.testing.assert_array_equal(max_pool(x), np.reshape(expected, (2, 2, 3, 3)))
+
+
+@pytest.mark.parametrize("ceil", [False, True])
+def test_max_pool_shares_the_gradient_among_equal_maxima(ceil):
+    rng = np.random.default_rng(0)
+    x = rng.integers(3, size=(2, 5, 6, 3)).astype(np.float32)
+    g = rng.normal(size=(2, 3 if ceil else 2, 3, 3)).astype(np.float32)
+    expected = np.zeros_like(x)
+    for n, i, j, c in np.ndindex(g.shape):
+        window = x[n, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2, c]
+        largest = window == window.max()
+        expected[n, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2, c] = largest * g[n, i, j, c] / largest.sum()
+    np.testing.assert_allclose(jax.vjp(lambda x: max_pool(x, ceil), x)[1](g)[0], expected, rtol=1e-6)
+
+
+def test_relu_has_no_slope_at_zero():
+    x, g = jnp.float32([-1, -0.0, 0, 2]), jnp.float32([1, 2, 3, 4])
+    y, pullback = jax.vjp(relu, x)
+    np.testing.assert_array_equal(y, [0, 0, 0, 2])
+    np.testing.assert_array_equal(pullback(g)[0], [0, 0, 0, 4])
 
 
 def test_local_response_norm_is_krizhevskys_formula():

@@ -11,7 +11,7 @@ from jax import Array
 
 from vgg_jax.configs import CONFIGS, VGGConfig, layer_table
 from vgg_jax.errors import InputError
-from vgg_jax.layers import BatchNorm, Conv, FullyConnected, avg_pool, local_response_norm, max_pool, pooled
+from vgg_jax.layers import BatchNorm, Conv, FullyConnected, avg_pool, local_response_norm, max_pool, pooled, relu
 
 # Of the kernels, (convolutions', fully connected layers'); biases start at 0.
 INITIALIZERS: dict[str, Callable[[float], tuple[nn.initializers.Initializer, nn.initializers.Initializer]]] = {
@@ -140,7 +140,7 @@ class VGG(nn.Module):
             elif kind == "bn":
                 x = BatchNorm(name=name, **types)(x, train and name not in self.frozen, mask)
             elif kind == "relu":
-                x = clear(nn.relu(x))
+                x = clear(relu(x))
             elif kind == "lrn":
                 x = local_response_norm(x)
             elif kind == "pool":
