@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.tiny import DEEP, images, init
-from vgg_jax import VGG, compile_inference
+from vgg_jax import VGG, Conv, VGGConfig, compile_inference, compiler_options
 
 
 @pytest.mark.parametrize("batch_norm", [False, True])
@@ -39,6 +39,17 @@ def test_kernels_are_transformed_once(monkeypatch):
     assert prepared(images(5, 32, 32)).shape == (5, 7)  # a shape that no other test has compiled a convolution for
     (prepared_variables,) = prepared.args
     assert prepared_variables["filters"].keys() == {name for name in variables["params"] if name.startswith("conv")} - {"conv1_1"}
+
+
+@pytest.mark.parametrize("options", [{}, compiler_options()], ids=["jax's options", "ours"])
+def test_a_bfloat16_net_is_right_as_one_program(options):
+    """A batch and widths of which jax 0.12.0.1 made NaN on a CPU, the last pooling and all products behind it being one library call."""
+    net = VGGConfig(((Conv(8),), (Conv(64), Conv(64))), fc=(64, 64))
+    model = VGG(net, 5, image_size=4, initializer="he", dtype=jnp.bfloat16)
+    variables, x = init(model), images(128, 4, 4)
+    exact = np.asarray(model.clone(dtype=jnp.float32).apply(variables, x))
+    logits = jax.jit(model.apply, compiler_options=options)(variables, x)
+    np.testing.assert_allclose(logits.astype(jnp.float32), exact, atol=0.03 * np.abs(exact).max())
 
 
 def test_a_bfloat16_net_answers_in_bfloat16():

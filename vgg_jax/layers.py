@@ -320,6 +320,8 @@ class FullyConnected(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (self.side * self.side * c, self.width), self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.width,), self.param_dtype)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+        # On a CPU jax 0.12.0.1 puts a pooling and the products behind it in one library call, which makes NaN of three in bfloat16.
+        x = lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
         if h == w == self.side or self.side == 1:
             y = x.reshape(n, h // self.side, w // self.side, len(kernel)) @ kernel
         else:
