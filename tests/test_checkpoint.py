@@ -10,7 +10,7 @@ from vgg_jax import IMAGENET, InputError, TrainConfig
 from vgg_jax.checkpoint import Run, Saved, begin_run, begun_run, read_run, refuse_another, write_whole
 
 RUN = Run(TrainConfig(data="photos", learning_rate=0.1, drop_epochs=()), ("ants", "bees"), IMAGENET, "folder", 10, 3)
-ARRAYS = {"kernel": np.arange(6.0).reshape(2, 3), "step": np.int32(7)}
+ARRAYS = {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3), "step": np.int32(7)}
 SHAPES = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])), ARRAYS
 )
@@ -34,16 +34,17 @@ def test_another_run_is_refused_with_all_differences(tmp_path):
     assert "storage" not in str(error.value)
 
 
-def test_the_newest_is_restored_and_the_only_one_kept(tmp_path):
+def test_the_newest_is_restored_and_two_are_kept(tmp_path):
     with Saved(tmp_path / "last") as last:
         assert last.restore(SHAPES) is None
-        last.save(1, ARRAYS, {"epoch": 1})
-        last.save(12, jax.tree.map(lambda x: x + 1, ARRAYS), {"epoch": 2})
-    assert [path.name for path in (tmp_path / "last").iterdir()] == ["12"]
+        last.save(1, ARRAYS, {"epoch": 0})
+        last.save(4, ARRAYS, {"epoch": 1})
+        last.save(12, jax.tree.map(lambda x: x + x.dtype.type(1), ARRAYS), {"epoch": 2})
+    assert sorted(path.name for path in (tmp_path / "last").iterdir()) == ["12", "4"]
     with Saved(tmp_path / "last", read_only=True) as last:
         arrays, progress = last.restore(SHAPES)
     assert progress == {"epoch": 2}
-    jax.tree.map(np.testing.assert_array_equal, arrays, jax.tree.map(lambda x: x + 1, ARRAYS))
+    jax.tree.map(np.testing.assert_array_equal, arrays, jax.tree.map(lambda x: x + x.dtype.type(1), ARRAYS))
 
 
 def test_a_checkpoint_of_other_shapes_is_named(tmp_path):

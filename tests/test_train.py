@@ -17,6 +17,7 @@ import vgg_jax
 import vgg_jax.train
 from tests.tiny import DEEP, SHALLOW
 from vgg_jax import CONFIGS, IMAGENET, InputError, TrainConfig, cli, compiler_options
+from vgg_jax.checkpoint import NotSavedError, Saved
 from vgg_jax.configs import CHOICES
 from vgg_jax.data import eval_batches, measure, open_splits
 from vgg_jax.metrics import Sums
@@ -206,6 +207,55 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(at_batch, killed, folder, f
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
+def test_a_run_whose_first_epoch_left_the_best_net_only_starts_as_it_did(folder, finished, tmp_path, monkeypatch, capsys):
+    """It was killed, or the disk was full, between the two: the next start takes --init-from again."""
+    settings = config(folder, init_from=str(finished[0]), epochs=1)
+    undisturbed = fit(settings, tmp_path / "undisturbed").history
+    save = Saved.save
+
+    def full(self, step, arrays, progress):
+        if "history" in progress:
+            raise NotSavedError("full")
+        save(self, step, arrays, progress)
+
+    monkeypatch.setattr(Saved, "save", full)
+    with pytest.raises(NotSavedError):
+        fit(settings, tmp_path / "w")
+    monkeypatch.undo()
+    again = fit(settings, tmp_path / "w").history
+    assert "nothing to go on from, so it starts again" in capsys.readouterr().out
+    assert lasting(again) == lasting(undisturbed)
+
+
+@pytest.mark.parametrize("to_the_end", [False, True])
+def test_a_full_disk_is_warned_of_and_costs_nothing(to_the_end, folder, finished, tmp_path, monkeypatch, capsys):
+    """Nothing can be saved at the end of the second of three epochs, or from then on."""
+    save, calls = Saved.save, 0
+
+    def full(*args):
+        nonlocal calls
+        calls += 1
+        if calls == 3 or (to_the_end and calls > 3):  # the first epoch saves its best and its last
+            raise NotSavedError("cannot save to a disk (No space left on device)")
+        save(*args)
+
+    workdir, history = finished
+    monkeypatch.setattr(Saved, "save", full)
+    if to_the_end:
+        with pytest.raises(NotSavedError):
+            fit(config(folder), tmp_path)
+        monkeypatch.undo()
+        assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+    outcome = fit(config(folder), tmp_path)
+    assert "warning: cannot save to a disk" in capsys.readouterr().err
+    assert lasting(outcome.history) == lasting(history)
+    one, other = (arrays_of_last(path, folder) for path in (workdir, tmp_path))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    (_, one, known), (_, other, known_too) = (vgg_jax.load(path) for path in (workdir, tmp_path))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    assert known["epoch"] == known_too["epoch"]
+
+
 def test_a_second_signal_stops_at_once():
     with vgg_jax.train.stop_signals() as stop:
         os.kill(os.getpid(), signal.SIGINT)
@@ -237,9 +287,17 @@ def arrays_of_last(workdir, folder):
     return jax.tree.map(np.asarray, {name: value for name, value in state.items() if name != "key"})
 
 
-def test_best_is_the_best_epochs_net(folder, tmp_path, monkeypatch):
-    """The second of three."""
-    seen = []
+@pytest.mark.parametrize("disk_is_full", [False, True])
+def test_best_is_the_best_epochs_net(disk_is_full, folder, tmp_path, monkeypatch):
+    """The second of three, also where it can be saved in the third only."""
+    seen, save = [], Saved.save
+
+    def full(self, *args):
+        if disk_is_full and len(seen) == 2:
+            raise NotSavedError("full")
+        save(self, *args)
+
+    monkeypatch.setattr(Saved, "save", full)
 
     def evaluate_all(eval_step, state, *_):
         seen.append(jax.tree.map(np.array, state.params))
@@ -254,7 +312,8 @@ def test_best_is_the_best_epochs_net(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("ends", "code"), [(Outcome([], True), 75), (Outcome([], False), 0), (KeyboardInterrupt(), 130), (OSError(28, "full"), 2)]
+    ("ends", "code"),
+    [(Outcome([], True), 75), (Outcome([], False), 0), (KeyboardInterrupt(), 130), (OSError(28, "full"), 2), (NotSavedError("full"), 74)],
 )
 def test_exit_codes(ends, code, monkeypatch, capsys):
     def fit(*_):
@@ -264,7 +323,7 @@ def test_exit_codes(ends, code, monkeypatch, capsys):
 
     monkeypatch.setattr(vgg_jax.train, "fit", fit)
     assert cli.main(["train", "--no-compilation-cache"]) == code
-    assert capsys.readouterr().err.count("\n") == (code in (2, 130))
+    assert capsys.readouterr().err.count("\n") == (code in (2, 74, 130))
 
 
 def test_a_finished_run_is_not_trained_again(finished, folder, capsys):

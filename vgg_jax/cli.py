@@ -1,6 +1,7 @@
 """The command line: each command, and errors to one sentence.
 
-Exit codes: 0 done, 1 a check that did not hold, 2 bad input, 4 diverged, 75 stopped and resumable, 130 interrupted.
+Exit codes: 0 done, 1 a check that did not hold, 2 bad input, 4 diverged, 74 the end could not be saved, 75 stopped and resumable,
+130 interrupted.
 """
 
 import contextlib
@@ -85,13 +86,16 @@ def keep_memory() -> None:
 
 def train(data: str, workdir: str | None, data_dir: str | None, download: bool, **given: Any) -> int:
     config = preset(data, **given)
-    from vgg_jax.train import DivergedError, fit
+    from vgg_jax.train import DivergedError, NotSavedError, fit
 
     try:
         outcome = fit(config, workdir or f"runs/{plain(data)}-{config.net}", data_dir, download)
     except DivergedError as error:
         print(f"vgg-jax: {error}", file=sys.stderr)
         return 4
+    except NotSavedError as error:
+        print(f"vgg-jax: {error}; make room, and the same command goes on from what was saved before", file=sys.stderr)
+        return 74
     return 75 if outcome.stopped else 0
 
 

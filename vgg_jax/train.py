@@ -14,9 +14,23 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from tqdm import tqdm
 
-from vgg_jax.checkpoint import Run, Saved, begin_run, begun_run, refuse_another, restore_state, write_whole
+from vgg_jax.checkpoint import (
+    NotSavedError,
+    Run,
+    Saved,
+    begin_run,
+    begun_run,
+    has_checkpoint,
+    locked,
+    refuse_another,
+    restore_best,
+    restore_state,
+    variables_of,
+    write_whole,
+)
 from vgg_jax.configs import IMAGENET, TrainConfig
 from vgg_jax.data import Source, batches_per_epoch, cached, eval_batches, measure, open_splits, train_batches
 from vgg_jax.errors import InputError
@@ -48,14 +62,21 @@ def fit(config: TrainConfig, workdir: str | Path, data_dir: str | Path | None = 
 
     Each epoch is one pass over all training images; then the validation images drive the learning rate and which state is the best
     (§3.1). SIGINT or SIGTERM ends it after the step in hand, saved; a second one at once. Raises InputError for anything wrong in the
-    input, DivergedError where the loss becomes infinite or NaN.
+    input, DivergedError where the loss becomes infinite or NaN, NotSavedError where the end could not be saved: a full disk before that
+    is warned of, and training goes on.
     """
-    workdir = Path(workdir)
+    with locked(Path(workdir)):
+        return _fit(config, Path(workdir), data_dir, download)
+
+
+def _fit(config: TrainConfig, workdir: Path, data_dir: str | Path | None, download: bool) -> Outcome:
     mesh = data_mesh(config.microbatch or config.batch_size)
     begun = begun_run(workdir)
     if begun is not None:  # what can be said now is not said after the data are read
         refuse_another(workdir, begun, dataclasses.replace(begun, config=with_learning_rate(config, len(begun.classes))))
-    source = load(config.init_from) if config.init_from is not None and begun is None else None
+    # Killed, or out of room, behind the first best and before what it would go on from: it starts as it did.
+    resumes = begun is not None and has_checkpoint(workdir / "last")
+    source = load(config.init_from) if config.init_from is not None and not resumes else None
     train, validation = open_splits(
         config.data,
         data_dir=None if data_dir is None else str(data_dir),
@@ -90,20 +111,29 @@ def fit(config: TrainConfig, workdir: str | Path, data_dir: str | Path | None = 
         history: list[dict[str, Any]] = []
         batch_number, seconds, waited, sums = 0, 0.0, 0.0, Sums()
 
+        owed: tuple[int, Any, dict[str, Any]] | None = None  # the best net, as long as it is not saved
+        unsaved: NotSavedError | None = None  # why the last save failed, if it did
+
         restored = restore_state(last, state) if begun else None
+        if begun is not None:
+            restore_best(best, state)  # of a damaged one is said now, and it is set aside
         if restored is not None:
             state, progress = restored
             history, batch_number = progress["history"], progress["batch"]
-            seconds, waited = progress["seconds"], progress.get("waited", 0.0)  # older checkpoints do not say
+            seconds, waited = progress["seconds"], progress["waited"]
             sums = Sums(**progress["sums"])
             at = f"batch {batch_number + 1} of {per_epoch}" if batch_number < per_epoch else "its validation"
             print(f"{workdir}: going on at epoch {len(history) + 1}, {at}", flush=True)
         elif source is not None:
             state = start_from(source, config, state, colours.mean_rgb)
             source = None  # half a gigabyte
-        write_whole(workdir / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history))
+        if begun is not None and restored is None:
+            print(f"{workdir}: there is nothing to go on from, so it starts again", flush=True)
+        with contextlib.suppress(NotSavedError):  # the next save says so
+            write_metrics(workdir, history)
 
-        def save_last() -> None:
+        def save() -> None:
+            nonlocal owed, unsaved
             # The loss that a step reports is the one before its update.
             assert rate is not None
             if not finite(state.params):
@@ -115,7 +145,17 @@ def fit(config: TrainConfig, workdir: str | Path, data_dir: str | Path | None = 
                 "waited": waited,
                 "sums": dataclasses.asdict(sums),
             }
-            last.save(len(history) * (per_epoch + 1) + batch_number, state, progress)
+            try:
+                if owed is not None:
+                    best.save(*owed)
+                owed = None
+                last.save(len(history) * (per_epoch + 1) + batch_number, state, progress)
+                write_metrics(workdir, history)
+                unsaved = None
+            except NotSavedError as error:
+                owed = owed and (owed[0], jax.tree.map(np.array, owed[1]), owed[2])  # its memory on the device is the next step's
+                unsaved = error
+                print(f"warning: {error}; what was saved before is still there, training goes on", file=sys.stderr, flush=True)
 
         batches = iter(train_batches(train, config, colours, first_epoch=len(history), first_batch=batch_number))
         saved_at = time.monotonic()
@@ -142,7 +182,7 @@ def fit(config: TrainConfig, workdir: str | Path, data_dir: str | Path | None = 
                         sums, pending = add(sums, pending, bar), None
                         check_finite(sums, epoch, batch_number, rate)
                         seconds = seconds_before + time.monotonic() - started
-                        save_last()
+                        save()
                         saved_at = time.monotonic()
                 sums = add(sums, pending, bar)
             check_finite(sums, epoch, batch_number, rate)
@@ -156,7 +196,9 @@ def fit(config: TrainConfig, workdir: str | Path, data_dir: str | Path | None = 
                     unreadable = error
             if validated is None:
                 if unreadable is None or history or batch_number:
-                    save_last()
+                    save()
+                    if unsaved is not None:
+                        raise NotSavedError(f"{unreadable}; {unsaved}" if unreadable else str(unsaved)) from unsaved
                     print(f"stopped in epoch {epoch} and saved in {workdir}: the same command goes on from there", flush=True)
                 if unreadable is not None:
                     raise unreadable
@@ -168,19 +210,26 @@ def fit(config: TrainConfig, workdir: str | Path, data_dir: str | Path | None = 
             history.append(record)
             batch_number, seconds, waited, sums = 0, 0.0, 0.0, Sums()
             if improved:
-                variables = {"params": state.params} | ({"batch_stats": state.batch_stats} if config.batch_norm else {})
-                best.save(epoch, variables, {"epoch": epoch, "validation": record["validation"]})
-            save_last()
+                owed = epoch, variables_of(state), {"epoch": epoch, "validation": record["validation"]}
+            save()
             saved_at = time.monotonic()
-            with (workdir / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(record) + "\n")
             print(line(record), flush=True)
             if stuck(history, len(train.classes)):
                 print(advice(len(train.classes)), flush=True)
 
+        if unsaved is not None:
+            raise unsaved
+
     top = max(history, key=lambda record: record["validation"]["accuracy"])
     print(f"done: best validation accuracy {top['validation']['accuracy']:.2%} in epoch {top['epoch']}, {workdir / 'best'}", flush=True)
     return Outcome(history, stopped=False)
+
+
+def write_metrics(workdir: Path, history: list[dict[str, Any]]) -> None:
+    try:
+        write_whole(workdir / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history))
+    except OSError as error:
+        raise NotSavedError(f"cannot write to {workdir / 'metrics.jsonl'} ({error.strerror})") from error
 
 
 def start_from(

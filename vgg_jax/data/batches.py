@@ -19,13 +19,13 @@ AHEAD = 2  # batches that are ready before they are asked for
 class Batches:
     """An iterable of dicts of numpy arrays; each pass starts anew and builds no new TensorFlow graph.
 
-    `examples(k)` gives the encoded examples from batch k on, or tuples that begin with them, and `prepare` makes one example of a batch
-    from one of those; without a `batch_size` both are about whole batches. Both must be deterministic. Iterating raises InputError with
-    the name of the first file that cannot be decoded.
+    `examples(k)` gives the encoded examples from batch k on, and `prepare` makes one example of a batch from one of those; without a
+    `batch_size` both are about whole batches. Both must be deterministic. Iterating raises InputError with the name of the first file
+    that cannot be decoded.
     """
 
     def __init__(
-        self, source: Source, examples: Callable[[int], tf.data.Dataset], prepare: Callable[..., dict], batch_size: int | None
+        self, source: Source, examples: Callable[[int], tf.data.Dataset], prepare: Callable[[dict], dict], batch_size: int | None
     ) -> None:
         options = tf.data.Options()
         options.threading.private_threadpool_size = CORES
@@ -65,10 +65,9 @@ class Batches:
         if self._batch_size is None:  # what lies in memory was decoded before
             return f"cannot make a batch of {self._source.name}: {_cause(error)}"
         try:
-            for element in self._examples(batch).take(self._batch_size):
-                example, *rest = element if isinstance(element, tuple) else (element,)
+            for example in self._examples(batch).take(self._batch_size):
                 try:
-                    self._prepare(example, *rest)
+                    self._prepare(example)
                 except tf.errors.OpError as cause:
                     name = self._source.file_name(int(example["index"]))
                     return (

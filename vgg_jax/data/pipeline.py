@@ -7,14 +7,18 @@ Every draw is a pure function of (seed, epoch, index), and the order one of (see
 the run was started.
 """
 
+import functools
+
 import numpy as np
 import tensorflow as tf
 
 from vgg_jax.configs import Statistics, TrainConfig
 from vgg_jax.data import small
 from vgg_jax.data.batches import Batches
-from vgg_jax.data.splits import CHUNK, Source, batches_per_epoch, epoch_seeds
-from vgg_jax.data.transforms import Draw, decode, draw, eval_example, rescale, train_example
+from vgg_jax.data.splits import Source, batches_per_epoch, epoch_seeds
+from vgg_jax.data.transforms import decode, draw, eval_example, rescale, train_example
+
+EXAMPLE = ("index", "encoded", "label", "mask")
 
 
 def train_batches(source: Source, config: TrainConfig, statistics: Statistics, *, first_epoch: int = 0, first_batch: int = 0) -> Batches:
@@ -29,18 +33,13 @@ def train_batches(source: Source, config: TrainConfig, statistics: Statistics, *
         def epoch(number: tf.Tensor) -> tf.data.Dataset:
             start = tf.where(number == first, tf.constant(at * config.batch_size, tf.int64), 0)
             order, draws = epoch_seeds(config.seed, number)
-            examples = _padded(source.examples(order, start), source.size, config.batch_size)
-
-            def with_draws(some: dict) -> tuple[dict, Draw]:
-                return some, draw(draws, tf.maximum(some["index"], 0), config, statistics)
-
-            # Of many images at once: one by one the draws take a tenth of the time of a photo.
-            return examples.batch(CHUNK).map(with_draws).unbatch()
+            return _padded(source.examples(order, start), source.size, config.batch_size, epoch_seed=draws)
 
         return tf.data.Dataset.range(first, config.epochs).flat_map(tf.autograph.experimental.do_not_convert(epoch))
 
-    def prepare(example: dict, drawn: Draw) -> dict:
-        return train_example(_masked(example), config, drawn)
+    def prepare(example: dict) -> dict:
+        drawn = draw(example["epoch_seed"], tf.maximum(example["index"], 0), config, statistics)
+        return train_example({key: example[key] for key in EXAMPLE}, config, drawn)
 
     return Batches(source, examples, prepare, config.batch_size)
 
@@ -54,7 +53,7 @@ def eval_batches(source: Source, config: TrainConfig, batch_size: int) -> Batche
     def examples(batch: int) -> tf.data.Dataset:
         return _padded(source.examples(None, batch * batch_size), source.size, batch_size)
 
-    return Batches(source, examples, lambda example: eval_example(_masked(example), config), batch_size)
+    return Batches(source, examples, functools.partial(eval_example, config=config), batch_size)
 
 
 def rescaled_images(source: Source, scales: tuple[int, ...], exif: bool) -> Batches:
@@ -68,11 +67,8 @@ def rescaled_images(source: Source, scales: tuple[int, ...], exif: bool) -> Batc
     return Batches(source, lambda at: source.examples(None, at), prepare, 1)
 
 
-def _padded(examples: tf.data.Dataset, size: int, batch_size: int) -> tf.data.Dataset:
-    """Examples followed by as many black ones, of index -1, as fill up the last batch."""
+def _padded(examples: tf.data.Dataset, size: int, batch_size: int, **constants: tf.Tensor) -> tf.data.Dataset:
+    """Examples with a mask and the `constants`, followed by as many masked ones as fill up the last batch."""
     black = {"index": np.int64(-1), "encoded": tf.io.encode_png(np.zeros((1, 1, 3), np.uint8)), "label": np.int32(0)}
-    return examples.concatenate(tf.data.Dataset.from_tensors(black).repeat(-size % batch_size))
-
-
-def _masked(example: dict) -> dict:
-    return example | {"mask": example["index"] >= 0}
+    padding = tf.data.Dataset.from_tensors(black | {"mask": False} | constants).repeat(-size % batch_size)
+    return examples.map(lambda example: example | {"mask": True} | constants).concatenate(padding)
