@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -457,6 +458,9 @@ def test_divergence_is_not_saved(batch_size, folder, tmp_path, capsys):
     assert code == 4
     assert "is not finite" in err
     assert "epoch 1" in err
+    # The loss of the second batch is the first that is not: its eight files are named.
+    assert len(re.findall(r"train/\w+/\d+\.jpg", err)) == (8 if batch_size == "8" else 0)
+    assert ("by batch 2 (of" in err) == (batch_size == "8")
     assert "--learning-rate" in err
     assert not list((tmp_path / "w").glob("*/[0-9]*"))
 

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from vgg_jax.metrics import Sums, averages
@@ -58,8 +59,9 @@ def advice(classes: int) -> str:
     )
 
 
-def diverged(what: str, epoch: int, batch: int, rate: float) -> str:
+def diverged(what: str, epoch: int, batch: int, rate: float, files: Sequence[str] = ()) -> str:
+    named = ", ".join(files[:8]) + (f" and {len(files) - 8} more" if len(files) > 8 else "")
     return (
-        f"{what} is not finite in epoch {epoch}, by batch {batch}, at learning rate {rate:g}: "
+        f"{what} is not finite in epoch {epoch}, by batch {batch}{f' (of {named})' if files else ''}, at learning rate {rate:g}: "
         f"pass --learning-rate {rate / 10:g}, --initializer glorot or --batch-norm, and a new --workdir if this one holds a checkpoint"
     )

@@ -50,6 +50,14 @@ class DivergedError(Exception):
     """The loss is not a number; nothing of that is saved."""
 
 
+class Fed(NamedTuple):
+    """A batch whose step is in progress: the host reads its sums when the next one is on its way."""
+
+    sums: Sums
+    number: int
+    examples: np.ndarray  # their indices, int64 (N,)
+
+
 class Outcome(NamedTuple):
     """How a run stands: a record for each epoch that is done, and whether it was stopped before its end."""
 
@@ -164,7 +172,7 @@ def _fit(config: TrainConfig, workdir: Path, data_dir: str | Path | None, downlo
             state = dataclasses.replace(state, opt_state=set_learning_rate(state.opt_state, rate))
             started, seconds_before = time.monotonic(), seconds
             unreadable: InputError | None = None  # raised behind the saving
-            pending = None  # the sums of the step in progress: the host reads them when the next one is on its way
+            fed: Fed | None = None
             with progress_bar(f"epoch {epoch}", train.size, batch_number * config.batch_size) as bar:
                 while batch_number < per_epoch and not stop.is_set():
                     asked = time.monotonic()
@@ -176,16 +184,13 @@ def _fit(config: TrainConfig, workdir: Path, data_dir: str | Path | None, downlo
                     waited += time.monotonic() - asked
                     state, step_sums = train_step(state, on_devices(batch, mesh))
                     batch_number += 1
-                    sums, pending = add(sums, pending, bar), step_sums
-                    check_finite(sums, epoch, batch_number, rate)
+                    sums, fed = checked(sums, fed, bar, epoch, rate, train), Fed(step_sums, batch_number, batch["index"])
                     if time.monotonic() - saved_at > SAVE_SECONDS:
-                        sums, pending = add(sums, pending, bar), None
-                        check_finite(sums, epoch, batch_number, rate)
+                        sums, fed = checked(sums, fed, bar, epoch, rate, train), None
                         seconds = seconds_before + time.monotonic() - started
                         save()
                         saved_at = time.monotonic()
-                sums = add(sums, pending, bar)
-            check_finite(sums, epoch, batch_number, rate)
+                sums = checked(sums, fed, bar, epoch, rate, train)
             seconds = seconds_before + time.monotonic() - started
 
             validated = None
@@ -203,7 +208,8 @@ def _fit(config: TrainConfig, workdir: Path, data_dir: str | Path | None, downlo
                 if unreadable is not None:
                     raise unreadable
                 return Outcome(history, stopped=True)
-            check_finite(validated, epoch, batch_number, rate)
+            if not math.isfinite(validated.loss):
+                raise DivergedError(diverged("the validation's loss", epoch, batch_number, rate))
 
             record = epoch_record(epoch, seconds, waited, rate, sums, validated, train.size)
             improved = all(record["validation"]["accuracy"] > old["validation"]["accuracy"] for old in history)
@@ -301,9 +307,15 @@ def progress_bar(name: str, total: int, initial: int = 0) -> tqdm:
     return tqdm(desc=name, total=total, initial=initial, unit=" images", leave=False, disable=None)  # None: where there is no terminal
 
 
-def check_finite(sums: Sums, epoch: int, batch: int, rate: float) -> None:
+def checked(sums: Sums, fed: Fed | None, bar: tqdm, epoch: int, rate: float, source: Source) -> Sums:
+    """Waits for the batch and adds its sums. Raises DivergedError, with the batch's files, if its loss is not finite."""
+    if fed is None:
+        return sums
+    sums = add(sums, fed.sums, bar)
     if not math.isfinite(sums.loss):
-        raise DivergedError(diverged("the loss", epoch, batch, rate))
+        files = [source.file_name(int(index)) for index in fed.examples if index >= 0]
+        raise DivergedError(diverged("the loss", epoch, fed.number, rate, files))
+    return sums
 
 
 @jax.jit
