@@ -2,11 +2,13 @@
 
     python experiments/check_memory.py --net D --batch 8 [--microbatch 2] [--peer "python torch_step.py"]
 
-Prints one JSON line: bytes predicted, bytes that the process's peak is above what it held before the state was made, their ratio, and
-with --peer the peak of each process as a whole. Linux only.
+Prints one JSON line: bytes predicted, bytes that the process's peak is above what it held when the step was compiled and the state not yet
+made, their ratio, bytes that the compiler left (half a gigabyte), and with --peer the peak of each process as a whole. Linux only.
 """
 
 import argparse
+import ctypes
+import functools
 import json
 import re
 import resource
@@ -21,8 +23,8 @@ import numpy as np
 from vgg_jax import IMAGENET, TrainConfig
 from vgg_jax.cli import use_huge_pages
 from vgg_jax.optimizer import sgd
-from vgg_jax.sharding import data_mesh, put_batch
-from vgg_jax.train_step import build_model, compile_steps, init_state, step_memory
+from vgg_jax.sharding import data_mesh, put_batch, replicated
+from vgg_jax.train_step import _state, build_model, compile_steps, init_state, step_memory
 
 CLASSES = 1000
 
@@ -32,13 +34,11 @@ def process(name: str) -> int:
     return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
-def measured(config: TrainConfig) -> int:
-    """Bytes, of two steps."""
+def measured(config: TrainConfig) -> tuple[int, int]:
+    """Bytes of two steps, and of what compiling them left."""
     mesh, model, size = data_mesh(1, jax.devices()[:1]), build_model(config, CLASSES), config.image_size
     jax.block_until_ready(jax.numpy.ones(1) + 1)  # the backend and its threads are not the step's
     before = process("VmRSS")
-    state = init_state(model, sgd(config), 0, mesh)
-    step, _ = compile_steps(config, model, IMAGENET.mean_rgb, mesh)
     rng = np.random.default_rng(0)
     batch = {
         "image": rng.integers(256, size=(config.batch_size, size, size, 3), dtype=np.uint8),
@@ -46,9 +46,17 @@ def measured(config: TrainConfig) -> int:
         "label": rng.integers(CLASSES, size=config.batch_size).astype(np.int32),
         "mask": np.ones(config.batch_size, bool),
     }
+    step, _ = compile_steps(config, model, IMAGENET.mean_rgb, mesh)
+    shapes = jax.eval_shape(functools.partial(_state, model, sgd(config)), jax.random.key(0))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), shapes)
+    compiled = step.lower(shapes, put_batch(batch, mesh)).compile()
+    ctypes.CDLL(None).malloc_trim(0)
+    left = process("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is the compiler's
+    state = init_state(model, sgd(config), 0, mesh)
     for _ in range(2):
-        state, _ = jax.block_until_ready(step(state, put_batch(batch, mesh)))
-    return process("VmHWM") - before
+        state, _ = jax.block_until_ready(compiled(state, put_batch(batch, mesh)))
+    return process("VmHWM") - left, left - before
 
 
 def peak_of(command: list[str]) -> int:
@@ -77,10 +85,17 @@ def main() -> None:
         learning_rate=1e-3,
     )
     use_huge_pages()  # as `vgg-jax train` does
-    took = measured(config)
+    took, compiler = measured(config)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     predicted = step_memory(config, CLASSES)["total"]
-    found = vars(args) | {"jax": jax.__version__, "predicted": predicted, "measured": took, "ratio": predicted / took, "process": peak}
+    found = vars(args) | {
+        "jax": jax.__version__,
+        "predicted": predicted,
+        "measured": took,
+        "ratio": predicted / took,
+        "compiler": compiler,
+        "process": peak,
+    }
     if args.peer:
         flags = (
             f"--net {args.net} --image-size {args.image_size} --batch {args.batch} --hidden 4096 --classes {CLASSES} --dtype {args.dtype}"
