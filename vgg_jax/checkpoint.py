@@ -33,8 +33,8 @@ except ImportError as error:
 
 KEPT = 2  # checkpoints: the one before the newest, should that one be damaged
 # What may be otherwise the next time, and says nothing about the files.
-_PASSING = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE}
-_NO_SUCH_OPERATION = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}  # of some network file systems
+_PASSING_ERRNOS = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE}
+_UNSUPPORTED_ERRNOS = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}  # of some network file systems
 
 
 class NotSavedError(Exception):
@@ -72,11 +72,12 @@ def begun_run(workdir: Path) -> Run | None:
 
 
 def has_checkpoint(folder: Path) -> bool:
+    """Whether `last/` or `best/` holds a step, damaged or not, that was not set aside."""
     return any(step.name.isdigit() for step in folder.glob("*"))
 
 
 def begin_run(workdir: Path, run: Run) -> None:
-    """Writes run.json."""
+    """Writes run.json. Raises InputError for a folder that cannot be written to."""
     with _writing(workdir):
         write_whole(workdir / "run.json", json.dumps(_plain(run), indent=1) + "\n")
 
@@ -122,7 +123,7 @@ def _lock(file: IO) -> None:
     except BlockingIOError:
         raise
     except OSError as error:
-        if error.errno not in _NO_SUCH_OPERATION:
+        if error.errno not in _UNSUPPORTED_ERRNOS:
             raise
 
 
@@ -312,6 +313,7 @@ def restore_best(best: Saved, state: TrainState) -> tuple[dict[str, Any], dict[s
 
 
 def variables_of(state: TrainState) -> dict[str, Any]:
+    """What the net of a state is applied with: `params`, and with batch normalisation `batch_stats`."""
     return {"params": state.params} | ({"batch_stats": state.batch_stats} if state.batch_stats else {})
 
 
@@ -338,7 +340,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _is_passing(error: BaseException) -> bool:
-    return (isinstance(error, OSError) and error.errno in _PASSING) or any(
+    return (isinstance(error, OSError) and error.errno in _PASSING_ERRNOS) or any(
         each in str(error) for each in ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED")
     )
 
@@ -351,7 +353,7 @@ def _sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if not (path.is_dir() and error.errno in _NO_SUCH_OPERATION):
+        if not (path.is_dir() and error.errno in _UNSUPPORTED_ERRNOS):
             raise
     finally:
         os.close(descriptor)

@@ -50,7 +50,7 @@ class DivergedError(Exception):
     """The loss is not a number; nothing of that is saved."""
 
 
-class Fed(NamedTuple):
+class InFlight(NamedTuple):
     """A batch whose step is in progress: the host reads its sums when the next one is on its way."""
 
     sums: Sums
@@ -163,7 +163,7 @@ def _fit(config: TrainConfig, workdir: Path, data_dir: str | Path | None, downlo
             except NotSavedError as error:
                 owed = owed and (owed[0], jax.tree.map(np.array, owed[1]), owed[2])  # its memory on the device is the next step's
                 unsaved = error
-                print(f"warning: {error}; what was saved before is still there, training goes on", file=sys.stderr, flush=True)
+                print(f"warning: {error}; what was saved before is still there", file=sys.stderr, flush=True)
 
         batches = iter(train_batches(train, config, colours, first_epoch=len(history), first_batch=batch_number))
         saved_at = time.monotonic()
@@ -172,7 +172,7 @@ def _fit(config: TrainConfig, workdir: Path, data_dir: str | Path | None, downlo
             state = dataclasses.replace(state, opt_state=set_learning_rate(state.opt_state, rate))
             started, seconds_before = time.monotonic(), seconds
             unreadable: InputError | None = None  # raised behind the saving
-            fed: Fed | None = None
+            in_flight: InFlight | None = None
             with progress_bar(f"epoch {epoch}", train.size, batch_number * config.batch_size) as bar:
                 while batch_number < per_epoch and not stop.is_set():
                     asked = time.monotonic()
@@ -184,13 +184,13 @@ def _fit(config: TrainConfig, workdir: Path, data_dir: str | Path | None, downlo
                     waited += time.monotonic() - asked
                     state, step_sums = train_step(state, on_devices(batch, mesh))
                     batch_number += 1
-                    sums, fed = checked(sums, fed, bar, epoch, rate, train), Fed(step_sums, batch_number, batch["index"])
+                    sums, in_flight = checked(sums, in_flight, bar, epoch, rate, train), InFlight(step_sums, batch_number, batch["index"])
                     if time.monotonic() - saved_at > SAVE_SECONDS:
-                        sums, fed = checked(sums, fed, bar, epoch, rate, train), None
+                        sums, in_flight = checked(sums, in_flight, bar, epoch, rate, train), None
                         seconds = seconds_before + time.monotonic() - started
                         save()
                         saved_at = time.monotonic()
-                sums = checked(sums, fed, bar, epoch, rate, train)
+                sums = checked(sums, in_flight, bar, epoch, rate, train)
             seconds = seconds_before + time.monotonic() - started
 
             validated = None
@@ -232,6 +232,7 @@ def _fit(config: TrainConfig, workdir: Path, data_dir: str | Path | None, downlo
 
 
 def write_metrics(workdir: Path, history: list[dict[str, Any]]) -> None:
+    """A line an epoch, all anew. Raises NotSavedError."""
     try:
         write_whole(workdir / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history))
     except OSError as error:
@@ -307,14 +308,14 @@ def progress_bar(name: str, total: int, initial: int = 0) -> tqdm:
     return tqdm(desc=name, total=total, initial=initial, unit=" images", leave=False, disable=None)  # None: where there is no terminal
 
 
-def checked(sums: Sums, fed: Fed | None, bar: tqdm, epoch: int, rate: float, source: Source) -> Sums:
+def checked(sums: Sums, in_flight: InFlight | None, bar: tqdm, epoch: int, rate: float, source: Source) -> Sums:
     """Waits for the batch and adds its sums. Raises DivergedError, with the batch's files, if its loss is not finite."""
-    if fed is None:
+    if in_flight is None:
         return sums
-    sums = add(sums, fed.sums, bar)
+    sums = add(sums, in_flight.sums, bar)
     if not math.isfinite(sums.loss):
-        files = [source.file_name(int(index)) for index in fed.examples if index >= 0]
-        raise DivergedError(diverged("the loss", epoch, fed.number, rate, files))
+        files = [source.file_name(int(index)) for index in in_flight.examples if index >= 0]
+        raise DivergedError(diverged("the loss", epoch, in_flight.number, rate, files))
     return sums
 
 
