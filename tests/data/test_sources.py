@@ -12,7 +12,7 @@ def test_digits_are_scikit_learns():
     from sklearn.datasets import load_digits
 
     source = open_split("digits", "train")
-    assert (source.size, source.classes, source.skipped) == (1797, tuple("0123456789"), 0)
+    assert (source.size, source.classes, source.skipped) == (1797, tuple("0123456789"), ())
     assert source.file_name(17) == "digits train record 17"
     images, targets = load_digits(return_X_y=True)
     for example in listed(source)[::100]:

@@ -30,6 +30,7 @@ from vgg_jax.data.sources import VALIDATION, open_split, open_splits
 from vgg_jax.data.splits import Source, batches_per_epoch
 from vgg_jax.data.statistics import Measured, measure
 from vgg_jax.data.transforms import crop_resized, decode, rescale
+from vgg_jax.data.verified import read_list, verify, write_list
 
 __all__ = [
     "VALIDATION",
@@ -44,9 +45,12 @@ __all__ = [
     "measure",
     "open_split",
     "open_splits",
+    "read_list",
     "read_scaled",
     "rescale",
     "rescaled_images",
     "tf",
     "train_batches",
+    "verify",
+    "write_list",
 ]

@@ -1,7 +1,9 @@
 """Batches of a source as numpy arrays. An image that breaks the stream is found and named."""
 
+import functools
 import itertools
 import re
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,23 +11,30 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import tensorflow as tf
 
-from vgg_jax.data.splits import CORES, IN_FLIGHT, Source
+from vgg_jax.data.splits import CORES, IN_FLIGHT, Source, map_or
 from vgg_jax.data.transforms import decode, rescale
-from vgg_jax.errors import InputError
+from vgg_jax.errors import DataError
 
 AHEAD = 2  # batches that are ready before they are asked for
+MOST_BAD = 0.01  # of the images of a source that `skip_bad` leaves out, and one in any case; more say that something else is wrong
 
 
 class Batches:
     """An iterable of dicts of numpy arrays; each pass starts anew and builds no new TensorFlow graph.
 
     `examples(k)` gives the encoded examples from batch k on, and `prepare` makes one example of a batch from one of those; without a
-    `batch_size` both are about whole batches. Both must be deterministic. Iterating raises InputError with the name of the first file
-    that cannot be decoded.
+    `batch_size` both are about whole batches. Both must be deterministic. Iterating raises DataError with the name of the first file
+    that cannot be decoded. With `skip_bad` such an example keeps its place and its index, all else of it is zero, its mask too: it is
+    warned of, and more than `MOST_BAD` of them raise DataError.
     """
 
     def __init__(
-        self, source: Source, examples: Callable[[int], tf.data.Dataset], prepare: Callable[[dict], dict], batch_size: int | None
+        self,
+        source: Source,
+        examples: Callable[[int], tf.data.Dataset],
+        prepare: Callable[[dict], dict],
+        batch_size: int | None,
+        skip_bad: bool = False,
     ) -> None:
         options = tf.data.Options()
         options.threading.private_threadpool_size = CORES
@@ -36,9 +45,12 @@ class Batches:
         prepare = tf.autograph.experimental.do_not_convert(prepare)
         at_once = IN_FLIGHT if batch_size else AHEAD  # whole batches: more would take memory for nothing
         prepared = examples(0).map(prepare, num_parallel_calls=at_once, deterministic=True)
+        if skip_bad and batch_size:  # what lies in memory was decoded before
+            prepared = map_or(examples(0), prepare, functools.partial(_blank, prepared.element_spec), at_once)
         batches = prepared if batch_size is None else prepared.batch(batch_size)
         self._dataset = batches.prefetch(AHEAD).with_options(options)
         self._source, self._examples, self._batch_size = source, examples, batch_size
+        self._skip_bad, self._bad = skip_bad, set[int]()
         self._prepare = tf.function(prepare)  # errors of Python functions have the same type as in the stream
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
@@ -53,17 +65,31 @@ class Batches:
                     try:
                         batch = reader.submit(next, stream[0], None).result()
                     except tf.errors.OpError as error:
-                        raise InputError(self._explain(done, error)) from error
+                        raise DataError(self._explain(done, error)) from error
                     if batch is None:
                         return
+                    if self._skip_bad:
+                        self._count_bad(batch)
                     yield batch
         finally:
             release()
 
+    def _count_bad(self, batch: dict[str, np.ndarray]) -> None:
+        for index in batch["index"][(batch["index"] >= 0) & ~batch["mask"]].tolist():
+            if index not in self._bad:
+                self._bad.add(index)
+                name = self._source.file_name(index)
+                print(f"warning: {name!r} cannot be read or decoded, and is left out", file=sys.stderr, flush=True)
+        if len(self._bad) > min(max(1, MOST_BAD * self._source.size), self._source.size - 1):
+            raise DataError(
+                f"{len(self._bad)} of the {self._source.size} images of {self._source.name} cannot be read or decoded: expected at most "
+                f"one in {1 / MOST_BAD:.0f}; find them by `vgg-jax verify-data` and leave them out by --exclude, or restore them"
+            )
+
     def _explain(self, batch: int, error: tf.errors.OpError) -> str:
         """Names the first example of a batch that cannot be prepared: TensorFlow's errors say neither path nor position."""
         if self._batch_size is None:  # what lies in memory was decoded before
-            return f"cannot make a batch of {self._source.name}: {_cause(error)}"
+            return f"cannot make a batch of {self._source.name}: {cause_of(error)}"
         try:
             for example in self._examples(batch).take(self._batch_size):
                 try:
@@ -71,29 +97,36 @@ class Batches:
                 except tf.errors.OpError as cause:
                     name = self._source.file_name(int(example["index"]))
                     return (
-                        f"cannot decode {name!r}: {_cause(cause)}; expected a whole image, so replace it (a run that began goes on), "
-                        "or remove it and begin another"
+                        f"cannot decode {name!r}: {cause_of(cause)}; expected a whole image, so replace it (a run that began goes on), "
+                        "or begin another with --skip-bad, or with --exclude and what `vgg-jax verify-data` finds"
                     )
         except tf.errors.OpError as cause:
             error = cause
-        return f"cannot read {self._source.name}: {_cause(error)}; expected the files that were there at the start"
+        return f"cannot read {self._source.name}: {cause_of(error)}; expected the files that were there at the start"
+
+
+def _blank(spec: dict[str, tf.TensorSpec], example: dict) -> dict:
+    """What stands for an example that cannot be prepared."""
+    return {name: tf.zeros(each.shape, each.dtype) for name, each in spec.items()} | {"index": example["index"]}
 
 
 def read_scaled(path: str, scales: Sequence[int], exif: bool) -> list[np.ndarray]:
-    """An image file at each test scale, uint8 (H, W, 3). Raises InputError for one that cannot be read or decoded."""
+    """An image file at each test scale, uint8 (H, W, 3). Raises DataError for one that cannot be read or decoded."""
     try:
         with open(path, "rb") as file:
             image = decode(tf.constant(file.read()), exif)
         return [rescale(image, scale).numpy() for scale in scales]
     except OSError as error:
-        raise InputError(f"cannot read {path!r}: {error.strerror}") from error
+        raise DataError(f"cannot read {path!r}: {error.strerror}") from error
     except (tf.errors.OpError, ValueError) as error:
-        cause = _cause(error) if isinstance(error, tf.errors.OpError) else str(error)
-        raise InputError(f"cannot decode {path!r}: {cause}") from error
+        cause = cause_of(error)
+        raise DataError(f"cannot decode {path!r}: {cause}") from error
 
 
-def _cause(error: tf.errors.OpError) -> str:
+def cause_of(error: tf.errors.OpError | OSError | ValueError) -> str:
     """The first line of TensorFlow's message without the names of its graph, or what `rescale` asserts."""
+    if not isinstance(error, tf.errors.OpError):
+        return str(error)
     asserted = re.search(r"assertion failed: \[(.*?)\]", error.message)
     if asserted:
         return asserted[1]

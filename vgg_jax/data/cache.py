@@ -13,7 +13,7 @@ from vgg_jax.data import small
 from vgg_jax.data.batches import Batches
 from vgg_jax.data.splits import CORES, Pixels, Source, random_access
 from vgg_jax.data.transforms import decode
-from vgg_jax.errors import InputError
+from vgg_jax.errors import DataError, InputError
 
 AT_ONCE = 64  # images that are read, or decoded, in one piece: enough to hide the cost of a call
 SHARE = 0.8  # of the free memory that a cache may take while it is made: the rest is the training's
@@ -44,7 +44,7 @@ def cached(source: Source, config: TrainConfig) -> Source:
                     f"of {room / 1e9:.1f} GB that were free; leave out --cache, or free memory if a run is to go on"
                 )
     if count != source.size:
-        raise InputError(f"{source.name} says that it has {source.size} images, and has {count}: prepare it again")
+        raise DataError(f"{source.name} says that it has {source.size} images, and has {count}: prepare it again")
     indices, encoded, labels = (tf.constant(np.concatenate(read.pop(name))) for name in tuple(read))
 
     def at(positions: tf.data.Dataset) -> tf.data.Dataset:
@@ -73,10 +73,15 @@ def _pixels(source: Source, encoded: tf.Tensor, labels: tf.Tensor, indices: tf.T
         return {"equal": equal, "image": tf.cond(equal, lambda: image, lambda: tf.zeros((height, width, 3), tf.uint8))}
 
     images = np.empty((source.size, height, width, 3), np.uint8)
-    for number, batch in enumerate(Batches(source, lambda at: source.examples(None, at * AT_ONCE), prepare, AT_ONCE)):
-        if not batch["equal"].all():
+    try:
+        for number, batch in enumerate(Batches(source, lambda at: source.examples(None, at * AT_ONCE), prepare, AT_ONCE)):
+            if not batch["equal"].all():
+                return None
+            images[number * AT_ONCE :][: len(batch["image"])] = batch["image"]
+    except DataError:
+        if config.skip_bad:  # they are left out one by one
             return None
-        images[number * AT_ONCE :][: len(batch["image"])] = batch["image"]
+        raise
     return Pixels(tf.constant(images), labels, indices)
 
 

@@ -4,15 +4,15 @@ import functools
 import hashlib
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-from vgg_jax.data.splits import CORES, Records, random_access
-from vgg_jax.errors import InputError
+from vgg_jax.data.splits import CORES, Records, map_or, random_access
+from vgg_jax.errors import DataError, InputError
 
 SPLITS = ("train", "val", "validation", "valid", "test")
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM")
@@ -20,9 +20,10 @@ SNIFFED_AT_ONCE = 256  # files per task of a thread: one by one, handing out the
 THREADS = 16  # they wait for the disk or the network, not for a core
 
 
-def folder_splits(root: str, skip_bad: bool) -> dict[str, Callable[[], Records]]:
+def folder_splits(root: str, skip_bad: bool, exclude: Collection[str]) -> dict[str, Callable[[], Records]]:
     """The splits of an image folder; each is read when it is called. Labels index the sorted class folders of the training split.
 
+    Leaves out what is named in `exclude`, and if `skip_bad` what is no image, or cannot be read when its turn comes: its bytes are none.
     Raises InputError where there are no class folders, and, when a split is read, for files that are not images (unless `skip_bad`),
     for a class folder without images and for a class that the training split does not have.
     """
@@ -38,10 +39,12 @@ def folder_splits(root: str, skip_bad: bool) -> dict[str, Callable[[], Records]]
     if not classes:
         expected = os.path.join(folders["train"], "<class>", "*.jpg")
         raise InputError(f"no images under {folders['train']!r}: expected {expected}; pass another folder as DATA")
-    return {name: functools.partial(_records, f"{root} {name}", folder, classes, skip_bad) for name, folder in folders.items()}
+    return {
+        name: functools.partial(_records, f"{root} {name}", root, folder, classes, skip_bad, exclude) for name, folder in folders.items()
+    }
 
 
-def _records(name: str, folder: str, classes: tuple[str, ...], skip_bad: bool) -> Records:
+def _records(name: str, root: str, folder: str, classes: tuple[str, ...], skip_bad: bool, exclude: Collection[str]) -> Records:
     present = _class_names(folder)
     if unknown := [each for each in present if each not in classes]:
         raise InputError(f"the class folder {os.path.join(folder, unknown[0])!r} is none of training's {len(classes)}: remove or rename it")
@@ -53,36 +56,50 @@ def _records(name: str, folder: str, classes: tuple[str, ...], skip_bad: bool) -
         for entry in entries
     ]
     labels = np.repeat(np.array([classes.index(each) for each in present], np.int32), [len(entries) for entries in listed])
+    kept = np.array([not exclude or relative(os.fsdecode(path), root) not in exclude for path in paths], bool)
+    excluded = int((~kept).sum())
+    paths, labels = list(itertools.compress(paths, kept)), labels[kept]
     good = _sniff(paths, name)
     bad = list(itertools.compress(paths, ~good))
     if bad and not skip_bad:
         shown = ", ".join(repr(os.fsdecode(path)) for path in bad[:10]) + (", …" if len(bad) > 10 else "")
-        raise InputError(f"{len(bad)} of {len(paths)} files under {folder!r} are not images: {shown}; remove them or pass --skip-bad")
+        raise DataError(f"{len(bad)} of {len(paths)} files under {folder!r} are not images: {shown}; remove them or pass --skip-bad")
     for each in present:
         if not np.any(labels[good] == classes.index(each)):
             raise InputError(
                 f"the class folder {os.path.join(folder, each)!r} has no images: expected at least one; add some or remove the folder"
             )
-    kept = list(itertools.compress(paths, good))
-    names = hashlib.sha256(b"\0".join(os.path.relpath(path, os.fsencode(folder)) for path in kept)).hexdigest()
-    files = tf.constant(kept, tf.string)
+    paths = list(itertools.compress(paths, good))
+    names = hashlib.sha256(b"\0".join(os.path.relpath(path, os.fsencode(folder)) for path in paths)).hexdigest()
+    files = tf.constant(paths, tf.string)
     label_of = tf.constant(labels[good])
 
     def read(indices: tf.data.Dataset) -> tf.data.Dataset:
         def one(index: tf.Tensor) -> dict[str, tf.Tensor]:
             return {"index": index, "encoded": tf.io.read_file(files[index]), "label": label_of[index]}
 
+        def unreadable(index: tf.Tensor) -> dict[str, tf.Tensor]:
+            return {"index": index, "encoded": tf.constant(b""), "label": label_of[index]}
+
+        if skip_bad:
+            return map_or(indices.unbatch(), one, unreadable, CORES)
         return indices.unbatch().map(one, num_parallel_calls=CORES, deterministic=True)
 
     return Records(
         name=name,
         storage=f"folder, names {names[:16]}",
         classes=classes,
-        size=int(good.sum()),
+        usable=np.arange(len(paths)),
         order=functools.partial(random_access, read=read),
         file_name=lambda index: os.fsdecode(files[index].numpy()),
-        skipped=len(bad),
+        skipped=tuple(map(os.fsdecode, bad)),
+        excluded=excluded,
     )
+
+
+def relative(name: str, root: str) -> str:
+    """The name of an image in a list: its path below the data's folder, so that the data may be moved. Other names are left as they are."""
+    return os.path.relpath(name, root) if name.startswith(os.path.join(root, "")) else name
 
 
 def _class_names(folder: str) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """Batches for training and evaluation: {"image", "colour_shift", "label", "mask", "index"}, seeded, padded, resumable.
 
 uint8 image (B, size, size, 3), float32 colour_shift (B, 3), int32 label (B,), bool mask (B,), int64 index (B,). No example is dropped: the
-last batch of an epoch is filled up with black images whose mask is False and whose index is -1.
+last batch of an epoch is filled up with black images whose mask is False and whose index is -1. With `config.skip_bad` an image that cannot
+be read is such a one, with its own index.
 
 Every draw is a pure function of (seed, epoch, index), and the order one of (seed, epoch): what a batch holds does not depend on where
 the run was started.
@@ -41,7 +42,7 @@ def train_batches(source: Source, config: TrainConfig, statistics: Statistics, *
         drawn = draw(example["epoch_seed"], tf.maximum(example["index"], 0), config, statistics)
         return train_example({key: example[key] for key in EXAMPLE}, config, drawn)
 
-    return Batches(source, examples, prepare, config.batch_size)
+    return Batches(source, examples, prepare, config.batch_size, config.skip_bad)
 
 
 def eval_batches(source: Source, config: TrainConfig, batch_size: int) -> Batches:
@@ -53,7 +54,7 @@ def eval_batches(source: Source, config: TrainConfig, batch_size: int) -> Batche
     def examples(batch: int) -> tf.data.Dataset:
         return _padded(source.examples(None, batch * batch_size), source.size, batch_size)
 
-    return Batches(source, examples, functools.partial(eval_example, config=config), batch_size)
+    return Batches(source, examples, functools.partial(eval_example, config=config), batch_size, config.skip_bad)
 
 
 def rescaled_images(source: Source, scales: tuple[int, ...], exif: bool) -> Batches:

@@ -3,13 +3,13 @@
 import functools
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from vgg_jax.data.splits import CORES, Records, permuted, random_access, sequential
+from vgg_jax.data.splits import CORES, Records, permuted, random_access, record_name, sequential, without
 from vgg_jax.errors import InputError
 
 NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[\w.+-]+))?(:(?P<version>\d+\.\d+\.\d+))?")
@@ -17,7 +17,7 @@ VERSION = re.compile(r"\d+\.\d+\.\d+")
 FILES_AT_ONCE = 16  # TFRecord files read in turns, so that what lies in one file does not come in one piece
 
 
-def record_splits(data: str, data_dir: str | None, download: bool) -> dict[str, Callable[[], Records]]:
+def record_splits(data: str, data_dir: str | None, exclude: Collection[str], download: bool) -> dict[str, Callable[[], Records]]:
     """The splits of a TensorFlow Datasets name: "cifar10", "cifar10:3.0.2", "imagenette/320px". Nothing is fetched unless `download`.
 
     Raises InputError if the name is not prepared under `data_dir`, cannot be downloaded, or has no single image and label.
@@ -35,7 +35,7 @@ def record_splits(data: str, data_dir: str | None, download: bool) -> dict[str, 
         )
     info = _info(tfds, folder)
     image, label = _image_and_label(tfds, info, data)
-    return {name: functools.partial(_records, tfds, info, f"{data} {name}", name, image, label) for name in info.splits}
+    return {name: functools.partial(_records, tfds, info, f"{data} {name}", name, image, label, exclude) for name in info.splits}
 
 
 def _tfds() -> Any:
@@ -119,7 +119,7 @@ def _image_and_label(tfds: Any, info: Any, data: str) -> tuple[str, str]:
     return images[0], labels[0]
 
 
-def _records(tfds: Any, info: Any, name: str, split: str, image: str, label: str) -> Records:
+def _records(tfds: Any, info: Any, name: str, split: str, image: str, label: str, exclude: Collection[str]) -> Records:
     features = tfds.features.FeaturesDict({key: info.features[key] for key in (image, label)})
     files = info.splits[split]
     if missing := [os.fspath(path) for path in files.filepaths if not os.path.exists(path)]:
@@ -140,11 +140,10 @@ def _records(tfds: Any, info: Any, name: str, split: str, image: str, label: str
         raise InputError(f"{name} is stored as {info.file_format.value}: expected tfrecord or array_record; prepare it as one of these")
     return Records(
         name=name,
-        storage=f"{info.full_name} {info.file_format.value}",
         classes=tuple(info.features[label].names),
-        size=files.num_examples,
         order=order,
-        file_name=lambda index: f"{name} record {index}",
+        file_name=functools.partial(record_name, name),
+        **without(name, f"{info.full_name} {info.file_format.value}", files.num_examples, exclude),
     )
 
 

@@ -3,14 +3,14 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import numpy as np
 import tensorflow as tf
 
 from vgg_jax.data.folder import folder_splits
 from vgg_jax.data.records import record_splits
-from vgg_jax.data.splits import Records, Source, divide, part, random_access, whole
+from vgg_jax.data.splits import Records, Source, divide, part, random_access, record_name, whole, without
 from vgg_jax.errors import InputError
 
 VALIDATION = ("validation", "val", "valid")  # one split under the names that it goes by
@@ -23,25 +23,30 @@ def open_splits(
     validation_fraction: float = 0.1,
     seed: int = 0,
     skip_bad: bool = False,
+    exclude: Collection[str] = (),
     download: bool = False,
 ) -> tuple[Source, Source]:
     """The training and the validation split of "digits", an image folder or a TensorFlow Datasets name. Never looks at a test split.
 
     Without a validation split, a seeded `validation_fraction` of the training split takes its place: at least one image, and none
-    only if the fraction is 0. Raises InputError for data that is not there or not usable.
+    only if the fraction is 0. Files that are no images are refused, or left out if `skip_bad`, and so are those to `exclude`, which
+    `read_list` gives. Raises InputError for data that is not there or not usable.
     """
-    splits = _splits(data, data_dir, skip_bad, download)
+    splits = _splits(data, data_dir, skip_bad, exclude, download)
     train = _pick(splits, ("train",), data)()
     for name in VALIDATION:
         if name in splits:
-            return whole(train), whole(splits[name]())
-    kept, held_out = divide(train.size, validation_fraction, seed)
+            validation = splits[name]()
+            _refuse_foreign(exclude, train.excluded + validation.excluded, data)
+            return whole(train), whole(validation)
+    _refuse_foreign(exclude, train.excluded, data)
+    kept, held_out = (train.usable[positions] for positions in divide(len(train.usable), validation_fraction, seed))
     if not len(kept):
         raise InputError(
-            f"{train.name} has {train.size} image(s) and validation takes {len(held_out)}: no image is left to train on; "
+            f"{train.name} has {len(train.usable)} image(s) and validation takes {len(held_out)}: no image is left to train on; "
             "pass a smaller --validation-fraction"
         )
-    held = dataclasses.replace(part(train, held_out, f"{train.name} (held out)"), skipped=0)  # they are counted with the others
+    held = dataclasses.replace(part(train, held_out, f"{train.name} (held out)"), skipped=())  # they are counted with the others
     return part(train, kept, train.name), held
 
 
@@ -51,17 +56,22 @@ def open_split(data: str, split: str, *, data_dir: str | None = None, skip_bad: 
     Raises InputError for data that is not there or not usable, and for a split that it does not have.
     """
     names = VALIDATION if split in VALIDATION else (split,)
-    return whole(_pick(_splits(data, data_dir, skip_bad, download), names, data)())
+    return whole(_pick(_splits(data, data_dir, skip_bad, (), download), names, data)())
 
 
-def _splits(data: str, data_dir: str | None, skip_bad: bool, download: bool) -> dict[str, Callable[[], Records]]:
+def split_names(data: str, *, data_dir: str | None = None, download: bool = False) -> tuple[str, ...]:
+    """The splits that `open_split` knows. Raises InputError for data that is not there."""
+    return tuple(_splits(data, data_dir, True, (), download))
+
+
+def _splits(data: str, data_dir: str | None, skip_bad: bool, exclude: Collection[str], download: bool) -> dict[str, Callable[[], Records]]:
     if data == "digits":
-        return {"train": _digits}
+        return {"train": functools.partial(_digits, exclude)}
     folder = os.path.expanduser(data)
     # "imagenette/320px" may be a data set, so one separator inside a name does not make it a path.
     if os.path.isdir(folder) or folder.startswith((".", os.sep)) or folder.count(os.sep) > 1 or folder.endswith(os.sep):
-        return folder_splits(folder, skip_bad)
-    return record_splits(data, data_dir, download)
+        return folder_splits(folder, skip_bad, exclude)
+    return record_splits(data, data_dir, exclude, download)
 
 
 def _pick(splits: dict[str, Callable[[], Records]], names: Iterable[str], data: str) -> Callable[[], Records]:
@@ -71,7 +81,15 @@ def _pick(splits: dict[str, Callable[[], Records]], names: Iterable[str], data: 
     raise InputError(f"{data!r} has no split {' or '.join(map(repr, names))}: expected one of {', '.join(splits)}")
 
 
-def _digits() -> Records:
+def _refuse_foreign(exclude: Collection[str], found: int, data: str) -> None:
+    if exclude and not found:
+        raise InputError(
+            f"none of the {len(exclude)} images to exclude, {min(exclude)!r} for one, is in {data}: expected a list that "
+            f"`vgg-jax verify-data {data}` wrote; pass that to --exclude"
+        )
+
+
+def _digits(exclude: Collection[str]) -> Records:
     """The 1,797 handwritten digits of the UCI test set, 8x8 with values 0-16, as greyscale PNG files in memory."""
     try:
         from sklearn.datasets import load_digits
@@ -87,9 +105,8 @@ def _digits() -> Records:
 
     return Records(
         name="digits train",
-        storage="digits",
         classes=tuple(map(str, bunch.target_names)),
-        size=len(labels),
         order=functools.partial(random_access, read=read),
-        file_name=lambda index: f"digits train record {index}",
+        file_name=functools.partial(record_name, "digits train"),
+        **without("digits train", "digits", len(labels), exclude),
     )

@@ -1,9 +1,10 @@
 """What a split is, whatever it is stored in: examples in a seeded order that can start anywhere."""
 
 import dataclasses
+import hashlib
 import os
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -35,7 +36,7 @@ class Source:
     size: int
     examples: Examples
     file_name: Callable[[int], str]  # what an example's "index" is called in a message or a table: its path, or "cifar10 train record 17"
-    skipped: int = 0  # files that are not images and were left out
+    skipped: tuple[str, ...] = ()  # files that are not images and were left out
     pixels: Pixels | None = None  # of small images in memory
 
 
@@ -46,10 +47,11 @@ class Records:
     name: str
     storage: str
     classes: tuple[str, ...]
-    size: int
+    usable: np.ndarray  # int64 (n,), sorted: the indices of all but what is excluded or no image
     order: Callable[[np.ndarray], Examples]
     file_name: Callable[[int], str]
-    skipped: int = 0
+    skipped: tuple[str, ...] = ()
+    excluded: int = 0  # how many of those to exclude are here
 
 
 def batches_per_epoch(source: Source, batch_size: int) -> int:
@@ -62,7 +64,29 @@ def part(records: Records, kept: np.ndarray, name: str) -> Source:
 
 
 def whole(records: Records) -> Source:
-    return part(records, np.arange(records.size), records.name)
+    return part(records, records.usable, records.name)
+
+
+def without(name: str, storage: str, size: int, exclude: Collection[str]) -> dict[str, Any]:
+    """`usable`, `excluded` and `storage` of records that have no name but the split's and their number."""
+    excluded = [index for index in range(size) if record_name(name, index) in exclude] if exclude else []
+    if excluded:
+        storage += f", without {len(excluded)} ({hashlib.sha256(repr(excluded).encode()).hexdigest()[:16]})"
+    return {"usable": np.delete(np.arange(size), excluded), "excluded": len(excluded), "storage": storage}
+
+
+def record_name(name: str, index: int) -> str:
+    return f"{name} record {index}"
+
+
+def map_or(examples: tf.data.Dataset, function: Callable[[Any], Any], otherwise: Callable[[Any], Any], at_once: int) -> tf.data.Dataset:
+    """`function` of each example, or `otherwise` of one with which it fails, in order."""
+
+    def one(*example: Any) -> tf.data.Dataset:
+        single = tf.data.Dataset.from_tensors(example[0] if len(example) == 1 else example)
+        return single.map(function).ignore_errors(log_warning=False).concatenate(single.map(otherwise)).take(1)
+
+    return examples.interleave(one, cycle_length=at_once, block_length=1, num_parallel_calls=at_once, deterministic=True)
 
 
 def divide(size: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -14,6 +14,7 @@ from vgg_jax.data.splits import permuted
 # What Pillow and torchvision decode: pixels are equal to theirs. TensorFlow's default differs by up to 21 levels, 1.2 on average.
 DCT = "INTEGER_ACCURATE"
 DRAWS = 7  # random numbers of an image: S, two offsets, the mirror's, three of the colour shift
+LARGEST_DECODED = 178_956_970  # pixels of a file's image, Pillow's own bound; one of 20,000 x 20,000 takes 1.2 GB, a kilobyte as a file
 EXIF_HEAD = 4096  # bytes; EXIF belongs behind the start of a JPEG, or behind the 18 bytes of JFIF
 
 
@@ -99,7 +100,9 @@ def crop_resized(
     turn = orientation(encoded) if exif else tf.constant(1)
 
     def from_jpeg() -> tf.Tensor:
-        part = window(tf.io.extract_jpeg_shape(encoded)[:2], scale, size, fractions)
+        sides = tf.io.extract_jpeg_shape(encoded)[:2]
+        _refuse_bomb(sides)
+        part = window(sides, scale, size, fractions)
         pixels = tf.io.decode_and_crop_jpeg(encoded, tf.concat([part.first, part.sides], 0), channels=3, dct_method=DCT)
         return _resample(pixels, (size, size), part.zoom, part.translation)
 
@@ -184,8 +187,8 @@ def resample_rows(rows: tf.Tensor, count: tf.Tensor | int, zoom: tf.Tensor, tran
 def decode(encoded: tf.Tensor, exif: bool = True) -> tf.Tensor:
     """uint8 (H, W, 3) RGB of a JPEG, PNG, WebP or BMP image or the first frame of a GIF; alpha is dropped, 16 bits become 8.
 
-    Turned as the EXIF orientation of a JPEG says if `exif`. Raises tf.errors.InvalidArgumentError for what cannot be decoded, or ValueError
-    if Pillow is asked eagerly (for anything but JPEG and PNG).
+    Turned as the EXIF orientation of a JPEG says if `exif`. Raises tf.errors.InvalidArgumentError for what cannot be decoded and for more
+    than `LARGEST_DECODED` pixels, or ValueError if Pillow is asked eagerly (for anything but JPEG and PNG).
     """
     image = _decode(encoded)
     return _upright(image, orientation(encoded)) if exif else image
@@ -195,15 +198,25 @@ def _decode(encoded: tf.Tensor) -> tf.Tensor:
     def other() -> tf.Tensor:
         return tf.ensure_shape(tf.numpy_function(_decode_by_pillow, [encoded], tf.uint8), (None, None, 3))
 
+    def jpeg() -> tf.Tensor:
+        _refuse_bomb(tf.io.extract_jpeg_shape(encoded)[:2])
+        return tf.io.decode_jpeg(encoded, channels=3, dct_method=DCT)
+
     def png() -> tf.Tensor:
+        _refuse_bomb(tf.io.decode_raw(tf.strings.substr(encoded, 16, 8), tf.int32, little_endian=False))
         return tf.io.decode_png(encoded, channels=3)
 
     is_png = tf.strings.substr(encoded, 0, 4) == b"\x89PNG"
     return tf.cond(
         _is_jpeg(encoded),
-        lambda: tf.io.decode_jpeg(encoded, channels=3, dct_method=DCT),
+        jpeg,
         lambda: tf.cond(is_png, png, other),
     )
+
+
+def _refuse_bomb(sides: tf.Tensor) -> None:
+    pixels = tf.reduce_prod(tf.cast(sides, tf.float64))
+    tf.raw_ops.Assert(condition=pixels <= LARGEST_DECODED, data=[f"it has more than {LARGEST_DECODED:,} pixels"])
 
 
 def _decode_by_pillow(encoded: bytes | np.ndarray) -> np.ndarray:
