@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 
 from vgg_jax import preset
-from vgg_jax.checkpoint import read_run
+from vgg_jax.run import read_run
 
 
 def recorded(workdir: str) -> dict:

@@ -109,8 +109,8 @@ def test_the_line_says_what_bounds_the_rate(folder, tmp_path, monkeypatch, capsy
             time.sleep(0.5 if slow == "input" else 0)
             yield batch
 
-    def slow_steps(*arguments):
-        train_step, eval_step = compiled(*arguments)
+    def slow_steps(*arguments, **options):
+        train_step, eval_step = compiled(*arguments, **options)
         return (lambda state, batch: (time.sleep(0.5 if slow == "device" else 0), train_step(state, batch))[1]), eval_step
 
     monkeypatch.setattr(vgg_jax.train, "train_batches", slow_batches)
@@ -143,8 +143,8 @@ def test_a_run_compiles_each_step_once_and_reuses_the_states_memory(folder, tmp_
     """Over epochs and a change of the rate."""
     states, compiled = [], vgg_jax.train.compile_steps
 
-    def compile_steps(*arguments):
-        train_step, eval_step = compiled(*arguments)
+    def compile_steps(*arguments, **options):
+        train_step, eval_step = compiled(*arguments, **options)
 
         def remembered(state, batch):
             states.append(state)
@@ -190,9 +190,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(at_batch, killed, folder, f
 
     monkeypatch.setattr(vgg_jax.train, "on_devices", interrupted)
     if killed:
-        monkeypatch.setattr(vgg_jax.train, "SAVE_SECONDS", -1)
         with pytest.raises(KilledError):
-            fit(config(folder), tmp_path)
+            fit(config(folder), tmp_path, save_seconds=0)
     else:
         outcome = fit(config(folder), tmp_path)
         assert outcome.stopped

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from vgg_jax.configs import CHOICES, OUTPUTS, PIXELS, PROTOCOLS, WRITTEN, TrainConfig
+from vgg_jax.configs import CHOICES, MOST_HALVINGS, ON_NAN, OUTPUTS, PIXELS, PROTOCOLS, SAVE_SECONDS, WRITTEN, TrainConfig
 from vgg_jax.presets import PRESETS
 
 
@@ -95,6 +95,10 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--split", default="train")
     command.add_argument("--skip-bad", action="store_true", help="leave out files that are no images")
 
+    command = commands.add_parser("verify-data", help="read every image once, and list those that cannot be read")
+    add_data(command)
+    command.add_argument("--out", default="bad-images.jsonl", help="the list, for train --exclude (default: bad-images.jsonl)")
+
     commands.add_parser("selfcheck", help="whether this release of jax computes rightly on the devices here")
     return top
 
@@ -127,6 +131,14 @@ def add_train(command: argparse.ArgumentParser) -> None:
     add_cache(command)
     command.add_argument("--workdir", default=None, help="the run's folder (default: runs/DATA-NET)")
 
+    command.add_argument("--save-seconds", type=float, help=f"between two saves within an epoch (default: {SAVE_SECONDS})")
+    command.add_argument(
+        "--on-nan",
+        choices=ON_NAN,
+        help=f"where the loss is not finite: stop (default), or go back to the last save with half the rate, at most {MOST_HALVINGS} times",
+    )
+    command.add_argument("--debug-nans", action="store_true", help="name the layer where the loss is not finite; slower, with more memory")
+
     def flag(name: str, help: str, **options: Any) -> None:
         value = getattr(default, name)
         shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
@@ -154,7 +166,8 @@ def add_train(command: argparse.ArgumentParser) -> None:
     switch("exif", "turn photos upright as their EXIF orientation says")
     flag("statistics", "mean RGB and principal colours")
     flag("validation_fraction", "of the training images, where the data has no validation split", type=float)
-    switch("skip_bad", "leave out files that are no images, instead of refusing the folder")
+    switch("skip_bad", "leave out images that cannot be read, at most one in a hundred, instead of ending the run")
+    command.add_argument("--exclude", metavar="LIST", help="leave out the images in a list that verify-data wrote")
     switch("cache", "keep the encoded images in memory, of small ones the pixels; of TFRecord files the order is another")
     flag("batch_size", "images a step", type=int)
     flag("microbatch", "images whose activations are held at once; a step adds up their gradients", type=int)

@@ -1,11 +1,9 @@
-"""A run's folder: `run.json` (what is trained on what), `last/` (to go on), `best/` (to use), `metrics.jsonl`; all that knows orbax.
+"""The checkpoints of a run: `last/` (to go on) and `best/` (to use), with `metrics.jsonl` beside them; all that knows orbax.
 
 A step folder becomes visible by one rename when it is whole, and the one before it stays: a process killed in between leaves a readable
 run, and so does a disk that loses what was written last. Each carries the checksum of all that it holds.
 """
 
-import contextlib
-import dataclasses
 import errno
 import json
 import logging
@@ -13,16 +11,16 @@ import os
 import shutil
 import sys
 import zlib
-from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from vgg_jax.configs import Statistics, TrainConfig
 from vgg_jax.errors import InputError
 from vgg_jax.model import VGG
+from vgg_jax.run import read_run, sync, write_whole
 from vgg_jax.train_step import TrainState, build_model
 
 try:
@@ -34,131 +32,10 @@ except ImportError as error:
 KEPT = 2  # checkpoints: the one before the newest, should that one be damaged
 # What may be otherwise the next time, and says nothing about the files.
 _PASSING_ERRNOS = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE}
-_UNSUPPORTED_ERRNOS = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}  # of some network file systems
 
 
 class NotSavedError(Exception):
     """A checkpoint could not be written; those before it are as they were."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What a run is besides its parameters: all that using the net later needs to know, and all that its course depends on."""
-
-    config: TrainConfig
-    classes: tuple[str, ...]
-    colours: Statistics
-    storage: str  # of the training images
-    train_size: int
-    validation_size: int
-
-
-def begun_run(workdir: Path) -> Run | None:
-    """The run that the workdir holds a checkpoint of, if any.
-
-    Raises InputError for a run.json that cannot be read, and where epochs were done and there is nothing to go on from.
-    """
-    last = has_checkpoint(workdir / "last")
-    metrics = workdir / "metrics.jsonl"
-    if not last and metrics.exists() and metrics.stat().st_size:
-        raise InputError(
-            f"{workdir / 'last'} holds no checkpoint, and {metrics} tells of epochs that were done: expected one; restore that folder, "
-            "pass another --workdir, or remove this one to begin again"
-        )
-    # A run that was stopped, or ran out of memory, before its first checkpoint left nothing but its name.
-    saved = last or has_checkpoint(workdir / "best")
-    run = read_run(workdir) if saved or (workdir / "run.json").exists() else None
-    return run if saved else None
-
-
-def has_checkpoint(folder: Path) -> bool:
-    """Whether `last/` or `best/` holds a step, damaged or not, that was not set aside."""
-    return any(step.name.isdigit() for step in folder.glob("*"))
-
-
-def begin_run(workdir: Path, run: Run) -> None:
-    """Writes run.json. Raises InputError for a folder that cannot be written to."""
-    with _writing(workdir):
-        write_whole(workdir / "run.json", json.dumps(_plain(run), indent=1) + "\n")
-
-
-@contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[None]:
-    """The workdir, made if it is not there, for one process at a time.
-
-    Raises InputError where another one has it, or it cannot be written to. The lock ends with its process, however that ends.
-    """
-    made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
-    path = workdir / "lock"
-    with _writing(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
-    with file:
-        try:
-            _lock(file)
-            if os.fstat(file.fileno()).st_ino != path.stat().st_ino:  # who held it has removed it, see below
-                raise BlockingIOError
-        except (BlockingIOError, FileNotFoundError) as error:
-            raise InputError(
-                f"another process trains in {workdir}: expected one at a time; wait for it, or pass another --workdir"
-            ) from error
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                if made and os.listdir(workdir) == ["lock"]:  # nothing was begun: nothing is left
-                    path.unlink()
-                    for folder in made:
-                        folder.rmdir()
-
-
-def _lock(file: IO) -> None:
-    """Raises BlockingIOError where another process has it. Does nothing on Windows and on file systems that know no locks."""
-    try:
-        import fcntl
-    except ImportError:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError as error:
-        if error.errno not in _UNSUPPORTED_ERRNOS:
-            raise
-
-
-@contextlib.contextmanager
-def _writing(workdir: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"cannot write to {workdir} ({error.strerror}): expected a folder of the run; pass another --workdir") from error
-
-
-def refuse_another(workdir: Path, begun: Run, run: Run) -> None:
-    """Raises InputError, with the differences, where the run that was begun in the workdir is not this one."""
-    old, new = _flat(_plain(begun)), _flat(_plain(run))
-    differences = [f"{name} is {old[name]!r} there and {new[name]!r} here" for name in new if old[name] != new[name]]
-    if differences:
-        raise InputError(
-            f"{workdir} holds another run: {'; '.join(differences)}; pass another --workdir, or the same flags to go on with that run"
-        )
-
-
-def read_run(workdir: Path) -> Run:
-    """Raises InputError where there is no run, or none that can be read."""
-    path = Path(workdir) / "run.json"
-    try:
-        content = json.loads(path.read_text())
-        config = TrainConfig(**{name: _tuples(value) for name, value in content.pop("config").items()})
-        colours = Statistics(**{name: _tuples(value) for name, value in content.pop("colours").items()})
-        return Run(config, tuple(content.pop("classes")), colours, **content)
-    except FileNotFoundError as error:
-        raise InputError(f"no run in {workdir}: expected {path}, which `vgg-jax train` writes; pass the workdir of a run") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, OSError, InputError) as error:
-        raise InputError(
-            f"{path} cannot be read ({error}): expected what `vgg-jax train` wrote; train again into another --workdir"
-        ) from error
 
 
 def load(workdir: str | os.PathLike) -> tuple[VGG, dict[str, Any], dict[str, Any]]:
@@ -211,7 +88,7 @@ class Saved:
         if read_only:  # orbax warns that it then neither saves nor creates
             absl.setLevel(logging.ERROR)
         try:
-            # Without the background thread: on a CPU it would read the very arrays that are donated to the next step.
+            # Not orbax's own thread: on a CPU it would read the very arrays that are donated to the next step.
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=KEPT, enable_async_checkpointing=False, read_only=read_only, cleanup_tmp_directories=not read_only
             )
@@ -236,7 +113,7 @@ class Saved:
         try:
             self._manager.save(step, args=items, force=True)
             for each in (*path.rglob("*"), path, self._folder, self._folder.parent):
-                _sync(each)
+                sync(each)
         except (OSError, ValueError, RuntimeError) as error:
             if not isinstance(error, OSError) and "Error writing" not in str(error):  # which tensorstore says of a disk
                 raise
@@ -299,7 +176,91 @@ class Saved:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._manager.close()
+
+
+class Best(NamedTuple):
+    """What is to be known of a state that is the best so far, besides its variables."""
+
+    epoch: int
+    validation: dict[str, Any]
+
+
+class Saving:
+    """Saves a run while it trains on: what is to be saved is copied, and a thread writes the copies, one save after the other.
+
+    A save that fails is warned of and is in `failed` until another one succeeds; the best net is owed until then.
+    """
+
+    def __init__(self, workdir: Path) -> None:
+        self.last, self.best = Saved(workdir / "last"), Saved(workdir / "best")
+        self.failed: NotSavedError | None = None
+        self._workdir = workdir
+        self._owed: tuple[int, Any, dict[str, Any]] | None = None
+        self._thread = ThreadPoolExecutor(1, "saving")
+        self._writing: Future[None] | None = None
+
+    def save(self, step: int, state: TrainState, progress: dict[str, Any], best: Best | None = None) -> None:
+        """Of a state on the devices, a JSON object that begins with the `history`, and, if it is the best so far, what is known of it."""
+        self.wait()  # one copy at a time
+        copied = jax.tree.map(_copied, state)
+        if best is not None:
+            self._owed = best.epoch, variables_of(copied), best._asdict()
+        self._writing = self._thread.submit(self._write, step, copied, progress)
+
+    def wait(self) -> None:
+        """Until all is written that can be."""
+        if self._writing is not None:
+            self._writing.result()
+        self._writing = None
+
+    def _write(self, step: int, state: TrainState, progress: dict[str, Any]) -> None:
+        try:
+            self._pay()
+            self.last.save(step, state, progress)
+            write_metrics(self._workdir, progress["history"])
+            self.failed = None
+        except NotSavedError as error:
+            self.failed = error
+            print(f"warning: {error}; what was saved before is still there", file=sys.stderr, flush=True)
+
+    def _pay(self) -> None:
+        if self._owed is not None:
+            self.best.save(*self._owed)
+        self._owed = None
+
+    def __enter__(self) -> "Saving":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.wait()
+            self._pay()
+        except NotSavedError as error:
+            print(f"warning: {error}", file=sys.stderr, flush=True)
+        finally:
+            self._thread.shutdown()
+            for saved in (self.last, self.best):
+                saved.close()
+
+
+def write_metrics(workdir: Path, history: list[dict[str, Any]]) -> None:
+    """metrics.jsonl, a line an epoch, all anew. Raises NotSavedError."""
+    path = workdir / "metrics.jsonl"
+    try:
+        write_whole(path, "".join(json.dumps(record) + "\n" for record in history))
+    except OSError as error:
+        raise NotSavedError(f"cannot write to {path} ({error.strerror})") from error
+
+
+def _copied(array: jax.Array) -> Any:
+    """On the host, in memory of its own: the next step reuses the array's."""
+    if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+        return jax.random.clone(array)
+    return np.array(array)
 
 
 def restore_state(last: Saved, state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
@@ -343,40 +304,3 @@ def _is_passing(error: BaseException) -> bool:
     return (isinstance(error, OSError) and error.errno in _PASSING_ERRNOS) or any(
         each in str(error) for each in ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED")
     )
-
-
-def _sync(path: Path) -> None:
-    """Has the system write a file, or a folder's list of files, to the disk."""
-    if os.name != "posix":  # elsewhere a folder cannot be opened
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if not (path.is_dir() and error.errno in _UNSUPPORTED_ERRNOS):
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replaces a file in one step: a reader, or a killed writer, never leaves half of it."""
-    temporary = path.with_name(path.name + ".new")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync(path.parent)
-
-
-def _plain(run: Run) -> dict[str, Any]:
-    return json.loads(json.dumps(dataclasses.asdict(run)))
-
-
-def _flat(run: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in run.items() if name != "config"} | run["config"]
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -1,7 +1,7 @@
 """The command line: each command, and errors to one sentence.
 
-Exit codes: 0 done, 1 a check that did not hold, 2 bad input, 4 diverged, 74 the end could not be saved, 75 stopped and resumable,
-130 interrupted.
+Exit codes: 0 done, 1 a check that did not hold, 2 bad input, 3 an image that cannot be read, 4 diverged, 74 the end could not be saved,
+75 stopped and resumable, 130 interrupted.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from typing import Any
 
 from vgg_jax.arguments import parser
 from vgg_jax.configs import CONFIGS, Protocol, TrainConfig
-from vgg_jax.errors import InputError
+from vgg_jax.errors import DataError, InputError
 from vgg_jax.presets import preset
 
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return command(**arguments)
     except InputError as error:
         print(f"vgg-jax: {error}", file=sys.stderr)
-        return 2
+        return 3 if isinstance(error, DataError) else 2
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith("vgg_jax"):
             raise
@@ -85,13 +85,19 @@ def keep_memory() -> None:
 
 
 def train(data: str, workdir: str | None, data_dir: str | None, download: bool, **given: Any) -> int:
+    how = {name: given.pop(name) for name in ("save_seconds", "on_nan", "debug_nans") if name in given}
+    if "exclude" in given:
+        from vgg_jax.data import read_list
+
+        given["exclude"] = read_list(given["exclude"])
     config = preset(data, **given)
+    from vgg_jax.report import against_divergence
     from vgg_jax.train import DivergedError, NotSavedError, fit
 
     try:
-        outcome = fit(config, workdir or f"runs/{plain(data)}-{config.net}", data_dir, download)
+        outcome = fit(config, workdir or f"runs/{plain(data)}-{config.net}", data_dir, download, **how)
     except DivergedError as error:
-        print(f"vgg-jax: {error}", file=sys.stderr)
+        print(f"vgg-jax: {error}: {against_divergence(error.rate)}", file=sys.stderr)
         return 4
     except NotSavedError as error:
         print(f"vgg-jax: {error}; make room, and the same command goes on from what was saved before", file=sys.stderr)
@@ -135,6 +141,22 @@ def statistics(data: str, split: str, data_dir: str | None, download: bool, skip
     ):
         print(f"{label:<26}" + "".join(f"{value:>10.3f}" for value in values))
     return 0
+
+
+def verify_data(data: str, data_dir: str | None, download: bool, out: str) -> int:
+    from vgg_jax.data import verify, write_list
+
+    write_list(out, [])  # a folder that cannot be written to is said now
+    found = []
+    for split, count, bad in verify(data, data_dir=data_dir, download=download):
+        print(f"{data} {split}: {len(bad)} of {count} images cannot be read", flush=True)
+        for each in bad:
+            print(f"  {each.file!r}: {each.reason}", flush=True)
+        found += bad
+    write_list(out, found)
+    if found:
+        print(f"{out}: their list; `vgg-jax train {data} --exclude {out}` leaves them out")
+    return 3 if found else 0
 
 
 def import_(file: str, out: str, net: str | None, check: str | None) -> int:
@@ -196,7 +218,7 @@ def predict(net: str, images: list[str], top: int, as_json: bool, protocol: str,
             print(f"vgg-jax: {error}; expected a JPEG, PNG, WebP, BMP or GIF image", file=sys.stderr)
         else:
             print(f"{file}: " + "; ".join(f"{name} {probability:.1%}" for name, probability in best), flush=True)
-    return 2 if failed else 0
+    return 3 if failed else 0
 
 
 def evaluate(
@@ -255,5 +277,6 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "verify": verify,
     "summary": summary,
     "statistics": statistics,
+    "verify-data": verify_data,
     "selfcheck": selfcheck,
 }

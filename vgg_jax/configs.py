@@ -142,6 +142,9 @@ DENSE = Protocol()
 PIXELS = 800_000  # of the windows that are computed at once in an evaluation
 LARGEST = 2_000_000  # pixels of one image at a test scale: they are computed at once, with net A in 3.6 GB, with D in 5.3
 
+ON_NAN = ("stop", "halve")  # what a run does whose loss is not finite
+MOST_HALVINGS = 5  # of a run's rate by "halve"
+SAVE_SECONDS = 600  # between two saves within an epoch
 OUTPUTS = ("logits", "posteriors", "score_map")  # of an exported program
 WRITTEN = ("vgg_jax", "torchvision", "timm")  # whose names and order a .safetensors file can be written in
 
@@ -171,7 +174,8 @@ class TrainConfig:
     exif: bool = True  # turn photos upright as their EXIF orientation says
     statistics: str = "imagenet"
     validation_fraction: float = 0.1  # of the training split, where the data has no validation split
-    skip_bad: bool = False
+    skip_bad: bool = False  # an image that cannot be read counts for nothing, instead of ending the run
+    exclude: tuple[str, ...] = ()  # images that are left out, by the names that `vgg-jax verify-data` gives them
     cache: bool = False  # the encoded images in memory; of TFRecord files the order of an epoch is then another
     batch_size: int = 256
     microbatch: int | None = None  # examples whose activations are held at once; None: the whole batch

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vgg_jax.checkpoint import read_run, write_whole
 from vgg_jax.configs import DENSE, PIXELS, Protocol
 from vgg_jax.errors import InputError
 from vgg_jax.metrics import averages, interval, sums_of
 from vgg_jax.posteriors import stream_posteriors, with_defaults
+from vgg_jax.run import read_run, write_whole
 from vgg_jax.sharding import data_mesh
 from vgg_jax.weights import load
 
@@ -73,6 +73,7 @@ def evaluate(
     own = config is not None and data == config.data
     where: dict[str, Any] = {"data_dir": data_dir, "download": download, "skip_bad": skip_bad or (own and config.skip_bad)}
     if own and split in VALIDATION:
+        where["exclude"] = config.exclude
         train, source = open_splits(data, validation_fraction=config.validation_fraction, seed=config.seed, **where)
         run = read_run(Path(path))
         there, here = (run.storage, run.train_size, run.validation_size), (train.storage, train.size, source.size)

@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Sequence
 from typing import Any
 
 from vgg_jax.metrics import Sums, averages
@@ -13,9 +12,8 @@ WAITING = 0.2  # of the time; less is the start of the stream and chance
 def epoch_record(epoch: int, seconds: float, waited: float, rate: float, sums: Sums, validated: Sums, size: int) -> dict[str, Any]:
     """What metrics.jsonl says of an epoch. Training loss and errors are those of the steps, dropout and distortions on.
 
-    `waited` are the seconds of `seconds` in which the next batch was not there yet.
+    `waited` are the seconds of `seconds` in which the next batch was not there yet. Each part has the `count` of images that it is over.
     """
-    assert sums.count == size, f"{sums.count} of {size} images were trained on"
     parts = {"train": averages(sums), "validation": averages(validated)}
     parts = {name: values | {"accuracy": 1 - values["top1_error"]} for name, values in parts.items()}
     return {
@@ -59,9 +57,8 @@ def advice(classes: int) -> str:
     )
 
 
-def diverged(what: str, epoch: int, batch: int, rate: float, files: Sequence[str] = ()) -> str:
-    named = ", ".join(files[:8]) + (f" and {len(files) - 8} more" if len(files) > 8 else "")
+def against_divergence(rate: float) -> str:
     return (
-        f"{what} is not finite in epoch {epoch}, by batch {batch}{f' (of {named})' if files else ''}, at learning rate {rate:g}: "
-        f"pass --learning-rate {rate / 10:g}, --initializer glorot or --batch-norm, and a new --workdir if this one holds a checkpoint"
+        f"pass --on-nan halve to go on from what was saved last, or --learning-rate {rate / 10:g}, --initializer glorot or --batch-norm "
+        "with a new --workdir if this one holds a checkpoint; --debug-nans names the layer"
     )

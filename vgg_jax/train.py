@@ -2,13 +2,12 @@
 
 import contextlib
 import dataclasses
-import json
 import math
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,37 +16,28 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from vgg_jax.checkpoint import (
-    NotSavedError,
-    Run,
-    Saved,
-    begin_run,
-    begun_run,
-    has_checkpoint,
-    locked,
-    refuse_another,
-    restore_best,
-    restore_state,
-    variables_of,
-    write_whole,
-)
-from vgg_jax.configs import IMAGENET, TrainConfig
+from vgg_jax.checkpoint import Best, NotSavedError, Saving, restore_best, restore_state, write_metrics
+from vgg_jax.configs import IMAGENET, MOST_HALVINGS, ON_NAN, SAVE_SECONDS, TrainConfig
 from vgg_jax.data import Source, batches_per_epoch, cached, eval_batches, measure, open_splits, train_batches
 from vgg_jax.errors import InputError
 from vgg_jax.metrics import Sums, merge
 from vgg_jax.model import FROM_A, VGG, init_from
+from vgg_jax.nonfinite import first_nonfinite
 from vgg_jax.optimizer import learning_rate, set_learning_rate, sgd
 from vgg_jax.presets import with_learning_rate
-from vgg_jax.report import advice, diverged, epoch_record, line, stuck
+from vgg_jax.report import advice, epoch_record, line, stuck
+from vgg_jax.run import Run, begin_run, begun_run, has_checkpoint, locked, refuse_another
 from vgg_jax.sharding import data_mesh, put_batch
 from vgg_jax.train_step import TrainState, build_model, compile_steps, init_state
 from vgg_jax.weights import load
 
-SAVE_SECONDS = 600  # between two saves within an epoch
-
 
 class DivergedError(Exception):
-    """The loss is not a number; nothing of that is saved."""
+    """A loss or a parameter is not a number; nothing of that is saved."""
+
+    def __init__(self, said: str, rate: float, halvings: int) -> None:
+        super().__init__(said)
+        self.rate, self.halvings = rate, halvings  # the learning rate, and how often it had been halved
 
 
 class InFlight(NamedTuple):
@@ -65,19 +55,64 @@ class Outcome(NamedTuple):
     stopped: bool
 
 
-def fit(config: TrainConfig, workdir: str | Path, data_dir: str | Path | None = None, download: bool = False) -> Outcome:
+@dataclasses.dataclass
+class Progress:
+    """How far a run has come: what a checkpoint says besides its arrays."""
+
+    history: list[dict[str, Any]]
+    batch: int = 0  # how many of this epoch are done, in how many seconds, and how many of them the input was waited for
+    seconds: float = 0.0
+    waited: float = 0.0
+    sums: Sums = dataclasses.field(default_factory=Sums)
+    halvings: int = 0  # of the learning rate, after a divergence
+
+
+def fit(
+    config: TrainConfig,
+    workdir: str | Path,
+    data_dir: str | Path | None = None,
+    download: bool = False,
+    *,
+    save_seconds: float = SAVE_SECONDS,
+    on_nan: str = "stop",
+    debug_nans: bool = False,
+) -> Outcome:
     """Trains a network, or goes on with the training that the workdir holds; prints a line an epoch.
 
     Each epoch is one pass over all training images; then the validation images drive the learning rate and which state is the best
-    (§3.1). SIGINT or SIGTERM ends it after the step in hand, saved; a second one at once. Raises InputError for anything wrong in the
-    input, DivergedError where the loss becomes infinite or NaN, NotSavedError where the end could not be saved: a full disk before that
-    is warned of, and training goes on.
+    (§3.1). It saves behind each epoch, and within one every `save_seconds`, while training goes on. SIGINT or SIGTERM ends it after the
+    step in hand, saved; a second one at once.
+
+    Where the loss or a parameter becomes infinite or NaN, DivergedError says so, with the layer if `debug_nans`; with `on_nan` "halve" the
+    run goes back to what was saved last, with half the rate, at most `MOST_HALVINGS` times. Raises InputError for anything wrong in the
+    input, DataError for an image that cannot be read, NotSavedError where the end could not be saved: a full disk before that is warned
+    of, and training goes on.
     """
-    with locked(Path(workdir)):
-        return _fit(config, Path(workdir), data_dir, download)
+    if on_nan not in ON_NAN:
+        raise InputError(f"on_nan is {on_nan!r}: expected one of {', '.join(ON_NAN)}")
+    if not save_seconds >= 0:
+        raise InputError(f"save_seconds is {save_seconds}: expected 0 or more")
+    workdir, halvings = Path(workdir), 0
+    with locked(workdir):
+        while True:
+            try:
+                return _fit(config, workdir, data_dir, download, save_seconds, debug_nans, halvings)
+            except DivergedError as error:
+                if on_nan == "stop" or error.halvings == MOST_HALVINGS:
+                    raise
+                halvings = error.halvings + 1
+                print(f"warning: {error}: going back to what was saved last, with half the rate", file=sys.stderr, flush=True)
 
 
-def _fit(config: TrainConfig, workdir: Path, data_dir: str | Path | None, download: bool) -> Outcome:
+def _fit(
+    config: TrainConfig,
+    workdir: Path,
+    data_dir: str | Path | None,
+    download: bool,
+    save_seconds: float,
+    debug_nans: bool,
+    halvings: int,
+) -> Outcome:
     mesh = data_mesh(config.microbatch or config.batch_size)
     begun = begun_run(workdir)
     if begun is not None:  # what can be said now is not said after the data are read
@@ -91,11 +126,12 @@ def _fit(config: TrainConfig, workdir: Path, data_dir: str | Path | None, downlo
         validation_fraction=config.validation_fraction,
         seed=config.seed,
         skip_bad=config.skip_bad,
+        exclude=config.exclude,
         download=download,
     )
     print(f"{config.data}: {train.size} training and {validation.size} validation images of {len(train.classes)} classes", flush=True)
     if train.skipped or validation.skipped:
-        print(f"skipped {train.skipped} training and {validation.skipped} validation files that are no images", flush=True)
+        print(f"skipped {len(train.skipped)} training and {len(validation.skipped)} validation files that are no images", flush=True)
     config = with_learning_rate(config, len(train.classes))
     run = Run(config, train.classes, begun.colours if begun else IMAGENET, train.storage, train.size, validation.size)
     if begun is not None:
@@ -109,89 +145,81 @@ def _fit(config: TrainConfig, workdir: Path, data_dir: str | Path | None, downlo
     colours = run.colours
 
     # From here on: a KeyboardInterrupt that is raised while JAX traces or compiles may be lost, or end in a crash.
-    with stop_signals() as stop, Saved(workdir / "last") as last, Saved(workdir / "best") as best:
+    with stop_signals() as stop, Saving(workdir) as saving:
         model = build_model(config, len(train.classes))
-        train_step, eval_step = compile_steps(config, model, colours.mean_rgb, mesh)
+        train_step, eval_step = compile_steps(config, model, colours.mean_rgb, mesh, keep_state=debug_nans)
         state = init_state(model, sgd(config), config.seed, mesh)
         per_epoch = batches_per_epoch(train, config.batch_size)
         at_once = min(config.microbatch or config.batch_size, -(-validation.size // mesh.size) * mesh.size)
         validation_batches = eval_batches(validation, config, at_once)
-        history: list[dict[str, Any]] = []
-        batch_number, seconds, waited, sums = 0, 0.0, 0.0, Sums()
+        now = Progress([])
 
-        owed: tuple[int, Any, dict[str, Any]] | None = None  # the best net, as long as it is not saved
-        unsaved: NotSavedError | None = None  # why the last save failed, if it did
-
-        restored = restore_state(last, state) if begun else None
+        restored = restore_state(saving.last, state) if begun else None
         if begun is not None:
-            restore_best(best, state)  # of a damaged one is said now, and it is set aside
+            restore_best(saving.best, state)  # of a damaged one is said now, and it is set aside
         if restored is not None:
             state, progress = restored
-            history, batch_number = progress["history"], progress["batch"]
-            seconds, waited = progress["seconds"], progress["waited"]
-            sums = Sums(**progress["sums"])
-            at = f"batch {batch_number + 1} of {per_epoch}" if batch_number < per_epoch else "its validation"
-            print(f"{workdir}: going on at epoch {len(history) + 1}, {at}", flush=True)
+            now = Progress(**progress | {"sums": Sums(**progress["sums"])})
+            at = f"batch {now.batch + 1} of {per_epoch}" if now.batch < per_epoch else "its validation"
+            print(f"{workdir}: going on at epoch {len(now.history) + 1}, {at}", flush=True)
         elif source is not None:
             state = start_from(source, config, state, colours.mean_rgb)
             source = None  # half a gigabyte
         if begun is not None and restored is None:
             print(f"{workdir}: there is nothing to go on from, so it starts again", flush=True)
+        now.halvings = max(now.halvings, halvings)
         with contextlib.suppress(NotSavedError):  # the next save says so
-            write_metrics(workdir, history)
+            write_metrics(workdir, now.history)
 
-        def save() -> None:
-            nonlocal owed, unsaved
+        def save(rate: float, best: Best | None = None) -> None:
             # The loss that a step reports is the one before its update.
-            assert rate is not None
-            if not finite(state.params):
-                raise DivergedError(diverged("a parameter", len(history) + 1, batch_number, rate))
-            progress = {
-                "history": history,
-                "batch": batch_number,
-                "seconds": seconds,
-                "waited": waited,
-                "sums": dataclasses.asdict(sums),
-            }
-            try:
-                if owed is not None:
-                    best.save(*owed)
-                owed = None
-                last.save(len(history) * (per_epoch + 1) + batch_number, state, progress)
-                write_metrics(workdir, history)
-                unsaved = None
-            except NotSavedError as error:
-                owed = owed and (owed[0], jax.tree.map(np.array, owed[1]), owed[2])  # its memory on the device is the next step's
-                unsaved = error
-                print(f"warning: {error}; what was saved before is still there", file=sys.stderr, flush=True)
+            if not finite((state.params, state.batch_stats)):
+                raise diverged("a parameter", now, rate)
+            progress = dataclasses.asdict(dataclasses.replace(now, history=[*now.history]))
+            saving.save(len(now.history) * (per_epoch + 1) + now.batch, state, progress, best)
 
-        batches = iter(train_batches(train, config, colours, first_epoch=len(history), first_batch=batch_number))
+        def settle(batch: InFlight | None, rate: float) -> None:
+            """Waits for a batch's step and adds its sums."""
+            if batch is None:
+                return
+            now.sums = add(now.sums, batch.sums, bar)
+            if not math.isfinite(now.sums.loss):
+                raise diverged("the loss", dataclasses.replace(now, batch=batch.number), rate, names(train, batch.examples))
+
+        batches = iter(train_batches(train, config, colours, first_epoch=len(now.history), first_batch=now.batch))
         saved_at = time.monotonic()
-        while (rate := learning_rate(config, [record["validation"]["accuracy"] for record in history])) is not None:
-            epoch = len(history) + 1
+        while (rate := learning_rate(config, [record["validation"]["accuracy"] for record in now.history])) is not None:
+            rate /= 2**now.halvings
+            epoch = len(now.history) + 1
             state = dataclasses.replace(state, opt_state=set_learning_rate(state.opt_state, rate))
-            started, seconds_before = time.monotonic(), seconds
+            started, seconds_before = time.monotonic(), now.seconds
             unreadable: InputError | None = None  # raised behind the saving
             in_flight: InFlight | None = None
-            with progress_bar(f"epoch {epoch}", train.size, batch_number * config.batch_size) as bar:
-                while batch_number < per_epoch and not stop.is_set():
+            with progress_bar(f"epoch {epoch}", train.size, now.batch * config.batch_size) as bar:
+                while now.batch < per_epoch and not stop.is_set():
                     asked = time.monotonic()
                     try:
                         batch = next(batches)
                     except InputError as error:
                         unreadable = error
                         break
-                    waited += time.monotonic() - asked
-                    state, step_sums = train_step(state, on_devices(batch, mesh))
-                    batch_number += 1
-                    sums, in_flight = checked(sums, in_flight, bar, epoch, rate, train), InFlight(step_sums, batch_number, batch["index"])
-                    if time.monotonic() - saved_at > SAVE_SECONDS:
-                        sums, in_flight = checked(sums, in_flight, bar, epoch, rate, train), None
-                        seconds = seconds_before + time.monotonic() - started
-                        save()
+                    now.waited += time.monotonic() - asked
+                    placed, before = on_devices(batch, mesh), state
+                    state, step_sums = train_step(before, placed)
+                    now.batch += 1
+                    if debug_nans and not finite((step_sums, state.params, state.batch_stats)):
+                        layer = first_nonfinite(before, placed, model=model, mean_rgb=colours.mean_rgb)
+                        raise diverged(layer, now, rate, names(train, batch["index"]))
+                    settle(in_flight, rate)
+                    in_flight = InFlight(step_sums, now.batch, batch["index"])
+                    if time.monotonic() - saved_at > save_seconds:
+                        settle(in_flight, rate)
+                        in_flight = None
+                        now.seconds = seconds_before + time.monotonic() - started
+                        save(rate)
                         saved_at = time.monotonic()
-                sums = checked(sums, in_flight, bar, epoch, rate, train)
-            seconds = seconds_before + time.monotonic() - started
+                settle(in_flight, rate)
+            now.seconds = seconds_before + time.monotonic() - started
 
             validated = None
             if not stop.is_set() and unreadable is None:
@@ -200,43 +228,46 @@ def _fit(config: TrainConfig, workdir: Path, data_dir: str | Path | None, downlo
                 except InputError as error:
                     unreadable = error
             if validated is None:
-                if unreadable is None or history or batch_number:
-                    save()
-                    if unsaved is not None:
-                        raise NotSavedError(f"{unreadable}; {unsaved}" if unreadable else str(unsaved)) from unsaved
+                if unreadable is None or now.history or now.batch:
+                    save(rate)
+                    saving.wait()
+                    if saving.failed is not None:
+                        raise NotSavedError(f"{unreadable}; {saving.failed}" if unreadable else str(saving.failed)) from saving.failed
                     print(f"stopped in epoch {epoch} and saved in {workdir}: the same command goes on from there", flush=True)
                 if unreadable is not None:
                     raise unreadable
-                return Outcome(history, stopped=True)
+                return Outcome(now.history, stopped=True)
             if not math.isfinite(validated.loss):
-                raise DivergedError(diverged("the validation's loss", epoch, batch_number, rate))
+                raise diverged("the validation's loss", now, rate)
 
-            record = epoch_record(epoch, seconds, waited, rate, sums, validated, train.size)
-            improved = all(record["validation"]["accuracy"] > old["validation"]["accuracy"] for old in history)
-            history.append(record)
-            batch_number, seconds, waited, sums = 0, 0.0, 0.0, Sums()
-            if improved:
-                owed = epoch, variables_of(state), {"epoch": epoch, "validation": record["validation"]}
-            save()
+            counts = (now.sums.count, validated.count)
+            assert config.skip_bad or counts == (train.size, validation.size), f"images seen were {counts}"
+            record = epoch_record(epoch, now.seconds, now.waited, rate, now.sums, validated, train.size)
+            improved = all(record["validation"]["accuracy"] > old["validation"]["accuracy"] for old in now.history)
+            now = Progress([*now.history, record], halvings=now.halvings)
+            save(rate, Best(epoch, record["validation"]) if improved else None)
             saved_at = time.monotonic()
             print(line(record), flush=True)
-            if stuck(history, len(train.classes)):
+            if stuck(now.history, len(train.classes)):
                 print(advice(len(train.classes)), flush=True)
 
-        if unsaved is not None:
-            raise unsaved
+        saving.wait()
+        if saving.failed is not None:
+            raise saving.failed
 
-    top = max(history, key=lambda record: record["validation"]["accuracy"])
+    top = max(now.history, key=lambda record: record["validation"]["accuracy"])
     print(f"done: best validation accuracy {top['validation']['accuracy']:.2%} in epoch {top['epoch']}, {workdir / 'best'}", flush=True)
-    return Outcome(history, stopped=False)
+    return Outcome(now.history, stopped=False)
 
 
-def write_metrics(workdir: Path, history: list[dict[str, Any]]) -> None:
-    """A line an epoch, all anew. Raises NotSavedError."""
-    try:
-        write_whole(workdir / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history))
-    except OSError as error:
-        raise NotSavedError(f"cannot write to {workdir / 'metrics.jsonl'} ({error.strerror})") from error
+def diverged(what: str, now: Progress, rate: float, files: Sequence[str] = ()) -> DivergedError:
+    named = f" (of {', '.join(files[:8])}{f' and {len(files) - 8} more' if len(files) > 8 else ''})" if files else ""
+    said = f"{what} is not finite in epoch {len(now.history) + 1}, by batch {now.batch}{named}, at learning rate {rate:g}"
+    return DivergedError(said, rate, now.halvings)
+
+
+def names(source: Source, indices: np.ndarray) -> list[str]:
+    return [source.file_name(int(index)) for index in indices if index >= 0]
 
 
 def start_from(
@@ -286,7 +317,6 @@ def evaluate_all(eval_step: Any, state: TrainState, batches: Any, source: Source
             step_sums = eval_step(variables, on_devices(batch, mesh))
             sums, pending = add(sums, pending, bar), step_sums
         sums = add(sums, pending, bar)
-    assert stop.is_set() or sums.count == source.size, f"{sums.count} of {source.size} images were evaluated"
     return None if stop.is_set() else sums
 
 
@@ -306,17 +336,6 @@ def add(sums: Sums, pending: Sums | None, bar: tqdm) -> Sums:
 
 def progress_bar(name: str, total: int, initial: int = 0) -> tqdm:
     return tqdm(desc=name, total=total, initial=initial, unit=" images", leave=False, disable=None)  # None: where there is no terminal
-
-
-def checked(sums: Sums, in_flight: InFlight | None, bar: tqdm, epoch: int, rate: float, source: Source) -> Sums:
-    """Waits for the batch and adds its sums. Raises DivergedError, with the batch's files, if its loss is not finite."""
-    if in_flight is None:
-        return sums
-    sums = add(sums, in_flight.sums, bar)
-    if not math.isfinite(sums.loss):
-        files = [source.file_name(int(index)) for index in in_flight.examples if index >= 0]
-        raise DivergedError(diverged("the loss", epoch, in_flight.number, rate, files))
-    return sums
 
 
 @jax.jit

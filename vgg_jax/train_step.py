@@ -118,13 +118,13 @@ def eval_step(variables: dict[str, Any], batch: Batch, *, model: VGG, mean_rgb: 
 
 
 def compile_steps(
-    config: TrainConfig, model: VGG, mean_rgb: tuple[float, float, float], mesh: Mesh
+    config: TrainConfig, model: VGG, mean_rgb: tuple[float, float, float], mesh: Mesh, keep_state: bool = False
 ) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped]:
-    """`train_step(state, batch)`, which reuses the memory of the state it is given, and `eval_step(variables, batch)`, jitted."""
+    """`train_step(state, batch)`, which unless `keep_state` reuses the state's memory, and `eval_step(variables, batch)`, jitted."""
     static: dict[str, Any] = {"model": model, "mean_rgb": mean_rgb}
     options: dict[str, Any] = {"compiler_options": compiler_options(), "out_shardings": replicated(mesh)}
     step = partial(train_step, optimizer=sgd(config), microbatch=config.microbatch, **static)
-    return jax.jit(step, donate_argnums=0, **options), jax.jit(partial(eval_step, **static), **options)
+    return jax.jit(step, donate_argnums=() if keep_state else 0, **options), jax.jit(partial(eval_step, **static), **options)
 
 
 def step_memory(config: TrainConfig, num_classes: int) -> dict[str, int]:

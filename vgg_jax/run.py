@@ -1,0 +1,177 @@
+"""What a run is: its `run.json`, and its folder, which one process at a time has."""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from vgg_jax.configs import Statistics, TrainConfig
+from vgg_jax.errors import InputError
+
+UNSUPPORTED_ERRNOS = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}  # of some network file systems
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run is besides its parameters: all that using the net later needs to know, and all that its course depends on."""
+
+    config: TrainConfig
+    classes: tuple[str, ...]
+    colours: Statistics
+    storage: str  # of the training images
+    train_size: int
+    validation_size: int
+
+
+def begun_run(workdir: Path) -> Run | None:
+    """The run that the workdir holds a checkpoint of, if any.
+
+    Raises InputError for a run.json that cannot be read, and where epochs were done and there is nothing to go on from.
+    """
+    last = has_checkpoint(workdir / "last")
+    metrics = workdir / "metrics.jsonl"
+    if not last and metrics.exists() and metrics.stat().st_size:
+        raise InputError(
+            f"{workdir / 'last'} holds no checkpoint, and {metrics} tells of epochs that were done: expected one; restore that folder, "
+            "pass another --workdir, or remove this one to begin again"
+        )
+    # A run that was stopped, or ran out of memory, before its first checkpoint left nothing but its name.
+    saved = last or has_checkpoint(workdir / "best")
+    run = read_run(workdir) if saved or (workdir / "run.json").exists() else None
+    return run if saved else None
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether `last/` or `best/` holds a step, damaged or not, that was not set aside."""
+    return any(step.name.isdigit() for step in folder.glob("*"))
+
+
+def begin_run(workdir: Path, run: Run) -> None:
+    """Writes run.json. Raises InputError for a folder that cannot be written to."""
+    with _writing(workdir):
+        write_whole(workdir / "run.json", json.dumps(_plain(run), indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """The workdir, made if it is not there, for one process at a time.
+
+    Raises InputError where another one has it, or it cannot be written to. The lock ends with its process, however that ends.
+    """
+    made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
+    path = workdir / "lock"
+    with _writing(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    with file:
+        try:
+            _lock(file)
+            if os.fstat(file.fileno()).st_ino != path.stat().st_ino:  # who held it has removed it, see below
+                raise BlockingIOError
+        except (BlockingIOError, FileNotFoundError) as error:
+            raise InputError(
+                f"another process trains in {workdir}: expected one at a time; wait for it, or pass another --workdir"
+            ) from error
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                if made and os.listdir(workdir) == ["lock"]:  # nothing was begun: nothing is left
+                    path.unlink()
+                    for folder in made:
+                        folder.rmdir()
+
+
+def _lock(file: IO) -> None:
+    """Raises BlockingIOError where another process has it. Does nothing on Windows and on file systems that know no locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        if error.errno not in UNSUPPORTED_ERRNOS:
+            raise
+
+
+@contextlib.contextmanager
+def _writing(workdir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write to {workdir} ({error.strerror}): expected a folder of the run; pass another --workdir") from error
+
+
+def refuse_another(workdir: Path, begun: Run, run: Run) -> None:
+    """Raises InputError, with the differences, where the run that was begun in the workdir is not this one."""
+    old, new = _flat(_plain(begun)), _flat(_plain(run))
+    differences = [f"{name} is {_shown(old[name])} there and {_shown(new[name])} here" for name in new if old[name] != new[name]]
+    if differences:
+        raise InputError(
+            f"{workdir} holds another run: {'; '.join(differences)}; pass another --workdir, or the same flags to go on with that run"
+        )
+
+
+def read_run(workdir: Path) -> Run:
+    """Raises InputError where there is no run, or none that can be read."""
+    path = Path(workdir) / "run.json"
+    try:
+        content = json.loads(path.read_text())
+        config = TrainConfig(**{name: _tuples(value) for name, value in content.pop("config").items()})
+        colours = Statistics(**{name: _tuples(value) for name, value in content.pop("colours").items()})
+        return Run(config, tuple(content.pop("classes")), colours, **content)
+    except FileNotFoundError as error:
+        raise InputError(f"no run in {workdir}: expected {path}, which `vgg-jax train` writes; pass the workdir of a run") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, OSError, InputError) as error:
+        raise InputError(
+            f"{path} cannot be read ({error}): expected what `vgg-jax train` wrote; train again into another --workdir"
+        ) from error
+
+
+def sync(path: Path) -> None:
+    """Has the system write a file, or a folder's list of files, to the disk."""
+    if os.name != "posix":  # elsewhere a folder cannot be opened
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in UNSUPPORTED_ERRNOS):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replaces a file in one step: a reader, or a killed writer, never leaves half of it."""
+    temporary = path.with_name(path.name + ".new")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+def _plain(run: Run) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(run)))
+
+
+def _flat(run: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in run.items() if name != "config"} | run["config"]
+
+
+def _shown(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 200 else f"{shown[:200]}…"
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
