@@ -28,3 +28,18 @@ def shared_data() -> Path:
     if not DATA.is_dir():
         pytest.skip(f"no real data: {DATA} does not exist and VGG_JAX_DATA is not set")
     return DATA
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    """{"tfrecord": a data_dir with the data set "numbers", "array_record": one, too}"""
+    import tensorflow_datasets as tfds
+
+    from tests.data.tiny_data import Numbers
+
+    folders = {}
+    for file_format in ("tfrecord", "array_record"):
+        folders[file_format] = str(tmp_path_factory.mktemp(file_format))
+        config = tfds.download.DownloadConfig(num_shards=4, try_download_gcs=False)
+        Numbers(data_dir=folders[file_format], file_format=file_format).download_and_prepare(download_config=config)
+    return folders

@@ -4,10 +4,7 @@ import socket
 
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
 from PIL import Image
-
-from tests.data.tiny_data import Numbers
 
 
 @pytest.fixture(autouse=True)
@@ -16,17 +13,6 @@ def no_network(monkeypatch):
         raise AssertionError(f"a test asked the network: {args[1:]}")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-
-
-@pytest.fixture(scope="session")
-def prepared(tmp_path_factory):
-    """{"tfrecord": a data_dir with the data set "numbers", "array_record": one, too}"""
-    folders = {}
-    for file_format in ("tfrecord", "array_record"):
-        folders[file_format] = str(tmp_path_factory.mktemp(file_format))
-        config = tfds.download.DownloadConfig(num_shards=4, try_download_gcs=False)
-        Numbers(data_dir=folders[file_format], file_format=file_format).download_and_prepare(download_config=config)
-    return folders
 
 
 @pytest.fixture

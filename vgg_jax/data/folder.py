@@ -104,7 +104,7 @@ def relative(name: str, root: str) -> str:
 
 def _class_names(folder: str) -> tuple[str, ...]:
     with os.scandir(folder) as entries:
-        return tuple(sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")))
+        return tuple(sorted(entry.name for entry in entries if os.path.isdir(entry.path) and not entry.name.startswith(".")))
 
 
 def _hidden(name: bytes) -> bool:
