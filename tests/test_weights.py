@@ -6,7 +6,6 @@ import json
 import re
 import struct
 import sys
-import zlib
 
 import h5py
 import jax
@@ -17,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from tests.conftest import DATA
 from vgg_jax import CONFIGS, IMAGENET, InputError, cli, compiler_options, imagenet, load
-from vgg_jax.weights import read, save
+from vgg_jax.weights import matlab, read, save
 from vgg_jax.weights.layouts import LAYOUTS, rows
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # torchvision's, times 255
@@ -436,7 +435,8 @@ def test_files_that_would_take_for_ever(tmp_path):
     with pytest.raises(InputError, match=r"says that it holds 112,\d{3},\d{3} numbers in"):
         read(tmp_path / "hollow.h5")
     element = b""
-    for _ in range(20):
+    for _ in range(20):  # a cell array of one cell, which holds the one before
+        element = struct.pack("<IIIIIIIIII", 6, 8, 1, 0, 5, 8, 1, 1, 1, 0) + element
         element = struct.pack("<II", 14, len(element)) + element
     (tmp_path / "deep.mat").write_bytes(b"MATLAB".ljust(124) + b"\x00\x01IM" + element)
     with pytest.raises(InputError, match="nested more than 12 deep"):
@@ -460,14 +460,35 @@ def test_torchvisions_features_for_others(tmp_path):
     np.testing.assert_array_equal(weights.variables["params"]["conv1_1"]["kernel"], state["features.0.weight"].transpose(2, 3, 1, 0))
 
 
+def test_matlab_values_are_those_that_scipy_reads(tmp_path):
+    """Of every type, whole numbers that MATLAB would store as smaller ones, text, cells in columns, structures; packed and not."""
+    io = pytest.importorskip("scipy.io", reason="needs scipy")
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(0, 100, (3, 4, 2)).astype(kind) for kind in matlab.DTYPES.values()] + [rng.normal(size=(1, 5)), np.zeros((0, 3))]
+    cells = np.empty((2, 3), object)
+    for i in range(6):
+        cells[i % 2, i // 2] = np.float32(i)
+    values = {f"x{i}": array for i, array in enumerate(arrays)} | {"text": "conv1_1", "cells": cells, "known": {"a": 1.5, "b": "two"}}
+    values["of_another_kind"] = np.array([[1 + 2j]])
+    for compressed in (False, True):
+        io.savemat(tmp_path / "x.mat", values, do_compression=compressed)
+        data = memoryview((tmp_path / "x.mat").read_bytes())[128:]
+        ours, theirs = dict(matlab._array(part, 0) for part in matlab._unpacked(data, 10**6)), io.loadmat(tmp_path / "x.mat")
+        for name in (f"x{i}" for i in range(len(arrays))):
+            assert (ours[name].dtype, ours[name].shape) == (theirs[name].dtype, theirs[name].shape)
+            np.testing.assert_array_equal(ours[name], theirs[name])
+        assert ours["text"] == theirs["text"].item() == "conv1_1"
+        assert [value.item() for value in ours["cells"]] == [value.item() for value in theirs["cells"].ravel("F")] == [0, 1, 2, 3, 4, 5]
+        assert (ours["known"][0]["a"].item(), ours["known"][0]["b"], ours["of_another_kind"]) == (1.5, "two", None)
+
+
 def test_matlab_files_that_would_fill_the_memory(tmp_path):
     """Many compressed elements, each small enough by itself; and the other byte order, whose sizes are read wrongly."""
-    bomb = zlib.compress(bytes(10**6))
-    element = struct.pack("<II", 15, len(bomb)) + bomb
-    (tmp_path / "bomb.mat").write_bytes(b"MATLAB".ljust(124) + b"\x00\x01IM" + 20 * element)
+    io = pytest.importorskip("scipy.io", reason="needs scipy")
+    io.savemat(tmp_path / "bomb.mat", {f"x{i}": np.zeros(10**5) for i in range(20)}, do_compression=True)
     with pytest.raises(InputError, match="unpacks to more than"):
         read(tmp_path / "bomb.mat")
-    (tmp_path / "big.mat").write_bytes(b"MATLAB".ljust(124) + b"\x01\x00MI" + element)
+    (tmp_path / "big.mat").write_bytes(b"MATLAB".ljust(124) + b"\x01\x00MI" + bytes(64))
     with pytest.raises(InputError, match="is big-endian"):
         read(tmp_path / "big.mat")
 

@@ -156,6 +156,8 @@ def read(path: str | Path) -> Evaluation:
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as content:
             evaluation = Evaluation(**{field.name: content[field.name] for field in dataclasses.fields(Evaluation)})
+        if not all(isinstance(array, np.ndarray) for array in vars(evaluation).values()):
+            raise ValueError("a part of it is no array")
         n, k = evaluation.posteriors.shape
         if (evaluation.labels.shape, evaluation.files.shape, evaluation.classes.shape) != ((n,), (n,), (k,)):
             raise ValueError("its arrays do not fit together")

@@ -131,7 +131,8 @@ def read_run(workdir: Path) -> Run:
         raise InputError(f"no run in {workdir}: expected {path}, which `vgg-jax train` writes; pass the workdir of a run") from error
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, OSError, InputError) as error:
         raise InputError(
-            f"{path} cannot be read ({error}): expected what `vgg-jax train` wrote; train again into another --workdir"
+            f"{path} cannot be read ({' '.join(str(error).split())[:200]}): expected what `vgg-jax train` wrote; "
+            "train again into another --workdir"
         ) from error
 
 

@@ -65,7 +65,6 @@ def damage_named(path: Path, kind: str = "weights") -> Iterator[None]:
 
 _INSTALL = {
     "HDF5": "pip install 'vgg-jax[weights]'",
-    "MATLAB": "pip install 'vgg-jax[weights]'",
     "PyTorch": "pip install torch, or convert it where torch is: "
     "safetensors.torch.save_file(torch.load('x.pth', weights_only=True), 'x.safetensors')",
     "safetensors": "pip install safetensors",

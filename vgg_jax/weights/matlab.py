@@ -1,41 +1,55 @@
-"""MatConvNet's .mat files."""
+"""MatConvNet's .mat files, of MATLAB 5 to 7: elements that are a type, a size and so many bytes, arrays within arrays.
+
+Read here, because scipy looks types up in a table without asking whether they are there: a damaged file ends the process.
+"""
 
 import math
+import mmap
 import zlib
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from vgg_jax.errors import InputError
-from vgg_jax.weights.contents import LARGEST, Contents, Tensor
+from vgg_jax.weights.contents import LARGEST, MANY, Contents, Tensor
 
+NUMBERS = {1: "i1", 2: "u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 7: "<f4", 9: "<f8", 12: "<i8", 13: "<u8", 16: "u1", 17: "<u2"}
+ARRAY, COMPRESSED = 14, 15
+CELL, STRUCT, TEXT = 1, 2, 4
+# Of the classes of numbers. A double that is a whole number may be stored as one.
+DTYPES = {6: "f8", 7: "f4", 8: "i1", 9: "u1", 10: "i2", 11: "u2", 12: "i4", 13: "u4", 14: "i8", 15: "u8"}
+DEEPEST = 12  # cells and structures within each other
 SLACK = 2**20  # bytes that a file may unpack to, however small it is
 
 
 def read(path: Path) -> Contents:
-    from scipy.io import loadmat
-
-    _check(path)
-    found = loadmat(path, variable_names=("layers", "meta", "normalization"))
+    with path.open("rb") as file:
+        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    if data[126:128] != b"IM":
+        raise InputError(f"{path} is big-endian: expected MatConvNet's net, which is little-endian")
+    found = {}
+    for part in _unpacked(data[128:], min(LARGEST, 4 * len(data) + SLACK)):
+        name, value = _array(part, 0)
+        found[name] = value
     tensors = {}
     notes = {}
-    for place in (found, found["meta"][0, 0] if "meta" in found else {}):
-        names = place.dtype.names if isinstance(place, np.void) else place
-        if "normalization" in (names or ()) and "averageImage" in place["normalization"].dtype.names:
-            mean = np.asarray(place["normalization"][0, 0]["averageImage"], np.float64)
-            notes["mean_rgb"] = mean.reshape(-1, 3).mean(0) if mean.shape[-1] == 3 else mean.ravel()
-    for layer in found["layers"].ravel():
-        layer = layer[0, 0]
-        names = layer.dtype.names
-        if "weights" in names and layer["weights"].size:
-            filters, biases = layer["weights"].ravel()[:2]
-        elif "filters" in names and layer["filters"].size:  # before MatConvNet 1.0-beta12
+    for place in (found, *found.get("meta", [])):
+        for normalization in place.get("normalization", []):
+            if "averageImage" in normalization:
+                mean = np.asarray(normalization["averageImage"], np.float64)
+                notes["mean_rgb"] = mean.reshape(-1, 3).mean(0) if mean.shape[-1] == 3 else mean.ravel()
+    for (layer,) in found["layers"]:
+        if len(layer.get("weights", [])):
+            filters, biases = layer["weights"][:2]
+        elif len(layer.get("filters", [])):  # before MatConvNet 1.0-beta12
             filters, biases = layer["filters"], layer["biases"]
         else:
             continue
-        name = str(layer["name"].item())
-        for leaf, array in (("filters", np.asarray(filters)), ("biases", np.asarray(biases).ravel())):
+        name = layer["name"]
+        for leaf, array in (("filters", filters), ("biases", biases.ravel())):
             if array.dtype.kind != "f":
                 raise InputError(f"{path}: {name} has {array.dtype}: expected numbers")
             if leaf == "filters":
@@ -44,44 +58,86 @@ def read(path: Path) -> Contents:
     return Contents(tensors, notes)
 
 
-def _check(path: Path) -> None:
-    """Raises InputError for what would exhaust scipy's stack or the memory: deep nesting, compression, arrays that are not there."""
-    data = memoryview(path.read_bytes())
-    if data[126:128] != b"IM":
-        raise InputError(f"{path} is big-endian: expected MatConvNet's net, which is little-endian")
-    waiting = [(data[128:], 0)]
-    unpacked = 0
-    while waiting:
-        part, depth = waiting.pop()
-        at = 0
-        while at + 8 <= len(part):
-            kind, size = (int.from_bytes(part[at + i : at + i + 4], "little") for i in (0, 4))
-            if kind >> 16:  # a small element: its bytes lie in the tag
-                at += 8
-                continue
-            inside = part[at + 8 : at + 8 + size]
-            if len(inside) < size:
-                raise InputError(f"{path} says that {size:,} bytes come where {len(inside):,} are left: expected it whole")
-            if kind == 15:
-                unpacker = zlib.decompressobj()
-                limit = min(LARGEST, 4 * len(data) + SLACK) - unpacked  # weights hardly compress
-                inside = memoryview(unpacker.decompress(inside, max(1, limit)))
-                unpacked += len(inside)
-                if unpacker.unconsumed_tail:
-                    raise InputError(f"{path} unpacks to more than {unpacked:,} bytes: expected a VGG's weights")
-            if kind == 14 and _elements(inside) > len(inside):
-                raise InputError(
-                    f"{path} says that an array in {len(inside):,} bytes has {_elements(inside):,} elements: expected them there"
-                )
-            if kind in (14, 15):
-                if depth > 12:
-                    raise InputError(f"{path} is nested more than 12 deep: expected MatConvNet's net")
-                waiting.append((inside, depth + 1))
-            at += 8 + size + (0 if kind == 15 else -size % 8)
+def _unpacked(data: memoryview, most: int) -> Iterator[memoryview]:
+    """The arrays of a file, of which `most` bytes may be unpacked: weights hardly compress."""
+    left = most
+    for kind, part in _elements(data):
+        if kind == COMPRESSED:
+            unpacker = zlib.decompressobj()
+            part = memoryview(unpacker.decompress(part, max(1, left)))
+            left -= len(part)
+            if unpacker.unconsumed_tail:
+                raise ValueError(f"it unpacks to more than {most:,} bytes")
+            kind, part = _next(_elements(part))
+        if kind != ARRAY:
+            raise ValueError(f"an element of the type {kind} where an array belongs")
+        yield part
 
 
-def _elements(array: memoryview) -> int:
-    """How many elements an array says that it has: its second part, behind 16 bytes of flags, holds its sides."""
-    size = int.from_bytes(array[20:24], "little")
-    sides = array[24 : 24 + min(size, len(array) - 24) // 4 * 4].cast("i") if len(array) > 24 else ()
-    return math.prod(abs(side) for side in sides)
+def _elements(data: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """The types and the bytes of elements that follow each other."""
+    at = 0
+    while at + 8 <= len(data):
+        kind, size = (int.from_bytes(data[at + i : at + i + 4], "little") for i in (0, 4))
+        if kind >> 16:  # a small element: its bytes lie in the tag
+            kind, size, start, end = kind & 0xFFFF, kind >> 16, at + 4, at + 8
+            if size > 4:
+                raise ValueError(f"{size} bytes in the four of a small element")
+        else:
+            start = at + 8
+            end = start + size + (0 if kind == COMPRESSED else -size % 8)
+        if start + size > len(data):
+            raise ValueError(f"{size:,} bytes are to come where {len(data) - start:,} are left")
+        yield kind, data[start : start + size]
+        at = end
+
+
+def _next(elements: Iterator[tuple[int, memoryview]]) -> tuple[int, memoryview]:
+    for element in elements:
+        return element
+    raise ValueError("an array is cut short")
+
+
+def _array(data: memoryview, depth: int) -> tuple[str, Any]:
+    """An array's name, and its value: of cells a list, of structures a list of dicts, of text a str, of numbers an array, else None."""
+    if depth > DEEPEST:
+        raise ValueError(f"it is nested more than {DEEPEST} deep")
+    parts = _elements(data)
+    flags, sides, name = _numbers(_next(parts)), _numbers(_next(parts)), bytes(_next(parts)[1]).decode("latin-1")
+    kind, is_complex = int(flags[0]) & 0xFF, int(flags[0]) & 0x800
+    count = math.prod(int(side) for side in sides)
+    if not 2 <= len(sides) <= 8 or min(sides) < 0:
+        raise ValueError(f"an array of the sides {sides.tolist()[:9]}")
+    if kind in (CELL, STRUCT) and count > MANY:
+        raise ValueError(f"{count:,} cells or structures")
+    if kind == CELL:
+        return name, [_inside(parts, depth) for _ in range(count)]
+    if kind == STRUCT:
+        length, packed = int(_numbers(_next(parts))[0]), bytes(_next(parts)[1])
+        if not 0 < length <= 64:
+            raise ValueError(f"names of {length} bytes")
+        fields = [packed[at : at + length].split(b"\0")[0].decode("latin-1") for at in range(0, len(packed), length)]
+        return name, [{field: _inside(parts, depth) for field in fields} for _ in range(count)]
+    if kind == TEXT:
+        codes = _numbers(_next(parts)) if count else np.zeros(0, "u1")
+        return name, "".join(map(chr, codes.tolist()))
+    if kind not in DTYPES or is_complex:
+        return name, None
+    numbers = _numbers(_next(parts)) if count else np.zeros(0)
+    if len(numbers) != count:
+        raise ValueError(f"{len(numbers):,} numbers in an array of {count:,}")
+    return name, numbers.astype(DTYPES[kind], copy=False).reshape(sides, order="F")
+
+
+def _inside(parts: Iterator[tuple[int, memoryview]], depth: int) -> Any:
+    kind, part = _next(parts)
+    if kind != ARRAY:
+        raise ValueError(f"an element of the type {kind} where an array belongs")
+    return _array(part, depth + 1)[1] if len(part) else np.zeros((0, 0))
+
+
+def _numbers(element: tuple[int, memoryview]) -> np.ndarray:
+    kind, part = element
+    if kind not in NUMBERS:
+        raise ValueError(f"an element of the type {kind} where numbers belong")
+    return np.frombuffer(part, NUMBERS[kind])
