@@ -1,7 +1,6 @@
 """A run that is stopped anywhere and continued is, to the bit, the run that was not: for each storage, with all that is random on."""
 
 import dataclasses
-import json
 import os
 import signal
 
@@ -11,17 +10,12 @@ import pytest
 
 import vgg_jax.train
 from tests.data.tiny_data import encode, noise
+from tests.faults.soak import result
 from tests.tiny import SHALLOW
 from vgg_jax import CONFIGS, TrainConfig, preset
-from vgg_jax.checkpoint import Saved, restore_best, restore_state
 from vgg_jax.configs import CHOICES
-from vgg_jax.optimizer import sgd
-from vgg_jax.run import read_run
 from vgg_jax.sharding import data_mesh
 from vgg_jax.train import fit
-from vgg_jax.train_step import build_model, init_state
-
-CLOCK = ("time", "seconds", "images_per_second", "input_wait_seconds")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,21 +33,6 @@ def configured(data, **changes):
         "microbatch": 4, "epochs": 3, "learning_rate": 1e-2, "schedule": "plateau", "patience": 1, "validation_fraction": 0.3,
     }  # fmt: skip
     return TrainConfig(**values | changes)
-
-
-def result(workdir):
-    """All that lasts of a run: its records but for the clock, its last and its best checkpoint."""
-    run = read_run(workdir)
-    state = init_state(build_model(run.config, len(run.classes)), sgd(run.config), 0, data_mesh(1, jax.devices()[:1]))
-    with Saved(workdir / "last", read_only=True) as last, Saved(workdir / "best", read_only=True) as best:
-        restored, progress = restore_state(last, state)
-        variables, known = restore_best(best, state)
-    restored = dataclasses.replace(restored, key=jax.random.key_data(restored.key))
-    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    for record in (*records, *progress["history"]):
-        for name in CLOCK:
-            record.pop(name)
-    return jax.device_get((restored, variables)), (records, progress["history"], progress["batch"], known)
 
 
 @pytest.fixture

@@ -1,0 +1,182 @@
+"""Trains again and again while it is killed, stopped, starved and refused, and compares each run with a quiet one, to the bit.
+
+    python -m tests.faults.soak --minutes 60 --seed 0 > soak.json
+
+A run is 100 epochs of a tiny net on the digits: 10,200 steps, 100 evaluations, saved every two seconds and behind each epoch. The quiet one
+is watched: its memory and its open files. The others go through one fault at random moments, from the first import on, and are started
+again by the same command until they are done. Prints one JSON document: for each fault how often it struck, how many runs came of that,
+how many of those ended otherwise than the quiet one, and the longest time from a signal to the process's end.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from tests.tiny import SHALLOW
+from vgg_jax import CONFIGS
+from vgg_jax.checkpoint import Saved, restore_best, restore_state
+from vgg_jax.configs import CHOICES
+from vgg_jax.optimizer import sgd
+from vgg_jax.run import read_run
+from vgg_jax.sharding import data_mesh
+from vgg_jax.train_step import build_model, init_state
+
+CLOCK = ("time", "seconds", "images_per_second", "input_wait_seconds")
+BATCH, EPOCHS = 16, 100
+# As the command line would, had it this net.
+COMMAND = """
+import sys
+from tests.faults.soak import with_small_net
+with_small_net()
+from vgg_jax.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def with_small_net() -> None:
+    CONFIGS["shallow"] = SHALLOW
+    CHOICES["net"] = tuple(CONFIGS)
+
+
+def result(workdir: Path) -> tuple[Any, Any]:
+    """All that lasts of a run: the arrays of its last and its best checkpoint; its records but for the clock, and the rest of both."""
+    run = read_run(workdir)
+    state = init_state(build_model(run.config, len(run.classes)), sgd(run.config), 0, data_mesh(1, jax.devices()[:1]))
+    with Saved(workdir / "last", read_only=True) as last, Saved(workdir / "best", read_only=True) as best:
+        found, net = restore_state(last, state), restore_best(best, state)
+    assert found is not None and net is not None
+    (restored, progress), (variables, known) = found, net
+    restored = dataclasses.replace(restored, key=jax.random.key_data(restored.key))
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    for record in (*records, *progress["history"]):
+        for name in CLOCK:
+            record.pop(name)
+    return jax.device_get((restored, variables)), (records, progress["history"], progress["batch"], known)
+
+
+def equal(one: Path, other: Path) -> bool:
+    (arrays, said), (same_arrays, same_said) = result(one), result(other)
+    return said == same_said and all(jax.tree.leaves(jax.tree.map(np.array_equal, arrays, same_arrays)))
+
+
+def started(workdir: Path, cache: Path, log: Path, preexec: Callable[[], None] | None = None) -> subprocess.Popen:
+    argv = ["train", "digits", "--net", "shallow", "--image-size", "16", "--scale", "16", "18", "--fc", "24", "16", "--dropout-rate", "0.5"]
+    argv += ["--colour-shift", "0.1", "--batch-size", str(BATCH), "--microbatch", "8", "--epochs", str(EPOCHS)]
+    argv += ["--schedule", "step", "--drop-epochs", "50", "--save-seconds", "2", "--workdir", str(workdir)]
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
+    with log.open("a") as file:
+        return subprocess.Popen([sys.executable, "-c", COMMAND, *argv], stdout=file, stderr=file, env=environment, preexec_fn=preexec)
+
+
+def watched(process: subprocess.Popen) -> dict[str, Any]:
+    """The resident memory (MB) and the open files of a process, at a tenth, at half and at the end of its life."""
+    seen = []
+    while process.poll() is None:
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            memory = next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmRSS"))
+            seen.append((round(memory), len(os.listdir(f"/proc/{process.pid}/fd"))))
+        except (OSError, StopIteration):
+            break
+        time.sleep(0.2)
+    places = [seen[int(len(seen) * share)] for share in (0.1, 0.3, 0.5, 0.7, 0.9)]
+    return {"memory_mb": [memory for memory, _ in places], "open_files": [files for _, files in places]}
+
+
+def full_disk() -> None:
+    """No file grows beyond 20 kB: writing a checkpoint fails, as on a full disk, in the middle."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+
+
+def damage(workdir: Path, rng: random.Random) -> None:
+    """Of the newest checkpoint one file is cut, emptied, removed, or has a bit changed."""
+    steps = sorted((path for path in (workdir / "last").glob("*") if path.name.isdigit()), key=lambda path: int(path.name))
+    files = [path for path in steps[-1].rglob("*") if path.is_file()] if len(steps) > 1 else []
+    if not files:
+        return
+    file = rng.choice(files)
+    content = bytearray(file.read_bytes())
+    match rng.randrange(4):
+        case 0:
+            file.write_bytes(content[: len(content) // 2])
+        case 1:
+            file.write_bytes(b"")
+        case 2:
+            file.unlink()
+        case 3 if content:
+            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+            file.write_bytes(content)
+
+
+FAULTS = ("kill -9", "SIGTERM", "SIGINT", "kill -9, and the newest checkpoint damaged", "disk full, then kill -9")
+ENDS = {0, 75, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, 130}  # a signal may come before Python listens
+
+
+def disturbed(fault: str, workdir: Path, cache: Path, log: Path, longest: float, rng: random.Random) -> tuple[int, float]:
+    """How often the fault struck until the run was done, and the longest time that a signal took to end the process."""
+    struck, slowest = 0, 0.0
+    while True:
+        process = started(workdir, cache, log, full_disk if fault.startswith("disk") and struck % 2 == 0 else None)
+        try:
+            code = process.wait(rng.uniform(0.5, longest))
+        except subprocess.TimeoutExpired:
+            sent = time.monotonic()
+            process.send_signal({"SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}.get(fault, signal.SIGKILL))
+            code = process.wait(60)
+            slowest = max(slowest, time.monotonic() - sent)
+            struck += 1
+            if "damaged" in fault:
+                damage(workdir, rng)
+        if code not in ENDS and not (code == 74 and fault.startswith("disk")):
+            raise RuntimeError(f"{fault}: the run ended with {code}, see {log}")
+        if code == 0:
+            return struck, slowest
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    with_small_net()
+    rng, end = random.Random(args.seed), time.monotonic() + 60 * args.minutes
+    folder = Path(tempfile.mkdtemp())
+    cache, log = folder / "cache", folder / "log"
+    started(folder / "warm-up", cache, log).wait()
+    begun = time.monotonic()
+    quiet = watched(started(folder / "quiet", cache, log))
+    seconds = time.monotonic() - begun
+    assert equal(folder / "quiet", folder / "warm-up")
+    found = {fault: {"struck": 0, "runs": 0, "runs_that_differ": 0, "slowest_end_s": 0.0} for fault in FAULTS}
+    while time.monotonic() < end:
+        for fault in FAULTS:
+            struck, slowest = disturbed(fault, folder / "run", cache, log, seconds / 2, rng)
+            row = found[fault]
+            row["struck"] += struck
+            row["runs"] += 1
+            row["runs_that_differ"] += not equal(folder / "run", folder / "quiet")
+            row["slowest_end_s"] = round(max(row["slowest_end_s"], slowest), 1)
+            shutil.rmtree(folder / "run")
+            print(fault, row, file=sys.stderr, flush=True)
+    steps = EPOCHS * -(-1617 // BATCH)
+    print(json.dumps({"steps": steps, "evaluations": EPOCHS, "quiet_seconds": round(seconds), "quiet": quiet, "faults": found}, indent=1))
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
