@@ -388,6 +388,14 @@ def test_a_pickle_is_refused_where_torch_is_not(tmp_path, monkeypatch):
         read(tmp_path / "vgg.pth")
 
 
+def test_a_pickle_is_refused_where_torch_is_old(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch", reason="needs torch")
+    torch.save({"x": torch.zeros(1)}, tmp_path / "x.pth")
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    with pytest.raises(InputError, match=r"needs torch 2\.10 or newer, and 2\.9\.1\+cpu is installed"):
+        read(tmp_path / "x.pth")
+
+
 def test_imagenets_names_are_in_the_order_of_the_released_models():
     numbers = [name.split()[0] for name in imagenet.CLASSES]
     assert len(set(numbers)) == 1000

@@ -1,6 +1,7 @@
 """Weight files as names with shapes. Where the format allows it, the numbers are read once the shapes are known to be a VGG's.
 
-Nothing here runs code from a file: no pickle but by `torch.load(weights_only=True)`, no external storage of HDF5, no path out of a file.
+Nothing here runs code from a file: no pickle but by the `torch.load(weights_only=True)` of releases without known holes in it, no external
+storage of HDF5, no path out of a file.
 """
 
 import contextlib
@@ -19,6 +20,8 @@ import numpy as np
 from vgg_jax.errors import InputError
 from vgg_jax.weights import caffe, matlab
 from vgg_jax.weights.contents import MANY, Contents, Tensor
+
+SAFE_TORCH = (2, 10)
 
 
 def open_file(path: Path) -> Contents:
@@ -92,6 +95,11 @@ def _safetensors(path: Path) -> Contents:
 def _pytorch(path: Path) -> Contents:
     import torch
 
+    if tuple(map(int, torch.__version__.split(".")[:2])) < SAFE_TORCH:  # CVE-2025-32434, CVE-2026-24747
+        raise InputError(
+            f"reading {path} needs torch {'.'.join(map(str, SAFE_TORCH))} or newer, and {torch.__version__} is installed, which a file can "
+            "make run code: pip install -U torch"
+        )
     is_zip = zipfile.is_zipfile(path)
     if not is_zip:
         _check_legacy(path)
