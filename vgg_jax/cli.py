@@ -146,7 +146,8 @@ def statistics(data: str, split: str, data_dir: str | None, download: bool, skip
 def verify_data(data: str, data_dir: str | None, download: bool, out: str) -> int:
     from vgg_jax.data import verify, write_list
 
-    write_list(out, [])  # a folder that cannot be written to is said now
+    with open(out, "a"):  # a folder that cannot be written to is said now
+        pass
     found = []
     for split, count, bad in verify(data, data_dir=data_dir, download=download):
         print(f"{data} {split}: {len(bad)} of {count} images cannot be read", flush=True)
