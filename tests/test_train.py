@@ -457,9 +457,10 @@ def test_divergence_is_not_saved(batch_size, folder, tmp_path, capsys):
     assert code == 4
     assert "is not finite" in err
     assert "epoch 1" in err
-    # The loss of the second batch is the first that is not: its eight files are named.
-    assert len(re.findall(r"train/\w+/\d+\.jpg", err)) == (8 if batch_size == "8" else 0)
-    assert ("by batch 2 (of" in err) == (batch_size == "8")
+    # The loss of the second batch is the first that is not: its eight files are named, and those of the update before.
+    assert len(re.findall(r"train/\w+/\d+\.jpg", err)) == (16 if batch_size == "8" else 8)
+    assert ("in batch 2 (of" in err) == (batch_size == "8")
+    assert "by the update of batch 1 (of" in err
     assert "--learning-rate" in err
     assert not list((tmp_path / "w").glob("*/[0-9]*"))
 

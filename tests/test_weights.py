@@ -6,6 +6,7 @@ import json
 import re
 import struct
 import sys
+import time
 
 import h5py
 import jax
@@ -442,11 +443,10 @@ def test_files_that_would_take_for_ever(tmp_path):
             file.create_dataset(f"{name}/bias", (4096,) if name == "fc6" else bias.shape, "f4", chunks=True)
     with pytest.raises(InputError, match=r"says that it holds 112,\d{3},\d{3} numbers in"):
         read(tmp_path / "hollow.h5")
-    element = b""
+    cells = b""
     for _ in range(20):  # a cell array of one cell, which holds the one before
-        element = struct.pack("<IIIIIIIIII", 6, 8, 1, 0, 5, 8, 1, 1, 1, 0) + element
-        element = struct.pack("<II", 14, len(element)) + element
-    (tmp_path / "deep.mat").write_bytes(b"MATLAB".ljust(124) + b"\x00\x01IM" + element)
+        cells = element(14, array_head(CELL, (1, 1), b"layers") + cells)
+    (tmp_path / "deep.mat").write_bytes(b"MATLAB".ljust(124) + b"\x00\x01IM" + cells)
     with pytest.raises(InputError, match="nested more than 12 deep"):
         read(tmp_path / "deep.mat")
     net = caffe_messages()()
@@ -481,7 +481,10 @@ def test_matlab_values_are_those_that_scipy_reads(tmp_path):
     for compressed in (False, True):
         io.savemat(tmp_path / "x.mat", values, do_compression=compressed)
         data = memoryview((tmp_path / "x.mat").read_bytes())[128:]
-        ours, theirs = dict(matlab._array(part, 0) for part in matlab._unpacked(data, 10**6)), io.loadmat(tmp_path / "x.mat")
+        ours, theirs = (
+            dict(matlab._array(part, 1, iter(range(1000))) for part in matlab._unpacked(data, 10**6)),
+            io.loadmat(tmp_path / "x.mat"),
+        )
         for name in (f"x{i}" for i in range(len(arrays))):
             assert (ours[name].dtype, ours[name].shape) == (theirs[name].dtype, theirs[name].shape)
             np.testing.assert_array_equal(ours[name], theirs[name])
@@ -490,12 +493,38 @@ def test_matlab_values_are_those_that_scipy_reads(tmp_path):
         assert (ours["known"][0]["a"].item(), ours["known"][0]["b"], ours["of_another_kind"]) == (1.5, "two", None)
 
 
+CELL, STRUCT = 1, 2
+
+
+def pack(*numbers):
+    return struct.pack(f"<{len(numbers)}I", *numbers)
+
+
+def element(kind, content):
+    return pack(kind, len(content)) + content + bytes(-len(content) % 8)
+
+
+def array_head(kind, sides, name=b""):
+    return element(6, pack(kind, 0)) + element(5, pack(*sides)) + element(1, name)
+
+
 def test_matlab_files_that_would_fill_the_memory(tmp_path):
     """Many compressed elements, each small enough by itself; and the other byte order, whose sizes are read wrongly."""
     io = pytest.importorskip("scipy.io", reason="needs scipy")
     io.savemat(tmp_path / "bomb.mat", {f"x{i}": np.zeros(10**5) for i in range(20)}, do_compression=True)
     with pytest.raises(InputError, match="unpacks to more than"):
         read(tmp_path / "bomb.mat")
+    empty = element(14, array_head(CELL, (0, 0)))
+    for what, array in {
+        "an array of the sides": array_head(CELL, [2**30] * 250_000, b"meta"),
+        "names, each of 1": array_head(STRUCT, (2000, 1), b"meta") + element(5, pack(1)) + element(1, b""),
+        "more arrays than a VGG": array_head(CELL, (11, 1), b"meta") + 11 * element(14, array_head(CELL, (2000, 1)) + 2000 * empty),
+    }.items():
+        (tmp_path / "x.mat").write_bytes(b"MATLAB".ljust(124) + b"\x00\x01IM" + element(14, array))
+        started = time.monotonic()
+        with pytest.raises(InputError, match=what):
+            read(tmp_path / "x.mat")
+        assert time.monotonic() - started < 2
     (tmp_path / "big.mat").write_bytes(b"MATLAB".ljust(124) + b"\x01\x00MI" + bytes(64))
     with pytest.raises(InputError, match="is big-endian"):
         read(tmp_path / "big.mat")

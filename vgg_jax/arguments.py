@@ -166,7 +166,7 @@ def add_train(command: argparse.ArgumentParser) -> None:
     switch("exif", "turn photos upright as their EXIF orientation says")
     flag("statistics", "mean RGB and principal colours")
     flag("validation_fraction", "of the training images, where the data has no validation split", type=float)
-    switch("skip_bad", "leave out images that cannot be read, at most one in a hundred, instead of ending the run")
+    switch("skip_bad", "leave out files that are no images, and images that cannot be read (at most one in a hundred)")
     command.add_argument("--exclude", metavar="LIST", help="leave out the images in a list that verify-data wrote")
     switch("cache", "keep the encoded images in memory, of small ones the pixels; of TFRecord files the order is another")
     flag("batch_size", "images a step", type=int)

@@ -4,6 +4,7 @@ A step folder becomes visible by one rename when it is whole, and the one before
 run, and so does a disk that loses what was written last. Each carries the checksum of all that it holds.
 """
 
+import contextlib
 import errno
 import json
 import logging
@@ -11,6 +12,7 @@ import os
 import shutil
 import sys
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -107,10 +109,11 @@ class Saved:
             return
         items = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), progress=ocp.args.JsonSave(_sealed(arrays, progress)))
         path = self._folder / str(step)
-        needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)), shutil.disk_usage(self._folder).free
-        if needed > free:  # with less a hundred threads of orbax's each write what became of them
-            raise NotSavedError(f"cannot save to {self._folder} ({needed / 1e6:.0f} MB are needed, and {free / 1e6:.0f} MB free)")
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
         try:
+            free = shutil.disk_usage(self._folder).free
+            if needed > free:  # with less a hundred threads of orbax's each write what became of them
+                raise OSError(f"{needed / 1e6:.0f} MB are needed, and {free / 1e6:.0f} MB free")
             self._manager.save(step, args=items, force=True)
             for each in (*path.rglob("*"), path, self._folder, self._folder.parent):
                 sync(each)
@@ -128,6 +131,10 @@ class Saved:
 
         Those that are newer and not whole are set aside, with a warning. Raises InputError where none of them is whole.
         """
+        with _unfinished_reads_ignored():
+            return self._newest_whole(shapes)
+
+    def _newest_whole(self, shapes: Any) -> tuple[Any, dict[str, Any]] | None:
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
@@ -171,6 +178,11 @@ class Saved:
             self._manager.reload()
             said += f" and set aside as {aside.name}"
         print(f"{said}; {self._folder / str(instead)} is used", file=sys.stderr, flush=True)
+
+    def drop_after(self, step: int) -> None:
+        """Removes what was saved at later steps."""
+        for later in [each for each in self._manager.all_steps() if each > step]:
+            self._manager.delete(later)
 
     def __enter__(self) -> "Saved":
         return self
@@ -235,7 +247,10 @@ class Saving:
     def __enter__(self) -> "Saving":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is KeyboardInterrupt:  # at once
+            self._thread.shutdown(wait=False, cancel_futures=True)
+            return
         try:
             self.wait()
             self._pay()
@@ -294,6 +309,22 @@ def _seal(array: jax.Array | np.ndarray) -> list[Any]:
         array = jax.random.key_data(array)
     array = np.ascontiguousarray(array)
     return [str(array.dtype), list(array.shape), zlib.crc32(array.reshape(-1).view(np.uint8).data)]
+
+
+@contextlib.contextmanager
+def _unfinished_reads_ignored() -> Iterator[None]:
+    """What orbax was still reading when a file turned out to be damaged has nowhere to go, and each says so by a traceback."""
+    before = sys.unraisablehook
+
+    def hook(found: Any) -> None:
+        if "Event loop is closed" not in str(found.exc_value):
+            before(found)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _reason(error: BaseException) -> str:

@@ -40,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"vgg-jax: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("vgg-jax: interrupted", file=sys.stderr)
+        print("vgg-jax: interrupted", file=sys.stderr, flush=True)
+        if argv is None:
+            os._exit(130)  # a thread that compiles or writes is not waited for: what is half written is not looked at later
         return 130
 
 
@@ -131,7 +133,7 @@ def statistics(data: str, split: str, data_dir: str | None, download: bool, skip
     from vgg_jax.data import measure, open_split
 
     source = open_split(data, split, data_dir=data_dir, download=download, skip_bad=skip_bad)
-    measured = measure(source)
+    measured = measure(source, skip_bad=skip_bad)
     print(f"{source.name}: {measured.count} images, RGB on the 0-255 scale")
     for label, values in (
         ("mean over all pixels", measured.pixel_mean),
@@ -149,11 +151,15 @@ def verify_data(data: str, data_dir: str | None, download: bool, out: str) -> in
     with open(out, "a"):  # a folder that cannot be written to is said now
         pass
     found = []
-    for split, count, bad in verify(data, data_dir=data_dir, download=download):
-        print(f"{data} {split}: {len(bad)} of {count} images cannot be read", flush=True)
-        for each in bad:
-            print(f"  {each.file!r}: {each.reason}", flush=True)
-        found += bad
+    try:
+        for split, count, bad in verify(data, data_dir=data_dir, download=download):
+            print(f"{data} {split}: {len(bad)} of {count} images cannot be read", flush=True)
+            for each in bad:
+                print(f"  {each.file!r}: {each.reason}", flush=True)
+            found += bad
+    finally:
+        if found:
+            write_list(out, found)
     write_list(out, found)
     if found:
         print(f"{out}: their list; `vgg-jax train {data} --exclude {out}` leaves them out")

@@ -72,8 +72,8 @@ def evaluate(
     data = config.data if data is None else data
     own = config is not None and data == config.data
     where: dict[str, Any] = {"data_dir": data_dir, "download": download, "skip_bad": skip_bad or (own and config.skip_bad)}
+    where["exclude"] = config.exclude if own else ()
     if own and split in VALIDATION:
-        where["exclude"] = config.exclude
         train, source = open_splits(data, validation_fraction=config.validation_fraction, seed=config.seed, **where)
         run = read_run(Path(path))
         there, here = (run.storage, run.train_size, run.validation_size), (train.storage, train.size, source.size)

@@ -126,14 +126,28 @@ def read_run(workdir: Path) -> Run:
         content = json.loads(path.read_text())
         config = TrainConfig(**{name: _tuples(value) for name, value in content.pop("config").items()})
         colours = Statistics(**{name: _tuples(value) for name, value in content.pop("colours").items()})
-        return Run(config, tuple(content.pop("classes")), colours, **content)
+        run = Run(config, tuple(content.pop("classes")), colours, **content)
+        _check_types(run)
+        return run
     except FileNotFoundError as error:
         raise InputError(f"no run in {workdir}: expected {path}, which `vgg-jax train` writes; pass the workdir of a run") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, OSError, InputError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise InputError(
             f"{path} cannot be read ({' '.join(str(error).split())[:200]}): expected what `vgg-jax train` wrote; "
             "train again into another --workdir"
         ) from error
+
+
+def _check_types(run: Run) -> None:
+    """Raises TypeError: what a stranger wrote may be anything."""
+    colours = (run.colours.mean_rgb, run.colours.eigenvalues, *run.colours.eigenvectors)
+    triples = len(colours) == 5 and all(isinstance(row, tuple) and len(row) == 3 for row in colours)
+    if not triples or not all(isinstance(value, int | float) for row in colours for value in row):
+        raise TypeError("its colours are no numbers, three by three")
+    if not run.classes or not all(isinstance(name, str) for name in (*run.classes, run.storage)):
+        raise TypeError("its classes and its storage are no names")
+    if not all(isinstance(size, int) for size in (run.train_size, run.validation_size)):
+        raise TypeError("its sizes are no numbers")
 
 
 def sync(path: Path) -> None:

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,9 +35,10 @@ from vgg_jax.weights import load
 class DivergedError(Exception):
     """A loss or a parameter is not a number; nothing of that is saved."""
 
-    def __init__(self, said: str, rate: float, halvings: int) -> None:
-        super().__init__(said)
+    def __init__(self, text: str, rate: float, halvings: int, stopping: bool) -> None:
+        super().__init__(text)
         self.rate, self.halvings = rate, halvings  # the learning rate, and how often it had been halved
+        self.stopping = stopping  # whether a signal had come
 
 
 class InFlight(NamedTuple):
@@ -98,7 +99,7 @@ def fit(
             try:
                 return _fit(config, workdir, data_dir, download, save_seconds, debug_nans, halvings)
             except DivergedError as error:
-                if on_nan == "stop" or error.halvings == MOST_HALVINGS:
+                if on_nan == "stop" or error.halvings == MOST_HALVINGS or error.stopping:
                     raise
                 halvings = error.halvings + 1
                 print(f"warning: {error}: going back to what was saved last, with half the rate", file=sys.stderr, flush=True)
@@ -140,7 +141,7 @@ def _fit(
         train, validation = cached(train, config), cached(validation, config)
     if begun is None:
         if config.statistics == "measure":
-            run = dataclasses.replace(run, colours=measure(train).statistics)
+            run = dataclasses.replace(run, colours=measure(train, skip_bad=config.skip_bad).statistics)
         begin_run(workdir, run)
     colours = run.colours
 
@@ -167,34 +168,50 @@ def _fit(
             source = None  # half a gigabyte
         if begun is not None and restored is None:
             print(f"{workdir}: there is nothing to go on from, so it starts again", flush=True)
-        now.halvings = max(now.halvings, halvings)
+        if halvings > now.halvings:
+            now.halvings = halvings
+            saving.best.drop_after(len(now.history))  # of the epochs that are not gone on from
         with contextlib.suppress(NotSavedError):  # the next save says so
             write_metrics(workdir, now.history)
 
-        def save(rate: float, best: Best | None = None) -> None:
+        epoch, rate = len(now.history) + 1, 0.0
+        in_flight: InFlight | None = None
+        done: InFlight | None = None  # the batch before
+
+        def diverged(what: str, during: InFlight | None = None, behind: InFlight | None = None) -> DivergedError:
+            """During the step of one batch, or by the update behind that of another."""
+            places = [
+                f"{word} batch {each.number} (of {said(train, each)})"
+                for word, each in (("in", during), ("by the update of", behind))
+                if each
+            ]
+            place = f", {' or '.join(places)}" if places else ""
+            text = f"{what} is not finite in epoch {epoch}{place}, at learning rate {rate:g}"
+            return DivergedError(text, rate, now.halvings, stop.is_set())
+
+        def save(best: Best | None = None) -> None:
             # The loss that a step reports is the one before its update.
             if not finite((state.params, state.batch_stats)):
-                raise diverged("a parameter", now, rate)
-            progress = dataclasses.asdict(dataclasses.replace(now, history=[*now.history]))
-            saving.save(len(now.history) * (per_epoch + 1) + now.batch, state, progress, best)
+                raise diverged("a parameter", behind=done)
+            saving.save(len(now.history) * (per_epoch + 1) + now.batch, state, dataclasses.asdict(now), best)
 
-        def settle(batch: InFlight | None, rate: float) -> None:
-            """Waits for a batch's step and adds its sums."""
-            if batch is None:
+        def settle() -> None:
+            """Waits for the step in progress and adds its sums."""
+            nonlocal done, in_flight
+            if in_flight is None:
                 return
-            now.sums = add(now.sums, batch.sums, bar)
+            now.sums = add(now.sums, in_flight.sums, bar)
             if not math.isfinite(now.sums.loss):
-                raise diverged("the loss", dataclasses.replace(now, batch=batch.number), rate, names(train, batch.examples))
+                raise diverged("the loss", in_flight, done)
+            done, in_flight = in_flight, None
 
         batches = iter(train_batches(train, config, colours, first_epoch=len(now.history), first_batch=now.batch))
         saved_at = time.monotonic()
-        while (rate := learning_rate(config, [record["validation"]["accuracy"] for record in now.history])) is not None:
-            rate /= 2**now.halvings
-            epoch = len(now.history) + 1
+        while (planned := learning_rate(config, [record["validation"]["accuracy"] for record in now.history])) is not None:
+            epoch, rate = len(now.history) + 1, planned / 2**now.halvings
             state = dataclasses.replace(state, opt_state=set_learning_rate(state.opt_state, rate))
             started, seconds_before = time.monotonic(), now.seconds
             unreadable: InputError | None = None  # raised behind the saving
-            in_flight: InFlight | None = None
             with progress_bar(f"epoch {epoch}", train.size, now.batch * config.batch_size) as bar:
                 while now.batch < per_epoch and not stop.is_set():
                     asked = time.monotonic()
@@ -209,16 +226,15 @@ def _fit(
                     now.batch += 1
                     if debug_nans and not finite((step_sums, state.params, state.batch_stats)):
                         layer = first_nonfinite(before, placed, model=model, mean_rgb=colours.mean_rgb)
-                        raise diverged(layer, now, rate, names(train, batch["index"]))
-                    settle(in_flight, rate)
+                        raise diverged(layer, InFlight(step_sums, now.batch, batch["index"]))
+                    settle()
                     in_flight = InFlight(step_sums, now.batch, batch["index"])
                     if time.monotonic() - saved_at > save_seconds:
-                        settle(in_flight, rate)
-                        in_flight = None
+                        settle()
                         now.seconds = seconds_before + time.monotonic() - started
-                        save(rate)
+                        save()
                         saved_at = time.monotonic()
-                settle(in_flight, rate)
+                settle()
             now.seconds = seconds_before + time.monotonic() - started
 
             validated = None
@@ -229,7 +245,7 @@ def _fit(
                     unreadable = error
             if validated is None:
                 if unreadable is None or now.history or now.batch:
-                    save(rate)
+                    save()
                     saving.wait()
                     if saving.failed is not None:
                         raise NotSavedError(f"{unreadable}; {saving.failed}" if unreadable else str(saving.failed)) from saving.failed
@@ -238,14 +254,14 @@ def _fit(
                     raise unreadable
                 return Outcome(now.history, stopped=True)
             if not math.isfinite(validated.loss):
-                raise diverged("the validation's loss", now, rate)
+                raise diverged("the validation's loss", behind=done)
 
             counts = (now.sums.count, validated.count)
             assert config.skip_bad or counts == (train.size, validation.size), f"images seen were {counts}"
             record = epoch_record(epoch, now.seconds, now.waited, rate, now.sums, validated, train.size)
             improved = all(record["validation"]["accuracy"] > old["validation"]["accuracy"] for old in now.history)
             now = Progress([*now.history, record], halvings=now.halvings)
-            save(rate, Best(epoch, record["validation"]) if improved else None)
+            save(Best(epoch, record["validation"]) if improved else None)
             saved_at = time.monotonic()
             print(line(record), flush=True)
             if stuck(now.history, len(train.classes)):
@@ -260,14 +276,10 @@ def _fit(
     return Outcome(now.history, stopped=False)
 
 
-def diverged(what: str, now: Progress, rate: float, files: Sequence[str] = ()) -> DivergedError:
-    named = f" (of {', '.join(files[:8])}{f' and {len(files) - 8} more' if len(files) > 8 else ''})" if files else ""
-    said = f"{what} is not finite in epoch {len(now.history) + 1}, by batch {now.batch}{named}, at learning rate {rate:g}"
-    return DivergedError(said, rate, now.halvings)
-
-
-def names(source: Source, indices: np.ndarray) -> list[str]:
-    return [source.file_name(int(index)) for index in indices if index >= 0]
+def said(source: Source, batch: InFlight) -> str:
+    """The names of a batch's images, the first eight of them."""
+    names = [source.file_name(int(index)) for index in batch.examples if index >= 0]
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def start_from(

@@ -187,6 +187,14 @@ def mutated(content: bytes, rng: random.Random) -> bytes:
     return bytes(data)
 
 
+class HangError(BaseException):
+    """Raised by an alarm. No Exception, since libraries turn those into errors of their own."""
+
+
+def alarm(*_: object) -> None:
+    raise HangError
+
+
 def outcome(kind: str, path: Path) -> str:
     """ "read", "refused", or what else happened."""
     try:
@@ -194,7 +202,7 @@ def outcome(kind: str, path: Path) -> str:
     except InputError as error:
         said = str(error)
         return "refused" if "\n" not in said and "Traceback" not in said else f"said in lines: {said[:300]}"
-    except TimeoutError:
+    except HangError:
         return "hang"
     except Exception as error:
         return f"crash: {type(error).__name__}: {error}"[:300]
@@ -213,7 +221,8 @@ def work(kind: str, folder: str, seed: int, seconds: float, pipe: Any) -> None:
     path.write_bytes(valid)
     assert outcome(kind, path) == "read"
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what libraries say of it
-    signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError()))
+    signal.signal(signal.SIGALRM, alarm)
+    pipe.send("ready")
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         path.write_bytes(mutated(valid, rng))
@@ -240,12 +249,16 @@ def fuzz(kind: str, seed: int, seconds: float, folder: Path) -> Counter[str]:
         worker.start()
         theirs.close()
         try:
+            said: str | None = "ready" if ours.poll(120) and ours.recv() == "ready" else None
             # An alarm does not reach a library that is in its own loop.
-            while ours.poll(120) and (said := ours.recv()) is not None:
-                found[said] += 1
-            if worker.is_alive() and not ours.poll(0) and time.monotonic() < end:
-                found["hang"] += 1
-                shutil.copy(folder / file_name(kind), folder / f"hang-{time.monotonic_ns()}.{kind}")
+            while said is not None:
+                if not ours.poll(2 * HANG):
+                    found["hang"] += 1
+                    shutil.copy(folder / file_name(kind), folder / f"hang-{time.monotonic_ns()}.{kind}")
+                    break
+                said = ours.recv()
+                if said is not None:
+                    found[said] += 1
         except (EOFError, pickle.UnpicklingError):
             found["crash: the process died"] += 1
             shutil.copy(folder / file_name(kind), folder / f"died-{time.monotonic_ns()}.{kind}")

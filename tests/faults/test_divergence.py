@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import shutil
+import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +44,8 @@ def config(tmp_path):
     )  # fmt: skip
 
 
-def poisoned(monkeypatch, calls):
-    """The step whose number, over all attempts, is among these gives a loss that is not finite, and parameters that are not."""
+def poisoned(monkeypatch, calls, loss=True):
+    """The step whose number, over all attempts, is among these gives parameters that are not finite, and a loss that is not."""
     done, compiled = 0, vgg_jax.train.compile_steps
 
     def compile_steps(*arguments, **options):
@@ -52,7 +56,7 @@ def poisoned(monkeypatch, calls):
             done += 1
             state, sums = train_step(state, batch)
             if done in calls:
-                sums = dataclasses.replace(sums, loss=sums.loss + jnp.nan)
+                sums = dataclasses.replace(sums, loss=sums.loss + jnp.nan) if loss else sums
                 state = dataclasses.replace(state, params=jax.tree.map(lambda x: x + jnp.nan, state.params))
             return state, sums
 
@@ -65,13 +69,20 @@ def rates(workdir):
     return [json.loads(line)["learning_rate"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+def longer(workdir):
+    """Has the run go on to its third epoch."""
+    content = json.loads((workdir / "run.json").read_text())
+    content["config"]["epochs"] = 3
+    (workdir / "run.json").write_text(json.dumps(content))
+
+
 def test_a_run_goes_back_with_half_the_rate(config, tmp_path, monkeypatch, capsys):
     """From the end of the first epoch, which is three steps; what follows is a run at half the rate from there."""
     poisoned(monkeypatch, {5})
     outcome = fit(config, tmp_path / "w", on_nan="halve")
     assert rates(tmp_path / "w") == [1e-3, 5e-4, 5e-4]
     captured = capsys.readouterr()
-    assert "warning: the loss is not finite in epoch 2, by batch 2 (of " in captured.err
+    assert "warning: the loss is not finite in epoch 2, in batch 2 (of " in captured.err
     assert "going on at epoch 2, batch 1" in captured.out
     assert not outcome.stopped
     monkeypatch.undo()
@@ -92,26 +103,26 @@ def test_the_halved_rate_outlives_the_process(config, tmp_path, monkeypatch):
     poisoned(monkeypatch, {5})
     one = dataclasses.replace(config, epochs=2)
     fit(one, tmp_path / "w", on_nan="halve")
-    run = json.loads((tmp_path / "w" / "run.json").read_text())
-    run["config"]["epochs"] = 3
-    (tmp_path / "w" / "run.json").write_text(json.dumps(run))
+    longer(tmp_path / "w")
     fit(config, tmp_path / "w")
     assert rates(tmp_path / "w") == [1e-3, 5e-4, 5e-4]
 
 
 def test_it_goes_back_so_many_times_and_no_more(config, tmp_path, monkeypatch):
     poisoned(monkeypatch, range(4, 10**6))
-    with pytest.raises(DivergedError, match=r"epoch 2, by batch 1 .*learning rate 3\.125e-05"):
+    with pytest.raises(DivergedError, match=r"epoch 2, in batch 1 .*learning rate 3\.125e-05"):
         fit(config, tmp_path / "w", on_nan="halve")
     assert 1e-3 / 2**MOST_HALVINGS == 3.125e-5
     assert rates(tmp_path / "w") == [1e-3]
 
 
-@pytest.mark.parametrize("on_nan", ["stop", "halve"])
-def test_nothing_that_is_not_finite_is_saved(on_nan, config, tmp_path, monkeypatch):
-    """With a save behind each step."""
-    poisoned(monkeypatch, range(5, 10**6))
-    with pytest.raises(DivergedError):
+@pytest.mark.parametrize(("on_nan", "loss"), [("stop", True), ("stop", False), ("halve", False)])
+def test_nothing_that_is_not_finite_is_saved(on_nan, loss, config, tmp_path, monkeypatch):
+    """With a save behind each step. The loss of a step is the one before its update."""
+    poisoned(monkeypatch, range(5, 10**6), loss)
+    with pytest.raises(
+        DivergedError, match=r"in batch 2 \(of .* or by the update of batch 1 \(" if loss else r"epoch 2, by the update of batch 2 \(of"
+    ):
         fit(config, tmp_path / "w", on_nan=on_nan, save_seconds=0)
     monkeypatch.undo()
     monkeypatch.setitem(CONFIGS, "shallow", SHALLOW)
@@ -122,6 +133,35 @@ def test_nothing_that_is_not_finite_is_saved(on_nan, config, tmp_path, monkeypat
         restored, progress = vgg_jax.train.restore_state(last, state)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((restored.params, restored.opt_state)))
     assert (len(progress["history"]), progress["batch"]) == (1, 1)
+
+
+def test_a_signal_is_not_lost_in_a_divergence(config, tmp_path, monkeypatch):
+    """It ends the run, which does not begin again with half the rate."""
+    poisoned(monkeypatch, {5})
+    plain = vgg_jax.train.add
+
+    def add(sums, new, bar):
+        if new is not None and not np.isfinite(new.loss):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+        return plain(sums, new, bar)
+
+    monkeypatch.setattr(vgg_jax.train, "add", add)
+    with pytest.raises(DivergedError):
+        fit(config, tmp_path / "w", on_nan="halve")
+    assert rates(tmp_path / "w") == [1e-3]
+
+
+def test_the_best_net_of_what_is_given_up_is_given_up(config, tmp_path, monkeypatch):
+    """The second epoch's net was saved, what to go on from was not: behind going back to the first it is the best no longer."""
+    monkeypatch.setattr(vgg_jax.train, "finite", lambda _: True)
+    fit(dataclasses.replace(config, epochs=1), tmp_path / "w")
+    longer(tmp_path / "w")
+    shutil.copytree(tmp_path / "w" / "best" / "1", tmp_path / "w" / "best" / "2")
+    poisoned(monkeypatch, {1})
+    monkeypatch.setattr(vgg_jax.train, "evaluate_all", lambda *_: vgg_jax.train.Sums(loss=1.0, top1=0.0, top5=0.0, count=12.0))
+    fit(config, tmp_path / "w", on_nan="halve")
+    assert [path.name for path in (tmp_path / "w" / "best").glob("[0-9]*")] == ["1"]
 
 
 def test_what_is_neither_stop_nor_halve(config, tmp_path):
@@ -168,5 +208,5 @@ def test_the_gradient_that_is_not_finite_is_named(config):
 
 def test_debug_nans_names_the_layer_and_the_step(config, tmp_path):
     """A rate at which the first update is so large that the second step overflows."""
-    with pytest.raises(DivergedError, match=r"the output of (conv|fc)\w+ is not finite in epoch 1, by batch 2 \(of .*train/ants/\d.png"):
+    with pytest.raises(DivergedError, match=r"the output of (conv|fc)\w+ is not finite in epoch 1, in batch 2 \(of .*train/ants/\d.png"):
         fit(dataclasses.replace(config, learning_rate=1e18), tmp_path / "w", debug_nans=True)

@@ -1,10 +1,13 @@
 """Files that are changed at random, and bytes of any kind, are read or refused in one sentence; `fuzz.py` tries more of them."""
 
+import contextlib
 import json
 import random
 import tempfile
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +16,7 @@ from tests.faults import fuzz
 from vgg_jax import CONFIGS, InputError
 from vgg_jax.data import read_list, write_list
 from vgg_jax.data.verified import Bad
+from vgg_jax.run import read_run
 from vgg_jax.weights.containers import open_file
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -35,7 +39,9 @@ def test_a_changed_file_is_read_or_refused(kind, files, tmp_path, monkeypatch):
     rng = random.Random(0)
     for _ in range(TRIALS):
         path.write_bytes(fuzz.mutated(files[kind], rng))
+        started = time.monotonic()
         assert fuzz.outcome(kind, path) in ("read", "refused")
+        assert time.monotonic() - started < fuzz.HANG
 
 
 HEADS = [b"", b"\x89HDF\r\n\x1a\n", b"PK\x03\x04", b"\x80\x02", b"MATLAB".ljust(124) + b"\x00\x01IM", bytes([30]) + bytes(7) + b"{"]
@@ -65,11 +71,34 @@ def test_a_list_keeps_every_name(names):
         assert read_list(path) == tuple(sorted(set(names)))
 
 
-@settings(max_examples=200, deadline=None)
-@given(
-    st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
 )
-def test_any_json_is_no_run(content):
+RUN = json.loads(fuzz.other_files()["run.json"])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from([*RUN, "config/net", "config/fc", "config/scale", "colours/mean_rgb", "colours/eigenvectors"]), JSON)
+def test_a_run_with_any_value_is_read_or_refused(place, value):
+    """What is read has the types that the rest of the program counts on."""
+    content = json.loads(json.dumps(RUN))
+    group, _, name = place.rpartition("/")
+    (content[group] if group else content)[name] = value
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "run.json").write_text(json.dumps(content))
-        assert fuzz.outcome("run.json", Path(folder, "run.json")) == "refused"
+        assert fuzz.outcome("run.json", Path(folder, "run.json")) in ("read", "refused")
+        with contextlib.suppress(InputError):
+            run = read_run(Path(folder))
+            assert all(isinstance(name, str) for name in run.classes)
+            assert np.array(run.colours.mean_rgb, float).shape == (3,)
+            assert np.array(run.colours.eigenvectors, float).shape == (3, 3)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"config": ' * 50_000, '{"train_size": ' + "1" * 5000 + "}"])
+def test_json_that_python_cannot_take(content, tmp_path):
+    (tmp_path / "run.json").write_text(content)
+    (tmp_path / "list").write_text(content)
+    with pytest.raises(InputError, match=r"run\.json cannot be read"):
+        read_run(tmp_path)
+    with pytest.raises(InputError, match="list cannot be read"):
+        read_list(str(tmp_path / "list"))

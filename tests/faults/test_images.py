@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 
 from tests.data.tiny_data import encode, noise
 from vgg_jax import IMAGENET, InputError, TrainConfig, cli
-from vgg_jax.data import decode, eval_batches, open_split, open_splits, read_list, tf, train_batches, verify, write_list
+from vgg_jax.data import decode, eval_batches, measure, open_split, open_splits, read_list, tf, train_batches, verify, write_list
 from vgg_jax.data.transforms import LARGEST_DECODED
 from vgg_jax.errors import DataError
 
@@ -87,9 +88,8 @@ def odd(tmp_path):
 
 def test_odd_images_make_batches(odd):
     source = open_split(str(odd), "train")
-    for batches in (train_batches(source, TINY, IMAGENET), eval_batches(source, TINY, 4)):
-        seen = [batch["mask"].sum() for batch in batches]
-        assert sum(seen) % len(ODD) == 0
+    assert sum(batch["mask"].sum() for batch in train_batches(source, TINY, IMAGENET)) == TINY.epochs * len(ODD)
+    assert sum(batch["mask"].sum() for batch in eval_batches(source, TINY, 4)) == len(ODD)
 
 
 def bomb():
@@ -132,11 +132,68 @@ def test_a_bad_image_is_named_or_left_out(name, tmp_path, capsys):
     for make in (lambda: train_batches(source, skipping, IMAGENET), lambda: eval_batches(source, skipping, 4)):
         batches = list(make())
         index, mask = (np.concatenate([batch[key] for batch in batches]) for key in ("index", "mask"))
-        assert sorted(index[mask].tolist() + [bad] * (index == bad).sum()) == sorted(index[index >= 0].tolist())
-        assert not mask[index == bad].any()
+        assert mask.tolist() == ((index >= 0) & (index != bad)).tolist()
         for batch in batches:
             assert not batch["image"][~batch["mask"]].any()
         assert capsys.readouterr().err.count(f"{name}' cannot be read or decoded, and is left out") == 1
+
+
+def test_those_beside_a_bad_image_are_as_they_were(tmp_path):
+    """In the order of the source, with their labels and pixels; a photo that is whole in one folder is cut in the other."""
+    names = [str(tmp_path / name) for name in ("whole", "cut")]
+    for root in names:
+        with_bad(Path(root))
+        (Path(root) / "ants" / "2.png").write_bytes(encode(PHOTO) if root.endswith("whole") else BAD["cut.png"])
+    skipping = TrainConfig(**{**vars(TINY), "skip_bad": True})
+    whole, cut = (open_split(root, "train", skip_bad=True) for root in names)
+    for make in (lambda source: train_batches(source, skipping, IMAGENET), lambda source: eval_batches(source, skipping, 4)):
+        for one, other in zip(make(whole), make(cut), strict=True):
+            np.testing.assert_array_equal(one["index"], other["index"])
+            there = other["mask"]
+            assert (one["mask"] & ~there).sum() == (one["index"] == 2).sum()
+            for key in ("image", "label", "colour_shift"):
+                np.testing.assert_array_equal(one[key][there], other[key][there])
+
+
+def test_colours_are_measured_without_a_bad_image(tmp_path, capsys):
+    source = open_split(with_bad(tmp_path / "data", "cut.jpg"), "train", skip_bad=True)
+    measured = measure(source, skip_bad=True)
+    assert measured.count == 10
+    assert "cut.jpg' cannot be read" in capsys.readouterr().err
+    expected = measure(open_split(with_bad(tmp_path / "whole"), "train"))
+    np.testing.assert_array_equal(measured.pixel_mean, expected.pixel_mean)
+    np.testing.assert_array_equal(measured.image_std, expected.image_std)
+    with pytest.raises(DataError, match=r"cut\.jpg"):
+        measure(source)
+
+
+def test_a_list_of_another_split_is_taken(tmp_path):
+    with_bad(tmp_path / "data" / "train")
+    with_bad(tmp_path / "data" / "val")
+    with_bad(tmp_path / "data" / "test", "cut.jpg")
+    out = str(tmp_path / "list")
+    assert cli.main(["verify-data", str(tmp_path / "data"), "--out", out]) == 3
+    assert read_list(out) == ("test/ants/cut.jpg",)
+    assert open_splits(str(tmp_path / "data"), exclude=read_list(out))[0].size == 10
+    assert open_split(str(tmp_path / "data"), "test", exclude=read_list(out)).size == 10
+
+
+def test_what_was_found_is_listed_where_verifying_ends_early(tmp_path, capsys):
+    with_bad(tmp_path / "data" / "train", "cut.jpg")
+    with_bad(tmp_path / "data" / "val")
+    shutil.rmtree(tmp_path / "data" / "val" / "ants")
+    (tmp_path / "data" / "val" / "ants").mkdir()
+    out = str(tmp_path / "list")
+    assert cli.main(["verify-data", str(tmp_path / "data"), "--out", out]) == 2
+    assert "ants' has no images" in capsys.readouterr().err
+    assert read_list(out) == ("train/ants/cut.jpg",)
+
+
+def test_a_home_is_where_it_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with_bad(tmp_path / "data", "cut.jpg")
+    ((_, _, bad),) = verify("~/data")
+    assert [each.file for each in bad] == ["ants/cut.jpg"]
 
 
 def test_a_bomb_is_refused_before_it_is_decoded():
@@ -223,8 +280,8 @@ def test_records_are_excluded_by_their_number(prepared):
 
 def test_a_list_of_other_data_is_refused(tmp_path):
     root = with_bad(tmp_path / "data")
-    with pytest.raises(InputError, match=r"none of the 1 images to exclude, 'train/x.jpg' for one, is in .*data"):
-        open_splits(root, exclude=("train/x.jpg",))
+    with pytest.raises(InputError, match=r"none of the 1 images to exclude, 'ants/x.jpg' for one, is in .*data"):
+        open_splits(root, exclude=("ants/x.jpg",))
 
 
 @pytest.mark.parametrize("content", ["no JSON\n", '{"name": 1}\n', "[1]\n", '{"file": 3}\n', "\xff"])

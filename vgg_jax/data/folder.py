@@ -4,6 +4,7 @@ import functools
 import hashlib
 import itertools
 import os
+import stat
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 
@@ -126,11 +127,13 @@ def _sniff(paths: list[bytes], name: str) -> np.ndarray:
 
 
 def _is_image(path: bytes) -> bool:
-    """Whether a file can be opened and begins as a JPEG, PNG, GIF, BMP or WebP does."""
+    """Whether it is a file, or a link to one, that can be opened and begins as a JPEG, PNG, GIF, BMP or WebP does."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe would wait for a writer
         try:
-            head = os.read(file, 16)  # a folder raises here
+            if not stat.S_ISREG(os.fstat(file).st_mode):
+                return False
+            head = os.read(file, 16)
         finally:
             os.close(file)
     except OSError:

@@ -32,14 +32,15 @@ def open_splits(
     only if the fraction is 0. Files that are no images are refused, or left out if `skip_bad`, and so are those to `exclude`, which
     `read_list` gives. Raises InputError for data that is not there or not usable.
     """
+    exclude = frozenset(exclude)
     splits = _splits(data, data_dir, skip_bad, exclude, download)
     train = _pick(splits, ("train",), data)()
     for name in VALIDATION:
         if name in splits:
             validation = splits[name]()
-            _refuse_foreign(exclude, train.excluded + validation.excluded, data)
+            _refuse_foreign(exclude, train.excluded + validation.excluded, data, splits)
             return whole(train), whole(validation)
-    _refuse_foreign(exclude, train.excluded, data)
+    _refuse_foreign(exclude, train.excluded, data, splits)
     kept, held_out = (train.usable[positions] for positions in divide(len(train.usable), validation_fraction, seed))
     if not len(kept):
         raise InputError(
@@ -50,13 +51,21 @@ def open_splits(
     return part(train, kept, train.name), held
 
 
-def open_split(data: str, split: str, *, data_dir: str | None = None, skip_bad: bool = False, download: bool = False) -> Source:
+def open_split(
+    data: str,
+    split: str,
+    *,
+    data_dir: str | None = None,
+    skip_bad: bool = False,
+    exclude: Collection[str] = (),
+    download: bool = False,
+) -> Source:
     """One split, whole: "train", "validation" under any of its names, "test", or what else TensorFlow Datasets has.
 
     Raises InputError for data that is not there or not usable, and for a split that it does not have.
     """
     names = VALIDATION if split in VALIDATION else (split,)
-    return whole(_pick(_splits(data, data_dir, skip_bad, (), download), names, data)())
+    return whole(_pick(_splits(data, data_dir, skip_bad, frozenset(exclude), download), names, data)())
 
 
 def split_names(data: str, *, data_dir: str | None = None, download: bool = False) -> tuple[str, ...]:
@@ -81,8 +90,10 @@ def _pick(splits: dict[str, Callable[[], Records]], names: Iterable[str], data: 
     raise InputError(f"{data!r} has no split {' or '.join(map(repr, names))}: expected one of {', '.join(splits)}")
 
 
-def _refuse_foreign(exclude: Collection[str], found: int, data: str) -> None:
-    if exclude and not found:
+def _refuse_foreign(exclude: Collection[str], found: int, data: str, splits: Iterable[str]) -> None:
+    """Raises InputError for a list none of whose images is in what was read, or in another split."""
+    here = tuple(f"{split}/" for split in splits) + tuple(f"{data} {split} record " for split in splits)
+    if exclude and not found and not any(name.startswith(here) for name in exclude):
         raise InputError(
             f"none of the {len(exclude)} images to exclude, {min(exclude)!r} for one, is in {data}: expected a list that "
             f"`vgg-jax verify-data {data}` wrote; pass that to --exclude"

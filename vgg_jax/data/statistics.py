@@ -37,18 +37,20 @@ class Measured:
         return Statistics(mean_rgb=tuple(mean), eigenvalues=tuple(values), eigenvectors=tuple(map(tuple, vectors)))
 
 
-def measure(source: Source, progress: bool = True) -> Measured:
+def measure(source: Source, progress: bool = True, skip_bad: bool = False) -> Measured:
     """One pass over the whole images of a source, in constant memory. How EXIF turns them does not matter to their colours.
 
-    Raises InputError for an empty source and for an image that cannot be decoded.
+    With `skip_bad` an image that cannot be decoded does not count, within the limit of `Batches`. Raises InputError for an empty source,
+    and DataError for such an image.
     """
     if not source.size:
         raise InputError(f"{source.name} has no images: expected at least one to measure colours on")
-    sums = np.zeros((5, 3, 3))
-    batches = Batches(source, lambda batch: source.examples(None, batch * BATCH), _sums, BATCH)
+    sums, count = np.zeros((5, 3, 3)), 0
+    batches = Batches(source, lambda batch: source.examples(None, batch * BATCH), _sums, BATCH, skip_bad)
     with tqdm(total=source.size, desc=f"colours of {source.name}", unit="image", disable=None if progress else True, delay=2) as bar:
         for batch in batches:
             sums += batch["sums"].sum(0)
+            count += int(batch["mask"].sum())
             bar.update(len(batch["sums"]))
     pixels = sums[0, 0, 0]
     mean = sums[1, 0] / pixels
@@ -57,11 +59,11 @@ def measure(source: Source, progress: bool = True) -> Measured:
     eigenvalues, eigenvectors = np.maximum(eigenvalues[::-1], 0), eigenvectors[:, ::-1]
     largest = np.take_along_axis(eigenvectors, np.abs(eigenvectors).argmax(0)[None], 0)
     return Measured(
-        count=source.size,
+        count=count,
         pixel_mean=mean,
         pixel_std=np.sqrt(np.diag(covariance).clip(0)),
-        image_mean=sums[3, 0] / source.size,
-        image_std=sums[4, 0] / source.size,
+        image_mean=sums[3, 0] / count,
+        image_std=sums[4, 0] / count,
         eigenvalues=eigenvalues,
         eigenvectors=eigenvectors * np.sign(largest),
     )
@@ -79,4 +81,4 @@ def _sums(example: dict) -> dict:
     mean = total / count
     deviation = tf.sqrt(tf.maximum(tf.linalg.diag_part(products) / count - mean**2, 0.0))
     rows = [tf.broadcast_to(each, (3, 3)) for each in (count, total, products, mean, deviation)]
-    return {"sums": tf.stack(rows)}
+    return {"index": example["index"], "mask": True, "sums": tf.stack(rows)}

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ def verify(data: str, *, data_dir: str | None = None, download: bool = False) ->
 
     Raises InputError for data that is not there, DataError for files of records that are damaged themselves.
     """
+    data = os.path.expanduser(data)
     for split in split_names(data, data_dir=data_dir, download=download):
         source = open_split(data, split, data_dir=data_dir, skip_bad=True)
         bad = [Bad(relative(name, data), "no image: it cannot be opened, or begins otherwise") for name in source.skipped]
@@ -80,6 +82,6 @@ def read_list(path: str) -> tuple[str, ...]:
             raise ValueError("a name is no text")
     except OSError as error:
         raise InputError(f"cannot read {path} ({error.strerror}): expected the list that `vgg-jax verify-data` writes") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} cannot be read ({error}): expected the list that `vgg-jax verify-data` writes") from error
     return tuple(sorted(set(names)))

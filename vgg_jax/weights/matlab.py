@@ -21,8 +21,10 @@ ARRAY, COMPRESSED = 14, 15
 CELL, STRUCT, TEXT = 1, 2, 4
 # Of the classes of numbers. A double that is a whole number may be stored as one.
 DTYPES = {6: "f8", 7: "f4", 8: "i1", 9: "u1", 10: "i2", 11: "u2", 12: "i4", 13: "u4", 14: "i8", 15: "u8"}
+WANTED = ("layers", "meta", "normalization")
 DEEPEST = 12  # cells and structures within each other
-SLACK = 2**20  # bytes that a file may unpack to, however small it is
+ARRAYS = 20_000  # in a file; a net of MatConvNet has some hundred, and 2,000 names of classes
+SLACK = 2**20  # bytes that a file may unpack to, or an array grow to, however small it is
 
 
 def read(path: Path) -> Contents:
@@ -31,8 +33,9 @@ def read(path: Path) -> Contents:
     if data[126:128] != b"IM":
         raise InputError(f"{path} is big-endian: expected MatConvNet's net, which is little-endian")
     found = {}
+    budget = iter(range(ARRAYS))
     for part in _unpacked(data[128:], min(LARGEST, 4 * len(data) + SLACK)):
-        name, value = _array(part, 0)
+        name, value = _array(part, 0, budget)
         found[name] = value
     tensors = {}
     notes = {}
@@ -98,26 +101,33 @@ def _next(elements: Iterator[tuple[int, memoryview]]) -> tuple[int, memoryview]:
     raise ValueError("an array is cut short")
 
 
-def _array(data: memoryview, depth: int) -> tuple[str, Any]:
-    """An array's name, and its value: of cells a list, of structures a list of dicts, of text a str, of numbers an array, else None."""
+def _array(data: memoryview, depth: int, budget: Iterator[int]) -> tuple[str, Any]:
+    """An array's name, and its value: of cells a list, of structures a list of dicts, of text a str, of numbers an array, else None.
+
+    `budget` gives a number for each array that may still come. Variables that are not `WANTED` are not looked into.
+    """
     if depth > DEEPEST:
         raise ValueError(f"it is nested more than {DEEPEST} deep")
+    if next(budget, None) is None:
+        raise ValueError("it has more arrays than a VGG")
     parts = _elements(data)
-    flags, sides, name = _numbers(_next(parts)), _numbers(_next(parts)), bytes(_next(parts)[1]).decode("latin-1")
-    kind, is_complex = int(flags[0]) & 0xFF, int(flags[0]) & 0x800
-    count = math.prod(int(side) for side in sides)
+    flags, sides, name = _numbers(_next(parts)), _numbers(_next(parts)), bytes(_next(parts)[1][:64]).decode("latin-1")
+    if depth == 0 and name not in WANTED:
+        return name, None
     if not 2 <= len(sides) <= 8 or min(sides) < 0:
         raise ValueError(f"an array of the sides {sides.tolist()[:9]}")
-    if kind in (CELL, STRUCT) and count > MANY:
-        raise ValueError(f"{count:,} cells or structures")
+    kind, is_complex = int(flags[0]) & 0xFF, int(flags[0]) & 0x800
+    count = math.prod(int(side) for side in sides)
+    if kind in (CELL, STRUCT, TEXT) and count > MANY:
+        raise ValueError(f"{count:,} cells, structures or letters")
     if kind == CELL:
-        return name, [_inside(parts, depth) for _ in range(count)]
+        return name, [_inside(parts, depth, budget) for _ in range(count)]
     if kind == STRUCT:
         length, packed = int(_numbers(_next(parts))[0]), bytes(_next(parts)[1])
-        if not 0 < length <= 64:
-            raise ValueError(f"names of {length} bytes")
+        if not 0 < length <= 64 or not 0 < len(packed) <= 100 * length:
+            raise ValueError(f"{len(packed)} bytes of names, each of {length}")
         fields = [packed[at : at + length].split(b"\0")[0].decode("latin-1") for at in range(0, len(packed), length)]
-        return name, [{field: _inside(parts, depth) for field in fields} for _ in range(count)]
+        return name, [{field: _inside(parts, depth, budget) for field in fields} for _ in range(count)]
     if kind == TEXT:
         codes = _numbers(_next(parts)) if count else np.zeros(0, "u1")
         return name, "".join(map(chr, codes.tolist()))
@@ -126,14 +136,16 @@ def _array(data: memoryview, depth: int) -> tuple[str, Any]:
     numbers = _numbers(_next(parts)) if count else np.zeros(0)
     if len(numbers) != count:
         raise ValueError(f"{len(numbers):,} numbers in an array of {count:,}")
+    if np.dtype(DTYPES[kind]).itemsize * count > max(SLACK, numbers.nbytes):
+        raise ValueError(f"{count:,} numbers in bytes: expected weights, which are none")
     return name, numbers.astype(DTYPES[kind], copy=False).reshape(sides, order="F")
 
 
-def _inside(parts: Iterator[tuple[int, memoryview]], depth: int) -> Any:
+def _inside(parts: Iterator[tuple[int, memoryview]], depth: int, budget: Iterator[int]) -> Any:
     kind, part = _next(parts)
     if kind != ARRAY:
         raise ValueError(f"an element of the type {kind} where an array belongs")
-    return _array(part, depth + 1)[1] if len(part) else np.zeros((0, 0))
+    return _array(part, depth + 1, budget)[1] if len(part) else np.zeros((0, 0))
 
 
 def _numbers(element: tuple[int, memoryview]) -> np.ndarray:
