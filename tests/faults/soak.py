@@ -5,7 +5,8 @@
 A run is 100 epochs of a tiny net on the digits: 10,200 steps, 100 evaluations, saved every two seconds and behind each epoch. The quiet one
 is watched: its memory and its open files. The others go through one fault at random moments, from the first import on, and are started
 again by the same command until they are done. Prints one JSON document: for each fault how often it struck, how many runs came of that,
-how many of those ended otherwise than the quiet one, and the longest time from a signal to the process's end.
+how many of those ended otherwise than the quiet one (a step that is lost, or done twice, would show), and the longest time from a signal to
+the process's end.
 """
 
 import argparse
@@ -79,7 +80,7 @@ def started(workdir: Path, cache: Path, log: Path, preexec: Callable[[], None] |
     argv += ["--colour-shift", "0.1", "--batch-size", str(BATCH), "--microbatch", "8", "--epochs", str(EPOCHS)]
     argv += ["--schedule", "step", "--drop-epochs", "50", "--save-seconds", "2", "--workdir", str(workdir)]
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
-    with log.open("a") as file:
+    with Path(os.devnull).open("a") if preexec else log.open("a") as file:  # the limit on the size of files is the log's, too
         return subprocess.Popen([sys.executable, "-c", COMMAND, *argv], stdout=file, stderr=file, env=environment, preexec_fn=preexec)
 
 
@@ -103,12 +104,12 @@ def full_disk() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 
 
-def damage(workdir: Path, rng: random.Random) -> None:
-    """Of the newest checkpoint one file is cut, emptied, removed, or has a bit changed."""
+def damage(workdir: Path, rng: random.Random) -> bool:
+    """Of the newest checkpoint, if there is one before it, one file is cut, emptied, removed, or has a bit changed."""
     steps = sorted((path for path in (workdir / "last").glob("*") if path.name.isdigit()), key=lambda path: int(path.name))
     files = [path for path in steps[-1].rglob("*") if path.is_file()] if len(steps) > 1 else []
     if not files:
-        return
+        return False
     file = rng.choice(files)
     content = bytearray(file.read_bytes())
     match rng.randrange(4):
@@ -121,6 +122,9 @@ def damage(workdir: Path, rng: random.Random) -> None:
         case 3 if content:
             content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
             file.write_bytes(content)
+        case _:
+            return False
+    return True
 
 
 FAULTS = ("kill -9", "SIGTERM", "SIGINT", "kill -9, and the newest checkpoint damaged", "disk full, then kill -9")
@@ -131,7 +135,7 @@ def disturbed(fault: str, workdir: Path, cache: Path, log: Path, longest: float,
     """How often the fault struck until the run was done, and the longest time that a signal took to end the process."""
     struck, slowest = 0, 0.0
     while True:
-        process = started(workdir, cache, log, full_disk if fault.startswith("disk") and struck % 2 == 0 else None)
+        process = started(workdir, cache, log, full_disk if fault.startswith("disk") and rng.random() < 0.5 else None)
         try:
             code = process.wait(rng.uniform(0.5, longest))
         except subprocess.TimeoutExpired:
@@ -139,9 +143,7 @@ def disturbed(fault: str, workdir: Path, cache: Path, log: Path, longest: float,
             process.send_signal({"SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}.get(fault, signal.SIGKILL))
             code = process.wait(60)
             slowest = max(slowest, time.monotonic() - sent)
-            struck += 1
-            if "damaged" in fault:
-                damage(workdir, rng)
+            struck += damage(workdir, rng) if "damaged" in fault else 1
         if code not in ENDS and not (code == 74 and fault.startswith("disk")):
             raise RuntimeError(f"{fault}: the run ended with {code}, see {log}")
         if code == 0:

@@ -1,10 +1,12 @@
 """Files that are changed at random, and bytes of any kind, are read or refused in one sentence; `fuzz.py` tries more of them."""
 
 import contextlib
+import io
 import json
 import random
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +94,20 @@ def test_a_run_with_any_value_is_read_or_refused(place, value):
             assert all(isinstance(name, str) for name in run.classes)
             assert np.array(run.colours.mean_rgb, float).shape == (3,)
             assert np.array(run.colours.eigenvectors, float).shape == (3, 3)
+
+
+def test_what_is_said_of_a_run_is_one_line(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps(RUN | {"train\nsize": 3}))
+    assert fuzz.outcome("run.json", tmp_path / "run.json") == "refused"
+
+
+def test_posteriors_of_which_a_part_is_no_array(files, tmp_path):
+    """NumPy gives the bytes of a member that does not begin as its arrays do."""
+    path = tmp_path / "file.npz"
+    with zipfile.ZipFile(io.BytesIO(files["npz"])) as whole, zipfile.ZipFile(path, "w") as changed:
+        for name in whole.namelist():
+            changed.writestr(name, b"no array" if name == "labels.npy" else whole.read(name))
+    assert fuzz.outcome("npz", path) == "refused"
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, '{"config": ' * 50_000, '{"train_size": ' + "1" * 5000 + "}"])
