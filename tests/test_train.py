@@ -6,7 +6,9 @@ import os
 import re
 import shutil
 import signal
+import threading
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -100,6 +102,27 @@ def test_an_interrupt_while_the_net_is_made_is_not_lost(finished, folder, tmp_pa
     assert lasting(fit(config(folder), tmp_path).history) == lasting(finished[1])
 
 
+def test_a_signal_is_heard_while_the_step_is_compiled(finished, folder, tmp_path, monkeypatch):
+    compile_steps, let_go, sent = vgg_jax.train.compile_steps, threading.Event(), []
+
+    def slowly_compiled(*arguments, **options):
+        _, eval_step = compile_steps(*arguments, **options)
+
+        def lower(*_):
+            sent.append(time.monotonic())
+            os.kill(os.getpid(), signal.SIGTERM)
+            let_go.wait(60)
+
+        return SimpleNamespace(lower=lower), eval_step
+
+    with monkeypatch.context() as patched:
+        patched.setattr(vgg_jax.train, "compile_steps", slowly_compiled)
+        assert fit(config(folder), tmp_path) == Outcome([], stopped=True)
+        assert time.monotonic() - sent[0] < 30
+    let_go.set()
+    assert lasting(fit(config(folder), tmp_path).history) == lasting(finished[1])
+
+
 @pytest.mark.parametrize("slow", ["input", "device"])
 def test_the_line_says_what_bounds_the_rate(folder, tmp_path, monkeypatch, capsys, slow):
     batches_of, compiled = vgg_jax.train.train_batches, vgg_jax.train.compile_steps
@@ -111,7 +134,13 @@ def test_the_line_says_what_bounds_the_rate(folder, tmp_path, monkeypatch, capsy
 
     def slow_steps(*arguments, **options):
         train_step, eval_step = compiled(*arguments, **options)
-        return (lambda state, batch: (time.sleep(0.5 if slow == "device" else 0), train_step(state, batch))[1]), eval_step
+
+        def slow_step(state, batch):
+            time.sleep(0.5 if slow == "device" else 0)
+            return train_step(state, batch)
+
+        slow_step.lower = train_step.lower
+        return slow_step, eval_step
 
     monkeypatch.setattr(vgg_jax.train, "train_batches", slow_batches)
     monkeypatch.setattr(vgg_jax.train, "compile_steps", slow_steps)
@@ -150,11 +179,15 @@ def test_a_run_compiles_each_step_once_and_reuses_the_states_memory(folder, tmp_
             states.append(state)
             return train_step(state, batch)
 
+        remembered.lower = train_step.lower
         return remembered, eval_step
 
     monkeypatch.setattr(vgg_jax.train, "compile_steps", compile_steps)
-    with jax.log_compiles():
+    jax.config.update("jax_log_compiles", True)  # in every thread
+    try:
         history = fit(config(folder), tmp_path).history
+    finally:
+        jax.config.update("jax_log_compiles", False)
     assert [record["learning_rate"] for record in history] == pytest.approx([1e-2, 1e-3, 1e-3])
     for step in ("train_step", "eval_step"):
         assert sum(record.getMessage().startswith(f"Compiling jit({step})") for record in caplog.records) == 1

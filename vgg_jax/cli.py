@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.pop("compilation_cache", False):
             keep_compiled_programs()
-        return command(**arguments)
+        code = command(**arguments)
     except InputError as error:
         print(f"vgg-jax: {error}", file=sys.stderr)
         return 3 if isinstance(error, DataError) else 2
@@ -40,10 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"vgg-jax: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("vgg-jax: interrupted", file=sys.stderr, flush=True)
-        if argv is None:
-            os._exit(130)  # a thread that compiles or writes is not waited for: what is half written is not looked at later
-        return 130
+        print("vgg-jax: interrupted", file=sys.stderr)
+        code = 130
+    if argv is None and code in (75, 130):  # at once: a thread that still compiles or writes is not waited for, nor needed
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def keep_compiled_programs() -> None:

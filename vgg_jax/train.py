@@ -222,6 +222,8 @@ def _fit(
                         break
                     now.waited += time.monotonic() - asked
                     placed, before = on_devices(batch, mesh), state
+                    if done is in_flight is None and not compiled(train_step, before, placed, stop):
+                        break
                     state, step_sums = train_step(before, placed)
                     now.batch += 1
                     if debug_nans and not finite((step_sums, state.params, state.batch_stats)):
@@ -274,6 +276,20 @@ def _fit(
     top = max(now.history, key=lambda record: record["validation"]["accuracy"])
     print(f"done: best validation accuracy {top['validation']['accuracy']:.2%} in epoch {top['epoch']}, {workdir / 'best'}", flush=True)
     return Outcome(now.history, stopped=False)
+
+
+def compiled(step: Any, state: TrainState, batch: dict[str, jax.Array], stop: threading.Event) -> bool:
+    """Whether the step was compiled before a signal came: in a thread, since the main one would hear of none until then."""
+
+    def compile_step() -> None:
+        with contextlib.suppress(Exception):  # it is raised again where the step is called
+            step.lower(state, batch).compile()
+
+    thread = threading.Thread(target=compile_step, daemon=True)
+    thread.start()
+    while thread.is_alive() and not stop.is_set():
+        thread.join(0.05)
+    return not stop.is_set()
 
 
 def said(source: Source, batch: InFlight) -> str:

@@ -39,7 +39,8 @@ def configured(data, **changes):
 def data(request, tmp_path, prepared):
     """The arguments of `fit` for a storage."""
     if request.param == "digits":
-        return dataclasses.replace(preset("digits"), net="shallow", image_size=16, scale=(16,), fc=(8, 8), epochs=1, batch_size=512), None
+        small = {"net": "shallow", "image_size": 16, "scale": (16,), "fc": (8, 8), "epochs": 2, "batch_size": 512, "microbatch": 256}
+        return dataclasses.replace(preset("digits"), schedule="plateau", drop_epochs=(), **small), None
     if request.param in prepared:
         return configured("numbers"), prepared[request.param]
     for label in ("ants", "bees"):
