@@ -227,10 +227,13 @@ def test_files_that_are_no_images_of_every_kind(tmp_path):
     (folder / "loop.jpg").symlink_to("loop.jpg")
     (folder / "folder.jpg").mkdir()
     os.mkfifo(folder / "pipe.jpg")
+    writer = os.open(folder / "pipe.jpg", os.O_RDWR)  # its reader would wait for more of it
+    os.write(writer, encode(PHOTO))
     (tmp_path / "data" / "loop").symlink_to("loop")  # beside the classes
     with pytest.raises(DataError, match="5 of 15 files"):
         open_split(root, "train")
     assert len(open_split(root, "train", skip_bad=True).skipped) == 5
+    os.close(writer)
 
 
 def test_verify_finds_what_is_bad_and_exclude_leaves_it_out(tmp_path, capsys):
