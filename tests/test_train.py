@@ -365,6 +365,13 @@ def test_a_finished_run_is_not_trained_again(finished, folder, capsys):
     assert "done: best validation accuracy" in capsys.readouterr().out
 
 
+def test_a_run_that_lost_its_best_net_is_refused(finished, folder, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "w")
+    shutil.rmtree(tmp_path / "w" / "best")
+    with pytest.raises(InputError, match=r"best holds no checkpoint, and epochs were done: .*restore that folder"):
+        fit(config(folder), tmp_path / "w")
+
+
 def test_another_configuration_is_refused_with_the_differences(finished, folder):
     workdir, _ = finished
     with pytest.raises(InputError, match=r"seed is 0 there and 1 here; .*--workdir") as error:

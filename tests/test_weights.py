@@ -493,7 +493,7 @@ def test_matlab_values_are_those_that_scipy_reads(tmp_path):
         assert (ours["known"][0]["a"].item(), ours["known"][0]["b"], ours["of_another_kind"]) == (1.5, "two", None)
 
 
-CELL, STRUCT = 1, 2
+CELL, STRUCT, TEXT, OPAQUE = 1, 2, 4, 17
 
 
 def pack(*numbers):
@@ -518,6 +518,10 @@ def test_matlab_files_that_would_fill_the_memory(tmp_path):
     for what, array in {
         "an array of the sides": array_head(CELL, [2**30] * 250_000, b"meta"),
         "names, each of 1": array_head(STRUCT, (2000, 1), b"meta") + element(5, pack(1)) + element(1, b""),
+        "9,000 bytes of 1 letters": array_head(TEXT, (1, 1), b"meta") + element(1, bytes(9000)),
+        "has more arrays than": array_head(CELL, (11, 1), b"meta")
+        + 11 * element(14, array_head(CELL, (2000, 1)) + 2000 * element(14, b"")),
+        "more arrays than a": array_head(6, (16_000, 1500), b"meta") + element(1, bytes(16_000 * 1500)),
         "more arrays than a VGG": array_head(CELL, (11, 1), b"meta") + 11 * element(14, array_head(CELL, (2000, 1)) + 2000 * empty),
     }.items():
         (tmp_path / "x.mat").write_bytes(b"MATLAB".ljust(124) + b"\x00\x01IM" + element(14, array))
@@ -525,6 +529,7 @@ def test_matlab_files_that_would_fill_the_memory(tmp_path):
         with pytest.raises(InputError, match=what):
             read(tmp_path / "x.mat")
         assert time.monotonic() - started < 2
+    assert matlab._array(memoryview(element(6, pack(OPAQUE, 0)) + element(1, b"string")), 1, iter(range(9))) == ("", None)
     (tmp_path / "big.mat").write_bytes(b"MATLAB".ljust(124) + b"\x01\x00MI" + bytes(64))
     with pytest.raises(InputError, match="is big-endian"):
         read(tmp_path / "big.mat")

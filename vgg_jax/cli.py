@@ -29,20 +29,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             keep_compiled_programs()
         code = command(**arguments)
     except InputError as error:
-        print(f"vgg-jax: {error}", file=sys.stderr)
-        return 3 if isinstance(error, DataError) else 2
+        print(f"vgg-jax: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 3 if isinstance(error, DataError) else 2
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith("vgg_jax"):
             raise
         print(f"vgg-jax: this command needs {error.name}: pip install 'vgg-jax[train]'", file=sys.stderr)
-        return 2
+        code = 2
     except OSError as error:  # a disk that is full, a folder that may not be read: the message has the path
         print(f"vgg-jax: {error}", file=sys.stderr)
-        return 2
+        code = 2
     except KeyboardInterrupt:
         print("vgg-jax: interrupted", file=sys.stderr)
         code = 130
-    if argv is None and code in (75, 130):  # at once: a thread that still compiles or writes is not waited for, nor needed
+    if argv is None and code:  # at once: no thread that still compiles or writes is waited for
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -151,8 +151,6 @@ def statistics(data: str, split: str, data_dir: str | None, download: bool, skip
 def verify_data(data: str, data_dir: str | None, download: bool, out: str) -> int:
     from vgg_jax.data import verify, write_list
 
-    with open(out, "a"):  # a folder that cannot be written to is said now
-        pass
     found = []
     try:
         for split, count, bad in verify(data, data_dir=data_dir, download=download):

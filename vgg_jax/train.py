@@ -35,10 +35,10 @@ from vgg_jax.weights import load
 class DivergedError(Exception):
     """A loss or a parameter is not a number; nothing of that is saved."""
 
-    def __init__(self, text: str, rate: float, halvings: int, stopping: bool) -> None:
+    def __init__(self, text: str, rate: float, halvings: int, stop: threading.Event) -> None:
         super().__init__(text)
         self.rate, self.halvings = rate, halvings  # the learning rate, and how often it had been halved
-        self.stopping = stopping  # whether a signal had come
+        self.stop = stop  # what a signal sets, also while what was to be saved is written
 
 
 class InFlight(NamedTuple):
@@ -99,7 +99,7 @@ def fit(
             try:
                 return _fit(config, workdir, data_dir, download, save_seconds, debug_nans, halvings)
             except DivergedError as error:
-                if on_nan == "stop" or error.halvings == MOST_HALVINGS or error.stopping:
+                if on_nan == "stop" or error.halvings == MOST_HALVINGS or error.stop.is_set():
                     raise
                 halvings = error.halvings + 1
                 print(f"warning: {error}: going back to what was saved last, with half the rate", file=sys.stderr, flush=True)
@@ -156,8 +156,12 @@ def _fit(
         now = Progress([])
 
         restored = restore_state(saving.last, state) if begun else None
-        if begun is not None:
-            restore_best(saving.best, state)  # of a damaged one is said now, and it is set aside
+        net = restore_best(saving.best, state) if begun else None  # of a damaged one is said now, and it is set aside
+        if restored is not None and restored[1]["history"] and net is None:
+            raise InputError(
+                f"{workdir / 'best'} holds no checkpoint, and epochs were done: expected the best one's; restore that folder, or train "
+                "again into another --workdir"
+            )
         if restored is not None:
             state, progress = restored
             now = Progress(**progress | {"sums": Sums(**progress["sums"])})
@@ -187,7 +191,7 @@ def _fit(
             ]
             place = f", {' or '.join(places)}" if places else ""
             text = f"{what} is not finite in epoch {epoch}{place}, at learning rate {rate:g}"
-            return DivergedError(text, rate, now.halvings, stop.is_set())
+            return DivergedError(text, rate, now.halvings, stop)
 
         def save(best: Best | None = None) -> None:
             # The loss that a step reports is the one before its update.
@@ -285,7 +289,7 @@ def compiled(step: Any, state: TrainState, batch: dict[str, jax.Array], stop: th
         with contextlib.suppress(Exception):  # it is raised again where the step is called
             step.lower(state, batch).compile()
 
-    thread = threading.Thread(target=compile_step, daemon=True)
+    thread = threading.Thread(target=compile_step)  # no daemon: Python ends those in the middle of XLA, which aborts the process
     thread.start()
     while thread.is_alive() and not stop.is_set():
         thread.join(0.05)

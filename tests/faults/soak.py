@@ -45,7 +45,7 @@ import sys
 from tests.faults.soak import with_small_net
 with_small_net()
 from vgg_jax.cli import main
-sys.exit(main(sys.argv[1:]))
+sys.exit(main())
 """
 
 

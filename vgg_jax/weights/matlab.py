@@ -3,6 +3,7 @@
 Read here, because scipy looks types up in a table without asking whether they are there: a damaged file ends the process.
 """
 
+import itertools
 import math
 import mmap
 import zlib
@@ -16,7 +17,21 @@ import numpy as np
 from vgg_jax.errors import InputError
 from vgg_jax.weights.contents import LARGEST, MANY, Contents, Tensor
 
-NUMBERS = {1: "i1", 2: "u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 7: "<f4", 9: "<f8", 12: "<i8", 13: "<u8", 16: "u1", 17: "<u2"}
+NUMBERS = {
+    1: "i1",
+    2: "u1",
+    3: "<i2",
+    4: "<u2",
+    5: "<i4",
+    6: "<u4",
+    7: "<f4",
+    9: "<f8",
+    12: "<i8",
+    13: "<u8",
+    16: "u1",
+    17: "<u2",
+    18: "<u4",
+}
 ARRAY, COMPRESSED = 14, 15
 CELL, STRUCT, TEXT = 1, 2, 4
 # Of the classes of numbers. A double that is a whole number may be stored as one.
@@ -24,7 +39,8 @@ DTYPES = {6: "f8", 7: "f4", 8: "i1", 9: "u1", 10: "i2", 11: "u2", 12: "i4", 13: 
 WANTED = ("layers", "meta", "normalization")
 DEEPEST = 12  # cells and structures within each other
 ARRAYS = 20_000  # in a file; a net of MatConvNet has some hundred, and 2,000 names of classes
-SLACK = 2**20  # bytes that a file may unpack to, or an array grow to, however small it is
+GROWTH = 2**13  # bytes by which numbers may grow, from a whole number of one byte to a double, at the price of an array
+SLACK = 2**20  # bytes that a file may unpack to, however small it is
 
 
 def read(path: Path) -> Contents:
@@ -41,8 +57,8 @@ def read(path: Path) -> Contents:
     notes = {}
     for place in (found, *found.get("meta", [])):
         for normalization in place.get("normalization", []):
-            if "averageImage" in normalization:
-                mean = np.asarray(normalization["averageImage"], np.float64)
+            mean = np.asarray(normalization.get("averageImage", ()), np.float64)
+            if mean.size:
                 notes["mean_rgb"] = mean.reshape(-1, 3).mean(0) if mean.shape[-1] == 3 else mean.ravel()
     for (layer,) in found["layers"]:
         if len(layer.get("weights", [])):
@@ -108,15 +124,17 @@ def _array(data: memoryview, depth: int, budget: Iterator[int]) -> tuple[str, An
     """
     if depth > DEEPEST:
         raise ValueError(f"it is nested more than {DEEPEST} deep")
-    if next(budget, None) is None:
-        raise ValueError("it has more arrays than a VGG")
+    _spend(budget, 1)
     parts = _elements(data)
-    flags, sides, name = _numbers(_next(parts)), _numbers(_next(parts)), bytes(_next(parts)[1][:64]).decode("latin-1")
+    flags = _numbers(_next(parts))
+    kind, is_complex = int(flags[0]) & 0xFF, int(flags[0]) & 0x800
+    if kind not in (CELL, STRUCT, TEXT, *DTYPES):  # an object, a function: laid out in other ways
+        return "", None
+    sides, name = _numbers(_next(parts)), bytes(_next(parts)[1][:64]).decode("latin-1")
     if depth == 0 and name not in WANTED:
         return name, None
     if not 2 <= len(sides) <= 8 or min(sides) < 0:
         raise ValueError(f"an array of the sides {sides.tolist()[:9]}")
-    kind, is_complex = int(flags[0]) & 0xFF, int(flags[0]) & 0x800
     count = math.prod(int(side) for side in sides)
     if kind in (CELL, STRUCT, TEXT) and count > MANY:
         raise ValueError(f"{count:,} cells, structures or letters")
@@ -130,14 +148,15 @@ def _array(data: memoryview, depth: int, budget: Iterator[int]) -> tuple[str, An
         return name, [{field: _inside(parts, depth, budget) for field in fields} for _ in range(count)]
     if kind == TEXT:
         codes = _numbers(_next(parts)) if count else np.zeros(0, "u1")
+        if len(codes) > 4 * count:  # bytes of UTF-8
+            raise ValueError(f"{len(codes):,} bytes of {count:,} letters")
         return name, "".join(map(chr, codes.tolist()))
-    if kind not in DTYPES or is_complex:
+    if is_complex:
         return name, None
     numbers = _numbers(_next(parts)) if count else np.zeros(0)
     if len(numbers) != count:
         raise ValueError(f"{len(numbers):,} numbers in an array of {count:,}")
-    if np.dtype(DTYPES[kind]).itemsize * count > max(SLACK, numbers.nbytes):
-        raise ValueError(f"{count:,} numbers in bytes: expected weights, which are none")
+    _spend(budget, max(0, np.dtype(DTYPES[kind]).itemsize * count - numbers.nbytes) // GROWTH)
     return name, numbers.astype(DTYPES[kind], copy=False).reshape(sides, order="F")
 
 
@@ -145,7 +164,15 @@ def _inside(parts: Iterator[tuple[int, memoryview]], depth: int, budget: Iterato
     kind, part = _next(parts)
     if kind != ARRAY:
         raise ValueError(f"an element of the type {kind} where an array belongs")
-    return _array(part, depth + 1, budget)[1] if len(part) else np.zeros((0, 0))
+    if not len(part):
+        _spend(budget, 1)
+        return np.zeros((0, 0))
+    return _array(part, depth + 1, budget)[1]
+
+
+def _spend(budget: Iterator[int], count: int) -> None:
+    if sum(1 for _ in itertools.islice(budget, count)) < count:
+        raise ValueError("it has more arrays than a VGG")
 
 
 def _numbers(element: tuple[int, memoryview]) -> np.ndarray:
