@@ -43,7 +43,7 @@ def test_every_field_of_the_configuration_has_a_flag_and_the_other_way_round():
     flags = vars(parser().parse_args(["train", "d", *FLAGS.split()]))
     given = {name: flags[name] for name in flags if name not in NOT_OF_THE_RUN}
     assert given.keys() == {field.name for field in dataclasses.fields(TrainConfig)}
-    config = preset(**{name: value for name, value in given.items() if name not in WITHOUT_EFFECT})
+    config = preset(**{name: value for name, value in given.items() if name not in WITHOUT_EFFECT} | {"exclude": ("what the list says",)})
     assert config.fc == (10, 20)
     assert config.scale == (300, 400)
     assert dataclasses.asdict(config).items() >= {"flip": False, "exif": False, "batch_norm": True, "microbatch": 4, "seed": 7}.items()
@@ -53,7 +53,7 @@ FLAGS = """--net E --batch-norm --fc 10 20 --dropout-rate 0.1 --initializer pape
 --dtype bfloat16 --cache
 --image-size 100 --scale 300 400 --no-flip --colour-shift 0 --colour-convention variance --no-exif --statistics measure
 --validation-fraction 0.2 --skip-bad --batch-size 8 --microbatch 4 --learning-rate 0.1 --momentum 0.8 --weight-decay 0 --decay-biases
---schedule step --patience 1 --drops 1 --drop-epochs 2 3 --epochs 4 --seed 7"""
+--schedule step --patience 1 --drops 1 --drop-epochs 2 3 --epochs 4 --seed 7 --exclude list"""
 WITHOUT_EFFECT = {"patience", "drops"}  # beside --schedule step
 NOT_OF_THE_RUN = {"command", "workdir", "data_dir", "download", "compilation_cache"}
 
