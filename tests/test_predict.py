@@ -71,7 +71,7 @@ def test_files_folders_and_patterns(photos):
 def test_an_unreadable_file_is_reported_and_the_others_answered(net, photos, capsys):
     Image.new("L", (12_500, 1)).save(photos / "line.png")
     argv = ["predict", net, *(str(photos / name) for name in ("broken.jpg", "line.png", "b.png", "missing.jpg", "notes.txt"))]
-    assert cli.main([*argv, "--json"]) == 2
+    assert cli.main([*argv, "--json"]) == 3
     lines = {line["file"].rpartition("/")[2]: line for line in map(json.loads, capsys.readouterr().out.splitlines())}
     assert {name: len(line.get("top", ())) for name, line in lines.items()} == {
         "broken.jpg": 0,
@@ -83,7 +83,7 @@ def test_an_unreadable_file_is_reported_and_the_others_answered(net, photos, cap
     assert "cannot decode" in lines["broken.jpg"]["error"]
     assert "No such file" in lines["missing.jpg"]["error"]
     assert "line.png': at the test scale it has more than 2,000,000 pixels" in lines["line.png"]["error"]
-    assert cli.main(argv) == 2
+    assert cli.main(argv) == 3
     out, err = capsys.readouterr()
     assert "%" in out.splitlines()[0]
     assert len(out.splitlines()) == 1

@@ -42,7 +42,7 @@ def test_the_newest_version_and_the_only_configuration(prepared, tmp_path):
         os.makedirs(tmp_path / target)
         for name in os.listdir(os.path.join(prepared["tfrecord"], "numbers", "1.2.3")):
             os.symlink(os.path.join(prepared["tfrecord"], "numbers", "1.2.3", name), tmp_path / target / name)
-    assert sources_module.record_splits("numbers", str(tmp_path), False).keys() == {"train"}
+    assert sources_module.record_splits("numbers", str(tmp_path), (), False).keys() == {"train"}
     assert folder_of("numbers", tmp_path) == str(tmp_path / "numbers/1.10.0")
     assert folder_of("numbers:1.9.0", tmp_path) == str(tmp_path / "numbers/1.9.0")
     assert folder_of("numbers:1.2.3", tmp_path) is None

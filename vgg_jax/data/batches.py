@@ -98,7 +98,7 @@ class Batches:
                     name = self._source.file_name(int(example["index"]))
                     return (
                         f"cannot decode {name!r}: {cause_of(cause)}; expected a whole image, so replace it (a run that began goes on), "
-                        "or begin another with --skip-bad, or with --exclude and what `vgg-jax verify-data` finds"
+                        "or begin another with --skip-bad or --exclude"
                     )
         except tf.errors.OpError as cause:
             error = cause

@@ -101,9 +101,8 @@ def crop_resized(
 
     def from_jpeg() -> tf.Tensor:
         sides = tf.io.extract_jpeg_shape(encoded)[:2]
-        _refuse_bomb(sides)
         part = window(sides, scale, size, fractions)
-        pixels = tf.io.decode_and_crop_jpeg(encoded, tf.concat([part.first, part.sides], 0), channels=3, dct_method=DCT)
+        pixels = tf.io.decode_and_crop_jpeg(_no_bomb(encoded, sides), tf.concat([part.first, part.sides], 0), channels=3, dct_method=DCT)
         return _resample(pixels, (size, size), part.zoom, part.translation)
 
     def from_image() -> tf.Tensor:
@@ -144,8 +143,7 @@ def rescale(image: tf.Tensor, scale: tf.Tensor | int) -> tf.Tensor:
     """
     sides = tf.cast(tf.shape(image)[:2], tf.float64)
     rescaled = rescaled_sides(sides, scale)
-    told = f"at the test scale it has more than {LARGEST:,} pixels"
-    tf.raw_ops.Assert(condition=tf.reduce_prod(rescaled) <= LARGEST, data=[told])
+    image = _unless(tf.reduce_prod(rescaled) > LARGEST, f"at the test scale it has more than {LARGEST:,} pixels", image)
     return _resample(image, tf.cast(rescaled, tf.int32), tf.cast(rescaled / sides, tf.float32), tf.zeros(2))
 
 
@@ -199,12 +197,11 @@ def _decode(encoded: tf.Tensor) -> tf.Tensor:
         return tf.ensure_shape(tf.numpy_function(_decode_by_pillow, [encoded], tf.uint8), (None, None, 3))
 
     def jpeg() -> tf.Tensor:
-        _refuse_bomb(tf.io.extract_jpeg_shape(encoded)[:2])
-        return tf.io.decode_jpeg(encoded, channels=3, dct_method=DCT)
+        return tf.io.decode_jpeg(_no_bomb(encoded, tf.io.extract_jpeg_shape(encoded)[:2]), channels=3, dct_method=DCT)
 
     def png() -> tf.Tensor:
-        _refuse_bomb(tf.io.decode_raw(tf.strings.substr(encoded, 16, 8), tf.int32, little_endian=False))
-        return tf.io.decode_png(encoded, channels=3)
+        sides = tf.io.decode_raw(tf.strings.substr(encoded, 16, 8), tf.int32, little_endian=False)
+        return tf.io.decode_png(_no_bomb(encoded, sides), channels=3)
 
     is_png = tf.strings.substr(encoded, 0, 4) == b"\x89PNG"
     return tf.cond(
@@ -214,9 +211,16 @@ def _decode(encoded: tf.Tensor) -> tf.Tensor:
     )
 
 
-def _refuse_bomb(sides: tf.Tensor) -> None:
+def _no_bomb(encoded: tf.Tensor, sides: tf.Tensor) -> tf.Tensor:
     pixels = tf.reduce_prod(tf.cast(sides, tf.float64))
-    tf.raw_ops.Assert(condition=pixels <= LARGEST_DECODED, data=[f"it has more than {LARGEST_DECODED:,} pixels"])
+    return _unless(pixels > LARGEST_DECODED, f"it has more than {LARGEST_DECODED:,} pixels", encoded)
+
+
+def _unless(wrong: tf.Tensor, told: str, tensor: tf.Tensor) -> tf.Tensor:
+    """The tensor, but in a graph not before that is known: by itself an assertion holds nothing up. Raises InvalidArgumentError."""
+    asserted = tf.raw_ops.Assert(condition=~wrong, data=[told])
+    with tf.control_dependencies([] if asserted is None else [asserted]):
+        return tf.identity(tensor)
 
 
 def _decode_by_pillow(encoded: bytes | np.ndarray) -> np.ndarray:
