@@ -109,6 +109,7 @@ def test_the_halved_rate_outlives_the_process(config, tmp_path, monkeypatch):
     assert rates(tmp_path / "w") == [1e-3, 5e-4, 5e-4]
 
 
+@pytest.mark.slow
 def test_it_goes_back_so_many_times_and_no_more(config, tmp_path, monkeypatch):
     poisoned(monkeypatch, range(4, 10**6))
     with pytest.raises(DivergedError, match=r"epoch 2, in batch 1 .*learning rate 3\.125e-05"):

@@ -50,7 +50,11 @@ def data(request, tmp_path, prepared):
     return configured(str(tmp_path / "data"), cache=request.param == "cache"), None
 
 
-@pytest.mark.parametrize("data", ["folder", "cache", "tfrecord", "array_record", "digits"], indirect=True)
+@pytest.mark.parametrize(
+    "data",
+    ["folder", "tfrecord", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cache", "array_record", "digits"))],
+    indirect=True,
+)
 def test_a_run_that_is_stopped_twice_ends_as_the_quiet_one(data, tmp_path, monkeypatch):
     """In its second step, and in a validation."""
     config, data_dir = data
