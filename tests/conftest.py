@@ -2,10 +2,15 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import pytest
+
+from tests.tiny import DEEP, SHALLOW
+from vgg_jax import CONFIGS
+from vgg_jax.configs import CHOICES
 
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -43,3 +48,13 @@ def prepared(tmp_path_factory):
         config = tfds.download.DownloadConfig(num_shards=4, try_download_gcs=False)
         Numbers(data_dir=folders[file_format], file_format=file_format).download_and_prepare(download_config=config)
     return folders
+
+
+@pytest.fixture(scope="module")
+def small_nets() -> Iterator[None]:
+    """The nets "shallow" and "deep", for what trains: `pytestmark = pytest.mark.usefixtures("small_nets")`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CONFIGS, "shallow", SHALLOW)
+        patch.setitem(CONFIGS, "deep", DEEP)
+        patch.setitem(CHOICES, "net", tuple(CONFIGS))
+        yield

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.tiny import SHALLOW, init
-from vgg_jax import CONFIGS, IMAGENET, InputError, TrainConfig, cli
+from tests.tiny import init
+from vgg_jax import IMAGENET, InputError, TrainConfig, cli
 from vgg_jax.checkpoint import Saved
-from vgg_jax.configs import CHOICES, Protocol
+from vgg_jax.configs import Protocol
 from vgg_jax.data import decode, open_splits, rescale
 from vgg_jax.evaluate import Evaluation, evaluate, fuse, read, save
 from vgg_jax.metrics import interval
@@ -24,12 +24,7 @@ from vgg_jax.weights import save as save_weights
 COUNT = 7
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_net():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(CONFIGS, "shallow", SHALLOW)
-        patch.setitem(CHOICES, "net", tuple(CONFIGS))
-        yield
+pytestmark = pytest.mark.usefixtures("small_nets")
 
 
 @pytest.fixture(scope="module")

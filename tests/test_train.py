@@ -18,10 +18,8 @@ from safetensors.numpy import save_file
 
 import vgg_jax
 import vgg_jax.train
-from tests.tiny import DEEP, SHALLOW
-from vgg_jax import CONFIGS, IMAGENET, InputError, TrainConfig, cli, compiler_options
+from vgg_jax import IMAGENET, InputError, TrainConfig, cli, compiler_options
 from vgg_jax.checkpoint import NotSavedError, Saved
-from vgg_jax.configs import CHOICES
 from vgg_jax.data import eval_batches, measure, open_splits
 from vgg_jax.metrics import Sums
 from vgg_jax.model import preprocess
@@ -30,14 +28,7 @@ from vgg_jax.sharding import data_mesh, put_batch
 from vgg_jax.train import Outcome, fit
 from vgg_jax.train_step import build_model, compile_steps, init_state
 
-
-@pytest.fixture(scope="module", autouse=True)
-def small_nets():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(CONFIGS, "shallow", SHALLOW)
-        patch.setitem(CONFIGS, "deep", DEEP)
-        patch.setitem(CHOICES, "net", tuple(CONFIGS))
-        yield
+pytestmark = pytest.mark.usefixtures("small_nets")
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,9 @@ import pytest
 
 import vgg_jax.train
 from tests.data.tiny_data import encode, noise
-from tests.tiny import SHALLOW
-from vgg_jax import CONFIGS, IMAGENET, InputError, TrainConfig
+from vgg_jax import IMAGENET, InputError, TrainConfig
 from vgg_jax.checkpoint import Saved
-from vgg_jax.configs import CHOICES, MOST_HALVINGS
+from vgg_jax.configs import MOST_HALVINGS
 from vgg_jax.nonfinite import first_nonfinite
 from vgg_jax.optimizer import sgd
 from vgg_jax.run import read_run
@@ -25,11 +24,7 @@ from vgg_jax.sharding import data_mesh, put_batch
 from vgg_jax.train import DivergedError, fit
 from vgg_jax.train_step import build_model, init_state
 
-
-@pytest.fixture(autouse=True)
-def small_net(monkeypatch):
-    monkeypatch.setitem(CONFIGS, "shallow", SHALLOW)
-    monkeypatch.setitem(CHOICES, "net", tuple(CONFIGS))
+pytestmark = pytest.mark.usefixtures("small_nets")
 
 
 @pytest.fixture
@@ -87,8 +82,6 @@ def test_a_run_goes_back_with_half_the_rate(config, tmp_path, monkeypatch, capsy
     assert "going on at epoch 2, batch 1" in captured.out
     assert not outcome.stopped
     monkeypatch.undo()
-    monkeypatch.setitem(CONFIGS, "shallow", SHALLOW)
-    monkeypatch.setitem(CHOICES, "net", tuple(CONFIGS))
     monkeypatch.setattr(vgg_jax.train, "learning_rate", lambda _, done: None if len(done) == 3 else 1e-3 / (1 + bool(done)))
     expected = fit(config, tmp_path / "expected").history
     assert [record["train"] for record in outcome.history] == [record["train"] for record in expected]
@@ -127,8 +120,6 @@ def test_nothing_that_is_not_finite_is_saved(on_nan, loss, config, tmp_path, mon
     ):
         fit(config, tmp_path / "w", on_nan=on_nan, save_seconds=0)
     monkeypatch.undo()
-    monkeypatch.setitem(CONFIGS, "shallow", SHALLOW)
-    monkeypatch.setitem(CHOICES, "net", tuple(CONFIGS))
     run = read_run(tmp_path / "w")
     state = init_state(build_model(run.config, 2), sgd(run.config), 0, data_mesh(4))
     with Saved(tmp_path / "w" / "last", read_only=True) as last:

@@ -11,19 +11,11 @@ import pytest
 import vgg_jax.train
 from tests.data.tiny_data import encode, noise
 from tests.faults.soak import result
-from tests.tiny import SHALLOW
-from vgg_jax import CONFIGS, TrainConfig, preset
-from vgg_jax.configs import CHOICES
+from vgg_jax import TrainConfig, preset
 from vgg_jax.sharding import data_mesh
 from vgg_jax.train import fit
 
-
-@pytest.fixture(scope="module", autouse=True)
-def small_net():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(CONFIGS, "shallow", SHALLOW)
-        patch.setitem(CHOICES, "net", tuple(CONFIGS))
-        yield
+pytestmark = pytest.mark.usefixtures("small_nets")
 
 
 def configured(data, **changes):
