@@ -27,7 +27,7 @@ from vgg_jax.cli import keep_memory
 from vgg_jax.configs import PIXELS, PROTOCOLS, Protocol
 from vgg_jax.data import open_split, rescaled_images
 from vgg_jax.posteriors import stream_posteriors
-from vgg_jax.sharding import data_mesh
+from vgg_jax.sharding import make_mesh
 
 
 class Compilations(logging.Handler):
@@ -55,7 +55,7 @@ def measured(args: argparse.Namespace) -> dict:
     jax.config.update("jax_log_compiles", True)
     examples = rescaled_images(dataclasses.replace(source, examples=first(source)), tuple(args.scale), True)
     images = ([image[0] for image in example["scaled"]] for example in examples)
-    mesh = data_mesh(1, jax.devices()[:1])
+    mesh = make_mesh(1, jax.devices()[:1])
     found = dict(stream_posteriors(model, variables, images, mesh=mesh, protocol=Protocol(args.protocol), pixels=args.pixels))
     seconds = time.perf_counter() - started
     assert len(found) == source.size

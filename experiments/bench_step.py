@@ -30,7 +30,7 @@ from vgg_jax import CONFIGS, IMAGENET, VGG, TrainConfig, compile_inference
 from vgg_jax.cli import keep_memory, use_huge_pages
 from vgg_jax.model import preprocess
 from vgg_jax.optimizer import sgd
-from vgg_jax.sharding import data_mesh, put_batch
+from vgg_jax.sharding import make_mesh, put_batch
 from vgg_jax.summary import summarize
 from vgg_jax.train_step import compile_steps, init_state
 
@@ -49,7 +49,7 @@ def seconds_of_steps(args: argparse.Namespace) -> dict[str, float | None]:
         learning_rate=1e-2,
     )
     model = VGG(dataclasses.replace(CONFIGS[args.net], fc=config.fc), CLASSES, dtype=jnp.dtype(args.dtype), image_size=args.image_size)
-    mesh = data_mesh(args.batch)
+    mesh = make_mesh(args.batch)
     state = init_state(model, sgd(config), 0, mesh)
     rng = np.random.default_rng(0)
     batch = {

@@ -18,7 +18,7 @@ from vgg_jax.data import Source, cached, eval_batches, open_splits, train_batche
 from vgg_jax.metrics import Sums, merge
 from vgg_jax.optimizer import sgd
 from vgg_jax.presets import preset
-from vgg_jax.sharding import data_mesh, put_batch
+from vgg_jax.sharding import make_mesh, put_batch
 from vgg_jax.train_step import build_model, compile_steps, init_state
 
 FAST = layers._on_cpu
@@ -45,7 +45,7 @@ def trained(way: str, seed: int, train: Source, validation: Source, epochs: int)
     layers._on_cpu = on_cpu
     jax.clear_caches()  # what was traced knows the other one
     config = preset("cifar10", net="A", dtype=dtype, seed=seed, epochs=epochs, schedule="constant")
-    mesh, model = data_mesh(config.batch_size), build_model(config, 10)
+    mesh, model = make_mesh(config.batch_size), build_model(config, 10)
     state = init_state(model, sgd(config), seed, mesh)
     train_step, eval_step = compile_steps(config, model, IMAGENET.mean_rgb, mesh)
 

@@ -60,11 +60,11 @@ def grown_step(classes: int, batch: int) -> dict:
 
     from vgg_jax import IMAGENET, TrainConfig
     from vgg_jax.optimizer import sgd
-    from vgg_jax.sharding import data_mesh, put_batch
+    from vgg_jax.sharding import make_mesh, put_batch
     from vgg_jax.train_step import build_model, compile_steps, init_state
 
     config = TrainConfig(net="A", fc=(512, 512), image_size=32, scale=(32,), batch_size=batch, learning_rate=1e-3)
-    mesh = data_mesh(batch, jax.devices()[:1])
+    mesh = make_mesh(batch, jax.devices()[:1])
     model = build_model(config, classes)
     state = init_state(model, sgd(config), 0, mesh)
     step, _ = compile_steps(config, model, IMAGENET.mean_rgb, mesh)

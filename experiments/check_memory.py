@@ -23,7 +23,7 @@ import numpy as np
 from vgg_jax import IMAGENET, TrainConfig
 from vgg_jax.cli import use_huge_pages
 from vgg_jax.optimizer import sgd
-from vgg_jax.sharding import data_mesh, put_batch, replicated
+from vgg_jax.sharding import make_mesh, put_batch, replicated
 from vgg_jax.train_step import _state, build_model, compile_steps, init_state, step_memory
 
 CLASSES = 1000
@@ -36,7 +36,7 @@ def process(name: str) -> int:
 
 def measured(config: TrainConfig) -> tuple[int, int]:
     """Bytes of two steps, and of what compiling them left."""
-    mesh, model, size = data_mesh(1, jax.devices()[:1]), build_model(config, CLASSES), config.image_size
+    mesh, model, size = make_mesh(1, jax.devices()[:1]), build_model(config, CLASSES), config.image_size
     jax.block_until_ready(jax.numpy.ones(1) + 1)  # the backend and its threads are not the step's
     before = process("VmRSS")
     rng = np.random.default_rng(0)

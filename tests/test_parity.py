@@ -11,7 +11,7 @@ import pytest
 from vgg_jax import CONFIGS, VGG, compiler_options
 from vgg_jax.configs import TrainConfig
 from vgg_jax.optimizer import sgd
-from vgg_jax.sharding import data_mesh, put_batch, replicated
+from vgg_jax.sharding import make_mesh, put_batch, replicated
 from vgg_jax.train_step import TrainState, compile_steps
 
 torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
@@ -126,7 +126,7 @@ def test_twenty_steps_follow_pytorch(batch_norm, decay_biases, devices, microbat
 
     with jax.enable_x64(True):
         model = VGG(TINY, CLASSES, batch_norm, dropout_rate=0.0, image_size=32, dtype=jnp.float64, param_dtype=jnp.float64)
-        mesh = data_mesh(n, jax.devices()[:devices])
+        mesh = make_mesh(n, jax.devices()[:devices])
         step, _ = compile_steps(config, model, mean_rgb, mesh)
         state = TrainState(jnp.int32(0), params, batch_stats, sgd(config).init(params), jax.random.key(0))
         state = jax.device_put(state, replicated(mesh))

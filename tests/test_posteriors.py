@@ -12,7 +12,7 @@ from vgg_jax import IMAGENET, VGG, Conv, InputError, VGGConfig
 from vgg_jax.configs import DENSE, PROTOCOLS, Protocol
 from vgg_jax.films import rows_of
 from vgg_jax.posteriors import crop_offsets, posteriors, stream_posteriors, windows
-from vgg_jax.sharding import data_mesh
+from vgg_jax.sharding import make_mesh
 
 SMALL = VGGConfig(((Conv(8),), (Conv(16), Conv(16)), (Conv(24),)), fc=(24, 16))
 STAGES = [[8], [16, 16], [24]]  # the same, for PyTorch
@@ -143,7 +143,7 @@ def test_each_image_comes_once_and_windows_share_programs(net, caplog, compilati
     """On two devices; 60 images of 60 sizes in few programs: what each is alone, and the same again."""
     monkeypatch.setattr("vgg_jax.films.COMPILED", worth)
     sizes = [(16 + i % 7, 23 + i) if i % 2 else (23 + i, 16 + i % 7) for i in range(60)]
-    settings = {"mesh": data_mesh(2), "protocol": DENSE, "pixels": 16_000}
+    settings = {"mesh": make_mesh(2), "protocol": DENSE, "pixels": 16_000}
     found = dict(stream_posteriors(*net, ([image] for image in photos(sizes)), **settings))
     assert found.keys() == set(range(60))
     assert 0 < compilations() <= most

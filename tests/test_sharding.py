@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from vgg_jax import InputError
-from vgg_jax.sharding import data_mesh, put_batch, replicated
+from vgg_jax.sharding import make_mesh, put_batch, replicated
 
 
 def test_a_batch_is_spread_and_parameters_are_everywhere():
-    mesh = data_mesh(6)
+    mesh = make_mesh(6)
     batch = {"image": np.arange(6 * 12, dtype=np.uint8).reshape(6, 2, 2, 3), "label": np.arange(6, dtype=np.int32)}
     placed = put_batch(batch, mesh)
     for name, array in placed.items():
@@ -21,5 +21,5 @@ def test_a_batch_is_spread_and_parameters_are_everywhere():
 
 def test_examples_that_devices_cannot_share():
     with pytest.raises(InputError, match=r"7 examples .*multiple of the 2 devices.*--batch-size or --microbatch"):
-        data_mesh(7)
-    assert data_mesh(7, jax.devices()[:1]).size == 1
+        make_mesh(7)
+    assert make_mesh(7, jax.devices()[:1]).size == 1

@@ -24,7 +24,8 @@ from vgg_jax.data import eval_batches, measure, open_splits
 from vgg_jax.metrics import Sums
 from vgg_jax.model import preprocess
 from vgg_jax.optimizer import sgd
-from vgg_jax.sharding import data_mesh, put_batch
+from vgg_jax.processes import LostError
+from vgg_jax.sharding import make_mesh, put_batch
 from vgg_jax.train import Outcome, fit
 from vgg_jax.train_step import build_model, compile_steps, init_state
 
@@ -336,18 +337,25 @@ def test_best_is_the_best_epochs_net(disk_is_full, folder, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("ends", "code"),
-    [(Outcome([], True), 75), (Outcome([], False), 0), (KeyboardInterrupt(), 130), (OSError(28, "full"), 2), (NotSavedError("full"), 74)],
+    ("ends", "code", "lines"),
+    [
+        (Outcome([], True), 75, 0),
+        (Outcome([], False), 0, 0),
+        (KeyboardInterrupt(), 130, 1),
+        (OSError(28, "full"), 2, 1),
+        (NotSavedError("full"), 74, 1),
+        (LostError("gone"), 75, 1),
+    ],
 )
-def test_exit_codes(ends, code, monkeypatch, capsys):
-    def fit(*_):
+def test_exit_codes(ends, code, lines, monkeypatch, capsys):
+    def fit(*_, **options):
         if isinstance(ends, BaseException):
             raise ends
         return ends
 
     monkeypatch.setattr(vgg_jax.train, "fit", fit)
     assert cli.main(["train", "--no-compilation-cache"]) == code
-    assert capsys.readouterr().err.count("\n") == (code in (2, 74, 130))
+    assert capsys.readouterr().err.count("\n") == lines
 
 
 def test_a_finished_run_is_not_trained_again(finished, folder, capsys):
@@ -413,7 +421,7 @@ def test_start_from_another_run_says_what_came(finished, folder, tmp_path, capsy
 def test_running_statistics_come_along(net, finished, folder):
     source = vgg_jax.load(finished[0])
     settings = config(folder, net=net, init_from="it")
-    state = init_state(build_model(settings, 2), sgd(settings), 1, data_mesh(8))
+    state = init_state(build_model(settings, 2), sgd(settings), 1, make_mesh(8))
     started = vgg_jax.train.start_from(source, settings, state, IMAGENET.mean_rgb)
     for name, layer in source[1]["batch_stats"].items():
         jax.tree.map(np.testing.assert_array_equal, started.batch_stats[name], layer)
@@ -458,7 +466,7 @@ def test_frozen_layers_stay_to_the_bit(finished, folder):
     """Their values, their batch normalisation's, and their part of the optimizer's state; the others move."""
     source = vgg_jax.load(finished[0])
     settings = config(folder, init_from="it", freeze=("conv",), decay_biases=True, learning_rate=0.1)
-    model, mesh = build_model(settings, 2), data_mesh(8)
+    model, mesh = build_model(settings, 2), make_mesh(8)
     state = vgg_jax.train.start_from(source, settings, init_state(model, sgd(settings), 1, mesh), IMAGENET.mean_rgb)
     before = jax.tree.map(np.asarray, (state.params, state.batch_stats))
     train_step, _ = compile_steps(settings, model, IMAGENET.mean_rgb, mesh)

@@ -11,12 +11,12 @@ from vgg_jax import IMAGENET, VGG, TrainConfig, summary
 from vgg_jax.metrics import averages
 from vgg_jax.model import preprocess
 from vgg_jax.optimizer import sgd
-from vgg_jax.sharding import data_mesh, put_batch
+from vgg_jax.sharding import make_mesh, put_batch
 from vgg_jax.train_step import compile_steps, init_state, step_memory
 
 CONFIG = TrainConfig(image_size=32, scale=(32,), batch_size=8, learning_rate=1e-3)
 MODEL = VGG(SHALLOW, 5, image_size=32, dropout_rate=0.0)
-MESH = data_mesh(8)
+MESH = make_mesh(8)
 
 
 def batch(n=8, real=8, seed=0):

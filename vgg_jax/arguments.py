@@ -3,7 +3,19 @@
 import argparse
 from typing import Any
 
-from vgg_jax.configs import CHOICES, MOST_HALVINGS, ON_NAN, OUTPUTS, PIXELS, PROTOCOLS, SAVE_SECONDS, WRITTEN, TrainConfig
+from vgg_jax.configs import (
+    CHOICES,
+    DISTRIBUTED,
+    MOST_HALVINGS,
+    ON_NAN,
+    OUTPUTS,
+    PIXELS,
+    PROTOCOLS,
+    REDUCE,
+    SAVE_SECONDS,
+    WRITTEN,
+    TrainConfig,
+)
 from vgg_jax.presets import PRESETS
 
 
@@ -115,6 +127,14 @@ def add_data(command: argparse.ArgumentParser, default: str | None = "digits", s
     command.add_argument("--download", action="store_true", default=False, help="let TensorFlow Datasets download and prepare the data")
 
 
+def mesh_axes(text: str) -> dict[str, int]:
+    """ "data=4,model=2" -> {"data": 4, "model": 2}. Raises argparse.ArgumentTypeError."""
+    axes = dict(part.partition("=")[::2] for part in text.split(","))
+    if not set(axes) <= {"data", "model"} or len(axes) != text.count("=") or not all(value.isdecimal() for value in axes.values()):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected axes such as data=8 or data=4,model=2")
+    return {axis: int(value) for axis, value in axes.items()}
+
+
 def add_cache(command: argparse.ArgumentParser) -> None:
     what = "keep compiled programs in the user's cache folder (default: on)"
     command.add_argument("--compilation-cache", action=argparse.BooleanOptionalAction, default=True, help=what)
@@ -138,6 +158,15 @@ def add_train(command: argparse.ArgumentParser) -> None:
         help=f"where the loss is not finite: stop (default), or go back to the last save with half the rate, at most {MOST_HALVINGS} times",
     )
     command.add_argument("--debug-nans", action="store_true", help="name the layer where the loss is not finite; slower, with more memory")
+
+    what = "axes of the devices, as data=4,model=2: those that share the examples, times those that share fc6 and fc7 (default: data alone)"
+    command.add_argument("--mesh", type=mesh_axes, metavar="AXES", help=what)
+    command.add_argument("--fsdp", action="store_true", help="spread parameters and momentum over the devices, for memory")
+    command.add_argument("--reduce", choices=REDUCE, help="how gradients travel between devices (default: float32)")
+    what = (
+        "join other processes: where SLURM, Open MPI, Kubernetes or a TPU pod is found, or JAX_COORDINATOR_ADDRESS is set (default: auto)"
+    )
+    command.add_argument("--distributed", choices=DISTRIBUTED, help=what)
 
     def flag(name: str, help: str, **options: Any) -> None:
         value = getattr(default, name)

@@ -1,10 +1,14 @@
 """The checkpoints of a run: `last/` (to go on) and `best/` (to use), with `metrics.jsonl` beside them; all that knows orbax.
 
+Of several processes the first alone has the files: it collects what the others hold, and sends them what it reads. So a checkpoint is the
+same whatever wrote it, and any number of processes reads it, on any mesh.
+
 A step folder becomes visible by one rename when it is whole, and the one before it stays: a process killed in between leaves a readable
 run, and so does a disk that loses what was written last. Each carries the checksum of all that it holds.
 """
 
 import contextlib
+import dataclasses
 import errno
 import json
 import logging
@@ -18,11 +22,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vgg_jax.errors import InputError
 from vgg_jax.model import VGG
+from vgg_jax.processes import first, said_by_first, sent_by_first
 from vgg_jax.run import read_run, sync, write_whole
+from vgg_jax.sharding import place, whole
 from vgg_jax.train_step import TrainState, build_model
 
 try:
@@ -51,16 +58,15 @@ def load(workdir: str | os.PathLike) -> tuple[VGG, dict[str, Any], dict[str, Any
     model = build_model(run.config, len(run.classes))
     images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), "float32")
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), dict(shapes))
     folder = Path(workdir) / "best"
     restored = None
     if folder.is_dir():
         with Saved(folder, read_only=True) as best:
-            restored = best.restore(shapes)
+            restored = best.restore(dict(shapes))
     if restored is None:
         raise InputError(f"no trained net in {folder}: expected one after the first epoch; run the same `vgg-jax train` again to go on")
-    variables, progress = restored
+    arrays, progress = restored
+    variables = jax.tree.map(jnp.array, arrays)
     preprocessing = {
         "mean_rgb": run.colours.mean_rgb,
         "range": (0, 255),
@@ -85,14 +91,24 @@ class Saved:
     """A folder of checkpoints, each a tree of arrays with a JSON object; the newest two are kept."""
 
     def __init__(self, folder: Path, read_only: bool = False) -> None:
+        if not read_only:
+            folder.mkdir(parents=True, exist_ok=True)
         absl = logging.getLogger("absl")
         level = absl.level
         if read_only:  # orbax warns that it then neither saves nor creates
             absl.setLevel(logging.ERROR)
         try:
             # Not orbax's own thread: on a CPU it would read the very arrays that are donated to the next step.
+            # Of several processes this one alone: by default orbax asks them all, by an exchange of its own.
+            me, several = jax.process_index(), jax.process_count() > 1
+            who = {"primary_host": me, "active_processes": {me}, "barrier_sync_key_prefix": f"process_{me}"} if several else {}
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=KEPT, enable_async_checkpointing=False, read_only=read_only, cleanup_tmp_directories=not read_only
+                max_to_keep=KEPT,
+                create=False,
+                enable_async_checkpointing=False,
+                read_only=read_only,
+                cleanup_tmp_directories=not read_only,
+                multiprocessing_options=ocp.options.MultiprocessingOptions(**who),
             )
             self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
         finally:
@@ -127,7 +143,7 @@ class Saved:
             raise NotSavedError(f"cannot save to {self._folder} ({_reason(error)})") from error
 
     def restore(self, shapes: Any) -> tuple[Any, dict[str, Any]] | None:
-        """The newest checkpoint that is whole, its arrays with the shapes and shardings given, or None where there is none.
+        """The newest checkpoint that is whole, its arrays those of the shapes given, on the host, or None where there is none.
 
         Those that are newer and not whole are set aside, with a warning. Raises InputError where none of them is whole.
         """
@@ -158,7 +174,9 @@ class Saved:
         return None
 
     def _read(self, step: int, shapes: Any) -> tuple[Any, dict[str, Any]]:
-        items = ocp.args.Composite(arrays=ocp.args.StandardRestore(shapes), progress=ocp.args.JsonRestore())
+        # Into numpy's arrays: jax's own orbax refuses where several processes have devices and one of them reads.
+        hosts = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), shapes)
+        items = ocp.args.Composite(arrays=ocp.args.StandardRestore(hosts), progress=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=items)
         if "checksum" not in restored.progress:
             raise ValueError("it has no checksums, as those of earlier versions")
@@ -205,10 +223,11 @@ class Saving:
     """Saves a run while it trains on: what is to be saved is copied, and a thread writes the copies, one save after the other.
 
     A save that fails is warned of and is in `failed` until another one succeeds; the best net is owed until then.
+    Of several processes the first one writes, and the others help it to collect what it writes.
     """
 
     def __init__(self, workdir: Path) -> None:
-        self.last, self.best = Saved(workdir / "last"), Saved(workdir / "best")
+        self._files: tuple[Saved, ...] = (Saved(workdir / "last"), Saved(workdir / "best")) if first() else ()
         self.failed: NotSavedError | None = None
         self._workdir = workdir
         self._owed: tuple[int, Any, dict[str, Any]] | None = None
@@ -218,10 +237,50 @@ class Saving:
     def save(self, step: int, state: TrainState, progress: dict[str, Any], best: Best | None = None) -> None:
         """Of a state on the devices, a JSON object that begins with the `history`, and, if it is the best so far, what is known of it."""
         self.wait()  # one copy at a time
-        copied = jax.tree.map(_copied, state)
+        copied = jax.tree.map(_to_host, state)
+        if not first():
+            return
         if best is not None:
             self._owed = best.epoch, variables_of(copied), best._asdict()
         self._writing = self._thread.submit(self._write, step, copied, progress)
+
+    def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """The state to go on with, placed as the given one is, and the run's progress; None where there is nothing to go on from."""
+        found: list[Any] = []
+
+        def read() -> dict[str, Any] | None:
+            found.extend(self._files[0].restore(shapes_of(state)) or (None, None))
+            return found[1]
+
+        progress = said_by_first(read)
+        if progress is None:
+            return None
+        arrays = found[0] if found else jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes_of(state))
+        return jax.tree.map(lambda array, like: _to_devices(sent_by_first(array), like), arrays, state), progress
+
+    def has_best(self, state: TrainState) -> bool:
+        """Whether there is a best net that is whole."""
+        return said_by_first(lambda: self._files[1].restore(variables_of(state)) is not None)
+
+    def forget_best_after(self, epoch: int) -> None:
+        if first():
+            self._files[1].drop_after(epoch)
+
+    def write_metrics(self, history: list[dict[str, Any]]) -> None:
+        """Where that fails the next save says so."""
+        if first():
+            with contextlib.suppress(NotSavedError):
+                write_metrics(self._workdir, history)
+
+    def finish(self) -> None:
+        """Waits until all is written. Raises NotSavedError in all processes where the end is not."""
+
+        def reason() -> str | None:
+            self.wait()
+            return str(self.failed) if self.failed else None
+
+        if failed := said_by_first(reason):
+            raise NotSavedError(failed)
 
     def wait(self) -> None:
         """Until all is written that can be."""
@@ -232,7 +291,7 @@ class Saving:
     def _write(self, step: int, state: TrainState, progress: dict[str, Any]) -> None:
         try:
             self._pay()
-            self.last.save(step, state, progress)
+            self._files[0].save(step, state, progress)
             write_metrics(self._workdir, progress["history"])
             self.failed = None
         except NotSavedError as error:
@@ -241,7 +300,7 @@ class Saving:
 
     def _pay(self) -> None:
         if self._owed is not None:
-            self.best.save(*self._owed)
+            self._files[1].save(*self._owed)
         self._owed = None
 
     def __enter__(self) -> "Saving":
@@ -258,7 +317,7 @@ class Saving:
             print(f"warning: {error}", file=sys.stderr, flush=True)
         finally:
             self._thread.shutdown()
-            for saved in (self.last, self.best):
+            for saved in self._files:
                 saved.close()
 
 
@@ -271,30 +330,30 @@ def write_metrics(workdir: Path, history: list[dict[str, Any]]) -> None:
         raise NotSavedError(f"cannot write to {path} ({error.strerror})") from error
 
 
-def _copied(array: jax.Array) -> Any:
-    """On the host, in memory of its own: the next step reuses the array's."""
-    if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
-        return jax.random.clone(array)
-    return np.array(array)
+def shapes_of(state: TrainState) -> Any:
+    """What is saved of a state: its key as plain numbers."""
+    return jax.eval_shape(lambda: dataclasses.replace(state, key=jax.random.key_data(state.key)))
 
 
-def restore_state(last: Saved, state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-    """The state to go on with, placed as the given one is, and the run's progress."""
-    return last.restore(_shapes(state))
+def _to_host(array: jax.Array) -> np.ndarray:
+    """In memory of its own: the next step reuses the array's."""
+    return whole(jax.random.key_data(array) if _is_key(array) else array)
 
 
-def restore_best(best: Saved, state: TrainState) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """The variables of the best net, placed as those of the given state are, and what is known of it."""
-    return best.restore(_shapes(variables_of(state)))
+def _to_devices(array: np.ndarray, like: jax.Array) -> jax.Array:
+    """The opposite, placed as `like` is."""
+    if _is_key(like):
+        return jax.random.wrap_key_data(place(array, like.sharding), impl=jax.random.key_impl(like))
+    return place(array, like.sharding)
+
+
+def _is_key(array: jax.Array) -> bool:
+    return jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key)
 
 
 def variables_of(state: TrainState) -> dict[str, Any]:
     """What the net of a state is applied with: `params`, and with batch normalisation `batch_stats`."""
     return {"params": state.params} | ({"batch_stats": state.batch_stats} if state.batch_stats else {})
-
-
-def _shapes(arrays: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), arrays)
 
 
 def _sealed(arrays: Any, progress: dict[str, Any]) -> dict[str, Any]:
@@ -304,9 +363,7 @@ def _sealed(arrays: Any, progress: dict[str, Any]) -> dict[str, Any]:
     return content | {"checksum": zlib.crc32(json.dumps(content, sort_keys=True).encode())}
 
 
-def _seal(array: jax.Array | np.ndarray) -> list[Any]:
-    if isinstance(array, jax.Array) and jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
-        array = jax.random.key_data(array)
+def _seal(array: np.ndarray) -> list[Any]:
     array = np.ascontiguousarray(array)
     return [str(array.dtype), list(array.shape), zlib.crc32(array.reshape(-1).view(np.uint8).data)]
 

@@ -95,17 +95,33 @@ def train(data: str, workdir: str | None, data_dir: str | None, download: bool, 
         from vgg_jax.data import read_list
 
         given["exclude"] = read_list(given["exclude"])
+    distributed = given.pop("distributed", "auto")
+    spread = given.pop("mesh", {}) | {name: given.pop(name) for name in ("fsdp", "reduce") if name in given}
     config = preset(data, **given)
+    from vgg_jax import processes
     from vgg_jax.report import against_divergence
+    from vgg_jax.sharding import Layout
+
+    layout = Layout(**spread)
+    if joined := processes.start(distributed):
+        if not processes.first():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # also what C++ prints
+        print(joined, flush=True)
     from vgg_jax.train import DivergedError, NotSavedError, fit
 
     try:
-        outcome = fit(config, workdir or f"runs/{plain(data)}-{config.net}", data_dir, download, **how)
+        with processes.left_together():
+            outcome = fit(config, workdir or f"runs/{plain(data)}-{config.net}", data_dir, download, layout=layout, **how)
+    except processes.LostError as error:
+        print(f"vgg-jax: {error}", file=sys.stderr)
+        return 75
     except DivergedError as error:
-        print(f"vgg-jax: {error}: {against_divergence(error.rate)}", file=sys.stderr)
+        if processes.first():
+            print(f"vgg-jax: {error}: {against_divergence(error.rate)}", file=sys.stderr)
         return 4
     except NotSavedError as error:
-        print(f"vgg-jax: {error}; make room, and the same command goes on from what was saved before", file=sys.stderr)
+        if processes.first():
+            print(f"vgg-jax: {error}; make room, and the same command goes on from what was saved before", file=sys.stderr)
         return 74
     return 75 if outcome.stopped else 0
 

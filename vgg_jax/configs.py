@@ -144,6 +144,8 @@ LARGEST = 2_000_000  # pixels of one image at a test scale: they are computed at
 
 ON_NAN = ("stop", "halve")  # what a run does whose loss is not finite
 MOST_HALVINGS = 5  # of a run's rate by "halve"
+DISTRIBUTED = ("auto", "on", "off")  # whether a run is one of several processes
+REDUCE = ("float32", "bfloat16")  # how gradients travel between devices
 SAVE_SECONDS = 600  # between two saves within an epoch
 OUTPUTS = ("logits", "posteriors", "score_map")  # of an exported program
 WRITTEN = ("vgg_jax", "torchvision", "timm")  # whose names and order a .safetensors file can be written in

@@ -20,7 +20,7 @@ from vgg_jax.errors import InputError
 from vgg_jax.metrics import averages, interval, sums_of
 from vgg_jax.posteriors import stream_posteriors, with_defaults
 from vgg_jax.run import read_run, write_whole
-from vgg_jax.sharding import data_mesh
+from vgg_jax.sharding import make_mesh
 from vgg_jax.weights import load
 
 
@@ -98,7 +98,7 @@ def evaluate(
         model,
         variables,
         images(),
-        mesh=data_mesh(len(jax.local_devices()), jax.local_devices()),
+        mesh=make_mesh(len(jax.local_devices()), jax.local_devices()),
         protocol=protocol,
         mean_rgb=metadata["preprocessing"]["mean_rgb"],
         pixels=pixels,

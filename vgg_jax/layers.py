@@ -269,13 +269,14 @@ class BatchNorm(nn.Module):
     """Batch normalisation over (N, H, W), with PyTorch's running statistics and a mask of the real examples.
 
     linen's own keeps the biased variance; PyTorch's running variance is the unbiased one. An example that a mask leaves out
-    changes neither the statistics nor, thereby, the others.
+    changes neither the statistics nor, thereby, the others. Inside a `shard_map` the statistics are those over its axis `axis_name`.
     """
 
     momentum: float = 0.9  # the weight of the past: PyTorch's 0.1, said the other way round
     epsilon: float = 1e-5
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False, mask: Array | None = None) -> Array:
@@ -288,9 +289,13 @@ class BatchNorm(nn.Module):
             wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
             mask = jnp.ones(x.shape[0], bool) if mask is None else mask
             where = mask[:, None, None, None]
-            count = mask.sum() * (x.shape[1] * x.shape[2])
-            mean = jnp.where(where, wide, 0).sum((0, 1, 2)) / jnp.maximum(count, 1)
-            var = jnp.where(where, (wide - mean[None, None, None]) ** 2, 0).sum((0, 1, 2)) / jnp.maximum(count, 1)
+
+            def total(part: Array) -> Array:
+                return part if self.axis_name is None else lax.psum(part, self.axis_name)
+
+            count = total(mask.sum()) * (x.shape[1] * x.shape[2])
+            mean = total(jnp.where(where, wide, 0).sum((0, 1, 2))) / jnp.maximum(count, 1)
+            var = total(jnp.where(where, (wide - mean[None, None, None]) ** 2, 0).sum((0, 1, 2))) / jnp.maximum(count, 1)
             keep = jnp.where(count > 0, self.momentum, 1.0)  # a micro-batch may be all padding
             running_mean.value = (keep * running_mean.value + (1 - keep) * mean).astype(self.param_dtype)
             unbiased = var * count / jnp.maximum(count - 1, 1)
@@ -300,6 +305,29 @@ class BatchNorm(nn.Module):
         factor = scale * lax.rsqrt(var + self.epsilon)
         x, factor, offset = promote_dtype(x, factor, bias - mean * factor, dtype=self.dtype)
         return x * factor[None, None, None] + offset[None, None, None]
+
+
+class Dropout(nn.Module):
+    """Of each row of (N, …) a random share `rate` set to zero and the rest divided by 1 - rate; nothing unless `train`.
+
+    What is drawn for a row depends on the "dropout" rng and on the row's number alone: with `axis_name`, an axis of a `shard_map`, on its
+    number in what lies along that axis. So a batch draws the same on any number of devices.
+    """
+
+    rate: float
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        if not train or self.rate == 0:
+            return x
+        key = self.make_rng("dropout")
+        first = 0 if self.axis_name is None else lax.axis_index(self.axis_name) * len(x)
+
+        def keep(row: Array) -> Array:
+            return jax.random.bernoulli(jax.random.fold_in(key, row), 1 - self.rate, x.shape[1:])
+
+        return jnp.where(jax.vmap(keep)(first + jnp.arange(len(x))), x / (1 - self.rate), 0)
 
 
 class FullyConnected(nn.Module):

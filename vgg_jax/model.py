@@ -11,7 +11,7 @@ from jax import Array
 
 from vgg_jax.configs import CONFIGS, VGGConfig, layer_table
 from vgg_jax.errors import InputError
-from vgg_jax.layers import BatchNorm, Conv, FullyConnected, avg_pool, local_response_norm, max_pool, pooled, relu
+from vgg_jax.layers import BatchNorm, Conv, Dropout, FullyConnected, avg_pool, local_response_norm, max_pool, pooled, relu
 
 # Of the kernels, (convolutions', fully connected layers'); biases start at 0.
 INITIALIZERS: dict[str, Callable[[float], tuple[nn.initializers.Initializer, nn.initializers.Initializer]]] = {
@@ -46,6 +46,7 @@ class VGG(nn.Module):
     initializer_std: float = 0.01
     frozen: tuple[str, ...] = ()  # layers that training leaves as they are
     pool: str = "max"  # or "avg", smoother gradients for textures (Gatys et al., arXiv 1508.06576)
+    axis_name: str | None = None  # of the shard_map around it that spreads the examples: training is then that of the whole batch
 
     def __call__(self, images: Array, train: bool = False, mask: Array | None = None) -> Array:
         """Logits (N, K) of images (N, image_size, image_size, 3).
@@ -138,7 +139,7 @@ class VGG(nn.Module):
             if kind == "conv":
                 x = Conv(width, kernel, kernel_init=conv_init, name=name, **types)(x, self.get_variable("filters", name))
             elif kind == "bn":
-                x = BatchNorm(name=name, **types)(x, train and name not in self.frozen, mask)
+                x = BatchNorm(axis_name=self.axis_name, name=name, **types)(x, train and name not in self.frozen, mask)
             elif kind == "relu":
                 x = clear(relu(x))
             elif kind == "lrn":
@@ -150,7 +151,7 @@ class VGG(nn.Module):
             elif kind == "fc":
                 x = FullyConnected(width, kernel, kernel_init=fc_init, name=name, **types)(x)
             elif kind == "drop":
-                x = nn.Dropout(self.dropout_rate, deterministic=not train, name=name)(x)
+                x = Dropout(self.dropout_rate, self.axis_name, name=name)(x, train)
             if name in wanted:
                 found[name] = x
         return found

@@ -21,7 +21,7 @@ from vgg_jax.errors import InputError
 from vgg_jax.films import Batch, Window, batches
 from vgg_jax.layers import compiler_options, with_filters
 from vgg_jax.model import VGG, preprocess, transposed
-from vgg_jax.sharding import data_mesh, put_batch, replicated
+from vgg_jax.sharding import make_mesh, put_batch, replicated
 
 # Of score maps so many positions, or a multiple of it, are computed together, and at most so many: few multiples are compiled, and what
 # neighbours read overlaps, 100 kB each before fc6 and four times that before the last pooling.
@@ -208,6 +208,6 @@ def posteriors(model: VGG, variables: Any, images: Sequence[np.ndarray] | Sequen
     Settings are those of `stream_posteriors`. Raises InputError for an image that is smaller than the net's, or larger than `LARGEST`.
     """
     scaled = [[np.asarray(image)] if hasattr(image, "shape") else [*map(np.asarray, image)] for image in images]
-    mesh = settings.pop("mesh", None) or data_mesh(1, jax.devices()[:1])
+    mesh = settings.pop("mesh", None) or make_mesh(1, jax.devices()[:1])
     found = dict(stream_posteriors(model, variables, scaled, mesh=mesh, **settings))
     return np.array([found[index] for index in range(len(scaled))]).reshape(-1, model.num_classes)

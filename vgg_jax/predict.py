@@ -12,7 +12,7 @@ import jax
 from vgg_jax.configs import DENSE, Protocol
 from vgg_jax.errors import InputError
 from vgg_jax.posteriors import stream_posteriors, with_defaults
-from vgg_jax.sharding import data_mesh
+from vgg_jax.sharding import make_mesh
 from vgg_jax.weights import load
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")  # of what is looked at in a folder
@@ -56,7 +56,7 @@ def predict(
                 readable.append(file)
                 yield image
 
-    mesh = data_mesh(1, jax.devices()[:1])
+    mesh = make_mesh(1, jax.devices()[:1])
     mean_rgb = metadata["preprocessing"]["mean_rgb"]
     for number, posterior in stream_posteriors(model, variables, scaled(), mesh=mesh, protocol=protocol, mean_rgb=mean_rgb):
         while failed:

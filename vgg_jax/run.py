@@ -53,7 +53,7 @@ def has_checkpoint(folder: Path) -> bool:
 def begin_run(workdir: Path, run: Run) -> None:
     """Writes run.json. Raises InputError for a folder that cannot be written to."""
     with _writing(workdir):
-        write_whole(workdir / "run.json", json.dumps(_plain(run), indent=1) + "\n")
+        write_whole(workdir / "run.json", json.dumps(plain(run), indent=1) + "\n")
 
 
 @contextlib.contextmanager
@@ -111,7 +111,7 @@ def _writing(workdir: Path) -> Iterator[None]:
 
 def refuse_another(workdir: Path, begun: Run, run: Run) -> None:
     """Raises InputError, with the differences, where the run that was begun in the workdir is not this one."""
-    old, new = _flat(_plain(begun)), _flat(_plain(run))
+    old, new = _flat(plain(begun)), _flat(plain(run))
     differences = [f"{name} is {_shown(old[name])} there and {_shown(new[name])} here" for name in new if old[name] != new[name]]
     if differences:
         raise InputError(
@@ -123,12 +123,7 @@ def read_run(workdir: Path) -> Run:
     """Raises InputError where there is no run, or none that can be read."""
     path = Path(workdir) / "run.json"
     try:
-        content = json.loads(path.read_text())
-        config = TrainConfig(**{name: _tuples(value) for name, value in content.pop("config").items()})
-        colours = Statistics(**{name: _tuples(value) for name, value in content.pop("colours").items()})
-        run = Run(config, tuple(content.pop("classes")), colours, **content)
-        _check_types(run)
-        return run
+        return run_of(json.loads(path.read_text()))
     except FileNotFoundError as error:
         raise InputError(f"no run in {workdir}: expected {path}, which `vgg-jax train` writes; pass the workdir of a run") from error
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
@@ -136,6 +131,20 @@ def read_run(workdir: Path) -> Run:
             f"{path} cannot be read ({' '.join(str(error).split())[:200]}): expected what `vgg-jax train` wrote; "
             "train again into another --workdir"
         ) from error
+
+
+def run_of(content: dict[str, Any]) -> Run:
+    """The run that `plain` made this JSON object of. Raises one of many errors for another."""
+    rest = dict(content)
+    config = TrainConfig(**{name: _tuples(value) for name, value in rest.pop("config").items()})
+    colours = Statistics(**{name: _tuples(value) for name, value in rest.pop("colours").items()})
+    run = Run(config, tuple(rest.pop("classes")), colours, **rest)
+    _check_types(run)
+    return run
+
+
+def plain(run: Run) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(run)))
 
 
 def _check_types(run: Run) -> None:
@@ -173,10 +182,6 @@ def write_whole(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     os.replace(temporary, path)
     sync(path.parent)
-
-
-def _plain(run: Run) -> dict[str, Any]:
-    return json.loads(json.dumps(dataclasses.asdict(run)))
 
 
 def _flat(run: dict[str, Any]) -> dict[str, Any]:

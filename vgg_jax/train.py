@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from vgg_jax.checkpoint import Best, NotSavedError, Saving, restore_best, restore_state, write_metrics
+from vgg_jax.checkpoint import Best, NotSavedError, Saving
 from vgg_jax.configs import IMAGENET, MOST_HALVINGS, ON_NAN, SAVE_SECONDS, TrainConfig
 from vgg_jax.data import Source, batches_per_epoch, cached, eval_batches, measure, open_splits, train_batches
 from vgg_jax.errors import InputError
@@ -25,9 +25,10 @@ from vgg_jax.model import FROM_A, VGG, init_from
 from vgg_jax.nonfinite import first_nonfinite
 from vgg_jax.optimizer import learning_rate, set_learning_rate, sgd
 from vgg_jax.presets import with_learning_rate
+from vgg_jax.processes import Agreement, Alarm, first, lost_are_named, refuse_differences, said_by_first
 from vgg_jax.report import advice, epoch_record, line, stuck
-from vgg_jax.run import Run, begin_run, begun_run, has_checkpoint, locked, refuse_another
-from vgg_jax.sharding import data_mesh, put_batch
+from vgg_jax.run import Run, begin_run, begun_run, has_checkpoint, locked, plain, refuse_another, run_of
+from vgg_jax.sharding import PLAIN, Layout, make_mesh, place, put_batch, rows_here
 from vgg_jax.train_step import TrainState, build_model, compile_steps, init_state
 from vgg_jax.weights import load
 
@@ -77,27 +78,29 @@ def fit(
     save_seconds: float = SAVE_SECONDS,
     on_nan: str = "stop",
     debug_nans: bool = False,
+    layout: Layout = PLAIN,
 ) -> Outcome:
     """Trains a network, or goes on with the training that the workdir holds; prints a line an epoch.
 
     Each epoch is one pass over all training images; then the validation images drive the learning rate and which state is the best
     (§3.1). It saves behind each epoch, and within one every `save_seconds`, while training goes on. SIGINT or SIGTERM ends it after the
-    step in hand, saved; a second one at once.
+    step in hand, saved; a second one at once. The `layout` says how it is spread over the devices of all processes.
 
     Where the loss or a parameter becomes infinite or NaN, DivergedError says so, with the layer if `debug_nans`; with `on_nan` "halve" the
     run goes back to what was saved last, with half the rate, at most `MOST_HALVINGS` times. Raises InputError for anything wrong in the
     input, DataError for an image that cannot be read, NotSavedError where the end could not be saved: a full disk before that is warned
-    of, and training goes on.
+    of, and training goes on. Raises LostError where another process ends.
     """
     if on_nan not in ON_NAN:
         raise InputError(f"on_nan is {on_nan!r}: expected one of {', '.join(ON_NAN)}")
     if not save_seconds >= 0:
         raise InputError(f"save_seconds is {save_seconds}: expected 0 or more")
     workdir, halvings = Path(workdir), 0
-    with locked(workdir):
+    with lost_are_named(workdir), contextlib.ExitStack() as stack:
+        said_by_first(lambda: stack.enter_context(locked(workdir)))
         while True:
             try:
-                return _fit(config, workdir, data_dir, download, save_seconds, debug_nans, halvings)
+                return _fit(config, workdir, data_dir, download, save_seconds, debug_nans, layout, halvings)
             except DivergedError as error:
                 if on_nan == "stop" or error.halvings == MOST_HALVINGS or error.stop.is_set():
                     raise
@@ -112,14 +115,14 @@ def _fit(
     download: bool,
     save_seconds: float,
     debug_nans: bool,
+    layout: Layout,
     halvings: int,
 ) -> Outcome:
-    mesh = data_mesh(config.microbatch or config.batch_size)
-    begun = begun_run(workdir)
+    mesh = make_mesh(config.microbatch or config.batch_size, layout=layout)
+    alone = jax.process_count() == 1
+    begun, resumes = begun_here(workdir)
     if begun is not None:  # what can be said now is not said after the data are read
         refuse_another(workdir, begun, dataclasses.replace(begun, config=with_learning_rate(config, len(begun.classes))))
-    # Killed, or out of room, behind the first best and before what it would go on from: it starts as it did.
-    resumes = begun is not None and has_checkpoint(workdir / "last")
     source = load(config.init_from) if config.init_from is not None and not resumes else None
     train, validation = open_splits(
         config.data,
@@ -135,6 +138,7 @@ def _fit(
         print(f"skipped {len(train.skipped)} training and {len(validation.skipped)} validation files that are no images", flush=True)
     config = with_learning_rate(config, len(train.classes))
     run = Run(config, train.classes, begun.colours if begun else IMAGENET, train.storage, train.size, validation.size)
+    refuse_differences("what is trained on what", (run, layout))
     if begun is not None:
         refuse_another(workdir, begun, run)
     if config.cache:
@@ -142,22 +146,24 @@ def _fit(
     if begun is None:
         if config.statistics == "measure":
             run = dataclasses.replace(run, colours=measure(train, skip_bad=config.skip_bad).statistics)
-        begin_run(workdir, run)
+        said_by_first(lambda: begin_run(workdir, run))
     colours = run.colours
 
     # From here on: a KeyboardInterrupt that is raised while JAX traces or compiles may be lost, or end in a crash.
-    with stop_signals() as stop, Saving(workdir) as saving:
+    with stop_signals() as stop, Saving(workdir) as saving, Alarm() as alarm:
         model = build_model(config, len(train.classes))
-        train_step, eval_step = compile_steps(config, model, colours.mean_rgb, mesh, keep_state=debug_nans)
-        state = init_state(model, sgd(config), config.seed, mesh)
+        train_step, eval_step = compile_steps(config, model, colours.mean_rgb, mesh, layout, keep_state=debug_nans)
+        state = init_state(model, sgd(config), config.seed, mesh, layout)
+        agreement = Agreement(mesh)
         per_epoch = batches_per_epoch(train, config.batch_size)
-        at_once = min(config.microbatch or config.batch_size, -(-validation.size // mesh.size) * mesh.size)
-        validation_batches = eval_batches(validation, config, at_once)
+        groups = mesh.shape["data"]
+        at_once = min(config.microbatch or config.batch_size, -(-validation.size // groups) * groups)
+        validation_batches = eval_batches(validation, config, at_once, rows_here(mesh, at_once))
         now = Progress([])
 
-        restored = restore_state(saving.last, state) if begun else None
-        net = restore_best(saving.best, state) if begun else None  # of a damaged one is said now, and it is set aside
-        if restored is not None and restored[1]["history"] and net is None:
+        restored = saving.restore(state) if begun else None
+        net = begun is not None and saving.has_best(state)  # of a damaged one is said now, and it is set aside
+        if restored is not None and restored[1]["history"] and not net:
             raise InputError(
                 f"{workdir / 'best'} holds no checkpoint, and epochs were done: expected the best one's; restore that folder, or train "
                 "again into another --workdir"
@@ -174,9 +180,8 @@ def _fit(
             print(f"{workdir}: there is nothing to go on from, so it starts again", flush=True)
         if halvings > now.halvings:
             now.halvings = halvings
-            saving.best.drop_after(len(now.history))  # of the epochs that are not gone on from
-        with contextlib.suppress(NotSavedError):  # the next save says so
-            write_metrics(workdir, now.history)
+            saving.forget_best_after(len(now.history))  # of the epochs that are not gone on from
+        saving.write_metrics(now.history)
 
         epoch, rate = len(now.history) + 1, 0.0
         in_flight: InFlight | None = None
@@ -209,15 +214,17 @@ def _fit(
                 raise diverged("the loss", in_flight, done)
             done, in_flight = in_flight, None
 
-        batches = iter(train_batches(train, config, colours, first_epoch=len(now.history), first_batch=now.batch))
+        rows = rows_here(mesh, config.batch_size)
+        batches = iter(train_batches(train, config, colours, first_epoch=len(now.history), first_batch=now.batch, rows=rows))
         saved_at = time.monotonic()
         while (planned := learning_rate(config, [record["validation"]["accuracy"] for record in now.history])) is not None:
             epoch, rate = len(now.history) + 1, planned / 2**now.halvings
             state = dataclasses.replace(state, opt_state=set_learning_rate(state.opt_state, rate))
             started, seconds_before = time.monotonic(), now.seconds
             unreadable: InputError | None = None  # raised behind the saving
+            stopping, _ = agreement.ask(stop.is_set(), False)
             with progress_bar(f"epoch {epoch}", train.size, now.batch * config.batch_size) as bar:
-                while now.batch < per_epoch and not stop.is_set():
+                while now.batch < per_epoch and not stopping:
                     asked = time.monotonic()
                     try:
                         batch = next(batches)
@@ -226,7 +233,8 @@ def _fit(
                         break
                     now.waited += time.monotonic() - asked
                     placed, before = on_devices(batch, mesh), state
-                    if done is in_flight is None and not compiled(train_step, before, placed, stop):
+                    if done is in_flight is None and not compiled(train_step, before, placed, stop) and alone:
+                        stopping = True
                         break
                     state, step_sums = train_step(before, placed)
                     now.batch += 1
@@ -235,7 +243,9 @@ def _fit(
                         raise diverged(layer, InFlight(step_sums, now.batch, batch["index"]))
                     settle()
                     in_flight = InFlight(step_sums, now.batch, batch["index"])
-                    if time.monotonic() - saved_at > save_seconds:
+                    alarm.goes_on()
+                    stopping, due = agreement.ask(stop.is_set(), first() and time.monotonic() - saved_at > save_seconds)
+                    if due:
                         settle()
                         now.seconds = seconds_before + time.monotonic() - started
                         save()
@@ -244,17 +254,20 @@ def _fit(
             now.seconds = seconds_before + time.monotonic() - started
 
             validated = None
-            if not stop.is_set() and unreadable is None:
+            if not stopping and unreadable is None:
                 try:
-                    validated = evaluate_all(eval_step, state, validation_batches, validation, mesh, stop)
+                    validated = evaluate_all(eval_step, state, validation_batches, validation, mesh, stop, agreement, alarm)
                 except InputError as error:
                     unreadable = error
+            if unreadable is not None and not alone:  # the others wait for a step, and there is none
+                raise unreadable
             if validated is None:
                 if unreadable is None or now.history or now.batch:
                     save()
-                    saving.wait()
-                    if saving.failed is not None:
-                        raise NotSavedError(f"{unreadable}; {saving.failed}" if unreadable else str(saving.failed)) from saving.failed
+                    try:
+                        saving.finish()
+                    except NotSavedError as failed:
+                        raise NotSavedError(f"{unreadable}; {failed}" if unreadable else str(failed)) from failed
                     print(f"stopped in epoch {epoch} and saved in {workdir}: the same command goes on from there", flush=True)
                 if unreadable is not None:
                     raise unreadable
@@ -273,13 +286,23 @@ def _fit(
             if stuck(now.history, len(train.classes)):
                 print(advice(len(train.classes)), flush=True)
 
-        saving.wait()
-        if saving.failed is not None:
-            raise saving.failed
+        saving.finish()
 
     top = max(now.history, key=lambda record: record["validation"]["accuracy"])
     print(f"done: best validation accuracy {top['validation']['accuracy']:.2%} in epoch {top['epoch']}, {workdir / 'best'}", flush=True)
     return Outcome(now.history, stopped=False)
+
+
+def begun_here(workdir: Path) -> tuple[Run | None, bool]:
+    """The run that was begun, and whether there is a checkpoint of it to go on from, as the first process finds them."""
+
+    def find() -> dict[str, Any]:
+        run = begun_run(workdir)
+        # Killed, or out of room, behind the first best and before what it would go on from: it starts as it did.
+        return {"run": run and plain(run), "resumes": run is not None and has_checkpoint(workdir / "last")}
+
+    begun = said_by_first(find)
+    return begun["run"] and run_of(begun["run"]), begun["resumes"]
 
 
 def compiled(step: Any, state: TrainState, batch: dict[str, jax.Array], stop: threading.Event) -> bool:
@@ -323,8 +346,11 @@ def start_from(
     if any(abs(theirs - ours) > 1 for theirs, ours in zip(mean, mean_rgb, strict=True)):
         means = [", ".join(f"{value:.2f}" for value in each) for each in (mean, mean_rgb)]
         print(f"its images were less the mean ({means[0]}), those of this run are less ({means[1]})", flush=True)
-    placed = jax.device_put((params, batch_stats), jax.tree.map(lambda x: x.sharding, (state.params, state.batch_stats)))
-    return dataclasses.replace(state, params=placed[0], batch_stats=placed[1])
+    here = {"params": state.params, "batch_stats": state.batch_stats}
+    placed = jax.tree.map(
+        lambda new, old: new if new is old else place(new, old.sharding), {"params": params, "batch_stats": batch_stats}, here
+    )
+    return dataclasses.replace(state, **placed)
 
 
 def said_of_start(source: str | None, there: Any, here: Any, copied: tuple[str, ...]) -> str:
@@ -338,18 +364,30 @@ def said_of_start(source: str | None, there: Any, here: Any, copied: tuple[str, 
     return f"from {source}: " + "; ".join(words + (", ".join(names) or "nothing") for words, names in parts)
 
 
-def evaluate_all(eval_step: Any, state: TrainState, batches: Any, source: Source, mesh: Any, stop: threading.Event) -> Sums | None:
+def evaluate_all(
+    eval_step: Any,
+    state: TrainState,
+    batches: Any,
+    source: Source,
+    mesh: Any,
+    stop: threading.Event,
+    agreement: Agreement,
+    alarm: Alarm,
+) -> Sums | None:
     """The sums over a whole source, or None where the run is to stop."""
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     sums, pending = Sums(), None
     with progress_bar("validation", source.size) as bar:
         for batch in batches:
-            if stop.is_set():
+            alarm.goes_on()
+            stopping, _ = agreement.ask(stop.is_set(), False)
+            if stopping:
                 return None
             step_sums = eval_step(variables, on_devices(batch, mesh))
             sums, pending = add(sums, pending, bar), step_sums
         sums = add(sums, pending, bar)
-    return None if stop.is_set() else sums
+    stopping, _ = agreement.ask(stop.is_set(), False)
+    return None if stopping else sums
 
 
 def on_devices(batch: dict[str, Any], mesh: Any) -> dict[str, jax.Array]:
@@ -367,7 +405,8 @@ def add(sums: Sums, pending: Sums | None, bar: tqdm) -> Sums:
 
 
 def progress_bar(name: str, total: int, initial: int = 0) -> tqdm:
-    return tqdm(desc=name, total=total, initial=initial, unit=" images", leave=False, disable=None)  # None: where there is no terminal
+    hidden = None if first() else True  # None: where there is no terminal
+    return tqdm(desc=name, total=total, initial=initial, unit=" images", leave=False, disable=hidden)
 
 
 @jax.jit

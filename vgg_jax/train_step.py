@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from vgg_jax.configs import TrainConfig
 from vgg_jax.layers import compiler_options
@@ -20,7 +20,7 @@ from vgg_jax.metrics import Sums, sums_of
 from vgg_jax.model import VGG, preprocess
 from vgg_jax.optimizer import sgd
 from vgg_jax.presets import with_learning_rate
-from vgg_jax.sharding import data_mesh, replicated
+from vgg_jax.sharding import DATA, MODEL, PLAIN, Layout, make_mesh, over_data, replicated, shardings
 
 Batch = dict[str, Array]
 
@@ -50,10 +50,11 @@ def build_model(config: TrainConfig, num_classes: int) -> VGG:
     )
 
 
-def init_state(model: VGG, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
-    """A state at step 0, on every device of the mesh, its parameters drawn from the seed."""
-    init = partial(_state, model, optimizer)
-    return jax.jit(init, out_shardings=replicated(mesh), compiler_options=compiler_options())(jax.random.key(seed))
+def init_state(model: VGG, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh, layout: Layout = PLAIN) -> TrainState:
+    """A state at step 0, on the devices of the mesh, its parameters drawn from the seed: the same for any mesh and layout."""
+    init, key = partial(_state, model, optimizer), jax.random.key(seed)
+    places = shardings(jax.eval_shape(init, key), mesh, layout)
+    return jax.jit(init, out_shardings=places, compiler_options=compiler_options())(key)
 
 
 def _state(model: VGG, optimizer: optax.GradientTransformation, key: Array) -> TrainState:
@@ -70,6 +71,8 @@ def train_step(
     model: VGG,
     optimizer: optax.GradientTransformation,
     mean_rgb: tuple[float, float, float],
+    mesh: Mesh,
+    layout: Layout = PLAIN,
     microbatch: int | None = None,
 ) -> tuple[TrainState, Sums]:
     """One step of SGD on the mean loss of the batch's real examples, and their sums as they were seen in training.
@@ -77,7 +80,40 @@ def train_step(
     With `microbatch` that many examples at a time run forward and backward and their gradients are added: the same step but for
     batch normalisation, whose statistics are then a micro-batch's, and for what dropout draws.
     """
-    step_key = jax.random.fold_in(state.key, state.step)
+    key = jax.random.fold_in(state.key, state.step)
+    spread = jax.tree.map(over_data, shardings(state.params, mesh, layout))
+    parts = len(batch["label"]) // (microbatch or len(batch["label"]))
+    share = partial(_gradients, model=model.clone(axis_name=DATA), mean_rgb=mean_rgb, parts=parts, spread=spread, reduce=layout.reduce)
+    takes, gives = (spread, PartitionSpec(), PartitionSpec(DATA), PartitionSpec()), (spread, PartitionSpec(), PartitionSpec())
+    gradients, batch_stats, sums = _on_each(share, mesh, takes, gives)(state.params, state.batch_stats, batch, key)
+
+    gradients = jax.tree.map(lambda g: g / jnp.maximum(sums.count, 1), gradients)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return dataclasses.replace(state, step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state), sums
+
+
+def _on_each(function: Any, mesh: Mesh, takes: tuple, gives: Any) -> Any:
+    """A function of what lies on each device along "data", which says itself what is exchanged; along "model" XLA divides it."""
+    manual = {DATA} if mesh.shape[MODEL] > 1 else {DATA, MODEL}
+    # Unchecked: the gradients that layers.py writes by hand do not say along which axes they differ.
+    return jax.shard_map(function, mesh=mesh, in_specs=takes, out_specs=gives, axis_names=manual, check_vma=False)
+
+
+def _gradients(
+    params: Any,
+    batch_stats: Any,
+    batch: Batch,
+    key: Array,
+    *,
+    model: VGG,
+    mean_rgb: tuple[float, float, float],
+    parts: int,
+    spread: Any,
+    reduce: str,
+) -> tuple[Any, Any, Sums]:
+    """Of a device's share of the batch: the whole batch's gradients, running statistics and sums. They are exchanged once a step."""
+    params = jax.tree.map(_gathered, params, spread)
 
     def loss(params: Any, batch_stats: Any, part: Batch, key: Array) -> tuple[Array, tuple[Any, Sums]]:
         images = preprocess(part["image"], mean_rgb, part["colour_shift"])
@@ -91,45 +127,73 @@ def train_step(
     def add(carry: tuple, numbered_part: tuple[Array, Batch]) -> tuple[tuple, Sums]:
         gradients, batch_stats = carry
         number, part = numbered_part
-        more, (batch_stats, sums) = jax.grad(loss, has_aux=True)(state.params, batch_stats, part, jax.random.fold_in(step_key, number))
+        more, (batch_stats, sums) = jax.grad(loss, has_aux=True)(params, batch_stats, part, jax.random.fold_in(key, number))
         return (jax.tree.map(jnp.add, gradients, more), batch_stats), sums
 
-    size = batch["label"].shape[0]
-    parts = size // (microbatch or size)
     if parts == 1:
-        gradients, (batch_stats, sums) = jax.grad(loss, has_aux=True)(state.params, state.batch_stats, batch, step_key)
+        gradients, (batch_stats, sums) = jax.grad(loss, has_aux=True)(params, batch_stats, batch, key)
     else:
-        # Every parts-th example makes a part, so that each device finds its share of every part in its own share of the batch.
-        split = jax.tree.map(lambda x: x.reshape(size // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
-        start = (jax.tree.map(jnp.zeros_like, state.params), state.batch_stats)
+        # Every parts-th example makes a part: each device's share of a part is then in its own share of the batch.
+        split = jax.tree.map(lambda x: x.reshape(len(x) // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+        start = (jax.tree.map(jnp.zeros_like, params), batch_stats)
         (gradients, batch_stats), sums = jax.lax.scan(add, start, (jnp.arange(parts), split))
         sums = jax.tree.map(lambda x: x.sum(0), sums)
-
-    gradients = jax.tree.map(lambda g: g / jnp.maximum(sums.count, 1), gradients)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    return dataclasses.replace(state, step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state), sums
+    return jax.tree.map(partial(_reduced, dtype=reduce), gradients, spread), batch_stats, jax.lax.psum(sums, DATA)
 
 
-def eval_step(variables: dict[str, Any], batch: Batch, *, model: VGG, mean_rgb: tuple[float, float, float]) -> Sums:
+def _gathered(param: Array, spread: PartitionSpec) -> Array:
+    """A parameter that lies spread over "data", in one piece."""
+    return jax.lax.all_gather(param, DATA, axis=tuple(spread).index(DATA), tiled=True) if DATA in spread else param
+
+
+def _reduced(gradient: Array, spread: PartitionSpec, dtype: str) -> Array:
+    """The sum of a gradient over "data", spread as its parameter is."""
+    wide, gradient = gradient.dtype, gradient.astype(dtype) if dtype == "bfloat16" else gradient
+    if DATA in spread:
+        total = jax.lax.psum_scatter(gradient, DATA, scatter_dimension=tuple(spread).index(DATA), tiled=True)
+    else:
+        total = jax.lax.psum(gradient, DATA)
+    return total.astype(wide)
+
+
+def eval_step(
+    variables: dict[str, Any],
+    batch: Batch,
+    *,
+    model: VGG,
+    mean_rgb: tuple[float, float, float],
+    mesh: Mesh,
+    layout: Layout = PLAIN,
+) -> Sums:
     """The sums of a batch, in inference."""
-    logits: Any = model.apply(variables, preprocess(batch["image"], mean_rgb, batch["colour_shift"]))
-    return sums_of(logits, batch["label"], batch["mask"])
+    spread = jax.tree.map(over_data, shardings(variables, mesh, layout))
+
+    def share(variables: dict[str, Any], batch: Batch) -> Sums:
+        variables = jax.tree.map(_gathered, variables, spread)
+        logits: Any = model.apply(variables, preprocess(batch["image"], mean_rgb, batch["colour_shift"]))
+        return jax.lax.psum(sums_of(logits, batch["label"], batch["mask"]), DATA)
+
+    return _on_each(share, mesh, (spread, PartitionSpec(DATA)), PartitionSpec())(variables, batch)
 
 
 def compile_steps(
-    config: TrainConfig, model: VGG, mean_rgb: tuple[float, float, float], mesh: Mesh, keep_state: bool = False
+    config: TrainConfig, model: VGG, mean_rgb: tuple[float, float, float], mesh: Mesh, layout: Layout = PLAIN, keep_state: bool = False
 ) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped]:
     """`train_step(state, batch)`, which unless `keep_state` reuses the state's memory, and `eval_step(variables, batch)`, jitted."""
-    static: dict[str, Any] = {"model": model, "mean_rgb": mean_rgb}
-    options: dict[str, Any] = {"compiler_options": compiler_options(), "out_shardings": replicated(mesh)}
-    step = partial(train_step, optimizer=sgd(config), microbatch=config.microbatch, **static)
-    return jax.jit(step, donate_argnums=() if keep_state else 0, **options), jax.jit(partial(eval_step, **static), **options)
+    static: dict[str, Any] = {"model": model, "mean_rgb": mean_rgb, "mesh": mesh, "layout": layout}
+    optimizer = sgd(config)
+    step = partial(train_step, optimizer=optimizer, microbatch=config.microbatch, **static)
+    places = shardings(jax.eval_shape(partial(_state, model, optimizer), jax.random.key(0)), mesh, layout)
+    options: dict[str, Any] = {"compiler_options": compiler_options()}
+    return (
+        jax.jit(step, donate_argnums=() if keep_state else 0, out_shardings=(places, replicated(mesh)), **options),
+        jax.jit(partial(eval_step, **static), out_shardings=replicated(mesh), **options),
+    )
 
 
 def step_memory(config: TrainConfig, num_classes: int) -> dict[str, int]:
     """Bytes that a step takes on one device: its "state", and the "total" with activations and gradients. Compiles it and runs nothing."""
-    mesh = data_mesh(1, jax.devices()[:1])
+    mesh = make_mesh(1, jax.devices()[:1])
     config = with_learning_rate(config, num_classes)
     model, size = build_model(config, num_classes), config.image_size
     step, _ = compile_steps(config, model, (0.0, 0.0, 0.0), mesh)

@@ -10,7 +10,6 @@ the process's end.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import random
@@ -30,11 +29,11 @@ import numpy as np
 
 from tests.tiny import SHALLOW
 from vgg_jax import CONFIGS
-from vgg_jax.checkpoint import Saved, restore_best, restore_state
+from vgg_jax.checkpoint import Saved, shapes_of, variables_of
 from vgg_jax.configs import CHOICES
 from vgg_jax.optimizer import sgd
 from vgg_jax.run import read_run
-from vgg_jax.sharding import data_mesh
+from vgg_jax.sharding import make_mesh
 from vgg_jax.train_step import build_model, init_state
 
 CLOCK = ("time", "seconds", "images_per_second", "input_wait_seconds")
@@ -57,17 +56,16 @@ def with_small_net() -> None:
 def result(workdir: Path) -> tuple[Any, Any]:
     """All that lasts of a run: the arrays of its last and its best checkpoint; its records but for the clock, and the rest of both."""
     run = read_run(workdir)
-    state = init_state(build_model(run.config, len(run.classes)), sgd(run.config), 0, data_mesh(1, jax.devices()[:1]))
+    state = init_state(build_model(run.config, len(run.classes)), sgd(run.config), 0, make_mesh(1, jax.devices()[:1]))
     with Saved(workdir / "last", read_only=True) as last, Saved(workdir / "best", read_only=True) as best:
-        found, net = restore_state(last, state), restore_best(best, state)
+        found, net = last.restore(shapes_of(state)), best.restore(variables_of(state))
     assert found is not None and net is not None
     (restored, progress), (variables, known) = found, net
-    restored = dataclasses.replace(restored, key=jax.random.key_data(restored.key))
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     for record in (*records, *progress["history"]):
         for name in CLOCK:
             record.pop(name)
-    return jax.device_get((restored, variables)), (records, progress["history"], progress["batch"], known)
+    return (restored, variables), (records, progress["history"], progress["batch"], known)
 
 
 def equal(one: Path, other: Path) -> bool:

@@ -15,12 +15,12 @@ import pytest
 import vgg_jax.train
 from tests.data.tiny_data import encode, noise
 from vgg_jax import IMAGENET, InputError, TrainConfig
-from vgg_jax.checkpoint import Saved
+from vgg_jax.checkpoint import Saved, shapes_of
 from vgg_jax.configs import MOST_HALVINGS
 from vgg_jax.nonfinite import first_nonfinite
 from vgg_jax.optimizer import sgd
 from vgg_jax.run import read_run
-from vgg_jax.sharding import data_mesh, put_batch
+from vgg_jax.sharding import make_mesh, put_batch
 from vgg_jax.train import DivergedError, fit
 from vgg_jax.train_step import build_model, init_state
 
@@ -121,9 +121,9 @@ def test_nothing_that_is_not_finite_is_saved(on_nan, loss, config, tmp_path, mon
         fit(config, tmp_path / "w", on_nan=on_nan, save_seconds=0)
     monkeypatch.undo()
     run = read_run(tmp_path / "w")
-    state = init_state(build_model(run.config, 2), sgd(run.config), 0, data_mesh(4))
+    state = init_state(build_model(run.config, 2), sgd(run.config), 0, make_mesh(4))
     with Saved(tmp_path / "w" / "last", read_only=True) as last:
-        restored, progress = vgg_jax.train.restore_state(last, state)
+        restored, progress = last.restore(shapes_of(state))
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((restored.params, restored.opt_state)))
     assert (len(progress["history"]), progress["batch"]) == (1, 1)
 
@@ -175,7 +175,7 @@ BATCH = {
 @pytest.mark.parametrize("layer", ["conv1_1", "bn1_1", "conv2_1", "fc6", "fc8"])
 def test_the_layer_whose_output_is_not_finite_is_named(layer, config):
     config = dataclasses.replace(config, batch_norm=True)
-    model, mesh = build_model(config, 2), data_mesh(4)
+    model, mesh = build_model(config, 2), make_mesh(4)
     state = init_state(model, sgd(config), 0, mesh)
     params = {**state.params, layer: jax.tree.map(lambda x: x + jnp.inf, state.params[layer])}
     state = dataclasses.replace(state, params=params)
@@ -185,7 +185,7 @@ def test_the_layer_whose_output_is_not_finite_is_named(layer, config):
 
 def test_the_gradient_that_is_not_finite_is_named(config):
     """Values of 1e22 behind fc6 and of 1 behind fc7: the products that make fc7's gradient are finite, those that make fc6's are not."""
-    model, mesh = build_model(dataclasses.replace(config, dropout_rate=0.0), 2), data_mesh(4)
+    model, mesh = build_model(dataclasses.replace(config, dropout_rate=0.0), 2), make_mesh(4)
     state = init_state(model, sgd(config), 0, mesh)
     params = dict(state.params)
     params["fc7"] = {"kernel": jnp.full_like(params["fc7"]["kernel"], 1e-20), "bias": jnp.zeros(8)}

@@ -12,7 +12,7 @@ import vgg_jax.train
 from tests.data.tiny_data import encode, noise
 from tests.faults.soak import result
 from vgg_jax import TrainConfig, preset
-from vgg_jax.sharding import data_mesh
+from vgg_jax.sharding import make_mesh
 from vgg_jax.train import fit
 
 pytestmark = pytest.mark.usefixtures("small_nets")
@@ -103,7 +103,7 @@ def test_with_another_number_of_devices_it_goes_on_in_the_same_order(tmp_path, m
     monkeypatch.setattr(vgg_jax.train, "on_devices", interrupted)
     assert fit(config, tmp_path / "both").stopped
     monkeypatch.setattr(vgg_jax.train, "on_devices", on_devices)
-    monkeypatch.setattr(vgg_jax.train, "data_mesh", lambda batch_size: data_mesh(batch_size, jax.devices()[:1]))
+    monkeypatch.setattr(vgg_jax.train, "make_mesh", lambda batch_size, layout: make_mesh(batch_size, jax.devices()[:1]))
     fit(config, tmp_path / "both")
     assert order == quiet_order
     assert set(devices) == {1, 2}

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from vgg_jax.configs import Statistics, TrainConfig
 from vgg_jax.data.batches import Batches
-from vgg_jax.data.splits import Pixels, Source, batches_per_epoch, epoch_seeds, permuted
+from vgg_jax.data.splits import Pixels, Share, Source, batches_per_epoch, epoch_seeds, permuted
 from vgg_jax.data.transforms import Draw, draw, resample_rows, rescaled_sides, to_uint8, window
 
 SMALL = 64 * 64  # pixels of an image, and of a crop, at most
@@ -67,7 +67,13 @@ def cropped(images: tf.Tensor, drawn: Draw, matrices: CropMatrices, smallest: in
 
 
 def train_batches(
-    source: Source, pixels: Pixels, config: TrainConfig, statistics: Statistics, first_epoch: int, first_batch: int
+    source: Source,
+    pixels: Pixels,
+    config: TrainConfig,
+    statistics: Statistics,
+    first_epoch: int,
+    first_batch: int,
+    share: Share | None = None,
 ) -> Batches:
     """As `vgg_jax.data.train_batches`."""
     per_epoch = batches_per_epoch(source, config.batch_size)
@@ -84,7 +90,7 @@ def train_batches(
 
     def prepare(example: dict) -> dict:
         order, draws = epoch_seeds(config.seed, example["epoch"])
-        positions, mask = _positions(example["batch"], config.batch_size, source.size)
+        positions, mask = _positions(example["batch"], share or _all(config.batch_size), source.size)
         positions = permuted(positions, order, source.size)
         drawn = draw(draws, tf.where(mask, tf.gather(pixels.indices, positions), 0), config, statistics)
         return _batch(pixels, positions, mask, drawn, matrices, config.scale[0])
@@ -92,14 +98,16 @@ def train_batches(
     return Batches(source, examples, prepare, None)
 
 
-def eval_batches(source: Source, pixels: Pixels, config: TrainConfig, batch_size: int) -> Batches:
+def eval_batches(source: Source, pixels: Pixels, config: TrainConfig, batch_size: int, share: Share | None = None) -> Batches:
     """As `vgg_jax.data.eval_batches`."""
+    share = share or _all(batch_size)
+    count = len(share.rows)
     matrices = crop_matrices(_sides(pixels), (config.test_scale,), config.image_size)
 
     def prepare(batch: tf.Tensor) -> dict:
-        positions, mask = _positions(batch, batch_size, source.size)
-        half = tf.fill((batch_size,), tf.constant(0.5, tf.float64))
-        drawn = Draw(tf.fill((batch_size,), config.test_scale), half, half, tf.zeros(batch_size, tf.bool), tf.zeros((batch_size, 3)))
+        positions, mask = _positions(batch, share, source.size)
+        half = tf.fill((count,), tf.constant(0.5, tf.float64))
+        drawn = Draw(tf.fill((count,), config.test_scale), half, half, tf.zeros(count, tf.bool), tf.zeros((count, 3)))
         return _batch(pixels, positions, mask, drawn, matrices, config.test_scale)
 
     return Batches(source, lambda at: tf.data.Dataset.range(at, batches_per_epoch(source, batch_size)), prepare, None)
@@ -110,9 +118,13 @@ def _sides(pixels: Pixels) -> tuple[int, int]:
     return height, width
 
 
-def _positions(batch: tf.Tensor, batch_size: int, size: int) -> tuple[tf.Tensor, tf.Tensor]:
+def _all(batch_size: int) -> Share:
+    return Share(batch_size, np.arange(batch_size))
+
+
+def _positions(batch: tf.Tensor, share: Share, size: int) -> tuple[tf.Tensor, tf.Tensor]:
     """int64 (b,) of a batch by its number, and bool (b,): which of them there are; the last one stands for those that are not."""
-    positions = batch * batch_size + tf.range(batch_size, dtype=tf.int64)
+    positions = batch * share.batch_size + tf.constant(share.rows, tf.int64)
     return tf.minimum(positions, size - 1), positions < size
 
 

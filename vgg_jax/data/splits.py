@@ -14,8 +14,17 @@ CHUNK = 64  # indices that are looked up by one call; enough to hide the cost of
 IN_FLIGHT = 2 * CORES  # images that are prepared at once: with no more than cores, one that takes long holds up the others
 SHUFFLE_BUFFER = 8192  # records of a sequential file held encoded: 0.9 GB of ImageNet photos, 10 MB of CIFAR
 
-# (seed of this epoch's order, int64 (2,), or None: in order; position to start at) -> {"index": int64, "encoded": string, "label": int32}
-Examples = Callable[[tf.Tensor | None, "tf.Tensor | int"], tf.data.Dataset]
+
+class Share(NamedTuple):
+    """Which rows of each batch of an order are wanted: those that one of several processes feeds."""
+
+    batch_size: int
+    rows: np.ndarray  # int64 (n,), rising
+
+
+# (seed of this epoch's order, int64 (2,), or None: in order; position to start at, the first of a batch where there is a share; what is
+# wanted, or None: all) -> {"index": int64, "encoded": string, "label": int32}
+Examples = Callable[..., tf.data.Dataset]
 
 
 class Pixels(NamedTuple):
@@ -124,13 +133,17 @@ def random_access(kept: np.ndarray, read: Callable[[tf.data.Dataset], tf.data.Da
     size = len(kept)
     lookup = tf.constant(kept, tf.int64)
 
-    def examples(seed: tf.Tensor | None, start: tf.Tensor | int = 0) -> tf.data.Dataset:
+    def examples(seed: tf.Tensor | None, start: tf.Tensor | int = 0, share: Share | None = None) -> tf.data.Dataset:
         def indices(positions: tf.Tensor) -> tf.Tensor:
             if seed is not None:
                 positions = permuted(positions, seed, size)
             return tf.gather(lookup, positions)
 
-        return read(tf.data.Dataset.range(start, size).batch(CHUNK).map(indices))
+        positions = tf.data.Dataset.range(start, size)
+        if share is not None:
+            batches = tf.data.Dataset.range(start, size, share.batch_size)
+            positions = batches.flat_map(lambda first: tf.data.Dataset.from_tensor_slices(first + share.rows)).filter(lambda at: at < size)
+        return read(positions.batch(CHUNK).map(indices))
 
     return examples
 
@@ -138,11 +151,11 @@ def random_access(kept: np.ndarray, read: Callable[[tf.data.Dataset], tf.data.Da
 def sequential(kept: np.ndarray, size: int, scan: Callable[[tf.Tensor | None], tf.data.Dataset], parse: Callable[[dict], dict]) -> Examples:
     """For storage that is read from its beginning. `scan` gives {"index", "record"}, files in a seeded order; `parse` makes an example.
 
-    Starting elsewhere reads, but does not parse, what lies before.
+    Starting elsewhere reads, but does not parse, what lies before; a share reads, but does not parse, what others feed.
     """
     wanted = tf.constant(np.isin(np.arange(size), kept))
 
-    def examples(seed: tf.Tensor | None, start: tf.Tensor | int = 0) -> tf.data.Dataset:
+    def examples(seed: tf.Tensor | None, start: tf.Tensor | int = 0, share: Share | None = None) -> tf.data.Dataset:
         records = scan(seed)
         if len(kept) < size:
             records = records.filter(lambda record: wanted[record["index"]])
@@ -150,6 +163,11 @@ def sequential(kept: np.ndarray, size: int, scan: Callable[[tf.Tensor | None], t
             # The second number of a folded seed is the epoch itself, so draw one from both.
             number = tf.random.stateless_uniform((), seed, minval=None, maxval=None, dtype=tf.int64)
             records = records.shuffle(SHUFFLE_BUFFER, seed=number, reshuffle_each_iteration=False)
-        return records.skip(start).map(parse, num_parallel_calls=CORES, deterministic=True)
+        records = records.skip(start)
+        if share is not None:
+            mine = tf.constant(np.isin(np.arange(share.batch_size), share.rows))
+            numbered = records.enumerate().filter(lambda number, _: mine[number % share.batch_size])
+            records = numbered.map(lambda _, record: record)
+        return records.map(parse, num_parallel_calls=CORES, deterministic=True)
 
     return examples

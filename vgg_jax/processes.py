@@ -1,0 +1,209 @@
+"""Several processes as one run, by jax's own distributed runtime: how they start and end, and what they agree on.
+
+Every process calls these functions in the same order. With one process each of them does what is left of it, and no more.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from vgg_jax.configs import DISTRIBUTED
+from vgg_jax.errors import DataError, InputError
+from vgg_jax.sharding import replicated
+
+SILENT_SECONDS = 60  # without a sign of life of another process, before jax ends this one
+STUCK_SECONDS = 1800  # without a step, before a process ends itself: another one may be alive and wait for ever, for a disk for example
+LEAVE_SECONDS = 2
+BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+# What each engine sets in the environment of its processes, the last of them their number. These are what jax itself looks for.
+ENGINES = {
+    "SLURM": ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
+    "Open MPI": ("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+}
+
+
+class LostError(Exception):
+    """Another process is gone, and with it the step."""
+
+
+def found(environment: Mapping[str, str]) -> str | None:
+    """What has started this program as one of several processes, if anything has."""
+    if all(environment.get(name) for name in BY_HAND):
+        return f"{BY_HAND[0]}={environment[BY_HAND[0]]}"
+    for engine, names in ENGINES.items():
+        if all(environment.get(name) for name in names) and environment[names[-1]] != "1":
+            return engine
+    pod = all(environment.get(name) for name in ("KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"))
+    if pod and importlib.util.find_spec("kubernetes"):
+        return "Kubernetes"
+    hosts = environment.get("TPU_WORKER_HOSTNAMES", "")
+    if importlib.util.find_spec("libtpu") and ("," in hosts or environment.get("MEGASCALE_COORDINATOR_ADDRESS")):
+        return "a TPU pod"
+    return None
+
+
+def start(mode: str, environment: Mapping[str, str] = os.environ) -> str | None:
+    """Joins the other processes, if there are any; says what was found. Before anything else asks jax for its devices.
+
+    "auto" does so where `found` finds something, "on" also where jax alone does: on a Cloud TPU. Raises InputError where that fails.
+    """
+    if mode not in DISTRIBUTED:
+        raise InputError(f"distributed is {mode!r}: expected one of {', '.join(DISTRIBUTED)}")
+    engine = found(environment)
+    if mode == "off" or (mode == "auto" and engine is None):
+        return None
+    given: dict[str, Any] = {}
+    try:
+        if all(environment.get(name) for name in BY_HAND):
+            address, count, number = (environment[name] for name in BY_HAND)
+            given = {"coordinator_address": address, "num_processes": int(count), "process_id": int(number)}
+        jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which `fit` listens to
+        jax.distributed.initialize(heartbeat_timeout_seconds=SILENT_SECONDS, shutdown_timeout_seconds=SILENT_SECONDS, **given)
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        names = ", ".join(BY_HAND)
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"the processes cannot join ({reason}): expected SLURM, Open MPI, Kubernetes, a TPU pod, or {names} set in each process; "
+            "see experiments/launch, or pass --distributed off"
+        ) from error
+    return (
+        f"{engine or 'a TPU'}: process {jax.process_index()} of {jax.process_count()}, "
+        f"{jax.local_device_count()} of {jax.device_count()} devices"
+    )
+
+
+@contextlib.contextmanager
+def left_together() -> Iterator[None]:
+    """Ends the connection to the other processes with the block, or, where that ends by an error, with the process."""
+    try:
+        yield
+    except Exception:
+        if jax.process_count() > 1 and first():
+            time.sleep(LEAVE_SECONDS)  # they may have the same to say, and jax aborts them when this one is gone
+        raise
+    if jax.process_count() > 1:
+        jax.distributed.shutdown()  # waits for the others
+
+
+def first() -> bool:
+    """Whether this process is the one that prints, and that has the run's folder."""
+    return jax.process_index() == 0
+
+
+def said_by_first(function: Callable[[], Any]) -> Any:
+    """What the function gives in the first process, which alone calls it: a JSON value. Its InputError is raised in all of them."""
+    if jax.process_count() == 1:
+        return function()
+    said: dict[str, Any] = {}
+    if first():
+        try:
+            said = {"value": function()}
+        except InputError as error:
+            said = {"error": str(error), "of_data": isinstance(error, DataError)}
+    text = json.dumps(said).encode()
+    size = int(sent_by_first(np.int32(len(text))))
+    said = json.loads(sent_by_first(np.frombuffer(text.ljust(size)[:size], np.uint8)).tobytes())
+    if "error" in said:
+        raise (DataError if said["of_data"] else InputError)(said["error"])
+    return said["value"]
+
+
+def sent_by_first(array: Any) -> Any:
+    """The first process's array in all of them; the others give one of the same shape and type."""
+    if jax.process_count() == 1:
+        return array
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.broadcast_one_to_all(array))
+
+
+def refuse_differences(what: str, value: Any) -> None:
+    """Raises InputError in all processes where the value is not the same in each of them."""
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    digests = np.asarray(multihost_utils.process_allgather(np.uint32(zlib.crc32(repr(value).encode())))).tolist()
+    others = [str(number) for number, digest in enumerate(digests) if digest != digests[0]]
+    if others:
+        raise InputError(f"{what} in process {', '.join(others)} and in process 0 differ: expected the same; in this one: {value}")
+
+
+class Agreement:
+    """What any of the processes wishes, known to all of them at the same step: what was asked with one is answered with the next.
+
+    Then no process waits for another one that is not there, and a step's exchange is not waited for. A single process hears at once.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+        self._asked: jax.Array | None = None
+        self._any = jax.jit(lambda wishes: wishes.any(0), out_shardings=replicated(mesh))
+
+    def ask(self, *wishes: bool) -> tuple[bool, ...]:
+        if jax.process_count() == 1:
+            return wishes
+        before, axes = self._asked, PartitionSpec(self._mesh.axis_names)
+        mine = np.array([wishes])
+        asked = jax.make_array_from_callback((self._mesh.size, len(wishes)), NamedSharding(self._mesh, axes), lambda _: mine)
+        self._asked = self._any(asked)
+        return (False,) * len(wishes) if before is None else tuple(np.asarray(before.addressable_data(0)).tolist())
+
+
+@contextlib.contextmanager
+def lost_are_named(workdir: Path) -> Iterator[None]:
+    """Raises LostError where jax says that another process is gone. Where it does not say so but ends this one, it says why itself."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        # On CPUs the exchange's error comes as a ValueError, where the array is read.
+        if jax.process_count() == 1 or isinstance(error, InputError) or not any(word in str(error) for word in ("Gloo", "UNAVAILABLE")):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise LostError(
+            f"another process of this run has ended ({reason}): see what it printed; the same command goes on from what was saved last in "
+            f"{workdir}"
+        ) from error
+
+
+class Alarm:
+    """Ends this process, unless it is told again and again that it goes on: one that waits for another for ever says nothing."""
+
+    def __init__(self, seconds: float = STUCK_SECONDS) -> None:
+        self._seconds, self._heard = seconds, time.monotonic()
+        self._off = threading.Event()
+        if jax.process_count() > 1:
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    def goes_on(self) -> None:
+        self._heard = time.monotonic()
+
+    def _watch(self) -> None:
+        while not self._off.wait(min(1.0, self._seconds / 4)):
+            if time.monotonic() - self._heard > self._seconds:
+                print(
+                    f"vgg-jax: process {jax.process_index()} did no step in {self._seconds:.0f} s: it or another one is stuck; "
+                    "the same command goes on from what was saved last",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(75)
+
+    def __enter__(self) -> "Alarm":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._off.set()
