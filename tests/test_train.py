@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -288,6 +290,28 @@ def test_a_second_signal_stops_at_once():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(10)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_the_command_at_once_within_a_call_of_xla(number):
+    program = """
+import jax, jax.numpy as jnp
+from vgg_jax import cli, train
+cli.hear_second_signal()
+with train.stop_signals():
+    long = jax.jit(lambda x: jax.lax.fori_loop(0, 10**9, lambda i, x: x @ x / 2, x)).lower(jnp.eye(200)).compile()
+    print("on", flush=True)
+    long(jnp.eye(200)).block_until_ready()
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "on\n"
+        for _ in range(2):
+            time.sleep(0.3)
+            process.send_signal(number)
+        try:
+            assert process.wait(10) in (128 + number, -number)  # the latter where the first was heard in time
+        finally:
+            process.kill()
 
 
 def test_measured_colours_are_measured_once(folder, tmp_path, monkeypatch):

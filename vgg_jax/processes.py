@@ -70,6 +70,7 @@ def start(mode: str, environment: Mapping[str, str] = os.environ) -> str | None:
         if all(environment.get(name) for name in BY_HAND):
             address, count, number = (environment[name] for name in BY_HAND)
             given = {"coordinator_address": address, "num_processes": int(count), "process_id": int(number)}
+            given["cluster_detection_method"] = "deactivate"  # all devices of this machine that it may see are this process's
         jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which `fit` listens to
         jax.distributed.initialize(heartbeat_timeout_seconds=SILENT_SECONDS, shutdown_timeout_seconds=SILENT_SECONDS, **given)
     except (ValueError, TypeError, RuntimeError, OSError) as error:

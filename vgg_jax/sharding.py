@@ -97,7 +97,7 @@ def _spec(name: str, array: Any, mesh: Mesh, layout: Layout) -> PartitionSpec:
             raise InputError(
                 f"{name} is {array.shape}, and the mesh has model={mesh.shape[MODEL]}: expected a divisor of {size}; pass another --mesh"
             )
-    if layout.fsdp and math.prod(array.shape) * array.dtype.itemsize > SMALLEST:
+    if layout.fsdp and mesh.shape[DATA] > 1 and math.prod(array.shape) * array.dtype.itemsize > SMALLEST:
         free = [i for i, axis in enumerate(axes) if axis is None and array.shape[i] % mesh.shape[DATA] == 0]
         if free:
             axes[max(free, key=lambda i: array.shape[i])] = DATA

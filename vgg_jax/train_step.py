@@ -83,9 +83,10 @@ def train_step(
     key = jax.random.fold_in(state.key, state.step)
     spread = jax.tree.map(over_data, shardings(state.params, mesh, layout))
     parts = len(batch["label"]) // (microbatch or len(batch["label"]))
-    share = partial(_gradients, model=model.clone(axis_name=DATA), mean_rgb=mean_rgb, parts=parts, spread=spread, reduce=layout.reduce)
+    model = model.clone(axis_name=DATA if mesh.shape[DATA] > 1 else None)
+    share = partial(_gradients, model=model, mean_rgb=mean_rgb, parts=parts, spread=spread, reduce=layout.reduce, mesh=mesh)
     takes, gives = (spread, PartitionSpec(), PartitionSpec(DATA), PartitionSpec()), (spread, PartitionSpec(), PartitionSpec())
-    gradients, batch_stats, sums = _on_each(share, mesh, takes, gives)(state.params, state.batch_stats, batch, key)
+    gradients, batch_stats, sums = _over_data(share, mesh, takes, gives)(state.params, state.batch_stats, batch, key)
 
     gradients = jax.tree.map(lambda g: g / jnp.maximum(sums.count, 1), gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -93,11 +94,17 @@ def train_step(
     return dataclasses.replace(state, step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state), sums
 
 
-def _on_each(function: Any, mesh: Mesh, takes: tuple, gives: Any) -> Any:
-    """A function of what lies on each device along "data", which says itself what is exchanged; along "model" XLA divides it."""
+def _over_data(function: Any, mesh: Mesh, takes: tuple, gives: Any) -> Any:
+    """A function of what each device has along "data", which says itself what is exchanged; along "model" XLA divides it."""
+    if mesh.shape[DATA] == 1:  # nothing is; beside a "model" XLA refuses a sum over one
+        return function
     manual = {DATA} if mesh.shape[MODEL] > 1 else {DATA, MODEL}
     # Unchecked: the gradients that layers.py writes by hand do not say along which axes they differ.
     return jax.shard_map(function, mesh=mesh, in_specs=takes, out_specs=gives, axis_names=manual, check_vma=False)
+
+
+def _total(value: Any, mesh: Mesh) -> Any:
+    return jax.lax.psum(value, DATA) if mesh.shape[DATA] > 1 else value
 
 
 def _gradients(
@@ -111,6 +118,7 @@ def _gradients(
     parts: int,
     spread: Any,
     reduce: str,
+    mesh: Mesh,
 ) -> tuple[Any, Any, Sums]:
     """Of a device's share of the batch: the whole batch's gradients, running statistics and sums. They are exchanged once a step."""
     params = jax.tree.map(_gathered, params, spread)
@@ -138,7 +146,9 @@ def _gradients(
         start = (jax.tree.map(jnp.zeros_like, params), batch_stats)
         (gradients, batch_stats), sums = jax.lax.scan(add, start, (jnp.arange(parts), split))
         sums = jax.tree.map(lambda x: x.sum(0), sums)
-    return jax.tree.map(partial(_reduced, dtype=reduce), gradients, spread), batch_stats, jax.lax.psum(sums, DATA)
+    if mesh.shape[DATA] > 1:
+        gradients = jax.tree.map(partial(_reduced, dtype=reduce), gradients, spread)
+    return gradients, batch_stats, _total(sums, mesh)
 
 
 def _gathered(param: Array, spread: PartitionSpec) -> Array:
@@ -171,9 +181,9 @@ def eval_step(
     def share(variables: dict[str, Any], batch: Batch) -> Sums:
         variables = jax.tree.map(_gathered, variables, spread)
         logits: Any = model.apply(variables, preprocess(batch["image"], mean_rgb, batch["colour_shift"]))
-        return jax.lax.psum(sums_of(logits, batch["label"], batch["mask"]), DATA)
+        return _total(sums_of(logits, batch["label"], batch["mask"]), mesh)
 
-    return _on_each(share, mesh, (spread, PartitionSpec(DATA)), PartitionSpec())(variables, batch)
+    return _over_data(share, mesh, (spread, PartitionSpec(DATA)), PartitionSpec())(variables, batch)
 
 
 def compile_steps(
