@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -23,8 +24,9 @@ ROOT = Path(__file__).parents[1]
 FLAGS = [
     "--net", "shallow", "--fc", "1024", "64", "--image-size", "32", "--scale", "32", "40", "--batch-norm", "--dropout-rate", "0.5",
     "--colour-shift", "0.1", "--batch-size", "16", "--microbatch", "8", "--schedule", "plateau", "--patience", "1",
-    "--learning-rate", "0.001", "--no-compilation-cache",
+    "--learning-rate", "0.001",
 ]  # fmt: skip
+CACHE = tempfile.TemporaryDirectory()
 LIMIT = 120  # seconds that a test waits for a process
 
 
@@ -50,7 +52,13 @@ def started(count: int, photos: Path, workdir: Path, *flags: str, devices: int =
     found = []
     for number in range(count):
         several = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(number)}
-        environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)} | (several if count > 1 else {})
+        environment = os.environ | {
+            "JAX_NUM_CPU_DEVICES": str(devices),
+            "PYTHONPATH": str(ROOT),
+            "JAX_COMPILATION_CACHE_DIR": str(CACHE.name),
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+        }
+        environment |= several if count > 1 else {}
         command = [
             sys.executable,
             "-m",
@@ -120,19 +128,13 @@ def test_two_processes_do_what_one_does(alone, photos, tmp_path):
 @pytest.mark.parametrize(
     ("count", "devices", "flags"),
     [
-        (1, 8, ["--mesh", "data=8"]),
-        (1, 8, ["--mesh", "data=4,model=2"]),
         (1, 8, ["--mesh", "data=4,model=2", "--fsdp"]),
-        (2, 2, ["--mesh", "data=2,model=2", "--fsdp"]),
-        (2, 1, ["--mesh", "model=2"]),  # both feed the same images
+        (2, 1, ["--mesh", "model=2", "--cache"]),  # both feed the same images
         (4, 1, ["--mesh", "data=2,model=2"]),
-        (4, 1, ["--fsdp", "--cache"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
 def test_every_mesh_does_what_one_device_does(count, devices, flags, alone, photos, tmp_path):
-    if "--cache" in flags:
-        alone = trained(1, photos, tmp_path / "alone", "--epochs", "4", "--cache")
     check_same(alone, trained(count, photos, tmp_path / "run", "--epochs", "4", *flags, devices=devices))
 
 
@@ -174,6 +176,7 @@ def test_where_one_is_killed_the_other_says_so_and_the_run_goes_on(victim, photo
     group[victim].kill()
     struck = time.monotonic()
     code, _, error = ended(group)[1 - victim]
+    print(code, error)
     assert time.monotonic() - struck < 30
     assert (code == 75 and "another process of this run has ended" in error) or (code == -signal.SIGABRT and "another task died" in error)
     done = len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
@@ -182,13 +185,14 @@ def test_where_one_is_killed_the_other_says_so_and_the_run_goes_on(victim, photo
         out = next(line for line in group[0].stdout if "going on" in line)
     finally:
         group[0].kill()
+        group[0].communicate()
     assert int(re.search(r"going on at epoch (\d+), batch 1 ", out)[1]) in (done, done + 1, done + 2)
 
 
 def test_what_differs_between_processes_is_said_by_each(photos, tmp_path):
     found = ended(started(2, photos, tmp_path / "run", "--epochs", "1", own={1: ["--weight-decay", "0.1"]}))
     for code, _, error in found:
-        assert code == 2 and error.count("\n") == 1 + error.count("[Gloo]")
+        assert code == 2 and error.count("\n") == 1
         assert "in process 1 and in process 0 differ" in error
 
 
