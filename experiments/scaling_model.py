@@ -1,4 +1,4 @@
-"""How many images a second 1 to 1,024 devices train on, by which mesh: a model on paper, of the net's multiply-adds, its bytes and the wires.
+"""Images a second of 1 to 1,024 devices in training, by which mesh: a model on paper, of multiply-adds, bytes and wires.
 
     python experiments/scaling_model.py --machine h200 --net D                    # 256 images a device
     python experiments/scaling_model.py --machine ethernet --net E --batch 32
@@ -6,8 +6,9 @@
 
 Takes no time and starts nothing. A step is forward, backward and the exchange of the gradients:
 
-- compute: 6 operations for each multiply-add, at the rate that one device was measured at. A "model" axis of m repeats the convolutions of m
-  devices' images on each of them, and divides fc6 and fc7.
+- compute: 6 operations for each multiply-add, at the rate that one device was measured at. A "model" axis of m repeats the convolutions
+  of m devices' images on each of them, and divides fc6 and fc7.
+- update: 20 bytes a parameter, which is read and written, as its momentum is, and a gradient that is read. "model" and fsdp divide it.
 - data: a sum of all gradients over n devices takes 2 (n - 1) / n of their bytes on each wire; between hosts a device sends its own share of
   what the devices of a host have added up. The gradients of fc6, fc7 and fc8, 89 % of D's, are there first and travel behind the backward
   pass of the convolutions, where the machine can do both at once.
@@ -15,8 +16,8 @@ Takes no time and starts nothing. A step is forward, backward and the exchange o
 - model: between the m devices of a group fc7's output forward and the gradient of fc6's input backward, which nothing hides.
 - input: what a host's images a second allow.
 
-Beside what processes on one machine do (`bench_processes.py`, results/scaling.json): within 20 %, see there. What is not measured: anything
-on more than one accelerator.
+What processes on one machine do beside it is in results/scaling.json (`bench_processes.py`). Not measured is anything on more than one
+accelerator.
 """
 
 import argparse
@@ -36,18 +37,19 @@ class Machine:
     near: float  # bytes a second that one device sends to others of its host
     far: float  # … to those of other hosts
     overlaps: bool  # whether it computes while it sends
+    memory: float  # bytes a second of a device's memory
     images: float  # a second that one host reads and crops
     at_once: float = float("inf")  # devices that have a processor of their own; more take turns
     latency: float = 1e-5  # seconds of one message
 
 
 MACHINES = {
-    # 54 % of 989 teraflops measured (results/gpu.json); NVLink 4; a 400 Gb/s adapter a GPU; 96 cores at 600 photos/s each (results/input.json).
-    "h200": Machine(5.36e14, 8, 4.5e11, 5e10, True, 57_600),
-    # Half of 197 teraflops; four ICI links of 50 GB/s all over a slice; 112 cores for 4 or 8 chips.
-    "v5e": Machine(1e14, 256, 1e11, 1e10, True, 60_000 * 32),
-    # Hosts with one H100-class card and 10 Gb/s between them.
-    "ethernet": Machine(5e14, 1, 1.25e9, 1.25e9, True, 10_000, latency=5e-5),
+    # 54 % of 989 teraflops measured (results/gpu.json); NVLink 4; a 400 Gb/s adapter a GPU; 96 cores at 600 photos/s (results/input.json).
+    "h200": Machine(5.36e14, 8, 4.5e11, 5e10, True, 4.8e12, 57_600),
+    # Half of 197 teraflops; four links of 50 GB/s between neighbours of a slice of 256, whose hosts have 112 cores for 8 chips.
+    "v5e": Machine(1e14, 256, 1e11, 1e10, True, 8e11, 32 * 60_000),
+    # Hosts with one such card and 10 Gb/s between them.
+    "ethernet": Machine(5.36e14, 1, 1.25e9, 1.25e9, True, 4.8e12, 10_000, latency=5e-5),
 }
 
 
@@ -90,13 +92,14 @@ def step(net: Net, machine: Machine, devices: int, batch: float, model: int = 1,
     groups = devices // model
     behind = {"forward": convs / 3, "backward": convs * 2 / 3} if machine.overlaps else {"forward": 0.0, "backward": 0.0}
     size = net.conv_params + net.fc_params - net.split_params * (1 - 1 / model)
+    update = turns * 20 * size / (groups if fsdp else 1) / machine.memory
     exposed = max(0.0, exchange(width * size, groups, machine) - behind["backward"])
     if fsdp:  # reduced and put together are each half of the exchange
         gathered = exchange(4 * size, groups, machine) / 2
         exposed = max(0.0, gathered - behind["forward"]) + max(0.0, exchange(width * size, groups, machine) / 2 - behind["backward"])
     if model > 1:
         exposed += exchange(2 * batch * model * (net.width + net.read), model, machine)
-    return max(convs + fcs + exposed, batch * min(devices, machine.per_host) / machine.images)
+    return max(convs + fcs + update + exposed, batch * min(devices, machine.per_host) / machine.images)
 
 
 def table(net: Net, machine: Machine, batch: float | None, global_batch: int | None) -> list[dict]:

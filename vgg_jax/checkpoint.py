@@ -27,6 +27,7 @@ import numpy as np
 
 from vgg_jax.errors import InputError
 from vgg_jax.model import VGG
+from vgg_jax.paths import is_remote, path_of
 from vgg_jax.processes import first, said_by_first, sent_by_first
 from vgg_jax.run import read_run, sync, write_whole
 from vgg_jax.sharding import place, whole
@@ -54,11 +55,11 @@ def load(workdir: str | os.PathLike) -> tuple[VGG, dict[str, Any], dict[str, Any
     `flip` (whether it was trained with mirror images), `classes`, `preprocessing`, `epoch` (from 1) and `validation` (loss, errors,
     count). Raises InputError where there is no such run.
     """
-    run = read_run(Path(workdir))
+    run = read_run(path_of(workdir))
     model = build_model(run.config, len(run.classes))
     images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), "float32")
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
-    folder = Path(workdir) / "best"
+    folder = path_of(workdir) / "best"
     restored = None
     if folder.is_dir():
         with Saved(folder, read_only=True) as best:
@@ -110,7 +111,7 @@ class Saved:
                 cleanup_tmp_directories=not read_only,
                 multiprocessing_options=ocp.options.MultiprocessingOptions(**who),
             )
-            self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+            self._manager = ocp.CheckpointManager(folder if is_remote(folder) else folder.absolute(), options=options)
         finally:
             absl.setLevel(level)
         self._folder = folder
@@ -127,18 +128,20 @@ class Saved:
         path = self._folder / str(step)
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
         try:
-            free = shutil.disk_usage(self._folder).free
+            free = float("inf") if is_remote(self._folder) else shutil.disk_usage(self._folder).free
             if needed > free:  # with less a hundred threads of orbax's each write what became of them
                 raise OSError(f"{needed / 1e6:.0f} MB are needed, and {free / 1e6:.0f} MB free")
             self._manager.save(step, args=items, force=True)
-            for each in (*path.rglob("*"), path, self._folder, self._folder.parent):
-                sync(each)
+            if not is_remote(path):
+                for each in (*path.rglob("*"), path, self._folder, self._folder.parent):
+                    sync(each)
         except (OSError, ValueError, RuntimeError) as error:
             if not isinstance(error, OSError) and "Error writing" not in str(error):  # which tensorstore says of a disk
                 raise
             # What there is of it would take the room of the next one.
-            for part in (path, *self._folder.glob("*.orbax-checkpoint-tmp*")):
-                shutil.rmtree(part, ignore_errors=True)
+            if not is_remote(path):
+                for part in (path, *self._folder.glob("*.orbax-checkpoint-tmp*")):
+                    shutil.rmtree(part, ignore_errors=True)
             self._manager.reload()
             raise NotSavedError(f"cannot save to {self._folder} ({_reason(error)})") from error
 
@@ -325,7 +328,7 @@ def write_metrics(workdir: Path, history: list[dict[str, Any]]) -> None:
     """metrics.jsonl, a line an epoch, all anew. Raises NotSavedError."""
     path = workdir / "metrics.jsonl"
     try:
-        write_whole(path, "".join(json.dumps(record) + "\n" for record in history))
+        write_whole(path, "".join(json.dumps(record) + "\n" for record in history).encode())
     except OSError as error:
         raise NotSavedError(f"cannot write to {path} ({error.strerror})") from error
 

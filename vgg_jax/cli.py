@@ -19,6 +19,7 @@ from typing import Any
 from vgg_jax.arguments import parser
 from vgg_jax.configs import CONFIGS, Protocol, TrainConfig
 from vgg_jax.errors import DataError, InputError
+from vgg_jax.paths import path_of
 from vgg_jax.presets import preset
 
 
@@ -285,16 +286,16 @@ def evaluate(
     from vgg_jax.evaluate import evaluate, report, save
 
     chosen = Protocol(protocol, flip, softmax_first, ceil)
-    beside = run if os.path.isdir(run) else run + "-evaluated"
-    new = out or beside
-    made = not os.path.isdir(new) and (out is not None or os.path.isfile(run))
+    beside = run if path_of(run).is_dir() else run + "-evaluated"
+    new = path_of(out or beside)
+    made = not new.is_dir() and (out is not None or path_of(run).is_file())
     if made:
-        os.makedirs(new)  # now rather than when all is computed
+        new.mkdir(parents=True)  # now rather than when all is computed
     try:
         evaluation, facts = evaluate(run, data, split, protocol=chosen, scales=scales, **where)
     except BaseException:
         if made:
-            os.rmdir(new)
+            new.rmdir()
         raise
     flags = [name for name, on in (("mirrored", facts["protocol"]["flip"]), ("softmax-first", softmax_first), ("ceil", ceil)) if on]
     folder = out or os.path.join(beside, "-".join([*([plain(data)] if data else []), split, protocol, *map(str, facts["scales"]), *flags]))

@@ -1,8 +1,8 @@
 """From a trained net and a data set to class posteriors, errors and the files that keep both; fusion of such files (§3.2, §4)."""
 
 import dataclasses
+import io
 import json
-import os
 import re
 import time
 import zipfile
@@ -18,6 +18,7 @@ import numpy as np
 from vgg_jax.configs import DENSE, PIXELS, Protocol
 from vgg_jax.errors import InputError
 from vgg_jax.metrics import averages, interval, sums_of
+from vgg_jax.paths import path_of
 from vgg_jax.posteriors import stream_posteriors, with_defaults
 from vgg_jax.run import read_run, write_whole
 from vgg_jax.sharding import make_mesh
@@ -75,7 +76,7 @@ def evaluate(
     where["exclude"] = config.exclude if own else ()
     if own and split in VALIDATION:
         train, source = open_splits(data, validation_fraction=config.validation_fraction, seed=config.seed, **where)
-        run = read_run(Path(path))
+        run = read_run(path_of(path))
         there, here = (run.storage, run.train_size, run.validation_size), (train.storage, train.size, source.size)
         if there != here:
             raise InputError(
@@ -138,23 +139,19 @@ def class_positions(names: Sequence[str], known: Sequence[str], otherwise: str) 
     return np.array([places[name] for name in names])
 
 
-def save(folder: str | Path, evaluation: Evaluation, facts: dict[str, Any]) -> None:
+def save(out: str | Path, evaluation: Evaluation, facts: dict[str, Any]) -> None:
     """Writes posteriors.npz and evaluation.json into the folder, each whole or not at all."""
-    folder = Path(folder)
+    folder, content = path_of(out), io.BytesIO()
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / "posteriors.npz.new"
-    with temporary.open("wb") as file:
-        np.savez(file, **dataclasses.asdict(evaluation))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(folder / "posteriors.npz")
-    write_whole(folder / "evaluation.json", json.dumps(facts, indent=1) + "\n")
+    np.savez(content, **dataclasses.asdict(evaluation))
+    write_whole(folder / "posteriors.npz", content.getvalue())
+    write_whole(folder / "evaluation.json", (json.dumps(facts, indent=1) + "\n").encode())
 
 
 def read(path: str | Path) -> Evaluation:
     """Raises InputError for a file that `save` did not write."""
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as content:
+        with path_of(path).open("rb") as file, np.load(file, allow_pickle=False) as content:
             evaluation = Evaluation(**{field.name: content[field.name] for field in dataclasses.fields(Evaluation)})
         if not all(isinstance(array, np.ndarray) for array in vars(evaluation).values()):
             raise ValueError("a part of it is no array")

@@ -11,6 +11,7 @@ from typing import IO, Any
 
 from vgg_jax.configs import Statistics, TrainConfig
 from vgg_jax.errors import InputError
+from vgg_jax.paths import is_remote, path_of
 
 UNSUPPORTED_ERRNOS = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}  # of some network file systems
 
@@ -34,7 +35,7 @@ def begun_run(workdir: Path) -> Run | None:
     """
     last = has_checkpoint(workdir / "last")
     metrics = workdir / "metrics.jsonl"
-    if not last and metrics.exists() and metrics.stat().st_size:
+    if not last and metrics.exists() and metrics.read_text():
         raise InputError(
             f"{workdir / 'last'} holds no checkpoint, and {metrics} tells of epochs that were done: expected one; restore that folder, "
             "pass another --workdir, or remove this one to begin again"
@@ -53,15 +54,19 @@ def has_checkpoint(folder: Path) -> bool:
 def begin_run(workdir: Path, run: Run) -> None:
     """Writes run.json. Raises InputError for a folder that cannot be written to."""
     with _writing(workdir):
-        write_whole(workdir / "run.json", json.dumps(plain(run), indent=1) + "\n")
+        write_whole(workdir / "run.json", (json.dumps(plain(run), indent=1) + "\n").encode())
 
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
     """The workdir, made if it is not there, for one process at a time.
 
-    Raises InputError where another one has it, or it cannot be written to. The lock ends with its process, however that ends.
+    Raises InputError where another one has it, or it cannot be written to. The lock ends with its process, however that ends. In an object
+    store there is none.
     """
+    if is_remote(workdir):  # a store of objects has no locks
+        yield
+        return
     made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
     path = workdir / "lock"
     with _writing(workdir):
@@ -121,7 +126,7 @@ def refuse_another(workdir: Path, begun: Run, run: Run) -> None:
 
 def read_run(workdir: Path) -> Run:
     """Raises InputError where there is no run, or none that can be read."""
-    path = Path(workdir) / "run.json"
+    path = path_of(workdir) / "run.json"
     try:
         return run_of(json.loads(path.read_text()))
     except FileNotFoundError as error:
@@ -161,7 +166,7 @@ def _check_types(run: Run) -> None:
 
 def sync(path: Path) -> None:
     """Has the system write a file, or a folder's list of files, to the disk."""
-    if os.name != "posix":  # elsewhere a folder cannot be opened
+    if os.name != "posix" or is_remote(path):  # elsewhere a folder cannot be opened; what a store has taken it keeps
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -173,11 +178,15 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """Replaces a file in one step: a reader, or a killed writer, never leaves half of it."""
+    if is_remote(path):  # an object appears when it is whole
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        return
     temporary = path.with_name(path.name + ".new")
-    with temporary.open("w") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -24,6 +24,7 @@ from vgg_jax.metrics import Sums, merge
 from vgg_jax.model import FROM_A, VGG, init_from
 from vgg_jax.nonfinite import first_nonfinite
 from vgg_jax.optimizer import learning_rate, set_learning_rate, sgd
+from vgg_jax.paths import path_of
 from vgg_jax.presets import with_learning_rate
 from vgg_jax.processes import Agreement, Alarm, first, lost_are_named, refuse_differences, said_by_first
 from vgg_jax.report import advice, epoch_record, line, stuck
@@ -95,12 +96,12 @@ def fit(
         raise InputError(f"on_nan is {on_nan!r}: expected one of {', '.join(ON_NAN)}")
     if not save_seconds >= 0:
         raise InputError(f"save_seconds is {save_seconds}: expected 0 or more")
-    workdir, halvings = Path(workdir), 0
-    with lost_are_named(workdir), contextlib.ExitStack() as stack:
-        said_by_first(lambda: stack.enter_context(locked(workdir)))
+    folder, halvings = path_of(workdir), 0
+    with lost_are_named(folder), contextlib.ExitStack() as stack:
+        said_by_first(lambda: stack.enter_context(locked(folder)))
         while True:
             try:
-                return _fit(config, workdir, data_dir, download, save_seconds, debug_nans, layout, halvings)
+                return _fit(config, folder, data_dir, download, save_seconds, debug_nans, layout, halvings)
             except DivergedError as error:
                 if on_nan == "stop" or error.halvings == MOST_HALVINGS or error.stop.is_set():
                     raise

@@ -4,7 +4,6 @@ import functools
 import hashlib
 import itertools
 import os
-import stat
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,6 +12,7 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from vgg_jax.data.splits import CORES, Records, map_or, random_access
+from vgg_jax.data.storage import folders_in, head, is_folder, listed
 from vgg_jax.errors import DataError, InputError
 
 SPLITS = ("train", "val", "validation", "valid", "test")
@@ -28,9 +28,9 @@ def folder_splits(root: str, skip_bad: bool, exclude: Collection[str]) -> dict[s
     Raises InputError where there are no class folders, and, when a split is read, for files that are not images (unless `skip_bad`),
     for a class folder without images and for a class that the training split does not have.
     """
-    if not os.path.isdir(root):
+    if not is_folder(root):
         raise InputError(f"no folder {root!r}: expected {os.path.join(root, '<class>', '*.jpg')} there; pass another one as DATA")
-    names = [name for name in SPLITS if os.path.isdir(os.path.join(root, name))]
+    names = [name for name in SPLITS if is_folder(os.path.join(root, name))]
     if names and names[0] != "train" and set(_class_names(root)) <= set(SPLITS):
         raise InputError(
             f"no training images under {root!r}: expected {os.path.join(root, 'train', '<class>', '*.jpg')} beside {names[0]!r}"
@@ -50,13 +50,14 @@ def _records(name: str, root: str, folder: str, classes: tuple[str, ...], skip_b
     if unknown := [each for each in present if each not in classes]:
         raise InputError(f"the class folder {os.path.join(folder, unknown[0])!r} is none of training's {len(classes)}: remove or rename it")
     # Bytes, because a file name need not be Unicode, and one tensor of all, because a list of a million str is several times as large.
-    listed = [sorted(entry for entry in os.listdir(os.fsencode(os.path.join(folder, each))) if not _hidden(entry)) for each in present]
+    names_in = [sorted(map(os.fsencode, listed(os.path.join(folder, each)))) for each in present]
+    entries_in = [[entry for entry in entries if not _hidden(entry)] for entries in names_in]
     paths = [
         os.path.join(os.fsencode(folder), os.fsencode(each), entry)
-        for each, entries in zip(present, listed, strict=True)
+        for each, entries in zip(present, entries_in, strict=True)
         for entry in entries
     ]
-    labels = np.repeat(np.array([classes.index(each) for each in present], np.int32), [len(entries) for entries in listed])
+    labels = np.repeat(np.array([classes.index(each) for each in present], np.int32), [len(entries) for entries in entries_in])
     kept = np.array([not exclude or relative(os.fsdecode(path), root) not in exclude for path in paths], bool)
     excluded = int((~kept).sum())
     paths, labels = list(itertools.compress(paths, kept)), labels[kept]
@@ -104,8 +105,7 @@ def relative(name: str, root: str) -> str:
 
 
 def _class_names(folder: str) -> tuple[str, ...]:
-    with os.scandir(folder) as entries:
-        return tuple(sorted(entry.name for entry in entries if os.path.isdir(entry.path) and not entry.name.startswith(".")))
+    return tuple(sorted(name for name in folders_in(folder) if not name.startswith(".")))
 
 
 def _hidden(name: bytes) -> bool:
@@ -127,15 +127,6 @@ def _sniff(paths: list[bytes], name: str) -> np.ndarray:
 
 
 def _is_image(path: bytes) -> bool:
-    """Whether it is a file, or a link to one, that can be opened and begins as a JPEG, PNG, GIF, BMP or WebP does."""
-    try:
-        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe would wait for a writer
-        try:
-            if not stat.S_ISREG(os.fstat(file).st_mode):
-                return False
-            head = os.read(file, 16)
-        finally:
-            os.close(file)
-    except OSError:
-        return False
-    return head.startswith(MAGIC) or (head.startswith(b"RIFF") and head[8:12] == b"WEBP")
+    """Whether it is a file that can be opened and begins as a JPEG, PNG, GIF, BMP or WebP does."""
+    begins = head(path)
+    return begins.startswith(MAGIC) or (begins.startswith(b"RIFF") and begins[8:12] == b"WEBP")

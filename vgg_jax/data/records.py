@@ -10,7 +10,9 @@ import numpy as np
 import tensorflow as tf
 
 from vgg_jax.data.splits import CORES, Records, permuted, random_access, record_name, sequential, without
+from vgg_jax.data.storage import exists, is_folder, listed
 from vgg_jax.errors import InputError
+from vgg_jax.paths import is_remote
 
 NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[\w.+-]+))?(:(?P<version>\d+\.\d+\.\d+))?")
 VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -23,12 +25,13 @@ def record_splits(data: str, data_dir: str | None, exclude: Collection[str], dow
     Raises InputError if the name is not prepared under `data_dir`, cannot be downloaded, or has no single image and label.
     """
     tfds = _tfds()
-    root = os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets"))
+    root = data_dir or os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets")
+    root = root if is_remote(root) else os.path.expanduser(root)
     folder = _prepared(data, root)
     if folder is None and download:
         folder = _download(tfds, data, root)
     if folder is None:
-        found = ", ".join(sorted(os.listdir(root))[:10]) or "nothing" if os.path.isdir(root) else "no such folder"
+        found = ", ".join(sorted(listed(root))[:10]) or "nothing" if is_folder(root) else "no such folder"
         raise InputError(
             f"no folder {data!r} and no prepared data set {data!r} under {root!r} (found there: {found}): "
             "pass --download, or --data-dir with the folder that has it"
@@ -56,8 +59,8 @@ def _prepared(data: str, root: str) -> str | None:
         )
     folder = os.path.join(root, match["name"], match["config"] or "")
     versions = _versions(folder)
-    if not versions and not match["config"] and os.path.isdir(folder):
-        configs = [each for each in sorted(os.listdir(folder)) if _versions(os.path.join(folder, each))]
+    if not versions and not match["config"] and is_folder(folder):
+        configs = [each for each in sorted(listed(folder)) if _versions(os.path.join(folder, each))]
         if len(configs) > 1:
             raise InputError(
                 f"{data!r} is prepared in several configurations under {root!r} ({', '.join(configs)}): "
@@ -73,11 +76,9 @@ def _prepared(data: str, root: str) -> str | None:
 
 def _versions(folder: str) -> list[str]:
     """The versions that are prepared in a folder, oldest first."""
-    if not os.path.isdir(folder):
+    if not is_folder(folder):
         return []
-    found = [
-        each for each in os.listdir(folder) if VERSION.fullmatch(each) and os.path.exists(os.path.join(folder, each, "dataset_info.json"))
-    ]
+    found = [each for each in listed(folder) if VERSION.fullmatch(each) and exists(os.path.join(folder, each, "dataset_info.json"))]
     return sorted(found, key=lambda each: tuple(map(int, each.split("."))))
 
 
@@ -122,7 +123,7 @@ def _image_and_label(tfds: Any, info: Any, data: str) -> tuple[str, str]:
 def _records(tfds: Any, info: Any, name: str, split: str, image: str, label: str, exclude: Collection[str]) -> Records:
     features = tfds.features.FeaturesDict({key: info.features[key] for key in (image, label)})
     files = info.splits[split]
-    if missing := [os.fspath(path) for path in files.filepaths if not os.path.exists(path)]:
+    if missing := [os.fspath(path) for path in files.filepaths if not exists(path)]:
         raise InputError(
             f"{len(missing)} of {len(files.filepaths)} files of {name} are missing, the first is {missing[0]!r}: prepare the data set again"
         )

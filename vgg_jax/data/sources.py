@@ -12,6 +12,7 @@ from vgg_jax.data.folder import folder_splits
 from vgg_jax.data.records import record_splits
 from vgg_jax.data.splits import Records, Source, divide, part, random_access, record_name, whole, without
 from vgg_jax.errors import InputError
+from vgg_jax.paths import is_remote
 
 VALIDATION = ("validation", "val", "valid")  # one split under the names that it goes by
 
@@ -76,9 +77,9 @@ def split_names(data: str, *, data_dir: str | None = None, download: bool = Fals
 def _splits(data: str, data_dir: str | None, skip_bad: bool, exclude: Collection[str], download: bool) -> dict[str, Callable[[], Records]]:
     if data == "digits":
         return {"train": functools.partial(_digits, exclude)}
-    folder = os.path.expanduser(data)
+    folder = data if is_remote(data) else os.path.expanduser(data)
     # "imagenette/320px" may be a data set, so one separator inside a name does not make it a path.
-    if os.path.isdir(folder) or folder.startswith((".", os.sep)) or folder.count(os.sep) > 1 or folder.endswith(os.sep):
+    if is_remote(data) or os.path.isdir(folder) or folder.startswith((".", os.sep)) or folder.count(os.sep) > 1 or folder.endswith(os.sep):
         return folder_splits(folder, skip_bad, exclude)
     return record_splits(data, data_dir, exclude, download)
 

@@ -16,6 +16,7 @@ from vgg_jax.data.sources import open_split, split_names
 from vgg_jax.data.splits import Source
 from vgg_jax.data.transforms import decode, orientation
 from vgg_jax.errors import InputError
+from vgg_jax.paths import path_of
 
 AT_ONCE = 64  # images that are handed over in one piece
 
@@ -69,14 +70,14 @@ def _what_is_wrong(encoded: bytes | np.ndarray) -> bytes:
 
 def write_list(path: str, bad: list[Bad]) -> None:
     """One JSON object a line, since a file name may hold anything but a slash."""
-    with open(path, "w") as file:
+    with path_of(path).open("w") as file:
         file.writelines(json.dumps(each._asdict()) + "\n" for each in bad)
 
 
 def read_list(path: str) -> tuple[str, ...]:
     """The names in a list, sorted. Raises InputError for a file that `write_list` did not write."""
     try:
-        with open(path) as file:
+        with path_of(path).open() as file:
             names = [json.loads(line)["file"] for line in file]
         if not all(isinstance(name, str) for name in names):
             raise ValueError("a name is no text")

@@ -15,6 +15,7 @@ from vgg_jax.configs import CONFIGS, WRITTEN
 from vgg_jax.errors import InputError
 from vgg_jax.imagenet import CLASSES
 from vgg_jax.model import VGG
+from vgg_jax.paths import here, path_of
 from vgg_jax.weights.containers import damage_named, open_file
 from vgg_jax.weights.layouts import FEATURES, LAYOUTS, NO_STD, Preprocessing, rows
 from vgg_jax.weights.recognize import recognize
@@ -96,8 +97,9 @@ def read(path: str | os.PathLike, net: str | None = None) -> Weights:
 
 def load(path: str | os.PathLike, net: str | None = None) -> tuple[VGG, dict[str, Any], dict[str, Any]]:
     """The network of a run's folder, by `vgg_jax.checkpoint.load`, or in a file of weights, by `load_file`."""
-    if not Path(path).is_dir():
-        return load_file(path, net)
+    if not path_of(path).is_dir():
+        with here(path) as file:
+            return load_file(file, net)
     if net is not None:
         raise InputError(f"net is {net!r} and {path} is a folder: expected a net for a file of weights only; a run knows its own")
     from vgg_jax.checkpoint import load  # orbax comes with the extra `train`
