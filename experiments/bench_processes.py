@@ -85,14 +85,15 @@ def run(count: int, mesh: str, each: int = BATCH) -> dict:
 
 
 def main() -> None:
-    from scaling_model import Machine, net_of, step
+    from scaling_model import PASSES, Machine, net_of, step
 
     found = {(mesh, count): run(count, mesh) for mesh in MESHES for count in COUNTS if mesh == "data" or count in (2, 4)}
     alone, twice, pair = found["data", 1], run(1, "data", 2 * BATCH), found["data", 2]
+    told = {"step": alone["step"], "step_of_twice_the_images": twice["step"], "sum_of_two": pair["sum"]}
     net = net_of("A", SIZE, 10, (WIDTH, WIDTH))
     images = twice["step"] - alone["step"]  # of half of them; what is left of a step is the update
     rate = 6 * BATCH * (net.conv_macs + net.fc_macs) / images
-    memory = 20 * alone["bytes"] / 4 / (alone["step"] - images)
+    memory = PASSES * alone["bytes"] / 4 / (alone["step"] - images)
     near = pair["bytes"] / pair["sum"]  # a ring of two moves each byte once each way
     machine = Machine(rate, max(COUNTS), near, near, False, memory, float("inf"), len(CORES), latency=0)
     rows = []
@@ -111,7 +112,17 @@ def main() -> None:
             }
         )
     print(
-        json.dumps({"net": "A", "image_size": SIZE, "batch": BATCH, "cores": len(CORES), "parameters": alone["bytes"] // 4, "rows": rows})
+        json.dumps(
+            {
+                "net": "A",
+                "image_size": SIZE,
+                "batch": BATCH,
+                "cores": len(CORES),
+                "parameters": alone["bytes"] // 4,
+                "told": told,
+                "rows": rows,
+            }
+        )
     )
 
 

@@ -8,7 +8,8 @@ Takes no time and starts nothing. A step is forward, backward and the exchange o
 
 - compute: 6 operations for each multiply-add, at the rate that one device was measured at. A "model" axis of m repeats the convolutions
   of m devices' images on each of them, and divides fc6 and fc7.
-- update: 20 bytes a parameter, which is read and written, as its momentum is, and a gradient that is read. "model" and fsdp divide it.
+- parameters: 12 bytes of memory for each, which is read forward and backward and whose gradient is written, and 20 for its update and that
+  of its momentum. "model" divides all of fc6's and fc7's; fsdp divides the update, and takes 8 for putting a parameter together.
 - data: a sum of all gradients over n devices takes 2 (n - 1) / n of their bytes on each wire; between hosts a device sends its own share of
   what the devices of a host have added up. The gradients of fc6, fc7 and fc8, 89 % of D's, are there first and travel behind the backward
   pass of the convolutions, where the machine can do both at once.
@@ -28,6 +29,7 @@ from vgg_jax import CONFIGS
 from vgg_jax.summary import summarize
 
 DEVICES = [2**i for i in range(11)]
+PASSES = 32  # bytes of memory for each parameter and step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,14 +94,14 @@ def step(net: Net, machine: Machine, devices: int, batch: float, model: int = 1,
     groups = devices // model
     behind = {"forward": convs / 3, "backward": convs * 2 / 3} if machine.overlaps else {"forward": 0.0, "backward": 0.0}
     size = net.conv_params + net.fc_params - net.split_params * (1 - 1 / model)
-    update = turns * 20 * size / (groups if fsdp else 1) / machine.memory
+    passes = turns * size * (20 + 20 / groups if fsdp else PASSES) / machine.memory
     exposed = max(0.0, exchange(width * size, groups, machine) - behind["backward"])
     if fsdp:  # reduced and put together are each half of the exchange
         gathered = exchange(4 * size, groups, machine) / 2
         exposed = max(0.0, gathered - behind["forward"]) + max(0.0, exchange(width * size, groups, machine) / 2 - behind["backward"])
     if model > 1:
         exposed += exchange(2 * batch * model * (net.width + net.read), model, machine)
-    return max(convs + fcs + update + exposed, batch * min(devices, machine.per_host) / machine.images)
+    return max(convs + fcs + passes + exposed, batch * min(devices, machine.per_host) / machine.images)
 
 
 def table(net: Net, machine: Machine, batch: float | None, global_batch: int | None) -> list[dict]:

@@ -98,6 +98,7 @@ def fit(
         raise InputError(f"save_seconds is {save_seconds}: expected 0 or more")
     folder, halvings = path_of(workdir), 0
     with lost_are_named(folder), contextlib.ExitStack() as stack:
+        refuse_differences("what to do with a loss that is not finite", (on_nan, debug_nans))
         said_by_first(lambda: stack.enter_context(locked(folder)))
         while True:
             try:
