@@ -12,7 +12,7 @@ Takes no time and starts nothing. A step is forward, backward and the exchange o
   of its momentum. "model" divides all of fc6's and fc7's; fsdp divides the update, and takes 8 for putting a parameter together.
 - data: a sum of all gradients over n devices takes 2 (n - 1) / n of their bytes on each wire; between hosts a device sends its own share of
   what the devices of a host have added up. The gradients of fc6, fc7 and fc8, 89 % of D's, are there first and travel behind the backward
-  pass of the convolutions, where the machine can do both at once.
+  pass of the convolutions, where the machine can do both at once and there are no micro-batches.
 - fsdp: the same bytes, half of them before the step: fc6's parameters are put together during the forward pass of the convolutions.
 - model: between the m devices of a group fc7's output forward and the gradient of fc6's input backward, which nothing hides.
 - input: what a host's images a second allow.
@@ -91,14 +91,14 @@ def step(net: Net, machine: Machine, devices: int, batch: float, model: int = 1,
     turns = max(1.0, devices / machine.at_once)
     convs = turns * 6 * batch * model * net.conv_macs / machine.rate
     fcs = turns * 6 * batch * net.fc_macs / machine.rate
-    groups = devices // model
+    groups, apart = devices // model, dataclasses.replace(machine, per_host=max(1, machine.per_host // model))  # a group lies on one host
     behind = {"forward": convs / 3, "backward": convs * 2 / 3} if machine.overlaps else {"forward": 0.0, "backward": 0.0}
     size = net.conv_params + net.fc_params - net.split_params * (1 - 1 / model)
     passes = turns * size * (20 + 20 / groups if fsdp else PASSES) / machine.memory
-    exposed = max(0.0, exchange(width * size, groups, machine) - behind["backward"])
+    exposed = max(0.0, exchange(width * size, groups, apart) - behind["backward"])
     if fsdp:  # reduced and put together are each half of the exchange
-        gathered = exchange(4 * size, groups, machine) / 2
-        exposed = max(0.0, gathered - behind["forward"]) + max(0.0, exchange(width * size, groups, machine) / 2 - behind["backward"])
+        gathered = exchange(4 * size, groups, apart) / 2
+        exposed = max(0.0, gathered - behind["forward"]) + max(0.0, exchange(width * size, groups, apart) / 2 - behind["backward"])
     if model > 1:
         exposed += exchange(2 * batch * model * (net.width + net.read), model, machine)
     return max(convs + fcs + passes + exposed, batch * min(devices, machine.per_host) / machine.images)

@@ -2,8 +2,13 @@
 
 import collections
 import dataclasses
+import json
 import math
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +19,7 @@ from tests.tiny import SHALLOW
 from vgg_jax import IMAGENET, VGG, InputError
 from vgg_jax.configs import TrainConfig
 from vgg_jax.optimizer import sgd
-from vgg_jax.sharding import Layout, make_mesh, put_batch, shardings, whole
+from vgg_jax.sharding import SPLIT, Layout, make_mesh, put_batch, shardings, whole
 from vgg_jax.train_step import compile_steps, init_state
 
 SIZE, WIDTHS = 32, (1024, 64)  # of fc6's 1024 x 1024 parameters `fsdp` takes notice
@@ -126,6 +131,23 @@ def test_a_model_axis_exchanges_activations_and_no_parameter_of_fc6():
     found = exchanged(Layout(model=2))
     assert {kind for kind, _ in found} == {"all-reduce"}
     assert sorted(size for _, size in found) == [8 * 64, 8 * 1024]
+
+
+def test_a_model_axis_beside_data_exchanges_no_whole_parameter_of_fc6():
+    """On four devices: the same rows between two of them, and of each device's half of the gradients one sum over the other two."""
+    program = """
+import json, jax
+jax.config.update("jax_num_cpu_devices", 4)
+from tests.test_scaling import exchanged, parameters
+from vgg_jax.sharding import Layout
+print(json.dumps([exchanged(Layout(data=2, model=2)), parameters()]))
+"""
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment, cwd=root)
+    found, sizes = json.loads(ran.stdout.splitlines()[-1])
+    halves = sum(size / 2 if name in SPLIT else size for name, size in sizes.items())
+    assert sorted(found) == [["all-reduce", 4 * 64], ["all-reduce", 4 * 1024], ["all-reduce", halves + SUMS]]
 
 
 def test_fsdp_puts_fc6_together_once_and_leaves_its_gradient_spread():

@@ -368,7 +368,7 @@ def test_best_is_the_best_epochs_net(disk_is_full, folder, tmp_path, monkeypatch
         (KeyboardInterrupt(), 130, 1),
         (OSError(28, "full"), 2, 1),
         (NotSavedError("full"), 74, 1),
-        (LostError("gone"), 75, 1),
+        (LostError("gone"), 76, 1),
     ],
 )
 def test_exit_codes(ends, code, lines, monkeypatch, capsys):

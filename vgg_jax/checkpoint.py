@@ -3,8 +3,8 @@
 Of several processes the first alone has the files: it collects what the others hold, and sends them what it reads. So a checkpoint is the
 same whatever wrote it, and any number of processes reads it, on any mesh.
 
-A step folder becomes visible by one rename when it is whole, and the one before it stays: a process killed in between leaves a readable
-run, and so does a disk that loses what was written last. Each carries the checksum of all that it holds.
+A step folder becomes visible by one rename when it is whole (in an object store by a mark), and the one before it stays: a process killed
+in between leaves a readable run, and so does a disk that loses what was written last. Each carries the checksum of all that it holds.
 """
 
 import contextlib
@@ -88,6 +88,10 @@ def load(workdir: str | os.PathLike) -> tuple[VGG, dict[str, Any], dict[str, Any
     return model, variables, known | progress
 
 
+class DamageError(ValueError):
+    """What a checkpoint holds is not what was written."""
+
+
 class Saved:
     """A folder of checkpoints, each a tree of arrays with a JSON object; the newest two are kept."""
 
@@ -135,8 +139,9 @@ class Saved:
             if not is_remote(path):
                 for each in (*path.rglob("*"), path, self._folder, self._folder.parent):
                     sync(each)
-        except (OSError, ValueError, RuntimeError) as error:
-            if not isinstance(error, OSError) and "Error writing" not in str(error):  # which tensorstore says of a disk
+        except Exception as error:
+            told = isinstance(error, OSError) or "Error writing" in str(error)  # the latter tensorstore says of a disk
+            if not (told or is_remote(path)):  # of stores each library has errors of its own
                 raise
             # What there is of it would take the room of the next one.
             if not is_remote(path):
@@ -159,7 +164,7 @@ class Saved:
             try:
                 found = self._read(step, shapes)
             except Exception as error:  # of files that are cut, changed or missing orbax makes any, Exception itself among them
-                if _is_passing(error):
+                if _is_passing(error) or (is_remote(self._folder) and not isinstance(error, DamageError)):
                     raise InputError(
                         f"the checkpoint {self._folder / str(step)} cannot be read now ({_reason(error)}): try again"
                     ) from error
@@ -182,10 +187,10 @@ class Saved:
         items = ocp.args.Composite(arrays=ocp.args.StandardRestore(hosts), progress=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=items)
         if "checksum" not in restored.progress:
-            raise ValueError("it has no checksums, as those of earlier versions")
+            raise DamageError("it has no checksums, as those of earlier versions")
         progress = restored.progress["progress"]
         if restored.progress != _sealed(restored.arrays, progress):
-            raise ValueError("its checksums are not those of what it holds")
+            raise DamageError("its checksums are not those of what it holds")
         return restored.arrays, progress
 
     def _set_aside(self, step: int, reason: str, instead: int) -> None:
@@ -241,7 +246,7 @@ class Saving:
         """Of a state on the devices, a JSON object that begins with the `history`, and, if it is the best so far, what is known of it."""
         self.wait()  # one copy at a time
         copied = jax.tree.map(_to_host, state)
-        if not first():
+        if not first():  # which has given its share
             return
         if best is not None:
             self._owed = best.epoch, variables_of(copied), best._asdict()
@@ -329,8 +334,10 @@ def write_metrics(workdir: Path, history: list[dict[str, Any]]) -> None:
     path = workdir / "metrics.jsonl"
     try:
         write_whole(path, "".join(json.dumps(record) + "\n" for record in history).encode())
-    except OSError as error:
-        raise NotSavedError(f"cannot write to {path} ({error.strerror})") from error
+    except Exception as error:
+        if not (isinstance(error, OSError) or is_remote(path)):
+            raise
+        raise NotSavedError(f"cannot write to {path} ({_reason(error)})") from error
 
 
 def shapes_of(state: TrainState) -> Any:
@@ -338,9 +345,9 @@ def shapes_of(state: TrainState) -> Any:
     return jax.eval_shape(lambda: dataclasses.replace(state, key=jax.random.key_data(state.key)))
 
 
-def _to_host(array: jax.Array) -> np.ndarray:
-    """In memory of its own: the next step reuses the array's."""
-    return whole(jax.random.key_data(array) if _is_key(array) else array)
+def _to_host(array: jax.Array) -> np.ndarray | None:
+    """In memory of its own, for the first process: the next step reuses the array's."""
+    return whole(jax.random.key_data(array) if _is_key(array) else array, wanted=first())
 
 
 def _to_devices(array: np.ndarray, like: jax.Array) -> jax.Array:
@@ -393,5 +400,5 @@ def _reason(error: BaseException) -> str:
 
 def _is_passing(error: BaseException) -> bool:
     return (isinstance(error, OSError) and error.errno in _PASSING_ERRNOS) or any(
-        each in str(error) for each in ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED")
+        each in str(error) for each in ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "UNAUTHENTICATED")
     )

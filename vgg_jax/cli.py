@@ -1,7 +1,7 @@
 """The command line: each command, and errors to one sentence.
 
 Exit codes: 0 done, 1 a check that did not hold, 2 bad input, 3 an image that cannot be read, 4 diverged, 74 the end could not be saved,
-75 stopped and resumable, 130 interrupted.
+75 stopped and resumable, 76 ended because another process of the run had, 130 interrupted.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from typing import Any
 from vgg_jax.arguments import parser
 from vgg_jax.configs import CONFIGS, Protocol, TrainConfig
 from vgg_jax.errors import DataError, InputError
-from vgg_jax.paths import path_of
+from vgg_jax.paths import is_store_error, path_of
 from vgg_jax.presets import preset
 
 
@@ -43,6 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = 2
     except OSError as error:  # a disk that is full, a folder that may not be read: the message has the path
         print(f"vgg-jax: {error}", file=sys.stderr)
+        code = 2
+    except Exception as error:
+        if not is_store_error(error):
+            raise
+        print(f"vgg-jax: the object store cannot be used ({' '.join(str(error).split())[:300]})", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("vgg-jax: interrupted", file=sys.stderr)
@@ -139,7 +144,7 @@ def train(data: str, workdir: str | None, data_dir: str | None, download: bool, 
             outcome = fit(config, workdir or f"runs/{plain(data)}-{config.net}", data_dir, download, layout=layout, **how)
     except processes.LostError as error:
         print(f"vgg-jax: {error}", file=sys.stderr)
-        return 75
+        return 76
     except DivergedError as error:
         if processes.first():
             print(f"vgg-jax: {error}: {against_divergence(error.rate)}", file=sys.stderr)

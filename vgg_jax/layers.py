@@ -293,7 +293,7 @@ class BatchNorm(nn.Module):
             def total(part: Array) -> Array:
                 return part if self.axis_name is None else lax.psum(part, self.axis_name)
 
-            count = total(mask.sum()) * (x.shape[1] * x.shape[2])
+            count = total(mask.sum().astype(wide.dtype)) * (x.shape[1] * x.shape[2])  # of 43,000 photos no int32
             mean = total(jnp.where(where, wide, 0).sum((0, 1, 2))) / jnp.maximum(count, 1)
             var = total(jnp.where(where, (wide - mean[None, None, None]) ** 2, 0).sum((0, 1, 2))) / jnp.maximum(count, 1)
             keep = jnp.where(count > 0, self.momentum, 1.0)  # a micro-batch may be all padding

@@ -1,4 +1,4 @@
-"""A user's paths: of this machine, or of an object store such as gs://, which etils' epath reaches, TensorFlow and orbax."""
+"""A user's paths: of this machine, or of Google's object store (gs://), which etils' epath, TensorFlow and orbax reach."""
 
 import contextlib
 import os
@@ -16,17 +16,26 @@ def is_remote(path: str | os.PathLike) -> bool:
 
 
 def path_of(path: str | os.PathLike) -> Any:
-    """A pathlib.Path, or, of an object store, what behaves as one. Raises InputError for a store that epath does not know."""
+    """A pathlib.Path, or, of the object store, what behaves as one. Raises InputError for another store."""
     if not is_remote(path):
         return Path(path)
+    if not os.fspath(path).startswith("gs://"):
+        raise InputError(f"{path} is in a store that is not known: expected gs:// or a path of this machine")
     from etils import epath
 
-    try:
-        return epath.Path(path)
-    except KeyError as error:
-        raise InputError(
-            f"{path} begins with {os.fspath(path).split('://')[0]}://: expected gs://, s3:// or a path of this machine"
-        ) from error
+    return epath.Path(path)
+
+
+def of_this_machine(path: str | os.PathLike) -> Path:
+    """For what is written by libraries that know no store. Raises InputError for a path in one."""
+    if is_remote(path):
+        raise InputError(f"{path} is in an object store: expected a path of this machine; copy it there afterwards")
+    return Path(path)
+
+
+def is_store_error(error: BaseException) -> bool:
+    """Whether a library that reaches the store has raised it: TensorFlow, gcsfs or Google's own."""
+    return type(error).__module__.startswith(("tensorflow.python.framework.errors", "gcsfs", "google", "aiohttp"))
 
 
 @contextlib.contextmanager
@@ -41,6 +50,8 @@ def here(path: str | os.PathLike) -> Iterator[Path]:
         try:
             with there.open("rb") as source, copy.open("wb") as target:
                 shutil.copyfileobj(source, target)
-        except OSError as error:
+        except Exception as error:
+            if not (isinstance(error, OSError) or is_store_error(error)):
+                raise
             raise InputError(f"{path} cannot be read ({error}): expected a file in that store") from error
         yield copy

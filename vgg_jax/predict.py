@@ -11,6 +11,7 @@ import jax
 
 from vgg_jax.configs import DENSE, Protocol
 from vgg_jax.errors import InputError
+from vgg_jax.paths import is_remote
 from vgg_jax.posteriors import stream_posteriors, with_defaults
 from vgg_jax.sharding import make_mesh
 from vgg_jax.weights import load
@@ -69,7 +70,9 @@ def listed(images: Sequence[str]) -> list[str]:
     """The files that these names mean. One that names nothing stays, to be reported. Raises InputError where there is none."""
     files: list[str] = []
     for name in images:
-        if os.path.isdir(name):
+        if is_remote(name):
+            files.append(name)
+        elif os.path.isdir(name):
             files += sorted(str(file) for file in Path(name).rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
         else:
             files += [name] if os.path.lexists(name) else sorted(glob.glob(name, recursive=True)) or [name]

@@ -26,11 +26,12 @@ from vgg_jax.sharding import replicated
 SILENT_SECONDS = 60  # without a sign of life of another process, before jax ends this one
 STUCK_SECONDS = 1800  # without a step, before a process ends itself: another one may be alive and wait for ever, for a disk for example
 LEAVE_SECONDS = 2
+LOST = ("Gloo", "NCCL", "oordination", "UNAVAILABLE", "DEADLINE_EXCEEDED")  # in what jax says where another process is gone
 BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 # What each engine sets in the environment of its processes, the last of them their number. These are what jax itself looks for.
 ENGINES = {
-    "SLURM": ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
+    "SLURM": ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"),
     "Open MPI": ("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
 }
 
@@ -63,7 +64,14 @@ def start(mode: str, environment: Mapping[str, str] = os.environ) -> str | None:
     if mode not in DISTRIBUTED:
         raise InputError(f"distributed is {mode!r}: expected one of {', '.join(DISTRIBUTED)}")
     engine = found(environment)
-    if mode == "off" or (mode == "auto" and engine is None):
+    if mode == "off":
+        return None
+    if engine is None and environment.get("OMPI_COMM_WORLD_SIZE", "1") != "1":  # since Open MPI 5 jax finds it no more
+        raise InputError(
+            f"Open MPI started {environment['OMPI_COMM_WORLD_SIZE']} processes, which cannot find each other: expected "
+            f"{', '.join(BY_HAND)} in each, as experiments/launch/open_mpi.sh sets them; or pass --distributed off"
+        )
+    if mode == "auto" and engine is None:
         return None
     given: dict[str, Any] = {}
     try:
@@ -140,7 +148,18 @@ def refuse_differences(what: str, value: Any) -> None:
     digests = np.asarray(multihost_utils.process_allgather(np.uint32(zlib.crc32(repr(value).encode())))).tolist()
     others = [str(number) for number, digest in enumerate(digests) if digest != digests[0]]
     if others:
-        raise InputError(f"{what} in process {', '.join(others)} and in process 0 differ: expected the same; in this one: {value}")
+        raise InputError(
+            f"{what} in process {', '.join(others)} and in process 0 differ: expected the same flags and data; here: {repr(value)[:300]}"
+        )
+
+
+def any_of_all(flag: bool) -> bool:
+    """Whether it is set in any process."""
+    if jax.process_count() == 1:
+        return flag
+    from jax.experimental import multihost_utils
+
+    return bool(np.any(multihost_utils.process_allgather(np.bool_(flag))))
 
 
 class Agreement:
@@ -171,7 +190,7 @@ def lost_are_named(workdir: Path) -> Iterator[None]:
         yield
     except (ValueError, RuntimeError) as error:
         # On CPUs the exchange's error comes as a ValueError, where the array is read.
-        if jax.process_count() == 1 or isinstance(error, InputError) or not any(word in str(error) for word in ("Gloo", "UNAVAILABLE")):
+        if jax.process_count() == 1 or isinstance(error, InputError) or not any(word in str(error) for word in LOST):
             raise
         reason = " ".join(str(error).split())[:200]
         raise LostError(

@@ -47,8 +47,12 @@ def begun_run(workdir: Path) -> Run | None:
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether `last/` or `best/` holds a step, damaged or not, that was not set aside."""
-    return any(step.name.isdigit() for step in folder.glob("*"))
+    """Whether `last/` or `best/` holds a step, damaged or not, that was not set aside.
+
+    On a disk a step appears when it is whole; in an object store orbax marks it when it is.
+    """
+    steps = [step for step in folder.glob("*") if step.name.isdigit()]
+    return any((step / "commit_success.txt").exists() for step in steps) if is_remote(folder) else bool(steps)
 
 
 def begin_run(workdir: Path, run: Run) -> None:

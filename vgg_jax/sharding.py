@@ -5,6 +5,7 @@ Examples are spread over "data". Parameters are everywhere, or `SPLIT` over "mod
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -83,10 +84,10 @@ def shardings(arrays: Any, mesh: Mesh, layout: Layout) -> Any:
     Raises InputError for a width that "model" does not divide.
     """
 
-    def place(path: tuple, array: Any) -> NamedSharding:
+    def sharding(path: tuple, array: Any) -> NamedSharding:
         return NamedSharding(mesh, _spec("/".join(str(getattr(key, "key", key)) for key in path[-2:]), array, mesh, layout))
 
-    return jax.tree_util.tree_map_with_path(place, arrays)
+    return jax.tree_util.tree_map_with_path(sharding, arrays)
 
 
 def _spec(name: str, array: Any, mesh: Mesh, layout: Layout) -> PartitionSpec:
@@ -116,12 +117,17 @@ def place(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index].copy())
 
 
-def whole(array: jax.Array) -> np.ndarray:
-    """An array as one piece of host memory of its own. All processes ask for it together."""
+def whole(array: jax.Array, wanted: bool = True) -> np.ndarray | None:
+    """An array as one piece of host memory of its own. All processes ask for it together, those that do not want it too: they get None."""
     if not array.is_fully_addressable and not array.is_fully_replicated:
         assert isinstance(array.sharding, NamedSharding) and isinstance(array.sharding.mesh, Mesh)
-        array = jax.jit(lambda x: x, out_shardings=replicated(array.sharding.mesh))(array)
-    return np.array(array if array.is_fully_addressable else array.addressable_data(0))
+        array = _put_together(array.sharding.mesh)(array)
+    return np.array(array if array.is_fully_addressable else array.addressable_data(0)) if wanted else None
+
+
+@functools.cache
+def _put_together(mesh: Mesh) -> jax.stages.Wrapped:
+    return jax.jit(lambda x: x, out_shardings=replicated(mesh))
 
 
 def rows_here(mesh: Mesh, size: int) -> np.ndarray:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from vgg_jax.checkpoint import Best, NotSavedError, Saving
 from vgg_jax.configs import IMAGENET, MOST_HALVINGS, ON_NAN, SAVE_SECONDS, TrainConfig
-from vgg_jax.data import Source, batches_per_epoch, cached, eval_batches, measure, open_splits, train_batches
+from vgg_jax.data import Source, batches_per_epoch, cached, eval_batches, measure, open_splits, split_names, train_batches
 from vgg_jax.errors import InputError
 from vgg_jax.metrics import Sums, merge
 from vgg_jax.model import FROM_A, VGG, init_from
@@ -26,10 +26,10 @@ from vgg_jax.nonfinite import first_nonfinite
 from vgg_jax.optimizer import learning_rate, set_learning_rate, sgd
 from vgg_jax.paths import path_of
 from vgg_jax.presets import with_learning_rate
-from vgg_jax.processes import Agreement, Alarm, first, lost_are_named, refuse_differences, said_by_first
+from vgg_jax.processes import Agreement, Alarm, any_of_all, first, lost_are_named, refuse_differences, said_by_first
 from vgg_jax.report import advice, epoch_record, line, stuck
 from vgg_jax.run import Run, begin_run, begun_run, has_checkpoint, locked, plain, refuse_another, run_of
-from vgg_jax.sharding import PLAIN, Layout, make_mesh, place, put_batch, rows_here
+from vgg_jax.sharding import DATA, PLAIN, Layout, make_mesh, place, put_batch, rows_here
 from vgg_jax.train_step import TrainState, build_model, compile_steps, init_state
 from vgg_jax.weights import load
 
@@ -104,7 +104,7 @@ def fit(
             try:
                 return _fit(config, folder, data_dir, download, save_seconds, debug_nans, layout, halvings)
             except DivergedError as error:
-                if on_nan == "stop" or error.halvings == MOST_HALVINGS or error.stop.is_set():
+                if on_nan == "stop" or error.halvings == MOST_HALVINGS or any_of_all(error.stop.is_set()):
                     raise
                 halvings = error.halvings + 1
                 print(f"warning: {error}: going back to what was saved last, with half the rate", file=sys.stderr, flush=True)
@@ -126,21 +126,22 @@ def _fit(
     if begun is not None:  # what can be said now is not said after the data are read
         refuse_another(workdir, begun, dataclasses.replace(begun, config=with_learning_rate(config, len(begun.classes))))
     source = load(config.init_from) if config.init_from is not None and not resumes else None
+    data_dir = None if data_dir is None else str(data_dir)
+    if download:
+        said_by_first(lambda: len(split_names(config.data, data_dir=data_dir, download=True)))
     train, validation = open_splits(
         config.data,
-        data_dir=None if data_dir is None else str(data_dir),
+        data_dir=data_dir,
         validation_fraction=config.validation_fraction,
         seed=config.seed,
         skip_bad=config.skip_bad,
         exclude=config.exclude,
-        download=download,
     )
     print(f"{config.data}: {train.size} training and {validation.size} validation images of {len(train.classes)} classes", flush=True)
     if train.skipped or validation.skipped:
         print(f"skipped {len(train.skipped)} training and {len(validation.skipped)} validation files that are no images", flush=True)
     config = with_learning_rate(config, len(train.classes))
     run = Run(config, train.classes, begun.colours if begun else IMAGENET, train.storage, train.size, validation.size)
-    refuse_differences("what is trained on what", (run, layout))
     if begun is not None:
         refuse_another(workdir, begun, run)
     if config.cache:
@@ -149,6 +150,7 @@ def _fit(
         if config.statistics == "measure":
             run = dataclasses.replace(run, colours=measure(train, skip_bad=config.skip_bad).statistics)
         said_by_first(lambda: begin_run(workdir, run))
+    refuse_differences("what is trained on what", (run, layout))
     colours = run.colours
 
     # From here on: a KeyboardInterrupt that is raised while JAX traces or compiles may be lost, or end in a crash.
@@ -158,7 +160,7 @@ def _fit(
         state = init_state(model, sgd(config), config.seed, mesh, layout)
         agreement = Agreement(mesh)
         per_epoch = batches_per_epoch(train, config.batch_size)
-        groups = mesh.shape["data"]
+        groups = mesh.shape[DATA]
         at_once = min(config.microbatch or config.batch_size, -(-validation.size // groups) * groups)
         validation_batches = eval_batches(validation, config, at_once, rows_here(mesh, at_once))
         now = Progress([])
@@ -246,7 +248,9 @@ def _fit(
                     settle()
                     in_flight = InFlight(step_sums, now.batch, batch["index"])
                     alarm.goes_on()
-                    stopping, due = agreement.ask(stop.is_set(), first() and time.monotonic() - saved_at > save_seconds)
+                    wished = first() and time.monotonic() - saved_at > save_seconds
+                    saved_at = time.monotonic() if wished else saved_at  # it is asked once; the answer may come with the next step
+                    stopping, due = agreement.ask(stop.is_set(), wished)
                     if due:
                         settle()
                         now.seconds = seconds_before + time.monotonic() - started
@@ -316,7 +320,7 @@ def compiled(step: Any, state: TrainState, batch: dict[str, jax.Array], stop: th
 
     thread = threading.Thread(target=compile_step)  # no daemon: Python ends those in the middle of XLA, which aborts the process
     thread.start()
-    while thread.is_alive() and not stop.is_set():
+    while thread.is_alive() and not (stop.is_set() and jax.process_count() == 1):  # the others wait for this one's step
         thread.join(0.05)
     return not stop.is_set()
 
@@ -348,9 +352,9 @@ def start_from(
     if any(abs(theirs - ours) > 1 for theirs, ours in zip(mean, mean_rgb, strict=True)):
         means = [", ".join(f"{value:.2f}" for value in each) for each in (mean, mean_rgb)]
         print(f"its images were less the mean ({means[0]}), those of this run are less ({means[1]})", flush=True)
-    here = {"params": state.params, "batch_stats": state.batch_stats}
+    old_ones = {"params": state.params, "batch_stats": state.batch_stats}
     placed = jax.tree.map(
-        lambda new, old: new if new is old else place(new, old.sharding), {"params": params, "batch_stats": batch_stats}, here
+        lambda new, old: new if new is old else place(new, old.sharding), {"params": params, "batch_stats": batch_stats}, old_ones
     )
     return dataclasses.replace(state, **placed)
 

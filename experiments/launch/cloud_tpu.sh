@@ -3,6 +3,7 @@
 # Before, once, on all of them: gcloud compute tpus tpu-vm ssh "$NAME" --zone "$ZONE" --worker=all --command "pip install 'vgg-jax[train]' 'jax[tpu]'"
 set -euo pipefail
 : "${NAME:?expected the name of the TPU}" "${ZONE:?expected its zone}"
+: "${1:?expected DATA and the flags of vgg-jax train}"
 quoted=$(printf '%q ' "$@")
 # "on", since a host of a slice does not say in its environment that it is one; jax asks the machine.
 exec gcloud compute tpus tpu-vm ssh "$NAME" --zone "$ZONE" --worker=all --command "vgg-jax train ${quoted}--distributed on"

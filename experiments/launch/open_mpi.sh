@@ -4,9 +4,9 @@
 set -euo pipefail
 hosts=$1 per_host=$2
 shift 2
-count=$(($(grep -c . "$hosts") * per_host))
+count=$(($(awk '!/^#/ && NF' "$hosts" | wc -l) * per_host))
 
-JAX_COORDINATOR_ADDRESS=$(awk 'NF {print $1; exit}' "$hosts"):${PORT:-8476}
+JAX_COORDINATOR_ADDRESS=$(awk '!/^#/ && NF {print $1; exit}' "$hosts"):${PORT:-8476}
 JAX_NUM_PROCESSES=$count
 export JAX_COORDINATOR_ADDRESS JAX_NUM_PROCESSES
 

@@ -26,7 +26,7 @@ with contextlib.suppress(RuntimeError):  # a notebook that used TensorFlow befor
 from vgg_jax.data.batches import Batches, read_scaled
 from vgg_jax.data.cache import cached
 from vgg_jax.data.pipeline import eval_batches, rescaled_images, train_batches
-from vgg_jax.data.sources import VALIDATION, open_split, open_splits
+from vgg_jax.data.sources import VALIDATION, open_split, open_splits, split_names
 from vgg_jax.data.splits import Source, batches_per_epoch
 from vgg_jax.data.statistics import Measured, measure
 from vgg_jax.data.transforms import crop_resized, decode, rescale
@@ -49,6 +49,7 @@ __all__ = [
     "read_scaled",
     "rescale",
     "rescaled_images",
+    "split_names",
     "tf",
     "train_batches",
     "verify",

@@ -14,6 +14,7 @@ import tensorflow as tf
 from vgg_jax.data.splits import CORES, IN_FLIGHT, Source, map_or
 from vgg_jax.data.transforms import decode, rescale
 from vgg_jax.errors import DataError
+from vgg_jax.paths import path_of
 
 AHEAD = 2  # batches that are ready before they are asked for
 MOST_BAD = 0.01  # of the images of a source that `skip_bad` leaves out, and one in any case; more say that something else is wrong
@@ -35,6 +36,7 @@ class Batches:
         prepare: Callable[[dict], dict],
         batch_size: int | None,
         skip_bad: bool = False,
+        share: float = 1.0,
     ) -> None:
         options = tf.data.Options()
         options.threading.private_threadpool_size = CORES
@@ -51,6 +53,7 @@ class Batches:
         self._dataset = batches.prefetch(AHEAD).with_options(options)
         self._source, self._examples, self._batch_size = source, examples, batch_size
         self._skip_bad, self._bad = skip_bad, set[int]()
+        self._size = share * source.size  # of the source, what this process reads
         self._prepare = tf.function(prepare)  # errors of Python functions have the same type as in the stream
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
@@ -80,7 +83,7 @@ class Batches:
                 self._bad.add(index)
                 name = self._source.file_name(index)
                 print(f"warning: {name!r} cannot be read or decoded, and is left out", file=sys.stderr, flush=True)
-        if len(self._bad) > min(max(1, MOST_BAD * self._source.size), self._source.size - 1):
+        if len(self._bad) > min(max(1, MOST_BAD * self._size), self._source.size - 1):
             raise DataError(
                 f"{len(self._bad)} of the {self._source.size} images of {self._source.name} cannot be read or decoded: expected at most "
                 f"one in {1 / MOST_BAD:.0f}; find them by `vgg-jax verify-data` and leave them out by --exclude, or restore them"
@@ -113,8 +116,7 @@ def _blank(spec: dict[str, tf.TensorSpec], example: dict) -> dict:
 def read_scaled(path: str, scales: Sequence[int], exif: bool) -> list[np.ndarray]:
     """An image file at each test scale, uint8 (H, W, 3). Raises DataError for one that cannot be read or decoded."""
     try:
-        with open(path, "rb") as file:
-            image = decode(tf.constant(file.read()), exif)
+        image = decode(tf.constant(path_of(path).read_bytes()), exif)
         return [rescale(image, scale).numpy() for scale in scales]
     except OSError as error:
         raise DataError(f"cannot read {path!r}: {error.strerror}") from error

@@ -5,21 +5,13 @@ import stat
 
 import tensorflow as tf
 
-from vgg_jax.errors import InputError
 from vgg_jax.paths import is_remote
 
 HEAD = 16  # bytes that tell the kind of an image
 
 
 def is_folder(path: str) -> bool:
-    if not is_remote(path):
-        return os.path.isdir(path)
-    try:
-        return tf.io.gfile.isdir(path)
-    except tf.errors.OpError as error:
-        raise InputError(
-            f"{path} cannot be read ({' '.join(error.message.split())[:200]}): expected a store that TensorFlow reads"
-        ) from error
+    return tf.io.gfile.isdir(path) if is_remote(path) else os.path.isdir(path)
 
 
 def exists(path: str | os.PathLike) -> bool:

@@ -16,7 +16,7 @@ from vgg_jax.data.sources import open_split, split_names
 from vgg_jax.data.splits import Source
 from vgg_jax.data.transforms import decode, orientation
 from vgg_jax.errors import InputError
-from vgg_jax.paths import path_of
+from vgg_jax.paths import is_remote, path_of
 
 AT_ONCE = 64  # images that are handed over in one piece
 
@@ -33,7 +33,7 @@ def verify(data: str, *, data_dir: str | None = None, download: bool = False) ->
 
     Raises InputError for data that is not there, DataError for files of records that are damaged themselves.
     """
-    data = os.path.expanduser(data)
+    data = data if is_remote(data) else os.path.expanduser(data)
     for split in split_names(data, data_dir=data_dir, download=download):
         source = open_split(data, split, data_dir=data_dir, skip_bad=True)
         bad = [Bad(relative(name, data), "no image: it cannot be opened, or begins otherwise") for name in source.skipped]
@@ -70,8 +70,7 @@ def _what_is_wrong(encoded: bytes | np.ndarray) -> bytes:
 
 def write_list(path: str, bad: list[Bad]) -> None:
     """One JSON object a line, since a file name may hold anything but a slash."""
-    with path_of(path).open("w") as file:
-        file.writelines(json.dumps(each._asdict()) + "\n" for each in bad)
+    path_of(path).write_text("".join(json.dumps(each._asdict()) + "\n" for each in bad))
 
 
 def read_list(path: str) -> tuple[str, ...]:

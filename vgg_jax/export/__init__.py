@@ -21,6 +21,7 @@ from vgg_jax.configs import OUTPUTS, Layer, layer_table
 from vgg_jax.errors import InputError
 from vgg_jax.layers import BatchNorm, compiler_options
 from vgg_jax.model import preprocess
+from vgg_jax.paths import of_this_machine
 from vgg_jax.weights import Weights, metadata_of, save
 
 SAVEDMODEL_METADATA = "assets.extra/vgg_jax.json"  # TF Serving and TensorFlow leave it alone
@@ -140,7 +141,7 @@ def write(out: str | os.PathLike, artefact: Artefact, layout: str = "vgg_jax") -
     Raises InputError where the library that it needs is not installed, for a folder in its place that is no earlier export, and for what
     the kind of file cannot hold: a program has no layout of weights, and weights no other output.
     """
-    out, kind = Path(out), kind_of(out)
+    out, kind = of_this_machine(out), kind_of(out)
     if kind == "safetensors" and (artefact.output, artefact.uint8) != ("logits", True):
         raise InputError(
             f"{out} holds weights only: expected the output logits of uint8 images with it; others are for .onnx and the others"

@@ -11,6 +11,7 @@ import numpy as np
 
 from vgg_jax.errors import InputError
 from vgg_jax.export import EXTRAS, SAVEDMODEL_METADATA, decoded, kind_of, prepared
+from vgg_jax.paths import of_this_machine
 
 BOUND = 1e-4  # of the largest value
 
@@ -21,7 +22,7 @@ def verify(path: str | os.PathLike) -> tuple[str, float]:
     Runs the file's program: ask only files that you trust. Raises InputError for a file that is damaged, not exported by `vgg-jax export`,
     or that needs a library that is not installed.
     """
-    path, kind = Path(path), kind_of(path)
+    path, kind = of_this_machine(path), kind_of(path)
     try:
         described, ask = _OPEN[kind](path)
         image, answer = decoded(described["golden_image"]), decoded(described["golden_answer"])

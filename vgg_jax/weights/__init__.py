@@ -5,7 +5,6 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from vgg_jax.configs import CONFIGS, WRITTEN
 from vgg_jax.errors import InputError
 from vgg_jax.imagenet import CLASSES
 from vgg_jax.model import VGG
-from vgg_jax.paths import here, path_of
+from vgg_jax.paths import here, is_remote, of_this_machine, path_of
 from vgg_jax.weights.containers import damage_named, open_file
 from vgg_jax.weights.layouts import FEATURES, LAYOUTS, NO_STD, Preprocessing, rows
 from vgg_jax.weights.recognize import recognize
@@ -51,14 +50,17 @@ class Weights:
         return ", ".join(parts)
 
 
-def read(path: str | os.PathLike, net: str | None = None) -> Weights:
+def read(source: str | os.PathLike, net: str | None = None) -> Weights:
     """The weights of a run's best epoch, or in a file, of the layout and net that its names and shapes tell; of `net` if one is given.
 
     Raises InputError for what cannot be read, or is not a VGG's, naming each tensor that is missing, misshapen or too much.
     """
-    path = Path(path)
     if net is not None and net not in CONFIGS:
         raise InputError(f"net is {net!r}: expected one of {', '.join(CONFIGS)}")
+    path = path_of(source)
+    if is_remote(source) and not path.is_dir():
+        with here(source) as file:
+            return read(file, net)
     if path.is_dir():
         model, variables, metadata = load(path, net)
         known = metadata["preprocessing"]
@@ -98,8 +100,7 @@ def read(path: str | os.PathLike, net: str | None = None) -> Weights:
 def load(path: str | os.PathLike, net: str | None = None) -> tuple[VGG, dict[str, Any], dict[str, Any]]:
     """The network of a run's folder, by `vgg_jax.checkpoint.load`, or in a file of weights, by `load_file`."""
     if not path_of(path).is_dir():
-        with here(path) as file:
-            return load_file(file, net)
+        return load_file(path, net)
     if net is not None:
         raise InputError(f"net is {net!r} and {path} is a folder: expected a net for a file of weights only; a run knows its own")
     from vgg_jax.checkpoint import load  # orbax comes with the extra `train`
@@ -160,7 +161,7 @@ def save(
         tensors[row.theirs] = row.to_theirs(np.asarray(trees[group][layer][leaf])).astype(dtype)
     known = weights.preprocessing._replace(std_rgb=std, scale=metadata_of(weights)["preprocessing"]["scale"])
     notes = {"net": weights.net, "image_size": model.image_size, "classes": weights.classes} | known._asdict()
-    temporary = Path(path).with_name(Path(path).name + ".part")
+    temporary = of_this_machine(path).with_name(os.path.basename(path) + ".part")
     try:
         save_file(tensors, temporary, metadata={"format": "pt", "vgg_jax": json.dumps(notes | dict(more or {}))})
         os.replace(temporary, path)
