@@ -58,12 +58,12 @@ def test_a_checkpoint_of_other_shapes_is_named(tmp_path):
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "run.json"
-    write_whole(path, "old")
+    write_whole(path, b"old")
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        write_whole(path, "new")
+        write_whole(path, b"new")
     assert path.read_text() == "old"

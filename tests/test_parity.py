@@ -103,7 +103,12 @@ def tiny_torch(batch_norm):
 
 @pytest.mark.parametrize(
     ("batch_norm", "decay_biases", "devices", "microbatch"),
-    [(False, True, 1, None), (False, False, 2, 4), (True, True, 1, None), (True, False, 2, None)],
+    [
+        (False, False, 2, 4),
+        (True, False, 2, None),
+        pytest.param(False, True, 1, None, marks=pytest.mark.slow),
+        pytest.param(True, True, 1, None, marks=pytest.mark.slow),
+    ],
 )
 def test_twenty_steps_follow_pytorch(batch_norm, decay_biases, devices, microbatch):
     """Loss by loss, in double precision: SGD, weight decay, batch normalisation and its running statistics, padding left out; on one device

@@ -38,6 +38,7 @@ def test_content_and_style_by_hand():
     assert np.isfinite(style_loss(ours, other)).all()  # a style image may have another size
 
 
+@pytest.mark.slow
 def test_lpips_is_zero_for_equal_images_with_a_gradient_that_is_a_number():
     model = VGG(NARROW, image_size=32, num_classes=3)
     variables = init(model)

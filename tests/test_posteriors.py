@@ -138,7 +138,9 @@ def compilations(caplog):
     jax.config.update("jax_log_compiles", False)
 
 
-@pytest.mark.parametrize(("worth", "most"), [(4_000_000, 2), (4_000, 4)], ids=["few_programs", "many_programs"])
+@pytest.mark.parametrize(
+    ("worth", "most"), [pytest.param(4_000_000, 2, marks=pytest.mark.slow, id="few_programs"), pytest.param(4_000, 4, id="many_programs")]
+)
 def test_each_image_comes_once_and_windows_share_programs(net, caplog, compilations, worth, most, monkeypatch):
     """On two devices; 60 images of 60 sizes in few programs: what each is alone, and the same again."""
     monkeypatch.setattr("vgg_jax.films.COMPILED", worth)

@@ -189,6 +189,7 @@ def test_where_one_is_killed_the_other_says_so_and_the_run_goes_on(victim, then,
     assert int(re.search(r"going on at epoch (\d+), batch 1 ", out)[1]) in (done, done + 1, done + 2)
 
 
+@pytest.mark.slow
 def test_what_differs_between_processes_is_said_by_each(photos, tmp_path):
     found = ended(started(2, photos, tmp_path / "run", "--epochs", "1", own={1: ["--weight-decay", "0.1"]}))
     for code, _, error in found:
@@ -196,6 +197,7 @@ def test_what_differs_between_processes_is_said_by_each(photos, tmp_path):
         assert "in process 1 and in process 0 differ" in error
 
 
+@pytest.mark.slow
 def test_what_the_first_finds_wrong_ends_all(photos, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{")

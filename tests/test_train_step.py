@@ -48,6 +48,7 @@ def test_parameters_are_drawn_from_the_seed():
     assert np.abs(one - other).max() > 0.01
 
 
+@pytest.mark.slow
 def test_memory_of_a_step():
     """At least the state, gradients of the parameters and the batch's first layer; less with micro-batches."""
     config = dataclasses.replace(CONFIG, net="A", fc=(16, 16), image_size=64, scale=(64,), batch_size=128)

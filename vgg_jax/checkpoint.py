@@ -15,6 +15,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,6 +40,7 @@ except ImportError as error:
     raise InputError("reading and writing runs needs orbax-checkpoint: pip install 'vgg-jax[train]'") from error
 
 
+STORE_TRIES = 3  # to save in an object store, which fails at times
 KEPT = 2  # checkpoints: the one before the newest, should that one be damaged
 # What may be otherwise the next time, and says nothing about the files.
 _PASSING_ERRNOS = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE}
@@ -128,6 +130,14 @@ class Saved:
         """
         if step in self._manager.all_steps():
             return
+        for _ in range(STORE_TRIES - 1 if is_remote(self._folder) else 0):
+            try:
+                return self._save(step, arrays, progress)
+            except NotSavedError:
+                time.sleep(1)
+        self._save(step, arrays, progress)
+
+    def _save(self, step: int, arrays: Any, progress: dict[str, Any]) -> None:
         items = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), progress=ocp.args.JsonSave(_sealed(arrays, progress)))
         path = self._folder / str(step)
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
@@ -144,9 +154,13 @@ class Saved:
             if not (told or is_remote(path)):  # of stores each library has errors of its own
                 raise
             # What there is of it would take the room of the next one.
-            if not is_remote(path):
-                for part in (path, *self._folder.glob("*.orbax-checkpoint-tmp*")):
+            parts: list[Any] = [path, *self._folder.glob("*.orbax-checkpoint-tmp*")]
+            for part in parts:
+                if not is_remote(part):
                     shutil.rmtree(part, ignore_errors=True)
+                    continue
+                with contextlib.suppress(Exception):  # what made the save fail, as likely as not
+                    part.rmtree()
             self._manager.reload()
             raise NotSavedError(f"cannot save to {self._folder} ({_reason(error)})") from error
 

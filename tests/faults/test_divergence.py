@@ -111,7 +111,7 @@ def test_it_goes_back_so_many_times_and_no_more(config, tmp_path, monkeypatch):
     assert rates(tmp_path / "w") == [1e-3]
 
 
-@pytest.mark.parametrize(("on_nan", "loss"), [("stop", True), ("stop", False), ("halve", False)])
+@pytest.mark.parametrize(("on_nan", "loss"), [("stop", True), ("stop", False), pytest.param("halve", False, marks=pytest.mark.slow)])
 def test_nothing_that_is_not_finite_is_saved(on_nan, loss, config, tmp_path, monkeypatch):
     """With a save behind each step. The loss of a step is the one before its update."""
     poisoned(monkeypatch, range(5, 10**6), loss)

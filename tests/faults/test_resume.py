@@ -44,7 +44,7 @@ def data(request, tmp_path, prepared):
 
 @pytest.mark.parametrize(
     "data",
-    ["folder", "tfrecord", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cache", "array_record", "digits"))],
+    ["tfrecord", *(pytest.param(name, marks=pytest.mark.slow) for name in ("folder", "cache", "array_record", "digits"))],
     indirect=True,
 )
 def test_a_run_that_is_stopped_twice_ends_as_the_quiet_one(data, tmp_path, monkeypatch):
@@ -75,6 +75,7 @@ def test_a_run_that_is_stopped_twice_ends_as_the_quiet_one(data, tmp_path, monke
     jax.tree.map(np.testing.assert_array_equal, arrays, same_arrays)
 
 
+@pytest.mark.slow
 def test_with_another_number_of_devices_it_goes_on_in_the_same_order(tmp_path, monkeypatch):
     """Begun on two devices, continued on one: the same images in the same order, and the same numbers but for rounding."""
     assert len(jax.devices()) == 2
