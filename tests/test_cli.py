@@ -29,6 +29,7 @@ def test_summary_of_the_printout_that_pytorch_users_know(capsys):
         assert line in out
 
 
+@pytest.mark.slow
 def test_summary_foretells_the_memory_of_a_step(capsys):
     code, out, _ = run(capsys, "summary", "A", "--image-size", "32", "--num-classes", "10", "--batch-size", "4")
     assert code == 0

@@ -28,7 +28,12 @@ def net():
 
 
 @pytest.mark.parametrize(
-    ("name", "batch_norm"), [*((name, False) for name in CONFIGS), ("A", True), ("C", True)], ids=[*CONFIGS, "A-batch_norm", "C-batch_norm"]
+    ("name", "batch_norm"),
+    [
+        *(pytest.param(name, False, id=name, marks=[pytest.mark.slow] if name in ("B", "E") else []) for name in CONFIGS),
+        pytest.param("A", True, id="A-batch_norm"),
+        pytest.param("C", True, id="C-batch_norm", marks=pytest.mark.slow),
+    ],
 )
 def test_every_layer_of_every_net(name, batch_norm):
     """One by one what all at once gives: each named activation is that of the net cut off behind it."""

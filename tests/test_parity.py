@@ -39,7 +39,7 @@ def test_every_config_is_compared():
 
 
 @pytest.mark.parametrize("batch_norm", [False, True], ids=["plain", "batch_norm"])
-@pytest.mark.parametrize("net", CONFIGS)
+@pytest.mark.parametrize("net", [pytest.param(net, marks=[pytest.mark.slow] if net in ("A", "E") else []) for net in CONFIGS])
 def test_logits_and_gradients_equal_pytorchs(net, batch_norm):
     """In double precision: in single precision a ReLU or a maximum decided the other way by rounding moves a gradient by 1 %, between
     PyTorch and XLA's own convolution too. Not jitted: what the nets have in common is then compiled once for all of them."""

@@ -139,7 +139,11 @@ def compilations(caplog):
 
 
 @pytest.mark.parametrize(
-    ("worth", "most"), [pytest.param(4_000_000, 2, marks=pytest.mark.slow, id="few_programs"), pytest.param(4_000, 4, id="many_programs")]
+    ("worth", "most"),
+    [
+        pytest.param(4_000_000, 2, marks=pytest.mark.slow, id="few_programs"),
+        pytest.param(4_000, 4, id="many_programs", marks=pytest.mark.slow),
+    ],
 )
 def test_each_image_comes_once_and_windows_share_programs(net, caplog, compilations, worth, most, monkeypatch):
     """On two devices; 60 images of 60 sizes in few programs: what each is alone, and the same again."""
