@@ -141,8 +141,8 @@ def compilations(caplog):
 @pytest.mark.parametrize(
     ("worth", "most"),
     [
-        pytest.param(4_000_000, 2, marks=pytest.mark.slow, id="few_programs"),
-        pytest.param(4_000, 4, id="many_programs", marks=pytest.mark.slow),
+        pytest.param(4_000_000, 2, id="few_programs", marks=pytest.mark.slow),
+        pytest.param(4_000, 4, id="many_programs"),
     ],
 )
 def test_each_image_comes_once_and_windows_share_programs(net, caplog, compilations, worth, most, monkeypatch):

@@ -158,7 +158,8 @@ print(json.dumps([exchanged(Layout(data=2, model=2)), parameters()]))
 """
     root = Path(__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": str(root)}
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment, cwd=root)
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, env=environment, cwd=root)
+    assert ran.returncode == 0, ran.stderr
     found, sizes = json.loads(ran.stdout.splitlines()[-1])
     halves = sum(size / 2 if name in SPLIT else size for name, size in sizes.items())
     assert sorted(found) == [["all-reduce", 4 * 64], ["all-reduce", 4 * 1024], ["all-reduce", halves + SUMS]]

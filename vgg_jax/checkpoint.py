@@ -154,20 +154,21 @@ class Saved:
             if not (told or is_remote(path)):  # of stores each library has errors of its own
                 raise
             # What there is of it would take the room of the next one.
-            parts: list[Any] = [path, *self._folder.glob("*.orbax-checkpoint-tmp*")]
-            for part in parts:
-                if not is_remote(part):
-                    shutil.rmtree(part, ignore_errors=True)
-                    continue
-                with contextlib.suppress(Exception):  # what made the save fail, as likely as not
-                    part.rmtree()
-            self._manager.reload()
+            with contextlib.suppress(Exception) if is_remote(path) else contextlib.nullcontext():  # a store that fails may fail again
+                parts: list[Any] = [path, *self._folder.glob("*.orbax-checkpoint-tmp*")]
+                for part in parts:
+                    if is_remote(part):
+                        part.rmtree(missing_ok=True)
+                    else:
+                        shutil.rmtree(part, ignore_errors=True)
+                self._manager.reload()
             raise NotSavedError(f"cannot save to {self._folder} ({_reason(error)})") from error
 
     def restore(self, shapes: Any) -> tuple[Any, dict[str, Any]] | None:
         """The newest checkpoint that is whole, its arrays those of the shapes given, on the host, or None where there is none.
 
-        Those that are newer and not whole are set aside, with a warning. Raises InputError where none of them is whole.
+        Those that are newer and not whole are set aside, with a warning; in an object store only those whose checksums are wrong, since
+        what cannot be read there may be read later. Raises InputError where none of them is whole.
         """
         with _unfinished_reads_ignored():
             return self._newest_whole(shapes)

@@ -1,7 +1,7 @@
 """The command line: each command, and errors to one sentence.
 
-Exit codes: 0 done, 1 a check that did not hold, 2 bad input, 3 an image that cannot be read, 4 diverged, 74 the end could not be saved,
-75 stopped and resumable, 76 ended because another process of the run had, 130 interrupted.
+Exit codes: 0 done, 1 a check that did not hold, 2 bad input, 3 an image that cannot be read, 4 diverged, 69 an object store that fails, 74
+the end could not be saved, 75 stopped and resumable, 76 ended because another process of the run had, 130 interrupted.
 """
 
 import contextlib
@@ -45,10 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"vgg-jax: {error}", file=sys.stderr)
         code = 2
     except Exception as error:
-        if not is_store_error(error):
+        if not (is_store_error(error) and any("://" in str(value) for value in arguments.values())):
             raise
         print(f"vgg-jax: the object store cannot be used ({' '.join(str(error).split())[:300]})", file=sys.stderr)
-        code = 2
+        code = 69
     except KeyboardInterrupt:
         print("vgg-jax: interrupted", file=sys.stderr)
         code = 130

@@ -29,7 +29,8 @@ LEAVE_SECONDS = 2
 LOST = ("Gloo", "NCCL", "oordination", "UNAVAILABLE", "DEADLINE_EXCEEDED")  # in what jax says where another process is gone
 BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
-# What each engine sets in the environment of its processes, the last of them their number. These are what jax itself looks for.
+# What each engine sets in the environment of its processes, the last of them their number: what jax itself looks for, and of SLURM the
+# number of the step's tasks, which is 1 in a shell that salloc gave.
 ENGINES = {
     "SLURM": ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"),
     "Open MPI": ("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
@@ -139,18 +140,17 @@ def sent_by_first(array: Any) -> Any:
     return np.asarray(multihost_utils.broadcast_one_to_all(array))
 
 
-def refuse_differences(what: str, value: Any) -> None:
-    """Raises InputError in all processes where the value is not the same in each of them."""
+def refuse_differences(values: Mapping[str, Any]) -> None:
+    """Raises InputError in all processes where one of the values is not the same in each of them."""
     if jax.process_count() == 1:
         return
     from jax.experimental import multihost_utils
 
-    digests = np.asarray(multihost_utils.process_allgather(np.uint32(zlib.crc32(repr(value).encode())))).tolist()
-    others = [str(number) for number, digest in enumerate(digests) if digest != digests[0]]
-    if others:
-        raise InputError(
-            f"{what} in process {', '.join(others)} and in process 0 differ: expected the same flags and data; here: {repr(value)[:300]}"
-        )
+    digests = np.array([zlib.crc32(repr(value).encode()) for value in values.values()], np.uint32)
+    equal = (np.asarray(multihost_utils.process_allgather(digests)) == digests).all(0)
+    if not equal.all():
+        here = "; ".join(f"{name} is {repr(value)[:200]}" for (name, value), same in zip(values.items(), equal, strict=True) if not same)
+        raise InputError(f"the processes are to do different things: in process {jax.process_index()} {here}; expected the same in each")
 
 
 def any_of_all(flag: bool) -> bool:
@@ -220,7 +220,7 @@ class Alarm:
                     file=sys.stderr,
                     flush=True,
                 )
-                os._exit(75)
+                os._exit(76)
 
     def __enter__(self) -> "Alarm":
         return self

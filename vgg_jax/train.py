@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,7 +99,7 @@ def fit(
         raise InputError(f"save_seconds is {save_seconds}: expected 0 or more")
     folder, halvings = path_of(workdir), 0
     with lost_are_named(folder), contextlib.ExitStack() as stack:
-        refuse_differences("what to do with a loss that is not finite", (on_nan, debug_nans))
+        refuse_differences({"on_nan": on_nan, "debug_nans": debug_nans})
         said_by_first(lambda: stack.enter_context(locked(folder)))
         while True:
             try:
@@ -127,8 +128,8 @@ def _fit(
         refuse_another(workdir, begun, dataclasses.replace(begun, config=with_learning_rate(config, len(begun.classes))))
     source = load(config.init_from) if config.init_from is not None and not resumes else None
     data_dir = None if data_dir is None else str(data_dir)
-    if download:
-        said_by_first(lambda: len(split_names(config.data, data_dir=data_dir, download=True)))
+    # One process at a time: they may share a disk.
+    said_by_first(lambda: len(split_names(config.data, data_dir=data_dir, download=True)) if download else None)
     train, validation = open_splits(
         config.data,
         data_dir=data_dir,
@@ -136,21 +137,23 @@ def _fit(
         seed=config.seed,
         skip_bad=config.skip_bad,
         exclude=config.exclude,
+        download=download,
     )
     print(f"{config.data}: {train.size} training and {validation.size} validation images of {len(train.classes)} classes", flush=True)
     if train.skipped or validation.skipped:
         print(f"skipped {len(train.skipped)} training and {len(validation.skipped)} validation files that are no images", flush=True)
     config = with_learning_rate(config, len(train.classes))
     run = Run(config, train.classes, begun.colours if begun else IMAGENET, train.storage, train.size, validation.size)
+    refuse_differences(plain(run)["config"] | {"data": [run.storage, run.train_size, run.validation_size], "layout": layout})
     if begun is not None:
         refuse_another(workdir, begun, run)
     if config.cache:
         train, validation = cached(train, config), cached(validation, config)
     if begun is None:
         if config.statistics == "measure":
-            run = dataclasses.replace(run, colours=measure(train, skip_bad=config.skip_bad).statistics)
+            measured = partial(measure, train, skip_bad=config.skip_bad)
+            run = run_of(said_by_first(lambda: plain(dataclasses.replace(run, colours=measured().statistics))))
         said_by_first(lambda: begin_run(workdir, run))
-    refuse_differences("what is trained on what", (run, layout))
     colours = run.colours
 
     # From here on: a KeyboardInterrupt that is raised while JAX traces or compiles may be lost, or end in a crash.

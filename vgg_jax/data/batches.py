@@ -36,7 +36,6 @@ class Batches:
         prepare: Callable[[dict], dict],
         batch_size: int | None,
         skip_bad: bool = False,
-        share: float = 1.0,
     ) -> None:
         options = tf.data.Options()
         options.threading.private_threadpool_size = CORES
@@ -53,7 +52,6 @@ class Batches:
         self._dataset = batches.prefetch(AHEAD).with_options(options)
         self._source, self._examples, self._batch_size = source, examples, batch_size
         self._skip_bad, self._bad = skip_bad, set[int]()
-        self._size = share * source.size  # of the source, what this process reads
         self._prepare = tf.function(prepare)  # errors of Python functions have the same type as in the stream
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
@@ -83,7 +81,7 @@ class Batches:
                 self._bad.add(index)
                 name = self._source.file_name(index)
                 print(f"warning: {name!r} cannot be read or decoded, and is left out", file=sys.stderr, flush=True)
-        if len(self._bad) > min(max(1, MOST_BAD * self._size), self._source.size - 1):
+        if len(self._bad) > min(max(1, MOST_BAD * self._source.size), self._source.size - 1):
             raise DataError(
                 f"{len(self._bad)} of the {self._source.size} images of {self._source.name} cannot be read or decoded: expected at most "
                 f"one in {1 / MOST_BAD:.0f}; find them by `vgg-jax verify-data` and leave them out by --exclude, or restore them"
@@ -119,7 +117,7 @@ def read_scaled(path: str, scales: Sequence[int], exif: bool) -> list[np.ndarray
         image = decode(tf.constant(path_of(path).read_bytes()), exif)
         return [rescale(image, scale).numpy() for scale in scales]
     except OSError as error:
-        raise DataError(f"cannot read {path!r}: {error.strerror}") from error
+        raise DataError(f"cannot read {path!r}: {error.strerror or error}") from error
     except (tf.errors.OpError, ValueError) as error:
         cause = cause_of(error)
         raise DataError(f"cannot decode {path!r}: {cause}") from error

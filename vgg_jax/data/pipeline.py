@@ -51,7 +51,7 @@ def train_batches(
         drawn = draw(example["epoch_seed"], tf.maximum(example["index"], 0), config, statistics)
         return train_example({key: example[key] for key in EXAMPLE}, config, drawn)
 
-    return Batches(source, examples, prepare, *_sizes(share, config.batch_size, config))
+    return Batches(source, examples, prepare, len(share.rows) if share else config.batch_size, config.skip_bad)
 
 
 def eval_batches(source: Source, config: TrainConfig, batch_size: int, rows: np.ndarray | None = None) -> Batches:
@@ -64,12 +64,7 @@ def eval_batches(source: Source, config: TrainConfig, batch_size: int, rows: np.
         return _padded(source.examples(None, batch * batch_size, share), source.size, batch_size, share)
 
     prepare = functools.partial(eval_example, config=config)
-    return Batches(source, examples, prepare, *_sizes(share, batch_size, config))
-
-
-def _sizes(share: Share | None, batch_size: int, config: TrainConfig) -> tuple[int, bool, float]:
-    rows = len(share.rows) if share else batch_size
-    return rows, config.skip_bad, rows / batch_size
+    return Batches(source, examples, prepare, len(share.rows) if share else batch_size, config.skip_bad)
 
 
 def _share(batch_size: int, rows: np.ndarray | None) -> Share | None:

@@ -81,7 +81,7 @@ def read_list(path: str) -> tuple[str, ...]:
         if not all(isinstance(name, str) for name in names):
             raise ValueError("a name is no text")
     except OSError as error:
-        raise InputError(f"cannot read {path} ({error.strerror}): expected the list that `vgg-jax verify-data` writes") from error
+        raise InputError(f"cannot read {path} ({error.strerror or error}): expected the list that `vgg-jax verify-data` writes") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} cannot be read ({error}): expected the list that `vgg-jax verify-data` writes") from error
     return tuple(sorted(set(names)))
