@@ -12,7 +12,7 @@ import pytest
 
 from tests.data.tiny_data import encode, indices, noise
 from vgg_jax import InputError
-from vgg_jax.paths import here, is_remote, path_of
+from vgg_jax.paths import is_remote, local_file, path_of
 
 ROOT = Path(__file__).parents[1]
 FLAGS = ["digits", "--net", "shallow", "--image-size", "16", "--scale", "16", "--fc", "24", "16", "--epochs", "6"]
@@ -131,5 +131,5 @@ def test_what_is_of_this_machine_and_what_is_not(tmp_path):
     assert path_of(tmp_path) == tmp_path
     with pytest.raises(InputError, match=r"ftp://b/a is in a store that is not known: expected gs://"):
         path_of("ftp://b/a")
-    with here(tmp_path / "a") as same:
+    with local_file(tmp_path / "a") as same:
         assert same == tmp_path / "a"

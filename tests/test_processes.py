@@ -234,7 +234,7 @@ OPEN_MPI_5 = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}
     ],
 )
 def test_engines_are_found_by_what_they_set(environment, expected):
-    assert processes.found(environment) == expected
+    assert processes.detected(environment) == expected
 
 
 @pytest.mark.parametrize(
@@ -242,11 +242,11 @@ def test_engines_are_found_by_what_they_set(environment, expected):
 )
 def test_what_cannot_be_joined_is_said(mode, environment):
     with pytest.raises(InputError, match="expected"):
-        processes.start(mode, environment)
+        processes.join(mode, environment)
 
 
 def test_nothing_is_joined_where_nothing_is_found():
-    assert processes.start("auto", {}) is processes.start("off", HAND) is None
+    assert processes.join("auto", {}) is processes.join("off", HAND) is None
 
 
 def test_a_stuck_process_ends_itself():

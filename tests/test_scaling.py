@@ -19,7 +19,7 @@ from tests.tiny import SHALLOW
 from vgg_jax import IMAGENET, VGG, InputError
 from vgg_jax.configs import TrainConfig
 from vgg_jax.optimizer import sgd
-from vgg_jax.sharding import SPLIT, Layout, make_mesh, put_batch, shardings, whole
+from vgg_jax.sharding import SPLIT, Layout, host_copy, make_mesh, put_batch, shardings
 from vgg_jax.train_step import compile_steps, init_state
 
 SIZE, WIDTHS = 32, (1024, 64)  # of fc6's 1024 x 1024 parameters `fsdp` takes notice
@@ -57,10 +57,10 @@ def ten_steps(layout: Layout, devices: int, batch_norm: bool, microbatch: int | 
         state, sums = step(state, put_batch(batch(number), mesh))
         losses.append(float(sums.loss))
         if number == 0:
-            gradients = jax.tree.map(whole, state.opt_state.inner_state[1][0].trace)  # momentum, which began at 0
+            gradients = jax.tree.map(host_copy, state.opt_state.inner_state[1][0].trace)  # momentum, which began at 0
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     found = [jax.tree.map(float, evaluate(variables, put_batch(batch(number), mesh))) for number in (10, 11)]
-    return losses, gradients, jax.tree.map(whole, variables), found
+    return losses, gradients, jax.tree.map(host_copy, variables), found
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_a_spread_parameter_takes_its_share_of_memory_and_so_does_its_momentum(l
         assert [shard.data.size for shard in kernel.addressable_shards] == [kernel.size // 2] * 2
         assert tree["conv1_1"]["kernel"].sharding.is_fully_replicated
     alone = init_state(model_of(False), sgd(CONFIG), 0, make_mesh(8, jax.devices()[:1]))
-    np.testing.assert_array_equal(whole(state.params["fc6"]["kernel"]), whole(alone.params["fc6"]["kernel"]))
+    np.testing.assert_array_equal(host_copy(state.params["fc6"]["kernel"]), host_copy(alone.params["fc6"]["kernel"]))
 
 
 def test_what_cannot_be_laid_out_is_said():

@@ -28,6 +28,8 @@ from vgg_jax.model import preprocess
 from vgg_jax.optimizer import sgd
 from vgg_jax.processes import LostError
 from vgg_jax.sharding import make_mesh, put_batch
+from vgg_jax.signals import stop_signals
+from vgg_jax.start import start_from
 from vgg_jax.train import Outcome, fit
 from vgg_jax.train_step import build_model, compile_steps, init_state
 
@@ -284,7 +286,7 @@ def test_a_full_disk_is_warned_of_and_costs_nothing(to_the_end, folder, finished
 
 
 def test_a_second_signal_stops_at_once():
-    with vgg_jax.train.stop_signals() as stop:
+    with stop_signals() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.wait(10)
         with pytest.raises(KeyboardInterrupt):
@@ -296,9 +298,9 @@ def test_a_second_signal_stops_at_once():
 def test_a_second_signal_ends_the_command_at_once_within_a_call_of_xla(number):
     program = """
 import jax, jax.numpy as jnp
-from vgg_jax import cli, train
-cli.hear_second_signal()
-with train.stop_signals():
+from vgg_jax import signals
+signals.hear_second_signal()
+with signals.stop_signals():
     long = jax.jit(lambda x: jax.lax.fori_loop(0, 10**9, lambda i, x: x @ x / 2, x)).lower(jnp.eye(200)).compile()
     print("on", flush=True)
     long(jnp.eye(200)).block_until_ready()
@@ -446,7 +448,7 @@ def test_running_statistics_come_along(net, finished, folder):
     source = vgg_jax.load(finished[0])
     settings = config(folder, net=net, init_from="it")
     state = init_state(build_model(settings, 2), sgd(settings), 1, make_mesh(8))
-    started = vgg_jax.train.start_from(source, settings, state, IMAGENET.mean_rgb)
+    started = start_from(source, settings, state, IMAGENET.mean_rgb)
     for name, layer in source[1]["batch_stats"].items():
         jax.tree.map(np.testing.assert_array_equal, started.batch_stats[name], layer)
         assert np.abs(layer["mean"]).max() > 0
@@ -491,7 +493,7 @@ def test_frozen_layers_stay_to_the_bit(finished, folder):
     source = vgg_jax.load(finished[0])
     settings = config(folder, init_from="it", freeze=("conv",), decay_biases=True, learning_rate=0.1)
     model, mesh = build_model(settings, 2), make_mesh(8)
-    state = vgg_jax.train.start_from(source, settings, init_state(model, sgd(settings), 1, mesh), IMAGENET.mean_rgb)
+    state = start_from(source, settings, init_state(model, sgd(settings), 1, mesh), IMAGENET.mean_rgb)
     before = jax.tree.map(np.asarray, (state.params, state.batch_stats))
     train_step, _ = compile_steps(settings, model, IMAGENET.mean_rgb, mesh)
     rng = np.random.default_rng(0)

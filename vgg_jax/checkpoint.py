@@ -1,14 +1,10 @@
-"""The checkpoints of a run: `last/` (to go on) and `best/` (to use), with `metrics.jsonl` beside them; all that knows orbax.
-
-Of several processes the first alone has the files: it collects what the others hold, and sends them what it reads. So a checkpoint is the
-same whatever wrote it, and any number of processes reads it, on any mesh.
+"""The checkpoints of a run: `last/` (to go on) and `best/` (to use); all that knows orbax.
 
 A step folder becomes visible by one rename when it is whole (in an object store by a mark), and the one before it stays: a process killed
 in between leaves a readable run, and so does a disk that loses what was written last. Each carries the checksum of all that it holds.
 """
 
 import contextlib
-import dataclasses
 import errno
 import json
 import logging
@@ -18,9 +14,8 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +24,8 @@ import numpy as np
 from vgg_jax.errors import InputError
 from vgg_jax.model import VGG
 from vgg_jax.paths import is_remote, path_of
-from vgg_jax.processes import first, said_by_first, sent_by_first
-from vgg_jax.run import read_run, sync, write_whole
-from vgg_jax.sharding import place, whole
-from vgg_jax.train_step import TrainState, build_model
+from vgg_jax.run import read_run, sync
+from vgg_jax.train_step import build_model
 
 try:
     import orbax.checkpoint as ocp
@@ -162,7 +155,7 @@ class Saved:
                     else:
                         shutil.rmtree(part, ignore_errors=True)
                 self._manager.reload()
-            raise NotSavedError(f"cannot save to {self._folder} ({_reason(error)})") from error
+            raise NotSavedError(f"cannot save to {self._folder} ({one_line(error)})") from error
 
     def restore(self, shapes: Any) -> tuple[Any, dict[str, Any]] | None:
         """The newest checkpoint that is whole, its arrays those of the shapes given, on the host, or None where there is none.
@@ -181,9 +174,9 @@ class Saved:
             except Exception as error:  # of files that are cut, changed or missing orbax makes any, Exception itself among them
                 if _is_passing(error) or (is_remote(self._folder) and not isinstance(error, DamageError)):
                     raise InputError(
-                        f"the checkpoint {self._folder / str(step)} cannot be read now ({_reason(error)}): try again"
+                        f"the checkpoint {self._folder / str(step)} cannot be read now ({one_line(error)}): try again"
                     ) from error
-                damaged[step] = _reason(error)
+                damaged[step] = one_line(error)
                 continue
             for other, reason in damaged.items():
                 self._set_aside(other, reason, step)
@@ -235,152 +228,6 @@ class Saved:
         self._manager.close()
 
 
-class Best(NamedTuple):
-    """What is to be known of a state that is the best so far, besides its variables."""
-
-    epoch: int
-    validation: dict[str, Any]
-
-
-class Saving:
-    """Saves a run while it trains on: what is to be saved is copied, and a thread writes the copies, one save after the other.
-
-    A save that fails is warned of and is in `failed` until another one succeeds; the best net is owed until then.
-    Of several processes the first one writes, and the others help it to collect what it writes.
-    """
-
-    def __init__(self, workdir: Path) -> None:
-        self._files: tuple[Saved, ...] = (Saved(workdir / "last"), Saved(workdir / "best")) if first() else ()
-        self.failed: NotSavedError | None = None
-        self._workdir = workdir
-        self._owed: tuple[int, Any, dict[str, Any]] | None = None
-        self._thread = ThreadPoolExecutor(1, "saving")
-        self._writing: Future[None] | None = None
-
-    def save(self, step: int, state: TrainState, progress: dict[str, Any], best: Best | None = None) -> None:
-        """Of a state on the devices, a JSON object that begins with the `history`, and, if it is the best so far, what is known of it."""
-        self.wait()  # one copy at a time
-        copied = jax.tree.map(_to_host, state)
-        if not first():  # which has given its share
-            return
-        if best is not None:
-            self._owed = best.epoch, variables_of(copied), best._asdict()
-        self._writing = self._thread.submit(self._write, step, copied, progress)
-
-    def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """The state to go on with, placed as the given one is, and the run's progress; None where there is nothing to go on from."""
-        found: list[Any] = []
-
-        def read() -> dict[str, Any] | None:
-            found.extend(self._files[0].restore(shapes_of(state)) or (None, None))
-            return found[1]
-
-        progress = said_by_first(read)
-        if progress is None:
-            return None
-        arrays = found[0] if found else jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes_of(state))
-        return jax.tree.map(lambda array, like: _to_devices(sent_by_first(array), like), arrays, state), progress
-
-    def has_best(self, state: TrainState) -> bool:
-        """Whether there is a best net that is whole."""
-        return said_by_first(lambda: self._files[1].restore(variables_of(state)) is not None)
-
-    def forget_best_after(self, epoch: int) -> None:
-        if first():
-            self._files[1].drop_after(epoch)
-
-    def write_metrics(self, history: list[dict[str, Any]]) -> None:
-        """Where that fails the next save says so."""
-        if first():
-            with contextlib.suppress(NotSavedError):
-                write_metrics(self._workdir, history)
-
-    def finish(self) -> None:
-        """Waits until all is written. Raises NotSavedError in all processes where the end is not."""
-
-        def reason() -> str | None:
-            self.wait()
-            return str(self.failed) if self.failed else None
-
-        if failed := said_by_first(reason):
-            raise NotSavedError(failed)
-
-    def wait(self) -> None:
-        """Until all is written that can be."""
-        if self._writing is not None:
-            self._writing.result()
-        self._writing = None
-
-    def _write(self, step: int, state: TrainState, progress: dict[str, Any]) -> None:
-        try:
-            self._pay()
-            self._files[0].save(step, state, progress)
-            write_metrics(self._workdir, progress["history"])
-            self.failed = None
-        except NotSavedError as error:
-            self.failed = error
-            print(f"warning: {error}; what was saved before is still there", file=sys.stderr, flush=True)
-
-    def _pay(self) -> None:
-        if self._owed is not None:
-            self._files[1].save(*self._owed)
-        self._owed = None
-
-    def __enter__(self) -> "Saving":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is KeyboardInterrupt:  # at once
-            self._thread.shutdown(wait=False, cancel_futures=True)
-            return
-        try:
-            self.wait()
-            self._pay()
-        except NotSavedError as error:
-            print(f"warning: {error}", file=sys.stderr, flush=True)
-        finally:
-            self._thread.shutdown()
-            for saved in self._files:
-                saved.close()
-
-
-def write_metrics(workdir: Path, history: list[dict[str, Any]]) -> None:
-    """metrics.jsonl, a line an epoch, all anew. Raises NotSavedError."""
-    path = workdir / "metrics.jsonl"
-    try:
-        write_whole(path, "".join(json.dumps(record) + "\n" for record in history).encode())
-    except Exception as error:
-        if not (isinstance(error, OSError) or is_remote(path)):
-            raise
-        raise NotSavedError(f"cannot write to {path} ({_reason(error)})") from error
-
-
-def shapes_of(state: TrainState) -> Any:
-    """What is saved of a state: its key as plain numbers."""
-    return jax.eval_shape(lambda: dataclasses.replace(state, key=jax.random.key_data(state.key)))
-
-
-def _to_host(array: jax.Array) -> np.ndarray | None:
-    """In memory of its own, for the first process: the next step reuses the array's."""
-    return whole(jax.random.key_data(array) if _is_key(array) else array, wanted=first())
-
-
-def _to_devices(array: np.ndarray, like: jax.Array) -> jax.Array:
-    """The opposite, placed as `like` is."""
-    if _is_key(like):
-        return jax.random.wrap_key_data(place(array, like.sharding), impl=jax.random.key_impl(like))
-    return place(array, like.sharding)
-
-
-def _is_key(array: jax.Array) -> bool:
-    return jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key)
-
-
-def variables_of(state: TrainState) -> dict[str, Any]:
-    """What the net of a state is applied with: `params`, and with batch normalisation `batch_stats`."""
-    return {"params": state.params} | ({"batch_stats": state.batch_stats} if state.batch_stats else {})
-
-
 def _sealed(arrays: Any, progress: dict[str, Any]) -> dict[str, Any]:
     """`progress` with the type, the shape and the checksum of each array, and one of all that."""
     seals = {jax.tree_util.keystr(path): _seal(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(arrays)}
@@ -409,7 +256,7 @@ def _unfinished_reads_ignored() -> Iterator[None]:
         sys.unraisablehook = before
 
 
-def _reason(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 

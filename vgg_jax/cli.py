@@ -9,10 +9,7 @@ import ctypes
 import json
 import os
 import platform
-import signal
-import socket
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +18,7 @@ from vgg_jax.configs import CONFIGS, Protocol, TrainConfig
 from vgg_jax.errors import DataError, InputError
 from vgg_jax.paths import is_store_error, path_of
 from vgg_jax.presets import preset
+from vgg_jax.signals import hear_second_signal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,26 +84,6 @@ def use_huge_pages() -> None:
             os.execve(sys.executable, sys.orig_argv, environment)
 
 
-def hear_second_signal() -> None:
-    """Ends this process at once by a second SIGINT or SIGTERM, whatever it is in.
-
-    Python's own handlers wait for a call of XLA's to return, which may take minutes, and of two signals meanwhile hear one.
-    """
-    read, write = socket.socketpair()
-    write.setblocking(False)
-    signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
-
-    def watch(_: socket.socket) -> None:  # which is closed when nobody has it
-        heard = 0
-        while True:
-            for number in read.recv(16):
-                heard += number in (signal.SIGINT, signal.SIGTERM)
-                if heard == 2:
-                    os._exit(128 + number)
-
-    threading.Thread(target=watch, args=(write,), daemon=True).start()
-
-
 def keep_memory() -> None:
     """Lets glibc keep the memory that one batch has freed for the next, instead of handing it back to Linux page by page.
 
@@ -133,8 +111,8 @@ def train(data: str, workdir: str | None, data_dir: str | None, download: bool, 
     from vgg_jax.sharding import Layout
 
     layout = Layout(**spread)
-    if joined := processes.start(distributed):
-        if not processes.first():
+    if joined := processes.join(distributed):
+        if not processes.is_first():
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # also what C++ prints
         print(joined, flush=True)
     from vgg_jax.train import DivergedError, NotSavedError, fit
@@ -146,11 +124,11 @@ def train(data: str, workdir: str | None, data_dir: str | None, download: bool, 
         print(f"vgg-jax: {error}", file=sys.stderr)
         return 76
     except DivergedError as error:
-        if processes.first():
+        if processes.is_first():
             print(f"vgg-jax: {error}: {against_divergence(error.rate)}", file=sys.stderr)
         return 4
     except NotSavedError as error:
-        if processes.first():
+        if processes.is_first():
             print(f"vgg-jax: {error}; make room, and the same command goes on from what was saved before", file=sys.stderr)
         return 74
     return 75 if outcome.stopped else 0

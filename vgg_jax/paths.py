@@ -39,7 +39,7 @@ def is_store_error(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def here(path: str | os.PathLike) -> Iterator[Path]:
+def local_file(path: str | os.PathLike) -> Iterator[Path]:
     """A file on this machine, for libraries that read no other: the one given, or a copy while the block lasts. Raises InputError."""
     if not is_remote(path):
         yield Path(path)

@@ -41,7 +41,7 @@ class LostError(Exception):
     """Another process is gone, and with it the step."""
 
 
-def found(environment: Mapping[str, str]) -> str | None:
+def detected(environment: Mapping[str, str]) -> str | None:
     """What has started this program as one of several processes, if anything has."""
     if all(environment.get(name) for name in BY_HAND):
         return f"{BY_HAND[0]}={environment[BY_HAND[0]]}"
@@ -57,14 +57,14 @@ def found(environment: Mapping[str, str]) -> str | None:
     return None
 
 
-def start(mode: str, environment: Mapping[str, str] = os.environ) -> str | None:
+def join(mode: str, environment: Mapping[str, str] = os.environ) -> str | None:
     """Joins the other processes, if there are any; says what was found. Before anything else asks jax for its devices.
 
-    "auto" does so where `found` finds something, "on" also where jax alone does: on a Cloud TPU. Raises InputError where that fails.
+    "auto" does so where `detected` finds something, "on" also where jax alone does: on a Cloud TPU. Raises InputError where that fails.
     """
     if mode not in DISTRIBUTED:
         raise InputError(f"distributed is {mode!r}: expected one of {', '.join(DISTRIBUTED)}")
-    engine = found(environment)
+    engine = detected(environment)
     if mode == "off":
         return None
     if engine is None and environment.get("OMPI_COMM_WORLD_SIZE", "1") != "1":  # since Open MPI 5 jax finds it no more
@@ -101,14 +101,14 @@ def left_together() -> Iterator[None]:
     try:
         yield
     except Exception:
-        if jax.process_count() > 1 and first():
+        if jax.process_count() > 1 and is_first():
             time.sleep(LEAVE_SECONDS)  # they may have the same to say, and jax aborts them when this one is gone
         raise
     if jax.process_count() > 1:
         jax.distributed.shutdown()  # waits for the others
 
 
-def first() -> bool:
+def is_first() -> bool:
     """Whether this process is the one that prints, and that has the run's folder."""
     return jax.process_index() == 0
 
@@ -118,7 +118,7 @@ def said_by_first(function: Callable[[], Any]) -> Any:
     if jax.process_count() == 1:
         return function()
     said: dict[str, Any] = {}
-    if first():
+    if is_first():
         try:
             said = {"value": function()}
         except InputError as error:
@@ -173,19 +173,21 @@ class Agreement:
         self._asked: jax.Array | None = None
         self._any = jax.jit(lambda wishes: wishes.any(0), out_shardings=replicated(mesh))
 
-    def ask(self, *wishes: bool) -> tuple[bool, ...]:
+    def ask(self, stop: bool, save: bool) -> tuple[bool, bool]:
         if jax.process_count() == 1:
-            return wishes
+            return stop, save
         before, axes = self._asked, PartitionSpec(self._mesh.axis_names)
-        mine = np.array([wishes])
-        asked = jax.make_array_from_callback((self._mesh.size, len(wishes)), NamedSharding(self._mesh, axes), lambda _: mine)
-        self._asked = self._any(asked)
-        return (False,) * len(wishes) if before is None else tuple(np.asarray(before.addressable_data(0)).tolist())
+        mine = np.array([[stop, save]])
+        self._asked = self._any(jax.make_array_from_callback((self._mesh.size, 2), NamedSharding(self._mesh, axes), lambda _: mine))
+        if before is None:
+            return False, False
+        stop, save = np.asarray(before.addressable_data(0)).tolist()
+        return stop, save
 
 
 @contextlib.contextmanager
 def lost_are_named(workdir: Path) -> Iterator[None]:
-    """Raises LostError where jax says that another process is gone. Where it does not say so but ends this one, it says why itself."""
+    """Raises LostError where an error of jax's says that another process is gone. Where jax ends this one instead, it says why."""
     try:
         yield
     except (ValueError, RuntimeError) as error:

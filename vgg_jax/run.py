@@ -58,7 +58,7 @@ def has_checkpoint(folder: Path) -> bool:
 def begin_run(workdir: Path, run: Run) -> None:
     """Writes run.json. Raises InputError for a folder that cannot be written to."""
     with _writing(workdir):
-        write_whole(workdir / "run.json", (json.dumps(plain(run), indent=1) + "\n").encode())
+        write_whole(workdir / "run.json", (json.dumps(as_json(run), indent=1) + "\n").encode())
 
 
 @contextlib.contextmanager
@@ -120,7 +120,7 @@ def _writing(workdir: Path) -> Iterator[None]:
 
 def refuse_another(workdir: Path, begun: Run, run: Run) -> None:
     """Raises InputError, with the differences, where the run that was begun in the workdir is not this one."""
-    old, new = _flat(plain(begun)), _flat(plain(run))
+    old, new = _flat(as_json(begun)), _flat(as_json(run))
     differences = [f"{name} is {_shown(old[name])} there and {_shown(new[name])} here" for name in new if old[name] != new[name]]
     if differences:
         raise InputError(
@@ -132,7 +132,7 @@ def read_run(workdir: Path) -> Run:
     """Raises InputError where there is no run, or none that can be read."""
     path = path_of(workdir) / "run.json"
     try:
-        return run_of(json.loads(path.read_text()))
+        return from_json(json.loads(path.read_text()))
     except FileNotFoundError as error:
         raise InputError(f"no run in {workdir}: expected {path}, which `vgg-jax train` writes; pass the workdir of a run") from error
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
@@ -142,8 +142,8 @@ def read_run(workdir: Path) -> Run:
         ) from error
 
 
-def run_of(content: dict[str, Any]) -> Run:
-    """The run that `plain` made this JSON object of. Raises one of many errors for another."""
+def from_json(content: dict[str, Any]) -> Run:
+    """The run that `as_json` made this JSON object of. Raises one of many errors for another."""
     rest = dict(content)
     config = TrainConfig(**{name: _tuples(value) for name, value in rest.pop("config").items()})
     colours = Statistics(**{name: _tuples(value) for name, value in rest.pop("colours").items()})
@@ -152,7 +152,7 @@ def run_of(content: dict[str, Any]) -> Run:
     return run
 
 
-def plain(run: Run) -> dict[str, Any]:
+def as_json(run: Run) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(run)))
 
 

@@ -49,10 +49,10 @@ class Layout:
             raise InputError(f"reduce is {self.reduce!r}: expected one of {', '.join(REDUCE)}")
 
 
-PLAIN = Layout()
+DATA_PARALLEL = Layout()
 
 
-def make_mesh(examples: int, devices: list[jax.Device] | None = None, layout: Layout = PLAIN) -> Mesh:
+def make_mesh(examples: int, devices: list[jax.Device] | None = None, layout: Layout = DATA_PARALLEL) -> Mesh:
     """A mesh of the devices (all of all processes, by default).
 
     Raises InputError where they are not as many as the layout says, or where its groups do not share so many examples evenly.
@@ -61,7 +61,8 @@ def make_mesh(examples: int, devices: list[jax.Device] | None = None, layout: La
     data = layout.data or len(devices) // layout.model
     if data * layout.model != len(devices):
         raise InputError(
-            f"the mesh is data={data}, model={layout.model}, of {data * layout.model} devices: expected all of the {len(devices)} there are"
+            f"the mesh is data={data}, model={layout.model}, of {data * layout.model} devices: expected all of the {len(devices)} there "
+            "are; pass another --mesh"
         )
     if examples % data:
         raise InputError(
@@ -105,7 +106,7 @@ def _spec(name: str, array: Any, mesh: Mesh, layout: Layout) -> PartitionSpec:
     return PartitionSpec(*axes)
 
 
-def over_data(sharding: NamedSharding) -> PartitionSpec:
+def data_spec(sharding: NamedSharding) -> PartitionSpec:
     """What of a sharding is about "data"."""
     return PartitionSpec(*(axis if axis == DATA else None for axis in sharding.spec))
 
@@ -117,7 +118,7 @@ def place(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index].copy())
 
 
-def whole(array: jax.Array, wanted: bool = True) -> np.ndarray | None:
+def host_copy(array: jax.Array, wanted: bool = True) -> np.ndarray | None:
     """An array as one piece of host memory of its own. All processes ask for it together, those that do not want it too: they get None."""
     if not array.is_fully_addressable and not array.is_fully_replicated:
         assert isinstance(array.sharding, NamedSharding) and isinstance(array.sharding.mesh, Mesh)
@@ -140,8 +141,6 @@ def rows_here(mesh: Mesh, size: int) -> np.ndarray:
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """What this process has of a batch, its `rows_here`, on its devices, as a part of the whole."""
     sharding = NamedSharding(mesh, PartitionSpec(DATA))
-    if jax.process_count() == 1:
-        return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
     groups = len(rows_here(mesh, mesh.shape[DATA]))
 
     def put(array: np.ndarray) -> jax.Array:

@@ -3,11 +3,10 @@
 import contextlib
 import dataclasses
 import math
-import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,20 +16,22 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from vgg_jax.checkpoint import Best, NotSavedError, Saving
+from vgg_jax.checkpoint import NotSavedError
 from vgg_jax.configs import IMAGENET, MOST_HALVINGS, ON_NAN, SAVE_SECONDS, TrainConfig
 from vgg_jax.data import Source, batches_per_epoch, cached, eval_batches, measure, open_splits, split_names, train_batches
 from vgg_jax.errors import InputError
 from vgg_jax.metrics import Sums, merge
-from vgg_jax.model import FROM_A, VGG, init_from
 from vgg_jax.nonfinite import first_nonfinite
 from vgg_jax.optimizer import learning_rate, set_learning_rate, sgd
 from vgg_jax.paths import path_of
 from vgg_jax.presets import with_learning_rate
-from vgg_jax.processes import Agreement, Alarm, any_of_all, first, lost_are_named, refuse_differences, said_by_first
+from vgg_jax.processes import Agreement, Alarm, any_of_all, is_first, lost_are_named, refuse_differences, said_by_first
 from vgg_jax.report import advice, epoch_record, line, stuck
-from vgg_jax.run import Run, begin_run, begun_run, has_checkpoint, locked, plain, refuse_another, run_of
-from vgg_jax.sharding import DATA, PLAIN, Layout, make_mesh, place, put_batch, rows_here
+from vgg_jax.run import Run, as_json, begin_run, begun_run, from_json, has_checkpoint, locked, refuse_another
+from vgg_jax.saving import Best, Saving
+from vgg_jax.sharding import DATA, DATA_PARALLEL, Layout, make_mesh, put_batch, rows_here
+from vgg_jax.signals import stop_signals
+from vgg_jax.start import start_from
 from vgg_jax.train_step import TrainState, build_model, compile_steps, init_state
 from vgg_jax.weights import load
 
@@ -80,7 +81,7 @@ def fit(
     save_seconds: float = SAVE_SECONDS,
     on_nan: str = "stop",
     debug_nans: bool = False,
-    layout: Layout = PLAIN,
+    layout: Layout = DATA_PARALLEL,
 ) -> Outcome:
     """Trains a network, or goes on with the training that the workdir holds; prints a line an epoch.
 
@@ -144,7 +145,7 @@ def _fit(
         print(f"skipped {len(train.skipped)} training and {len(validation.skipped)} validation files that are no images", flush=True)
     config = with_learning_rate(config, len(train.classes))
     run = Run(config, train.classes, begun.colours if begun else IMAGENET, train.storage, train.size, validation.size)
-    refuse_differences(plain(run)["config"] | {"data": [run.storage, run.train_size, run.validation_size], "layout": layout})
+    refuse_differences(as_json(run)["config"] | {"data": [run.storage, run.train_size, run.validation_size], "layout": layout})
     if begun is not None:
         refuse_another(workdir, begun, run)
     if config.cache:
@@ -152,7 +153,7 @@ def _fit(
     if begun is None:
         if config.statistics == "measure":
             measured = partial(measure, train, skip_bad=config.skip_bad)
-            run = run_of(said_by_first(lambda: plain(dataclasses.replace(run, colours=measured().statistics))))
+            run = from_json(said_by_first(lambda: as_json(dataclasses.replace(run, colours=measured().statistics))))
         said_by_first(lambda: begin_run(workdir, run))
     colours = run.colours
 
@@ -162,6 +163,12 @@ def _fit(
         train_step, eval_step = compile_steps(config, model, colours.mean_rgb, mesh, layout, keep_state=debug_nans)
         state = init_state(model, sgd(config), config.seed, mesh, layout)
         agreement = Agreement(mesh)
+
+        def to_stop(wished: bool = False) -> tuple[bool, bool]:
+            """Whether all processes are to stop, and whether to save, which the first one wishes."""
+            alarm.goes_on()
+            return agreement.ask(stop.is_set(), wished)
+
         per_epoch = batches_per_epoch(train, config.batch_size)
         groups = mesh.shape[DATA]
         at_once = min(config.microbatch or config.batch_size, -(-validation.size // groups) * groups)
@@ -229,7 +236,7 @@ def _fit(
             state = dataclasses.replace(state, opt_state=set_learning_rate(state.opt_state, rate))
             started, seconds_before = time.monotonic(), now.seconds
             unreadable: InputError | None = None  # raised behind the saving
-            stopping, _ = agreement.ask(stop.is_set(), False)
+            stopping, _ = to_stop()
             with progress_bar(f"epoch {epoch}", train.size, now.batch * config.batch_size) as bar:
                 while now.batch < per_epoch and not stopping:
                     asked = time.monotonic()
@@ -240,7 +247,7 @@ def _fit(
                         break
                     now.waited += time.monotonic() - asked
                     placed, before = on_devices(batch, mesh), state
-                    if done is in_flight is None and not compiled(train_step, before, placed, stop) and alone:
+                    if done is in_flight is None and not compiled(train_step, before, placed, stop):
                         stopping = True
                         break
                     state, step_sums = train_step(before, placed)
@@ -250,10 +257,9 @@ def _fit(
                         raise diverged(layer, InFlight(step_sums, now.batch, batch["index"]))
                     settle()
                     in_flight = InFlight(step_sums, now.batch, batch["index"])
-                    alarm.goes_on()
-                    wished = first() and time.monotonic() - saved_at > save_seconds
+                    wished = is_first() and time.monotonic() - saved_at > save_seconds
                     saved_at = time.monotonic() if wished else saved_at  # it is asked once; the answer may come with the next step
-                    stopping, due = agreement.ask(stop.is_set(), wished)
+                    stopping, due = to_stop(wished)
                     if due:
                         settle()
                         now.seconds = seconds_before + time.monotonic() - started
@@ -265,7 +271,7 @@ def _fit(
             validated = None
             if not stopping and unreadable is None:
                 try:
-                    validated = evaluate_all(eval_step, state, validation_batches, validation, mesh, stop, agreement, alarm)
+                    validated = evaluate_all(eval_step, state, validation_batches, validation, mesh, to_stop)
                 except InputError as error:
                     unreadable = error
             if unreadable is not None and not alone:  # the others wait for a step, and there is none
@@ -308,24 +314,30 @@ def begun_here(workdir: Path) -> tuple[Run | None, bool]:
     def find() -> dict[str, Any]:
         run = begun_run(workdir)
         # Killed, or out of room, behind the first best and before what it would go on from: it starts as it did.
-        return {"run": run and plain(run), "resumes": run is not None and has_checkpoint(workdir / "last")}
+        return {"run": run and as_json(run), "resumes": run is not None and has_checkpoint(workdir / "last")}
 
     begun = said_by_first(find)
-    return begun["run"] and run_of(begun["run"]), begun["resumes"]
+    return begun["run"] and from_json(begun["run"]), begun["resumes"]
 
 
 def compiled(step: Any, state: TrainState, batch: dict[str, jax.Array], stop: threading.Event) -> bool:
-    """Whether the step was compiled before a signal came: in a thread, since the main one would hear of none until then."""
+    """Whether the step was compiled before a signal came: in a thread, since the main one would hear of none until then.
+
+    Of several processes each finishes: the others wait for its step.
+    """
 
     def compile_step() -> None:
         with contextlib.suppress(Exception):  # it is raised again where the step is called
             step.lower(state, batch).compile()
 
+    def heard() -> bool:
+        return stop.is_set() and jax.process_count() == 1
+
     thread = threading.Thread(target=compile_step)  # no daemon: Python ends those in the middle of XLA, which aborts the process
     thread.start()
-    while thread.is_alive() and not (stop.is_set() and jax.process_count() == 1):  # the others wait for this one's step
+    while thread.is_alive() and not heard():
         thread.join(0.05)
-    return not stop.is_set()
+    return not heard()
 
 
 def said(source: Source, batch: InFlight) -> str:
@@ -334,69 +346,25 @@ def said(source: Source, batch: InFlight) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def start_from(
-    source: tuple[VGG, dict[str, Any], dict[str, Any]], config: TrainConfig, state: TrainState, mean_rgb: tuple[float, float, float]
-) -> TrainState:
-    """The state with the layers of what `load` gave: all that fit where the nets are equal, else the paper's seven (§3.1).
-
-    Prints what came, what is new and why, and what was left. Raises InputError where nothing came.
-    """
-    model, variables, metadata = source
-    same = model.config.stages == config.vgg.stages
-    layers = tuple(state.params) if same else FROM_A
-    params, copied = init_from(variables["params"], state.params, layers)
-    batch_stats, _ = init_from(variables.get("batch_stats", {}), state.batch_stats, copied)
-    if not copied:
-        raise InputError(
-            f"no layer of {config.init_from} fits {config.net}: expected layers of equal names and shapes; pass another --init-from"
-        )
-    print(said_of_start(config.init_from, variables["params"], state.params, copied), flush=True)
-    mean = metadata["preprocessing"]["mean_rgb"]
-    if any(abs(theirs - ours) > 1 for theirs, ours in zip(mean, mean_rgb, strict=True)):
-        means = [", ".join(f"{value:.2f}" for value in each) for each in (mean, mean_rgb)]
-        print(f"its images were less the mean ({means[0]}), those of this run are less ({means[1]})", flush=True)
-    old_ones = {"params": state.params, "batch_stats": state.batch_stats}
-    placed = jax.tree.map(
-        lambda new, old: new if new is old else place(new, old.sharding), {"params": params, "batch_stats": batch_stats}, old_ones
-    )
-    return dataclasses.replace(state, **placed)
-
-
-def said_of_start(source: str | None, there: Any, here: Any, copied: tuple[str, ...]) -> str:
-    """What came, what is new, with the shapes of a kernel that did not fit, and what was left."""
-    new = []
-    for name in (name for name in here if name not in copied):
-        shapes = [layers[name]["kernel"].shape for layers in (there, here) if "kernel" in layers.get(name, {})]
-        new.append(f"{name} (its kernel is {shapes[0]} there and {shapes[1]} here)" if len(set(shapes)) == 2 else name)
-    left = [name for name in there if name not in copied and name not in here]
-    parts = ("", copied), ("new: ", new), ("left: ", left)
-    return f"from {source}: " + "; ".join(words + (", ".join(names) or "nothing") for words, names in parts)
-
-
 def evaluate_all(
     eval_step: Any,
     state: TrainState,
     batches: Any,
     source: Source,
     mesh: Any,
-    stop: threading.Event,
-    agreement: Agreement,
-    alarm: Alarm,
+    to_stop: Callable[[], tuple[bool, bool]],
 ) -> Sums | None:
     """The sums over a whole source, or None where the run is to stop."""
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     sums, pending = Sums(), None
     with progress_bar("validation", source.size) as bar:
         for batch in batches:
-            alarm.goes_on()
-            stopping, _ = agreement.ask(stop.is_set(), False)
-            if stopping:
+            if to_stop()[0]:
                 return None
             step_sums = eval_step(variables, on_devices(batch, mesh))
             sums, pending = add(sums, pending, bar), step_sums
         sums = add(sums, pending, bar)
-    stopping, _ = agreement.ask(stop.is_set(), False)
-    return None if stopping else sums
+    return None if to_stop()[0] else sums
 
 
 def on_devices(batch: dict[str, Any], mesh: Any) -> dict[str, jax.Array]:
@@ -414,36 +382,10 @@ def add(sums: Sums, pending: Sums | None, bar: tqdm) -> Sums:
 
 
 def progress_bar(name: str, total: int, initial: int = 0) -> tqdm:
-    hidden = None if first() else True  # None: where there is no terminal
+    hidden = None if is_first() else True  # None: where there is no terminal
     return tqdm(desc=name, total=total, initial=initial, unit=" images", leave=False, disable=hidden)
 
 
 @jax.jit
 def finite(params: Any) -> jax.Array:
     return jnp.all(jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(params)]))
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets; the second one acts as it always does."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
-        yield stop
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def handle(number: int, frame: object) -> None:
-        stop.set()
-        restore()
-        print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
-
-    for number in before:
-        signal.signal(number, handle)
-    try:
-        yield stop
-    finally:
-        restore()

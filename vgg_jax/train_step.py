@@ -20,7 +20,7 @@ from vgg_jax.metrics import Sums, sums_of
 from vgg_jax.model import VGG, preprocess
 from vgg_jax.optimizer import sgd
 from vgg_jax.presets import with_learning_rate
-from vgg_jax.sharding import DATA, MODEL, PLAIN, Layout, make_mesh, over_data, replicated, shardings
+from vgg_jax.sharding import DATA, DATA_PARALLEL, MODEL, Layout, data_spec, make_mesh, replicated, shardings
 
 Batch = dict[str, Array]
 
@@ -50,7 +50,7 @@ def build_model(config: TrainConfig, num_classes: int) -> VGG:
     )
 
 
-def init_state(model: VGG, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh, layout: Layout = PLAIN) -> TrainState:
+def init_state(model: VGG, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh, layout: Layout = DATA_PARALLEL) -> TrainState:
     """A state at step 0, on the devices of the mesh, its parameters drawn from the seed: the same for any mesh and layout."""
     init, key = partial(_state, model, optimizer), jax.random.key(seed)
     places = shardings(jax.eval_shape(init, key), mesh, layout)
@@ -72,7 +72,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     mean_rgb: tuple[float, float, float],
     mesh: Mesh,
-    layout: Layout = PLAIN,
+    layout: Layout = DATA_PARALLEL,
     microbatch: int | None = None,
 ) -> tuple[TrainState, Sums]:
     """One step of SGD on the mean loss of the batch's real examples, and their sums as they were seen in training.
@@ -81,12 +81,12 @@ def train_step(
     batch normalisation, whose statistics are then a micro-batch's, and for what dropout draws.
     """
     key = jax.random.fold_in(state.key, state.step)
-    spread = jax.tree.map(over_data, shardings(state.params, mesh, layout))
+    spread = jax.tree.map(data_spec, shardings(state.params, mesh, layout))
     parts = len(batch["label"]) // (microbatch or len(batch["label"]))
     model = model.clone(axis_name=DATA if mesh.shape[DATA] > 1 else None)
     share = partial(_gradients, model=model, mean_rgb=mean_rgb, parts=parts, spread=spread, reduce=layout.reduce, mesh=mesh)
     takes, gives = (spread, PartitionSpec(), PartitionSpec(DATA), PartitionSpec()), (spread, PartitionSpec(), PartitionSpec())
-    gradients, batch_stats, sums = _over_data(share, mesh, takes, gives)(state.params, state.batch_stats, batch, key)
+    gradients, batch_stats, sums = _on_each_group(share, mesh, takes, gives)(state.params, state.batch_stats, batch, key)
 
     gradients = jax.tree.map(lambda g: g / jnp.maximum(sums.count, 1), gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -94,7 +94,7 @@ def train_step(
     return dataclasses.replace(state, step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state), sums
 
 
-def _over_data(function: Any, mesh: Mesh, takes: tuple, gives: Any) -> Any:
+def _on_each_group(function: Any, mesh: Mesh, takes: tuple, gives: Any) -> Any:
     """A function of what each device has along "data", which says itself what is exchanged; along "model" XLA divides it."""
     if mesh.shape[DATA] == 1:  # nothing is; beside a "model" XLA refuses a sum over one
         return function
@@ -173,21 +173,26 @@ def eval_step(
     model: VGG,
     mean_rgb: tuple[float, float, float],
     mesh: Mesh,
-    layout: Layout = PLAIN,
+    layout: Layout = DATA_PARALLEL,
 ) -> Sums:
     """The sums of a batch, in inference."""
-    spread = jax.tree.map(over_data, shardings(variables, mesh, layout))
+    spread = jax.tree.map(data_spec, shardings(variables, mesh, layout))
 
     def share(variables: dict[str, Any], batch: Batch) -> Sums:
         variables = jax.tree.map(_gathered, variables, spread)
         logits: Any = model.apply(variables, preprocess(batch["image"], mean_rgb, batch["colour_shift"]))
         return _total(sums_of(logits, batch["label"], batch["mask"]), mesh)
 
-    return _over_data(share, mesh, (spread, PartitionSpec(DATA)), PartitionSpec())(variables, batch)
+    return _on_each_group(share, mesh, (spread, PartitionSpec(DATA)), PartitionSpec())(variables, batch)
 
 
 def compile_steps(
-    config: TrainConfig, model: VGG, mean_rgb: tuple[float, float, float], mesh: Mesh, layout: Layout = PLAIN, keep_state: bool = False
+    config: TrainConfig,
+    model: VGG,
+    mean_rgb: tuple[float, float, float],
+    mesh: Mesh,
+    layout: Layout = DATA_PARALLEL,
+    keep_state: bool = False,
 ) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped]:
     """`train_step(state, batch)`, which unless `keep_state` reuses the state's memory, and `eval_step(variables, batch)`, jitted."""
     static: dict[str, Any] = {"model": model, "mean_rgb": mean_rgb, "mesh": mesh, "layout": layout}

@@ -29,10 +29,11 @@ import numpy as np
 
 from tests.tiny import SHALLOW
 from vgg_jax import CONFIGS
-from vgg_jax.checkpoint import Saved, shapes_of, variables_of
+from vgg_jax.checkpoint import Saved
 from vgg_jax.configs import CHOICES
 from vgg_jax.optimizer import sgd
 from vgg_jax.run import read_run
+from vgg_jax.saving import shapes_of, variables_of
 from vgg_jax.sharding import make_mesh
 from vgg_jax.train_step import build_model, init_state
 

@@ -15,11 +15,12 @@ import pytest
 import vgg_jax.train
 from tests.data.tiny_data import encode, noise
 from vgg_jax import IMAGENET, InputError, TrainConfig
-from vgg_jax.checkpoint import Saved, shapes_of
+from vgg_jax.checkpoint import Saved
 from vgg_jax.configs import MOST_HALVINGS
 from vgg_jax.nonfinite import first_nonfinite
 from vgg_jax.optimizer import sgd
 from vgg_jax.run import read_run
+from vgg_jax.saving import shapes_of
 from vgg_jax.sharding import make_mesh, put_batch
 from vgg_jax.train import DivergedError, fit
 from vgg_jax.train_step import build_model, init_state

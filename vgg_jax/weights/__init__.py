@@ -5,6 +5,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from vgg_jax.configs import CONFIGS, WRITTEN
 from vgg_jax.errors import InputError
 from vgg_jax.imagenet import CLASSES
 from vgg_jax.model import VGG
-from vgg_jax.paths import here, is_remote, of_this_machine, path_of
+from vgg_jax.paths import local_file, of_this_machine, path_of
 from vgg_jax.weights.containers import damage_named, open_file
 from vgg_jax.weights.layouts import FEATURES, LAYOUTS, NO_STD, Preprocessing, rows
 from vgg_jax.weights.recognize import recognize
@@ -50,24 +51,25 @@ class Weights:
         return ", ".join(parts)
 
 
-def read(source: str | os.PathLike, net: str | None = None) -> Weights:
+def read(path: str | os.PathLike, net: str | None = None) -> Weights:
     """The weights of a run's best epoch, or in a file, of the layout and net that its names and shapes tell; of `net` if one is given.
 
     Raises InputError for what cannot be read, or is not a VGG's, naming each tensor that is missing, misshapen or too much.
     """
     if net is not None and net not in CONFIGS:
         raise InputError(f"net is {net!r}: expected one of {', '.join(CONFIGS)}")
-    path = path_of(source)
-    if is_remote(source) and not path.is_dir():
-        with here(source) as file:
-            return read(file, net)
-    if path.is_dir():
+    if path_of(path).is_dir():
         model, variables, metadata = load(path, net)
         known = metadata["preprocessing"]
         preprocessing = Preprocessing(tuple(known["mean_rgb"]), NO_STD, known["scale"], metadata["flip"], known["exif"])
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
         model = model.clone(dtype=jnp.float32)  # whatever it was trained in
         return Weights(metadata["net"], "vgg_jax", model, params, batch_stats, True, preprocessing, metadata["classes"])
+    with local_file(path) as file:
+        return _read(file, net)
+
+
+def _read(path: Path, net: str | None) -> Weights:
     contents = open_file(path)
     try:
         notes = _notes(contents.notes)
@@ -161,7 +163,8 @@ def save(
         tensors[row.theirs] = row.to_theirs(np.asarray(trees[group][layer][leaf])).astype(dtype)
     known = weights.preprocessing._replace(std_rgb=std, scale=metadata_of(weights)["preprocessing"]["scale"])
     notes = {"net": weights.net, "image_size": model.image_size, "classes": weights.classes} | known._asdict()
-    temporary = of_this_machine(path).with_name(os.path.basename(path) + ".part")
+    file = of_this_machine(path)
+    temporary = file.with_name(file.name + ".part")
     try:
         save_file(tensors, temporary, metadata={"format": "pt", "vgg_jax": json.dumps(notes | dict(more or {}))})
         os.replace(temporary, path)
