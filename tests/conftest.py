@@ -1,6 +1,7 @@
 """Strict by default: warnings are errors (pyproject.toml), shapes broadcast only where the code says so; and two CPU devices."""
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,9 @@ from vgg_jax.configs import CHOICES
 
 # For what tests compile by the way, without `compiler_options`: a quarter of the time.
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts so what runs in its background, and the tests send it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
