@@ -134,18 +134,24 @@ class VGG(nn.Module):
             """Zeros around each image, as a convolution of the image alone would find there."""
             return x if there is None else jnp.where(there[..., None], x, 0)
 
-        x = clear(x)
+        x = linear = clear(x)
+        previous = ""
         for name, kind, width, kernel in table:
             if kind == "conv":
                 x = Conv(width, kernel, kernel_init=conv_init, name=name, **types)(x, self.get_variable("filters", name))
             elif kind == "bn":
                 x = BatchNorm(axis_name=self.axis_name, name=name, **types)(x, train and name not in self.frozen, mask)
             elif kind == "relu":
-                x = clear(relu(x))
+                linear, x = x, clear(relu(x))
             elif kind == "lrn":
                 x = local_response_norm(x)
             elif kind == "pool":
-                x = max_pool(x, ceil) if self.pool == "max" else avg_pool(x)
+                if self.pool == "avg":
+                    x = avg_pool(x)
+                elif previous == "relu" and there is None:
+                    x = max_pool(linear, ceil, rectify=True)  # ReLU and pooling in one: a gradient then keeps neither map
+                else:
+                    x = max_pool(x, ceil)
                 there = None if there is None else pooled(there, ceil)
                 x = clear(x)  # of an odd side the last row was pooled with a zero
             elif kind == "fc":
@@ -154,6 +160,7 @@ class VGG(nn.Module):
                 x = Dropout(self.dropout_rate, self.axis_name, name=name)(x, train)
             if name in wanted:
                 found[name] = x
+            previous = kind
         return found
 
 
