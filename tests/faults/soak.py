@@ -3,13 +3,14 @@
     python -m tests.faults.soak --minutes 60 --seed 0 > soak.json
 
 A run is 100 epochs of a tiny net on the digits: 10,200 steps, 100 evaluations, saved every two seconds and behind each epoch. The quiet one
-is watched: its memory and its open files. The others go through one fault at random moments, from the first import on, and are started
-again by the same command until they are done. Prints one JSON document: for each fault how often it struck, how many runs came of that,
-how many of those ended otherwise than the quiet one (a step that is lost, or done twice, would show), and the longest time from a signal to
-the process's end.
+is watched: its resident memory, what of it malloc has given out and not got back, and its open files. The others go through one fault at
+random moments, from the first import on, and are started again by the same command until they are done. Prints one JSON document: for each
+fault how often it struck, how many runs came of that, how many of those ended otherwise than the quiet one (a step that is lost, or done
+twice, would show), and the longest time from a signal to the process's end.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import random
@@ -19,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,11 +41,13 @@ from vgg_jax.train_step import build_model, init_state
 
 CLOCK = ("time", "seconds", "images_per_second", "input_wait_seconds")
 BATCH, EPOCHS = 16, 100
+SEEN = "VGG_JAX_SOAK_SEEN"  # the file that a watched process writes
 # As the command line would, had it this net.
 COMMAND = """
 import sys
-from tests.faults.soak import with_small_net
+from tests.faults.soak import watch, with_small_net
 with_small_net()
+watch()
 from vgg_jax.cli import main
 sys.exit(main())
 """
@@ -74,28 +78,52 @@ def equal(one: Path, other: Path) -> bool:
     return said == same_said and all(jax.tree.leaves(jax.tree.map(np.array_equal, arrays, same_arrays)))
 
 
-def started(workdir: Path, cache: Path, log: Path, preexec: Callable[[], None] | None = None) -> subprocess.Popen:
+def started(workdir: Path, cache: Path, log: Path, preexec: Callable[[], None] | None = None, seen: Path | None = None) -> subprocess.Popen:
     argv = ["train", "digits", "--net", "shallow", "--image-size", "16", "--scale", "16", "18", "--fc", "24", "16", "--dropout-rate", "0.5"]
     argv += ["--colour-shift", "0.1", "--batch-size", str(BATCH), "--microbatch", "8", "--epochs", str(EPOCHS)]
     argv += ["--schedule", "step", "--drop-epochs", "50", "--save-seconds", "2", "--workdir", str(workdir)]
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)} | ({SEEN: str(seen)} if seen else {})
     with Path(os.devnull).open("a") if preexec else log.open("a") as file:  # the limit on the size of files is the log's, too
         return subprocess.Popen([sys.executable, "-c", COMMAND, *argv], stdout=file, stderr=file, env=environment, preexec_fn=preexec)
 
 
-def watched(process: subprocess.Popen) -> dict[str, Any]:
-    """The resident memory (MB) and the open files of a process, at a tenth, at half and at the end of its life."""
-    seen = []
-    while process.poll() is None:
-        try:
-            status = Path(f"/proc/{process.pid}/status").read_text()
-            memory = next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmRSS"))
-            seen.append((round(memory), len(os.listdir(f"/proc/{process.pid}/fd"))))
-        except (OSError, StopIteration):
-            break
-        time.sleep(0.2)
-    places = [seen[int(len(seen) * share)] for share in (0.1, 0.3, 0.5, 0.7, 0.9)]
-    return {"memory_mb": [memory for memory, _ in places], "open_files": [files for _, files in places]}
+class MallInfo(ctypes.Structure):
+    """What glibc's mallinfo2 returns, of all arenas."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    ]
+
+
+def watch() -> None:
+    """If asked for by the environment, writes a line five times a second: resident MB, MB given out by malloc, open files."""
+    if SEEN not in os.environ:
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallinfo2.restype = MallInfo
+
+    def write() -> None:
+        with Path(os.environ[SEEN]).open("w") as file:
+            while True:
+                resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+                info = libc.mallinfo2()
+                print(resident / 1e6, (info.uordblks + info.hblkhd) / 1e6, len(os.listdir("/proc/self/fd")), file=file, flush=True)
+                time.sleep(0.2)
+
+    threading.Thread(target=write, daemon=True).start()
+
+
+def watched(seen: Path) -> dict[str, Any]:
+    """What `watch` wrote, at a tenth, three, five, seven and nine tenths of the process's life."""
+    lines = [line.split() for line in seen.read_text().splitlines()]
+    places = [lines[int(len(lines) * share)] for share in (0.1, 0.3, 0.5, 0.7, 0.9)]
+    resident, given_out, files = zip(*places, strict=True)
+    return {
+        "resident_mb": [round(float(each)) for each in resident],
+        "given_out_mb": [round(float(each), 1) for each in given_out],
+        "open_files": [int(each) for each in files],
+    }
 
 
 def full_disk() -> None:
@@ -160,8 +188,8 @@ def main() -> None:
     cache, log = folder / "cache", folder / "log"
     started(folder / "warm-up", cache, log).wait()
     begun = time.monotonic()
-    quiet = watched(started(folder / "quiet", cache, log))
-    seconds = time.monotonic() - begun
+    started(folder / "quiet", cache, log, seen=folder / "seen").wait()
+    seconds, quiet = time.monotonic() - begun, watched(folder / "seen")
     assert equal(folder / "quiet", folder / "warm-up")
     found = {fault: {"struck": 0, "runs": 0, "runs_that_differ": 0, "slowest_end_s": 0.0} for fault in FAULTS}
     while time.monotonic() < end:
