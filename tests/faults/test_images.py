@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -240,6 +241,24 @@ def test_a_file_that_vanishes_is_left_out(tmp_path, capsys):
     batches = list(eval_batches(source, TrainConfig(**{**vars(TINY), "skip_bad": True}), 4))
     assert sum(batch["mask"].sum() for batch in batches) == 9
     assert "bees/3.png' cannot be read" in capsys.readouterr().err
+
+
+def test_an_image_that_may_not_be_read():
+    with tempfile.TemporaryDirectory() as folder:  # not pytest's own, which is closed to other users
+        Path(folder).chmod(0o755)
+        root = with_bad(Path(folder) / "data")
+        open_split(root, "train")  # what is imported late
+        (Path(root) / "bees" / "3.png").chmod(0)
+        user = os.geteuid()
+        if user == 0:  # who may read all
+            os.seteuid(65534)
+        try:
+            with pytest.raises(DataError, match=r"1 of 10 files .* cannot be read: '.*bees/3.png'"):
+                open_split(root, "train")
+            source = open_split(root, "train", skip_bad=True)
+            assert sum(batch["mask"].sum() for batch in eval_batches(source, TINY, 4)) == source.size == 9
+        finally:
+            os.seteuid(user)
 
 
 def test_files_that_are_no_images_of_every_kind(tmp_path):

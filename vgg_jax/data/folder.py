@@ -65,7 +65,9 @@ def _records(name: str, root: str, folder: str, classes: tuple[str, ...], skip_b
     bad = list(itertools.compress(paths, ~good))
     if bad and not skip_bad:
         shown = ", ".join(repr(os.fsdecode(path)) for path in bad[:10]) + (", …" if len(bad) > 10 else "")
-        raise DataError(f"{len(bad)} of {len(paths)} files under {folder!r} are not images: {shown}; remove them or pass --skip-bad")
+        raise DataError(
+            f"{len(bad)} of {len(paths)} files under {folder!r} are not images, or cannot be read: {shown}; remove them or pass --skip-bad"
+        )
     for each in present:
         if not np.any(labels[good] == classes.index(each)):
             raise InputError(
