@@ -15,6 +15,7 @@ from vgg_jax.layers import (
     add_bias,
     compiler_options,
     convolution,
+    convolves_bfloat16,
     local_response_norm,
     max_pool,
     relu,
@@ -98,6 +99,14 @@ def test_bfloat16_is_not_left_to_winograd():
     assert (y == direct(x, kernel)).all()
 
 
+def test_bfloat16_is_onednns_where_xla_gives_it_to_it():
+    x, kernel = jnp.ones((1, 8, 8, 16), jnp.bfloat16), jnp.ones((3, 3, 16, 16), jnp.bfloat16)
+    for function, count in ((convolution, 1), (lambda x, kernel: jax.grad(lambda x: convolution(x, kernel).sum())(x), 1)):
+        compiled = jax.jit(function, compiler_options=compiler_options(dtype=jnp.bfloat16)).lower(x, kernel).compile()
+        found = sum('custom_call_target="__onednn$convolution"' in line for line in compiled.as_text().splitlines())
+        assert found == (count if convolves_bfloat16() else 0)
+
+
 @pytest.mark.parametrize("side", [2, 8])
 def test_bfloat16_keeps_its_digits_forward_and_backward(side):
     """Against float64 from the same rounded numbers: a product that rounded its partial sums to bfloat16 would be ten times as far off."""
@@ -106,7 +115,7 @@ def test_bfloat16_keeps_its_digits_forward_and_backward(side):
         jnp.asarray(rng.normal(size=size), jnp.bfloat16) for size in ((4, side, side, 512), (3, 3, 512, 64), (4, side, side, 64))
     )
 
-    ours = jax.jit(functools.partial(with_gradients, convolution), compiler_options=compiler_options())(x, kernel, g)
+    ours = jax.jit(functools.partial(with_gradients, convolution), compiler_options=compiler_options(dtype=jnp.bfloat16))(x, kernel, g)
     with jax.enable_x64(True):
         expected = with_gradients(direct, *(jnp.asarray(np.asarray(each, np.float64)) for each in (x, kernel, g)))
     for one, other in zip(ours, expected, strict=True):

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vgg_jax.layers import compiler_options, with_filters
+from vgg_jax.layers import compiler_options, convolves_bfloat16, with_filters
 from vgg_jax.model import VGG
 
 
@@ -15,13 +15,23 @@ def compile_inference(model: VGG, variables: Mapping[str, Any], method: str | No
     """`model.apply(variables, images)` as a function of the images, the fastest way there is here.
 
     It is compiled anew for each shape. `method` and `settings` are those of `model.apply`: "score_map", or "features" with `layers`. On a
-    CPU it holds four times the memory of the convolutions' kernels besides the variables, and a bfloat16 net is computed in float32,
-    which is faster there (net D, batch 8: 0.55 s instead of 0.62) and more exact; what comes out is bfloat16.
+    CPU it holds four times the memory of the convolutions' kernels besides the variables. On one without instructions for bfloat16, and
+    with jaxlib before 0.12, a bfloat16 net is computed in float32, which is faster there and more exact; what comes out is bfloat16.
     """
-    wide = model.clone(dtype=jnp.promote_types(model.dtype, jnp.float32)) if jax.default_backend() == "cpu" else model
+    wide = model
+    if jax.default_backend() == "cpu" and not (model.dtype == jnp.bfloat16 and convolves_bfloat16()):
+        wide = model.clone(dtype=jnp.promote_types(model.dtype, jnp.float32))
 
     def run(variables: Any, images: jax.Array) -> Any:
         found = wide.apply(variables, images, method=method, **settings)
         return jax.tree.map(lambda x: x.astype(jnp.result_type(model.dtype)), found)
 
-    return functools.partial(jax.jit(run, compiler_options=compiler_options(thorough=True)), with_filters(variables))
+    variables = with_filters(variables, wide.dtype)
+    # Convolutions and FC layers in the type that they compute in: cast here, they need not be at each call.
+    params = {
+        name: {leaf: jnp.asarray(value, wide.dtype) for leaf, value in layer.items()} if "kernel" in layer else layer
+        for name, layer in variables["params"].items()
+    }
+    return functools.partial(
+        jax.jit(run, compiler_options=compiler_options(thorough=True, dtype=wide.dtype)), {**variables, "params": params}
+    )

@@ -25,7 +25,7 @@ _NHWC = ("NHWC", "HWIO", "NHWC")
 FEW = 4  # input channels, too few for Winograd: the image's
 
 
-def compiler_options(thorough: bool = False) -> dict[str, str | int | bool]:
+def compiler_options(thorough: bool = False, dtype: Any = jnp.float32) -> dict[str, str | int | bool]:
     """What to pass as `jax.jit(f, compiler_options=...)` for the best speed on the default backend; nothing but on a CPU.
 
     There XLA's YNN is for matrix products alone (a step of net A at 32 pixels, jax 0.12: 0.37 s, without it 0.41 s): the weight gradient
@@ -33,11 +33,15 @@ def compiler_options(thorough: bool = False) -> dict[str, str | int | bool]:
     that to compile an initialisation ten times, at the same speed. `thorough` is for inference that goes on for minutes: 1.5 times as
     long to compile, and faster by a tenth (dense evaluation with net A, 4 photos, AVX-512: 0.58 s -> 0.53 s). LLVM's expensive passes
     are a third of what would be left to compile, and gain nothing.
+
+    For a net that computes in the `dtype` bfloat16 convolutions are oneDNN's, where `convolves_bfloat16`. Such programs jaxlib 0.12 cannot
+    write to jax's compilation cache, which warns of it; so float32 has none of them.
     """
     if jax.default_backend() != "cpu":
         return {}
     llvm: dict[str, int | bool] = {"xla_llvm_disable_expensive_passes": True} if thorough else {"xla_backend_optimization_level": 1}
-    return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT", **llvm}
+    onednn = {"xla_cpu_experimental_onednn_custom_call": True} if dtype == jnp.bfloat16 else {}
+    return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT", **onednn, **llvm}
 
 
 def _direct(x: Array, kernel: Array) -> Array:
@@ -74,11 +78,46 @@ def _im2col_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array
 _with_im2col.defvjp(_im2col_forward, _im2col_backward)
 
 
+@functools.cache
+def convolves_bfloat16() -> bool:
+    """Whether XLA gives a bfloat16 convolution to oneDNN here: jaxlib 0.12 does, on a CPU that has instructions for them."""
+    if jax.default_backend() != "cpu":
+        return False
+    x, kernel = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1, 8, 8, 16), (3, 3, 16, 16)))
+    compiled = jax.jit(_direct, compiler_options=compiler_options(dtype=jnp.bfloat16)).lower(x, kernel).compile()
+    return "onednn" in (compiled.as_text() or "")
+
+
+@jax.custom_vjp
+def _in_bfloat16(x: Array, kernel: Array) -> Array:
+    """For 3x3 kernels, by oneDNN (AMX, 128x8x8x256: 1,400 GFLOP/s, Winograd in float32 240); the kernel's gradient it does not do."""
+    return _direct(x, kernel)
+
+
+def _in_bfloat16_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _in_bfloat16(x, kernel), (x, kernel)
+
+
+def _in_bfloat16_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    # Behind the barrier it is a convolution like another; with the kernel turned inside, one that oneDNN is not given.
+    to_input = _direct(g, lax.optimization_barrier(kernel.swapaxes(2, 3)[::-1, ::-1]))
+    x, g = x.astype(jnp.float32), g.astype(jnp.float32)
+    few = x.shape[-1] <= FEW
+    to_kernel = jax.vjp(lambda k: _im2col(x, k), kernel.astype(jnp.float32))[1](g)[0] if few else winograd.kernel_gradient(x, g)
+    return to_input, to_kernel.astype(kernel.dtype)
+
+
+_in_bfloat16.defvjp(_in_bfloat16_forward, _in_bfloat16_backward)
+
+
 def _on_cpu(x: Array, kernel: Array, filters: Array | None) -> Array:
     (h, w, c), side = x.shape[1:], kernel.shape[0]
     if min(h, w) < side:
         return _with_im2col(x, kernel)
-    if jnp.finfo(x.dtype).bits < 32:  # XLA's own is many times slower in bfloat16, and Winograd's transforms need the digits
+    if jnp.finfo(x.dtype).bits < 32:  # XLA's own is many times slower, and Winograd's transforms need the digits
+        if x.dtype == jnp.bfloat16 and side == 3 and convolves_bfloat16():
+            return _in_bfloat16(x, kernel)
         return _on_cpu(x.astype(jnp.float32), kernel.astype(jnp.float32), filters).astype(x.dtype)
     if c <= FEW:
         return _with_im2col(x, kernel)
@@ -142,12 +181,13 @@ def convolution(x: Array, kernel: Array, filters: Array | None = None) -> Array:
     return lax.platform_dependent(x, kernel, filters, cpu=_on_cpu, cuda=_on_cuda, default=lambda x, kernel, _: _direct(x, kernel))
 
 
-def with_filters(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The variables of a net with its 3x3 kernels as the CPU's convolution wants them, made once for inference over and over.
+def with_filters(variables: Mapping[str, Any], dtype: Any = jnp.float32) -> dict[str, Any]:
+    """The variables of a net with its 3x3 kernels as the CPU's convolution wants them, made once for inference over and over in `dtype`.
 
-    Four times the kernels' memory; a fifth less time (dense evaluation with net A, 2-core x86). On an accelerator there are none.
+    Four times the kernels' memory; a fifth less time (dense evaluation with net A, 2-core x86). On an accelerator there are none, nor where
+    the CPU convolves bfloat16.
     """
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu" or (dtype == jnp.bfloat16 and convolves_bfloat16()):
         return dict(variables)
     kernels = {name: layer["kernel"] for name, layer in variables["params"].items() if name.startswith("conv")}
     kernels = {name: kernel for name, kernel in kernels.items() if kernel.shape[0] == 3 and kernel.shape[2] > FEW}
@@ -164,7 +204,12 @@ def _filters(kernels: dict[str, Array]) -> dict[str, Array]:
 @jax.custom_vjp
 def relu(x: Array) -> Array:
     """max(x, 0). What came in need not be kept for the gradient: what went out, which the next layer keeps, tells the same."""
-    return jnp.maximum(x, 0)
+    return lax.platform_dependent(x, cpu=lambda x: jnp.maximum(_wide(x), 0).astype(x.dtype), default=lambda x: jnp.maximum(x, 0))
+
+
+def _wide(x: Array) -> Array:
+    """At least float32: the maximum of bfloat16 numbers takes a CPU ten times as long (8x224x224x64, pooled: 17 ms, 1.8)."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _relu(x: Array) -> tuple[Array, Array]:
@@ -202,8 +247,8 @@ def _pixels(x: Array) -> list[Array]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _max_of_windows(x: Array, rectify: bool) -> Array:
-    y = functools.reduce(jnp.maximum, _pixels(x))
-    return jnp.maximum(y, 0) if rectify else y
+    y = functools.reduce(jnp.maximum, map(_wide, _pixels(x)))
+    return (jnp.maximum(y, 0) if rectify else y).astype(x.dtype)
 
 
 def _maxima(x: Array, rectify: bool) -> tuple[Array, Array]:

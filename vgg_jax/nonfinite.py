@@ -20,7 +20,7 @@ def first_nonfinite(state: TrainState, batch: Batch, *, model: VGG, mean_rgb: tu
 
     Compiles and runs the step once more. Micro-batches are computed at once: dropout then draws otherwise.
     """
-    run = jax.jit(partial(_step, model=model, mean_rgb=mean_rgb), compiler_options=compiler_options())
+    run = jax.jit(partial(_step, model=model, mean_rgb=mean_rgb), compiler_options=compiler_options(dtype=model.dtype))
     outputs, gradients = jax.device_get(run(state, batch))
     table = layer_table(model.config, model.num_classes, model.batch_norm, model.image_size)
     for name in (layer.name for layer in table if layer.name in outputs):

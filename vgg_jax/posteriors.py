@@ -55,7 +55,7 @@ def compiled(
     model: VGG, mean_rgb: tuple[float, float, float], ceil: bool, mesh: jax.sharding.Mesh
 ) -> tuple[Callable[..., Array], Callable[..., Array]]:
     """`last_maps` and `logits_at`, jitted. The same for equal arguments, so that what they have compiled is used again."""
-    options: Any = {"compiler_options": compiler_options(thorough=True), "out_shardings": replicated(mesh)}
+    options: Any = {"compiler_options": compiler_options(thorough=True, dtype=model.dtype), "out_shardings": replicated(mesh)}
     return (
         jax.jit(functools.partial(last_maps, model=model, mean_rgb=mean_rgb, ceil=ceil), **options),
         jax.jit(functools.partial(logits_at, model=model), **options),
@@ -135,7 +135,7 @@ def stream_posteriors(
 
     @functools.cache
     def net(turned: bool) -> dict[str, Any]:
-        return jax.device_put(with_filters(transposed(placed) if turned else placed), replicated(mesh))
+        return jax.device_put(with_filters(transposed(placed) if turned else placed, model.dtype), replicated(mesh))
 
     def all_windows() -> Iterator[Window]:
         for index, scales in enumerate(images):

@@ -209,7 +209,7 @@ def compile_steps(
     optimizer = sgd(config)
     step = partial(train_step, optimizer=optimizer, microbatch=config.microbatch, **static)
     places = shardings(jax.eval_shape(partial(_state, model, optimizer), jax.random.key(0)), mesh, layout)
-    options: dict[str, Any] = {"compiler_options": compiler_options()}
+    options: dict[str, Any] = {"compiler_options": compiler_options(dtype=model.dtype)}
     return (
         jax.jit(step, donate_argnums=() if keep_state else 0, out_shardings=(places, replicated(mesh)), **options),
         jax.jit(partial(eval_step, **static), out_shardings=replicated(mesh), **options),

@@ -123,16 +123,20 @@ def _forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
 def _backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, kernel = saved
     # By itself XLA transposes in blocks; fused, value by value.
-    dx = convolve(g, transform_filters(lax.optimization_barrier(kernel.swapaxes(2, 3)), rotated=True))
+    return convolve(g, transform_filters(lax.optimization_barrier(kernel.swapaxes(2, 3)), rotated=True)), kernel_gradient(x, g)
 
+
+def kernel_gradient(x: Array, g: Array) -> Array:
+    """(N, H, W, C) and the gradient (N, H, W, K) of what `convolution_3x3` makes of it -> (3, 3, C, K)."""
     blocks = _blocks(x.shape)
     inputs, gradients = _cut(x, blocks, halo=1), _cut(g, blocks, halo=0)
 
     def add(total: Array, block: Array) -> tuple[Array, None]:
         return total + jnp.einsum("tnc,tnk->tck", _input_tiles(inputs(block)), _gradient_tiles(gradients(block))), None
 
-    total, _ = lax.scan(add, jnp.zeros((36, *kernel.shape[2:]), x.dtype), jnp.arange(blocks.groups * blocks.strips))
-    return dx, (jnp.asarray(_GG.T, x.dtype) @ total.reshape(36, -1)).reshape(kernel.shape)
+    shape = x.shape[-1], g.shape[-1]
+    total, _ = lax.scan(add, jnp.zeros((36, *shape), x.dtype), jnp.arange(blocks.groups * blocks.strips))
+    return (jnp.asarray(_GG.T, x.dtype) @ total.reshape(36, -1)).reshape(3, 3, *shape)
 
 
 convolution_3x3.defvjp(_forward, _backward)
