@@ -5,8 +5,9 @@ places (2-core x86, float32):
 a map smaller than the kernel (batch 128 of 2x2x512, forward and both gradients: 2,600 ms, by im2col 116); the gradients where the image
 has three channels (a whole step of A, batch 128 at 32 pixels: 3.4 s, by im2col 1.2 s; forward im2col takes 1.4 times as long); and
 everywhere the 144 products a tile that Winograd does with 36 (jax 0.12, batch 8, forward and both gradients, 224x224x64: 1,450 ms,
-here 970; 56x56x256: 1,520 ms, here 540). In bfloat16 all but maps smaller than the kernel is computed in float32: a step of A in XLA's
-bfloat16 takes minutes, here 0.4 s.
+here 970; 56x56x256: 1,520 ms, here 540). In bfloat16 oneDNN convolves and multiplies where XLA
+gives it to it (jaxlib 0.12, CPUs with AMX or AVX512-BF16; net D, 8 images, 0.15 s, in float32 0.67), all but the gradient of the kernels;
+elsewhere all but maps smaller than the kernel is computed in float32: a step of A in XLA's own bfloat16 takes minutes.
 """
 
 import functools
@@ -34,14 +35,28 @@ def compiler_options(thorough: bool = False, dtype: Any = jnp.float32) -> dict[s
     long to compile, and faster by a tenth (dense evaluation with net A, 4 photos, AVX-512: 0.58 s -> 0.53 s). LLVM's expensive passes
     are a third of what would be left to compile, and gain nothing.
 
-    For a net that computes in the `dtype` bfloat16 convolutions are oneDNN's, where `convolves_bfloat16`. Such programs jaxlib 0.12 cannot
-    write to jax's compilation cache, which warns of it; so float32 has none of them.
+    For a net that computes in the `dtype` bfloat16 convolutions and products are oneDNN's, where `convolves_bfloat16`. Such programs
+    jaxlib 0.12 cannot write to jax's compilation cache, which warns of it; so float32 has none of them.
     """
     if jax.default_backend() != "cpu":
         return {}
     llvm: dict[str, int | bool] = {"xla_llvm_disable_expensive_passes": True} if thorough else {"xla_backend_optimization_level": 1}
-    onednn = {"xla_cpu_experimental_onednn_custom_call": True} if dtype == jnp.bfloat16 else {}
-    return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT", **onednn, **llvm}
+    if dtype == jnp.bfloat16 and convolves_bfloat16():
+        return {**_ONEDNN, **llvm}
+    return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT", **llvm}
+
+
+_ONEDNN: dict[str, str | int | bool] = {"xla_cpu_experimental_ynn_fusion_type": "", "xla_cpu_experimental_onednn_custom_call": True}
+
+
+@functools.cache
+def convolves_bfloat16() -> bool:
+    """Whether XLA gives a bfloat16 convolution to oneDNN here: jaxlib 0.12 does, on a CPU that has instructions for them."""
+    if jax.default_backend() != "cpu":
+        return False
+    x, kernel = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1, 8, 8, 16), (3, 3, 16, 16)))
+    compiled = jax.jit(_direct, compiler_options=_ONEDNN).lower(x, kernel).compile()
+    return "onednn" in (compiled.as_text() or "")
 
 
 def _direct(x: Array, kernel: Array) -> Array:
@@ -76,16 +91,6 @@ def _im2col_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array
 
 
 _with_im2col.defvjp(_im2col_forward, _im2col_backward)
-
-
-@functools.cache
-def convolves_bfloat16() -> bool:
-    """Whether XLA gives a bfloat16 convolution to oneDNN here: jaxlib 0.12 does, on a CPU that has instructions for them."""
-    if jax.default_backend() != "cpu":
-        return False
-    x, kernel = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1, 8, 8, 16), (3, 3, 16, 16)))
-    compiled = jax.jit(_direct, compiler_options=compiler_options(dtype=jnp.bfloat16)).lower(x, kernel).compile()
-    return "onednn" in (compiled.as_text() or "")
 
 
 @jax.custom_vjp
