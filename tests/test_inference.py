@@ -41,7 +41,9 @@ def test_kernels_are_transformed_once(monkeypatch):
     assert prepared_variables["filters"].keys() == {name for name in variables["params"] if name.startswith("conv")} - {"conv1_1"}
 
 
-@pytest.mark.parametrize("options", [{}, compiler_options()], ids=["jax's options", "ours"])
+@pytest.mark.parametrize(
+    "options", [{}, compiler_options(), compiler_options(dtype=jnp.bfloat16)], ids=["jax's options", "float32's", "bfloat16's"]
+)
 def test_a_bfloat16_net_is_right_as_one_program(options):
     """A batch and widths of which jax 0.12.0.1 made NaN on a CPU, the last pooling and all products behind it being one library call."""
     net = VGGConfig(((Conv(8),), (Conv(64), Conv(64))), fc=(64, 64))

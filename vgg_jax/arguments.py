@@ -98,7 +98,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--num-classes", type=int, default=1000)
     command.add_argument("--batch-norm", action="store_true")
     command.add_argument("--image-size", type=int, default=224)
-    command.add_argument("--batch-size", type=int, help="also compile a training step of so many images here, and say what memory it takes")
+    command.add_argument(
+        "--batch-size", type=int, help="also compile training with so many images a step here, and say what memory it takes"
+    )
     command.add_argument("--microbatch", type=int, help="as for train")
     command.add_argument("--dtype", default="float32", choices=CHOICES["dtype"], help="as for train")
 

@@ -62,7 +62,8 @@ def keep_compiled_programs() -> None:
     """Lets the next start find what this one compiles, in $JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
     # jaxlib 0.10 writes an error of two kilobytes for each program that it finds, over a preference of LLVM's. What fails is raised.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry")  # oneDNN's convolutions, in bfloat16, cannot be
+    # Of programs with oneDNN's convolutions, in bfloat16: jaxlib 0.12 cannot write those.
+    warnings.filterwarnings("ignore", r"(?s)Error writing persistent compilation cache entry.*std::bad_alloc")
     import jax
 
     if not jax.config.values["jax_compilation_cache_dir"]:

@@ -5,9 +5,9 @@ places (2-core x86, float32):
 a map smaller than the kernel (batch 128 of 2x2x512, forward and both gradients: 2,600 ms, by im2col 116); the gradients where the image
 has three channels (a whole step of A, batch 128 at 32 pixels: 3.4 s, by im2col 1.2 s; forward im2col takes 1.4 times as long); and
 everywhere the 144 products a tile that Winograd does with 36 (jax 0.12, batch 8, forward and both gradients, 224x224x64: 1,450 ms,
-here 970; 56x56x256: 1,520 ms, here 540). In bfloat16 oneDNN convolves and multiplies where XLA
-gives it to it (jaxlib 0.12, CPUs with AMX or AVX512-BF16; net D, 8 images, 0.15 s, in float32 0.67), all but the gradient of the kernels;
-elsewhere all but maps smaller than the kernel is computed in float32: a step of A in XLA's own bfloat16 takes minutes.
+here 970; 56x56x256: 1,520 ms, here 540). In bfloat16 3x3 convolutions, but for
+the kernels' gradients, and products are oneDNN's where XLA gives them to it (jaxlib 0.12, CPUs with AMX or AVX512-BF16; net D, 8 images:
+0.15 s, in float32 0.67); elsewhere all but maps smaller than the kernel is computed in float32.
 """
 
 import functools
@@ -51,12 +51,15 @@ _ONEDNN: dict[str, str | int | bool] = {"xla_cpu_experimental_ynn_fusion_type": 
 
 @functools.cache
 def convolves_bfloat16() -> bool:
-    """Whether XLA gives a bfloat16 convolution to oneDNN here: jaxlib 0.12 does, on a CPU that has instructions for them."""
+    """Whether XLA gives a bfloat16 convolution to oneDNN here: jaxlib 0.12 does, on a CPU that has instructions for them.
+
+    Tried by compiling one, once; the processes of a run have to answer alike, or to compute in float32.
+    """
     if jax.default_backend() != "cpu":
         return False
     x, kernel = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1, 8, 8, 16), (3, 3, 16, 16)))
     compiled = jax.jit(_direct, compiler_options=_ONEDNN).lower(x, kernel).compile()
-    return "onednn" in (compiled.as_text() or "")
+    return "__onednn$convolution" in (compiled.as_text() or "")
 
 
 def _direct(x: Array, kernel: Array) -> Array:
@@ -177,7 +180,8 @@ add_bias.defvjp(_add_bias, _bias_gradient)
 def convolution(x: Array, kernel: Array, filters: Array | None = None) -> Array:
     """(N, H, W, C), (k, k, C, K) -> (N, H, W, K): cross-correlation, stride 1, zero padding k // 2, for an odd k.
 
-    `filters` are the kernel's from `with_filters`, for inference.
+    `filters` are the kernel's from `with_filters`, for inference. Where `convolves_bfloat16`, bfloat16 is fast only in a program that is
+    compiled with `compiler_options(dtype=jnp.bfloat16)`; with others it takes twice as long as in float32.
     """
     if kernel.shape[0] == 1:
         return x @ kernel[0, 0]
