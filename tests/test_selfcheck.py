@@ -7,7 +7,7 @@ import pytest
 
 from vgg_jax import selfcheck
 from vgg_jax.cli import main
-from vgg_jax.layers import relu
+from vgg_jax.pooling import relu
 
 
 def test_this_machine_is_right(monkeypatch, capsys):

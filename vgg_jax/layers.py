@@ -1,13 +1,16 @@
-"""The operations that need care: convolution and pooling that are fast on a CPU too, batch normalisation, LRN, FC layers over maps.
+"""The layers that need care: convolution that is fast on a CPU too, batch normalisation, LRN, FC layers over maps.
 
 Shapes are (N, H, W, C). On an accelerator a convolution is XLA's own, on a GPU the image's by rows. On a CPU XLA's is slow in three
 places (2-core x86, float32):
-a map smaller than the kernel (batch 128 of 2x2x512, forward and both gradients: 2,600 ms, by im2col 116); the gradients where the image
-has three channels (a whole step of A, batch 128 at 32 pixels: 3.4 s, by im2col 1.2 s; forward im2col takes 1.4 times as long); and
-everywhere the 144 products a tile that Winograd does with 36 (jax 0.12, batch 8, forward and both gradients, 224x224x64: 1,450 ms,
-here 970; 56x56x256: 1,520 ms, here 540). In bfloat16 3x3 convolutions, but for
-the kernels' gradients, and products are oneDNN's where XLA gives them to it (jaxlib 0.12, CPUs with AMX or AVX512-BF16; net D, 8 images:
-0.15 s, in float32 0.67); elsewhere all but maps smaller than the kernel is computed in float32.
+
+- a map smaller than the kernel (batch 128 of 2x2x512, forward and both gradients: 2,600 ms, by im2col 116);
+- the gradients where the image has three channels (a whole step of A, batch 128 at 32 pixels: 3.4 s, by im2col 1.2 s; forward im2col takes
+  1.4 times as long);
+- everywhere the 144 products a tile that Winograd does with 36 (jax 0.12, batch 8, forward and both gradients, 224x224x64: 1,450 ms, here
+  970; 56x56x256: 1,520 ms, here 540).
+
+In bfloat16 3x3 convolutions, but for the kernels' gradients, and products are oneDNN's where XLA gives them to it (jaxlib 0.12, CPUs with
+AMX or AVX512-BF16; net D, 8 images: 0.15 s, in float32 0.67); elsewhere all but maps smaller than the kernel is computed in float32.
 """
 
 import functools
@@ -208,92 +211,6 @@ def _filters(kernels: dict[str, Array]) -> dict[str, Array]:
     return {
         name: winograd.transform_filters(kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))) for name, kernel in kernels.items()
     }
-
-
-@jax.custom_vjp
-def relu(x: Array) -> Array:
-    """max(x, 0). What came in need not be kept for the gradient: what went out, which the next layer keeps, tells the same."""
-    return lax.platform_dependent(x, cpu=lambda x: jnp.maximum(_wide(x), 0).astype(x.dtype), default=lambda x: jnp.maximum(x, 0))
-
-
-def _wide(x: Array) -> Array:
-    """At least float32: the maximum of bfloat16 numbers takes a CPU ten times as long (8x224x224x64, pooled: 17 ms, 1.8)."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def _relu(x: Array) -> tuple[Array, Array]:
-    y = relu(x)
-    return y, y
-
-
-def _relu_gradient(y: Array, g: Array) -> tuple[Array]:
-    # Without the barrier XLA asks what came in all the same: on a GPU 3.8 of 11.9 GB and 3 % of the time of a step (net D, batch 256,
-    # bfloat16). On a CPU, where the bias is added again for each reader, nothing is kept twice, and the barrier takes 12 % more.
-    y = lax.platform_dependent(y, cpu=lambda y: y, default=lax.optimization_barrier)
-    return (jnp.where(y > 0, g, 0),)
-
-
-relu.defvjp(_relu, _relu_gradient)
-
-
-def max_pool(x: Array, ceil: bool = False, rectify: bool = False) -> Array:
-    """(N, H, W, C) -> (N, H // 2, W // 2, C): the maximum of each 2x2 window, with `rectify` of its ReLU.
-
-    Of an odd side the last row or column is left out, or with `ceil`, as in Caffe, pooled by itself. Its gradient keeps a byte for each
-    window, which says where the maxima are, and neither the map nor its ReLU. No select-and-scatter: that is 3 to 5 times slower on a
-    CPU, and on a GPU refused in XLA's deterministic mode. Equal maxima share their gradient; PyTorch gives it to the first.
-    """
-    if ceil:
-        x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)), constant_values=-jnp.inf)
-    h, w = x.shape[1:3]
-    return _max_of_windows(x[:, : h // 2 * 2, : w // 2 * 2], rectify)
-
-
-def _pixels(x: Array) -> list[Array]:
-    """The four pixels of all 2x2 windows. As a reduction over them their maximum takes a CPU 2 to 7 times as long."""
-    return [x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _max_of_windows(x: Array, rectify: bool) -> Array:
-    y = functools.reduce(jnp.maximum, map(_wide, _pixels(x)))
-    return (jnp.maximum(y, 0) if rectify else y).astype(x.dtype)
-
-
-def _maxima(x: Array, rectify: bool) -> tuple[Array, Array]:
-    """The maxima, and a byte for each window: a bit is set where that pixel is the maximum, and a ReLU lets it pass."""
-    y = _max_of_windows(x, rectify)
-    passes = (y > 0) | (not rectify)
-    bits = [((pixel == y) & passes).astype(jnp.uint8) << place for place, pixel in enumerate(_pixels(x))]
-    return lax.optimization_barrier((y, functools.reduce(jnp.bitwise_or, bits)))
-
-
-def _max_gradient(rectify: bool, bits: Array, g: Array) -> tuple[Array]:
-    share = g / jnp.maximum(lax.population_count(bits), 1).astype(g.dtype)
-    place = jnp.arange(4, dtype=jnp.uint8).reshape(1, 1, 2, 1, 2, 1)
-    here = bits[:, :, None, :, None] >> place & 1
-    n, h, w, c = g.shape
-    return (jnp.where(here == 1, share[:, :, None, :, None], 0).reshape(n, 2 * h, 2 * w, c),)
-
-
-_max_of_windows.defvjp(_maxima, _max_gradient)
-
-
-def avg_pool(x: Array) -> Array:
-    """(N, H, W, C) -> (N, H // 2, W // 2, C): the mean of each 2x2 window; of an odd side the last row or column is left out."""
-    n, h, w, c = x.shape
-    return x[:, : h // 2 * 2, : w // 2 * 2].reshape(n, h // 2, 2, w // 2, 2, c).mean((2, 4))
-
-
-def pooled(there: Array, ceil: bool = False) -> Array:
-    """bool (N, H, W) -> (N, H // 2, W // 2): where the pooling of an image has a value, if it fills an array only where it is `there`.
-
-    That is where all of a 2x2 window is the image's, or with `ceil` any of it.
-    """
-    if ceil:
-        there = jnp.pad(there, ((0, 0), *((0, side % 2) for side in there.shape[1:])))
-    share = avg_pool(there[..., None].astype(jnp.float32))[..., 0]
-    return share > 0 if ceil else share == 1
 
 
 def local_response_norm(x: Array, k: float = 2.0, n: int = 5, alpha: float = 1e-4, beta: float = 0.75) -> Array:

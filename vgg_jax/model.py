@@ -11,7 +11,8 @@ from jax import Array
 
 from vgg_jax.configs import CONFIGS, VGGConfig, layer_table
 from vgg_jax.errors import InputError
-from vgg_jax.layers import BatchNorm, Conv, Dropout, FullyConnected, avg_pool, local_response_norm, max_pool, pooled, relu
+from vgg_jax.layers import BatchNorm, Conv, Dropout, FullyConnected, local_response_norm
+from vgg_jax.pooling import avg_pool, max_pool, pooled, relu
 
 # Of the kernels, (convolutions', fully connected layers'); biases start at 0.
 INITIALIZERS: dict[str, Callable[[float], tuple[nn.initializers.Initializer, nn.initializers.Initializer]]] = {
