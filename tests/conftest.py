@@ -21,10 +21,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts so what 
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Many tests compile the same programs, a run and the one that goes on with it for example.
+# Many tests compile the same programs, a run and the one that goes on with it for example; and so do processes that they start.
 CACHE = tempfile.TemporaryDirectory()
-jax.config.update("jax_compilation_cache_dir", CACHE.name)
-
+for name, value in (("jax_compilation_cache_dir", CACHE.name), ("jax_persistent_cache_min_compile_time_secs", 0)):
+    jax.config.update(name, value)
+    os.environ[name.upper()] = str(value)
 
 DATA = Path(os.environ.get("VGG_JAX_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

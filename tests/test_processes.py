@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -27,7 +26,6 @@ FLAGS = [
     "--colour-shift", "0.1", "--batch-size", "16", "--microbatch", "8", "--schedule", "plateau", "--patience", "1",
     "--learning-rate", "0.001",
 ]  # fmt: skip
-CACHE = tempfile.TemporaryDirectory()
 LIMIT = 120  # seconds that a test waits for a process
 
 
@@ -56,7 +54,6 @@ def started(count: int, photos: Path, workdir: Path, *flags: str, devices: int =
         environment = os.environ | {
             "JAX_NUM_CPU_DEVICES": str(devices),
             "PYTHONPATH": str(ROOT),
-            "JAX_COMPILATION_CACHE_DIR": str(CACHE.name),
             "TF_CPP_MIN_LOG_LEVEL": "3",
         }
         environment |= several if count > 1 else {}
