@@ -73,7 +73,7 @@ def run_savedmodel(path, images):
 RUN = {"onnx": run_onnx, "stablehlo": run_stablehlo, "savedmodel": run_savedmodel}
 
 
-@pytest.mark.parametrize("net", ["A", "A-LRN", "B", "C", "D", "E"])
+@pytest.mark.parametrize("net", [*(pytest.param(net, marks=pytest.mark.slow) for net in "ABDE"), "A-LRN", "C"])
 def test_onnx_of_every_net(net, tmp_path):
     pytest.importorskip("onnx", reason="needs onnx: pip install 'vgg-jax[onnx]'")
     artefact = Artefact(weights(net))
@@ -137,7 +137,7 @@ def test_the_scripts_that_serve_it(kind, tmp_path):
     assert done.stdout.strip() == CLASSES[ours(artefact, image[None])[0].argmax()], done.stderr
 
 
-@pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("bfloat16", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["safetensors", *RUN])
 def test_verify_asks_again(kind, bfloat16, tmp_path, capsys):
     """In another process it finds the same answer; with weights that are a little larger it does not."""

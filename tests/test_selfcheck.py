@@ -10,6 +10,7 @@ from vgg_jax.cli import main
 from vgg_jax.pooling import relu
 
 
+@pytest.mark.slow
 def test_this_machine_is_right(monkeypatch, capsys):
     one = jax.local_devices()[:1]
     monkeypatch.setattr(jax, "local_devices", lambda: one)

@@ -198,6 +198,7 @@ def test_kerass_layouts(style, net, tmp_path):
     same(logits(path), expected(tensors, IMAGENET.mean_rgb, bgr=True))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:__array__ implementation")  # of Keras' own arrays
 def test_keras_itself(tmp_path):
     """Its own VGG16 and its own file, with the top and without."""
