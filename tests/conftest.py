@@ -21,7 +21,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts so what 
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Many tests compile the same programs, a run and the one that goes on with it for example; and so do processes that they start.
+# Many tests compile the same programs, a run and the one that goes on with it for example; and so do processes that they start. Small ones
+# too, which jax would compile again: a fifth of the time of tests/test_train.py.
 CACHE = tempfile.TemporaryDirectory()
 for name, value in (("jax_compilation_cache_dir", CACHE.name), ("jax_persistent_cache_min_compile_time_secs", 0)):
     jax.config.update(name, value)

@@ -42,9 +42,7 @@ def photos(tmp_path_factory):
 def run(photos, tmp_path_factory):
     """The workdir of a run that has saved its net once."""
     workdir = tmp_path_factory.mktemp("run")
-    config = TrainConfig(
-        data=str(photos), net="shallow", fc=(24, 16), image_size=16, scale=(16, 24), learning_rate=0.1, initializer="he"
-    )  # fmt: skip
+    config = TrainConfig(data=str(photos), net="shallow", fc=(24, 16), image_size=16, scale=(16, 24), learning_rate=0.1)
     begin_run(workdir, Run(config, ("blue", "red"), IMAGENET, open_splits(str(photos))[0].storage, COUNT, COUNT))
     with Saved(workdir / "best") as best:
         best.save(1, init(build_model(config, 2)), {"epoch": 1, "validation": {}})

@@ -25,7 +25,7 @@ WIDE = dataclasses.replace(CONFIGS["A"], fc=(12, 8))  # its convolutions are the
 
 
 def weights(net="D", batch_norm=False, size=32, config=None):
-    model = VGG(config or narrow(net), len(CLASSES), batch_norm, image_size=size, initializer="he")
+    model = VGG(config or narrow(net), len(CLASSES), batch_norm, image_size=size)
     rng = np.random.default_rng(0)
     variables = jax.tree.map(lambda x: np.asarray(x + np.float32(rng.uniform(0, 0.1, x.shape))), dict(init(model)))
     variables["params"]["conv1_1"]["kernel"] = variables["params"]["conv1_1"]["kernel"] / 50  # images are 0-255

@@ -11,7 +11,7 @@ from vgg_jax import VGG, Conv, VGGConfig, compile_inference, compiler_options
 
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_prepared_nets_give_the_same(batch_norm):
-    model = VGG(DEEP, 7, batch_norm, image_size=32, initializer="he")
+    model = VGG(DEEP, 7, batch_norm, image_size=32)
     variables = init(model)
     x, larger = images(3, 32, 32), images(1, 38, 51)
     unprepared = jax.jit(model.apply, static_argnames=("method", "layers"))
@@ -47,7 +47,7 @@ def test_kernels_are_transformed_once(monkeypatch):
 def test_a_bfloat16_net_is_right_as_one_program(options):
     """A batch and widths of which jax 0.12.0.1 made NaN on a CPU, the last pooling and all products behind it being one library call."""
     net = VGGConfig(((Conv(8),), (Conv(64), Conv(64))), fc=(64, 64))
-    model = VGG(net, 5, image_size=4, initializer="he", dtype=jnp.bfloat16)
+    model = VGG(net, 5, image_size=4, dtype=jnp.bfloat16)
     variables, x = init(model), images(128, 4, 4)
     exact = np.asarray(model.clone(dtype=jnp.float32).apply(variables, x))
     logits = jax.jit(model.apply, compiler_options=options)(variables, x)
@@ -55,7 +55,7 @@ def test_a_bfloat16_net_is_right_as_one_program(options):
 
 
 def test_a_bfloat16_net_answers_in_bfloat16():
-    model = VGG(DEEP, 7, image_size=32, initializer="he", dtype=jnp.bfloat16)
+    model = VGG(DEEP, 7, image_size=32, dtype=jnp.bfloat16)
     variables, x = init(model), images(2, 32, 32)
     exact = np.asarray(model.clone(dtype=jnp.float32).apply(variables, x))
     prepared = compile_inference(model, variables)(x)

@@ -1,4 +1,4 @@
-"""ReLU and pooling against loops written by hand."""
+"""ReLU and max-pooling, with their gradients, against values and loops written by hand."""
 
 import jax
 import jax.numpy as jnp

@@ -27,7 +27,7 @@ def photos(sizes, seed=0):
 
 @pytest.fixture(scope="module")
 def net():
-    model = VGG(SMALL, num_classes=CLASSES, image_size=SIZE, initializer="he")
+    model = VGG(SMALL, num_classes=CLASSES, image_size=SIZE)
     variables = init(model)
     return model, jax.tree.map(lambda x: x * 0.5 if x.ndim > 1 else x, variables)  # soft-max over scores that are not all or nothing
 
@@ -59,7 +59,7 @@ def test_dense_posteriors_equal_pytorchs_one_by_one(kind, batch_norm, ceil, monk
 def test_windows_in_a_film_are_what_each_is_alone(side, ceil):
     """Every height, so that the rows between them are just enough, and what is not of an image makes no difference."""
     config = VGGConfig(((Conv(8),), (Conv(8), Conv(8, side)), (Conv(8, side),)), fc=(8, 8))
-    model = VGG(config, num_classes=3, image_size=8, initializer="he")
+    model = VGG(config, num_classes=3, image_size=8)
     variables = init(model)
     heights = range(9, 17)
     rows = np.cumsum([0] + [rows_of(h, config, ceil).apart for h in heights])

@@ -27,7 +27,7 @@ def net(tmp_path_factory):
         patch.setitem(CONFIGS, "shallow", SHALLOW)
         patch.setitem(CHOICES, "net", tuple(CONFIGS))
         path = tmp_path_factory.mktemp("net") / "net.safetensors"
-        model = VGG(SHALLOW, len(CLASSES), image_size=16, initializer="he")
+        model = VGG(SHALLOW, len(CLASSES), image_size=16)
         params = jax.tree.map(np.asarray, init(model)["params"])
         params["fc8"]["kernel"] = params["fc8"]["kernel"] * 0.2
         save(path, Weights("shallow", "vgg_jax", model, params, {}, True, Preprocessing(IMAGENET.mean_rgb), CLASSES))

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -26,6 +27,7 @@ FLAGS = [
     "--colour-shift", "0.1", "--batch-size", "16", "--microbatch", "8", "--schedule", "plateau", "--patience", "1",
     "--learning-rate", "0.001",
 ]  # fmt: skip
+CACHE = tempfile.TemporaryDirectory()  # not pytest's own: processes are killed here while they write to it
 LIMIT = 120  # seconds that a test waits for a process
 
 
@@ -54,6 +56,7 @@ def started(count: int, photos: Path, workdir: Path, *flags: str, devices: int =
         environment = os.environ | {
             "JAX_NUM_CPU_DEVICES": str(devices),
             "PYTHONPATH": str(ROOT),
+            "JAX_COMPILATION_CACHE_DIR": CACHE.name,
             "TF_CPP_MIN_LOG_LEVEL": "3",
         }
         environment |= several if count > 1 else {}

@@ -39,7 +39,7 @@ def test_not_a_number_is_wrong():
 
 def test_a_release_that_is_known_is_named(monkeypatch):
     monkeypatch.setattr(jax, "__version__", "0.10.2")
-    assert "39103" in selfcheck.report(selfcheck.check(jax.local_devices()[:1]))
+    assert "39103" in selfcheck.report([selfcheck.Finding("cpu:0", "forward, compiled", 1e-6)])
 
 
 def test_numpys_net_is_pytorchs():

@@ -1,4 +1,4 @@
-"""ReLU, and pooling by 2x2 windows, with gradients that keep less than XLA's own. Shapes are (N, H, W, C)."""
+"""ReLU and pooling by 2x2 windows; of both maxima the gradients keep less than XLA's own. Shapes are (N, H, W, C)."""
 
 import functools
 

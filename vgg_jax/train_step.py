@@ -109,7 +109,7 @@ def _on_each_group(function: Any, mesh: Mesh, takes: tuple, gives: Any) -> Any:
     if mesh.shape[DATA] == 1:  # nothing is; beside a "model" XLA refuses a sum over one
         return function
     manual = {DATA} if mesh.shape[MODEL] > 1 else {DATA, MODEL}
-    # Unchecked: the gradients that layers.py writes by hand do not say along which axes they differ.
+    # Unchecked: the gradients that are written by hand do not say along which axes they differ.
     return jax.shard_map(function, mesh=mesh, in_specs=takes, out_specs=gives, axis_names=manual, check_vma=False)
 
 
