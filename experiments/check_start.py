@@ -20,14 +20,15 @@ from vgg_jax import cli, train
 
 compiled = train.compile_steps
 
-def compile_steps(*arguments):
-    train_step, eval_step = compiled(*arguments)
+def compile_steps(*arguments, **options):
+    train_step, eval_step = compiled(*arguments, **options)
 
     def first(state, batch):
         jax.block_until_ready(train_step(state, batch))
         print("first step after", time.time() - float(sys.argv[1]), flush=True)
         os._exit(0)
 
+    first.lower = train_step.lower  # by which it is compiled
     return first, eval_step
 
 train.compile_steps = compile_steps
@@ -39,7 +40,9 @@ def seconds_to_first_step(flags: list[str], cache: str) -> float:
     with tempfile.TemporaryDirectory() as workdir:
         command = [sys.executable, "-c", FIRST_STEP, str(time.time()), *flags, "--workdir", workdir]
         environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
-        output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        output = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if output.returncode:
+        sys.exit(output.stderr)
     return float(output.stdout.split("first step after ")[1].split()[0])
 
 
