@@ -13,7 +13,7 @@ import json
 import jax
 from jax import Array
 
-from vgg_jax import IMAGENET, layers
+from vgg_jax import IMAGENET, convolution
 from vgg_jax.data import Source, cached, eval_batches, open_splits, train_batches
 from vgg_jax.metrics import Sums, merge
 from vgg_jax.optimizer import sgd
@@ -21,12 +21,12 @@ from vgg_jax.presets import preset
 from vgg_jax.sharding import make_mesh, put_batch
 from vgg_jax.train_step import build_model, compile_steps, init_state
 
-FAST = layers._on_cpu
+FAST = convolution._on_cpu
 
 
-def plain(x: Array, kernel: Array, filters: Array | None) -> Array:
+def plain(x: Array, kernel: Array, bias: Array, filters: Array | None, there: Array | None, *, then: convolution.Then) -> Array:
     """Each value a sum of nine products; XLA's own convolution, which is that too, takes seconds a step."""
-    return layers._im2col(x, kernel)
+    return convolution._finish(convolution._im2col(x, kernel), bias, then=then)
 
 
 WAYS = {"winograd": ("float32", FAST), "plain": ("float32", plain), "winograd, bfloat16": ("bfloat16", FAST)}
@@ -42,7 +42,7 @@ def first(source: Source, count: int) -> Source:
 
 def trained(way: str, seed: int, train: Source, validation: Source, epochs: int) -> dict:
     dtype, on_cpu = WAYS[way]
-    layers._on_cpu = on_cpu
+    convolution._on_cpu = on_cpu
     jax.clear_caches()  # what was traced knows the other one
     config = preset("cifar10", net="A", dtype=dtype, seed=seed, epochs=epochs, schedule="constant")
     mesh, model = make_mesh(config.batch_size), build_model(config, 10)

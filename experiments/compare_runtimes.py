@@ -27,7 +27,7 @@ from vgg_jax.configs import Protocol
 from vgg_jax.data import open_split, rescaled_images
 from vgg_jax.export import Artefact, write
 from vgg_jax.imagenet import CLASSES
-from vgg_jax.layers import with_filters
+from vgg_jax.inference import prepare
 from vgg_jax.model import preprocess
 from vgg_jax.posteriors import windows
 from vgg_jax.weights import Weights
@@ -60,7 +60,7 @@ def engines(net: str, folder: Path) -> dict[str, Callable[[np.ndarray], np.ndarr
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # or its idle threads slow the others down
     session = onnxruntime.InferenceSession(folder / f"{net}.onnx", options, providers=["CPUExecutionProvider"])
 
-    variables = with_filters({"params": params, "batch_stats": batch_stats})
+    variables = prepare({"params": params, "batch_stats": batch_stats})
     forward = jax.jit(
         lambda variables, images: model.apply(variables, preprocess(images, IMAGENET.mean_rgb)),
         compiler_options=compiler_options(thorough=True),

@@ -38,7 +38,7 @@ def test_kernels_are_transformed_once(monkeypatch):
     monkeypatch.setattr("vgg_jax.winograd.transform_filters", lambda *_: pytest.fail("transformed again"))
     assert prepared(images(5, 32, 32)).shape == (5, 7)  # a shape that no other test has compiled a convolution for
     (prepared_variables,) = prepared.args
-    assert prepared_variables["filters"].keys() == {name for name in variables["params"] if name.startswith("conv")} - {"conv1_1"}
+    assert prepared_variables["prepared"].keys() == variables["params"].keys() - {"conv1_1"}
 
 
 @pytest.mark.parametrize(

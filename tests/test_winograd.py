@@ -1,13 +1,16 @@
 """What `test_layers` does not show through `convolution`: the transforms themselves, second derivatives, batching."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.test_layers import direct
+from tests.test_convolution import in_steps
 from vgg_jax import winograd
-from vgg_jax.winograd import _AT, _BT, _G, convolution_3x3
+from vgg_jax.convolution import THEN, convolution
+from vgg_jax.winograd import _AT, _BT, _G
 
 
 def test_the_matrices_multiply_polynomials():
@@ -17,29 +20,34 @@ def test_the_matrices_multiply_polynomials():
     np.testing.assert_allclose(_AT @ ((_G @ g) * (_BT @ d)), np.correlate(d, g, "valid"), atol=1e-12)
 
 
-def test_winograd_has_second_derivatives_and_a_batching_rule():
+@pytest.mark.parametrize("then", ["", "pool"])
+def test_winograd_has_second_derivatives_and_a_batching_rule(then):
     rng = np.random.default_rng(2)
-    x, kernel = jnp.float32(rng.normal(size=(2, 6, 6, 4))), jnp.float32(rng.normal(size=(3, 3, 4, 4)))
+    x, kernel, bias = (jnp.float32(rng.normal(size=shape)) for shape in ((2, 6, 6, 8), (3, 3, 8, 4), (4,)))
 
     def penalty(f):
-        return lambda x: (jax.grad(lambda x: (f(x, kernel) ** 3).sum())(x) ** 2).sum()
+        return lambda x: (jax.grad(lambda x: (f(x, kernel, bias, then=then) ** 3).sum())(x) ** 2).sum()
 
-    ours, theirs = jax.grad(penalty(convolution_3x3))(x), jax.grad(penalty(direct))(x)
+    ours, theirs = jax.grad(penalty(convolution))(x), jax.grad(penalty(in_steps))(x)
     assert jnp.abs(ours - theirs).max() < 1e-4 * jnp.abs(theirs).max()
-    kernels = jnp.stack([kernel, 2 * kernel])
-    twice = jax.vmap(convolution_3x3, in_axes=(None, 0))(x, kernels)
-    np.testing.assert_allclose(twice[1], direct(x, 2 * kernel), atol=1e-4)
+    twice = jax.vmap(lambda kernel: convolution(x, kernel, bias, then=then))(jnp.stack([kernel, 2 * kernel]))
+    np.testing.assert_allclose(twice[1], in_steps(x, 2 * kernel, bias, then=then), atol=1e-4)
 
 
-@pytest.mark.parametrize(("values", "blocks"), [(16 * 4 * 5, 3 * 5), (16 * 4 * 5 * 2, 3 * 3), (16 * 4 * 5 * 10, 2)])
-def test_strips_of_a_large_map_and_groups_of_images_meet_without_a_seam(values, blocks, monkeypatch):
+@pytest.mark.parametrize(("tiles", "blocks"), [(5, 3 * 5), (10, 3 * 3), (50, 2)])
+@pytest.mark.parametrize("then", THEN)
+def test_strips_of_a_large_map_and_groups_of_images_meet_without_a_seam(tiles, blocks, then, monkeypatch):
     """Strips of one and of two rows of tiles, and two images at a time, of three that end within a tile."""
-    monkeypatch.setattr(winograd, "_VALUES", values)
-    monkeypatch.setattr(winograd, "_TILES", 1)
+    monkeypatch.setattr(winograd, "_TILES", tiles)
+    monkeypatch.setattr(winograd, "_GRADIENT_VALUES", 1)
+    jax.clear_caches()  # what was traced knows the other size
     rng = np.random.default_rng(3)
-    x, kernel, g = (jnp.float32(rng.normal(size=shape)) for shape in ((3, 18, 17, 4), (3, 3, 4, 4), (3, 18, 17, 4)))
-    cut = winograd._blocks(x.shape)
-    assert cut.groups * cut.strips == blocks
-    ours, theirs = (jax.vjp(f, x, kernel) for f in (convolution_3x3, direct))
-    for mine, his in zip((ours[0], *ours[1](g)), (theirs[0], *theirs[1](g)), strict=True):
-        assert jnp.abs(mine - his).max() < 2e-5 * jnp.abs(his).max()
+    shapes = (3, 18, 17, 8), (3, 3, 8, 4), (4,)
+    with jax.enable_x64(True):
+        arrays = [jnp.asarray(rng.normal(size=shape)) for shape in shapes]
+        cut = winograd._blocks(arrays[0].shape, tiles)
+        assert cut.groups * cut.strips == blocks
+        ours, theirs = (jax.vjp(functools.partial(f, then=then), *arrays) for f in (convolution, in_steps))
+        g = jnp.asarray(rng.normal(size=theirs[0].shape))
+        for mine, his in zip((ours[0], *ours[1](g)), (theirs[0], *theirs[1](g)), strict=True):
+            assert jnp.abs(mine - his).max() < 1e-12 * jnp.abs(his).max()

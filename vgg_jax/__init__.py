@@ -8,8 +8,8 @@ from vgg_jax.errors import InputError
 from vgg_jax.presets import preset
 
 if TYPE_CHECKING:
+    from vgg_jax.convolution import compiler_options
     from vgg_jax.inference import compile_inference
-    from vgg_jax.layers import compiler_options
     from vgg_jax.model import VGG, init_from, vgg11, vgg11_lrn, vgg13, vgg16, vgg16_c, vgg19
 
 __all__ = [
@@ -37,7 +37,7 @@ __all__ = [
 # What needs jax is imported when it is asked for: `vgg-jax --help` answers in a tenth of a second.
 _LATER = {
     "compile_inference": "vgg_jax.inference",
-    "compiler_options": "vgg_jax.layers",
+    "compiler_options": "vgg_jax.convolution",
     **dict.fromkeys(("VGG", "init_from", "vgg11", "vgg11_lrn", "vgg13", "vgg16", "vgg16_c", "vgg19"), "vgg_jax.model"),
 }
 

@@ -1,21 +1,4 @@
-"""The layers that need care: convolution that is fast on a CPU too, batch normalisation, LRN, FC layers over maps.
-
-Shapes are (N, H, W, C). On an accelerator a convolution is XLA's own, on a GPU the image's by rows. On a CPU XLA's is slow in three
-places (2-core x86, float32):
-
-- a map smaller than the kernel (batch 128 of 2x2x512, forward and both gradients: 2,600 ms, by im2col 116);
-- the gradients where the image has three channels (a whole step of A, batch 128 at 32 pixels: 3.4 s, by im2col 1.2 s; forward im2col takes
-  1.4 times as long);
-- everywhere the 144 products a tile that Winograd does with 36 (jax 0.12, batch 8, forward and both gradients, 224x224x64: 1,450 ms, here
-  970; 56x56x256: 1,520 ms, here 540).
-
-In bfloat16 3x3 convolutions, but for the kernels' gradients, and products are oneDNN's where XLA gives them to it (jaxlib 0.12, CPUs with
-AMX or AVX512-BF16; net D, 8 images: 0.15 s, in float32 0.67); elsewhere all but maps smaller than the kernel is computed in float32.
-"""
-
-import functools
-from collections.abc import Mapping
-from typing import Any
+"""The layers of the nets: convolution, batch normalisation, LRN, dropout, FC layers over maps. Shapes are (N, H, W, C)."""
 
 import flax.linen as nn
 import jax
@@ -23,194 +6,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jax import Array, lax
 
-from vgg_jax import winograd
-
-_NHWC = ("NHWC", "HWIO", "NHWC")
-FEW = 4  # input channels, too few for Winograd: the image's
-
-
-def compiler_options(thorough: bool = False, dtype: Any = jnp.float32) -> dict[str, str | int | bool]:
-    """What to pass as `jax.jit(f, compiler_options=...)` for the best speed on the default backend; nothing but on a CPU.
-
-    There XLA's YNN is for matrix products alone (a step of net A at 32 pixels, jax 0.12: 0.37 s, without it 0.41 s): the weight gradient
-    of a convolution it makes 1.2 to 6 times as slow. And LLVM optimises less, which halves the time to compile a training step, and
-    that to compile an initialisation ten times, at the same speed. `thorough` is for inference that goes on for minutes: 1.5 times as
-    long to compile, and faster by a tenth (dense evaluation with net A, 4 photos, AVX-512: 0.58 s -> 0.53 s). LLVM's expensive passes
-    are a third of what would be left to compile, and gain nothing.
-
-    For a net that computes in the `dtype` bfloat16 convolutions and products are oneDNN's, where `convolves_bfloat16`. Such programs
-    jaxlib 0.12 cannot write to jax's compilation cache, which warns of it; so float32 has none of them.
-    """
-    if jax.default_backend() != "cpu":
-        return {}
-    llvm: dict[str, int | bool] = {"xla_llvm_disable_expensive_passes": True} if thorough else {"xla_backend_optimization_level": 1}
-    if dtype == jnp.bfloat16 and convolves_bfloat16():
-        return {**_ONEDNN, **llvm}
-    return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT", **llvm}
-
-
-_ONEDNN: dict[str, str | int | bool] = {"xla_cpu_experimental_ynn_fusion_type": "", "xla_cpu_experimental_onednn_custom_call": True}
-
-
-@functools.cache
-def convolves_bfloat16() -> bool:
-    """Whether XLA gives a bfloat16 convolution to oneDNN here: jaxlib 0.12 does, on a CPU that has instructions for them.
-
-    Tried by compiling one, once; the processes of a run have to answer alike, or to compute in float32.
-    """
-    if jax.default_backend() != "cpu":
-        return False
-    x, kernel = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1, 8, 8, 16), (3, 3, 16, 16)))
-    compiled = jax.jit(_direct, compiler_options=_ONEDNN).lower(x, kernel).compile()
-    return "__onednn$convolution" in (compiled.as_text() or "")
-
-
-def _direct(x: Array, kernel: Array) -> Array:
-    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=_NHWC)
-
-
-def _im2col(x: Array, kernel: Array) -> Array:
-    h, w = x.shape[1:3]
-    side, _, _, channels = kernel.shape
-    pad = (side // 2, side // 2)
-    x = jnp.pad(x, ((0, 0), pad, pad, (0, 0)))
-    windows = jnp.concatenate([x[:, i : i + h, j : j + w] for i in range(side) for j in range(side)], axis=-1)
-    return windows @ kernel.reshape(-1, channels)
-
-
-@jax.custom_vjp
-def _with_im2col(x: Array, kernel: Array) -> Array:
-    """For maps smaller than the kernel, and for few channels, where only the gradients are by im2col."""
-    return _im2col(x, kernel) if min(x.shape[1:3]) < kernel.shape[0] else _direct(x, kernel)
-
-
-def _im2col_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _with_im2col(x, kernel), (x, kernel)
-
-
-def _im2col_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    x, kernel = saved
-    to_input, to_kernel = jax.vjp(_im2col, x, kernel)[1](g)
-    if x.shape[-1] > FEW:  # im2col's transpose would round to bfloat16 nine times on its way; this is one product
-        to_input = _im2col(g, lax.optimization_barrier(kernel.swapaxes(2, 3))[::-1, ::-1])
-    return to_input, to_kernel
-
-
-_with_im2col.defvjp(_im2col_forward, _im2col_backward)
-
-
-@jax.custom_vjp
-def _in_bfloat16(x: Array, kernel: Array) -> Array:
-    """For 3x3 kernels, by oneDNN (AMX, 128x8x8x256: 1,400 GFLOP/s, Winograd in float32 240); the kernel's gradient it does not do."""
-    return _direct(x, kernel)
-
-
-def _in_bfloat16_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _in_bfloat16(x, kernel), (x, kernel)
-
-
-def _in_bfloat16_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    x, kernel = saved
-    # Behind the barrier it is a convolution like another; with the kernel turned inside, one that oneDNN is not given.
-    to_input = _direct(g, lax.optimization_barrier(kernel.swapaxes(2, 3)[::-1, ::-1]))
-    x, g = x.astype(jnp.float32), g.astype(jnp.float32)
-    few = x.shape[-1] <= FEW
-    to_kernel = jax.vjp(lambda k: _im2col(x, k), kernel.astype(jnp.float32))[1](g)[0] if few else winograd.kernel_gradient(x, g)
-    return to_input, to_kernel.astype(kernel.dtype)
-
-
-_in_bfloat16.defvjp(_in_bfloat16_forward, _in_bfloat16_backward)
-
-
-def _on_cpu(x: Array, kernel: Array, filters: Array | None) -> Array:
-    (h, w, c), side = x.shape[1:], kernel.shape[0]
-    if min(h, w) < side:
-        return _with_im2col(x, kernel)
-    if jnp.finfo(x.dtype).bits < 32:  # XLA's own is many times slower, and Winograd's transforms need the digits
-        if x.dtype == jnp.bfloat16 and side == 3 and convolves_bfloat16():
-            return _in_bfloat16(x, kernel)
-        return _on_cpu(x.astype(jnp.float32), kernel.astype(jnp.float32), filters).astype(x.dtype)
-    if c <= FEW:
-        return _with_im2col(x, kernel)
-    if side == 3:
-        return winograd.convolution_3x3(x, kernel) if filters is None else winograd.convolve(x, filters)
-    return _direct(x, kernel)
-
-
-def _by_rows(x: Array, kernel: Array) -> Array:
-    """With the pixels of a kernel's row side by side as channels, filled up to sixteen.
-
-    For the image on tensor cores, which cuDNN makes poor use of with three channels (H200, bfloat16, a step of net D, batch 256: 49.8
-    -> 45.2 ms; by im2col 47.3). Float32 is as fast either way.
-    """
-    h, w = x.shape[1:3]
-    side, _, c, channels = kernel.shape
-    pad, fill = side // 2, -side * c % 16
-    x = jnp.pad(x, ((0, 0), (0, 0), (pad, pad), (0, 0)))
-    x = jnp.concatenate([*(x[:, :, j : j + w] for j in range(side)), jnp.zeros((len(x), h, w, fill), x.dtype)], axis=-1)
-    kernel = jnp.pad(kernel.reshape(side, 1, side * c, channels), ((0, 0), (0, 0), (0, fill), (0, 0)))
-    return lax.conv_general_dilated(x, kernel, (1, 1), ((pad, pad), (0, 0)), dimension_numbers=_NHWC)
-
-
-def _on_cuda(x: Array, kernel: Array, _: Array | None) -> Array:
-    return (_by_rows if x.shape[-1] <= FEW else _direct)(x, kernel)
-
-
-@jax.custom_vjp
-def add_bias(x: Array, bias: Array) -> Array:
-    """(N, H, W, C) + (C,). The bias's gradient, a sum over all positions, takes a CPU 2 to 7 times as long in XLA's way as by a product."""
-    return x + bias[None, None, None]
-
-
-def _add_bias(x: Array, bias: Array) -> tuple[Array, None]:
-    return add_bias(x, bias), None
-
-
-def _bias_gradient(_: None, g: Array) -> tuple[Array, Array]:
-    return lax.platform_dependent(g, cpu=_bias_gradient_on_cpu, default=lambda g: (g, g.sum((0, 1, 2))))
-
-
-def _bias_gradient_on_cpu(g: Array) -> tuple[Array, Array]:
-    g = lax.optimization_barrier(g)  # or what makes it is fused into its readers, and computed again in each
-    positions = g.reshape(-1, g.shape[-1])
-    return g, (jnp.ones((1, len(positions)), g.dtype) @ positions)[0]
-
-
-add_bias.defvjp(_add_bias, _bias_gradient)
-
-
-@jax.jit  # traced, and outside of a jit compiled, once for each shape
-def convolution(x: Array, kernel: Array, filters: Array | None = None) -> Array:
-    """(N, H, W, C), (k, k, C, K) -> (N, H, W, K): cross-correlation, stride 1, zero padding k // 2, for an odd k.
-
-    `filters` are the kernel's from `with_filters`, for inference. Where `convolves_bfloat16`, bfloat16 is fast only in a program that is
-    compiled with `compiler_options(dtype=jnp.bfloat16)`; with others it takes twice as long as in float32.
-    """
-    if kernel.shape[0] == 1:
-        return x @ kernel[0, 0]
-    if not all(isinstance(side, int) for side in x.shape):  # a symbol of jax.export
-        return _direct(x, kernel)
-    return lax.platform_dependent(x, kernel, filters, cpu=_on_cpu, cuda=_on_cuda, default=lambda x, kernel, _: _direct(x, kernel))
-
-
-def with_filters(variables: Mapping[str, Any], dtype: Any = jnp.float32) -> dict[str, Any]:
-    """The variables of a net with its 3x3 kernels as the CPU's convolution wants them, made once for inference over and over in `dtype`.
-
-    Four times the kernels' memory; a fifth less time (dense evaluation with net A, 2-core x86). On an accelerator there are none, nor where
-    the CPU convolves bfloat16.
-    """
-    if jax.default_backend() != "cpu" or (dtype == jnp.bfloat16 and convolves_bfloat16()):
-        return dict(variables)
-    kernels = {name: layer["kernel"] for name, layer in variables["params"].items() if name.startswith("conv")}
-    kernels = {name: kernel for name, kernel in kernels.items() if kernel.shape[0] == 3 and kernel.shape[2] > FEW}
-    return {**variables, "filters": _filters(kernels)}
-
-
-@jax.jit
-def _filters(kernels: dict[str, Array]) -> dict[str, Array]:
-    return {
-        name: winograd.transform_filters(kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))) for name, kernel in kernels.items()
-    }
+from vgg_jax.convolution import NHWC, Then, convolution, convolve_anywhere
 
 
 def local_response_norm(x: Array, k: float = 2.0, n: int = 5, alpha: float = 1e-4, beta: float = 0.75) -> Array:
@@ -225,7 +21,7 @@ def local_response_norm(x: Array, k: float = 2.0, n: int = 5, alpha: float = 1e-
 
 
 class Conv(nn.Module):
-    """`convolution` with a bias: (N, H, W, C) -> (N, H, W, width). `filters` are its kernel's, see `with_filters`."""
+    """`convolution`: (N, H, W, C) -> (N, H, W, width), or of half the sides if `then` it pools."""
 
     width: int
     side: int
@@ -234,12 +30,13 @@ class Conv(nn.Module):
     param_dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, filters: Array | None = None) -> Array:
+    def __call__(self, x: Array, filters: Array | None = None, there: Array | None = None, then: Then = "") -> Array:
         kernel = self.param("kernel", self.kernel_init, (self.side, self.side, x.shape[-1], self.width), self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.width,), self.param_dtype)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         # Outside of jit, as init often is, XLA's own convolution compiles in a tenth of the time.
-        return add_bias(_direct(x, kernel) if self.is_initializing() else convolution(x, kernel, filters), bias)
+        function = convolve_anywhere if self.is_initializing() else convolution
+        return function(x, kernel, bias, filters, there, then=then)
 
 
 class BatchNorm(nn.Module):
@@ -311,6 +108,8 @@ class FullyConnected(nn.Module):
     """A fully connected layer at every position of a map (§3.2): (N, h, w, C) -> (N, h - side + 1, w - side + 1, width).
 
     The kernel is (side · side · C, width), its rows in the order y, x, channel. On a map of its own size it is a plain matrix product.
+    `turned` is the kernel transposed, for inference: a CPU then reads it faster where there are few images (fc6, 2-core x86, ms: of one
+    image 21 -> 16, of 8 46 -> 22, of 32 104 -> 37; in bfloat16 of one 31 -> 15, of 8 24 -> 13).
     """
 
     width: int
@@ -320,7 +119,7 @@ class FullyConnected(nn.Module):
     param_dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, turned: Array | None = None) -> Array:
         n, h, w, c = x.shape
         kernel = self.param("kernel", self.kernel_init, (self.side * self.side * c, self.width), self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.width,), self.param_dtype)
@@ -328,8 +127,15 @@ class FullyConnected(nn.Module):
         # On a CPU jax 0.12.0.1 puts a pooling and the products behind it in one library call, which makes NaN of three in bfloat16.
         x = lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
         if h == w == self.side or self.side == 1:
-            y = x.reshape(n, h // self.side, w // self.side, len(kernel)) @ kernel
+            x = x.reshape(n, h // self.side, w // self.side, len(kernel))
+            y = x @ kernel if turned is None else _by_turned(x, turned.astype(x.dtype))
         else:
             window = kernel.reshape(self.side, self.side, c, self.width)
-            y = lax.conv_general_dilated(x, window, (1, 1), "VALID", dimension_numbers=_NHWC)
+            y = lax.conv_general_dilated(x, window, (1, 1), "VALID", dimension_numbers=NHWC)
         return y + bias[None, None, None]
+
+
+def _by_turned(x: Array, turned: Array) -> Array:
+    """(…, C), (K, C) -> (…, K). Without the barriers XLA would turn it back."""
+    y = lax.optimization_barrier(turned @ lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T))
+    return y.T.reshape(*x.shape[:-1], len(turned))

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 from jax import Array
 
-from vgg_jax.configs import CONFIGS, VGGConfig, layer_table
+from vgg_jax.configs import CONFIGS, Layer, VGGConfig, layer_table
+from vgg_jax.convolution import THEN
 from vgg_jax.errors import InputError
 from vgg_jax.layers import BatchNorm, Conv, Dropout, FullyConnected, local_response_norm
 from vgg_jax.pooling import avg_pool, max_pool, pooled, relu
@@ -135,11 +136,15 @@ class VGG(nn.Module):
             """Zeros around each image, as a convolution of the image alone would find there."""
             return x if there is None else jnp.where(there[..., None], x, 0)
 
-        x = linear = clear(x)
-        previous = ""
-        for name, kind, width, kernel in table:
-            if kind == "conv":
-                x = Conv(width, kernel, kernel_init=conv_init, name=name, **types)(x, self.get_variable("filters", name))
+        x, linear = clear(x), None  # what the ReLU just before has read
+        along = 0
+        for place, (name, kind, width, kernel) in enumerate(table):
+            if along:  # done with its convolution
+                along -= 1
+            elif kind == "conv":
+                along = _done_along(table[place : place + 3], wanted, pools=self.pool == "max" and there is None and not ceil)
+                layer = Conv(width, kernel, kernel_init=conv_init, name=name, **types)
+                x = layer(x, self.get_variable("prepared", name), there if along else None, THEN[along])
             elif kind == "bn":
                 x = BatchNorm(axis_name=self.axis_name, name=name, **types)(x, train and name not in self.frozen, mask)
             elif kind == "relu":
@@ -149,19 +154,20 @@ class VGG(nn.Module):
             elif kind == "pool":
                 if self.pool == "avg":
                     x = avg_pool(x)
-                elif previous == "relu" and there is None:
+                elif linear is not None and there is None:
                     x = max_pool(linear, ceil, rectify=True)  # ReLU and pooling in one: a gradient then keeps neither map
                 else:
                     x = max_pool(x, ceil)
                 there = None if there is None else pooled(there, ceil)
                 x = clear(x)  # of an odd side the last row was pooled with a zero
             elif kind == "fc":
-                x = FullyConnected(width, kernel, kernel_init=fc_init, name=name, **types)(x)
+                x = FullyConnected(width, kernel, kernel_init=fc_init, name=name, **types)(x, self.get_variable("prepared", name))
             elif kind == "drop":
                 x = Dropout(self.dropout_rate, self.axis_name, name=name)(x, train)
             if name in wanted:
                 found[name] = x
-            previous = kind
+            if kind != "relu":
+                linear = None
         return found
 
 
@@ -184,6 +190,14 @@ def _deepest(wanted: tuple[str, ...], names: list[str]) -> int:
     if unknown or not wanted:
         raise InputError(f"no layer {', '.join(map(repr, unknown)) or 'given'}: this net has {', '.join(names)}")
     return max(names.index(name) for name in wanted)
+
+
+def _done_along(table: tuple[Layer, ...], wanted: tuple[str, ...], pools: bool) -> int:
+    """How many of the layers behind the first, a convolution, are done with it: a ReLU, or a ReLU and a pooling, if nobody wants less."""
+    kinds, names = [layer.kind for layer in table], [layer.name for layer in table]
+    if kinds[1:2] != ["relu"] or names[0] in wanted:
+        return 0
+    return 2 if pools and kinds[2:3] == ["pool"] and names[1] not in wanted else 1
 
 
 def _check_shape(x: Array) -> None:

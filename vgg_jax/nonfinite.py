@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vgg_jax.configs import layer_table
-from vgg_jax.layers import compiler_options
+from vgg_jax.convolution import compiler_options
 from vgg_jax.metrics import sums_of
 from vgg_jax.model import VGG, preprocess
 from vgg_jax.train_step import Batch, TrainState

@@ -57,15 +57,17 @@ def _max_of_windows(x: Array, rectify: bool) -> Array:
     return (jnp.maximum(y, 0) if rectify else y).astype(x.dtype)
 
 
-def _maxima(x: Array, rectify: bool) -> tuple[Array, Array]:
-    """The maxima, and a byte for each window: a bit is set where that pixel is the maximum, and a ReLU lets it pass."""
+def maxima(x: Array, rectify: bool) -> tuple[Array, Array]:
+    """The maxima, (N, H // 2, W // 2, C), and a byte for each: a bit is set where that pixel is it, and a ReLU lets it pass."""
     y = _max_of_windows(x, rectify)
     passes = (y > 0) | (not rectify)
     bits = [((pixel == y) & passes).astype(jnp.uint8) << place for place, pixel in enumerate(_pixels(x))]
     return lax.optimization_barrier((y, functools.reduce(jnp.bitwise_or, bits)))
 
 
-def _max_gradient(rectify: bool, bits: Array, g: Array) -> tuple[Array]:
+def max_gradient(rectify: bool, bits: Array, g: Array) -> tuple[Array]:
+    """(N, h, w, C) -> (N, 2 h, 2 w, C), the gradient of `maxima`."""
+    bits = lax.stop_gradient(bits)  # for second derivatives: jax has none of whole numbers
     share = g / jnp.maximum(lax.population_count(bits), 1).astype(g.dtype)
     place = jnp.arange(4, dtype=jnp.uint8).reshape(1, 1, 2, 1, 2, 1)
     here = bits[:, :, None, :, None] >> place & 1
@@ -73,7 +75,7 @@ def _max_gradient(rectify: bool, bits: Array, g: Array) -> tuple[Array]:
     return (jnp.where(here == 1, share[:, :, None, :, None], 0).reshape(n, 2 * h, 2 * w, c),)
 
 
-_max_of_windows.defvjp(_maxima, _max_gradient)
+_max_of_windows.defvjp(maxima, max_gradient)
 
 
 def avg_pool(x: Array) -> Array:

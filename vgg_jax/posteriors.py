@@ -17,9 +17,10 @@ import numpy as np
 from jax import Array
 
 from vgg_jax.configs import DENSE, IMAGENET, LARGEST, PIXELS, Protocol
+from vgg_jax.convolution import compiler_options
 from vgg_jax.errors import InputError
 from vgg_jax.films import Batch, Window, batches
-from vgg_jax.layers import compiler_options, with_filters
+from vgg_jax.inference import prepare
 from vgg_jax.model import VGG, preprocess, transposed
 from vgg_jax.sharding import make_mesh, put_batch, replicated
 
@@ -135,7 +136,7 @@ def stream_posteriors(
 
     @functools.cache
     def net(turned: bool) -> dict[str, Any]:
-        return jax.device_put(with_filters(transposed(placed) if turned else placed, model.dtype), replicated(mesh))
+        return jax.device_put(prepare(transposed(placed) if turned else placed, model.dtype), replicated(mesh))
 
     def all_windows() -> Iterator[Window]:
         for index, scales in enumerate(images):

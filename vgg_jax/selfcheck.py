@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vgg_jax.configs import Conv, VGGConfig
-from vgg_jax.layers import compiler_options
+from vgg_jax.convolution import compiler_options
 from vgg_jax.model import VGG
 
 BOUND = 1e-4  # of the largest value; float32 has 1e-6 here

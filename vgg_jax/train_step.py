@@ -15,7 +15,7 @@ from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
 from vgg_jax.configs import TrainConfig
-from vgg_jax.layers import compiler_options
+from vgg_jax.convolution import compiler_options
 from vgg_jax.metrics import Sums, sums_of
 from vgg_jax.model import VGG, preprocess
 from vgg_jax.optimizer import sgd
@@ -98,6 +98,7 @@ def train_step(
     takes, gives = (spread, PartitionSpec(), PartitionSpec(DATA), PartitionSpec()), (spread, PartitionSpec(), PartitionSpec())
     gradients, batch_stats, sums = _on_each_group(share, mesh, takes, gives)(state.params, state.batch_stats, batch, key)
 
+    gradients = jax.lax.optimization_barrier(gradients)
     gradients = jax.tree.map(lambda g: g / jnp.maximum(sums.count, 1), gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)

@@ -2,13 +2,13 @@
 
 Y = Aᵀ[(G g Gᵀ) ⊙ (Bᵀ d B)]A, with the matrices of Lavin & Gray (arXiv 1509.09308). What makes it fast on a CPU: the tile
 transforms are sums written out, the 36 positions are one batched matrix product, and a few images, or a strip of a large one, are
-taken at a time, so that their 36 planes stay in the cache. In float32 the result is within 2e-5 of the largest value; in bfloat16 it
-is not usable.
+taken at a time, so that their 36 planes stay in the cache, with the padding before and what is done behind. In float32 the result is
+within 2e-5 of the largest value; in bfloat16 it is not usable.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +22,11 @@ _G = np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 
 _AT = np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]])
 _GG = np.kron(_G, _G)  # (36, 9)
 
-# Taken at a time: 4 MB of input, so that the transforms stay in the cache, but at least 256 tiles, over which the product reads the filters
-# once (2-core x86, float32, batch 8, forward and both gradients: 2**18 and 2**22 values 1.1 to 1.5 times as long on most maps).
-_VALUES = 2**20
+# Tiles taken at a time, over which the product reads the filters once, while their planes stay in the cache; of the kernel's gradient, that
+# adds to as many sums for each block, as many as make 4 MB of input (2-core x86, float32, batch 8; with a quarter and with four times of
+# both forward and gradients take 1.1 to 1.5 times as long on most maps).
 _TILES = 256
+_GRADIENT_VALUES = 2**20
 
 
 class _Blocks(NamedTuple):
@@ -38,10 +39,10 @@ class _Blocks(NamedTuple):
     columns: int  # of tiles
 
 
-def _blocks(shape: Sequence[int]) -> _Blocks:
-    n, h, w, c = shape
+def _blocks(shape: Sequence[int], tiles: int) -> _Blocks:
+    n, h, w, _ = shape
     rows, columns = -(-h // 4), -(-w // 4)
-    fit = max(1, max(_VALUES // (16 * c), _TILES) // columns)  # rows of tiles that make a block
+    fit = max(1, tiles // columns)  # rows of tiles that make a block
     groups = max(1, -(-n // max(1, fit // rows)))
     strips = -(-rows // fit)
     return _Blocks(-(-n // groups), groups, -(-rows // strips), strips, columns)
@@ -90,53 +91,58 @@ def _cut(x: Array, blocks: _Blocks, halo: int) -> Callable[[Array], Array]:
     """A function from a block's number to it, (images, 4 rows + 2 halo, 4 columns + 2 halo, C), zeros where the maps (N, H, W, C) end."""
     images, groups, rows, strips, columns = blocks
     n, h, w, c = x.shape
-    down, right = 4 * rows * strips + halo - h, 4 * columns + halo - w
-    x = jnp.pad(x, ((0, images * groups - n), (halo, down), (halo, right), (0, 0)))
-    size = (images, 4 * rows + 2 * halo, 4 * columns + 2 * halo, c)
-    return lambda block: lax.dynamic_slice(x, (block // strips * images, block % strips * 4 * rows, 0, 0), size)
+    wide = x.dtype if x.dtype == bool else jnp.promote_types(x.dtype, jnp.float32)
+    tall, right = 4 * rows + 2 * halo, 4 * columns + halo - w
+    if images * groups > n or (strips > 1 and 4 * rows * strips > h):  # else nothing but a block is copied
+        x = jnp.pad(x, ((0, images * groups - n), (0, max(0, 4 * rows * strips - h)), (0, 0), (0, 0)))
+
+    def block(number: Array) -> Array:
+        first, top = number // strips * images, number % strips * 4 * rows
+        start = jnp.clip(top - halo, 0, max(0, x.shape[1] - tall))
+        # By itself a copy; with the zeros around in one loop it takes two to five times as long. So below.
+        part = lax.optimization_barrier(lax.dynamic_slice(x, (first, start, 0, 0), (images, min(tall, x.shape[1]), w, c)).astype(wide))
+        if strips == 1:
+            part = jnp.pad(part, ((0, 0), (halo, 4 * rows + halo - x.shape[1]), (halo, right), (0, 0)))
+        else:  # the first and the last strip reach over the map's edge
+            part = jnp.pad(part, ((0, 0), (halo, halo), (halo, right), (0, 0)))
+            part = lax.dynamic_slice(part, (0, top - start, 0, 0), (images, tall, w + halo + right, c))
+        return lax.optimization_barrier(part)
+
+    return block
 
 
-def convolve(x: Array, filters: Array) -> Array:
-    """(N, H, W, C), transformed filters (36, C, K) -> (N, H, W, K), as `convolution_3x3`."""
+def convolve(x: Array, filters: Array, then: Callable[..., Any] = lambda y: y, *beside: Array) -> Any:
+    """(N, H, W, C), transformed filters (36, C, K) -> (N, H, W, K): stride 1, zero padding 1. Differentiable in reverse.
+
+    `then` is done to the sums while they are in the cache: a function of some images' rows of them, (n, 4 r, w, K), and of the same
+    pixels of what is `beside`, maps (N, H, W, …). It may pool by 2x2 windows, and return several arrays.
+    """
     n, h, w, _ = x.shape
-    blocks = _blocks(x.shape)
+    blocks = _blocks(x.shape, _TILES)
     images, groups, rows, strips, columns = blocks
-    block = _cut(x, blocks, halo=1)
+    block, others = _cut(x, blocks, halo=1), [_cut(other, blocks, halo=0) for other in beside]
 
-    def one(number: Array) -> Array:
-        return _output_image(jnp.einsum("tnc,tck->tnk", _input_tiles(block(number)), filters), images, rows, columns)
+    def one(number: Array) -> Any:
+        y = _output_image(jnp.einsum("tnc,tck->tnk", _input_tiles(block(number)), filters), images, rows, columns)
+        return then(y, *(other(number) for other in others))
 
-    y = lax.map(one, jnp.arange(groups * strips))
-    return y.reshape(images * groups, 4 * rows * strips, 4 * columns, filters.shape[-1])[:n, :h, :w]
+    def joined(y: Array) -> Array:
+        pooled = 4 * columns // y.shape[3]
+        return y.reshape(images * groups, strips * y.shape[2], *y.shape[3:])[:n, : h // pooled, : w // pooled]
 
-
-@jax.custom_vjp
-def convolution_3x3(x: Array, kernel: Array) -> Array:
-    """(N, H, W, C), (3, 3, C, K) -> (N, H, W, K): stride 1, zero padding 1. Differentiable in reverse, any number of times."""
-    return convolve(x, transform_filters(kernel))
-
-
-def _forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return convolution_3x3(x, kernel), (x, kernel)
-
-
-def _backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    x, kernel = saved
-    # By itself XLA transposes in blocks; fused, value by value.
-    return convolve(g, transform_filters(lax.optimization_barrier(kernel.swapaxes(2, 3)), rotated=True)), kernel_gradient(x, g)
+    return jax.tree.map(joined, lax.map(one, jnp.arange(groups * strips)))
 
 
 def kernel_gradient(x: Array, g: Array) -> Array:
-    """(N, H, W, C) and the gradient (N, H, W, K) of what `convolution_3x3` makes of it -> (3, 3, C, K)."""
-    blocks = _blocks(x.shape)
+    """(N, H, W, C) and the gradient (N, H, W, K) of its convolution with a 3x3 kernel -> (3, 3, C, K), of at least float32."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    blocks = _blocks(x.shape, max(_TILES, _GRADIENT_VALUES // 16 // x.shape[-1]))
     inputs, gradients = _cut(x, blocks, halo=1), _cut(g, blocks, halo=0)
 
-    def add(total: Array, block: Array) -> tuple[Array, None]:
-        return total + jnp.einsum("tnc,tnk->tck", _input_tiles(inputs(block)), _gradient_tiles(gradients(block))), None
+    def add(total: Array, number: Array) -> tuple[Array, None]:
+        tiles, gradient_tiles = _input_tiles(inputs(number)), _gradient_tiles(gradients(number))
+        return total + jnp.einsum("tnc,tnk->tck", tiles, gradient_tiles), None
 
     shape = x.shape[-1], g.shape[-1]
-    total, _ = lax.scan(add, jnp.zeros((36, *shape), x.dtype), jnp.arange(blocks.groups * blocks.strips))
-    return (jnp.asarray(_GG.T, x.dtype) @ total.reshape(36, -1)).reshape(3, 3, *shape)
-
-
-convolution_3x3.defvjp(_forward, _backward)
+    total, _ = lax.scan(add, jnp.zeros((36, *shape), wide), jnp.arange(blocks.groups * blocks.strips))
+    return (jnp.asarray(_GG.T, wide) @ total.reshape(36, -1)).reshape(3, 3, *shape)

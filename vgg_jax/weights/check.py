@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vgg_jax.configs import layer_table
+from vgg_jax.convolution import compiler_options
 from vgg_jax.errors import InputError
-from vgg_jax.layers import compiler_options
 from vgg_jax.weights import Weights
 from vgg_jax.weights.layouts import LAYOUTS, rows
 

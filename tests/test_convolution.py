@@ -1,0 +1,157 @@
+"""The operations against loops written by hand and XLA's direct convolution, in both precisions."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import jaxlib.version
+import numpy as np
+import pytest
+from jax import lax
+
+from vgg_jax.convolution import THEN, _by_rows, add_bias, compiler_options, convolution, convolves_bfloat16
+from vgg_jax.pooling import max_pool, relu
+
+
+def direct(x, kernel):
+    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def with_gradients(f, *arrays):
+    """Of a function of all but the last, which is the gradient of what it returns."""
+    y, pullback = jax.vjp(f, *arrays[:-1])
+    return y, *pullback(arrays[-1])
+
+
+def in_steps(x, kernel, bias, there=None, then=""):
+    """One thing after the other, the convolution by XLA."""
+    y = direct(x, kernel) + bias[None, None, None]
+    y = relu(y) if then else y
+    y = max_pool(y) if then == "pool" else y
+    return y if there is None else jnp.where(there[..., None], y, 0)
+
+
+# Each path of the convolution: im2col by channels and by size, Winograd in one piece and in chunks (which divide the images
+# or do not), direct.
+SHAPES = [
+    (3, 1, 1, 8, 5, 3),
+    (3, 2, 2, 8, 5, 3),
+    (2, 1, 2, 8, 5, 3),
+    (2, 3, 3, 8, 5, 5),
+    (2, 9, 7, 3, 5, 3),
+    (2, 4, 4, 8, 5, 5),
+    (2, 2, 9, 8, 5, 3),
+    (2, 5, 6, 8, 5, 1),
+    (5, 6, 9, 8, 5, 3),
+    (3, 50, 47, 6, 4, 3),
+    (2, 64, 33, 6, 4, 3),
+    (1, 113, 8, 6, 4, 3),
+    (2, 12, 11, 6, 4, 5),
+]
+
+
+@pytest.mark.parametrize("then", THEN)
+@pytest.mark.parametrize(("n", "h", "w", "c", "k", "side"), SHAPES)
+def test_convolution_and_its_gradients(n, h, w, c, k, side, then):
+    rng = np.random.default_rng(0)
+    out = (n, h // 2, w // 2, k) if then == "pool" else (n, h, w, k)
+    arrays = [rng.normal(size=shape) for shape in ((n, h, w, c), (side, side, c, k), (k,), out)]
+    ours, theirs = (jax.jit(functools.partial(with_gradients, functools.partial(f, then=then))) for f in (convolution, in_steps))
+    with jax.enable_x64(True):
+        expected = [np.asarray(a) for a in theirs(*map(jnp.asarray, arrays))]
+        double = [np.asarray(a) for a in ours(*map(jnp.asarray, arrays))]
+    single = ours(*(jnp.asarray(a, jnp.float32) for a in arrays))
+    for ours, ours_in_single, theirs in zip(double, single, expected, strict=True):
+        largest = np.abs(theirs).max(initial=0)
+        assert (ours.dtype, ours_in_single.dtype) == (np.float64, np.float32)
+        assert np.abs(ours - theirs).max(initial=0) <= 1e-12 * largest
+        assert np.abs(ours_in_single - theirs).max(initial=0) <= 1e-5 * largest
+
+
+@pytest.mark.parametrize(("n", "h", "w"), [(3, 10, 7), (1, 113, 8), (2, 2, 2)])
+def test_where_nothing_is_there_zeros_come_out_and_no_gradient_goes_in(n, h, w):
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        x, kernel, bias, g = (jnp.asarray(rng.normal(size=shape)) for shape in ((n, h, w, 6), (3, 3, 6, 4), (4,), (n, h, w, 4)))
+        there = jnp.asarray(rng.random((n, h, w)) < 0.7)
+        ours, theirs = (
+            with_gradients(lambda *arrays, f=f: f(*arrays, there=there, then="relu"), x, kernel, bias, g) for f in (convolution, in_steps)
+        )
+        for mine, his in zip(ours, theirs, strict=True):
+            assert jnp.abs(mine - his).max() < 1e-12 * jnp.abs(his).max()
+
+
+@pytest.mark.parametrize("side", [3, 5])
+def test_convolution_of_a_gpu_for_the_image(side):
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        arrays = [jnp.asarray(rng.normal(size=shape)) for shape in ((2, 6, 9, 3), (side, side, 3, 4), (2, 6, 9, 4))]
+        for ours, theirs in zip(with_gradients(_by_rows, *arrays), with_gradients(direct, *arrays), strict=True):
+            assert np.abs(ours - theirs).max() < 1e-12 * np.abs(theirs).max()
+
+
+def test_an_empty_batch():
+    for size in (2, 8, 120):
+        assert convolution(jnp.zeros((0, size, size, 8)), jnp.zeros((3, 3, 8, 5)), jnp.zeros(5)).shape == (0, size, size, 5)
+
+
+def test_convolution_by_hand():
+    rng = np.random.default_rng(1)
+    x, kernel = rng.normal(size=(1, 4, 5, 2)), rng.normal(size=(3, 3, 2, 3))
+    bias = rng.normal(size=3)
+    expected = np.tile(bias, (1, 4, 5, 1))
+    for i in range(4):
+        for j in range(5):
+            for a in range(3):
+                for b in range(3):
+                    if 0 <= i + a - 1 < 4 and 0 <= j + b - 1 < 5:
+                        expected[0, i, j] += x[0, i + a - 1, j + b - 1] @ kernel[a, b]
+    np.testing.assert_allclose(convolution(*map(jnp.float32, (x, kernel, bias))), expected, atol=1e-5)
+
+
+def test_bfloat16_is_not_left_to_winograd():
+    x, kernel = jnp.ones((1, 8, 8, 8), jnp.bfloat16), jnp.ones((3, 3, 8, 4), jnp.bfloat16)
+    y = convolution(x, kernel, jnp.zeros(4, jnp.bfloat16))
+    assert y.dtype == jnp.bfloat16
+    assert (y == direct(x, kernel)).all()
+
+
+def test_bfloat16_is_onednns_where_xla_gives_it_to_it():
+    x, kernel = jnp.ones((1, 8, 8, 16), jnp.bfloat16), jnp.ones((3, 3, 16, 16), jnp.bfloat16)
+    processor = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    given = jaxlib.version.__version_info__ >= (0, 12) and ("amx_bf16" in processor or "avx512_bf16" in processor)
+    assert convolves_bfloat16() == given
+    bias = jnp.zeros(16, jnp.bfloat16)
+    for function in (convolution, lambda x, *others: jax.grad(lambda x: convolution(x, *others).sum())(x)):
+        compiled = jax.jit(function, compiler_options=compiler_options(dtype=jnp.bfloat16)).lower(x, kernel, bias).compile()
+        found = sum('custom_call_target="__onednn$convolution"' in line for line in compiled.as_text().splitlines())
+        assert found == given
+
+
+@pytest.mark.parametrize("side", [2, 8])
+def test_bfloat16_keeps_its_digits_forward_and_backward(side):
+    """Against float64 from the same rounded numbers: a product that rounded its partial sums to bfloat16 would be ten times as far off."""
+    rng = np.random.default_rng(0)
+    shapes = (4, side, side, 512), (3, 3, 512, 64), (64,), (4, side, side, 64)
+    arrays = [jnp.asarray(rng.normal(size=size), jnp.bfloat16) for size in shapes]
+    arrays[2] *= 0  # a bias is added to what has been rounded
+    ours = jax.jit(functools.partial(with_gradients, convolution), compiler_options=compiler_options(dtype=jnp.bfloat16))(*arrays)
+    with jax.enable_x64(True):
+        expected = with_gradients(in_steps, *(jnp.asarray(np.asarray(each, np.float64)) for each in arrays))
+    for one, other in zip(ours, expected, strict=True):
+        assert one.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.asarray(one, np.float64), other, atol=5e-3 * np.abs(other).max())
+
+
+def test_gradients_of_a_bias():
+    """Of a sum over all positions, by hand; and its own gradient."""
+    x, bias, g = (np.random.default_rng(0).normal(size=shape).astype(np.float32) for shape in ((3, 5, 7, 4), (4,), (3, 5, 7, 4)))
+    y, pullback = jax.vjp(add_bias, x, bias)
+    np.testing.assert_array_equal(y, x + bias[None, None, None])
+    dx, db = pullback(g)
+    np.testing.assert_array_equal(dx, g)
+    np.testing.assert_allclose(db, g.sum((0, 1, 2)), rtol=1e-5, atol=1e-5)
+    twice = jax.grad(lambda b: (jax.grad(lambda b: (add_bias(x, b) ** 3).sum())(b) ** 2).sum())(bias)
+    first = (3 * (x + bias) ** 2).sum((0, 1, 2))
+    np.testing.assert_allclose(twice, 2 * first * (6 * (x + bias)).sum((0, 1, 2)), rtol=1e-4)

@@ -1,0 +1,256 @@
+"""Convolution that is fast on a CPU too, with the bias, ReLU and pooling behind it.
+
+Shapes are (N, H, W, C). On an accelerator a convolution is XLA's own, on a GPU the image's by rows. On a CPU XLA's is slow in three
+places (2-core x86, float32):
+
+- a map smaller than the kernel (batch 128 of 2x2x512, forward and both gradients: 2,600 ms, by im2col 116);
+- the gradients where the image has three channels (a whole step of A, batch 128 at 32 pixels: 3.4 s, by im2col 1.2 s; forward im2col takes
+  1.4 times as long);
+- everywhere the 144 products a tile that Winograd does with 36 (jax 0.12, batch 8, forward and both gradients, 224x224x64: 1,450 ms, here
+  970; 56x56x256: 1,520 ms, here 540), and the passes over the maps behind them (Winograd, bias, ReLU and pooling, batch 8, 224x224x64:
+  161 ms, done block by block, while it is in the cache, 96).
+
+In bfloat16 3x3 convolutions, but for the kernels' gradients, and products are oneDNN's where XLA gives them to it (jaxlib 0.12, CPUs with
+AMX or AVX512-BF16; net D, 8 images: 0.15 s, in float32 0.67); elsewhere all but maps smaller than the kernel is computed in float32.
+"""
+
+import functools
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from vgg_jax import winograd
+from vgg_jax.pooling import max_gradient, max_pool, maxima, relu
+
+NHWC = ("NHWC", "HWIO", "NHWC")
+FEW = 4  # input channels, too few for Winograd: the image's
+
+Then = Literal["", "relu", "pool"]  # what is done behind the bias: nothing, ReLU, or ReLU and max-pooling
+THEN: tuple[Then, ...] = get_args(Then)
+
+
+def compiler_options(thorough: bool = False, dtype: Any = jnp.float32) -> dict[str, str | int | bool]:
+    """What to pass as `jax.jit(f, compiler_options=...)` for the best speed on the default backend; nothing but on a CPU.
+
+    There XLA's YNN is for matrix products alone (a step of net A at 32 pixels, jax 0.12: 0.37 s, without it 0.41 s): the weight gradient
+    of a convolution it makes 1.2 to 6 times as slow. And LLVM optimises less, which halves the time to compile a training step, and
+    that to compile an initialisation ten times, at the same speed. `thorough` is for inference that goes on for minutes: 1.5 times as
+    long to compile, and faster by a tenth (dense evaluation with net A, 4 photos, AVX-512: 0.58 s -> 0.53 s). LLVM's expensive passes
+    are a third of what would be left to compile, and gain nothing.
+
+    For a net that computes in the `dtype` bfloat16 convolutions and products are oneDNN's, where `convolves_bfloat16`. Such programs
+    jaxlib 0.12 cannot write to jax's compilation cache, which warns of it; so float32 has none of them.
+    """
+    if jax.default_backend() != "cpu":
+        return {}
+    llvm: dict[str, int | bool] = {"xla_llvm_disable_expensive_passes": True} if thorough else {"xla_backend_optimization_level": 1}
+    if dtype == jnp.bfloat16 and convolves_bfloat16():
+        return {**_ONEDNN, **llvm}
+    return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT", **llvm}
+
+
+_ONEDNN: dict[str, str | int | bool] = {"xla_cpu_experimental_ynn_fusion_type": "", "xla_cpu_experimental_onednn_custom_call": True}
+
+
+@functools.cache
+def convolves_bfloat16() -> bool:
+    """Whether XLA gives a bfloat16 convolution to oneDNN here: jaxlib 0.12 does, on a CPU that has instructions for them.
+
+    Tried by compiling one, once; the processes of a run have to answer alike, or to compute in float32.
+    """
+    if jax.default_backend() != "cpu":
+        return False
+    x, kernel = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1, 8, 8, 16), (3, 3, 16, 16)))
+    compiled = jax.jit(convolve_directly, compiler_options=_ONEDNN).lower(x, kernel).compile()
+    return "__onednn$convolution" in (compiled.as_text() or "")
+
+
+def convolve_directly(x: Array, kernel: Array) -> Array:
+    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=NHWC)
+
+
+def _im2col(x: Array, kernel: Array) -> Array:
+    h, w = x.shape[1:3]
+    side, _, _, channels = kernel.shape
+    pad = (side // 2, side // 2)
+    x = jnp.pad(x, ((0, 0), pad, pad, (0, 0)))
+    windows = jnp.concatenate([x[:, i : i + h, j : j + w] for i in range(side) for j in range(side)], axis=-1)
+    return windows @ kernel.reshape(-1, channels)
+
+
+@jax.custom_vjp
+def _with_im2col(x: Array, kernel: Array) -> Array:
+    """For maps smaller than the kernel, and for few channels, where only the gradients are by im2col."""
+    return _im2col(x, kernel) if min(x.shape[1:3]) < kernel.shape[0] else convolve_directly(x, kernel)
+
+
+def _im2col_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _with_im2col(x, kernel), (x, kernel)
+
+
+def _im2col_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    to_input, to_kernel = jax.vjp(_im2col, x, kernel)[1](g)
+    if x.shape[-1] > FEW:  # im2col's transpose would round to bfloat16 nine times on its way; this is one product
+        to_input = _im2col(g, lax.optimization_barrier(kernel.swapaxes(2, 3))[::-1, ::-1])
+    return to_input, to_kernel
+
+
+_with_im2col.defvjp(_im2col_forward, _im2col_backward)
+
+
+@jax.custom_vjp
+def _in_bfloat16(x: Array, kernel: Array) -> Array:
+    """For 3x3 kernels, by oneDNN (AMX, 128x8x8x256: 1,400 GFLOP/s, Winograd in float32 240); the kernel's gradient it does not do."""
+    return convolve_directly(x, kernel)
+
+
+def _in_bfloat16_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _in_bfloat16(x, kernel), (x, kernel)
+
+
+def _in_bfloat16_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    # Behind the barrier it is a convolution like another; with the kernel turned inside, one that oneDNN is not given.
+    to_input = convolve_directly(g, lax.optimization_barrier(kernel.swapaxes(2, 3)[::-1, ::-1]))
+    if x.shape[-1] > FEW:
+        to_kernel = winograd.kernel_gradient(x, g)
+    else:
+        (to_kernel,) = jax.vjp(lambda k: _im2col(x.astype(k.dtype), k), kernel.astype(jnp.float32))[1](g.astype(jnp.float32))
+    return to_input, to_kernel.astype(kernel.dtype)
+
+
+_in_bfloat16.defvjp(_in_bfloat16_forward, _in_bfloat16_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _by_winograd(x: Array, kernel: Array, bias: Array, there: Array | None, then: Then) -> Array:
+    """For 3x3 kernels. The gradient keeps what came in, and what went out or, of a pooling, a byte for each window."""
+    return _with_filters(x, winograd.transform_filters(kernel), bias, there, then)
+
+
+def _with_filters(x: Array, filters: Array, bias: Array, there: Array | None, then: Then) -> Array:
+    return winograd.convolve(x, filters, lambda y, *there: _finish(y, bias, *there, then=then), *_beside(there))
+
+
+def _beside(there: Array | None) -> list[Array]:
+    return [] if there is None else [there[..., None]]
+
+
+def _by_winograd_forward(x: Array, kernel: Array, bias: Array, there: Array | None, then: Then) -> tuple[Array, tuple]:
+    if then != "pool":
+        y = _by_winograd(x, kernel, bias, there, then)
+        return y, (x, kernel, y)
+    y, bits = winograd.convolve(x, winograd.transform_filters(kernel), lambda y: maxima(y + bias[None, None, None], rectify=True))
+    return y, (x, kernel, bits)
+
+
+def _by_winograd_backward(then: Then, saved: tuple, g: Array) -> tuple[Array, Array, Array, None]:
+    x, kernel, passed = saved
+    if then == "relu":
+        g = jnp.where(passed > 0, g, 0)
+    elif then == "pool":
+        (g,) = max_gradient(True, passed, g)
+        g = jnp.pad(g, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)))
+    g, to_bias = _bias_gradient_on_cpu(g)
+    kernel = lax.optimization_barrier(kernel.swapaxes(2, 3))  # by itself XLA transposes in blocks; fused, value by value
+    to_input = winograd.convolve(g, winograd.transform_filters(kernel, rotated=True))
+    return to_input, winograd.kernel_gradient(x, g), to_bias, None
+
+
+_by_winograd.defvjp(_by_winograd_forward, _by_winograd_backward)
+
+
+def _finish(y: Array, bias: Array, there: Array | None = None, *, then: Then) -> Array:
+    y = add_bias(y, bias)
+    if then == "pool":
+        return max_pool(y, rectify=True)
+    y = relu(y) if then == "relu" else y
+    return y if there is None else jnp.where(there, y, 0)
+
+
+def _on_cpu(x: Array, kernel: Array, bias: Array, filters: Array | None, there: Array | None, *, then: Then) -> Array:
+    (h, w, c), side = x.shape[1:], kernel.shape[0]
+    if min(h, w) < side:
+        y = _with_im2col(x, kernel)
+    elif jnp.finfo(x.dtype).bits < 32:  # XLA's own is many times slower, and Winograd's transforms need the digits
+        if x.dtype == jnp.bfloat16 and side == 3 and convolves_bfloat16():
+            y = _in_bfloat16(x, kernel)
+        else:
+            wide, nothing = jnp.float32, jnp.zeros(bias.shape)
+            y = _on_cpu(x.astype(wide), kernel.astype(wide), nothing, filters, None, then="").astype(x.dtype)
+    elif c <= FEW:
+        y = _with_im2col(x, kernel)
+    elif side == 3:
+        return _by_winograd(x, kernel, bias, there, then) if filters is None else _with_filters(x, filters, bias, there, then)
+    else:
+        y = convolve_directly(x, kernel)
+    return _finish(y, bias, *_beside(there), then=then)
+
+
+def _by_rows(x: Array, kernel: Array) -> Array:
+    """With the pixels of a kernel's row side by side as channels, filled up to sixteen.
+
+    For the image on tensor cores, which cuDNN makes poor use of with three channels (H200, bfloat16, a step of net D, batch 256: 49.8
+    -> 45.2 ms; by im2col 47.3). Float32 is as fast either way.
+    """
+    h, w = x.shape[1:3]
+    side, _, c, channels = kernel.shape
+    pad, fill = side // 2, -side * c % 16
+    x = jnp.pad(x, ((0, 0), (0, 0), (pad, pad), (0, 0)))
+    x = jnp.concatenate([*(x[:, :, j : j + w] for j in range(side)), jnp.zeros((len(x), h, w, fill), x.dtype)], axis=-1)
+    kernel = jnp.pad(kernel.reshape(side, 1, side * c, channels), ((0, 0), (0, 0), (0, fill), (0, 0)))
+    return lax.conv_general_dilated(x, kernel, (1, 1), ((pad, pad), (0, 0)), dimension_numbers=NHWC)
+
+
+def _on_cuda(x: Array, kernel: Array, bias: Array, _: Array | None, there: Array | None, *, then: Then) -> Array:
+    y = (_by_rows if x.shape[-1] <= FEW else convolve_directly)(x, kernel)
+    return _finish(y, bias, *_beside(there), then=then)
+
+
+def convolve_anywhere(x: Array, kernel: Array, bias: Array, _: Array | None, there: Array | None, *, then: Then) -> Array:
+    """`convolution` by XLA's own."""
+    return _finish(convolve_directly(x, kernel), bias, *_beside(there), then=then)
+
+
+@jax.custom_vjp
+def add_bias(x: Array, bias: Array) -> Array:
+    """(N, H, W, C) + (C,). The bias's gradient, a sum over all positions, takes a CPU 2 to 7 times as long in XLA's way as by a product."""
+    return x + bias[None, None, None]
+
+
+def _add_bias(x: Array, bias: Array) -> tuple[Array, None]:
+    return add_bias(x, bias), None
+
+
+def _bias_gradient(_: None, g: Array) -> tuple[Array, Array]:
+    return lax.platform_dependent(g, cpu=_bias_gradient_on_cpu, default=lambda g: (g, g.sum((0, 1, 2))))
+
+
+def _bias_gradient_on_cpu(g: Array) -> tuple[Array, Array]:
+    g = lax.optimization_barrier(g)  # or what makes it is fused into its readers, and computed again in each
+    positions = g.reshape(-1, g.shape[-1])
+    return g, (jnp.ones((1, len(positions)), g.dtype) @ positions)[0]
+
+
+add_bias.defvjp(_add_bias, _bias_gradient)
+
+
+@functools.partial(jax.jit, static_argnames="then")  # traced, and outside of a jit compiled, once for each shape
+def convolution(x: Array, kernel: Array, bias: Array, filters: Array | None = None, there: Array | None = None, then: Then = "") -> Array:
+    """(N, H, W, C), (k, k, C, K), (K,) -> (N, H, W, K): cross-correlation, stride 1, zero padding k // 2, for an odd k, plus a bias.
+
+    `then` its ReLU, with zeros but where the map is `there`, bool (N, H, W); or its ReLU and maxima of 2x2 windows, (N, H // 2, W // 2, K).
+
+    `filters` are the kernel's of `winograd.transform_filters`, made beforehand for inference. Where `convolves_bfloat16`, bfloat16 is fast
+    only in a program that is compiled with `compiler_options(dtype=jnp.bfloat16)`; with others it takes twice as long as in float32.
+    """
+    arrays = x, kernel, bias, filters, there
+    if kernel.shape[0] == 1:
+        return _finish(x @ kernel[0, 0], bias, *_beside(there), then=then)
+    if not all(isinstance(side, int) for side in x.shape):  # a symbol of jax.export
+        return convolve_anywhere(*arrays, then=then)
+    on = {"cpu": _on_cpu, "cuda": _on_cuda, "default": convolve_anywhere}
+    return lax.platform_dependent(*arrays, **{platform: functools.partial(function, then=then) for platform, function in on.items()})
