@@ -1,6 +1,7 @@
 """The operations against loops written by hand and XLA's direct convolution, in both precisions."""
 
 import functools
+import itertools
 from pathlib import Path
 
 import jax
@@ -49,11 +50,12 @@ SHAPES = [
     (1, 113, 8, 6, 4, 3),
     (2, 12, 11, 6, 4, 5),
 ]
+WINOGRAD = [(n, h, w, c, k, side) for n, h, w, c, k, side in SHAPES if side == 3 and min(h, w) > 2 and c > 3]
 
 
-@pytest.mark.parametrize("then", THEN)
-@pytest.mark.parametrize(("n", "h", "w", "c", "k", "side"), SHAPES)
-def test_convolution_and_its_gradients(n, h, w, c, k, side, then):
+@pytest.mark.parametrize(("shape", "then"), [*((shape, "") for shape in SHAPES), *itertools.product([SHAPES[4], *WINOGRAD], THEN[1:])])
+def test_convolution_and_its_gradients(shape, then):
+    n, h, w, c, k, side = shape
     rng = np.random.default_rng(0)
     out = (n, h // 2, w // 2, k) if then == "pool" else (n, h, w, k)
     arrays = [rng.normal(size=shape) for shape in ((n, h, w, c), (side, side, c, k), (k,), out)]

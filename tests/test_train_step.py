@@ -1,6 +1,10 @@
 """One step, without PyTorch; `test_parity` compares twenty of them with it."""
 
 import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,7 +16,7 @@ from vgg_jax.metrics import averages
 from vgg_jax.model import preprocess
 from vgg_jax.optimizer import sgd
 from vgg_jax.sharding import make_mesh, put_batch
-from vgg_jax.train_step import compile_steps, init_state, step_memory
+from vgg_jax.train_step import RUNTIME, compile_steps, init_state, step_memory
 
 CONFIG = TrainConfig(image_size=32, scale=(32,), batch_size=8, learning_rate=1e-3)
 MODEL = VGG(SHALLOW, 5, image_size=32, dropout_rate=0.0)
@@ -57,7 +61,16 @@ def test_memory_of_a_step():
     assert whole["state"] == parts["state"] == pytest.approx(2 * 4 * parameters, abs=100)  # and the rate and a count of steps
     first_layer = 128 * 64 * 64 * 64 * 4
     assert whole["total"] > whole["state"] + 4 * parameters + first_layer
-    assert parts["total"] < 0.6 * whole["total"]
+    assert parts["total"] - RUNTIME < 0.6 * (whole["total"] - RUNTIME)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measured as Linux tells it")
+def test_memory_of_a_step_is_what_it_takes():
+    """Of a small step, of which XLA's runtime takes the largest share."""
+    command = [sys.executable, "experiments/check_memory.py", "--net", "A", "--image-size", "32", "--batch", "8"]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert found["ratio"] == pytest.approx(1, abs=0.15)
 
 
 @pytest.mark.usefixtures("small_nets")
@@ -65,7 +78,7 @@ def test_memory_of_drawing_the_parameters_where_it_is_more_than_a_steps():
     """One image's step takes little but parameters, momentum and gradients; drawing fc6, nearly all of the parameters here, takes more."""
     config = dataclasses.replace(CONFIG, net="shallow", fc=(4096, 16), image_size=128, scale=(128,), batch_size=1)
     found = step_memory(config, 5)
-    assert found["total"] == pytest.approx(2 * found["state"], rel=0.1)  # the step by itself: 1.5 times
+    assert found["total"] - RUNTIME == pytest.approx(2 * found["state"], rel=0.1)  # the step by itself: 1.5 times
 
 
 def test_microbatches_make_the_step_of_the_whole_batch():
