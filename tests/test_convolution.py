@@ -33,8 +33,7 @@ def in_steps(x, kernel, bias, there=None, then=""):
     return y if there is None else jnp.where(there[..., None], y, 0)
 
 
-# Each path of the convolution: im2col by channels and by size, Winograd in one piece and in chunks (which divide the images
-# or do not), direct.
+# Each path of the convolution: im2col by channels and by size, Winograd (in several blocks: see test_winograd), direct.
 SHAPES = [
     (3, 1, 1, 8, 5, 3),
     (3, 2, 2, 8, 5, 3),
@@ -95,7 +94,16 @@ def test_convolution_of_a_gpu_for_the_image(side):
 
 def test_an_empty_batch():
     for size in (2, 8, 120):
-        assert convolution(jnp.zeros((0, size, size, 8)), jnp.zeros((3, 3, 8, 5)), jnp.zeros(5)).shape == (0, size, size, 5)
+        arrays = jnp.zeros((0, size, size, 8)), jnp.zeros((3, 3, 8, 5)), jnp.zeros(5)
+        assert convolution(*arrays).shape == (0, size, size, 5)
+        assert convolution(*arrays, then="pool").shape == (0, size // 2, size // 2, 5)
+
+
+def test_narrow_types_beside_wide_ones():
+    with jax.enable_x64(True):
+        x, kernel, bias = (jnp.ones(shape, jnp.float16) for shape in ((1, 4, 4, 8), (3, 3, 8, 2), (2,)))
+        y, *gradients = with_gradients(convolution, x, kernel, bias, jnp.ones((1, 4, 4, 2), jnp.float16))
+    assert [y[0, 1, 1, 0], *(each.dtype for each in gradients)] == [73, *[jnp.float16] * 3]
 
 
 def test_convolution_by_hand():

@@ -1,4 +1,4 @@
-"""What `test_layers` does not show through `convolution`: the transforms themselves, second derivatives, batching."""
+"""What `test_convolution` does not show through `convolution`: the transforms themselves, second derivatives, batching."""
 
 import functools
 
@@ -20,7 +20,7 @@ def test_the_matrices_multiply_polynomials():
     np.testing.assert_allclose(_AT @ ((_G @ g) * (_BT @ d)), np.correlate(d, g, "valid"), atol=1e-12)
 
 
-@pytest.mark.parametrize("then", ["", "pool"])
+@pytest.mark.parametrize("then", THEN)
 def test_winograd_has_second_derivatives_and_a_batching_rule(then):
     rng = np.random.default_rng(2)
     x, kernel, bias = (jnp.float32(rng.normal(size=shape)) for shape in ((2, 6, 6, 8), (3, 3, 8, 4), (4,)))
@@ -34,20 +34,21 @@ def test_winograd_has_second_derivatives_and_a_batching_rule(then):
     np.testing.assert_allclose(twice[1], in_steps(x, 2 * kernel, bias, then=then), atol=1e-4)
 
 
-@pytest.mark.parametrize(("tiles", "blocks"), [(5, 3 * 5), (10, 3 * 3), (50, 2)])
-@pytest.mark.parametrize("then", THEN)
-def test_strips_of_a_large_map_and_groups_of_images_meet_without_a_seam(tiles, blocks, then, monkeypatch):
-    """Strips of one and of two rows of tiles, and two images at a time, of three that end within a tile."""
+@pytest.mark.parametrize(("tiles", "height", "blocks"), [(5, 18, 3 * 5), (10, 18, 3 * 3), (10, 16, 3 * 2), (50, 18, 2), (50, 16, 2)])
+@pytest.mark.parametrize(("then", "holes"), [("", False), ("relu", False), ("relu", True), ("pool", False)])
+def test_strips_of_a_large_map_and_groups_of_images_meet_without_a_seam(tiles, height, blocks, then, holes, monkeypatch):
+    """Strips of one and of two rows of tiles, and two images at a time, of three that end with a tile or within one."""
     monkeypatch.setattr(winograd, "_TILES", tiles)
     monkeypatch.setattr(winograd, "_GRADIENT_VALUES", 1)
     jax.clear_caches()  # what was traced knows the other size
     rng = np.random.default_rng(3)
-    shapes = (3, 18, 17, 8), (3, 3, 8, 4), (4,)
+    shapes = (3, height, 17, 8), (3, 3, 8, 4), (4,)
+    cut = winograd._blocks(shapes[0], tiles)
+    assert cut.groups * cut.strips == blocks
+    there = jnp.asarray(rng.random((3, height, 17)) < 0.7) if holes else None
     with jax.enable_x64(True):
         arrays = [jnp.asarray(rng.normal(size=shape)) for shape in shapes]
-        cut = winograd._blocks(arrays[0].shape, tiles)
-        assert cut.groups * cut.strips == blocks
-        ours, theirs = (jax.vjp(functools.partial(f, then=then), *arrays) for f in (convolution, in_steps))
+        ours, theirs = (jax.vjp(functools.partial(f, there=there, then=then), *arrays) for f in (convolution, in_steps))
         g = jnp.asarray(rng.normal(size=theirs[0].shape))
         for mine, his in zip((ours[0], *ours[1](g)), (theirs[0], *theirs[1](g)), strict=True):
             assert jnp.abs(mine - his).max() < 1e-12 * jnp.abs(his).max()

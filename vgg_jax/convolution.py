@@ -152,7 +152,7 @@ def _beside(there: Array | None) -> list[Array]:
 def _by_winograd_forward(x: Array, kernel: Array, bias: Array, there: Array | None, then: Then) -> tuple[Array, tuple]:
     if then != "pool":
         y = _by_winograd(x, kernel, bias, there, then)
-        return y, (x, kernel, y)
+        return y, (x, kernel, y if then == "relu" else None)
     y, bits = winograd.convolve(x, winograd.transform_filters(kernel), lambda y: maxima(y + bias[None, None, None], rectify=True))
     return y, (x, kernel, bits)
 
@@ -189,7 +189,7 @@ def _on_cpu(x: Array, kernel: Array, bias: Array, filters: Array | None, there: 
         if x.dtype == jnp.bfloat16 and side == 3 and convolves_bfloat16():
             y = _in_bfloat16(x, kernel)
         else:
-            wide, nothing = jnp.float32, jnp.zeros(bias.shape)
+            wide, nothing = jnp.float32, jnp.zeros(bias.shape, jnp.float32)
             y = _on_cpu(x.astype(wide), kernel.astype(wide), nothing, filters, None, then="").astype(x.dtype)
     elif c <= FEW:
         y = _with_im2col(x, kernel)
@@ -252,11 +252,12 @@ add_bias.defvjp(_add_bias, _bias_gradient)
 def convolution(x: Array, kernel: Array, bias: Array, filters: Array | None = None, there: Array | None = None, then: Then = "") -> Array:
     """(N, H, W, C), (k, k, C, K), (K,) -> (N, H, W, K): cross-correlation, stride 1, zero padding k // 2, for an odd k, plus a bias.
 
-    `then` its ReLU, with zeros but where the map is `there`, bool (N, H, W); or its ReLU and maxima of 2x2 windows, (N, H // 2, W // 2, K).
+    `then` its ReLU, with zeros where not `there`, bool (N, H, W); or its ReLU and maxima of 2x2 windows, (N, H // 2, W // 2, K).
 
     `filters` are the kernel's of `winograd.transform_filters`, made beforehand for inference. Where `convolves_bfloat16`, bfloat16 is fast
     only in a program that is compiled with `compiler_options(dtype=jnp.bfloat16)`; with others it takes twice as long as in float32.
     """
+    assert there is None or then == "relu"
     arrays = x, kernel, bias, filters, there
     if kernel.shape[0] == 1:
         return _finish(x @ kernel[0, 0], bias, *_beside(there), then=then)

@@ -12,7 +12,7 @@ from vgg_jax.convolution import FEW, compiler_options, convolves_bfloat16
 from vgg_jax.model import VGG
 
 
-def prepare(variables: Mapping[str, Any], dtype: Any = jnp.float32) -> dict[str, Any]:
+def prepare(variables: Mapping[str, Any], dtype: Any = jnp.float32, kinds: tuple[str, ...] = ("conv", "fc")) -> dict[str, Any]:
     """The variables of a net with its kernels besides as the CPU's layers want them, for inference over and over in `dtype`.
 
     3x3 kernels are transformed: four times their memory, a fifth less time (dense evaluation with net A, 2-core x86); not where the CPU
@@ -20,11 +20,13 @@ def prepare(variables: Mapping[str, Any], dtype: Any = jnp.float32) -> dict[str,
     """
     if jax.default_backend() != "cpu":
         return dict(variables)
-    kernels = {name: layer["kernel"] for name, layer in variables["params"].items() if "kernel" in layer}
-    if dtype == jnp.bfloat16 and convolves_bfloat16():
-        kernels = {name: kernel for name, kernel in kernels.items() if kernel.ndim == 2}
-    kernels = {name: kernel for name, kernel in kernels.items() if kernel.ndim == 2 or (kernel.shape[0] == 3 and kernel.shape[2] > FEW)}
-    return {**variables, "prepared": _prepared(kernels, dtype)}
+    transforms = not (dtype == jnp.bfloat16 and convolves_bfloat16())
+    kernels = {name: layer["kernel"] for name, layer in variables["params"].items() if name.startswith(kinds)}
+
+    def gains(kernel: jax.Array) -> bool:
+        return kernel.ndim == 2 or (transforms and kernel.shape[0] == 3 and kernel.shape[2] > FEW)
+
+    return {**variables, "prepared": _prepared({name: kernel for name, kernel in kernels.items() if gains(kernel)}, dtype)}
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

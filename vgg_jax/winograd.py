@@ -94,7 +94,7 @@ def _cut(x: Array, blocks: _Blocks, halo: int) -> Callable[[Array], Array]:
     wide = x.dtype if x.dtype == bool else jnp.promote_types(x.dtype, jnp.float32)
     tall, right = 4 * rows + 2 * halo, 4 * columns + halo - w
     if images * groups > n or (strips > 1 and 4 * rows * strips > h):  # else nothing but a block is copied
-        x = jnp.pad(x, ((0, images * groups - n), (0, max(0, 4 * rows * strips - h)), (0, 0), (0, 0)))
+        x = jnp.pad(x, ((0, images * groups - n), (0, 4 * rows * strips - h), (0, 0), (0, 0)))
 
     def block(number: Array) -> Array:
         first, top = number // strips * images, number % strips * 4 * rows
@@ -114,8 +114,9 @@ def _cut(x: Array, blocks: _Blocks, halo: int) -> Callable[[Array], Array]:
 def convolve(x: Array, filters: Array, then: Callable[..., Any] = lambda y: y, *beside: Array) -> Any:
     """(N, H, W, C), transformed filters (36, C, K) -> (N, H, W, K): stride 1, zero padding 1. Differentiable in reverse.
 
-    `then` is done to the sums while they are in the cache: a function of some images' rows of them, (n, 4 r, w, K), and of the same
-    pixels of what is `beside`, maps (N, H, W, …). It may pool by 2x2 windows, and return several arrays.
+    `then` is done to the sums while they are in the cache: a function of whole tiles of some images, (n, 4 rows, 4 columns, K), also
+    those that reach over the edge, and of the same pixels of what is `beside`, (N, H, W, C). It may pool by 2x2 windows, and return
+    several arrays.
     """
     n, h, w, _ = x.shape
     blocks = _blocks(x.shape, _TILES)
