@@ -155,7 +155,7 @@ def summary(net: str, num_classes: int, batch_norm: bool, image_size: int, batch
 
         found = {name: f"{size / 1e9:.2f} GB" for name, size in step_memory(config, num_classes).items()}
         print(f"A training step of {batch_size} images takes {found['total']}: {found['state']} for parameters and momentum, the rest for")
-        print("activations and gradients, as XLA has laid it out for one device like this; what the process held before comes on top.")
+        print("activations, gradients and XLA, on one device like this; what the process held before comes on top. Nothing was run.")
     return 0
 
 
