@@ -66,7 +66,9 @@ def test_memory_of_a_step():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not RUNTIME or not Path("/proc/self/clear_refs").exists(), reason="measured on a CPU, as Linux tells it")
+@pytest.mark.skipif(
+    jax.default_backend() != "cpu" or not Path("/proc/self/clear_refs").exists(), reason="measured on a CPU, as Linux tells it"
+)
 def test_memory_of_a_step_is_what_it_takes():
     """Of a small step, of which XLA's runtime takes the largest share."""
     command = [sys.executable, "experiments/check_memory.py", "--net", "A", "--image-size", "32", "--batch", "8"]
