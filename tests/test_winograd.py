@@ -34,8 +34,18 @@ def test_winograd_has_second_derivatives_and_a_batching_rule(then):
     np.testing.assert_allclose(twice[1], in_steps(x, 2 * kernel, bias, then=then), atol=1e-4)
 
 
-@pytest.mark.parametrize(("tiles", "height", "blocks"), [(5, 18, 3 * 5), (10, 18, 3 * 3), (10, 16, 3 * 2), (50, 18, 2), (50, 16, 2)])
-@pytest.mark.parametrize(("then", "holes"), [("", False), ("relu", False), ("relu", True), ("pool", False)])
+@pytest.mark.parametrize(
+    ("tiles", "height", "blocks", "then", "holes"),
+    [
+        (5, 18, 3 * 5, "", False),
+        (5, 18, 3 * 5, "relu", True),
+        (10, 18, 3 * 3, "pool", False),
+        (10, 16, 3 * 2, "relu", True),
+        (10, 16, 3 * 2, "pool", False),
+        (50, 18, 2, "relu", True),
+        (50, 16, 2, "pool", False),
+    ],
+)
 def test_strips_of_a_large_map_and_groups_of_images_meet_without_a_seam(tiles, height, blocks, then, holes, monkeypatch):
     """Strips of one and of two rows of tiles, and two images at a time, of three that end with a tile or within one."""
     monkeypatch.setattr(winograd, "_TILES", tiles)
