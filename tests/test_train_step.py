@@ -62,7 +62,7 @@ def test_memory_of_a_step():
     assert whole["state"] == parts["state"] == pytest.approx(2 * 4 * parameters, abs=100)  # and the rate and a count of steps
     first_layer = 128 * 64 * 64 * 64 * 4
     assert whole["total"] > whole["state"] + 4 * parameters + first_layer
-    assert parts["total"] - RUNTIME < 0.6 * (whole["total"] - RUNTIME)
+    assert whole["total"] - parts["total"] > first_layer
 
 
 @pytest.mark.slow
