@@ -26,7 +26,7 @@ FAST = convolution._on_cpu
 
 def plain(x: Array, kernel: Array, bias: Array, filters: Array | None, there: Array | None, *, then: convolution.Then) -> Array:
     """Each value a sum of nine products; XLA's own convolution, which is that too, takes seconds a step."""
-    return convolution._finish(convolution._im2col(x, kernel), bias, *convolution._beside(there), then=then)
+    return convolution._finish(convolution._im2col(x, kernel), bias, there, then)
 
 
 WAYS = {"winograd": ("float32", FAST), "plain": ("float32", plain), "winograd, bfloat16": ("bfloat16", FAST)}

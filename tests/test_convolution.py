@@ -30,7 +30,7 @@ def in_steps(x, kernel, bias, there=None, then=""):
     y = direct(x, kernel) + bias[None, None, None]
     y = relu(y) if then else y
     y = max_pool(y) if then == "pool" else y
-    return y if there is None else jnp.where(there[..., None], y, 0)
+    return y if there is None else jnp.where(there, y, 0)
 
 
 # Each path of the convolution: im2col by channels and by size, Winograd (in several blocks: see test_winograd), direct.
@@ -75,7 +75,7 @@ def test_where_nothing_is_there_zeros_come_out_and_no_gradient_goes_in(n, h, w):
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
         x, kernel, bias, g = (jnp.asarray(rng.normal(size=shape)) for shape in ((n, h, w, 6), (3, 3, 6, 4), (4,), (n, h, w, 4)))
-        there = jnp.asarray(rng.random((n, h, w)) < 0.7)
+        there = jnp.asarray(rng.random((n, h, w, 1)) < 0.7)
         ours, theirs = (
             with_gradients(lambda *arrays, f=f: f(*arrays, there=there, then="relu"), x, kernel, bias, g) for f in (convolution, in_steps)
         )

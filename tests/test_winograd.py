@@ -55,7 +55,7 @@ def test_strips_of_a_large_map_and_groups_of_images_meet_without_a_seam(tiles, h
     shapes = (3, height, 17, 8), (3, 3, 8, 4), (4,)
     cut = winograd._blocks(shapes[0], tiles)
     assert cut.groups * cut.strips == blocks
-    there = jnp.asarray(rng.random((3, height, 17)) < 0.7) if holes else None
+    there = jnp.asarray(rng.random((3, height, 17, 1)) < 0.7) if holes else None
     with jax.enable_x64(True):
         arrays = [jnp.asarray(rng.normal(size=shape)) for shape in shapes]
         ours, theirs = (jax.vjp(functools.partial(f, there=there, then=then), *arrays) for f in (convolution, in_steps))

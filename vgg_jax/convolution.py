@@ -142,11 +142,8 @@ def _by_winograd(x: Array, kernel: Array, bias: Array, there: Array | None, then
 
 
 def _with_filters(x: Array, filters: Array, bias: Array, there: Array | None, then: Then) -> Array:
-    return winograd.convolve(x, filters, lambda y, *there: _finish(y, bias, *there, then=then), *_beside(there))
-
-
-def _beside(there: Array | None) -> list[Array]:
-    return [] if there is None else [there[..., None]]
+    beside = [] if there is None else [there]
+    return winograd.convolve(x, filters, lambda y, there=None: _finish(y, bias, there, then), *beside)
 
 
 def _by_winograd_forward(x: Array, kernel: Array, bias: Array, there: Array | None, then: Then) -> tuple[Array, tuple]:
@@ -173,7 +170,7 @@ def _by_winograd_backward(then: Then, saved: tuple, g: Array) -> tuple[Array, Ar
 _by_winograd.defvjp(_by_winograd_forward, _by_winograd_backward)
 
 
-def _finish(y: Array, bias: Array, there: Array | None = None, *, then: Then) -> Array:
+def _finish(y: Array, bias: Array, there: Array | None, then: Then) -> Array:
     y = add_bias(y, bias)
     if then == "pool":
         return max_pool(y, rectify=True)
@@ -197,7 +194,7 @@ def _on_cpu(x: Array, kernel: Array, bias: Array, filters: Array | None, there: 
         return _by_winograd(x, kernel, bias, there, then) if filters is None else _with_filters(x, filters, bias, there, then)
     else:
         y = convolve_directly(x, kernel)
-    return _finish(y, bias, *_beside(there), then=then)
+    return _finish(y, bias, there, then)
 
 
 def _by_rows(x: Array, kernel: Array) -> Array:
@@ -217,12 +214,12 @@ def _by_rows(x: Array, kernel: Array) -> Array:
 
 def _on_cuda(x: Array, kernel: Array, bias: Array, _: Array | None, there: Array | None, *, then: Then) -> Array:
     y = (_by_rows if x.shape[-1] <= FEW else convolve_directly)(x, kernel)
-    return _finish(y, bias, *_beside(there), then=then)
+    return _finish(y, bias, there, then)
 
 
 def convolve_anywhere(x: Array, kernel: Array, bias: Array, _: Array | None, there: Array | None, *, then: Then) -> Array:
     """`convolution` by XLA's own."""
-    return _finish(convolve_directly(x, kernel), bias, *_beside(there), then=then)
+    return _finish(convolve_directly(x, kernel), bias, there, then)
 
 
 @jax.custom_vjp
@@ -252,7 +249,7 @@ add_bias.defvjp(_add_bias, _bias_gradient)
 def convolution(x: Array, kernel: Array, bias: Array, filters: Array | None = None, there: Array | None = None, then: Then = "") -> Array:
     """(N, H, W, C), (k, k, C, K), (K,) -> (N, H, W, K): cross-correlation, stride 1, zero padding k // 2, for an odd k, plus a bias.
 
-    `then` its ReLU, with zeros where not `there`, bool (N, H, W); or its ReLU and maxima of 2x2 windows, (N, H // 2, W // 2, K).
+    `then` its ReLU, with zeros where not `there`, bool (N, H, W, 1); or its ReLU and maxima of 2x2 windows, (N, H // 2, W // 2, K).
 
     `filters` are the kernel's of `winograd.transform_filters`, made beforehand for inference. Where `convolves_bfloat16`, bfloat16 is fast
     only in a program that is compiled with `compiler_options(dtype=jnp.bfloat16)`; with others it takes twice as long as in float32.
@@ -260,7 +257,7 @@ def convolution(x: Array, kernel: Array, bias: Array, filters: Array | None = No
     assert there is None or then == "relu"
     arrays = x, kernel, bias, filters, there
     if kernel.shape[0] == 1:
-        return _finish(x @ kernel[0, 0], bias, *_beside(there), then=then)
+        return _finish(x @ kernel[0, 0], bias, there, then)
     if not all(isinstance(side, int) for side in x.shape):  # a symbol of jax.export
         return convolve_anywhere(*arrays, then=then)
     on = {"cpu": _on_cpu, "cuda": _on_cuda, "default": convolve_anywhere}

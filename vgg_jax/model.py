@@ -86,7 +86,7 @@ class VGG(nn.Module):
         each image's part of the map is what the image alone would give, with zeros around it.
         """
         layer = self._last_layer()
-        return self._run(images, (layer,), there=there, ceil=ceil)[layer]
+        return self._run(images, (layer,), there=there[..., None], ceil=ceil)[layer]
 
     def logits_of_maps(self, maps: Array) -> Array:
         """(N, K), of parts (N, h, w, C) of `last_maps` as large as those of an image of image_size."""
@@ -134,7 +134,7 @@ class VGG(nn.Module):
 
         def clear(x: Array) -> Array:
             """Zeros around each image, as a convolution of the image alone would find there."""
-            return x if there is None else jnp.where(there[..., None], x, 0)
+            return x if there is None else jnp.where(there, x, 0)
 
         x, linear = clear(x), None  # what the ReLU just before has read
         along = 0

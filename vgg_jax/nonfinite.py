@@ -20,27 +20,28 @@ def first_nonfinite(state: TrainState, batch: Batch, *, model: VGG, mean_rgb: tu
 
     Compiles and runs the step once more. Micro-batches are computed at once: dropout then draws otherwise.
     """
-    run = jax.jit(partial(_step, model=model, mean_rgb=mean_rgb), compiler_options=compiler_options(dtype=model.dtype))
+    names = tuple(layer.name for layer in layer_table(model.config, model.num_classes, model.batch_norm, model.image_size))
+    run = jax.jit(partial(_step, model=model, mean_rgb=mean_rgb, names=names), compiler_options=compiler_options(dtype=model.dtype))
     outputs, gradients = jax.device_get(run(state, batch))
-    table = layer_table(model.config, model.num_classes, model.batch_norm, model.image_size)
-    for name in (layer.name for layer in table if layer.name in outputs):
+    for name in names:
         if not _finite(outputs[name]):
             return f"the output of {name}"
     if not _finite(outputs["loss"]):
         return "the loss"
-    for name in (layer.name for layer in reversed(table) if layer.name in gradients):
+    for name in (name for name in reversed(names) if name in gradients):
         if not _finite(gradients[name]):
             return f"the gradient of {name}"
     return "the update"
 
 
-def _step(state: TrainState, batch: Batch, *, model: VGG, mean_rgb: tuple[float, float, float]) -> tuple[dict, dict]:
+def _step(
+    state: TrainState, batch: Batch, *, model: VGG, mean_rgb: tuple[float, float, float], names: tuple[str, ...]
+) -> tuple[dict, dict]:
     def loss(params: Any) -> tuple[jax.Array, dict]:
         variables = {"params": params, "batch_stats": state.batch_stats}
         images = preprocess(batch["image"], mean_rgb, batch["colour_shift"])
         rngs = {"dropout": jax.random.fold_in(state.key, state.step)}
         # Of each layer by itself: of a ReLU, done along with a convolution, no minus infinity comes out.
-        names = tuple(layer.name for layer in layer_table(model.config, model.num_classes, model.batch_norm, model.image_size))
         layers: Any
         layers, _ = model.apply(variables, images, names, train=True, mask=batch["mask"], rngs=rngs, mutable=["batch_stats"], method="_run")
         total = sums_of(layers["fc8"][:, 0, 0], batch["label"], batch["mask"]).loss

@@ -85,11 +85,11 @@ def avg_pool(x: Array) -> Array:
 
 
 def pooled(there: Array, ceil: bool = False) -> Array:
-    """bool (N, H, W) -> (N, H // 2, W // 2): where the pooling of an image has a value, if it fills an array only where it is `there`.
+    """bool (N, H, W, 1) -> (N, H // 2, W // 2, 1): where an image, that fills an array only where it is `there`, has a value once pooled.
 
     That is where all of a 2x2 window is the image's, or with `ceil` any of it.
     """
     if ceil:
-        there = jnp.pad(there, ((0, 0), *((0, side % 2) for side in there.shape[1:])))
-    share = avg_pool(there[..., None].astype(jnp.float32))[..., 0]
+        there = jnp.pad(there, ((0, 0), (0, there.shape[1] % 2), (0, there.shape[2] % 2), (0, 0)))
+    share = avg_pool(there.astype(jnp.float32))
     return share > 0 if ceil else share == 1
