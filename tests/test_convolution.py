@@ -1,7 +1,6 @@
 """The operations against loops written by hand and XLA's direct convolution, in both precisions."""
 
 import functools
-import itertools
 from pathlib import Path
 
 import jax
@@ -11,7 +10,17 @@ import numpy as np
 import pytest
 from jax import lax
 
-from vgg_jax.convolution import THEN, _by_rows, add_bias, compiler_options, convolution, convolves_bfloat16
+import vgg_jax.convolution
+from vgg_jax.convolution import (
+    THEN,
+    _by_rows,
+    _images_at_a_time,
+    add_bias,
+    compiler_options,
+    convolution,
+    convolve_anywhere,
+    convolves_bfloat16,
+)
 from vgg_jax.pooling import max_pool, relu
 
 
@@ -33,29 +42,22 @@ def in_steps(x, kernel, bias, there=None, then=""):
     return y if there is None else jnp.where(there, y, 0)
 
 
-# Each path of the convolution: im2col by size, and by channels (all images at once, and one by one), Winograd (in several blocks: see
-# test_winograd), direct.
+# Each path of the convolution: im2col by size and by channels, Winograd (in several blocks: see test_winograd), direct.
 SHAPES = [
-    (3, 1, 1, 8, 5, 3),
-    (3, 2, 2, 8, 5, 3),
-    (2, 1, 2, 8, 5, 3),
-    (2, 3, 3, 8, 5, 5),
-    (2, 9, 7, 3, 5, 3),
-    (3, 150, 167, 3, 2, 3),
-    (2, 4, 4, 8, 5, 5),
     (2, 2, 9, 8, 5, 3),
-    (2, 5, 6, 8, 5, 1),
+    (2, 9, 7, 3, 5, 3),
+    (2, 7, 6, 4, 2, 5),
     (5, 6, 9, 8, 5, 3),
     (3, 50, 47, 6, 4, 3),
     (2, 64, 33, 6, 4, 3),
     (1, 113, 8, 6, 4, 3),
     (2, 12, 11, 6, 4, 5),
+    (2, 5, 6, 8, 5, 1),
 ]
-IMAGES = [shape for shape in SHAPES if shape[3] == 3]
-WINOGRAD = [(n, h, w, c, k, side) for n, h, w, c, k, side in SHAPES if side == 3 and min(h, w) > 2 and c > 3]
+MORE = [(3, 1, 1, 8, 5, 3), (3, 2, 2, 8, 5, 3), (2, 1, 2, 8, 5, 3), (2, 3, 3, 8, 5, 5), (2, 4, 4, 8, 5, 5), (2, 8, 6, 1, 2, 3)]
 
 
-@pytest.mark.parametrize(("shape", "then"), [*((shape, "") for shape in SHAPES), *itertools.product([*IMAGES, *WINOGRAD], THEN[1:])])
+@pytest.mark.parametrize(("shape", "then"), [*((shape, then) for shape in SHAPES for then in THEN), *((shape, "") for shape in MORE)])
 def test_convolution_and_its_gradients(shape, then):
     n, h, w, c, k, side = shape
     rng = np.random.default_rng(0)
@@ -73,11 +75,40 @@ def test_convolution_and_its_gradients(shape, then):
         assert np.abs(ours_in_single - theirs).max(initial=0) <= 1e-5 * largest
 
 
-@pytest.mark.parametrize(("n", "h", "w"), [(3, 10, 7), (1, 113, 8), (2, 2, 2)])
-def test_where_nothing_is_there_zeros_come_out_and_no_gradient_goes_in(n, h, w):
+@pytest.mark.parametrize("then", THEN)
+def test_convolution_of_an_accelerator_and_its_gradients(then):
+    rng = np.random.default_rng(0)
+    out = (2, 2, 4, 4) if then == "pool" else (2, 5, 9, 4)
+    with jax.enable_x64(True):
+        arrays = [jnp.asarray(rng.normal(size=shape)) for shape in ((2, 5, 9, 6), (3, 3, 6, 4), (4,), out)]
+        ours, theirs = (
+            with_gradients(f, *arrays)
+            for f in (lambda *a: convolve_anywhere(*a, None, None, then=then), lambda *a: in_steps(*a, then=then))
+        )
+        for mine, his in zip(ours, theirs, strict=True):
+            assert jnp.abs(mine - his).max() < 1e-12 * jnp.abs(his).max()
+
+
+@pytest.mark.parametrize(("positions", "at_a_time", "then"), [(1, 1, ""), (130, 2, "relu"), (200, 2, "pool"), (300, 4, "relu")])
+def test_gradients_of_images_some_at_a_time(positions, at_a_time, then, monkeypatch):
+    """Of four with 63 positions each."""
+    monkeypatch.setattr(vgg_jax.convolution, "_POSITIONS", positions)
+    jax.clear_caches()  # what was traced knows the other number
+    rng = np.random.default_rng(0)
+    shapes = (4, 9, 7, 3), (3, 3, 3, 5), (5,), (4, 4, 3, 5) if then == "pool" else (4, 9, 7, 5)
+    assert _images_at_a_time(shapes[0]) == at_a_time
+    with jax.enable_x64(True):
+        arrays = [jnp.asarray(rng.normal(size=shape)) for shape in shapes]
+        ours, theirs = (with_gradients(functools.partial(f, then=then), *arrays) for f in (convolution, in_steps))
+        for mine, his in zip(ours, theirs, strict=True):
+            assert jnp.abs(mine - his).max() < 1e-12 * jnp.abs(his).max()
+
+
+@pytest.mark.parametrize(("n", "h", "w", "c"), [(3, 10, 7, 6), (1, 113, 8, 6), (2, 2, 2, 6), (3, 10, 7, 3)])
+def test_where_nothing_is_there_zeros_come_out_and_no_gradient_goes_in(n, h, w, c):
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
-        x, kernel, bias, g = (jnp.asarray(rng.normal(size=shape)) for shape in ((n, h, w, 6), (3, 3, 6, 4), (4,), (n, h, w, 4)))
+        x, kernel, bias, g = (jnp.asarray(rng.normal(size=shape)) for shape in ((n, h, w, c), (3, 3, c, 4), (4,), (n, h, w, 4)))
         there = jnp.asarray(rng.random((n, h, w, 1)) < 0.7)
         ours, theirs = (
             with_gradients(lambda *arrays, f=f: f(*arrays, there=there, then="relu"), x, kernel, bias, g) for f in (convolution, in_steps)
@@ -95,18 +126,21 @@ def test_convolution_of_a_gpu_for_the_image(side):
             assert np.abs(ours - theirs).max() < 1e-12 * np.abs(theirs).max()
 
 
-def test_an_empty_batch():
-    for size in (2, 8, 120):
-        arrays = jnp.zeros((0, size, size, 8)), jnp.zeros((3, 3, 8, 5)), jnp.zeros(5)
-        assert convolution(*arrays).shape == (0, size, size, 5)
-        assert convolution(*arrays, then="pool").shape == (0, size // 2, size // 2, 5)
+@pytest.mark.parametrize(("size", "channels"), [(2, 8), (8, 8), (120, 8), (8, 3)])
+def test_an_empty_batch(size, channels):
+    arrays = jnp.zeros((0, size, size, channels)), jnp.zeros((3, 3, channels, 5)), jnp.zeros(5)
+    y, *gradients = with_gradients(convolution, *arrays, jnp.zeros((0, size, size, 5)))
+    assert y.shape == (0, size, size, 5)
+    assert [each.shape for each in gradients] == [each.shape for each in arrays]
+    assert convolution(*arrays, then="pool").shape == (0, size // 2, size // 2, 5)
 
 
-def test_narrow_types_beside_wide_ones():
+@pytest.mark.parametrize("channels", [8, 3])
+def test_narrow_types_beside_wide_ones(channels):
     with jax.enable_x64(True):
-        x, kernel, bias = (jnp.ones(shape, jnp.float16) for shape in ((1, 4, 4, 8), (3, 3, 8, 2), (2,)))
+        x, kernel, bias = (jnp.ones(shape, jnp.float16) for shape in ((1, 4, 4, channels), (3, 3, channels, 2), (2,)))
         y, *gradients = with_gradients(convolution, x, kernel, bias, jnp.ones((1, 4, 4, 2), jnp.float16))
-    assert [y[0, 1, 1, 0], *(each.dtype for each in gradients)] == [73, *[jnp.float16] * 3]
+    assert [y[0, 1, 1, 0], *(each.dtype for each in gradients)] == [9 * channels + 1, *[jnp.float16] * 3]
 
 
 def test_convolution_by_hand():
@@ -142,11 +176,11 @@ def test_bfloat16_is_onednns_where_xla_gives_it_to_it():
         assert found == given
 
 
-@pytest.mark.parametrize("side", [2, 8])
-def test_bfloat16_keeps_its_digits_forward_and_backward(side):
+@pytest.mark.parametrize(("side", "channels"), [(2, 512), (8, 512), (40, 3)])
+def test_bfloat16_keeps_its_digits_forward_and_backward(side, channels):
     """Against float64 from the same rounded numbers: a product that rounded its partial sums to bfloat16 would be ten times as far off."""
     rng = np.random.default_rng(0)
-    shapes = (4, side, side, 512), (3, 3, 512, 64), (64,), (4, side, side, 64)
+    shapes = (4, side, side, channels), (3, 3, channels, 64), (64,), (4, side, side, 64)
     arrays = [jnp.asarray(rng.normal(size=size), jnp.bfloat16) for size in shapes]
     arrays[2] *= 0  # a bias is added to what has been rounded
     ours = jax.jit(functools.partial(with_gradients, convolution), compiler_options=compiler_options(dtype=jnp.bfloat16))(*arrays)

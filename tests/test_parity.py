@@ -29,6 +29,9 @@ def assert_close(ours, theirs, tolerance=1e-4):
     assert max(worst.values()) < tolerance, {name: value for name, value in worst.items() if value >= tolerance}
 
 
+QUICK = (("A-LRN", False), ("C", False), ("C", True))  # every kind of layer
+
+
 def images_and_labels(n, size, seed=0):
     rng = np.random.default_rng(seed)
     return rng.normal(size=(n, size, size, 3)).astype(np.float32), rng.integers(CLASSES, size=n)
@@ -38,8 +41,16 @@ def test_every_config_is_compared():
     assert STAGES.keys() == CONFIGS.keys()
 
 
-@pytest.mark.parametrize("batch_norm", [False, True], ids=["plain", "batch_norm"])
-@pytest.mark.parametrize("net", [pytest.param(net, marks=[] if net in ("A-LRN", "C") else [pytest.mark.slow]) for net in CONFIGS])
+@pytest.mark.parametrize(
+    ("net", "batch_norm"),
+    [
+        pytest.param(
+            net, normed, id=f"{net}-{'batch_norm' if normed else 'plain'}", marks=[] if (net, normed) in QUICK else pytest.mark.slow
+        )
+        for net in CONFIGS
+        for normed in (False, True)
+    ],
+)
 def test_logits_and_gradients_equal_pytorchs(net, batch_norm):
     """In double precision: in single precision a ReLU or a maximum decided the other way by rounding moves a gradient by 1 %, between
     PyTorch and XLA's own convolution too. Not jitted: what the nets have in common is then compiled once for all of them."""

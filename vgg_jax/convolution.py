@@ -4,8 +4,8 @@ Shapes are (N, H, W, C). On an accelerator a convolution is XLA's own, on a GPU 
 places (2-core x86, float32):
 
 - a map smaller than the kernel (batch 128 of 2x2x512, forward and both gradients: 2,600 ms, by im2col 116);
-- the gradients where the image has three channels (a whole step of A, batch 128 at 32 pixels: 3.4 s, by im2col 1.2 s; forward im2col takes
-  1.4 times as long);
+- the gradients where the image has three channels (a whole step of A, batch 128 at 32 pixels, all else by XLA: 3.4 s, by im2col 1.2 s;
+  forward im2col takes 1.4 times as long);
 - everywhere the 144 products a tile that Winograd does with 36 (jax 0.12, batch 8, forward and both gradients, 224x224x64: 1,450 ms, here
   970; 56x56x256: 1,520 ms, here 540), and the passes over the maps behind them (Winograd, bias, ReLU and pooling, batch 8, 224x224x64:
   161 ms, done block by block, while it is in the cache, 96).
@@ -23,11 +23,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from vgg_jax import winograd
-from vgg_jax.pooling import max_gradient, max_pool, maxima, relu
+from vgg_jax.pooling import max_gradient, max_pool, maxima, relu, whole_windows
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 FEW = 4  # input channels, too few for Winograd: the image's
-_IMAGE_POSITIONS = 224 * 224  # of its gradients, taken at a time: they and their windows make 25 MB
+_POSITIONS = 224 * 224  # of images, whose gradients are taken at a time: of 64 channels, with their windows, 19 MB
 
 Then = Literal["", "relu", "pool"]  # what is done behind the bias: nothing, ReLU, or ReLU and max-pooling
 THEN: tuple[Then, ...] = get_args(Then)
@@ -98,8 +98,8 @@ def _with_im2col_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, A
 def _with_im2col_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, kernel = saved
     windows = lax.optimization_barrier(_windows(x, kernel.shape[0]))
-    to_kernel = windows.reshape(-1, windows.shape[-1]).T @ g.reshape(-1, g.shape[-1])
-    # Its own transpose would round to bfloat16 nine times on its way; this is one product.
+    to_kernel = windows.reshape(-1, windows.shape[-1]).T @ g.reshape(-1, g.shape[-1])  # jax's own would turn the gradient round first
+    # The windows' transpose would round to bfloat16 nine times on its way; this is one product.
     return _im2col(g, lax.optimization_barrier(kernel.swapaxes(2, 3))[::-1, ::-1]), to_kernel.reshape(kernel.shape)
 
 
@@ -108,48 +108,52 @@ _with_im2col.defvjp(_with_im2col_forward, _with_im2col_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _of_image(x: Array, kernel: Array, bias: Array, there: Array | None, then: Then) -> Array:
-    """For few channels. It keeps for the gradient what `_by_winograd` does."""
+    """For few channels: XLA's sums, gradients by im2col. It keeps for them what `_by_winograd` does."""
     return _finish(convolve_directly(x, kernel), bias, there, then)
 
 
 def _of_image_forward(x: Array, kernel: Array, bias: Array, there: Array | None, then: Then) -> tuple[Array, tuple]:
-    if then != "pool":
-        y = lax.optimization_barrier(_of_image(x, kernel, bias, there, then))  # or bias and ReLU are computed again for the gradient
-        return y, (x, kernel, y if then == "relu" else None)
-    y = convolve_directly(x, kernel)[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2]
-    y, bits = maxima(y + bias[None, None, None], rectify=True)
-    return y, (x, kernel, bits)
+    if then == "pool":
+        y, bits = _add_bias_and_pool_forward(whole_windows(convolve_directly(x, kernel)), bias)
+        return y, (x, kernel, bits)
+    y = _of_image(x, kernel, bias, there, then)
+    if then == "relu":
+        y = lax.optimization_barrier(y)  # or bias and ReLU are computed again for the gradient
+    return y, (x, kernel, y if then == "relu" else None)
 
 
 def _of_image_backward(then: Then, saved: tuple, g: Array) -> tuple[Array, Array, Array, None]:
     x, kernel, passed = saved
     (to_input,) = jax.vjp(lambda x: _im2col(x, kernel), x)[1](_before(then, passed, g, x.shape))
-    return to_input, *_image_gradients(x, passed, g, kernel.shape, then), None
+    return to_input, *_image_gradients(then, passed, g, x, kernel.shape), None
 
 
 _of_image.defvjp(_of_image_forward, _of_image_backward)
 
 
-def _image_gradients(x: Array, passed: Any, g: Array, shape: tuple[int, ...], then: Then = "") -> tuple[Array, Array]:
-    """The kernel's and the bias's, some images at a time, by im2col with columns of ones: what reads a map finds it in the cache.
+def _image_gradients(then: Then, passed: Any, g: Array, x: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """The kernel's and the bias's, some images at a time, by im2col with a column of ones: what reads a map finds it in the cache.
 
-    2-core x86, 8x224x224x3 to 64 channels, forward and these, ms: with ReLU 80, with pooling 63; all images at once 105 and 85.
+    2-core x86, 8x224x224x3 to 64 channels, forward and these, ms: with ReLU 68, with pooling 63; all images at once 95 and 85.
     """
-    (n, h, w, _), wide = x.shape, jnp.promote_types(x.dtype, jnp.float32)
-    values = math.prod(shape[:3])
-    ones = 16 - values % 16
-    images = max((i for i in range(1, n + 1) if n % i == 0 and i * h * w <= _IMAGE_POSITIONS), default=1)
+    wide, images = jnp.promote_types(x.dtype, jnp.float32), _images_at_a_time(x.shape)
 
-    def add(total: Array, part: tuple[Array, Array | None, Array]) -> tuple[Array, None]:
-        x, passed, g = part
-        gradients = lax.optimization_barrier(_before(then, passed, g, x.shape).astype(wide))
-        windows = _windows(x.astype(wide), shape[0])
-        windows = lax.optimization_barrier(jnp.concatenate([windows, jnp.ones((*x.shape[:3], ones), wide)], -1))
-        return total + windows.reshape(-1, windows.shape[-1]).T @ gradients.reshape(-1, shape[-1]), None
+    def add(total: Array, part: tuple[Array, Any, Array]) -> tuple[Array, None]:
+        some, passed, g = part
+        to_sums = lax.optimization_barrier(_before(then, passed, g, some.shape).astype(wide))
+        windows = jnp.concatenate([_windows(some.astype(wide), shape[0]), jnp.ones((*some.shape[:3], 1), wide)], axis=-1)
+        windows = lax.optimization_barrier(windows)
+        return total + windows.reshape(-1, windows.shape[-1]).T @ to_sums.reshape(-1, shape[-1]), None
 
-    parts = jax.tree.map(lambda a: a.reshape(n // images, images, *a.shape[1:]), (x, passed, g))
-    total, _ = lax.scan(add, jnp.zeros((values + ones, shape[-1]), wide), parts)
-    return total[:values].reshape(shape), total[-1]
+    parts = jax.tree.map(lambda a: a.reshape(-1, images, *a.shape[1:]), (x, passed, g))
+    total, _ = lax.scan(add, jnp.zeros((math.prod(shape[:3]) + 1, shape[-1]), wide), parts)
+    return total[:-1].reshape(shape), total[-1]
+
+
+def _images_at_a_time(shape: tuple[int, ...]) -> int:
+    """As many as have the positions of one of 224 pixels, and divide the batch."""
+    n, h, w, _ = shape
+    return max((i for i in range(1, n + 1) if n % i == 0 and i * h * w <= _POSITIONS), default=1)
 
 
 def _before(then: Then, passed: Any, g: Array, shape: tuple[int, ...]) -> Array:
@@ -177,7 +181,7 @@ def _in_bfloat16_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, 
     if x.shape[-1] > FEW:
         to_kernel = winograd.kernel_gradient(x, g)
     else:
-        to_kernel, _ = _image_gradients(x, None, g, kernel.shape)
+        to_kernel, _ = _image_gradients("", None, g, x, kernel.shape)
     return to_input, to_kernel.astype(kernel.dtype)
 
 
@@ -199,15 +203,14 @@ def _by_winograd_forward(x: Array, kernel: Array, bias: Array, there: Array | No
     if then != "pool":
         y = _by_winograd(x, kernel, bias, there, then)
         return y, (x, kernel, y if then == "relu" else None)
-    y, bits = winograd.convolve(x, winograd.transform_filters(kernel), lambda y: maxima(y + bias[None, None, None], rectify=True))
+    y, bits = winograd.convolve(x, winograd.transform_filters(kernel), lambda y: _add_bias_and_pool_forward(y, bias))
     return y, (x, kernel, bits)
 
 
 def _by_winograd_backward(then: Then, saved: tuple, g: Array) -> tuple[Array, Array, Array, None]:
     x, kernel, passed = saved
-    to_sums, to_bias = _bias_gradient(None, _before(then, passed, g, x.shape))
-    if then == "pool":
-        to_bias = _pooled_bias_gradient(passed, g)
+    to_sums = _once(_before(then, passed, g, x.shape))
+    to_bias = _pooled_bias_gradient(passed, g) if then == "pool" else _over_positions(to_sums)
     kernel = lax.optimization_barrier(kernel.swapaxes(2, 3))  # by itself XLA transposes in blocks; fused, value by value
     to_input = winograd.convolve(to_sums, winograd.transform_filters(kernel, rotated=True))
     return to_input, winograd.kernel_gradient(x, to_sums), to_bias, None
@@ -218,7 +221,7 @@ _by_winograd.defvjp(_by_winograd_forward, _by_winograd_backward)
 
 def _finish(y: Array, bias: Array, there: Array | None, then: Then) -> Array:
     if then == "pool":
-        return _add_bias_and_pool(y[:, : y.shape[1] // 2 * 2, : y.shape[2] // 2 * 2], bias)
+        return _add_bias_and_pool(whole_windows(y), bias)
     y = add_bias(y, bias)
     y = relu(y) if then == "relu" else y
     return y if there is None else jnp.where(there, y, 0)
@@ -268,8 +271,13 @@ def convolve_anywhere(x: Array, kernel: Array, bias: Array, _: Array | None, the
     return _finish(convolve_directly(x, kernel), bias, there, then)
 
 
-def _sum(g: Array) -> Array:
-    """Over all positions, (N, H, W, C) -> (C,): a CPU takes 2 to 7 times as long for it in XLA's way as by a product."""
+def _once(g: Array) -> Array:
+    """On a CPU what makes it is else fused into its readers, and computed again in each."""
+    return lax.platform_dependent(g, cpu=lax.optimization_barrier, default=lambda g: g)
+
+
+def _over_positions(g: Array) -> Array:
+    """The sum of (N, H, W, C), (C,): a CPU takes 2 to 7 times as long for it in XLA's way as by a product."""
 
     def by_product(g: Array) -> Array:
         return (jnp.ones((1, g.size // g.shape[-1]), g.dtype) @ g.reshape(-1, g.shape[-1]))[0]
@@ -288,9 +296,8 @@ def _add_bias(x: Array, bias: Array) -> tuple[Array, None]:
 
 
 def _bias_gradient(_: None, g: Array) -> tuple[Array, Array]:
-    # Without the barrier what makes it is fused into its readers on a CPU, and computed again in each.
-    g = lax.platform_dependent(g, cpu=lax.optimization_barrier, default=lambda g: g)
-    return g, _sum(g)
+    g = _once(g)
+    return g, _over_positions(g)
 
 
 add_bias.defvjp(_add_bias, _bias_gradient)
@@ -307,12 +314,12 @@ def _add_bias_and_pool_forward(x: Array, bias: Array) -> tuple[Array, Array]:
 
 
 def _add_bias_and_pool_gradient(bits: Array, g: Array) -> tuple[Array, Array]:
-    return *max_gradient(True, bits, g), _pooled_bias_gradient(bits, g)
+    return _once(*max_gradient(True, bits, g)), _pooled_bias_gradient(bits, g)
 
 
 def _pooled_bias_gradient(bits: Array, g: Array) -> Array:
-    """From what came in, a quarter as much as behind the pooling's own: the shares of a window add up to it."""
-    return _sum(jnp.where(lax.stop_gradient(bits) > 0, g, 0))
+    """From the gradient of the maxima, a quarter as many values as the map's: the shares of a window add up to it."""
+    return _over_positions(jnp.where(lax.stop_gradient(bits) > 0, g, 0))
 
 
 _add_bias_and_pool.defvjp(_add_bias_and_pool_forward, _add_bias_and_pool_gradient)

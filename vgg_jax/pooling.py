@@ -42,8 +42,12 @@ def max_pool(x: Array, ceil: bool = False, rectify: bool = False) -> Array:
     """
     if ceil:
         x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)), constant_values=-jnp.inf)
-    h, w = x.shape[1:3]
-    return _max_of_windows(x[:, : h // 2 * 2, : w // 2 * 2], rectify)
+    return _max_of_windows(whole_windows(x), rectify)
+
+
+def whole_windows(x: Array) -> Array:
+    """Without the last row or column of an odd side."""
+    return x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2]
 
 
 def _pixels(x: Array) -> list[Array]:
@@ -81,7 +85,7 @@ _max_of_windows.defvjp(maxima, max_gradient)
 def avg_pool(x: Array) -> Array:
     """(N, H, W, C) -> (N, H // 2, W // 2, C): the mean of each 2x2 window; of an odd side the last row or column is left out."""
     n, h, w, c = x.shape
-    return x[:, : h // 2 * 2, : w // 2 * 2].reshape(n, h // 2, 2, w // 2, 2, c).mean((2, 4))
+    return whole_windows(x).reshape(n, h // 2, 2, w // 2, 2, c).mean((2, 4))
 
 
 def pooled(there: Array, ceil: bool = False) -> Array:
