@@ -15,12 +15,12 @@ import json
 import logging
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 
 import jax
 import numpy as np
+from script import figure, run
 
 from vgg_jax import CONFIGS, VGG, compiler_options
 from vgg_jax.cli import keep_memory
@@ -86,15 +86,11 @@ def main() -> None:
     shared = [args.folder, "--net", args.net, "--scale", *map(str, args.scale), "--images", str(args.images)]
     ours = [sys.executable, __file__, *shared, "--protocol", args.protocol, "--pixels", str(args.pixels)]
     ours += ["--cache", args.cache] if args.cache else []
-    pairs = [(rate(ours), rate([*shlex.split(args.peer), *shared])) for _ in range(args.pairs)]
+    peer = [*shlex.split(args.peer), *shared]
+    pairs = [(figure(ours, "images_per_second"), figure(peer, "images_per_second")) for _ in range(args.pairs)]
     ratios = [mine / peers for mine, peers in pairs]
     print(json.dumps(what | {"peer": args.peer, "images_per_second": pairs, "ratios": ratios, "median_ratio": statistics.median(ratios)}))
 
 
-def rate(command: list[str]) -> float:
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return json.loads(output.strip().splitlines()[-1])["images_per_second"]
-
-
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -15,13 +15,13 @@ import json
 import os
 import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+from script import figure, run
 
 from vgg_jax import IMAGENET, TrainConfig
 from vgg_jax.cli import use_huge_pages
@@ -95,11 +95,6 @@ def as_tfrecord(photos: str, folder: str) -> str:
     return "photos"
 
 
-def rate_of(command: list[str]) -> float:
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return json.loads(output.strip().splitlines()[-1])["images_per_second"]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data")
@@ -125,10 +120,10 @@ def main() -> None:
     if not photos:
         parser.error(f"no photos {args.data}/<class>/*: expected a folder that the peer can read, too")
     peer = [*shlex.split(args.peer), args.data, "--workers", str(os.cpu_count()), "--repeat", str(-(-args.images // photos)), "--runs", "1"]
-    pairs = [(rate_of(ours), rate_of(peer)) for _ in range(args.pairs)]
+    pairs = [(figure(ours, "images_per_second"), figure(peer, "images_per_second")) for _ in range(args.pairs)]
     ratios = [mine / peers for mine, peers in pairs]
     print(json.dumps(what | {"peer": args.peer, "images_per_second": pairs, "ratios": ratios, "median_ratio": statistics.median(ratios)}))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -18,13 +18,13 @@ import dataclasses
 import json
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from script import figure, run
 
 from vgg_jax import CONFIGS, IMAGENET, VGG, TrainConfig, compile_inference
 from vgg_jax.cli import keep_memory, use_huge_pages
@@ -101,14 +101,12 @@ def seconds_of_peer(args: argparse.Namespace) -> float:
         f"--net {args.net} --image-size {args.image_size} --batch {args.batch} --hidden {args.fc} --dtype {args.dtype} --mode {args.mode}"
     )
     command = [*shlex.split(args.peer), *flags.split(), "--runs", str(args.runs)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return json.loads(output.strip().splitlines()[-1])["seconds"]
+    return figure(command, "seconds")
 
 
-def seconds_of_ours(argv: list[str]) -> dict:
+def seconds_of_ours(argv: list[str]) -> float:
     """In a process of its own, as the peer's is."""
-    output = subprocess.run([sys.executable, __file__, *argv], check=True, capture_output=True, text=True).stdout
-    return json.loads(output.strip().splitlines()[-1])
+    return figure([sys.executable, __file__, *argv], "seconds")
 
 
 def main() -> None:
@@ -131,10 +129,10 @@ def main() -> None:
         print(json.dumps(what | {"jax": jax.__version__, "device": jax.devices()[0].device_kind} | seconds_of_steps(args)))
         return
     argv = [f"--{name.replace('_', '-')}={value}" for name, value in what.items() if value is not None]
-    pairs = [(seconds_of_ours(argv)["seconds"], seconds_of_peer(args)) for _ in range(args.pairs)]
+    pairs = [(seconds_of_ours(argv), seconds_of_peer(args)) for _ in range(args.pairs)]
     ratios = [peer / ours for ours, peer in pairs]
     print(json.dumps(what | {"peer": args.peer, "pairs": pairs, "ratios": ratios, "median_ratio": statistics.median(ratios)}))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

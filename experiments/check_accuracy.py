@@ -12,6 +12,7 @@ import json
 
 import jax
 from jax import Array
+from script import run
 
 from vgg_jax import IMAGENET, convolution
 from vgg_jax.data import Source, cached, eval_batches, open_splits, train_batches
@@ -80,4 +81,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

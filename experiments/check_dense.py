@@ -11,6 +11,7 @@ import json
 
 import numpy as np
 import torch
+from script import run
 
 from tests.torch_vgg import dense_posterior, randomize, score_map, to_jax, torch_vgg
 from vgg_jax import CONFIGS, IMAGENET, VGG
@@ -55,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

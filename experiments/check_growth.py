@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from script import run
 
 BATCH = 128
 LINKS = 10_000  # to one file; a file system has a limit
@@ -105,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -13,12 +13,12 @@ import json
 import re
 import resource
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import jax
 import numpy as np
+from script import output_of, run
 
 from vgg_jax import IMAGENET, TrainConfig
 from vgg_jax.cli import use_huge_pages
@@ -61,9 +61,9 @@ def measured(config: TrainConfig) -> tuple[int, int]:
 
 def peak_of(command: list[str]) -> int:
     """Bytes, the most that a command's process has held."""
-    code = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL); "
-    code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)"
-    return int(subprocess.run([sys.executable, "-c", code, *command], check=True, capture_output=True, text=True).stdout)
+    code = "import resource, subprocess, sys; done = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL); "
+    code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024); sys.exit(done.returncode)"
+    return int(output_of([sys.executable, "-c", code, *command]))
 
 
 def main() -> None:
@@ -105,4 +105,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

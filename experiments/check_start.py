@@ -8,10 +8,11 @@ Takes what `vgg-jax train` takes, and prints one JSON line: the seconds of the f
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
+
+from script import output_of, run
 
 FIRST_STEP = """
 import os, sys, time
@@ -32,7 +33,7 @@ def compile_steps(*arguments, **options):
     return first, eval_step
 
 train.compile_steps = compile_steps
-cli.main(["train", *sys.argv[2:]])
+sys.exit(cli.main(["train", *sys.argv[2:]]))
 """
 
 
@@ -40,10 +41,8 @@ def seconds_to_first_step(flags: list[str], cache: str) -> float:
     with tempfile.TemporaryDirectory() as workdir:
         command = [sys.executable, "-c", FIRST_STEP, str(time.time()), *flags, "--workdir", workdir]
         environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
-        output = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if output.returncode:
-        sys.exit(output.stderr)
-    return float(output.stdout.split("first step after ")[1].split()[0])
+        output = output_of(command, env=environment)
+    return float(output.split("first step after ")[1].split()[0])
 
 
 def main() -> None:
@@ -51,7 +50,7 @@ def main() -> None:
     if not flags or flags[0] in ("-h", "--help"):
         sys.exit(__doc__)
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "vgg_jax", "--help"], check=True, capture_output=True)
+    output_of([sys.executable, "-m", "vgg_jax", "--help"])
     helped = time.perf_counter() - started
     with tempfile.TemporaryDirectory() as cache:
         first, second = (seconds_to_first_step(flags, cache) for _ in range(2))
@@ -61,4 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -17,6 +17,7 @@ import torch
 import torchvision
 from PIL import Image
 from safetensors.torch import load_file
+from script import run
 
 from vgg_jax import CONFIGS, IMAGENET, VGG, compiler_options
 from vgg_jax.imagenet import CLASSES
@@ -80,4 +81,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 import onnxruntime
 import torch
+from script import run
 
 from tests.torch_vgg import randomize, to_jax, torch_vgg
 from vgg_jax import CONFIGS, IMAGENET, VGG, compiler_options
@@ -111,4 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -17,6 +17,7 @@ import sys
 
 import jax
 import numpy as np
+from script import run
 
 from vgg_jax.cli import keep_compiled_programs
 from vgg_jax.configs import Protocol
@@ -60,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

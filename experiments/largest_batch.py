@@ -12,6 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from script import run
+
 NO_MEMORY = ("RESOURCE_EXHAUSTED", "bad_alloc", "Out of memory", "Cannot allocate memory")
 
 
@@ -23,7 +25,8 @@ def step(batch: int, flags: list[str]) -> dict | None:
         return json.loads(done.stdout.splitlines()[-1])
     if done.returncode in (-9, -6) or any(words in done.stderr for words in NO_MEMORY):
         return None
-    sys.exit(done.stderr)
+    print(done.stderr, end="", file=sys.stderr)
+    sys.exit(2)
 
 
 def main() -> None:
@@ -45,4 +48,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

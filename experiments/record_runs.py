@@ -13,6 +13,7 @@ import platform
 from pathlib import Path
 
 import jax
+from script import run
 
 from vgg_jax import preset
 from vgg_jax.run import read_run
@@ -52,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

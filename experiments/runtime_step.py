@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from script import run
 
 from vgg_jax import CONFIGS, IMAGENET, VGG, compiler_options
 from vgg_jax.export import Artefact, write
@@ -70,4 +71,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

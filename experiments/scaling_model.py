@@ -25,6 +25,8 @@ import argparse
 import dataclasses
 import json
 
+from script import run
+
 from vgg_jax import CONFIGS
 from vgg_jax.summary import summarize
 
@@ -139,4 +141,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

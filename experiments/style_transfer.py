@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from PIL import Image
+from script import run
 
 from vgg_jax import CONFIGS, IMAGENET, VGG, compiler_options, load
 from vgg_jax.perceptual import content_loss, style_loss
@@ -76,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -219,7 +219,7 @@ def compile_steps(
     )
 
 
-RUNTIME = 150_000_000  # bytes that XLA's runtime took besides, on a CPU: 44 to 178 million in 14 steps of A, D and E
+RUNTIME = 150_000_000  # bytes that XLA's runtime took besides, on a CPU: 37 to 162 million in 14 steps of A, D and E
 
 
 def step_memory(config: TrainConfig, num_classes: int) -> dict[str, int]:
