@@ -171,7 +171,9 @@ def in_rows(array, order):
     return array if len(words) == 1 else array.reshape(-1, array.shape[-1])
 
 
-@pytest.mark.parametrize(("style", "net"), [("2016", "D"), ("2016", "E"), ("tf.keras", "D"), ("nested", "D")])
+@pytest.mark.parametrize(
+    ("style", "net"), [("2016", "D"), pytest.param("2016", "E", marks=pytest.mark.slow), ("tf.keras", "D"), ("nested", "D")]
+)
 def test_kerass_layouts(style, net, tmp_path):
     """`vgg16_weights_tf_dim_ordering_tf_kernels.h5`, `vgg19…`, and what later Keras made of it, with what an optimizer keeps."""
     tensors, path = by_hand(net), tmp_path / "vgg.h5"
@@ -268,7 +270,7 @@ def caffe_messages():
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("caffe.NetParameter"))
 
 
-@pytest.mark.parametrize(("encoding", "net"), [("V1", "D"), ("V1", "E"), ("new", "D")])
+@pytest.mark.parametrize(("encoding", "net"), [("V1", "D"), pytest.param("V1", "E", marks=pytest.mark.slow), ("new", "D")])
 def test_caffes_layout(encoding, net, tmp_path):
     tensors, path = by_hand(net), tmp_path / "VGG_ILSVRC_layers.caffemodel"
     message = caffe_messages()(name="VGG_ILSVRC_layers")
@@ -287,7 +289,7 @@ def test_caffes_layout(encoding, net, tmp_path):
     same(logits(path), expected(tensors, IMAGENET.mean_rgb, bgr=True))
 
 
-@pytest.mark.parametrize(("style", "net"), [("weights", "D"), ("weights", "E"), ("filters", "D")])
+@pytest.mark.parametrize(("style", "net"), [("weights", "D"), pytest.param("weights", "E", marks=pytest.mark.slow), ("filters", "D")])
 def test_matconvnets_layout(style, net, tmp_path):
     io = pytest.importorskip("scipy.io", reason="needs scipy")
     tensors, path = by_hand(net), tmp_path / "imagenet-vgg-verydeep.mat"

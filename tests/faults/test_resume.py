@@ -44,7 +44,7 @@ def data(request, tmp_path, prepared):
 
 @pytest.mark.parametrize(
     "data",
-    ["tfrecord", *(pytest.param(name, marks=pytest.mark.slow) for name in ("folder", "cache", "array_record", "digits"))],
+    ["tfrecord", *(pytest.param(name, marks=pytest.mark.slow) for name in ("folder", "cache", "digits"))],
     indirect=True,
 )
 def test_a_run_that_is_stopped_twice_ends_as_the_quiet_one(data, tmp_path, monkeypatch):
