@@ -45,8 +45,8 @@ def measured(args: argparse.Namespace) -> dict:
     init = jax.jit(model.lazy_init, compiler_options=compiler_options())
     variables = jax.block_until_ready(init(jax.random.key(0), np.zeros((1, 224, 224, 3), np.float32)))
     compilations = Compilations()
-    logging.getLogger("jax._src.interpreters.pxla").addHandler(compilations)
-    logging.getLogger("jax._src.interpreters.pxla").propagate = False
+    logging.getLogger("jax").addHandler(compilations)
+    logging.getLogger("jax").propagate = False  # hundreds of lines
     importlib.import_module("tensorflow")  # the peers import their libraries before the clock starts, too
 
     started = time.perf_counter()

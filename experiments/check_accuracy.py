@@ -16,6 +16,7 @@ from script import run
 
 from vgg_jax import IMAGENET, convolution
 from vgg_jax.data import Source, cached, eval_batches, open_splits, train_batches
+from vgg_jax.epilogue import Then, finish
 from vgg_jax.metrics import Sums, merge
 from vgg_jax.optimizer import sgd
 from vgg_jax.presets import preset
@@ -25,9 +26,9 @@ from vgg_jax.train_step import build_model, compile_steps, init_state
 FAST = convolution._on_cpu
 
 
-def plain(x: Array, kernel: Array, bias: Array, filters: Array | None, there: Array | None, *, then: convolution.Then) -> Array:
+def plain(x: Array, kernel: Array, bias: Array, filters: Array | None, there: Array | None, *, then: Then) -> Array:
     """Each value a sum of nine products; XLA's own convolution, which is that too, takes seconds a step."""
-    return convolution._finish(convolution._im2col(x, kernel), bias, there, then)
+    return finish(convolution._im2col(x, kernel), bias, there, then)
 
 
 WAYS = {"winograd": ("float32", FAST), "plain": ("float32", plain), "winograd, bfloat16": ("bfloat16", FAST)}

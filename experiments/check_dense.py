@@ -11,8 +11,8 @@ import json
 
 import numpy as np
 import torch
-from script import run
 
+from experiments.script import run
 from tests.torch_vgg import dense_posterior, randomize, score_map, to_jax, torch_vgg
 from vgg_jax import CONFIGS, IMAGENET, VGG
 from vgg_jax.configs import Protocol

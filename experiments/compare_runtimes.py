@@ -20,8 +20,8 @@ import jax
 import numpy as np
 import onnxruntime
 import torch
-from script import run
 
+from experiments.script import run
 from tests.torch_vgg import randomize, to_jax, torch_vgg
 from vgg_jax import CONFIGS, IMAGENET, VGG, compiler_options
 from vgg_jax.configs import Protocol

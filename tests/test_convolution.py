@@ -11,16 +11,8 @@ import pytest
 from jax import lax
 
 import vgg_jax.convolution
-from vgg_jax.convolution import (
-    THEN,
-    _by_rows,
-    _images_at_a_time,
-    add_bias,
-    compiler_options,
-    convolution,
-    convolve_anywhere,
-    convolves_bfloat16,
-)
+from vgg_jax.convolution import _by_rows, _images_at_a_time, compiler_options, convolution, convolve_anywhere, convolves_bfloat16
+from vgg_jax.epilogue import THEN, add_bias
 from vgg_jax.pooling import max_pool, relu
 
 

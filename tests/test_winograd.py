@@ -9,7 +9,8 @@ import pytest
 
 from tests.test_convolution import in_steps
 from vgg_jax import winograd
-from vgg_jax.convolution import THEN, convolution
+from vgg_jax.convolution import convolution
+from vgg_jax.epilogue import THEN
 from vgg_jax.winograd import _AT, _BT, _G
 
 

@@ -1,4 +1,4 @@
-"""Convolution that is fast on a CPU too, with the bias, ReLU and pooling behind it.
+"""Convolution that is fast on a CPU too, with the bias, ReLU and pooling behind it (`vgg_jax.epilogue`).
 
 Shapes are (N, H, W, C). On an accelerator a convolution is XLA's own, on a GPU the image's by rows. On a CPU XLA's is slow in three
 places (2-core x86, float32):
@@ -16,21 +16,19 @@ AMX or AVX512-BF16; net D, 8 images: 0.15 s, in float32 0.67); elsewhere all but
 
 import functools
 import math
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from vgg_jax import winograd
-from vgg_jax.pooling import max_gradient, max_pool, maxima, relu, whole_windows
+from vgg_jax.epilogue import Then, computed_once, finish, gradient_of_sums, maxima_with_bias, pooled_bias_gradient, sum_over_positions
+from vgg_jax.pooling import whole_windows
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 FEW = 4  # input channels, too few for Winograd: the image's
 _POSITIONS = 224 * 224  # of images, whose gradients are taken at a time: of 64 channels, with their windows, 19 MB
-
-Then = Literal["", "relu", "pool"]  # what is done behind the bias: nothing, ReLU, or ReLU and max-pooling
-THEN: tuple[Then, ...] = get_args(Then)
 
 
 def compiler_options(thorough: bool = False, dtype: Any = jnp.float32) -> dict[str, str | int | bool]:
@@ -107,28 +105,28 @@ _with_im2col.defvjp(_with_im2col_forward, _with_im2col_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _of_image(x: Array, kernel: Array, bias: Array, there: Array | None, then: Then) -> Array:
+def _with_few_channels(x: Array, kernel: Array, bias: Array, there: Array | None, then: Then) -> Array:
     """For few channels: XLA's sums, gradients by im2col. It keeps for them what `_by_winograd` does."""
-    return _finish(convolve_directly(x, kernel), bias, there, then)
+    return finish(convolve_directly(x, kernel), bias, there, then)
 
 
-def _of_image_forward(x: Array, kernel: Array, bias: Array, there: Array | None, then: Then) -> tuple[Array, tuple]:
+def _with_few_channels_forward(x: Array, kernel: Array, bias: Array, there: Array | None, then: Then) -> tuple[Array, tuple]:
     if then == "pool":
-        y, bits = _add_bias_and_pool_forward(whole_windows(convolve_directly(x, kernel)), bias)
+        y, bits = maxima_with_bias(whole_windows(convolve_directly(x, kernel)), bias)
         return y, (x, kernel, bits)
-    y = _of_image(x, kernel, bias, there, then)
+    y = _with_few_channels(x, kernel, bias, there, then)
     if then == "relu":
         y = lax.optimization_barrier(y)  # or bias and ReLU are computed again for the gradient
     return y, (x, kernel, y if then == "relu" else None)
 
 
-def _of_image_backward(then: Then, saved: tuple, g: Array) -> tuple[Array, Array, Array, None]:
+def _with_few_channels_backward(then: Then, saved: tuple, g: Array) -> tuple[Array, Array, Array, None]:
     x, kernel, passed = saved
-    (to_input,) = jax.vjp(lambda x: _im2col(x, kernel), x)[1](_before(then, passed, g, x.shape))
+    (to_input,) = jax.vjp(lambda x: _im2col(x, kernel), x)[1](gradient_of_sums(then, passed, g, x.shape))
     return to_input, *_image_gradients(then, passed, g, x, kernel.shape), None
 
 
-_of_image.defvjp(_of_image_forward, _of_image_backward)
+_with_few_channels.defvjp(_with_few_channels_forward, _with_few_channels_backward)
 
 
 def _image_gradients(then: Then, passed: Any, g: Array, x: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
@@ -140,7 +138,7 @@ def _image_gradients(then: Then, passed: Any, g: Array, x: Array, shape: tuple[i
 
     def add(total: Array, part: tuple[Array, Any, Array]) -> tuple[Array, None]:
         some, passed, g = part
-        to_sums = lax.optimization_barrier(_before(then, passed, g, some.shape).astype(wide))
+        to_sums = lax.optimization_barrier(gradient_of_sums(then, passed, g, some.shape).astype(wide))
         windows = jnp.concatenate([_windows(some.astype(wide), shape[0]), jnp.ones((*some.shape[:3], 1), wide)], axis=-1)
         windows = lax.optimization_barrier(windows)
         return total + windows.reshape(-1, windows.shape[-1]).T @ to_sums.reshape(-1, shape[-1]), None
@@ -154,14 +152,6 @@ def _images_at_a_time(shape: tuple[int, ...]) -> int:
     """As many as have the positions of one of 224 pixels, and divide the batch."""
     n, h, w, _ = shape
     return max((i for i in range(1, n + 1) if n % i == 0 and i * h * w <= _POSITIONS), default=1)
-
-
-def _before(then: Then, passed: Any, g: Array, shape: tuple[int, ...]) -> Array:
-    """The gradient of a convolution's sums, maps of `shape`, from that behind what was done to them."""
-    if then == "pool":
-        (g,) = max_gradient(True, passed, g)
-        return jnp.pad(g, ((0, 0), (0, shape[1] % 2), (0, shape[2] % 2), (0, 0)))
-    return jnp.where(passed > 0, g, 0) if then == "relu" else g
 
 
 @jax.custom_vjp
@@ -196,35 +186,27 @@ def _by_winograd(x: Array, kernel: Array, bias: Array, there: Array | None, then
 
 def _with_filters(x: Array, filters: Array, bias: Array, there: Array | None, then: Then) -> Array:
     beside = [] if there is None else [there]
-    return winograd.convolve(x, filters, lambda y, there=None: _finish(y, bias, there, then), *beside)
+    return winograd.convolve(x, filters, lambda y, there=None: finish(y, bias, there, then), *beside)
 
 
 def _by_winograd_forward(x: Array, kernel: Array, bias: Array, there: Array | None, then: Then) -> tuple[Array, tuple]:
     if then != "pool":
         y = _by_winograd(x, kernel, bias, there, then)
         return y, (x, kernel, y if then == "relu" else None)
-    y, bits = winograd.convolve(x, winograd.transform_filters(kernel), lambda y: _add_bias_and_pool_forward(y, bias))
+    y, bits = winograd.convolve(x, winograd.transform_filters(kernel), lambda y: maxima_with_bias(y, bias))
     return y, (x, kernel, bits)
 
 
 def _by_winograd_backward(then: Then, saved: tuple, g: Array) -> tuple[Array, Array, Array, None]:
     x, kernel, passed = saved
-    to_sums = _once(_before(then, passed, g, x.shape))
-    to_bias = _pooled_bias_gradient(passed, g) if then == "pool" else _over_positions(to_sums)
+    to_sums = computed_once(gradient_of_sums(then, passed, g, x.shape))
+    to_bias = pooled_bias_gradient(passed, g) if then == "pool" else sum_over_positions(to_sums)
     kernel = lax.optimization_barrier(kernel.swapaxes(2, 3))  # by itself XLA transposes in blocks; fused, value by value
     to_input = winograd.convolve(to_sums, winograd.transform_filters(kernel, rotated=True))
     return to_input, winograd.kernel_gradient(x, to_sums), to_bias, None
 
 
 _by_winograd.defvjp(_by_winograd_forward, _by_winograd_backward)
-
-
-def _finish(y: Array, bias: Array, there: Array | None, then: Then) -> Array:
-    if then == "pool":
-        return _add_bias_and_pool(whole_windows(y), bias)
-    y = add_bias(y, bias)
-    y = relu(y) if then == "relu" else y
-    return y if there is None else jnp.where(there, y, 0)
 
 
 def _on_cpu(x: Array, kernel: Array, bias: Array, filters: Array | None, there: Array | None, *, then: Then) -> Array:
@@ -238,12 +220,12 @@ def _on_cpu(x: Array, kernel: Array, bias: Array, filters: Array | None, there: 
             wide, nothing = jnp.float32, jnp.zeros(bias.shape, jnp.float32)
             y = _on_cpu(x.astype(wide), kernel.astype(wide), nothing, filters, None, then="").astype(x.dtype)
     elif c <= FEW:
-        return _of_image(x, kernel, bias, there, then)
+        return _with_few_channels(x, kernel, bias, there, then)
     elif side == 3:
         return _by_winograd(x, kernel, bias, there, then) if filters is None else _with_filters(x, filters, bias, there, then)
     else:
         y = convolve_directly(x, kernel)
-    return _finish(y, bias, there, then)
+    return finish(y, bias, there, then)
 
 
 def _by_rows(x: Array, kernel: Array) -> Array:
@@ -263,66 +245,12 @@ def _by_rows(x: Array, kernel: Array) -> Array:
 
 def _on_cuda(x: Array, kernel: Array, bias: Array, _: Array | None, there: Array | None, *, then: Then) -> Array:
     y = (_by_rows if x.shape[-1] <= FEW else convolve_directly)(x, kernel)
-    return _finish(y, bias, there, then)
+    return finish(y, bias, there, then)
 
 
 def convolve_anywhere(x: Array, kernel: Array, bias: Array, _: Array | None, there: Array | None, *, then: Then) -> Array:
     """`convolution` by XLA's own."""
-    return _finish(convolve_directly(x, kernel), bias, there, then)
-
-
-def _once(g: Array) -> Array:
-    """On a CPU what makes it is else fused into its readers, and computed again in each."""
-    return lax.platform_dependent(g, cpu=lax.optimization_barrier, default=lambda g: g)
-
-
-def _over_positions(g: Array) -> Array:
-    """The sum of (N, H, W, C), (C,): a CPU takes 2 to 7 times as long for it in XLA's way as by a product."""
-
-    def by_product(g: Array) -> Array:
-        return (jnp.ones((1, g.size // g.shape[-1]), g.dtype) @ g.reshape(-1, g.shape[-1]))[0]
-
-    return lax.platform_dependent(g, cpu=by_product, default=lambda g: g.sum((0, 1, 2)))
-
-
-@jax.custom_vjp
-def add_bias(x: Array, bias: Array) -> Array:
-    """(N, H, W, C) + (C,)"""
-    return x + bias[None, None, None]
-
-
-def _add_bias(x: Array, bias: Array) -> tuple[Array, None]:
-    return add_bias(x, bias), None
-
-
-def _bias_gradient(_: None, g: Array) -> tuple[Array, Array]:
-    g = _once(g)
-    return g, _over_positions(g)
-
-
-add_bias.defvjp(_add_bias, _bias_gradient)
-
-
-@jax.custom_vjp
-def _add_bias_and_pool(x: Array, bias: Array) -> Array:
-    """(N, 2 h, 2 w, C), (C,) -> (N, h, w, C): the maxima of the ReLU of the sum."""
-    return max_pool(x + bias[None, None, None], rectify=True)
-
-
-def _add_bias_and_pool_forward(x: Array, bias: Array) -> tuple[Array, Array]:
-    return maxima(x + bias[None, None, None], rectify=True)
-
-
-def _add_bias_and_pool_gradient(bits: Array, g: Array) -> tuple[Array, Array]:
-    return _once(*max_gradient(True, bits, g)), _pooled_bias_gradient(bits, g)
-
-
-def _pooled_bias_gradient(bits: Array, g: Array) -> Array:
-    """From the gradient of the maxima, a quarter as many values as the map's: the shares of a window add up to it."""
-    return _over_positions(jnp.where(lax.stop_gradient(bits) > 0, g, 0))
-
-
-_add_bias_and_pool.defvjp(_add_bias_and_pool_forward, _add_bias_and_pool_gradient)
+    return finish(convolve_directly(x, kernel), bias, there, then)
 
 
 @functools.partial(jax.jit, static_argnames="then")  # traced, and outside of a jit compiled, once for each shape
@@ -337,7 +265,7 @@ def convolution(x: Array, kernel: Array, bias: Array, filters: Array | None = No
     assert there is None or then == "relu"
     arrays = x, kernel, bias, filters, there
     if kernel.shape[0] == 1:
-        return _finish(x @ kernel[0, 0], bias, there, then)
+        return finish(x @ kernel[0, 0], bias, there, then)
     if not all(isinstance(side, int) for side in x.shape):  # a symbol of jax.export
         return convolve_anywhere(*arrays, then=then)
     on = {"cpu": _on_cpu, "cuda": _on_cuda, "default": convolve_anywhere}

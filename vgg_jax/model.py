@@ -10,7 +10,7 @@ from flax.core import FrozenDict
 from jax import Array
 
 from vgg_jax.configs import CONFIGS, Layer, VGGConfig, layer_table
-from vgg_jax.convolution import THEN
+from vgg_jax.epilogue import THEN
 from vgg_jax.errors import InputError
 from vgg_jax.layers import BatchNorm, Conv, Dropout, FullyConnected, local_response_norm
 from vgg_jax.pooling import avg_pool, max_pool, pooled, relu
