@@ -8,6 +8,7 @@ With --tfrecord the photos are first written, as they are, to TFRecord files in 
 first batch that was asked for to the last, epochs one after another, and the rates of the stream when it ends earlier: "read", the files
 alone; "decode", with the whole images decoded, which training needs only a part of. The peer's command must take the folder, --workers,
 --repeat (passes over the folder) and --runs, and print a JSON line with "images_per_second"; the crops it takes are its own affair.
+Half a minute on two cores: 730 to 840 photos a second from a folder, torchvision 460 to 560 (results/input.json).
 """
 
 import argparse
@@ -38,7 +39,8 @@ def measured(args: argparse.Namespace) -> dict:
         shape = {"image_size": args.image_size, "scale": tuple(args.scale), "batch_size": args.batch}
         config = TrainConfig(epochs=epochs, cache=args.cache, **shape)
         source = cached(source, config) if args.cache else source
-        streams = {"read": read_only(source, args.batch), "decode": decode_only(source, args.batch)}
+        # What lies in memory as pixels is neither read nor decoded any more.
+        streams = {"read": read_only(source, args.batch), "decode": decode_only(source, args.batch)} if source.pixels is None else {}
         stages = {name: rate(batches, min(args.images, source.size))[0] for name, batches in streams.items()}
         total, first = rate(train_batches(source, config, IMAGENET), args.images)
     return {"images_per_second": round(total, 1), "first_batch_seconds": round(first, 3), "stages": stages | {"all": round(total, 1)}}

@@ -5,8 +5,8 @@
     python experiments/bench_step.py --net D --image-size 224 --batch 256 --fc 4096 --dtype bfloat16 --peak-teraflops 989    # on an H100
 
 It needs no TensorFlow. On a GPU float32 products are TF32's, jax's default (JAX_DEFAULT_MATMUL_PRECISION=float32 for all digits).
-Net A at its defaults, 2 AVX-512 cores, jax 0.12: 0.41 s a step, where PyTorch takes 0.59 s (results/steps.json). Ours trains in huge pages
-and infers with keep_memory, as the command line does; the peer has its defaults.
+Net A at its defaults, 2 cores of a Xeon, jax 0.12: 0.33 s a step, where PyTorch takes 0.65 s (results/steps.json). Ours trains in huge
+pages and infers with keep_memory, as the command line does; the peer has its defaults.
 
 Prints one JSON line: the seconds of a step, warm (the median of --runs), the definition's operations a second (Winograd makes do with
 fewer), on an accelerator the most memory that was taken, and with --peer the ratios, peer's seconds over ours, pair by pair. The peer's
@@ -62,18 +62,18 @@ def seconds_of_steps(args: argparse.Namespace) -> dict[str, float | None]:
     if args.mode == "train":
         step, _ = compile_steps(config, model, IMAGENET.mean_rgb, mesh)
 
-        def run() -> None:
+        def once() -> None:
             nonlocal state
             state, _ = jax.block_until_ready(step(state, on_device))
     else:
         images = preprocess(on_device["image"], IMAGENET.mean_rgb)
         infer = compile_inference(model, {"params": state.params})
 
-        def run() -> None:
+        def once() -> None:
             jax.block_until_ready(infer(images))
 
-    first = timed(run)
-    seconds = [timed(run) for _ in range(args.runs)]
+    first = timed(once)
+    seconds = [timed(once) for _ in range(args.runs)]
     rate = args.batch / statistics.median(seconds)
     # A multiply-add is two operations; both gradients of a layer take as many as its output.
     macs = sum(row.macs for row in summarize(model.config, CLASSES, image_size=args.image_size))
@@ -90,9 +90,9 @@ def seconds_of_steps(args: argparse.Namespace) -> dict[str, float | None]:
     }
 
 
-def timed(run) -> float:
+def timed(once) -> float:
     start = time.perf_counter()
-    run()
+    once()
     return time.perf_counter() - start
 
 

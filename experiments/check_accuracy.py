@@ -3,12 +3,14 @@
     python experiments/check_accuracy.py --data-dir DIR --images 15000 --epochs 5 --seeds 0 1 2
 
 Prints one JSON line for each seed and way of computing: the training loss of each epoch, and the accuracy on the first 5,000 images that
-were not trained on. On a CPU only; elsewhere all convolutions are XLA's.
+were not trained on. On a CPU only; elsewhere all convolutions are XLA's. Some four minutes a line on two cores: 51.1 % by Winograd, 51.5 %
+plain, 50.7 % in bfloat16, with deviations of 1.3 to 2.6 points between seeds (results/accuracy.json).
 """
 
 import argparse
 import dataclasses
 import json
+from unittest import mock
 
 import jax
 from jax import Array
@@ -23,15 +25,17 @@ from vgg_jax.presets import preset
 from vgg_jax.sharding import make_mesh, put_batch
 from vgg_jax.train_step import build_model, compile_steps, init_state
 
-FAST = convolution._on_cpu
-
 
 def plain(x: Array, kernel: Array, bias: Array, filters: Array | None, there: Array | None, *, then: Then) -> Array:
     """Each value a sum of nine products; XLA's own convolution, which is that too, takes seconds a step."""
     return finish(convolution._im2col(x, kernel), bias, there, then)
 
 
-WAYS = {"winograd": ("float32", FAST), "plain": ("float32", plain), "winograd, bfloat16": ("bfloat16", FAST)}
+WAYS = {  # the type, and what is put in the place of `convolution`'s own
+    "winograd": ("float32", {}),
+    "plain": ("float32", {"_on_cpu": plain}),
+    "bfloat16": ("bfloat16", {}),  # by oneDNN where the CPU has instructions for it, else computed in float32
+}
 
 
 def first(source: Source, count: int) -> Source:
@@ -42,10 +46,8 @@ def first(source: Source, count: int) -> Source:
     return dataclasses.replace(source, size=count, pixels=pixels)
 
 
-def trained(way: str, seed: int, train: Source, validation: Source, epochs: int) -> dict:
-    dtype, on_cpu = WAYS[way]
-    convolution._on_cpu = on_cpu
-    jax.clear_caches()  # what was traced knows the other one
+def trained(dtype: str, seed: int, train: Source, validation: Source, epochs: int) -> dict:
+    jax.clear_caches()  # what was traced knows the way before
     config = preset("cifar10", net="A", dtype=dtype, seed=seed, epochs=epochs, schedule="constant")
     mesh, model = make_mesh(config.batch_size), build_model(config, 10)
     state = init_state(model, sgd(config), seed, mesh)
@@ -77,8 +79,10 @@ def main() -> None:
     train, validation = (cached(source, config) for source in open_splits("cifar10", data_dir=args.data_dir))
     train, validation = first(train, args.images), first(validation, 5000)
     for seed in args.seeds:
-        for way in WAYS:
-            print(json.dumps({"way": way, "seed": seed} | trained(way, seed, train, validation, args.epochs)), flush=True)
+        for way, (dtype, instead) in WAYS.items():
+            with mock.patch.dict(vars(convolution), instead):
+                found = trained(dtype, seed, train, validation, args.epochs)
+            print(json.dumps({"way": way, "seed": seed} | found), flush=True)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ Random weights: each net's state_dict is saved, read here, asked about photos, w
 with strict=True. Needs torch and torchvision; prints one JSON line a net. Half a minute each on two cores.
 """
 
+import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 
@@ -72,7 +72,9 @@ def layer_by_layer(net: str) -> dict:
 
 
 def main() -> None:
-    images = photos(sys.argv[1], 4)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder")
+    images = photos(parser.parse_args().folder, 4)
     for name in NETS:
         with tempfile.TemporaryDirectory() as folder:
             print(json.dumps(goes_in_and_out(name, images, Path(folder))), flush=True)

@@ -59,13 +59,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "net.onnx"
         write(file, Artefact(weights, uint8=False))
-        run = session(args.runtime, file, args.dtype)
+        once = session(args.runtime, file, args.dtype)
     images = np.random.default_rng(0).normal(size=(args.batch, args.image_size, args.image_size, 3)).astype(np.float32) * 50
-    run(images)
+    once(images)
     seconds = []
     for _ in range(args.runs):
         start = time.perf_counter()
-        run(images)
+        once(images)
         seconds.append(time.perf_counter() - start)
     print(json.dumps(vars(args) | {"seconds": statistics.median(seconds), "images_per_second": args.batch / statistics.median(seconds)}))
 

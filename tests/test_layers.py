@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from vgg_jax.layers import BatchNorm, FullyConnected, local_response_norm
 
@@ -50,3 +51,22 @@ def test_fully_connected_layer_on_a_map_is_its_matrix_on_every_window():
         for j in range(3):
             expected = x[:, i : i + 2, j : j + 2].reshape(2, -1) @ kernel + bias[None]
             np.testing.assert_allclose(y[:, i, j], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("n", "h", "w", "side"), [(1, 2, 2, 2), (3, 2, 2, 2), (2, 3, 4, 1)])
+def test_gradients_of_a_fully_connected_layer(n, h, w, side):
+    """Each position's, added up by hand."""
+    rng = np.random.default_rng(0)
+    x, g = rng.normal(size=(n, h, w, 3)), rng.normal(size=(n, h // side, w // side, 7))
+    kernel, bias = rng.normal(size=(side * side * 3, 7)), rng.normal(size=7)
+    layer = FullyConnected(7, side, jax.nn.initializers.zeros)
+    arrays = (jnp.float32(array) for array in (kernel, bias, x))
+    _, pullback = jax.vjp(lambda kernel, bias, x: layer.apply({"params": {"kernel": kernel, "bias": bias}}, x), *arrays)
+    rows, slopes = x.reshape(-1, len(kernel)), g.reshape(-1, 7)
+    expected = (
+        sum(np.outer(row, slope) for row, slope in zip(rows, slopes, strict=True)),
+        slopes.sum(0),
+        (slopes @ kernel.T).reshape(x.shape),
+    )
+    for ours, right in zip(pullback(jnp.float32(g)), expected, strict=True):
+        np.testing.assert_allclose(ours, right, rtol=1e-5, atol=1e-5)

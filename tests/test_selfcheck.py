@@ -44,6 +44,13 @@ def test_a_release_that_is_known_is_named(monkeypatch):
     assert "39103" in selfcheck.report([selfcheck.Finding("cpu:0", "forward, compiled", 1e-6)])
 
 
+def test_what_is_avoided_is_named_and_no_error(monkeypatch):
+    monkeypatch.setattr(jax, "__version__", "0.12.0.1")
+    said = selfcheck.report([selfcheck.Finding("cpu:0", "forward, compiled", 1e-6)])
+    assert "NaN" in said and said.endswith("bfloat16 within 3e-02")
+    assert not selfcheck.known()
+
+
 def test_numpys_net_is_pytorchs():
     torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
     rng = np.random.default_rng(0)
