@@ -5,7 +5,7 @@
     python experiments/bench_step.py --net D --image-size 224 --batch 256 --fc 4096 --dtype bfloat16 --peak-teraflops 989    # on an H100
 
 It needs no TensorFlow. On a GPU float32 products are TF32's, jax's default (JAX_DEFAULT_MATMUL_PRECISION=float32 for all digits).
-Net A at its defaults, 2 cores of a Xeon, jax 0.12: 0.33 s a step, where PyTorch takes 0.65 s (results/steps.json). Ours trains in huge
+Net A at its defaults, 2 cores of a Xeon, jax 0.12: 0.33 to 0.37 s a step, PyTorch 0.65 to 0.70 (results/steps.json). Ours trains in huge
 pages and infers with keep_memory, as the command line does; the peer has its defaults.
 
 Prints one JSON line: the seconds of a step, warm (the median of --runs), the definition's operations a second (Winograd makes do with

@@ -5,7 +5,7 @@
 Centre crops of photos at S = 256 through equal random weights. The three take each batch in turn, so that all see the same machine.
 Needs torch, onnx and onnxruntime. Prints one JSON line a net: the largest difference of a logit from ours, relative to the largest
 logit, of all images, and the median of images a second over the first half of the batches, three times. About a minute a net on two
-cores; D: 9.4 images/s here, 6.9 in ONNX Runtime, 6.0 in PyTorch (results/compare_runtimes.json).
+cores; D: 10.1 images/s here, 7.2 in ONNX Runtime, 5.5 in PyTorch (results/compare_runtimes.json).
 """
 
 import argparse

@@ -3,8 +3,8 @@
     python experiments/largest_batch.py --first 256 --net D --image-size 224 --fc 4096 --dtype bfloat16 [--microbatch 64]
 
 All but --first are `bench_step.py`'s flags. Prints its JSON line for the largest batch that was taken, with "refused", the smallest that
-was not. On a Linux CPU set the memory first: (ulimit -v 6000000; python experiments/largest_batch.py …), where 4.5 GB take 2,350
-images of 32 pixels through A; on a GPU it was not run to its end (results/gpu.json).
+was not. On a Linux CPU set the memory first: (ulimit -v 6000000; python experiments/largest_batch.py …). It takes half a minute a try;
+on a GPU it has not been run to its end (results/gpu.json).
 """
 
 import argparse

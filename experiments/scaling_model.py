@@ -48,7 +48,8 @@ class Machine:
 
 
 MACHINES = {
-    # 54 % of 989 teraflops measured (results/gpu.json); NVLink 4; a 400 Gb/s adapter a GPU; 96 cores at 600 photos/s (results/input.json).
+    # 54 % of 989 teraflops (results/gpu.json has 55); NVLink 4; a 400 Gb/s adapter a GPU; 96 cores at 600 photos/s, an EPYC's with older
+    # code (a Xeon's read 320 to 420: results/input.json).
     "h200": Machine(5.36e14, 8, 4.5e11, 5e10, True, 4.8e12, 57_600),
     # Half of 197 teraflops; four links of 50 GB/s between neighbours of a slice of 256, whose hosts have 112 cores for 8 chips.
     "v5e": Machine(1e14, 256, 1e11, 1e10, True, 8e11, 32 * 60_000),

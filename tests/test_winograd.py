@@ -22,11 +22,11 @@ def test_the_matrices_multiply_polynomials():
 
 
 @pytest.mark.parametrize("then", THEN)
-@pytest.mark.parametrize("channels", [8, 3])
-def test_second_derivatives_and_a_batching_rule(channels, then):
-    """Of Winograd's convolution and of that of few channels."""
+@pytest.mark.parametrize(("channels", "side"), [(8, 3), (3, 3), (8, 1)])
+def test_second_derivatives_and_a_batching_rule(channels, side, then):
+    """Of Winograd's convolution, of that of few channels, and of a product."""
     rng = np.random.default_rng(2)
-    x, kernel, bias = (jnp.float32(rng.normal(size=shape)) for shape in ((2, 6, 6, channels), (3, 3, channels, 4), (4,)))
+    x, kernel, bias = (jnp.float32(rng.normal(size=shape)) for shape in ((2, 6, 6, channels), (side, side, channels, 4), (4,)))
 
     def penalty(f):
         return lambda x: (jax.grad(lambda x: (f(x, kernel, bias, then=then) ** 3).sum())(x) ** 2).sum()

@@ -11,7 +11,7 @@ places (2-core x86, float32):
   178 ms, done block by block, while it is in the cache, 113).
 
 In bfloat16 3x3 convolutions, but for the kernels' gradients, and products are oneDNN's where XLA gives them to it (jaxlib 0.12, CPUs with
-AMX or AVX512-BF16; net D, 8 images, at best: 0.16 s, in float32 0.51); elsewhere all but maps smaller than the kernel is computed in
+AMX or AVX512-BF16; net D, 8 images: 0.16 to 0.39 s, in float32 0.51 to 0.70); elsewhere all but maps smaller than the kernel is computed in
 float32.
 """
 
@@ -85,7 +85,8 @@ def _product_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array
 def _product_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     """The kernel's as it lies: jax's own is (K, C), turned round, and of one image a CPU's update then reads across its rows.
 
-    2-core x86: a step of D with one photo 1.0 s, so 0.65; forward and gradients of a map of 8x28x28x512 in bfloat16 16 ms, so 14.
+    2-core x86: a step of D with one photo takes 0.65 to 0.94 s, by jax's own 1.0 to 1.1; 8x28x28x512 in bfloat16, forward and gradients,
+    14 ms, by jax's own 16.
     """
     x, kernel = saved
     return g @ kernel.T, x.reshape(-1, x.shape[-1]).T @ g.reshape(-1, g.shape[-1])
