@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from script import run
 
 from vgg_jax import CONFIGS, IMAGENET, VGG, compiler_options
+from vgg_jax.errors import InputError
 from vgg_jax.imagenet import CLASSES
 from vgg_jax.weights import Weights, read, save
 from vgg_jax.weights.check import against_torch
@@ -30,6 +31,8 @@ NETS = [f"vgg{depth}{suffix}" for suffix in ("", "_bn") for depth in (11, 13, 16
 
 def photos(folder: str, count: int) -> np.ndarray:
     files = sorted(Path(folder).glob("*/*"))[:count]
+    if not files:
+        raise InputError(f"no photos {folder}/<class>/*: expected a folder of images by class")
     return np.stack([np.asarray(Image.open(file).convert("RGB").resize((224, 224)), np.float32) for file in files])
 
 
