@@ -3,8 +3,8 @@
     python experiments/check_accuracy.py --data-dir DIR --images 15000 --epochs 5 --seeds 0 1 2
 
 Prints one JSON line for each seed and way of computing: the training loss of each epoch, and the accuracy on the first 5,000 images that
-were not trained on. On a CPU only; elsewhere all convolutions are XLA's. Some four minutes a line on two cores: 51.1 % by Winograd, 51.5 %
-plain, 50.7 % in bfloat16, with deviations of 1.3 to 2.6 points between seeds (results/accuracy.json).
+were not trained on. On a CPU only; elsewhere all convolutions are XLA's. Four to nine minutes a line on two cores: 51.1 % by Winograd,
+51.5 % plain, 50.7 % in bfloat16, with deviations of 1.3 to 2.6 points between seeds (results/accuracy.json).
 """
 
 import argparse

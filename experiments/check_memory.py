@@ -3,8 +3,8 @@
     python experiments/check_memory.py --net D --batch 8 [--microbatch 2] [--peer "python torch_step.py"]
 
 Prints one JSON line: bytes predicted, bytes that the process's peak is above what it held when the step was compiled and the state not yet
-made, their ratio, bytes that the compiler left, and with --peer the peak of each process as a whole. Linux only. Half a minute
-for D with 8 photos on two cores, predicted 2.68 GB, measured 2.66 (results/memory.json).
+made, their ratio, bytes that the compiler left, and with --peer the peak of each process as a whole. Linux only.
+Half a minute for D with 8 photos on two cores, predicted 2.68 GB, measured 2.67 (results/memory.json).
 """
 
 import argparse

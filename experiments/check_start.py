@@ -4,7 +4,7 @@
     python experiments/check_start.py PHOTOS --net D --batch-size 8
 
 Takes what `vgg-jax train` takes, and prints one JSON line: the seconds of the first and of the second run, and those of `vgg-jax --help`.
-On two cores 18.2 and 8.7 s for the digits (results/start.json).
+On two cores 17.1 and 9.9 s for the digits (results/start.json).
 """
 
 import json
