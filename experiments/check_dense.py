@@ -15,9 +15,9 @@ import torch
 from experiments.script import run
 from tests.torch_vgg import dense_posterior, randomize, score_map, to_jax, torch_vgg
 from vgg_jax import CONFIGS, IMAGENET, VGG
-from vgg_jax.configs import Protocol
+from vgg_jax.configs.models import Protocol
 from vgg_jax.data import open_split, rescaled_images
-from vgg_jax.posteriors import posteriors
+from vgg_jax.evaluation.dense import posteriors
 
 
 def main() -> None:

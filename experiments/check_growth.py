@@ -61,9 +61,9 @@ def grown_step(classes: int, batch: int) -> dict:
     import jax
 
     from vgg_jax import IMAGENET, TrainConfig
-    from vgg_jax.optimizer import sgd
-    from vgg_jax.sharding import make_mesh, put_batch
-    from vgg_jax.train_step import build_model, compile_steps, init_state
+    from vgg_jax.distributed.sharding import make_mesh, put_batch
+    from vgg_jax.training.optimizer import sgd
+    from vgg_jax.training.step import build_model, compile_steps, init_state
 
     config = TrainConfig(net="A", fc=(512, 512), image_size=32, scale=(32,), batch_size=batch, learning_rate=1e-3)
     mesh = make_mesh(batch, jax.devices()[:1])

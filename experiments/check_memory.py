@@ -23,9 +23,9 @@ from script import output_of, run
 
 from vgg_jax import IMAGENET, TrainConfig
 from vgg_jax.cli import use_huge_pages
-from vgg_jax.optimizer import sgd
-from vgg_jax.sharding import make_mesh, put_batch, replicated
-from vgg_jax.train_step import _state, build_model, compile_steps, init_state, step_memory
+from vgg_jax.distributed.sharding import make_mesh, put_batch, replicated
+from vgg_jax.training.optimizer import sgd
+from vgg_jax.training.step import _state, build_model, compile_steps, init_state, step_memory
 
 CLASSES = 1000
 

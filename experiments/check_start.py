@@ -18,9 +18,10 @@ from script import output_of, run
 FIRST_STEP = """
 import os, sys, time
 import jax
-from vgg_jax import cli, train
+from vgg_jax import cli
+from vgg_jax.training import loop
 
-compiled = train.compile_steps
+compiled = loop.compile_steps
 
 def compile_steps(*arguments, **options):
     train_step, eval_step = compiled(*arguments, **options)
@@ -33,7 +34,7 @@ def compile_steps(*arguments, **options):
     first.lower = train_step.lower  # by which it is compiled
     return first, eval_step
 
-train.compile_steps = compile_steps
+loop.compile_steps = compile_steps
 sys.exit(cli.main(["train", *sys.argv[2:]]))
 """
 

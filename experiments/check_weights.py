@@ -21,9 +21,9 @@ from script import run
 
 from vgg_jax import CONFIGS, IMAGENET, VGG, compiler_options
 from vgg_jax.errors import InputError
-from vgg_jax.imagenet import CLASSES
 from vgg_jax.weights import Weights, read, save
-from vgg_jax.weights.check import against_torch
+from vgg_jax.weights.compare_torch import against_torch
+from vgg_jax.weights.imagenet import CLASSES
 from vgg_jax.weights.layouts import TORCHVISION, Preprocessing
 
 NETS = [f"vgg{depth}{suffix}" for suffix in ("", "_bn") for depth in (11, 13, 16, 19)]

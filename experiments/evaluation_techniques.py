@@ -20,8 +20,8 @@ import numpy as np
 from script import run
 
 from vgg_jax.cli import keep_compiled_programs
-from vgg_jax.configs import Protocol
-from vgg_jax.evaluate import evaluate
+from vgg_jax.configs.models import Protocol
+from vgg_jax.evaluation.evaluate import evaluate
 
 TECHNIQUES = {"center": ("center",), "dense": ("dense",), "multi-crop": ("multi-crop",), "both": ("dense", "multi-crop")}
 # Table 5: S in [256; 512], Q = 256, 384, 512, validation errors in %. Table 3 has dense evaluation at Q = 384.

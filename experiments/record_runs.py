@@ -16,7 +16,7 @@ import jax
 from script import run
 
 from vgg_jax import preset
-from vgg_jax.run import read_run
+from vgg_jax.runs.metadata import read_run
 
 
 def recorded(workdir: str) -> dict:

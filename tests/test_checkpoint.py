@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from vgg_jax import IMAGENET, InputError, TrainConfig
-from vgg_jax.checkpoint import Saved
-from vgg_jax.run import Run, begin_run, begun_run, read_run, refuse_another, write_whole
+from vgg_jax.runs.checkpoint import Saved
+from vgg_jax.runs.metadata import Run, begin_run, begun_run, read_run, refuse_another, write_whole
 
 RUN = Run(TrainConfig(data="photos", learning_rate=0.1, drop_epochs=()), ("ants", "bees"), IMAGENET, "folder", 10, 3)
 ARRAYS = {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3), "step": np.int32(7)}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vgg_jax import TrainConfig, cli, preset
-from vgg_jax.arguments import parser
+from vgg_jax.cli.parser import parser
 
 
 def run(capsys, *argv):
@@ -70,10 +70,10 @@ def test_compiled_programs_are_kept_in_the_users_cache_folder(monkeypatch, tmp_p
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     before = jax.config.jax_compilation_cache_dir
     try:
-        cli.keep_compiled_programs()
+        cli.commands.keep_compiled_programs()
         assert jax.config.jax_compilation_cache_dir == before  # what the user has chosen stays
         jax.config.update("jax_compilation_cache_dir", None)
-        cli.keep_compiled_programs()
+        cli.commands.keep_compiled_programs()
         assert jax.config.jax_compilation_cache_dir.startswith(str(tmp_path / "vgg_jax"))
     finally:
         jax.config.update("jax_compilation_cache_dir", before)

@@ -10,10 +10,18 @@ import numpy as np
 import pytest
 from jax import lax
 
-import vgg_jax.convolution
-from vgg_jax.convolution import _by_rows, _images_at_a_time, _on_cuda, compiler_options, convolution, convolve_anywhere, convolves_bfloat16
-from vgg_jax.epilogue import THEN, add_bias
-from vgg_jax.pooling import max_pool, relu
+import vgg_jax.ops.convolution
+from vgg_jax.ops.convolution import (
+    _by_rows,
+    _images_at_a_time,
+    _on_cuda,
+    compiler_options,
+    convolution,
+    convolve_anywhere,
+    convolves_bfloat16,
+)
+from vgg_jax.ops.epilogue import THEN, add_bias
+from vgg_jax.ops.pooling import max_pool, relu
 
 
 def direct(x, kernel):
@@ -84,7 +92,7 @@ def test_convolution_of_an_accelerator_and_its_gradients(of_accelerator, channel
 @pytest.mark.parametrize(("positions", "at_a_time", "then"), [(1, 1, ""), (130, 2, "relu"), (200, 2, "pool"), (300, 4, "relu")])
 def test_gradients_of_images_some_at_a_time(positions, at_a_time, then, monkeypatch):
     """Of four with 63 positions each."""
-    monkeypatch.setattr(vgg_jax.convolution, "_POSITIONS", positions)
+    monkeypatch.setattr(vgg_jax.ops.convolution, "_POSITIONS", positions)
     jax.clear_caches()  # what was traced knows the other number
     rng = np.random.default_rng(0)
     shapes = (4, 9, 7, 3), (3, 3, 3, 5), (5,), (4, 4, 3, 5) if then == "pool" else (4, 9, 7, 5)

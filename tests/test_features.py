@@ -11,7 +11,7 @@ from flax import nnx
 
 from tests.tiny import TINY, images, init
 from vgg_jax import CONFIGS, VGG, InputError
-from vgg_jax.configs import layer_table
+from vgg_jax.configs.models import layer_table
 
 
 def narrow(name):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vgg_jax import CONFIGS
-from vgg_jax.films import Films, Rows, Window, batches, fill, rows_of
+from vgg_jax.evaluation.packing import Films, Rows, Window, batches, fill, rows_of
 
 A = CONFIGS["A"]
 

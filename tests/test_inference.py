@@ -35,7 +35,7 @@ def test_kernels_are_transformed_once(monkeypatch):
     model = VGG(DEEP, 7, image_size=32)
     variables = init(model)
     prepared = compile_inference(model, variables)
-    monkeypatch.setattr("vgg_jax.winograd.transform_filters", lambda *_: pytest.fail("transformed again"))
+    monkeypatch.setattr("vgg_jax.ops.winograd.transform_filters", lambda *_: pytest.fail("transformed again"))
     assert prepared(images(5, 32, 32)).shape == (5, 7)  # a shape that no other test has compiled a convolution for
     (prepared_variables,) = prepared.args
     assert prepared_variables["prepared"].keys() == variables["params"].keys() - {"conv1_1"}

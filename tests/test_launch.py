@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vgg_jax.arguments import parser
+from vgg_jax.cli.parser import parser
 
 LAUNCH = Path(__file__).parents[1] / "experiments" / "launch"
 SHELL = ("slurm.sbatch", "open_mpi.sh", "cloud_tpu.sh")

@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from vgg_jax import TrainConfig
-from vgg_jax.optimizer import learning_rate, set_learning_rate, sgd
+from vgg_jax.training.optimizer import learning_rate, set_learning_rate, sgd
 
 
 @pytest.mark.parametrize("decay_biases", [False, True])

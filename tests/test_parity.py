@@ -9,10 +9,10 @@ import optax
 import pytest
 
 from vgg_jax import CONFIGS, VGG, compiler_options
-from vgg_jax.configs import TrainConfig
-from vgg_jax.optimizer import sgd
-from vgg_jax.sharding import make_mesh, put_batch, replicated
-from vgg_jax.train_step import TrainState, compile_steps
+from vgg_jax.configs.models import TrainConfig
+from vgg_jax.distributed.sharding import make_mesh, put_batch, replicated
+from vgg_jax.training.optimizer import sgd
+from vgg_jax.training.step import TrainState, compile_steps
 
 torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
 from tests.tiny import TINY  # noqa: E402

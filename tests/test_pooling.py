@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vgg_jax.pooling import max_pool, relu
+from vgg_jax.ops.pooling import max_pool, relu
 
 
 def test_max_pool_leaves_an_odd_edge_out():

@@ -9,10 +9,10 @@ import pytest
 
 from tests.tiny import init
 from vgg_jax import IMAGENET, VGG, Conv, InputError, VGGConfig
-from vgg_jax.configs import DENSE, PROTOCOLS, Protocol
-from vgg_jax.films import rows_of
-from vgg_jax.posteriors import crop_offsets, posteriors, stream_posteriors, windows
-from vgg_jax.sharding import make_mesh
+from vgg_jax.configs.models import DENSE, PROTOCOLS, Protocol
+from vgg_jax.distributed.sharding import make_mesh
+from vgg_jax.evaluation.dense import crop_offsets, posteriors, stream_posteriors, windows
+from vgg_jax.evaluation.packing import rows_of
 
 SMALL = VGGConfig(((Conv(8),), (Conv(16), Conv(16)), (Conv(24),)), fc=(24, 16))
 STAGES = [[8], [16, 16], [24]]  # the same, for PyTorch
@@ -148,7 +148,7 @@ def compilations(caplog):
 )
 def test_each_image_comes_once_and_windows_share_programs(net, caplog, compilations, worth, most, monkeypatch):
     """On two devices; 40 images of 40 sizes in few programs: what each is alone, and the same again."""
-    monkeypatch.setattr("vgg_jax.films.COMPILED", worth)
+    monkeypatch.setattr("vgg_jax.evaluation.packing.COMPILED", worth)
     sizes = [(16 + i % 7, 23 + i) if i % 2 else (23 + i, 16 + i % 7) for i in range(40)]
     settings = {"mesh": make_mesh(2), "protocol": DENSE, "pixels": 16_000}
     found = dict(stream_posteriors(*net, ([image] for image in photos(sizes)), **settings))
@@ -174,7 +174,7 @@ def test_crop_offsets():
 
 def test_nothing_and_too_much(net, monkeypatch):
     assert posteriors(*net, []).shape == (0, CLASSES)
-    monkeypatch.setattr("vgg_jax.posteriors.LARGEST", 500)
+    monkeypatch.setattr("vgg_jax.evaluation.dense.LARGEST", 500)
     with pytest.raises(InputError, match="image 0 is 16x40 at its test scale: expected at most 500 pixels"):
         posteriors(*net, photos([(16, 40)]))
     with pytest.raises(InputError, match="image 0 is given at no test scale"):

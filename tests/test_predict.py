@@ -10,10 +10,10 @@ from PIL import Image
 
 from tests.tiny import SHALLOW, init
 from vgg_jax import CONFIGS, IMAGENET, VGG, InputError, cli
-from vgg_jax.configs import CHOICES
+from vgg_jax.configs.models import CHOICES
 from vgg_jax.data import decode, rescale
-from vgg_jax.posteriors import posteriors
-from vgg_jax.predict import listed, predict
+from vgg_jax.evaluation.dense import posteriors
+from vgg_jax.evaluation.predict import listed, predict
 from vgg_jax.weights import Weights, load, read, save
 from vgg_jax.weights.layouts import Preprocessing
 

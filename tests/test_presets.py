@@ -3,7 +3,7 @@
 import pytest
 
 from vgg_jax import InputError, TrainConfig, preset
-from vgg_jax.presets import with_learning_rate
+from vgg_jax.configs.presets import with_learning_rate
 
 
 def test_presets_give_way_to_what_is_given():

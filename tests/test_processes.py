@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from tests.faults.soak import result
-from vgg_jax import processes
+from vgg_jax.distributed import multihost
 from vgg_jax.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("small_nets")
@@ -234,7 +234,7 @@ OPEN_MPI_5 = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}
     ],
 )
 def test_engines_are_found_by_what_they_set(environment, expected):
-    assert processes.detected(environment) == expected
+    assert multihost.detected(environment) == expected
 
 
 @pytest.mark.parametrize(
@@ -242,18 +242,18 @@ def test_engines_are_found_by_what_they_set(environment, expected):
 )
 def test_what_cannot_be_joined_is_said(mode, environment):
     with pytest.raises(InputError, match="expected"):
-        processes.join(mode, environment)
+        multihost.join(mode, environment)
 
 
 def test_nothing_is_joined_where_nothing_is_found():
-    assert processes.join("auto", {}) is processes.join("off", HAND) is None
+    assert multihost.join("auto", {}) is multihost.join("off", HAND) is None
 
 
 def test_a_stuck_process_ends_itself():
     program = """
 import time, jax
 jax.process_count = lambda: 2
-from vgg_jax.processes import Alarm
+from vgg_jax.distributed.multihost import Alarm
 with Alarm(0.5) as alarm:
     for _ in range(8):
         time.sleep(0.1)

@@ -3,7 +3,7 @@
 import math
 
 from vgg_jax.metrics import Sums
-from vgg_jax.report import advice, epoch_record, line, stuck
+from vgg_jax.training.report import advice, epoch_record, line, stuck
 
 
 def test_the_line_of_an_epoch_says_it_all():

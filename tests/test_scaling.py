@@ -17,10 +17,10 @@ import pytest
 
 from tests.tiny import SHALLOW
 from vgg_jax import IMAGENET, VGG, InputError
-from vgg_jax.configs import TrainConfig
-from vgg_jax.optimizer import sgd
-from vgg_jax.sharding import SPLIT, Layout, host_copy, make_mesh, put_batch, shardings
-from vgg_jax.train_step import compile_steps, init_state
+from vgg_jax.configs.models import TrainConfig
+from vgg_jax.distributed.sharding import SPLIT, Layout, host_copy, make_mesh, put_batch, shardings
+from vgg_jax.training.optimizer import sgd
+from vgg_jax.training.step import compile_steps, init_state
 
 SIZE, WIDTHS = 32, (1024, 64)  # of fc6's 1024 x 1024 parameters `fsdp` takes notice
 CONFIG = TrainConfig(image_size=SIZE, scale=(SIZE,), fc=WIDTHS, batch_size=8, learning_rate=1e-3, dropout_rate=0.5)
@@ -159,7 +159,7 @@ def test_a_model_axis_beside_data_exchanges_no_whole_parameter_of_fc6():
 import json, jax
 jax.config.update("jax_num_cpu_devices", 4)
 from tests.test_scaling import exchanged, parameters
-from vgg_jax.sharding import Layout
+from vgg_jax.distributed.sharding import Layout
 print(json.dumps([exchanged(Layout(data=2, model=2)), parameters()]))
 """
     root = Path(__file__).parents[1]

@@ -7,8 +7,8 @@ import pytest
 
 from vgg_jax import selfcheck
 from vgg_jax.cli import main
-from vgg_jax.configs import Conv, VGGConfig
-from vgg_jax.pooling import relu
+from vgg_jax.configs.models import Conv, VGGConfig
+from vgg_jax.ops.pooling import relu
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from vgg_jax import InputError
-from vgg_jax.sharding import make_mesh, put_batch, replicated
+from vgg_jax.distributed.sharding import make_mesh, put_batch, replicated
 
 
 def test_a_batch_is_spread_and_parameters_are_everywhere():

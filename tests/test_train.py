@@ -19,19 +19,19 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 import vgg_jax
-import vgg_jax.train
+import vgg_jax.training.loop
 from vgg_jax import IMAGENET, InputError, TrainConfig, cli, compiler_options
-from vgg_jax.checkpoint import NotSavedError, Saved
 from vgg_jax.data import eval_batches, measure, open_splits
+from vgg_jax.distributed.multihost import LostError
+from vgg_jax.distributed.sharding import make_mesh, put_batch
 from vgg_jax.metrics import Sums
 from vgg_jax.model import preprocess
-from vgg_jax.optimizer import sgd
-from vgg_jax.processes import LostError
-from vgg_jax.sharding import make_mesh, put_batch
-from vgg_jax.signals import stop_signals
-from vgg_jax.start import start_from
-from vgg_jax.train import Outcome, fit
-from vgg_jax.train_step import build_model, compile_steps, init_state
+from vgg_jax.runs.checkpoint import NotSavedError, Saved
+from vgg_jax.runtime.signals import stop_signals
+from vgg_jax.training.init_from import start_from
+from vgg_jax.training.loop import Outcome, fit
+from vgg_jax.training.optimizer import sgd
+from vgg_jax.training.step import build_model, compile_steps, init_state
 
 pytestmark = pytest.mark.usefixtures("small_nets")
 
@@ -93,13 +93,13 @@ def test_an_interrupt_while_the_net_is_made_is_not_lost(finished, folder, tmp_pa
         return init_state(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(vgg_jax.train, "init_state", interrupted)
+        patched.setattr(vgg_jax.training.loop, "init_state", interrupted)
         assert fit(config(folder), tmp_path) == Outcome([], stopped=True)
     assert lasting(fit(config(folder), tmp_path).history) == lasting(finished[1])
 
 
 def test_a_signal_is_heard_while_the_step_is_compiled(finished, folder, tmp_path, monkeypatch):
-    compile_steps, let_go, sent = vgg_jax.train.compile_steps, threading.Event(), []
+    compile_steps, let_go, sent = vgg_jax.training.loop.compile_steps, threading.Event(), []
 
     def slowly_compiled(*arguments, **options):
         _, eval_step = compile_steps(*arguments, **options)
@@ -112,7 +112,7 @@ def test_a_signal_is_heard_while_the_step_is_compiled(finished, folder, tmp_path
         return SimpleNamespace(lower=lower), eval_step
 
     with monkeypatch.context() as patched:
-        patched.setattr(vgg_jax.train, "compile_steps", slowly_compiled)
+        patched.setattr(vgg_jax.training.loop, "compile_steps", slowly_compiled)
         assert fit(config(folder), tmp_path) == Outcome([], stopped=True)
         assert time.monotonic() - sent[0] < 30
     let_go.set()
@@ -121,7 +121,7 @@ def test_a_signal_is_heard_while_the_step_is_compiled(finished, folder, tmp_path
 
 @pytest.mark.parametrize("slow", ["input", "device"])
 def test_the_line_says_what_bounds_the_rate(folder, tmp_path, monkeypatch, capsys, slow):
-    batches_of, compiled = vgg_jax.train.train_batches, vgg_jax.train.compile_steps
+    batches_of, compiled = vgg_jax.training.loop.train_batches, vgg_jax.training.loop.compile_steps
 
     def slow_batches(*arguments, **options):
         for batch in batches_of(*arguments, **options):
@@ -138,8 +138,8 @@ def test_the_line_says_what_bounds_the_rate(folder, tmp_path, monkeypatch, capsy
         slow_step.lower = train_step.lower
         return slow_step, eval_step
 
-    monkeypatch.setattr(vgg_jax.train, "train_batches", slow_batches)
-    monkeypatch.setattr(vgg_jax.train, "compile_steps", slow_steps)
+    monkeypatch.setattr(vgg_jax.training.loop, "train_batches", slow_batches)
+    monkeypatch.setattr(vgg_jax.training.loop, "compile_steps", slow_steps)
     [_, second] = fit(config(folder, epochs=2), tmp_path).history
     share = second["input_wait_seconds"] / second["seconds"]
     assert share > 0.4 if slow == "input" else share < 0.1
@@ -166,7 +166,7 @@ def test_load_gives_the_net_of_the_best_epoch(finished, folder):
 
 def test_a_run_compiles_each_step_once_and_reuses_the_states_memory(folder, tmp_path, monkeypatch, caplog):
     """Over epochs and a change of the rate."""
-    states, compiled = [], vgg_jax.train.compile_steps
+    states, compiled = [], vgg_jax.training.loop.compile_steps
 
     def compile_steps(*arguments, **options):
         train_step, eval_step = compiled(*arguments, **options)
@@ -178,7 +178,7 @@ def test_a_run_compiles_each_step_once_and_reuses_the_states_memory(folder, tmp_
         remembered.lower = train_step.lower
         return remembered, eval_step
 
-    monkeypatch.setattr(vgg_jax.train, "compile_steps", compile_steps)
+    monkeypatch.setattr(vgg_jax.training.loop, "compile_steps", compile_steps)
     jax.config.update("jax_log_compiles", True)  # in every thread
     try:
         history = fit(config(folder), tmp_path).history
@@ -206,7 +206,7 @@ class KilledError(BaseException):
 )
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(at_batch, killed, folder, finished, tmp_path, monkeypatch):
     """Bit by bit: parameters, momentum, statistics, metrics; with dropout, scale jitter, flips and colour shift on."""
-    calls, send = 0, vgg_jax.train.on_devices
+    calls, send = 0, vgg_jax.training.loop.on_devices
 
     def interrupted(batch, mesh):
         nonlocal calls
@@ -217,7 +217,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(at_batch, killed, folder, f
             os.kill(os.getpid(), signal.SIGTERM)
         return send(batch, mesh)
 
-    monkeypatch.setattr(vgg_jax.train, "on_devices", interrupted)
+    monkeypatch.setattr(vgg_jax.training.loop, "on_devices", interrupted)
     if killed:
         with pytest.raises(KilledError):
             fit(config(folder), tmp_path, save_seconds=0)
@@ -298,7 +298,7 @@ def test_a_second_signal_stops_at_once():
 def test_a_second_signal_ends_the_command_at_once_within_a_call_of_xla(number):
     program = """
 import jax, jax.numpy as jnp
-from vgg_jax import signals
+from vgg_jax.runtime import signals
 signals.hear_second_signal()
 with signals.stop_signals():
     long = jax.jit(lambda x: jax.lax.fori_loop(0, 10**9, lambda i, x: x @ x / 2, x)).lower(jnp.eye(200)).compile()
@@ -318,10 +318,10 @@ with signals.stop_signals():
 
 def test_measured_colours_are_measured_once(folder, tmp_path, monkeypatch):
     settings = config(folder, statistics="measure", epochs=1, drop_epochs=(1,))
-    monkeypatch.setattr(vgg_jax.train, "evaluate_all", lambda *_: None)
+    monkeypatch.setattr(vgg_jax.training.loop, "evaluate_all", lambda *_: None)
     assert fit(settings, tmp_path).stopped
     monkeypatch.undo()
-    monkeypatch.setattr(vgg_jax.train, "measure", lambda source: pytest.fail("measured again"))
+    monkeypatch.setattr(vgg_jax.training.loop, "measure", lambda source: pytest.fail("measured again"))
     fit(settings, tmp_path)
     _, _, metadata = vgg_jax.load(tmp_path)
     expected = measure(open_splits(folder)[0]).pixel_mean
@@ -354,7 +354,7 @@ def test_best_is_the_best_epochs_net(disk_is_full, folder, tmp_path, monkeypatch
         seen.append(jax.tree.map(np.array, state.params))
         return Sums(loss=1.0, top1=[3, 5, 4][len(seen) - 1], top5=7, count=7)
 
-    monkeypatch.setattr(vgg_jax.train, "evaluate_all", evaluate_all)
+    monkeypatch.setattr(vgg_jax.training.loop, "evaluate_all", evaluate_all)
     fit(config(folder), tmp_path)
     _, variables, metadata = vgg_jax.load(tmp_path)
     assert metadata["epoch"] == 2
@@ -379,7 +379,7 @@ def test_exit_codes(ends, code, lines, monkeypatch, capsys):
             raise ends
         return ends
 
-    monkeypatch.setattr(vgg_jax.train, "fit", fit)
+    monkeypatch.setattr(vgg_jax.training.loop, "fit", fit)
     assert cli.main(["train", "--no-compilation-cache"]) == code
     assert capsys.readouterr().err.count("\n") == lines
 

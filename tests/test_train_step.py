@@ -11,17 +11,18 @@ import numpy as np
 import pytest
 
 from tests.tiny import SHALLOW
-from vgg_jax import IMAGENET, VGG, TrainConfig, summary, train_step
+from vgg_jax import IMAGENET, VGG, TrainConfig, summary
+from vgg_jax.distributed.sharding import make_mesh, put_batch
 from vgg_jax.metrics import averages
 from vgg_jax.model import preprocess
-from vgg_jax.optimizer import sgd
-from vgg_jax.sharding import make_mesh, put_batch
-from vgg_jax.train_step import compile_steps, init_state, step_memory
+from vgg_jax.training import step
+from vgg_jax.training.optimizer import sgd
+from vgg_jax.training.step import compile_steps, init_state, step_memory
 
 CONFIG = TrainConfig(image_size=32, scale=(32,), batch_size=8, learning_rate=1e-3)
 MODEL = VGG(SHALLOW, 5, image_size=32, dropout_rate=0.0)
 MESH = make_mesh(8)
-RUNTIME = train_step.RUNTIME if jax.default_backend() == "cpu" else 0
+RUNTIME = step.RUNTIME if jax.default_backend() == "cpu" else 0
 
 
 def batch(n=8, real=8, seed=0):

@@ -16,8 +16,8 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from tests.conftest import DATA
-from vgg_jax import CONFIGS, IMAGENET, InputError, cli, compiler_options, imagenet, load
-from vgg_jax.weights import matlab, read, save
+from vgg_jax import CONFIGS, IMAGENET, InputError, cli, compiler_options, load
+from vgg_jax.weights import imagenet, matconvnet, read, save
 from vgg_jax.weights.layouts import LAYOUTS, rows
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # torchvision's, times 255
@@ -475,7 +475,10 @@ def test_matlab_values_are_those_that_scipy_reads(tmp_path):
     """Of every type, whole numbers that MATLAB would store as smaller ones, text, cells in columns, structures; packed and not."""
     io = pytest.importorskip("scipy.io", reason="needs scipy")
     rng = np.random.default_rng(0)
-    arrays = [rng.integers(0, 100, (3, 4, 2)).astype(kind) for kind in matlab.DTYPES.values()] + [rng.normal(size=(1, 5)), np.zeros((0, 3))]
+    arrays = [rng.integers(0, 100, (3, 4, 2)).astype(kind) for kind in matconvnet.DTYPES.values()] + [
+        rng.normal(size=(1, 5)),
+        np.zeros((0, 3)),
+    ]
     cells = np.empty((2, 3), object)
     for i in range(6):
         cells[i % 2, i // 2] = np.float32(i)
@@ -485,7 +488,7 @@ def test_matlab_values_are_those_that_scipy_reads(tmp_path):
         io.savemat(tmp_path / "x.mat", values, do_compression=compressed)
         data = memoryview((tmp_path / "x.mat").read_bytes())[128:]
         ours, theirs = (
-            dict(matlab._array(part, 1, iter(range(1000))) for part in matlab._unpacked(data, 10**6)),
+            dict(matconvnet._array(part, 1, iter(range(1000))) for part in matconvnet._unpacked(data, 10**6)),
             io.loadmat(tmp_path / "x.mat"),
         )
         for name in (f"x{i}" for i in range(len(arrays))):
@@ -532,7 +535,7 @@ def test_matlab_files_that_would_fill_the_memory(tmp_path):
         with pytest.raises(InputError, match=what):
             read(tmp_path / "x.mat")
         assert time.monotonic() - started < 2
-    assert matlab._array(memoryview(element(6, pack(OPAQUE, 0)) + element(1, b"string")), 1, iter(range(9))) == ("", None)
+    assert matconvnet._array(memoryview(element(6, pack(OPAQUE, 0)) + element(1, b"string")), 1, iter(range(9))) == ("", None)
     (tmp_path / "big.mat").write_bytes(b"MATLAB".ljust(124) + b"\x01\x00MI" + bytes(64))
     with pytest.raises(InputError, match="is big-endian"):
         read(tmp_path / "big.mat")
@@ -570,7 +573,7 @@ def test_a_run_keeps_its_way_of_being_tested(tmp_path, monkeypatch):
     assert (metadata["preprocessing"]["scale"], metadata["flip"], metadata["preprocessing"]["exif"]) == (73, True, True)
     metadata["preprocessing"] |= {"scale": 70, "exif": False}
     run = model.clone(dtype=jax.numpy.bfloat16), variables, metadata | {"flip": False}
-    monkeypatch.setattr("vgg_jax.checkpoint.load", lambda _: run)
+    monkeypatch.setattr("vgg_jax.runs.checkpoint.load", lambda _: run)
     weights = read(tmp_path)
     assert weights.model.dtype == np.float32
     save(tmp_path / "run.safetensors", weights)

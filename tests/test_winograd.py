@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from tests.test_convolution import in_steps
-from vgg_jax import winograd
-from vgg_jax.convolution import convolution
-from vgg_jax.epilogue import THEN
-from vgg_jax.winograd import _AT, _BT, _G
+from vgg_jax.ops import winograd
+from vgg_jax.ops.convolution import convolution
+from vgg_jax.ops.epilogue import THEN
+from vgg_jax.ops.winograd import _AT, _BT, _G
 
 
 def test_the_matrices_multiply_polynomials():

@@ -3,14 +3,14 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from vgg_jax.configs import CONFIGS, IMAGENET, Conv, Statistics, TrainConfig, VGGConfig
+from vgg_jax.configs.models import CONFIGS, IMAGENET, Conv, Statistics, TrainConfig, VGGConfig
+from vgg_jax.configs.presets import preset
 from vgg_jax.errors import InputError
-from vgg_jax.presets import preset
 
 if TYPE_CHECKING:
-    from vgg_jax.convolution import compiler_options
     from vgg_jax.inference import compile_inference
     from vgg_jax.model import VGG, init_from, vgg11, vgg11_lrn, vgg13, vgg16, vgg16_c, vgg19
+    from vgg_jax.ops.convolution import compiler_options
 
 __all__ = [
     "CONFIGS",
@@ -37,7 +37,7 @@ __all__ = [
 # What needs jax is imported when it is asked for: `vgg-jax --help` answers in a tenth of a second.
 _LATER = {
     "compile_inference": "vgg_jax.inference",
-    "compiler_options": "vgg_jax.convolution",
+    "compiler_options": "vgg_jax.ops.convolution",
     **dict.fromkeys(("VGG", "init_from", "vgg11", "vgg11_lrn", "vgg13", "vgg16", "vgg16_c", "vgg19"), "vgg_jax.model"),
 }
 
@@ -56,7 +56,7 @@ def __dir__() -> list[str]:
 def load(path, net=None):
     """A network: `(model, variables, metadata)`, of a run's folder or of a file of weights, ours or another library's.
 
-    See `vgg_jax.checkpoint.load` and `vgg_jax.weights.load_file`. `net` says which net a file holds where its shapes do not: "A-LRN".
+    See `vgg_jax.runs.checkpoint.load` and `vgg_jax.weights.load_file`. `net` says which net a file holds where its shapes do not: "A-LRN".
     """
     from vgg_jax.weights import load
 

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vgg_jax import winograd
-from vgg_jax.convolution import FEW, compiler_options, convolves_bfloat16
 from vgg_jax.model import VGG
+from vgg_jax.ops import winograd
+from vgg_jax.ops.convolution import FEW, compiler_options, convolves_bfloat16
 
 
 def prepare(variables: Mapping[str, Any], dtype: Any = jnp.float32, kinds: tuple[str, ...] = ("conv", "fc")) -> dict[str, Any]:

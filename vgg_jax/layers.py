@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jax import Array, lax
 
-from vgg_jax.convolution import NHWC, convolution, convolve_anywhere, product
-from vgg_jax.epilogue import Then
+from vgg_jax.ops.convolution import NHWC, convolution, convolve_anywhere, product
+from vgg_jax.ops.epilogue import Then
 
 
 def local_response_norm(x: Array, k: float = 2.0, n: int = 5, alpha: float = 1e-4, beta: float = 0.75) -> Array:

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 from jax import Array
 
-from vgg_jax.configs import CONFIGS, Layer, VGGConfig, layer_table
-from vgg_jax.epilogue import THEN
+from vgg_jax.configs.models import CONFIGS, Layer, VGGConfig, layer_table
 from vgg_jax.errors import InputError
 from vgg_jax.layers import BatchNorm, Conv, Dropout, FullyConnected, local_response_norm
-from vgg_jax.pooling import avg_pool, max_pool, pooled, relu
+from vgg_jax.ops.epilogue import THEN
+from vgg_jax.ops.pooling import avg_pool, max_pool, pooled, relu
 
 # Of the kernels, (convolutions', fully connected layers'); biases start at 0.
 INITIALIZERS: dict[str, Callable[[float], tuple[nn.initializers.Initializer, nn.initializers.Initializer]]] = {
@@ -82,7 +82,7 @@ class VGG(nn.Module):
     def last_maps(self, images: Array, there: Array, ceil: bool = False) -> Array:
         """(N, h, w, C), what the last pooling reads, of arrays that hold several images each, and zeros.
 
-        `there`, bool (N, H, W), says which pixels are an image's. Between two images there must be room, see `vgg_jax.films`: then
+        `there`, bool (N, H, W), says which pixels are an image's. Between two images there must be room, see `vgg_jax.evaluation.packing`: then
         each image's part of the map is what the image alone would give, with zeros around it.
         """
         layer = self._last_layer()

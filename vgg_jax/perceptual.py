@@ -58,7 +58,7 @@ def lpips_heads(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
     Raises InputError for another file, and where torch, which reads it, is not installed.
     """
-    from vgg_jax.weights.containers import open_file
+    from vgg_jax.weights.formats import open_file
 
     tensors = open_file(Path(path)).tensors
     heads = {}

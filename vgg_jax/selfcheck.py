@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vgg_jax.configs import Conv, VGGConfig
-from vgg_jax.convolution import compiler_options
+from vgg_jax.configs.models import Conv, VGGConfig
 from vgg_jax.model import VGG
+from vgg_jax.ops.convolution import compiler_options
 
 BOUND = 1e-4  # of the largest value; float32 has 1e-6 here
 BFLOAT16_BOUND = 3e-2  # of the largest; bfloat16 has 1e-2 here

@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple
 
-from vgg_jax.configs import VGGConfig, layer_table
+from vgg_jax.configs.models import VGGConfig, layer_table
 
 MEGABYTE = 2**20
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from tests.data.tiny_data import encode, noise
-from vgg_jax.configs import IMAGENET, TrainConfig
+from vgg_jax.configs.models import IMAGENET, TrainConfig
 from vgg_jax.data import eval_batches, open_split, rescaled_images, train_batches
 from vgg_jax.errors import InputError
 
@@ -63,7 +63,7 @@ def test_an_interrupt_ends_the_process(folder):
     for kind in ("png", "webp"):  # the second goes through Python threads
         (folder / "train" / "ants" / f"more.{kind}").write_bytes(encode(noise(40, 40), kind))
     script = f"""
-from vgg_jax.configs import IMAGENET, TrainConfig
+from vgg_jax.configs.models import IMAGENET, TrainConfig
 from vgg_jax.data import open_split, train_batches
 config = TrainConfig(image_size=32, scale=(32,), batch_size=4, epochs=10**9)
 for i, batch in enumerate(train_batches(open_split({str(folder)!r}, "train"), config, IMAGENET)):

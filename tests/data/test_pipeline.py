@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from tests.data.tiny_data import NUMBERS, encode
-from vgg_jax.configs import IMAGENET, TrainConfig
+from vgg_jax.configs.models import IMAGENET, TrainConfig
 from vgg_jax.data import batches_per_epoch, decode, eval_batches, open_split, open_splits, rescaled_images, train_batches
 
 TINY = TrainConfig(image_size=32, scale=(32, 40), batch_size=4, epochs=3, seed=5)

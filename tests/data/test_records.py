@@ -54,7 +54,7 @@ def test_the_newest_version_and_the_only_configuration(prepared, tmp_path):
 
 
 def folder_of(name, root):
-    from vgg_jax.data.records import _prepared
+    from vgg_jax.data.tfds import _prepared
 
     return _prepared(name, str(root))
 

@@ -7,8 +7,8 @@ import pytest
 import tensorflow as tf
 
 from tests.data.tiny_data import SEED, encode, noise
-from vgg_jax.configs import IMAGENET, TrainConfig
-from vgg_jax.data import cached, open_split, small, train_batches
+from vgg_jax.configs.models import IMAGENET, TrainConfig
+from vgg_jax.data import cached, in_memory, open_split, train_batches
 from vgg_jax.data.transforms import crop_resized, draw, flip
 
 TINY = TrainConfig(image_size=32, scale=(32, 40), batch_size=4, epochs=3, seed=5)
@@ -18,7 +18,7 @@ TINY = TrainConfig(image_size=32, scale=(32, 40), batch_size=4, epochs=3, seed=5
 def test_a_batch_of_crops_is_the_crops_one_by_one(sides):
     images = np.stack([noise(*sides, seed) for seed in range(64)])
     drawn = draw(SEED, tf.range(64, dtype=tf.int64), TINY, IMAGENET)
-    ours = small.cropped(tf.constant(images), drawn, small.crop_matrices(sides, TINY.scale, 32), 32).numpy()
+    ours = in_memory.cropped(tf.constant(images), drawn, in_memory.crop_matrices(sides, TINY.scale, 32), 32).numpy()
     assert ours.shape == (64, 32, 32, 3) and len(set(drawn.scale.numpy())) == 9
     for i, image in enumerate(images):
         crop = crop_resized(tf.constant(encode(image)), drawn.scale[i], 32, drawn.y_fraction[i], drawn.x_fraction[i])
@@ -42,5 +42,7 @@ def test_mirrored_crops_are_drawn_as_often_as_plain_ones(tmp_path):
 
 
 def test_many_or_large_crops_are_left_to_the_stream():
-    assert small.fits((32, 32), (32, 40), 32) and small.fits((64, 64), (64,), 64)
-    assert not small.fits((65, 64), (64,), 64) and not small.fits((32, 32), (224,), 224) and not small.fits((8, 8), (32, 90), 32)
+    assert in_memory.fits((32, 32), (32, 40), 32) and in_memory.fits((64, 64), (64,), 64)
+    assert (
+        not in_memory.fits((65, 64), (64,), 64) and not in_memory.fits((32, 32), (224,), 224) and not in_memory.fits((8, 8), (32, 90), 32)
+    )

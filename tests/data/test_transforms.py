@@ -8,7 +8,7 @@ import tensorflow as tf
 from PIL import Image, ImageOps
 
 from tests.data.tiny_data import SEED, encode, noise
-from vgg_jax.configs import IMAGENET, Statistics, TrainConfig
+from vgg_jax.configs.models import IMAGENET, Statistics, TrainConfig
 from vgg_jax.data.transforms import crop_resized, decode, draw, eval_example, flip, rescale, train_example
 
 TINY = TrainConfig(image_size=32, scale=(32, 40))

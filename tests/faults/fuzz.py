@@ -130,13 +130,13 @@ def read_image(path: Path) -> None:
 
 
 def read_posteriors(path: Path) -> None:
-    from vgg_jax.evaluate import read
+    from vgg_jax.evaluation.evaluate import read
 
     read(path)
 
 
 def read_run(path: Path) -> None:
-    from vgg_jax.run import read_run
+    from vgg_jax.runs.metadata import read_run
 
     read_run(path.parent)
 

@@ -10,10 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-import vgg_jax.checkpoint
+import vgg_jax.runs.checkpoint
 from vgg_jax import InputError
-from vgg_jax.checkpoint import NotSavedError, Saved
-from vgg_jax.run import begun_run, locked
+from vgg_jax.runs.checkpoint import NotSavedError, Saved
+from vgg_jax.runs.metadata import begun_run, locked
 
 # What orbax had in hand when a file turned out to be damaged.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -189,13 +189,13 @@ def test_too_little_room_is_said_beforehand(tmp_path, monkeypatch):
 def test_what_did_not_reach_the_disk_is_not_saved(tmp_path, monkeypatch):
     with Saved(tmp_path / "last") as last:
         last.save(1, OLD, {"epoch": 1})
-        sync = vgg_jax.checkpoint.sync
+        sync = vgg_jax.runs.checkpoint.sync
         for step in (2, 3):
-            monkeypatch.setattr(vgg_jax.checkpoint, "sync", lambda path: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+            monkeypatch.setattr(vgg_jax.runs.checkpoint, "sync", lambda path: (_ for _ in ()).throw(OSError(5, "Input/output error")))
             with pytest.raises(NotSavedError, match="Input/output error"):
                 last.save(step, NEW, {"epoch": step})
             assert last.restore(SHAPES)[1] == {"epoch": 1}
-        monkeypatch.setattr(vgg_jax.checkpoint, "sync", sync)
+        monkeypatch.setattr(vgg_jax.runs.checkpoint, "sync", sync)
         last.save(3, NEW, {"epoch": 3})
         assert last.restore(SHAPES)[1] == {"epoch": 3}
 

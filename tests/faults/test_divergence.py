@@ -12,18 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import vgg_jax.train
+import vgg_jax.training.loop
 from tests.data.tiny_data import encode, noise
 from vgg_jax import IMAGENET, InputError, TrainConfig
-from vgg_jax.checkpoint import Saved
-from vgg_jax.configs import MOST_HALVINGS
-from vgg_jax.nonfinite import first_nonfinite
-from vgg_jax.optimizer import sgd
-from vgg_jax.run import read_run
-from vgg_jax.saving import shapes_of
-from vgg_jax.sharding import make_mesh, put_batch
-from vgg_jax.train import DivergedError, fit
-from vgg_jax.train_step import build_model, init_state
+from vgg_jax.configs.models import MOST_HALVINGS
+from vgg_jax.distributed.sharding import make_mesh, put_batch
+from vgg_jax.runs.checkpoint import Saved
+from vgg_jax.runs.metadata import read_run
+from vgg_jax.training.checkpointer import shapes_of
+from vgg_jax.training.loop import DivergedError, fit
+from vgg_jax.training.nan_check import first_nonfinite
+from vgg_jax.training.optimizer import sgd
+from vgg_jax.training.step import build_model, init_state
 
 pytestmark = pytest.mark.usefixtures("small_nets")
 
@@ -42,7 +42,7 @@ def config(tmp_path):
 
 def poisoned(monkeypatch, calls, loss=True):
     """The step whose number, over all attempts, is among these gives parameters that are not finite, and a loss that is not."""
-    done, compiled = 0, vgg_jax.train.compile_steps
+    done, compiled = 0, vgg_jax.training.loop.compile_steps
 
     def compile_steps(*arguments, **options):
         train_step, eval_step = compiled(*arguments, **options)
@@ -59,7 +59,7 @@ def poisoned(monkeypatch, calls, loss=True):
         step.lower = train_step.lower
         return step, eval_step
 
-    monkeypatch.setattr(vgg_jax.train, "compile_steps", compile_steps)
+    monkeypatch.setattr(vgg_jax.training.loop, "compile_steps", compile_steps)
 
 
 def rates(workdir):
@@ -83,7 +83,7 @@ def test_a_run_goes_back_with_half_the_rate(config, tmp_path, monkeypatch, capsy
     assert "going on at epoch 2, batch 1" in captured.out
     assert not outcome.stopped
     monkeypatch.undo()
-    monkeypatch.setattr(vgg_jax.train, "learning_rate", lambda _, done: None if len(done) == 3 else 1e-3 / (1 + bool(done)))
+    monkeypatch.setattr(vgg_jax.training.loop, "learning_rate", lambda _, done: None if len(done) == 3 else 1e-3 / (1 + bool(done)))
     expected = fit(config, tmp_path / "expected").history
     assert [record["train"] for record in outcome.history] == [record["train"] for record in expected]
 
@@ -132,7 +132,7 @@ def test_nothing_that_is_not_finite_is_saved(on_nan, loss, config, tmp_path, mon
 def test_a_signal_is_not_lost_in_a_divergence(config, tmp_path, monkeypatch):
     """It ends the run, which does not begin again with half the rate."""
     poisoned(monkeypatch, {5})
-    plain = vgg_jax.train.add
+    plain = vgg_jax.training.loop.add
 
     def add(sums, new, bar):
         if new is not None and not np.isfinite(new.loss):
@@ -140,7 +140,7 @@ def test_a_signal_is_not_lost_in_a_divergence(config, tmp_path, monkeypatch):
             time.sleep(0.1)
         return plain(sums, new, bar)
 
-    monkeypatch.setattr(vgg_jax.train, "add", add)
+    monkeypatch.setattr(vgg_jax.training.loop, "add", add)
     with pytest.raises(DivergedError):
         fit(config, tmp_path / "w", on_nan="halve")
     assert rates(tmp_path / "w") == [1e-3]
@@ -148,12 +148,14 @@ def test_a_signal_is_not_lost_in_a_divergence(config, tmp_path, monkeypatch):
 
 def test_the_best_net_of_what_is_given_up_is_given_up(config, tmp_path, monkeypatch):
     """The second epoch's net was saved, what to go on from was not: behind going back to the first it is the best no longer."""
-    monkeypatch.setattr(vgg_jax.train, "finite", lambda _: True)
+    monkeypatch.setattr(vgg_jax.training.loop, "finite", lambda _: True)
     fit(dataclasses.replace(config, epochs=1), tmp_path / "w")
     longer(tmp_path / "w")
     shutil.copytree(tmp_path / "w" / "best" / "1", tmp_path / "w" / "best" / "2")
     poisoned(monkeypatch, {1})
-    monkeypatch.setattr(vgg_jax.train, "evaluate_all", lambda *_: vgg_jax.train.Sums(loss=1.0, top1=0.0, top5=0.0, count=12.0))
+    monkeypatch.setattr(
+        vgg_jax.training.loop, "evaluate_all", lambda *_: vgg_jax.training.loop.Sums(loss=1.0, top1=0.0, top5=0.0, count=12.0)
+    )
     fit(config, tmp_path / "w", on_nan="halve")
     assert [path.name for path in (tmp_path / "w" / "best").glob("[0-9]*")] == ["1"]
 

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from tests.faults import fuzz
 from vgg_jax import CONFIGS, InputError
 from vgg_jax.data import read_list, write_list
-from vgg_jax.data.verified import Bad
-from vgg_jax.run import read_run
-from vgg_jax.weights.containers import open_file
+from vgg_jax.data.verify import Bad
+from vgg_jax.runs.metadata import read_run
+from vgg_jax.weights.formats import open_file
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 TRIALS = 60

@@ -16,7 +16,7 @@ from PIL import Image
 from tests.data.tiny_data import encode, noise
 from tests.tiny import SHALLOW
 from vgg_jax import CONFIGS, IMAGENET, InputError, TrainConfig, cli
-from vgg_jax.configs import CHOICES
+from vgg_jax.configs.models import CHOICES
 from vgg_jax.data import decode, eval_batches, measure, open_split, open_splits, read_list, tf, train_batches, verify, write_list
 from vgg_jax.data.transforms import LARGEST_DECODED
 from vgg_jax.errors import DataError

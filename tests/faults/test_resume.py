@@ -8,12 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-import vgg_jax.train
+import vgg_jax.training.loop
 from tests.data.tiny_data import encode, noise
 from tests.faults.soak import result
 from vgg_jax import TrainConfig, preset
-from vgg_jax.sharding import make_mesh
-from vgg_jax.train import fit
+from vgg_jax.distributed.sharding import make_mesh
+from vgg_jax.training.loop import fit
 
 pytestmark = pytest.mark.usefixtures("small_nets")
 
@@ -51,7 +51,7 @@ def test_a_run_that_is_stopped_twice_ends_as_the_quiet_one(data, tmp_path, monke
     """In its second step, and in a validation."""
     config, data_dir = data
     quiet = fit(config, tmp_path / "quiet", data_dir)
-    send, evaluate, stopped = vgg_jax.train.on_devices, vgg_jax.train.evaluate_all, set()
+    send, evaluate, stopped = vgg_jax.training.loop.on_devices, vgg_jax.training.loop.evaluate_all, set()
 
     def once(name):
         if name not in stopped:
@@ -66,8 +66,8 @@ def test_a_run_that_is_stopped_twice_ends_as_the_quiet_one(data, tmp_path, monke
         once("validation")
         return evaluate(*arguments)
 
-    monkeypatch.setattr(vgg_jax.train, "on_devices", on_devices)
-    monkeypatch.setattr(vgg_jax.train, "evaluate_all", evaluate_all)
+    monkeypatch.setattr(vgg_jax.training.loop, "on_devices", on_devices)
+    monkeypatch.setattr(vgg_jax.training.loop, "evaluate_all", evaluate_all)
     assert [fit(config, tmp_path / "disturbed", data_dir).stopped for _ in range(3)] == [True, True, False]
     assert len({record["learning_rate"] for record in quiet.history}) == (1 if config.data == "digits" else 2)
     (arrays, said), (same_arrays, same_said) = (result(tmp_path / name) for name in ("quiet", "disturbed"))
@@ -84,14 +84,14 @@ def test_with_another_number_of_devices_it_goes_on_in_the_same_order(tmp_path, m
         for i in range(12):
             (tmp_path / "data" / label / f"{i}.png").write_bytes(encode(noise(20, 24, i)))
     config = configured(str(tmp_path / "data"), microbatch=None, learning_rate=1e-3)
-    order, send, devices = [], vgg_jax.train.on_devices, []
+    order, send, devices = [], vgg_jax.training.loop.on_devices, []
 
     def on_devices(batch, mesh):
         order.append([index for index in batch["index"].tolist() if index >= 0])
         devices.append(mesh.size)
         return send(batch, mesh)
 
-    monkeypatch.setattr(vgg_jax.train, "on_devices", on_devices)
+    monkeypatch.setattr(vgg_jax.training.loop, "on_devices", on_devices)
     fit(config, tmp_path / "quiet")
     quiet_order = list(order)
     order.clear()
@@ -101,10 +101,10 @@ def test_with_another_number_of_devices_it_goes_on_in_the_same_order(tmp_path, m
             os.kill(os.getpid(), signal.SIGTERM)
         return on_devices(batch, mesh)
 
-    monkeypatch.setattr(vgg_jax.train, "on_devices", interrupted)
+    monkeypatch.setattr(vgg_jax.training.loop, "on_devices", interrupted)
     assert fit(config, tmp_path / "both").stopped
-    monkeypatch.setattr(vgg_jax.train, "on_devices", on_devices)
-    monkeypatch.setattr(vgg_jax.train, "make_mesh", lambda batch_size, layout: make_mesh(batch_size, jax.devices()[:1]))
+    monkeypatch.setattr(vgg_jax.training.loop, "on_devices", on_devices)
+    monkeypatch.setattr(vgg_jax.training.loop, "make_mesh", lambda batch_size, layout: make_mesh(batch_size, jax.devices()[:1]))
     fit(config, tmp_path / "both")
     assert order == quiet_order
     assert set(devices) == {1, 2}

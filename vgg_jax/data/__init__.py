@@ -30,7 +30,7 @@ from vgg_jax.data.sources import VALIDATION, open_split, open_splits, split_name
 from vgg_jax.data.splits import Source, batches_per_epoch
 from vgg_jax.data.statistics import Measured, measure
 from vgg_jax.data.transforms import crop_resized, decode, rescale
-from vgg_jax.data.verified import read_list, verify, write_list
+from vgg_jax.data.verify import read_list, verify, write_list
 
 __all__ = [
     "VALIDATION",

@@ -8,8 +8,8 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-from vgg_jax.configs import TrainConfig
-from vgg_jax.data import small
+from vgg_jax.configs.models import TrainConfig
+from vgg_jax.data import in_memory
 from vgg_jax.data.batches import Batches
 from vgg_jax.data.splits import CORES, Pixels, Source, random_access
 from vgg_jax.data.transforms import decode
@@ -64,7 +64,7 @@ def _pixels(source: Source, encoded: tf.Tensor, labels: tf.Tensor, indices: tf.T
     except (tf.errors.OpError, ValueError):  # the stream names the file
         return None
     size = source.size * height * width * 3
-    if not small.fits((height, width), config.scale, config.image_size) or COPIES * size > SHARE * free_memory():
+    if not in_memory.fits((height, width), config.scale, config.image_size) or COPIES * size > SHARE * free_memory():
         return None
 
     def prepare(example: dict) -> dict:

@@ -11,8 +11,8 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
+from vgg_jax.data.filesystem import folders_in, head, is_folder, listed
 from vgg_jax.data.splits import CORES, Records, map_or, random_access
-from vgg_jax.data.storage import folders_in, head, is_folder, listed
 from vgg_jax.errors import DataError, InputError
 
 SPLITS = ("train", "val", "validation", "valid", "test")

@@ -13,8 +13,8 @@ import functools
 import numpy as np
 import tensorflow as tf
 
-from vgg_jax.configs import Statistics, TrainConfig
-from vgg_jax.data import small
+from vgg_jax.configs.models import Statistics, TrainConfig
+from vgg_jax.data import in_memory
 from vgg_jax.data.batches import Batches
 from vgg_jax.data.splits import Share, Source, batches_per_epoch, epoch_seeds
 from vgg_jax.data.transforms import decode, draw, eval_example, rescale, train_example
@@ -34,7 +34,7 @@ def train_batches(
     """The batches of the epochs up to `config.epochs`, in one stream, from batch `first_batch` of epoch `first_epoch` on (both from 0)."""
     share = _share(config.batch_size, rows)
     if source.pixels is not None:
-        return small.train_batches(source, source.pixels, config, statistics, first_epoch, first_batch, share)
+        return in_memory.train_batches(source, source.pixels, config, statistics, first_epoch, first_batch, share)
     per_epoch = batches_per_epoch(source, config.batch_size)
 
     def examples(batch: int) -> tf.data.Dataset:
@@ -58,7 +58,7 @@ def eval_batches(source: Source, config: TrainConfig, batch_size: int, rows: np.
     """One pass over the source, in its own order."""
     share = _share(batch_size, rows)
     if source.pixels is not None:
-        return small.eval_batches(source, source.pixels, config, batch_size, share)
+        return in_memory.eval_batches(source, source.pixels, config, batch_size, share)
 
     def examples(batch: int) -> tf.data.Dataset:
         return _padded(source.examples(None, batch * batch_size, share), source.size, batch_size, share)

@@ -9,8 +9,8 @@ import numpy as np
 import tensorflow as tf
 
 from vgg_jax.data.folder import folder_splits
-from vgg_jax.data.records import record_splits
 from vgg_jax.data.splits import Records, Source, divide, part, random_access, record_name, whole, without
+from vgg_jax.data.tfds import record_splits
 from vgg_jax.errors import InputError
 from vgg_jax.paths import is_remote
 

@@ -6,7 +6,7 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-from vgg_jax.configs import Statistics
+from vgg_jax.configs.models import Statistics
 from vgg_jax.data.batches import Batches
 from vgg_jax.data.splits import Source
 from vgg_jax.data.transforms import decode

@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image
 
-from vgg_jax.configs import LARGEST, Statistics, TrainConfig
+from vgg_jax.configs.models import LARGEST, Statistics, TrainConfig
 from vgg_jax.data.splits import permuted
 
 # What Pillow and torchvision decode: pixels are equal to theirs. TensorFlow's default differs by up to 21 levels, 1.2 on average.

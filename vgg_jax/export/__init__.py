@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from vgg_jax.configs import OUTPUTS, Layer, layer_table
-from vgg_jax.convolution import compiler_options
+from vgg_jax.configs.models import OUTPUTS, Layer, layer_table
 from vgg_jax.errors import InputError
 from vgg_jax.layers import BatchNorm
 from vgg_jax.model import preprocess
+from vgg_jax.ops.convolution import compiler_options
 from vgg_jax.paths import of_this_machine
 from vgg_jax.weights import Weights, metadata_of, save
 

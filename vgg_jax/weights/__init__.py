@@ -11,14 +11,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from vgg_jax.configs import CONFIGS, WRITTEN
+from vgg_jax.configs.models import CONFIGS, WRITTEN
 from vgg_jax.errors import InputError
-from vgg_jax.imagenet import CLASSES
 from vgg_jax.model import VGG
 from vgg_jax.paths import local_file, of_this_machine, path_of
-from vgg_jax.weights.containers import damage_named, open_file
+from vgg_jax.weights.detect import recognize
+from vgg_jax.weights.formats import damage_named, open_file
+from vgg_jax.weights.imagenet import CLASSES
 from vgg_jax.weights.layouts import FEATURES, LAYOUTS, NO_STD, Preprocessing, rows
-from vgg_jax.weights.recognize import recognize
 
 Tree = Mapping[str, Mapping[str, Any]]
 
@@ -100,12 +100,12 @@ def _read(path: Path, net: str | None) -> Weights:
 
 
 def load(path: str | os.PathLike, net: str | None = None) -> tuple[VGG, dict[str, Any], dict[str, Any]]:
-    """The network of a run's folder, by `vgg_jax.checkpoint.load`, or in a file of weights, by `load_file`."""
+    """The network of a run's folder, by `vgg_jax.runs.checkpoint.load`, or in a file of weights, by `load_file`."""
     if not path_of(path).is_dir():
         return load_file(path, net)
     if net is not None:
         raise InputError(f"net is {net!r} and {path} is a folder: expected a net for a file of weights only; a run knows its own")
-    from vgg_jax.checkpoint import load  # orbax comes with the extra `train`
+    from vgg_jax.runs.checkpoint import load  # orbax comes with the extra `train`
 
     return load(path)
 

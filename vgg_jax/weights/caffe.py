@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from vgg_jax.errors import InputError
-from vgg_jax.weights.contents import MANY, Contents, Tensor
+from vgg_jax.weights.tensor_file import MANY, Contents, Tensor
 
 
 def read(path: Path) -> Contents:

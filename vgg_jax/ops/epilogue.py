@@ -1,0 +1,87 @@
+"""What is done behind a convolution, its bias, ReLU and pooling, and the gradients of it. Shapes are (N, H, W, C)."""
+
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from vgg_jax.ops.pooling import max_gradient, max_pool, maxima, relu, whole_windows
+
+Then = Literal["", "relu", "pool"]  # what is done behind the bias: nothing, ReLU, or ReLU and max-pooling
+THEN: tuple[Then, ...] = get_args(Then)
+
+
+def finish(y: Array, bias: Array, there: Array | None, then: Then) -> Array:
+    """The sums of a convolution (N, H, W, C), a bias (C,) -> what `convolution` returns of them."""
+    if then == "pool":
+        return _add_bias_and_pool(whole_windows(y), bias)
+    y = add_bias(y, bias)
+    y = relu(y) if then == "relu" else y
+    return y if there is None else jnp.where(there, y, 0)
+
+
+def gradient_of_sums(then: Then, passed: Any, g: Array, shape: tuple[int, ...]) -> Array:
+    """The gradient of a convolution's sums, maps of `shape`, from that of what was made of them.
+
+    `passed` says where it went through: behind a ReLU what came out, behind a pooling the bytes of `maxima`.
+    """
+    if then == "pool":
+        (g,) = max_gradient(True, passed, g)
+        return jnp.pad(g, ((0, 0), (0, shape[1] % 2), (0, shape[2] % 2), (0, 0)))
+    return jnp.where(passed > 0, g, 0) if then == "relu" else g
+
+
+def computed_once(g: Array) -> Array:
+    """On a CPU what makes it is else fused into its readers, and computed again in each."""
+    return lax.platform_dependent(g, cpu=lax.optimization_barrier, default=lambda g: g)
+
+
+def sum_over_positions(g: Array) -> Array:
+    """The sum of (N, H, W, C), (C,): a CPU takes 2 to 7 times as long for it in XLA's way as by a product."""
+
+    def by_product(g: Array) -> Array:
+        return (jnp.ones((1, g.size // g.shape[-1]), g.dtype) @ g.reshape(-1, g.shape[-1]))[0]
+
+    return lax.platform_dependent(g, cpu=by_product, default=lambda g: g.sum((0, 1, 2)))
+
+
+@jax.custom_vjp
+def add_bias(x: Array, bias: Array) -> Array:
+    """(N, H, W, C) + (C,)"""
+    return x + bias[None, None, None]
+
+
+def _add_bias(x: Array, bias: Array) -> tuple[Array, None]:
+    return add_bias(x, bias), None
+
+
+def _bias_gradient(_: None, g: Array) -> tuple[Array, Array]:
+    g = computed_once(g)
+    return g, sum_over_positions(g)
+
+
+add_bias.defvjp(_add_bias, _bias_gradient)
+
+
+@jax.custom_vjp
+def _add_bias_and_pool(x: Array, bias: Array) -> Array:
+    """(N, 2 h, 2 w, C), (C,) -> (N, h, w, C): the maxima of the ReLU of the sum."""
+    return max_pool(x + bias[None, None, None], rectify=True)
+
+
+def maxima_with_bias(x: Array, bias: Array) -> tuple[Array, Array]:
+    """The same, and the bytes of `maxima`."""
+    return maxima(x + bias[None, None, None], rectify=True)
+
+
+def _add_bias_and_pool_backward(bits: Array, g: Array) -> tuple[Array, Array]:
+    return computed_once(*max_gradient(True, bits, g)), pooled_bias_gradient(bits, g)
+
+
+def pooled_bias_gradient(bits: Array, g: Array) -> Array:
+    """From the gradient of the maxima, a quarter as many values as the map's: the shares of a window add up to it."""
+    return sum_over_positions(jnp.where(lax.stop_gradient(bits) > 0, g, 0))
+
+
+_add_bias_and_pool.defvjp(maxima_with_bias, _add_bias_and_pool_backward)
