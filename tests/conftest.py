@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from tests.tiny import DEEP, SHALLOW
+from tests.helpers.tiny import DEEP, SHALLOW
 from vgg_jax import CONFIGS
 from vgg_jax.configs.models import CHOICES
 
@@ -28,7 +28,7 @@ for name, value in (("jax_compilation_cache_dir", CACHE.name), ("jax_persistent_
     jax.config.update(name, value)
     os.environ[name.upper()] = str(value)
 
-DATA = Path(os.environ.get("VGG_JAX_DATA", Path(__file__).parents[2] / "shared" / "data"))
+DATA = Path(os.environ.get("VGG_JAX_DATA", "no data"))  # a folder of photos and weights that are not part of the project
 
 
 def pytest_report_header() -> str:
@@ -48,7 +48,7 @@ def prepared(tmp_path_factory):
     """{"tfrecord": a data_dir with the data set "numbers", "array_record": one, too}"""
     import tensorflow_datasets as tfds
 
-    from tests.data.tiny_data import Numbers
+    from tests.helpers.tiny_data import Numbers
 
     folders = {}
     for file_format in ("tfrecord", "array_record"):

@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from tests.tiny import TINY, images, init
+from tests.helpers.tiny import TINY, images, init
 from vgg_jax import CONFIGS, VGG, InputError
 from vgg_jax.configs.models import layer_table
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.tiny import DEEP, images, init
+from tests.helpers.tiny import DEEP, images, init
 from vgg_jax import VGG, Conv, VGGConfig, compile_inference, compiler_options
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import vgg_jax
-from tests.tiny import TINY, images, init
+from tests.helpers.tiny import TINY, images, init
 from vgg_jax import CONFIGS, VGG, InputError, compiler_options, init_from
 from vgg_jax.model import transposed
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.tiny_data import encode, indices, noise
+from tests.helpers.tiny_data import encode, indices, noise
 from vgg_jax import InputError
 from vgg_jax.paths import is_remote, local_file, path_of
 
@@ -25,7 +25,7 @@ time.sleep(600)
 """
 EVALUATE = """
 import sys, json
-from tests import processes
+from tests.programs import train_tiny as processes
 from vgg_jax import load, cli
 model, variables, metadata = load(sys.argv[1])
 print(json.dumps([metadata["epoch"], metadata["validation"]["accuracy"], float(abs(variables["params"]["fc6"]["kernel"]).sum())]))
@@ -65,7 +65,7 @@ def records(store: dict[str, str], workdir: str) -> list[dict]:
 @pytest.mark.slow
 def test_a_run_in_a_store_is_stopped_gone_on_with_loaded_and_evaluated(store, tmp_path):
     """It is the run of this machine's disk, to the bit."""
-    command = [sys.executable, "-m", "tests.processes", *FLAGS, "--workdir"]
+    command = [sys.executable, "-m", "tests.programs.train_tiny", *FLAGS, "--workdir"]
     with subprocess.Popen([*command, "gs://bucket/runs/one"], env=store, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             if "epoch   1" in line:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.tiny import init
+from tests.helpers.tiny import init
 from vgg_jax import VGG, Conv, InputError, VGGConfig, compiler_options
 from vgg_jax.perceptual import LPIPS_LAYERS, content_loss, gram, lpips, lpips_heads, style_loss
 

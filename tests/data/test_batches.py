@@ -6,7 +6,7 @@ import time
 import pytest
 from PIL import Image
 
-from tests.data.tiny_data import encode, noise
+from tests.helpers.tiny_data import encode, noise
 from vgg_jax.configs.models import IMAGENET, TrainConfig
 from vgg_jax.data import eval_batches, open_split, rescaled_images, train_batches
 from vgg_jax.errors import InputError

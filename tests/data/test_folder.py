@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.tiny_data import SEED, check_divided, check_order, encode, listed, noise
+from tests.helpers.tiny_data import SEED, check_divided, check_order, encode, listed, noise
 from vgg_jax.data import folder as folder_module
 from vgg_jax.data import open_split, open_splits
 from vgg_jax.errors import InputError

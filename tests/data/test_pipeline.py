@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data.tiny_data import NUMBERS, encode
+from tests.helpers.tiny_data import NUMBERS, encode
 from vgg_jax.configs.models import IMAGENET, TrainConfig
 from vgg_jax.data import batches_per_epoch, decode, eval_batches, open_split, open_splits, rescaled_images, train_batches
 

@@ -3,7 +3,7 @@ import os
 import numpy as np
 import pytest
 
-from tests.data.tiny_data import check_divided, check_order, indices, listed
+from tests.helpers.tiny_data import check_divided, check_order, indices, listed
 from vgg_jax.data import decode, open_split, open_splits
 from vgg_jax.errors import InputError
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.data.tiny_data import encode, indices, noise
+from tests.helpers.tiny_data import encode, indices, noise
 from vgg_jax.data import open_splits
 from vgg_jax.data.splits import epoch_seeds, permuted
 from vgg_jax.errors import InputError

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data.tiny_data import encode, noise
+from tests.helpers.tiny_data import encode, noise
 from vgg_jax.configs.models import Statistics
 from vgg_jax.data import measure, open_split, open_splits
 from vgg_jax.data import statistics as statistics_module

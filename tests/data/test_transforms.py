@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image, ImageOps
 
-from tests.data.tiny_data import SEED, encode, noise
+from tests.helpers.tiny_data import SEED, encode, noise
 from vgg_jax.configs.models import IMAGENET, Statistics, TrainConfig
 from vgg_jax.data.transforms import crop_resized, decode, draw, eval_example, flip, rescale, train_example
 

@@ -225,7 +225,7 @@ RUNTIME = 150_000_000  # bytes that XLA's runtime took besides, on a CPU: 37 to 
 def step_memory(config: TrainConfig, num_classes: int) -> dict[str, int]:
     """Bytes that training takes on one device: of its "state", and in "total", of a step or, if that takes more, of drawing the parameters.
 
-    Compiles both and runs nothing. Within 6 % of what `experiments/check_memory.py` measured (2-core x86, jax 0.12, 32 to 224 pixels,
+    Compiles both and runs nothing. Within 6 % of what `experiments/benchmarks/check_memory.py` measured (2-core x86, jax 0.12, 32 to 224 pixels,
     batch 1 to 128).
     """
     mesh = make_mesh(1, jax.devices()[:1])

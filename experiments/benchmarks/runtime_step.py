@@ -1,0 +1,74 @@
+"""One inference step of an exported .onnx file in ONNX Runtime or OpenVINO: a peer for `bench_step.py --mode infer --peer`.
+
+    python -m experiments.benchmarks.runtime_step --runtime openvino --net D --image-size 224 --batch 8 --hidden 4096 [--dtype bfloat16]
+
+Needs onnx, and onnxruntime or openvino. Prints one JSON line with "seconds", the median of --runs, warm. bfloat16 is OpenVINO's alone.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from experiments.script import run
+
+from vgg_jax import CONFIGS, IMAGENET, VGG, compiler_options
+from vgg_jax.export import Artefact, write
+from vgg_jax.weights import Weights
+from vgg_jax.weights.layouts import Preprocessing
+
+
+def session(runtime: str, file: Path, dtype: str):
+    """A function from images (N, H, W, 3) to logits."""
+    if runtime == "onnxruntime":
+        import onnxruntime
+
+        loaded = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        return lambda images: loaded.run(None, {"images": images})[0]
+    import openvino
+
+    compiled = openvino.Core().compile_model(
+        file, "CPU", {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "bf16" if dtype == "bfloat16" else "f32"}
+    )
+    return lambda images: compiled([images])[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runtime", choices=("onnxruntime", "openvino"), required=True)
+    parser.add_argument("--net", default="A", choices=CONFIGS)
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--mode", default="infer", choices=("infer",))
+    parser.add_argument("--runs", type=int, default=5)
+    args = parser.parse_args()
+    if args.runtime == "onnxruntime" and args.dtype == "bfloat16":
+        parser.error("ONNX Runtime has no bfloat16 on a CPU")
+    model = VGG(dataclasses.replace(CONFIGS[args.net], fc=(args.hidden, args.hidden)), 10, image_size=args.image_size)
+    init = jax.jit(model.lazy_init, compiler_options=compiler_options())
+    params = init(jax.random.key(0), jax.ShapeDtypeStruct((1, args.image_size, args.image_size, 3), jnp.float32))["params"]
+    weights = Weights(args.net, "vgg_jax", model, params, {}, True, Preprocessing(IMAGENET.mean_rgb), tuple(map(str, range(10))))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "net.onnx"
+        write(file, Artefact(weights, uint8=False))
+        once = session(args.runtime, file, args.dtype)
+    images = np.random.default_rng(0).normal(size=(args.batch, args.image_size, args.image_size, 3)).astype(np.float32) * 50
+    once(images)
+    seconds = []
+    for _ in range(args.runs):
+        start = time.perf_counter()
+        once(images)
+        seconds.append(time.perf_counter() - start)
+    print(json.dumps(vars(args) | {"seconds": statistics.median(seconds), "images_per_second": args.batch / statistics.median(seconds)}))
+
+
+if __name__ == "__main__":
+    run(main)
