@@ -26,9 +26,13 @@ def output_of(command: list[str], **options) -> str:
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, **options)
     except OSError as error:
-        raise InputError(f"{command[0]!r} cannot be started: {error.strerror}; expected a command") from error
+        raise InputError(
+            f"{command[0]!r} cannot be started: {error.strerror}; expected a command"
+        ) from error
     if done.returncode:
-        raise InputError(f"`{_shown(command)}` ended with exit code {done.returncode}: expected 0; see what it says above")
+        raise InputError(
+            f"`{_shown(command)}` ended with exit code {done.returncode}: expected 0; see what it says above"
+        )
     return done.stdout
 
 
@@ -38,7 +42,9 @@ def figure(command: list[str], name: str) -> float:
     try:
         return json.loads(last)[name]
     except (ValueError, LookupError, TypeError) as error:
-        raise InputError(f"`{_shown(command)}` printed {last[:80]!r} last: expected a JSON object with {name!r}") from error
+        raise InputError(
+            f"`{_shown(command)}` printed {last[:80]!r} last: expected a JSON object with {name!r}"
+        ) from error
 
 
 def _shown(command: list[str]) -> str:

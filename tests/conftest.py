@@ -15,7 +15,9 @@ from vgg_jax.configs.models import CHOICES
 
 # For what tests compile by the way, without `compiler_options`: a quarter of the time.
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts so what runs in its background, and the tests send it
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # a shell starts so what runs in its background, and the tests send it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 jax.config.update("jax_num_cpu_devices", 2)
@@ -24,11 +26,16 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Many tests compile the same programs, a run and the one that goes on with it for example; and so do processes that they start. Small ones
 # too, which jax would compile again: a fifth of the time of tests/test_train.py.
 CACHE = tempfile.TemporaryDirectory()
-for name, value in (("jax_compilation_cache_dir", CACHE.name), ("jax_persistent_cache_min_compile_time_secs", 0)):
+for name, value in (
+    ("jax_compilation_cache_dir", CACHE.name),
+    ("jax_persistent_cache_min_compile_time_secs", 0),
+):
     jax.config.update(name, value)
     os.environ[name.upper()] = str(value)
 
-DATA = Path(os.environ.get("VGG_JAX_DATA", "no data"))  # a folder of photos and weights that are not part of the project
+DATA = Path(
+    os.environ.get("VGG_JAX_DATA", "no data")
+)  # a folder of photos and weights that are not part of the project
 
 
 def pytest_report_header() -> str:
@@ -54,7 +61,9 @@ def prepared(tmp_path_factory):
     for file_format in ("tfrecord", "array_record"):
         folders[file_format] = str(tmp_path_factory.mktemp(file_format))
         config = tfds.download.DownloadConfig(num_shards=4, try_download_gcs=False)
-        Numbers(data_dir=folders[file_format], file_format=file_format).download_and_prepare(download_config=config)
+        Numbers(data_dir=folders[file_format], file_format=file_format).download_and_prepare(
+            download_config=config
+        )
     return folders
 
 

@@ -17,7 +17,10 @@ from vgg_jax.configs.models import layer_table
 def narrow(name):
     """A net with channels few enough to run in the tests."""
     config = CONFIGS[name]
-    stages = tuple(tuple(conv._replace(width=4 * i) for conv in stage) for i, stage in enumerate(config.stages, 1))
+    stages = tuple(
+        tuple(conv._replace(width=4 * i) for conv in stage)
+        for i, stage in enumerate(config.stages, 1)
+    )
     return dataclasses.replace(config, stages=stages, fc=(12, 8))
 
 
@@ -30,7 +33,12 @@ def net():
 @pytest.mark.parametrize(
     ("name", "batch_norm"),
     [
-        *(pytest.param(name, False, id=name, marks=[pytest.mark.slow] if name in ("B", "E") else []) for name in CONFIGS),
+        *(
+            pytest.param(
+                name, False, id=name, marks=[pytest.mark.slow] if name in ("B", "E") else []
+            )
+            for name in CONFIGS
+        ),
         pytest.param("A", True, id="A-batch_norm"),
         pytest.param("C", True, id="C-batch_norm", marks=pytest.mark.slow),
     ],
@@ -42,7 +50,9 @@ def test_every_layer_of_every_net(name, batch_norm):
     x = images(1, 32, 64)
     layers = [layer.name for layer in layer_table(model.config, 5, batch_norm, 32)]
     kinds = {layer.strip("0123456789_") for layer in layers}
-    assert {"conv", "relu", "pool", "fc", "drop"} | ({"bn"} if batch_norm else set()) | ({"lrn"} if "LRN" in name else set()) == kinds
+    assert {"conv", "relu", "pool", "fc", "drop"} | ({"bn"} if batch_norm else set()) | (
+        {"lrn"} if "LRN" in name else set()
+    ) == kinds
     every = jax.jit(lambda v, x: model.apply(v, x, layers=layers, method="features"))(variables, x)
     assert every.keys() == set(layers)
     assert every["fc8"].shape == (1, 1, 2, 5)
@@ -65,7 +75,9 @@ def test_nothing_behind_the_deepest_layer_is_computed(net):
     counts = [flops(layer) for layer in ("conv1_1", "pool2", "conv4_1", "fc8")]
     assert counts == sorted(counts)
     multiply_adds = 2 * 32 * 32 * 27 * 8  # conv1_1 of two images
-    assert 0.95 * 2 * multiply_adds < counts[0] < 1.2 * 2 * multiply_adds  # XLA leaves out those with the padding's zeros
+    assert (
+        0.95 * 2 * multiply_adds < counts[0] < 1.2 * 2 * multiply_adds
+    )  # XLA leaves out those with the padding's zeros
     assert counts[1] < 0.5 * counts[3]
 
 
@@ -98,7 +110,9 @@ def test_as_an_nnx_module(net):
         setattr(bridged, name, {leaf: nnx.Param(array) for leaf, array in layer.items()})
     np.testing.assert_allclose(bridged(x), model.apply(variables, x), rtol=1e-4, atol=1e-5)
     ours = model.apply(variables, x, layers=("pool2",), method="features")["pool2"]
-    np.testing.assert_allclose(bridged(x, layers=("pool2",), method="features")["pool2"], ours, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        bridged(x, layers=("pool2",), method="features")["pool2"], ours, rtol=1e-4, atol=1e-5
+    )
 
     optimizer = nnx.Optimizer(bridged, optax.sgd(0.1), wrt=nnx.Param)
     loss = lambda module: jnp.mean(module(x) ** 2)  # noqa: E731
@@ -111,12 +125,16 @@ def test_average_pooling(net):
     """Against a loop; an odd side loses its last row as with the maximum."""
     model, variables = net
     average = model.clone(pool="avg")
-    found = average.apply(variables, images(1, 11, 14), layers=("relu1_1", "pool1"), method="features")
+    found = average.apply(
+        variables, images(1, 11, 14), layers=("relu1_1", "pool1"), method="features"
+    )
     assert found["pool1"].shape == (1, 5, 7, 8)
     for y in range(5):
         for x in range(7):
             window = found["relu1_1"][0, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2]
-            np.testing.assert_allclose(found["pool1"][0, y, x], window.mean((0, 1)), rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(
+                found["pool1"][0, y, x], window.mean((0, 1)), rtol=1e-5, atol=1e-6
+            )
     with pytest.raises(InputError, match="pool is 'min': expected one of max, avg"):
         model.clone(pool="min").apply(variables, images(1, 32, 32))
     with pytest.raises(InputError, match="ceil is set and pool is 'avg'"):

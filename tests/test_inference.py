@@ -26,7 +26,9 @@ def test_prepared_nets_give_the_same(batch_norm):
     found = compile_inference(model, variables, "features", layers=("relu2_1", "pool2"))(larger)
     assert found.keys() == {"relu2_1", "pool2"}
     for name in found:
-        np.testing.assert_allclose(found[name], maps[name], rtol=1e-4, atol=1e-4 * np.abs(maps[name]).max())
+        np.testing.assert_allclose(
+            found[name], maps[name], rtol=1e-4, atol=1e-4 * np.abs(maps[name]).max()
+        )
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="only a CPU's kernels are transformed")
@@ -35,14 +37,21 @@ def test_kernels_are_transformed_once(monkeypatch):
     model = VGG(DEEP, 7, image_size=32)
     variables = init(model)
     prepared = compile_inference(model, variables)
-    monkeypatch.setattr("vgg_jax.ops.winograd.transform_filters", lambda *_: pytest.fail("transformed again"))
-    assert prepared(images(5, 32, 32)).shape == (5, 7)  # a shape that no other test has compiled a convolution for
+    monkeypatch.setattr(
+        "vgg_jax.ops.winograd.transform_filters", lambda *_: pytest.fail("transformed again")
+    )
+    assert prepared(images(5, 32, 32)).shape == (
+        5,
+        7,
+    )  # a shape that no other test has compiled a convolution for
     (prepared_variables,) = prepared.args
     assert prepared_variables["prepared"].keys() == variables["params"].keys() - {"conv1_1"}
 
 
 @pytest.mark.parametrize(
-    "options", [{}, compiler_options(), compiler_options(dtype=jnp.bfloat16)], ids=["jax's options", "float32's", "bfloat16's"]
+    "options",
+    [{}, compiler_options(), compiler_options(dtype=jnp.bfloat16)],
+    ids=["jax's options", "float32's", "bfloat16's"],
 )
 def test_a_bfloat16_net_is_right_as_one_program(options):
     """A batch and widths of which jax 0.12.0.1 made NaN on a CPU, the last pooling and all products behind it being one library call."""

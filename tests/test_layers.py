@@ -35,7 +35,9 @@ def test_a_batch_of_nothing_keeps_the_running_statistics():
     norm = BatchNorm()
     x = jnp.ones((2, 4, 4, 3))
     variables = norm.init(jax.random.key(0), x)
-    _, updated = norm.apply(variables, x, train=True, mask=jnp.zeros(2, bool), mutable=["batch_stats"])
+    _, updated = norm.apply(
+        variables, x, train=True, mask=jnp.zeros(2, bool), mutable=["batch_stats"]
+    )
     jax.tree.map(np.testing.assert_array_equal, updated["batch_stats"], variables["batch_stats"])
 
 
@@ -61,7 +63,10 @@ def test_gradients_of_a_fully_connected_layer(n, h, w, side):
     kernel, bias = rng.normal(size=(side * side * 3, 7)), rng.normal(size=7)
     layer = FullyConnected(7, side, jax.nn.initializers.zeros)
     arrays = (jnp.float32(array) for array in (kernel, bias, x))
-    _, pullback = jax.vjp(lambda kernel, bias, x: layer.apply({"params": {"kernel": kernel, "bias": bias}}, x), *arrays)
+    _, pullback = jax.vjp(
+        lambda kernel, bias, x: layer.apply({"params": {"kernel": kernel, "bias": bias}}, x),
+        *arrays,
+    )
     rows, slopes = x.reshape(-1, len(kernel)), g.reshape(-1, 7)
     expected = (
         sum(np.outer(row, slope) for row, slope in zip(rows, slopes, strict=True)),

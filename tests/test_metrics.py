@@ -9,7 +9,11 @@ from vgg_jax.metrics import Sums, averages, merge, sums_of
 
 def test_sums_equal_a_loop():
     rng = np.random.default_rng(0)
-    logits, labels, mask = rng.normal(size=(50, 12)), rng.integers(12, size=50), rng.random(50) < 0.7
+    logits, labels, mask = (
+        rng.normal(size=(50, 12)),
+        rng.integers(12, size=50),
+        rng.random(50) < 0.7,
+    )
     loss = top1 = top5 = 0
     for row, label, counts in zip(logits, labels, mask, strict=True):
         if counts:
@@ -37,4 +41,9 @@ def test_nan_is_never_right_and_a_masked_nan_harms_nothing():
 
 def test_parts_are_added_and_divided_once():
     a, b = Sums(loss=10.0, top1=1, top5=3, count=4), Sums(loss=2.0, top1=5, top5=5, count=6)
-    assert averages(merge(a, b)) == {"loss": 1.2, "top1_error": 0.4, "top5_error": pytest.approx(0.2), "count": 10}
+    assert averages(merge(a, b)) == {
+        "loss": 1.2,
+        "top1_error": 0.4,
+        "top5_error": pytest.approx(0.2),
+        "count": 10,
+    }

@@ -24,7 +24,19 @@ def net():
 def test_parameters_have_the_released_names(net):
     _, variables = net
     assert variables.keys() == {"params"}
-    names = ["conv1_1", "conv2_1", "conv3_1", "conv3_2", "conv4_1", "conv4_2", "conv5_1", "conv5_2", "fc6", "fc7", "fc8"]
+    names = [
+        "conv1_1",
+        "conv2_1",
+        "conv3_1",
+        "conv3_2",
+        "conv4_1",
+        "conv4_2",
+        "conv5_1",
+        "conv5_2",
+        "fc6",
+        "fc7",
+        "fc8",
+    ]
     assert sorted(variables["params"]) == names
     assert all(layer.keys() == {"kernel", "bias"} for layer in variables["params"].values())
 
@@ -56,25 +68,40 @@ def test_score_map_is_the_three_matrices_on_every_window(net):
 def test_a_transposed_net_answers_transposed_images(net):
     model, variables = net
     x = images(2, 100, 165)
-    turned = model.apply(transposed(variables), x.swapaxes(1, 2), ("pool5",), method="features")["pool5"]
+    turned = model.apply(transposed(variables), x.swapaxes(1, 2), ("pool5",), method="features")[
+        "pool5"
+    ]
     expected = model.apply(variables, x, ("pool5",), method="features")["pool5"]
     assert turned.shape == (2, 5, 3, 40)
-    np.testing.assert_allclose(turned.swapaxes(1, 2), expected, rtol=1e-4, atol=1e-4 * expected.max())
+    np.testing.assert_allclose(
+        turned.swapaxes(1, 2), expected, rtol=1e-4, atol=1e-4 * expected.max()
+    )
 
 
-@pytest.mark.parametrize(("size", "expected"), [((256, 256), 2), ((384, 384), 6), ((512, 512), 10), ((256, 341), (2, 4)), ((224, 224), 1)])
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((256, 256), 2), ((384, 384), 6), ((512, 512), 10), ((256, 341), (2, 4)), ((224, 224), 1)],
+)
 def test_map_sizes_of_the_specification(size, expected):
     model = VGG(CONFIGS["D"])
     x = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32))
+    variables = jax.eval_shape(
+        model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    )
     scores = jax.eval_shape(lambda v, x: model.apply(v, x, method="score_map"), variables, x)
-    assert scores.shape[1:3] == model.map_size(*size) == (expected if isinstance(expected, tuple) else (expected, expected))
+    assert (
+        scores.shape[1:3]
+        == model.map_size(*size)
+        == (expected if isinstance(expected, tuple) else (expected, expected))
+    )
 
 
 def test_features_are_what_the_names_say(net):
     model, variables = net
     x = images(1, 70, 66)
-    found = model.apply(variables, x, method="features", layers=("conv3_1", "relu3_1", "pool3", "fc7", "relu7"))
+    found = model.apply(
+        variables, x, method="features", layers=("conv3_1", "relu3_1", "pool3", "fc7", "relu7")
+    )
     assert found.keys() == {"conv3_1", "relu3_1", "pool3", "fc7", "relu7"}
     np.testing.assert_array_equal(found["relu3_1"], np.maximum(found["conv3_1"], 0))
     assert (found["conv3_1"] < 0).any()
@@ -85,7 +112,9 @@ def test_features_are_what_the_names_say(net):
 
 def test_features_stop_at_the_deepest_layer(net):
     model, variables = net
-    shallow = {"params": {name: variables["params"][name] for name in ("conv1_1", "conv2_1")}}  # the parameters behind are not even there
+    shallow = {
+        "params": {name: variables["params"][name] for name in ("conv1_1", "conv2_1")}
+    }  # the parameters behind are not even there
     found = model.apply(shallow, images(1, 20, 20), method="features", layers=("relu2_1", "pool1"))
     assert found.keys() == {"relu2_1", "pool1"}
 
@@ -112,7 +141,9 @@ def test_dropout_needs_a_rng_in_training_only(net):
     np.testing.assert_array_equal(model.apply(variables, x), model.apply(variables, x))
     with pytest.raises(flax.errors.InvalidRngError):
         model.apply(variables, x, train=True)
-    a, b = (model.apply(variables, x, train=True, rngs={"dropout": jax.random.key(i)}) for i in (0, 1))
+    a, b = (
+        model.apply(variables, x, train=True, rngs={"dropout": jax.random.key(i)}) for i in (0, 1)
+    )
     assert (a != b).any()
 
 
@@ -122,7 +153,9 @@ def test_batch_norm_lies_beside_its_convolution():
     assert variables["params"]["bn3_2"].keys() == {"scale", "bias"}
     assert variables["batch_stats"]["bn3_2"].keys() == {"mean", "var"}
     x = images(4, 32, 32)
-    logits, updated = model.apply(variables, x, train=True, rngs={"dropout": jax.random.key(0)}, mutable=["batch_stats"])
+    logits, updated = model.apply(
+        variables, x, train=True, rngs={"dropout": jax.random.key(0)}, mutable=["batch_stats"]
+    )
     assert logits.shape == (4, 7)
     assert (updated["batch_stats"]["bn1_1"]["mean"] != 0).all()
     assert model.apply(variables, x).shape == (4, 7)
@@ -161,10 +194,15 @@ def test_bfloat16_keeps_float32_parameters():
 @pytest.mark.parametrize("net", ["B", "C", "D", "E"])
 def test_a_fits_the_deeper_nets_by_name_in_exactly_seven_layers(net):
     x = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
-    source, params = (jax.eval_shape(VGG(CONFIGS[name]).init, jax.random.key(0), x)["params"] for name in ("A", net))
+    source, params = (
+        jax.eval_shape(VGG(CONFIGS[name]).init, jax.random.key(0), x)["params"]
+        for name in ("A", net)
+    )
     merged, copied = init_from(source, params)
     assert set(copied) == {"conv1_1", "conv2_1", "conv3_1", "conv3_2", "fc6", "fc7", "fc8"}
-    assert all(merged[name] is (source[name] if name in copied else params[name]) for name in params)
+    assert all(
+        merged[name] is (source[name] if name in copied else params[name]) for name in params
+    )
     assert merged.keys() == params.keys()
 
 
@@ -176,6 +214,13 @@ def test_a_head_of_another_size_is_not_copied():
 
 
 def test_names_that_people_know():
-    names = {"vgg11": "A", "vgg11_lrn": "A-LRN", "vgg13": "B", "vgg16_c": "C", "vgg16": "D", "vgg19": "E"}
+    names = {
+        "vgg11": "A",
+        "vgg11_lrn": "A-LRN",
+        "vgg13": "B",
+        "vgg16_c": "C",
+        "vgg16": "D",
+        "vgg19": "E",
+    }
     for name, net in names.items():
         assert getattr(vgg_jax, name)(num_classes=10) == VGG(CONFIGS[net], num_classes=10)

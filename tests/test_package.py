@@ -19,16 +19,28 @@ print(json.dumps({"seconds": seconds, "modules": sorted(sys.modules), "backends"
 
 
 def test_import_is_light_and_starts_nothing():
-    runs = [json.loads(subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, check=True).stdout) for _ in range(3)]
-    assert min(run["seconds"] for run in runs) < 2  # the best of three: other programs may hold the machine
-    assert not {"tensorflow", "tensorflow_datasets", "matplotlib", "sklearn", "PIL", "tqdm"} & set(runs[0]["modules"])
+    runs = [
+        json.loads(
+            subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, check=True).stdout
+        )
+        for _ in range(3)
+    ]
+    assert (
+        min(run["seconds"] for run in runs) < 2
+    )  # the best of three: other programs may hold the machine
+    assert not {"tensorflow", "tensorflow_datasets", "matplotlib", "sklearn", "PIL", "tqdm"} & set(
+        runs[0]["modules"]
+    )
     assert runs[0]["backends"] == []
 
 
 def test_without_the_extra_the_modules_work_and_training_says_what_is_missing():
     names = ("tensorflow", "tensorflow_datasets", "sklearn", "tqdm", "PIL", "optax", "orbax")
     hide = f"import sys\nfor name in {names}: sys.modules[name] = None\n"
-    code = hide + "import vgg_jax\nfrom vgg_jax.cli import main\nassert main(['summary', 'A']) == 0\nsys.exit(main(['train']))"
+    code = (
+        hide
+        + "import vgg_jax\nfrom vgg_jax.cli import main\nassert main(['summary', 'A']) == 0\nsys.exit(main(['train']))"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 2
     assert "Total params: 132,863,336" in run.stdout

@@ -29,7 +29,10 @@ TORCHSUMMARY = {
 
 def test_tables_are_whole():
     assert COUNTS.keys() == CONFIGS.keys()
-    assert TORCHSUMMARY.keys() == CONFIGS.keys() - {"A-LRN", "B-5x5"}  # of which no printout is known
+    assert TORCHSUMMARY.keys() == CONFIGS.keys() - {
+        "A-LRN",
+        "B-5x5",
+    }  # of which no printout is known
 
 
 @pytest.mark.parametrize("batch_norm", [False, True])
@@ -50,7 +53,9 @@ def test_counts_equal_the_specifications_and_the_modules(net, batch_norm):
 
 @pytest.mark.parametrize("net", TORCHSUMMARY)
 def test_megabytes_equal_torchsummarys(net):
-    for batch_norm, (rows, forward_backward, params, total) in zip((False, True), TORCHSUMMARY[net], strict=True):
+    for batch_norm, (rows, forward_backward, params, total) in zip(
+        (False, True), TORCHSUMMARY[net], strict=True
+    ):
         summary = summarize(CONFIGS[net], batch_norm=batch_norm)
         megabytes = totals(summary)
         assert len(summary) == rows
@@ -61,7 +66,13 @@ def test_megabytes_equal_torchsummarys(net):
 
 
 def test_ten_classes():
-    expected = {"A": 128_807_306, "B": 128_991_818, "C": 129_582_922, "D": 134_301_514, "E": 139_611_210}
+    expected = {
+        "A": 128_807_306,
+        "B": 128_991_818,
+        "C": 129_582_922,
+        "D": 134_301_514,
+        "E": 139_611_210,
+    }
     assert {net: totals(summarize(CONFIGS[net], 10))["params"] for net in expected} == expected
 
 
@@ -69,5 +80,10 @@ def test_printed_table():
     text = table(CONFIGS["D"], batch_norm=True)
     assert "conv3_3" in text
     assert "Total params: 138,365,992\n" in text
-    for line in ("Input size (MB): 0.57", "pass size (MB): 321.95", "Params size (MB): 527.82", "Total Size (MB): 850.35"):
+    for line in (
+        "Input size (MB): 0.57",
+        "pass size (MB): 321.95",
+        "Params size (MB): 527.82",
+        "Total Size (MB): 850.35",
+    ):
         assert line in text

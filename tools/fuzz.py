@@ -31,7 +31,18 @@ from vgg_jax.weights import read
 from vgg_jax.weights.layouts import LAYOUTS, rows
 
 SMALL = VGGConfig(((Conv(4),), (Conv(6),)), fc=(5, 4))
-WEIGHTS = ("safetensors", "pth", "old.pth", "h5", "3.h5", "flax.h5", "mat", "packed.mat", "caffemodel", "V1.caffemodel")
+WEIGHTS = (
+    "safetensors",
+    "pth",
+    "old.pth",
+    "h5",
+    "3.h5",
+    "flax.h5",
+    "mat",
+    "packed.mat",
+    "caffemodel",
+    "V1.caffemodel",
+)
 HANG = 10  # seconds
 MEMORY = 1_000_000_000  # bytes that a worker may grow by; a valid file has thousands
 
@@ -39,7 +50,10 @@ MEMORY = 1_000_000_000  # bytes that a worker may grow by; a valid file has thou
 def tensors(layout: str) -> dict[str, np.ndarray]:
     there = next(each for each in LAYOUTS if each.name == layout)
     rng = np.random.default_rng(0)
-    return {row.theirs: rng.normal(size=row.shape).astype(np.float32) for row in rows(there, SMALL, 3, False, 8)}
+    return {
+        row.theirs: rng.normal(size=row.shape).astype(np.float32)
+        for row in rows(there, SMALL, 3, False, 8)
+    }
 
 
 def weights_files() -> dict[str, bytes]:
@@ -53,7 +67,11 @@ def weights_files() -> dict[str, bytes]:
 
     folder = Path(tempfile.mkdtemp())
     paths = {name: folder / f"valid.{name}" for name in WEIGHTS}
-    save_file(tensors("torchvision"), paths["safetensors"], {"vgg_jax": json.dumps({"net": "small", "image_size": 8})})
+    save_file(
+        tensors("torchvision"),
+        paths["safetensors"],
+        {"vgg_jax": json.dumps({"net": "small", "image_size": 8})},
+    )
     state = {name: torch.from_numpy(array) for name, array in tensors("torchvision").items()}
     torch.save(state, paths["pth"])
     torch.save(state, paths["old.pth"], _use_new_zipfile_serialization=False)
@@ -83,7 +101,9 @@ def weights_files() -> dict[str, bytes]:
             if kind == "caffemodel":
                 blob.shape.dim.extend(array.shape)
             else:
-                blob.num, blob.channels, blob.height, blob.width = (1,) * (4 - array.ndim) + array.shape
+                blob.num, blob.channels, blob.height, blob.width = (1,) * (
+                    4 - array.ndim
+                ) + array.shape
         paths[kind].write_bytes(net.SerializeToString())
     files = {kind: path.read_bytes() for kind, path in paths.items()}
     shutil.rmtree(folder)
@@ -98,7 +118,13 @@ def image_files() -> dict[str, bytes]:
     exif = Image.Exif()
     exif[0x112] = 6
     files = {}
-    for name, options in {"jpg": {"exif": exif}, "png": {}, "gif": {}, "webp": {}, "bmp": {}}.items():
+    for name, options in {
+        "jpg": {"exif": exif},
+        "png": {},
+        "gif": {},
+        "webp": {},
+        "bmp": {},
+    }.items():
         buffer = io.BytesIO()
         image.save(buffer, {"jpg": "JPEG"}.get(name, name.upper()), **options)
         files[name] = buffer.getvalue()
@@ -108,15 +134,31 @@ def image_files() -> dict[str, bytes]:
 def other_files() -> dict[str, bytes]:
     """What the program itself writes and reads again."""
     buffer = io.BytesIO()
-    np.savez(buffer, posteriors=np.ones((3, 2), np.float32) / 2, labels=np.arange(3), files=np.array(["a", "b", "c"]), classes=["x", "y"])
+    np.savez(
+        buffer,
+        posteriors=np.ones((3, 2), np.float32) / 2,
+        labels=np.arange(3),
+        files=np.array(["a", "b", "c"]),
+        classes=["x", "y"],
+    )
     run = {
         "config": {},
         "classes": ["a", "b"],
-        "colours": {"mean_rgb": [1, 2, 3], "eigenvalues": [3, 2, 1], "eigenvectors": [[1, 0, 0]] * 3},
+        "colours": {
+            "mean_rgb": [1, 2, 3],
+            "eigenvalues": [3, 2, 1],
+            "eigenvectors": [[1, 0, 0]] * 3,
+        },
     }
     run |= {"storage": "digits", "train_size": 3, "validation_size": 2}
-    listed = '{"file": "train/ants/1.jpg", "reason": "cut"}\n{"file": "caf\\u00e9", "reason": "empty"}\n'
-    return {"npz": buffer.getvalue(), "run.json": json.dumps(run).encode(), "jsonl": listed.encode()}
+    listed = (
+        '{"file": "train/ants/1.jpg", "reason": "cut"}\n{"file": "caf\\u00e9", "reason": "empty"}\n'
+    )
+    return {
+        "npz": buffer.getvalue(),
+        "run.json": json.dumps(run).encode(),
+        "jsonl": listed.encode(),
+    }
 
 
 def read_weights(path: Path) -> None:
@@ -154,7 +196,20 @@ KINDS: dict[str, tuple[Callable[[], dict[str, bytes]], Callable[[Path], None]]] 
     "run.json": (other_files, read_run),
     "jsonl": (other_files, read_list),
 }
-NUMBERS = [0, 1, 2**7, 2**8 - 1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1]
+NUMBERS = [
+    0,
+    1,
+    2**7,
+    2**8 - 1,
+    2**15,
+    2**16 - 1,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**40,
+    2**63 - 1,
+    2**64 - 1,
+]
 
 
 def mutated(content: bytes, rng: random.Random) -> bytes:
@@ -201,7 +256,11 @@ def outcome(kind: str, path: Path) -> str:
         KINDS[kind][1](path)
     except InputError as error:
         said = str(error)
-        return "refused" if "\n" not in said and "Traceback" not in said else f"said in lines: {said[:300]}"
+        return (
+            "refused"
+            if "\n" not in said and "Traceback" not in said
+            else f"said in lines: {said[:300]}"
+        )
     except HangError:
         return "hang"
     except Exception as error:
@@ -233,7 +292,10 @@ def work(kind: str, folder: str, seed: int, seconds: float, pipe: Any) -> None:
         if (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 > MEMORY:
             said = "memory"
         if said not in ("read", "refused"):
-            shutil.copy(path, f"{folder}/{said.split(':')[0].replace(' ', '-')}-{time.monotonic_ns()}.{kind}")
+            shutil.copy(
+                path,
+                f"{folder}/{said.split(':')[0].replace(' ', '-')}-{time.monotonic_ns()}.{kind}",
+            )
         pipe.send(said)
     pipe.send(None)
 
@@ -245,7 +307,9 @@ def fuzz(kind: str, seed: int, seconds: float, folder: Path) -> Counter[str]:
     spawn = multiprocessing.get_context("spawn")
     while (left := end - time.monotonic()) > 0:
         ours, theirs = spawn.Pipe()
-        worker = spawn.Process(target=work, args=(kind, str(folder), seed, left, theirs), daemon=True)
+        worker = spawn.Process(
+            target=work, args=(kind, str(folder), seed, left, theirs), daemon=True
+        )
         worker.start()
         theirs.close()
         try:
@@ -254,7 +318,9 @@ def fuzz(kind: str, seed: int, seconds: float, folder: Path) -> Counter[str]:
             while said is not None:
                 if not ours.poll(2 * HANG):
                     found["hang"] += 1
-                    shutil.copy(folder / file_name(kind), folder / f"hang-{time.monotonic_ns()}.{kind}")
+                    shutil.copy(
+                        folder / file_name(kind), folder / f"hang-{time.monotonic_ns()}.{kind}"
+                    )
                     break
                 said = ours.recv()
                 if said is not None:
@@ -269,7 +335,9 @@ def fuzz(kind: str, seed: int, seconds: float, folder: Path) -> Counter[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=20, help="for each kind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
@@ -282,7 +350,11 @@ def main() -> None:
             found = fuzz(kind, args.seed, args.seconds, folder)
         fine = {name: found.pop(name, 0) for name in ("read", "refused")}
         print(
-            json.dumps({"kind": kind, "seed": args.seed, "tried": sum(fine.values()) + sum(found.values())} | fine | {"else": found}),
+            json.dumps(
+                {"kind": kind, "seed": args.seed, "tried": sum(fine.values()) + sum(found.values())}
+                | fine
+                | {"else": found}
+            ),
             flush=True,
         )
 

@@ -61,8 +61,16 @@ def with_small_net() -> None:
 def result(workdir: Path) -> tuple[Any, Any]:
     """All that lasts of a run: the arrays of its last and its best checkpoint; its records but for the clock, and the rest of both."""
     run = read_run(workdir)
-    state = init_state(build_model(run.config, len(run.classes)), sgd(run.config), 0, make_mesh(1, jax.devices()[:1]))
-    with Saved(workdir / "last", read_only=True) as last, Saved(workdir / "best", read_only=True) as best:
+    state = init_state(
+        build_model(run.config, len(run.classes)),
+        sgd(run.config),
+        0,
+        make_mesh(1, jax.devices()[:1]),
+    )
+    with (
+        Saved(workdir / "last", read_only=True) as last,
+        Saved(workdir / "best", read_only=True) as best,
+    ):
         found, net = last.restore(shapes_of(state)), best.restore(variables_of(state))
     assert found is not None and net is not None
     (restored, progress), (variables, known) = found, net
@@ -75,16 +83,67 @@ def result(workdir: Path) -> tuple[Any, Any]:
 
 def equal(one: Path, other: Path) -> bool:
     (arrays, said), (same_arrays, same_said) = result(one), result(other)
-    return said == same_said and all(jax.tree.leaves(jax.tree.map(np.array_equal, arrays, same_arrays)))
+    return said == same_said and all(
+        jax.tree.leaves(jax.tree.map(np.array_equal, arrays, same_arrays))
+    )
 
 
-def started(workdir: Path, cache: Path, log: Path, preexec: Callable[[], None] | None = None, seen: Path | None = None) -> subprocess.Popen:
-    argv = ["train", "digits", "--net", "shallow", "--image-size", "16", "--scale", "16", "18", "--fc", "24", "16", "--dropout-rate", "0.5"]
-    argv += ["--colour-shift", "0.1", "--batch-size", str(BATCH), "--microbatch", "8", "--epochs", str(EPOCHS)]
-    argv += ["--schedule", "step", "--drop-epochs", "50", "--save-seconds", "2", "--workdir", str(workdir)]
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)} | ({SEEN: str(seen)} if seen else {})
-    with Path(os.devnull).open("a") if preexec else log.open("a") as file:  # the limit on the size of files is the log's, too
-        return subprocess.Popen([sys.executable, "-c", COMMAND, *argv], stdout=file, stderr=file, env=environment, preexec_fn=preexec)
+def started(
+    workdir: Path,
+    cache: Path,
+    log: Path,
+    preexec: Callable[[], None] | None = None,
+    seen: Path | None = None,
+) -> subprocess.Popen:
+    argv = [
+        "train",
+        "digits",
+        "--net",
+        "shallow",
+        "--image-size",
+        "16",
+        "--scale",
+        "16",
+        "18",
+        "--fc",
+        "24",
+        "16",
+        "--dropout-rate",
+        "0.5",
+    ]
+    argv += [
+        "--colour-shift",
+        "0.1",
+        "--batch-size",
+        str(BATCH),
+        "--microbatch",
+        "8",
+        "--epochs",
+        str(EPOCHS),
+    ]
+    argv += [
+        "--schedule",
+        "step",
+        "--drop-epochs",
+        "50",
+        "--save-seconds",
+        "2",
+        "--workdir",
+        str(workdir),
+    ]
+    environment = (
+        os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)} | ({SEEN: str(seen)} if seen else {})
+    )
+    with (
+        Path(os.devnull).open("a") if preexec else log.open("a") as file
+    ):  # the limit on the size of files is the log's, too
+        return subprocess.Popen(
+            [sys.executable, "-c", COMMAND, *argv],
+            stdout=file,
+            stderr=file,
+            env=environment,
+            preexec_fn=preexec,
+        )
 
 
 class MallInfo(ctypes.Structure):
@@ -92,7 +151,18 @@ class MallInfo(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_size_t)
-        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+        for name in (
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        )
     ]
 
 
@@ -106,9 +176,17 @@ def watch() -> None:
     def write() -> None:
         with Path(os.environ[SEEN]).open("w") as file:
             while True:
-                resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+                resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf(
+                    "SC_PAGE_SIZE"
+                )
                 info = libc.mallinfo2()
-                print(resident / 1e6, (info.uordblks + info.hblkhd) / 1e6, len(os.listdir("/proc/self/fd")), file=file, flush=True)
+                print(
+                    resident / 1e6,
+                    (info.uordblks + info.hblkhd) / 1e6,
+                    len(os.listdir("/proc/self/fd")),
+                    file=file,
+                    flush=True,
+                )
                 time.sleep(0.2)
 
     threading.Thread(target=write, daemon=True).start()
@@ -133,7 +211,10 @@ def full_disk() -> None:
 
 def damage(workdir: Path, rng: random.Random) -> bool:
     """Of the newest checkpoint, if there is one before it, one file is cut, emptied, removed, or has a bit changed."""
-    steps = sorted((path for path in (workdir / "last").glob("*") if path.name.isdigit()), key=lambda path: int(path.name))
+    steps = sorted(
+        (path for path in (workdir / "last").glob("*") if path.name.isdigit()),
+        key=lambda path: int(path.name),
+    )
     files = [path for path in steps[-1].rglob("*") if path.is_file()] if len(steps) > 1 else []
     if not files:
         return False
@@ -154,20 +235,42 @@ def damage(workdir: Path, rng: random.Random) -> bool:
     return True
 
 
-FAULTS = ("kill -9", "SIGTERM", "SIGINT", "kill -9, and the newest checkpoint damaged", "disk full, then kill -9")
-ENDS = {0, 75, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, 130}  # a signal may come before Python listens
+FAULTS = (
+    "kill -9",
+    "SIGTERM",
+    "SIGINT",
+    "kill -9, and the newest checkpoint damaged",
+    "disk full, then kill -9",
+)
+ENDS = {
+    0,
+    75,
+    -signal.SIGKILL,
+    -signal.SIGTERM,
+    -signal.SIGINT,
+    130,
+}  # a signal may come before Python listens
 
 
-def disturbed(fault: str, workdir: Path, cache: Path, log: Path, longest: float, rng: random.Random) -> tuple[int, float]:
+def disturbed(
+    fault: str, workdir: Path, cache: Path, log: Path, longest: float, rng: random.Random
+) -> tuple[int, float]:
     """How often the fault struck until the run was done, and the longest time that a signal took to end the process."""
     struck, slowest = 0, 0.0
     while True:
-        process = started(workdir, cache, log, full_disk if fault.startswith("disk") and rng.random() < 0.5 else None)
+        process = started(
+            workdir,
+            cache,
+            log,
+            full_disk if fault.startswith("disk") and rng.random() < 0.5 else None,
+        )
         try:
             code = process.wait(rng.uniform(0.5, longest))
         except subprocess.TimeoutExpired:
             sent = time.monotonic()
-            process.send_signal({"SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}.get(fault, signal.SIGKILL))
+            process.send_signal(
+                {"SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}.get(fault, signal.SIGKILL)
+            )
             code = process.wait(60)
             slowest = max(slowest, time.monotonic() - sent)
             struck += damage(workdir, rng) if "damaged" in fault else 1
@@ -178,7 +281,9 @@ def disturbed(fault: str, workdir: Path, cache: Path, log: Path, longest: float,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -191,7 +296,10 @@ def main() -> None:
     started(folder / "quiet", cache, log, seen=folder / "seen").wait()
     seconds, quiet = time.monotonic() - begun, watched(folder / "seen")
     assert equal(folder / "quiet", folder / "warm-up")
-    found = {fault: {"struck": 0, "runs": 0, "runs_that_differ": 0, "slowest_end_s": 0.0} for fault in FAULTS}
+    found = {
+        fault: {"struck": 0, "runs": 0, "runs_that_differ": 0, "slowest_end_s": 0.0}
+        for fault in FAULTS
+    }
     while time.monotonic() < end:
         for fault in FAULTS:
             struck, slowest = disturbed(fault, folder / "run", cache, log, seconds / 2, rng)
@@ -203,7 +311,18 @@ def main() -> None:
             shutil.rmtree(folder / "run")
             print(fault, row, file=sys.stderr, flush=True)
     steps = EPOCHS * -(-1617 // BATCH)
-    print(json.dumps({"steps": steps, "evaluations": EPOCHS, "quiet_seconds": round(seconds), "quiet": quiet, "faults": found}, indent=1))
+    print(
+        json.dumps(
+            {
+                "steps": steps,
+                "evaluations": EPOCHS,
+                "quiet_seconds": round(seconds),
+                "quiet": quiet,
+                "faults": found,
+            },
+            indent=1,
+        )
+    )
     shutil.rmtree(folder)
 
 

@@ -38,7 +38,10 @@ __all__ = [
 _LATER = {
     "compile_inference": "vgg_jax.inference",
     "compiler_options": "vgg_jax.ops.convolution",
-    **dict.fromkeys(("VGG", "init_from", "vgg11", "vgg11_lrn", "vgg13", "vgg16", "vgg16_c", "vgg19"), "vgg_jax.model"),
+    **dict.fromkeys(
+        ("VGG", "init_from", "vgg11", "vgg11_lrn", "vgg13", "vgg16", "vgg16_c", "vgg19"),
+        "vgg_jax.model",
+    ),
 }
 
 

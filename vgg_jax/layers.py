@@ -10,7 +10,9 @@ from vgg_jax.ops.convolution import NHWC, convolution, convolve_anywhere, produc
 from vgg_jax.ops.epilogue import Then
 
 
-def local_response_norm(x: Array, k: float = 2.0, n: int = 5, alpha: float = 1e-4, beta: float = 0.75) -> Array:
+def local_response_norm(
+    x: Array, k: float = 2.0, n: int = 5, alpha: float = 1e-4, beta: float = 0.75
+) -> Array:
     """(…, C) -> (…, C): x / (k + alpha · Σ x²)^beta, the sum over the n channels around each (Krizhevsky et al. 2012, §3.3).
 
     alpha multiplies the sum itself. Caffe and PyTorch divide it by n: their equal has alpha=5e-4.
@@ -31,8 +33,15 @@ class Conv(nn.Module):
     param_dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, filters: Array | None = None, there: Array | None = None, then: Then = "") -> Array:
-        kernel = self.param("kernel", self.kernel_init, (self.side, self.side, x.shape[-1], self.width), self.param_dtype)
+    def __call__(
+        self, x: Array, filters: Array | None = None, there: Array | None = None, then: Then = ""
+    ) -> Array:
+        kernel = self.param(
+            "kernel",
+            self.kernel_init,
+            (self.side, self.side, x.shape[-1], self.width),
+            self.param_dtype,
+        )
         bias = self.param("bias", nn.initializers.zeros, (self.width,), self.param_dtype)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         # Outside of jit, as init often is, XLA's own convolution compiles in a tenth of the time.
@@ -68,13 +77,21 @@ class BatchNorm(nn.Module):
             def total(part: Array) -> Array:
                 return part if self.axis_name is None else lax.psum(part, self.axis_name)
 
-            count = total(mask.sum().astype(wide.dtype)) * (x.shape[1] * x.shape[2])  # of 43,000 photos no int32
+            count = total(mask.sum().astype(wide.dtype)) * (
+                x.shape[1] * x.shape[2]
+            )  # of 43,000 photos no int32
             mean = total(jnp.where(where, wide, 0).sum((0, 1, 2))) / jnp.maximum(count, 1)
-            var = total(jnp.where(where, (wide - mean[None, None, None]) ** 2, 0).sum((0, 1, 2))) / jnp.maximum(count, 1)
+            var = total(
+                jnp.where(where, (wide - mean[None, None, None]) ** 2, 0).sum((0, 1, 2))
+            ) / jnp.maximum(count, 1)
             keep = jnp.where(count > 0, self.momentum, 1.0)  # a micro-batch may be all padding
-            running_mean.value = (keep * running_mean.value + (1 - keep) * mean).astype(self.param_dtype)
+            running_mean.value = (keep * running_mean.value + (1 - keep) * mean).astype(
+                self.param_dtype
+            )
             unbiased = var * count / jnp.maximum(count - 1, 1)
-            running_var.value = (keep * running_var.value + (1 - keep) * unbiased).astype(self.param_dtype)
+            running_var.value = (keep * running_var.value + (1 - keep) * unbiased).astype(
+                self.param_dtype
+            )
         else:
             mean, var = running_mean.value, running_var.value
         factor = scale * lax.rsqrt(var + self.epsilon)
@@ -123,7 +140,9 @@ class FullyConnected(nn.Module):
     @nn.compact
     def __call__(self, x: Array, turned: Array | None = None) -> Array:
         n, h, w, c = x.shape
-        kernel = self.param("kernel", self.kernel_init, (self.side * self.side * c, self.width), self.param_dtype)
+        kernel = self.param(
+            "kernel", self.kernel_init, (self.side * self.side * c, self.width), self.param_dtype
+        )
         bias = self.param("bias", nn.initializers.zeros, (self.width,), self.param_dtype)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         # On a CPU jax 0.12.0.1 puts a pooling and the products behind it in one library call, which makes NaN of three in bfloat16.

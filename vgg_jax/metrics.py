@@ -32,7 +32,9 @@ def sums_of(logits: Array, labels: Array, mask: Array) -> Sums:
     rank = earlier.sum(axis=1)
     loss = jax.nn.logsumexp(logits, axis=1) - of_label[:, 0]
     # An example that does not count may hold anything, NaN included.
-    return Sums(jnp.where(mask > 0, loss, 0).sum(), mask @ (rank < 1), mask @ (rank < 5), mask.sum())
+    return Sums(
+        jnp.where(mask > 0, loss, 0).sum(), mask @ (rank < 1), mask @ (rank < 5), mask.sum()
+    )
 
 
 def merge(a: Sums, b: Sums) -> Sums:
@@ -42,12 +44,19 @@ def merge(a: Sums, b: Sums) -> Sums:
 def averages(sums: Sums) -> dict[str, float]:
     """Loss in nats, errors in [0, 1] and the number of examples that they are over."""
     n = float(sums.count)
-    return {"loss": sums.loss / n, "top1_error": 1 - sums.top1 / n, "top5_error": 1 - sums.top5 / n, "count": int(n)}
+    return {
+        "loss": sums.loss / n,
+        "top1_error": 1 - sums.top1 / n,
+        "top5_error": 1 - sums.top5 / n,
+        "count": int(n),
+    }
 
 
 def interval(error: float, count: int) -> tuple[float, float]:
     """Wilson's 95 % confidence interval of an error rate that was observed on `count` examples."""
     z = 1.959964
     middle = (error + z * z / (2 * count)) / (1 + z * z / count)
-    reach = z / (1 + z * z / count) * math.sqrt(error * (1 - error) / count + (z / (2 * count)) ** 2)
+    reach = (
+        z / (1 + z * z / count) * math.sqrt(error * (1 - error) / count + (z / (2 * count)) ** 2)
+    )
     return max(0.0, middle - reach), min(1.0, middle + reach)

@@ -16,14 +16,19 @@ from vgg_jax.ops.epilogue import THEN
 from vgg_jax.ops.pooling import avg_pool, max_pool, pooled, relu
 
 # Of the kernels, (convolutions', fully connected layers'); biases start at 0.
-INITIALIZERS: dict[str, Callable[[float], tuple[nn.initializers.Initializer, nn.initializers.Initializer]]] = {
+INITIALIZERS: dict[
+    str, Callable[[float], tuple[nn.initializers.Initializer, nn.initializers.Initializer]]
+] = {
     # §3.1: a normal of "variance 10⁻²". That explodes even in A (deviation 0.1 multiplies the signal by 6e5), while deviation 0.01 trains
     # in A and vanishes in the deeper nets: the paper's story. So 10⁻² is read as the deviation, as Krizhevsky's is.
     "paper": lambda std: (nn.initializers.normal(std), nn.initializers.normal(std)),
     # The paper's note after submission: with this no net needs pre-training.
     "glorot": lambda std: (nn.initializers.glorot_uniform(), nn.initializers.glorot_uniform()),
     # torchvision's: for inputs of unit variance. On 0-255 pixels it diverges at the paper's learning rate without batch normalisation.
-    "he": lambda std: (nn.initializers.variance_scaling(2.0, "fan_out", "normal"), nn.initializers.normal(0.01)),
+    "he": lambda std: (
+        nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+        nn.initializers.normal(0.01),
+    ),
 }
 
 POOLS = ("max", "avg")
@@ -48,7 +53,9 @@ class VGG(nn.Module):
     initializer_std: float = 0.01
     frozen: tuple[str, ...] = ()  # layers that training leaves as they are
     pool: str = "max"  # or "avg", smoother gradients for textures (Gatys et al., arXiv 1508.06576)
-    axis_name: str | None = None  # of the shard_map around it that spreads the examples: training is then that of the whole batch
+    axis_name: str | None = (
+        None  # of the shard_map around it that spreads the examples: training is then that of the whole batch
+    )
 
     def __call__(self, images: Array, train: bool = False, mask: Array | None = None) -> Array:
         """Logits (N, K) of images (N, image_size, image_size, 3).
@@ -95,7 +102,12 @@ class VGG(nn.Module):
     @nn.nowrap
     def _last_layer(self) -> str:
         """The name of the layer that the last pooling reads."""
-        names = [layer.name for layer in layer_table(self.config, self.num_classes, self.batch_norm, self.image_size)]
+        names = [
+            layer.name
+            for layer in layer_table(
+                self.config, self.num_classes, self.batch_norm, self.image_size
+            )
+        ]
         return names[names.index(f"pool{len(self.config.stages)}") - 1]
 
     def features(self, images: Array, layers: Iterable[str]) -> dict[str, Array]:
@@ -125,9 +137,13 @@ class VGG(nn.Module):
         _check_images(x, table)
         for name, allowed in (("initializer", INITIALIZERS), ("pool", POOLS)):
             if getattr(self, name) not in allowed:
-                raise InputError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
+                raise InputError(
+                    f"{name} is {getattr(self, name)!r}: expected one of {', '.join(allowed)}"
+                )
         if ceil and self.pool == "avg":
-            raise InputError("ceil is set and pool is 'avg': expected pool 'max', which alone Caffe's rounding is defined for here")
+            raise InputError(
+                "ceil is set and pool is 'avg': expected pool 'max', which alone Caffe's rounding is defined for here"
+            )
         conv_init, fc_init = INITIALIZERS[self.initializer](self.initializer_std)
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         found = {}
@@ -142,11 +158,19 @@ class VGG(nn.Module):
             if along:  # done with its convolution
                 along -= 1
             elif kind == "conv":
-                along = _done_along(table[place : place + 3], wanted, pools=self.pool == "max" and there is None and not ceil)
+                along = _done_along(
+                    table[place : place + 3],
+                    wanted,
+                    pools=self.pool == "max" and there is None and not ceil,
+                )
                 layer = Conv(width, kernel, kernel_init=conv_init, name=name, **types)
-                x = layer(x, self.get_variable("prepared", name), there if along else None, THEN[along])
+                x = layer(
+                    x, self.get_variable("prepared", name), there if along else None, THEN[along]
+                )
             elif kind == "bn":
-                x = BatchNorm(axis_name=self.axis_name, name=name, **types)(x, train and name not in self.frozen, mask)
+                x = BatchNorm(axis_name=self.axis_name, name=name, **types)(
+                    x, train and name not in self.frozen, mask
+                )
             elif kind == "relu":
                 linear, x = x, clear(relu(x))
             elif kind == "lrn":
@@ -155,13 +179,17 @@ class VGG(nn.Module):
                 if self.pool == "avg":
                     x = avg_pool(x)
                 elif linear is not None and there is None:
-                    x = max_pool(linear, ceil, rectify=True)  # ReLU and pooling in one: a gradient then keeps neither map
+                    x = max_pool(
+                        linear, ceil, rectify=True
+                    )  # ReLU and pooling in one: a gradient then keeps neither map
                 else:
                     x = max_pool(x, ceil)
                 there = None if there is None else pooled(there, ceil)
                 x = clear(x)  # of an odd side the last row was pooled with a zero
             elif kind == "fc":
-                x = FullyConnected(width, kernel, kernel_init=fc_init, name=name, **types)(x, self.get_variable("prepared", name))
+                x = FullyConnected(width, kernel, kernel_init=fc_init, name=name, **types)(
+                    x, self.get_variable("prepared", name)
+                )
             elif kind == "drop":
                 x = Dropout(self.dropout_rate, self.axis_name, name=name)(x, train)
             if name in wanted:
@@ -171,7 +199,9 @@ class VGG(nn.Module):
         return found
 
 
-def preprocess(images: Array, mean_rgb: tuple[float, float, float], colour_shift: Array | None = None) -> Array:
+def preprocess(
+    images: Array, mean_rgb: tuple[float, float, float], colour_shift: Array | None = None
+) -> Array:
     """uint8 (N, H, W, 3) -> what the nets read: float32 less the mean RGB, plus a shift (N, 3) of each image's colour (§2.1, §3.1)."""
     images = images.astype(jnp.float32) - jnp.array(mean_rgb, jnp.float32)[None, None, None]
     return images if colour_shift is None else images + colour_shift[:, None, None, :]
@@ -180,7 +210,9 @@ def preprocess(images: Array, mean_rgb: tuple[float, float, float], colour_shift
 def transposed(variables: Mapping[str, Any]) -> dict[str, Any]:
     """The variables with which the convolutions give for transposed images, (N, W, H, 3), the transposed maps."""
     turned = {
-        name: {**layer, "kernel": layer["kernel"].swapaxes(0, 1)} for name, layer in variables["params"].items() if name.startswith("conv")
+        name: {**layer, "kernel": layer["kernel"].swapaxes(0, 1)}
+        for name, layer in variables["params"].items()
+        if name.startswith("conv")
     }
     return {**variables, "params": {**variables["params"], **turned}}
 
@@ -188,7 +220,9 @@ def transposed(variables: Mapping[str, Any]) -> dict[str, Any]:
 def _deepest(wanted: tuple[str, ...], names: list[str]) -> int:
     unknown = [name for name in wanted if name not in names]
     if unknown or not wanted:
-        raise InputError(f"no layer {', '.join(map(repr, unknown)) or 'given'}: this net has {', '.join(names)}")
+        raise InputError(
+            f"no layer {', '.join(map(repr, unknown)) or 'given'}: this net has {', '.join(names)}"
+        )
     return max(names.index(name) for name in wanted)
 
 
@@ -209,7 +243,9 @@ def _check_images(x: Array, table: tuple) -> None:
     pools = sum(layer.kind == "pool" for layer in table)
     smallest = max([1, *(layer.kernel for layer in table if layer.kind == "fc")]) * 2**pools
     if any(side < smallest for side in x.shape[1:3]):  # also decided for symbols of jax.export
-        raise InputError(f"the images are {x.shape[1]}x{x.shape[2]}: {table[-1].name} needs at least {smallest}x{smallest}")
+        raise InputError(
+            f"the images are {x.shape[1]}x{x.shape[2]}: {table[-1].name} needs at least {smallest}x{smallest}"
+        )
 
 
 vgg11 = functools.partial(VGG, CONFIGS["A"])
@@ -237,9 +273,16 @@ def init_from(
         return name in source and name in params and _shapes(source[name]) == _shapes(params[name])
 
     # In batch_stats no convolution is a name: there the caller's word is taken.
-    wanted = {name for layer in layers if fits(layer) or layer not in params for name in (layer, layer.replace("conv", "bn"))}
+    wanted = {
+        name
+        for layer in layers
+        if fits(layer) or layer not in params
+        for name in (layer, layer.replace("conv", "bn"))
+    }
     copied = tuple(name for name in params if name in wanted and fits(name))
-    return {name: source[name] if name in copied else value for name, value in params.items()}, copied
+    return {
+        name: source[name] if name in copied else value for name, value in params.items()
+    }, copied
 
 
 def _shapes(layer: Mapping[str, Array] | FrozenDict) -> dict[str, tuple[int, ...]]:

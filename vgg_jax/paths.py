@@ -20,7 +20,9 @@ def path_of(path: str | os.PathLike) -> Any:
     if not is_remote(path):
         return Path(path)
     if not os.fspath(path).startswith("gs://"):
-        raise InputError(f"{path} is in a store that is not known: expected gs:// or a path of this machine")
+        raise InputError(
+            f"{path} is in a store that is not known: expected gs:// or a path of this machine"
+        )
     from etils import epath
 
     return epath.Path(path)
@@ -29,13 +31,17 @@ def path_of(path: str | os.PathLike) -> Any:
 def of_this_machine(path: str | os.PathLike) -> Path:
     """For what is written by libraries that know no store. Raises InputError for a path in one."""
     if is_remote(path):
-        raise InputError(f"{path} is in an object store: expected a path of this machine; copy it there afterwards")
+        raise InputError(
+            f"{path} is in an object store: expected a path of this machine; copy it there afterwards"
+        )
     return Path(path)
 
 
 def is_store_error(error: BaseException) -> bool:
     """Whether a library that reaches the store has raised it: TensorFlow, gcsfs or Google's own."""
-    return type(error).__module__.startswith(("tensorflow.python.framework.errors", "gcsfs", "google", "aiohttp"))
+    return type(error).__module__.startswith(
+        ("tensorflow.python.framework.errors", "gcsfs", "google", "aiohttp")
+    )
 
 
 @contextlib.contextmanager
@@ -53,5 +59,7 @@ def local_file(path: str | os.PathLike) -> Iterator[Path]:
         except Exception as error:
             if not (isinstance(error, OSError) or is_store_error(error)):
                 raise
-            raise InputError(f"{path} cannot be read ({error}): expected a file in that store") from error
+            raise InputError(
+                f"{path} cannot be read ({error}): expected a file in that store"
+            ) from error
         yield copy

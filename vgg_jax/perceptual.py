@@ -20,7 +20,10 @@ LPIPS_LAYERS = ("relu1_2", "relu2_2", "relu3_3", "relu4_3", "relu5_3")
 
 def content_loss(features: Mapping[str, Array], wanted: Mapping[str, Array]) -> Array:
     """(N,): the mean squared difference of the activations, summed over the layers."""
-    return sum((jnp.mean((features[name] - wanted[name]) ** 2, (1, 2, 3)) for name in features), jnp.float32(0))
+    return sum(
+        (jnp.mean((features[name] - wanted[name]) ** 2, (1, 2, 3)) for name in features),
+        jnp.float32(0),
+    )
 
 
 def gram(features: Array) -> Array:
@@ -32,16 +35,23 @@ def gram(features: Array) -> Array:
 
 def style_loss(features: Mapping[str, Array], wanted: Mapping[str, Array]) -> Array:
     """(N,): the squared Frobenius norm of the difference of the Gram matrices, summed over the layers. The sizes may differ."""
-    return sum((jnp.sum((gram(features[name]) - gram(wanted[name])) ** 2, (1, 2)) for name in features), jnp.float32(0))
+    return sum(
+        (jnp.sum((gram(features[name]) - gram(wanted[name])) ** 2, (1, 2)) for name in features),
+        jnp.float32(0),
+    )
 
 
-def lpips(model: VGG, variables: Any, heads: Mapping[str, Array], images: Array, others: Array) -> Array:
+def lpips(
+    model: VGG, variables: Any, heads: Mapping[str, Array], images: Array, others: Array
+) -> Array:
     """(N,): the LPIPS distance, version 0.1, of images (N, H, W, 3) that are prepared for the net, as in `model.apply(variables, images)`.
 
     The net is D; the published heads go with torchvision's weights, whose mean and deviation are LPIPS' own.
     """
     layers = tuple(heads)
-    found: Any = [model.apply(variables, each, layers=layers, method="features") for each in (images, others)]
+    found: Any = [
+        model.apply(variables, each, layers=layers, method="features") for each in (images, others)
+    ]
     ours, theirs = found
     differences = ((_unit(ours[name]) - _unit(theirs[name])) ** 2 @ heads[name] for name in layers)
     return sum((jnp.mean(difference, (1, 2)) for difference in differences), jnp.float32(0))
@@ -65,6 +75,8 @@ def lpips_heads(path: str | os.PathLike) -> dict[str, np.ndarray]:
     for i, (name, channels) in enumerate(zip(LPIPS_LAYERS, (64, 128, 256, 512, 512), strict=True)):
         tensor = tensors.get(f"lin{i}.model.1.weight")
         if tensor is None or tensor.shape != (1, channels, 1, 1):
-            raise InputError(f"{path} has no lin{i}.model.1.weight of the shape (1, {channels}, 1, 1): expected lpips' heads for VGG")
+            raise InputError(
+                f"{path} has no lin{i}.model.1.weight of the shape (1, {channels}, 1, 1): expected lpips' heads for VGG"
+            )
         heads[name] = tensor.read().reshape(channels)
     return heads

@@ -18,7 +18,9 @@ class Row(NamedTuple):
     receptive_field: int  # the side, in pixels of the image, of what one output sees
 
 
-def summarize(config: VGGConfig, num_classes: int = 1000, batch_norm: bool = False, image_size: int = 224) -> list[Row]:
+def summarize(
+    config: VGGConfig, num_classes: int = 1000, batch_norm: bool = False, image_size: int = 224
+) -> list[Row]:
     """The rows of a network, in order. The memory of running statistics is not among the parameters, as in torchsummary."""
     rows: list[Row] = []
     side, channels, field, stride = image_size, 3, 1, 1
@@ -48,17 +50,29 @@ def totals(rows: list[Row], image_size: int = 224) -> dict[str, float]:
         "forward_backward_mb": 2 * sum(math.prod(row.shape) for row in rows) * 4 / MEGABYTE,
         "params_mb": params * 4 / MEGABYTE,
     }
-    return {"params": params, "macs": sum(row.macs for row in rows)} | megabytes | {"total_mb": sum(megabytes.values())}
+    return (
+        {"params": params, "macs": sum(row.macs for row in rows)}
+        | megabytes
+        | {"total_mb": sum(megabytes.values())}
+    )
 
 
-def table(config: VGGConfig, num_classes: int = 1000, batch_norm: bool = False, image_size: int = 224) -> str:
+def table(
+    config: VGGConfig, num_classes: int = 1000, batch_norm: bool = False, image_size: int = 224
+) -> str:
     """The summary as text, one line a layer, as torchsummary prints it, with multiply-adds and receptive fields beside it."""
     rows = summarize(config, num_classes, batch_norm, image_size)
     total = totals(rows, image_size)
     line, double = "-" * 84, "=" * 84
-    text = [line, f"{'Layer':<10}{'Output shape':>24}{'Param #':>16}{'MACs':>18}{'Receptive field':>16}", double]
+    text = [
+        line,
+        f"{'Layer':<10}{'Output shape':>24}{'Param #':>16}{'MACs':>18}{'Receptive field':>16}",
+        double,
+    ]
     for name, shape, params, macs, field in rows:
-        text.append(f"{name:<10}{[-1, *shape]!s:>24}{params:>16,}{f'{macs:,}' if macs else '':>18}{field:>16}")
+        text.append(
+            f"{name:<10}{[-1, *shape]!s:>24}{params:>16,}{f'{macs:,}' if macs else '':>18}{field:>16}"
+        )
     text += [
         double,
         f"Total params: {total['params']:,}",

@@ -35,7 +35,9 @@ class Compilations(logging.Handler):
     count = 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.count += record.getMessage().startswith(("Compiling jit(last_maps)", "Compiling jit(logits_at)"))
+        self.count += record.getMessage().startswith(
+            ("Compiling jit(last_maps)", "Compiling jit(logits_at)")
+        )
 
 
 def measured(args: argparse.Namespace) -> dict:
@@ -44,23 +46,42 @@ def measured(args: argparse.Namespace) -> dict:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     model = VGG(CONFIGS[args.net])
     init = jax.jit(model.lazy_init, compiler_options=compiler_options())
-    variables = jax.block_until_ready(init(jax.random.key(0), np.zeros((1, 224, 224, 3), np.float32)))
+    variables = jax.block_until_ready(
+        init(jax.random.key(0), np.zeros((1, 224, 224, 3), np.float32))
+    )
     compilations = Compilations()
     logging.getLogger("jax").addHandler(compilations)
     logging.getLogger("jax").propagate = False  # hundreds of lines
-    importlib.import_module("tensorflow")  # the peers import their libraries before the clock starts, too
+    importlib.import_module(
+        "tensorflow"
+    )  # the peers import their libraries before the clock starts, too
 
     started = time.perf_counter()
     source = open_split(args.folder, "train")
     source = dataclasses.replace(source, size=min(source.size, args.images))
     jax.config.update("jax_log_compiles", True)
-    examples = rescaled_images(dataclasses.replace(source, examples=first(source)), tuple(args.scale), True)
+    examples = rescaled_images(
+        dataclasses.replace(source, examples=first(source)), tuple(args.scale), True
+    )
     images = ([image[0] for image in example["scaled"]] for example in examples)
     mesh = make_mesh(1, jax.devices()[:1])
-    found = dict(stream_posteriors(model, variables, images, mesh=mesh, protocol=Protocol(args.protocol), pixels=args.pixels))
+    found = dict(
+        stream_posteriors(
+            model,
+            variables,
+            images,
+            mesh=mesh,
+            protocol=Protocol(args.protocol),
+            pixels=args.pixels,
+        )
+    )
     seconds = time.perf_counter() - started
     assert len(found) == source.size
-    return {"images_per_second": source.size / seconds, "seconds": seconds, "programs": compilations.count}
+    return {
+        "images_per_second": source.size / seconds,
+        "seconds": seconds,
+        "programs": compilations.count,
+    }
 
 
 def first(source):
@@ -68,7 +89,9 @@ def first(source):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder")
     parser.add_argument("--net", default="A", choices=CONFIGS)
     parser.add_argument("--scale", type=int, nargs="+", default=[256])
@@ -84,13 +107,43 @@ def main() -> None:
         keep_memory()  # as `vgg-jax evaluate` does
         print(json.dumps(what | {"jax": jax.__version__} | measured(args)))
         return
-    shared = [args.folder, "--net", args.net, "--scale", *map(str, args.scale), "--images", str(args.images)]
-    ours = [sys.executable, "-m", "experiments.benchmarks.bench_evaluate", *shared, "--protocol", args.protocol, "--pixels", str(args.pixels)]
+    shared = [
+        args.folder,
+        "--net",
+        args.net,
+        "--scale",
+        *map(str, args.scale),
+        "--images",
+        str(args.images),
+    ]
+    ours = [
+        sys.executable,
+        "-m",
+        "experiments.benchmarks.bench_evaluate",
+        *shared,
+        "--protocol",
+        args.protocol,
+        "--pixels",
+        str(args.pixels),
+    ]
     ours += ["--cache", args.cache] if args.cache else []
     peer = [*shlex.split(args.peer), *shared]
-    pairs = [(figure(ours, "images_per_second"), figure(peer, "images_per_second")) for _ in range(args.pairs)]
+    pairs = [
+        (figure(ours, "images_per_second"), figure(peer, "images_per_second"))
+        for _ in range(args.pairs)
+    ]
     ratios = [mine / peers for mine, peers in pairs]
-    print(json.dumps(what | {"peer": args.peer, "images_per_second": pairs, "ratios": ratios, "median_ratio": statistics.median(ratios)}))
+    print(
+        json.dumps(
+            what
+            | {
+                "peer": args.peer,
+                "images_per_second": pairs,
+                "ratios": ratios,
+                "median_ratio": statistics.median(ratios),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -37,14 +37,29 @@ def measured(args: argparse.Namespace) -> dict:
         else:
             source = open_split(args.data, "train", data_dir=args.data_dir)
         epochs = -(-args.images // source.size)
-        shape = {"image_size": args.image_size, "scale": tuple(args.scale), "batch_size": args.batch}
+        shape = {
+            "image_size": args.image_size,
+            "scale": tuple(args.scale),
+            "batch_size": args.batch,
+        }
         config = TrainConfig(epochs=epochs, cache=args.cache, **shape)
         source = cached(source, config) if args.cache else source
         # What lies in memory as pixels is neither read nor decoded any more.
-        streams = {"read": read_only(source, args.batch), "decode": decode_only(source, args.batch)} if source.pixels is None else {}
-        stages = {name: rate(batches, min(args.images, source.size))[0] for name, batches in streams.items()}
+        streams = (
+            {"read": read_only(source, args.batch), "decode": decode_only(source, args.batch)}
+            if source.pixels is None
+            else {}
+        )
+        stages = {
+            name: rate(batches, min(args.images, source.size))[0]
+            for name, batches in streams.items()
+        }
         total, first = rate(train_batches(source, config, IMAGENET), args.images)
-    return {"images_per_second": round(total, 1), "first_batch_seconds": round(first, 3), "stages": stages | {"all": round(total, 1)}}
+    return {
+        "images_per_second": round(total, 1),
+        "first_batch_seconds": round(first, 3),
+        "stages": stages | {"all": round(total, 1)},
+    }
 
 
 def rate(batches: Batches, images: int) -> tuple[float, float]:
@@ -52,7 +67,9 @@ def rate(batches: Batches, images: int) -> tuple[float, float]:
     started, first, count = time.perf_counter(), 0.0, 0
     for batch in batches:
         first = first or time.perf_counter() - started
-        count += int(np.sum(batch["index"] >= 0))  # the last batch of an epoch is filled up with black ones
+        count += int(
+            np.sum(batch["index"] >= 0)
+        )  # the last batch of an epoch is filled up with black ones
         if count >= images:
             break
     return round(count / (time.perf_counter() - started), 1), first
@@ -84,8 +101,13 @@ def as_tfrecord(photos: str, folder: str) -> str:
 
         def _info(self) -> tfds.core.DatasetInfo:
             names = sorted({file.parent.name for file in files})
-            features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=names)}
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+            features = {
+                "image": tfds.features.Image(),
+                "label": tfds.features.ClassLabel(names=names),
+            }
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
 
         def _split_generators(self, dl_manager: object) -> dict:
             return {"train": self._generate_examples()}
@@ -99,7 +121,9 @@ def as_tfrecord(photos: str, folder: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data")
     parser.add_argument("--data-dir")
     parser.add_argument("--tfrecord", action="store_true")
@@ -116,16 +140,49 @@ def main() -> None:
         use_huge_pages()  # as `vgg-jax train` does
         print(json.dumps(what | {"tensorflow": tf.__version__} | measured(args)))
         return
-    ours = [sys.executable, "-m", "experiments.benchmarks.bench_input", args.data, "--scale", *map(str, args.scale)]
-    ours += [f"--{name.replace('_', '-')}={what[name]}" for name in ("image_size", "batch", "images")]
+    ours = [
+        sys.executable,
+        "-m",
+        "experiments.benchmarks.bench_input",
+        args.data,
+        "--scale",
+        *map(str, args.scale),
+    ]
+    ours += [
+        f"--{name.replace('_', '-')}={what[name]}" for name in ("image_size", "batch", "images")
+    ]
     ours += [f"--{name}" for name in ("tfrecord", "cache") if what[name]]
     photos = len(list(Path(args.data).glob("*/*")))
     if not photos:
-        parser.error(f"no photos {args.data}/<class>/*: expected a folder that the peer can read, too")
-    peer = [*shlex.split(args.peer), args.data, "--workers", str(os.cpu_count()), "--repeat", str(-(-args.images // photos)), "--runs", "1"]
-    pairs = [(figure(ours, "images_per_second"), figure(peer, "images_per_second")) for _ in range(args.pairs)]
+        parser.error(
+            f"no photos {args.data}/<class>/*: expected a folder that the peer can read, too"
+        )
+    peer = [
+        *shlex.split(args.peer),
+        args.data,
+        "--workers",
+        str(os.cpu_count()),
+        "--repeat",
+        str(-(-args.images // photos)),
+        "--runs",
+        "1",
+    ]
+    pairs = [
+        (figure(ours, "images_per_second"), figure(peer, "images_per_second"))
+        for _ in range(args.pairs)
+    ]
     ratios = [mine / peers for mine, peers in pairs]
-    print(json.dumps(what | {"peer": args.peer, "images_per_second": pairs, "ratios": ratios, "median_ratio": statistics.median(ratios)}))
+    print(
+        json.dumps(
+            what
+            | {
+                "peer": args.peer,
+                "images_per_second": pairs,
+                "ratios": ratios,
+                "median_ratio": statistics.median(ratios),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,11 @@ import time
 COUNTS = (1, 2, 4, 8)
 BATCH, SIZE, WIDTH, STEPS = 16, 32, 4096, 7
 MESHES = {"data": {}, "fsdp": {"fsdp": True}, "model": {"model": 2}}
-CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+CORES = (
+    sorted(os.sched_getaffinity(0))
+    if hasattr(os, "sched_getaffinity")
+    else list(range(os.cpu_count() or 1))
+)
 
 
 def measured(number: int, count: int, port: int, each: int, mesh_name: str) -> None:
@@ -39,8 +43,19 @@ def measured(number: int, count: int, port: int, each: int, mesh_name: str) -> N
     from vgg_jax.training.step import build_model, compile_steps, init_state
 
     layout, total = Layout(**MESHES[mesh_name]), each * count
-    config = TrainConfig(net="A", fc=(WIDTH, WIDTH), image_size=SIZE, scale=(SIZE,), batch_size=total, learning_rate=1e-3)
-    mesh, model, groups = make_mesh(total, layout=layout), build_model(config, 10), count // layout.model
+    config = TrainConfig(
+        net="A",
+        fc=(WIDTH, WIDTH),
+        image_size=SIZE,
+        scale=(SIZE,),
+        batch_size=total,
+        learning_rate=1e-3,
+    )
+    mesh, model, groups = (
+        make_mesh(total, layout=layout),
+        build_model(config, 10),
+        count // layout.model,
+    )
     step, _ = compile_steps(config, model, IMAGENET.mean_rgb, mesh, layout)
     state = init_state(model, sgd(config), 0, mesh, layout)
     rng = np.random.default_rng(0)
@@ -60,14 +75,25 @@ def measured(number: int, count: int, port: int, each: int, mesh_name: str) -> N
         steps.append(time.monotonic() - started)
     size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     spread = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    mine = jax.make_array_from_callback((count, size), spread, lambda _: np.ones((1, size), np.float32))
+    mine = jax.make_array_from_callback(
+        (count, size), spread, lambda _: np.ones((1, size), np.float32)
+    )
     add = jax.jit(lambda x: x.sum(0), out_shardings=replicated(mesh))
     for _ in range(STEPS):
         started = time.monotonic()
         jax.block_until_ready(add(mine))
         sums.append(time.monotonic() - started)
     if number == 0:
-        print(json.dumps({"step": statistics.median(steps[1:]), "sum": statistics.median(sums[1:]), "bytes": 4 * size}), flush=True)
+        print(
+            json.dumps(
+                {
+                    "step": statistics.median(steps[1:]),
+                    "sum": statistics.median(sums[1:]),
+                    "bytes": 4 * size,
+                }
+            ),
+            flush=True,
+        )
     if count > 1:
         jax.distributed.shutdown()
 
@@ -76,26 +102,55 @@ def run(count: int, mesh: str, each: int = BATCH) -> dict:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    commands = [[sys.executable, "-m", "experiments.benchmarks.bench_processes", "--worker", str(number), str(count), str(port), str(each), mesh] for number in range(count)]
-    group = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for command in commands]
+    commands = [
+        [
+            sys.executable,
+            "-m",
+            "experiments.benchmarks.bench_processes",
+            "--worker",
+            str(number),
+            str(count),
+            str(port),
+            str(each),
+            mesh,
+        ]
+        for number in range(count)
+    ]
+    group = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        for command in commands
+    ]
     outputs = [process.communicate()[0] for process in group]
     if any(process.returncode for process in group):
-        raise SystemExit(f"{count} processes, {mesh}: exit codes {[process.returncode for process in group]}")
+        raise SystemExit(
+            f"{count} processes, {mesh}: exit codes {[process.returncode for process in group]}"
+        )
     return json.loads(outputs[0].splitlines()[-1])
 
 
 def main() -> None:
     from scaling_model import PASSES, Machine, net_of, step
 
-    found = {(mesh, count): run(count, mesh) for mesh in MESHES for count in COUNTS if mesh == "data" or count in (2, 4)}
+    found = {
+        (mesh, count): run(count, mesh)
+        for mesh in MESHES
+        for count in COUNTS
+        if mesh == "data" or count in (2, 4)
+    }
     alone, twice, pair = found["data", 1], run(1, "data", 2 * BATCH), found["data", 2]
-    told = {"step": alone["step"], "step_of_twice_the_images": twice["step"], "sum_of_two": pair["sum"]}
+    told = {
+        "step": alone["step"],
+        "step_of_twice_the_images": twice["step"],
+        "sum_of_two": pair["sum"],
+    }
     net = net_of("A", SIZE, 10, (WIDTH, WIDTH))
     images = twice["step"] - alone["step"]  # of half of them; what is left of a step is the update
     rate = 6 * BATCH * (net.conv_macs + net.fc_macs) / images
     memory = PASSES * alone["bytes"] / 4 / (alone["step"] - images)
     near = pair["bytes"] / pair["sum"]  # a ring of two moves each byte once each way
-    machine = Machine(rate, max(COUNTS), near, near, False, memory, float("inf"), len(CORES), latency=0)
+    machine = Machine(
+        rate, max(COUNTS), near, near, False, memory, float("inf"), len(CORES), latency=0
+    )
     rows = []
     for (mesh, count), seconds in found.items():
         foretold = step(net, machine, count, BATCH, **MESHES[mesh])
@@ -130,5 +185,7 @@ if __name__ == "__main__":
     if "--worker" in sys.argv:
         measured(*map(int, sys.argv[2:6]), sys.argv[6])
     else:
-        argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+        argparse.ArgumentParser(
+            description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        ).parse_args()
         main()

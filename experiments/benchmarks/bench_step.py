@@ -48,12 +48,19 @@ def seconds_of_steps(args: argparse.Namespace) -> dict[str, float | None]:
         microbatch=args.microbatch,
         learning_rate=1e-2,
     )
-    model = VGG(dataclasses.replace(CONFIGS[args.net], fc=config.fc), CLASSES, dtype=jnp.dtype(args.dtype), image_size=args.image_size)
+    model = VGG(
+        dataclasses.replace(CONFIGS[args.net], fc=config.fc),
+        CLASSES,
+        dtype=jnp.dtype(args.dtype),
+        image_size=args.image_size,
+    )
     mesh = make_mesh(args.batch)
     state = init_state(model, sgd(config), 0, mesh)
     rng = np.random.default_rng(0)
     batch = {
-        "image": rng.integers(256, size=(args.batch, args.image_size, args.image_size, 3), dtype=np.uint8),
+        "image": rng.integers(
+            256, size=(args.batch, args.image_size, args.image_size, 3), dtype=np.uint8
+        ),
         "colour_shift": np.zeros((args.batch, 3), np.float32),
         "label": rng.integers(CLASSES, size=args.batch).astype(np.int32),
         "mask": np.ones(args.batch, bool),
@@ -97,9 +104,7 @@ def timed(once) -> float:
 
 
 def seconds_of_peer(args: argparse.Namespace) -> float:
-    flags = (
-        f"--net {args.net} --image-size {args.image_size} --batch {args.batch} --hidden {args.fc} --dtype {args.dtype} --mode {args.mode}"
-    )
+    flags = f"--net {args.net} --image-size {args.image_size} --batch {args.batch} --hidden {args.fc} --dtype {args.dtype} --mode {args.mode}"
     command = [*shlex.split(args.peer), *flags.split(), "--runs", str(args.runs)]
     return figure(command, "seconds")
 
@@ -110,7 +115,9 @@ def seconds_of_ours(argv: list[str]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--net", default="A", choices=CONFIGS)
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--batch", type=int, default=128)
@@ -119,19 +126,43 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--mode", default="train", choices=["train", "infer"])
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--peak-teraflops", type=float, help="of the device, for the share of it (989 of an H100 in bfloat16)")
+    parser.add_argument(
+        "--peak-teraflops",
+        type=float,
+        help="of the device, for the share of it (989 of an H100 in bfloat16)",
+    )
     parser.add_argument("--peer", help="a command to run in turn with ours")
     parser.add_argument("--pairs", type=int, default=3)
     args = parser.parse_args()
     what = {name: value for name, value in vars(args).items() if name not in ("peer", "pairs")}
     if args.peer is None:
-        (use_huge_pages if args.mode == "train" else keep_memory)()  # as `vgg-jax train` and `vgg-jax predict` do
-        print(json.dumps(what | {"jax": jax.__version__, "device": jax.devices()[0].device_kind} | seconds_of_steps(args)))
+        (
+            use_huge_pages if args.mode == "train" else keep_memory
+        )()  # as `vgg-jax train` and `vgg-jax predict` do
+        print(
+            json.dumps(
+                what
+                | {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
+                | seconds_of_steps(args)
+            )
+        )
         return
-    argv = [f"--{name.replace('_', '-')}={value}" for name, value in what.items() if value is not None]
+    argv = [
+        f"--{name.replace('_', '-')}={value}" for name, value in what.items() if value is not None
+    ]
     pairs = [(seconds_of_ours(argv), seconds_of_peer(args)) for _ in range(args.pairs)]
     ratios = [peer / ours for ours, peer in pairs]
-    print(json.dumps(what | {"peer": args.peer, "pairs": pairs, "ratios": ratios, "median_ratio": statistics.median(ratios)}))
+    print(
+        json.dumps(
+            what
+            | {
+                "peer": args.peer,
+                "pairs": pairs,
+                "ratios": ratios,
+                "median_ratio": statistics.median(ratios),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -45,7 +45,9 @@ def grown_images(count: int) -> dict:
         source = open_split(folder, "train")
         opened = time.perf_counter() - started
         config = TrainConfig(image_size=32, scale=(32, 40), batch_size=BATCH)
-        batches = iter(train_batches(source, config, IMAGENET, first_batch=source.size // BATCH // 2))
+        batches = iter(
+            train_batches(source, config, IMAGENET, first_batch=source.size // BATCH // 2)
+        )
         started = time.perf_counter()
         next(batches)
         first = time.perf_counter() - started
@@ -54,7 +56,12 @@ def grown_images(count: int) -> dict:
             next(batches)
         nine = time.perf_counter() - started
         batches.close()
-    return {"open_seconds": opened, "first_batch_seconds": first, "nine_batches_seconds": nine, "memory_before_mb": before}
+    return {
+        "open_seconds": opened,
+        "first_batch_seconds": first,
+        "nine_batches_seconds": nine,
+        "memory_before_mb": before,
+    }
 
 
 def grown_step(classes: int, batch: int) -> dict:
@@ -65,7 +72,9 @@ def grown_step(classes: int, batch: int) -> dict:
     from vgg_jax.training.optimizer import sgd
     from vgg_jax.training.step import build_model, compile_steps, init_state
 
-    config = TrainConfig(net="A", fc=(512, 512), image_size=32, scale=(32,), batch_size=batch, learning_rate=1e-3)
+    config = TrainConfig(
+        net="A", fc=(512, 512), image_size=32, scale=(32,), batch_size=batch, learning_rate=1e-3
+    )
     mesh = make_mesh(batch, jax.devices()[:1])
     model = build_model(config, classes)
     state = init_state(model, sgd(config), 0, mesh)
@@ -82,7 +91,11 @@ def grown_step(classes: int, batch: int) -> dict:
         started = time.perf_counter()
         state, _ = jax.block_until_ready(step(state, put_batch(arrays, mesh)))
         seconds.append(time.perf_counter() - started)
-    return {"first_step_seconds": seconds[0], "step_seconds": min(seconds[1:]), "memory_before_mb": before}
+    return {
+        "first_step_seconds": seconds[0],
+        "step_seconds": min(seconds[1:]),
+        "memory_before_mb": before,
+    }
 
 
 def peak() -> float:
@@ -90,20 +103,39 @@ def peak() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("images", "classes", "batch"))
     parser.add_argument("values", type=int, nargs="+")
     args = parser.parse_args()
     if len(args.values) > 1:
         for value in args.values:
-            subprocess.run([sys.executable, "-m", "experiments.benchmarks.check_growth", args.what, str(value)], check=True)
+            subprocess.run(
+                [
+                    sys.executable,
+                    "-m",
+                    "experiments.benchmarks.check_growth",
+                    args.what,
+                    str(value),
+                ],
+                check=True,
+            )
         return
     [value] = args.values
     if args.what == "images":
         found = grown_images(value)
     else:
-        found = grown_step(value if args.what == "classes" else 10, value if args.what == "batch" else BATCH)
-    print(json.dumps({args.what: value} | {name: round(number, 3) for name, number in found.items()} | {"memory_mb": round(peak())}))
+        found = grown_step(
+            value if args.what == "classes" else 10, value if args.what == "batch" else BATCH
+        )
+    print(
+        json.dumps(
+            {args.what: value}
+            | {name: round(number, 3) for name, number in found.items()}
+            | {"memory_mb": round(peak())}
+        )
+    )
 
 
 if __name__ == "__main__":

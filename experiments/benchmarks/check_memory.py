@@ -37,7 +37,11 @@ def process(name: str) -> int:
 
 def measured(config: TrainConfig) -> tuple[int, int]:
     """Bytes of two steps, and of what compiling them left."""
-    mesh, model, size = make_mesh(1, jax.devices()[:1]), build_model(config, CLASSES), config.image_size
+    mesh, model, size = (
+        make_mesh(1, jax.devices()[:1]),
+        build_model(config, CLASSES),
+        config.image_size,
+    )
     jax.block_until_ready(jax.numpy.ones(1) + 1)  # the backend and its threads are not the step's
     before = process("VmRSS")
     rng = np.random.default_rng(0)
@@ -49,7 +53,9 @@ def measured(config: TrainConfig) -> tuple[int, int]:
     }
     step, _ = compile_steps(config, model, IMAGENET.mean_rgb, mesh)
     shapes = jax.eval_shape(functools.partial(_state, model, sgd(config)), jax.random.key(0))
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), shapes)
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), shapes
+    )
     compiled = step.lower(shapes, put_batch(batch, mesh)).compile()
     ctypes.CDLL(None).malloc_trim(0)
     left = process("VmRSS")
@@ -68,7 +74,9 @@ def peak_of(command: list[str]) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--net", default="D")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=8)
@@ -98,9 +106,7 @@ def main() -> None:
         "process": peak,
     }
     if args.peer:
-        flags = (
-            f"--net {args.net} --image-size {args.image_size} --batch {args.batch} --hidden 4096 --classes {CLASSES} --dtype {args.dtype}"
-        )
+        flags = f"--net {args.net} --image-size {args.image_size} --batch {args.batch} --hidden 4096 --classes {CLASSES} --dtype {args.dtype}"
         found["peer_process"] = peak_of([*shlex.split(args.peer), *flags.split(), "--runs", "2"])
     print(json.dumps(found))
 

@@ -57,7 +57,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         first, second = (seconds_to_first_step(flags, cache) for _ in range(2))
     print(
-        json.dumps({"train": flags, "first_seconds": round(first, 2), "second_seconds": round(second, 2), "help_seconds": round(helped, 3)})
+        json.dumps(
+            {
+                "train": flags,
+                "first_seconds": round(first, 2),
+                "second_seconds": round(second, 2),
+                "help_seconds": round(helped, 3),
+            }
+        )
     )
 
 

@@ -55,11 +55,17 @@ def engines(net: str, folder: Path) -> dict[str, Callable[[np.ndarray], np.ndarr
     model = VGG(CONFIGS[net])
     mean = np.array(IMAGENET.mean_rgb, np.float32)
 
-    weights = Weights(net, "vgg_jax", model, params, batch_stats, True, Preprocessing(IMAGENET.mean_rgb), CLASSES)
+    weights = Weights(
+        net, "vgg_jax", model, params, batch_stats, True, Preprocessing(IMAGENET.mean_rgb), CLASSES
+    )
     write(folder / f"{net}.onnx", Artefact(weights))
     options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # or its idle threads slow the others down
-    session = onnxruntime.InferenceSession(folder / f"{net}.onnx", options, providers=["CPUExecutionProvider"])
+    options.add_session_config_entry(
+        "session.intra_op.allow_spinning", "0"
+    )  # or its idle threads slow the others down
+    session = onnxruntime.InferenceSession(
+        folder / f"{net}.onnx", options, providers=["CPUExecutionProvider"]
+    )
 
     variables = prepare({"params": params, "batch_stats": batch_stats})
     forward = jax.jit(
@@ -80,19 +86,30 @@ def engines(net: str, folder: Path) -> dict[str, Callable[[np.ndarray], np.ndarr
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder")
-    parser.add_argument("--nets", nargs="+", default=["A", "A-LRN", "B", "C", "D", "E"], choices=CONFIGS)
+    parser.add_argument(
+        "--nets", nargs="+", default=["A", "A-LRN", "B", "C", "D", "E"], choices=CONFIGS
+    )
     parser.add_argument("--images", type=int, default=50)
     parser.add_argument("--batch", type=int, default=10)
     args = parser.parse_args()
     crops = centre_crops(args.folder, args.images)
     batches = [crops[i : i + args.batch] for i in range(0, len(crops), args.batch)]
-    versions = {"jax": jax.__version__, "torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
+    versions = {
+        "jax": jax.__version__,
+        "torch": torch.__version__,
+        "onnxruntime": onnxruntime.__version__,
+    }
     with tempfile.TemporaryDirectory() as folder:
         for net in args.nets:
             made = engines(net, Path(folder))
-            answers = {name: np.concatenate([engine(batch) for batch in batches]) for name, engine in made.items()}
+            answers = {
+                name: np.concatenate([engine(batch) for batch in batches])
+                for name, engine in made.items()
+            }
             rates: dict[str, list[float]] = {name: [] for name in made}
             for batch in batches[: -(-len(batches) // 2)] * REPEATS:
                 for name, engine in made.items():
@@ -104,8 +121,13 @@ def main() -> None:
                 "net": net,
                 "images": len(crops),
                 "batch": args.batch,
-                "images_per_second": {name: round(statistics.median(values), 2) for name, values in rates.items()},
-                "differences": {name: float(np.abs(answers[name] - ours).max() / np.abs(ours).max()) for name in list(made)[1:]},
+                "images_per_second": {
+                    name: round(statistics.median(values), 2) for name, values in rates.items()
+                },
+                "differences": {
+                    name: float(np.abs(answers[name] - ours).max() / np.abs(ours).max())
+                    for name in list(made)[1:]
+                },
                 **versions,
             }
             print(json.dumps(found), flush=True)

@@ -20,7 +20,14 @@ NO_MEMORY = ("RESOURCE_EXHAUSTED", "bad_alloc", "Out of memory", "Cannot allocat
 
 def step(batch: int, flags: list[str]) -> dict | None:
     """What `bench_step.py` prints for it, or None where the memory is too little."""
-    command = [sys.executable, "-m", "experiments.benchmarks.bench_step", "--batch", str(batch), *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.benchmarks.bench_step",
+        "--batch",
+        str(batch),
+        *flags,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
@@ -31,16 +38,24 @@ def step(batch: int, flags: list[str]) -> dict | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--first", type=int, default=64)
     parser.add_argument("--microbatch", type=int)
     args, flags = parser.parse_known_args()
     unit = args.microbatch or 1
     flags += [] if args.microbatch is None else ["--microbatch", str(args.microbatch)]
     found, batch, refused = None, args.first, None
-    while refused is None or found is None or refused - found["batch"] > max(unit, found["batch"] // 16):
+    while (
+        refused is None
+        or found is None
+        or refused - found["batch"] > max(unit, found["batch"] // 16)
+    ):
         if batch < unit:
-            sys.exit(f"not even a batch of {refused} fits: set a smaller --first, or a smaller --microbatch")
+            sys.exit(
+                f"not even a batch of {refused} fits: set a smaller --first, or a smaller --microbatch"
+            )
         done = step(batch, flags)
         found, refused = (done, refused) if done else (found, batch)
         low, high = (found["batch"] if found else 0), refused or 4 * batch

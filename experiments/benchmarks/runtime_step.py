@@ -34,13 +34,20 @@ def session(runtime: str, file: Path, dtype: str):
     import openvino
 
     compiled = openvino.Core().compile_model(
-        file, "CPU", {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "bf16" if dtype == "bfloat16" else "f32"}
+        file,
+        "CPU",
+        {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": "bf16" if dtype == "bfloat16" else "f32",
+        },
     )
     return lambda images: compiled([images])[0]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runtime", choices=("onnxruntime", "openvino"), required=True)
     parser.add_argument("--net", default="A", choices=CONFIGS)
     parser.add_argument("--image-size", type=int, default=224)
@@ -52,22 +59,51 @@ def main() -> None:
     args = parser.parse_args()
     if args.runtime == "onnxruntime" and args.dtype == "bfloat16":
         parser.error("ONNX Runtime has no bfloat16 on a CPU")
-    model = VGG(dataclasses.replace(CONFIGS[args.net], fc=(args.hidden, args.hidden)), 10, image_size=args.image_size)
+    model = VGG(
+        dataclasses.replace(CONFIGS[args.net], fc=(args.hidden, args.hidden)),
+        10,
+        image_size=args.image_size,
+    )
     init = jax.jit(model.lazy_init, compiler_options=compiler_options())
-    params = init(jax.random.key(0), jax.ShapeDtypeStruct((1, args.image_size, args.image_size, 3), jnp.float32))["params"]
-    weights = Weights(args.net, "vgg_jax", model, params, {}, True, Preprocessing(IMAGENET.mean_rgb), tuple(map(str, range(10))))
+    params = init(
+        jax.random.key(0),
+        jax.ShapeDtypeStruct((1, args.image_size, args.image_size, 3), jnp.float32),
+    )["params"]
+    weights = Weights(
+        args.net,
+        "vgg_jax",
+        model,
+        params,
+        {},
+        True,
+        Preprocessing(IMAGENET.mean_rgb),
+        tuple(map(str, range(10))),
+    )
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "net.onnx"
         write(file, Artefact(weights, uint8=False))
         once = session(args.runtime, file, args.dtype)
-    images = np.random.default_rng(0).normal(size=(args.batch, args.image_size, args.image_size, 3)).astype(np.float32) * 50
+    images = (
+        np.random.default_rng(0)
+        .normal(size=(args.batch, args.image_size, args.image_size, 3))
+        .astype(np.float32)
+        * 50
+    )
     once(images)
     seconds = []
     for _ in range(args.runs):
         start = time.perf_counter()
         once(images)
         seconds.append(time.perf_counter() - start)
-    print(json.dumps(vars(args) | {"seconds": statistics.median(seconds), "images_per_second": args.batch / statistics.median(seconds)}))
+    print(
+        json.dumps(
+            vars(args)
+            | {
+                "seconds": statistics.median(seconds),
+                "images_per_second": args.batch / statistics.median(seconds),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

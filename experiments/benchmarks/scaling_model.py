@@ -71,12 +71,21 @@ class Net:
     width: int  # of fc7
 
 
-def net_of(name: str, image_size: int = 224, classes: int = 1000, fc: tuple[int, int] = (4096, 4096)) -> Net:
+def net_of(
+    name: str, image_size: int = 224, classes: int = 1000, fc: tuple[int, int] = (4096, 4096)
+) -> Net:
     rows = summarize(dataclasses.replace(CONFIGS[name], fc=fc), classes, image_size=image_size)
     convs, fcs = ([row for row in rows if row.name.startswith(kind)] for kind in ("conv", "fc"))
     split = sum(row.params for row in fcs[:2])
     macs = [sum(row.macs for row in some) for some in (convs, fcs)]
-    return Net(*macs, sum(row.params for row in convs), split, sum(row.params for row in fcs), fcs[0].macs // fc[0], fc[1])
+    return Net(
+        *macs,
+        sum(row.params for row in convs),
+        split,
+        sum(row.params for row in fcs),
+        fcs[0].macs // fc[0],
+        fc[1],
+    )
 
 
 def exchange(size: float, devices: int, machine: Machine) -> float:
@@ -89,22 +98,41 @@ def exchange(size: float, devices: int, machine: Machine) -> float:
     return turns * (near + far) + 2 * (within + hosts - 2) * machine.latency
 
 
-def step(net: Net, machine: Machine, devices: int, batch: float, model: int = 1, fsdp: bool = False, width: int = 4) -> float:
+def step(
+    net: Net,
+    machine: Machine,
+    devices: int,
+    batch: float,
+    model: int = 1,
+    fsdp: bool = False,
+    width: int = 4,
+) -> float:
     """Seconds of a step on `batch` images a device; `width` are the bytes in which a gradient travels."""
     turns = max(1.0, devices / machine.at_once)
     convs = turns * 6 * batch * model * net.conv_macs / machine.rate
     fcs = turns * 6 * batch * net.fc_macs / machine.rate
-    groups, apart = devices // model, dataclasses.replace(machine, per_host=max(1, machine.per_host // model))  # a group lies on one host
-    behind = {"forward": convs / 3, "backward": convs * 2 / 3} if machine.overlaps else {"forward": 0.0, "backward": 0.0}
+    groups, apart = (
+        devices // model,
+        dataclasses.replace(machine, per_host=max(1, machine.per_host // model)),
+    )  # a group lies on one host
+    behind = (
+        {"forward": convs / 3, "backward": convs * 2 / 3}
+        if machine.overlaps
+        else {"forward": 0.0, "backward": 0.0}
+    )
     size = net.conv_params + net.fc_params - net.split_params * (1 - 1 / model)
     passes = turns * size * (20 + 20 / groups if fsdp else PASSES) / machine.memory
     exposed = max(0.0, exchange(width * size, groups, apart) - behind["backward"])
     if fsdp:  # reduced and put together are each half of the exchange
         gathered = exchange(4 * size, groups, apart) / 2
-        exposed = max(0.0, gathered - behind["forward"]) + max(0.0, exchange(width * size, groups, apart) / 2 - behind["backward"])
+        exposed = max(0.0, gathered - behind["forward"]) + max(
+            0.0, exchange(width * size, groups, apart) / 2 - behind["backward"]
+        )
     if model > 1:
         exposed += exchange(2 * batch * model * (net.width + net.read), model, machine)
-    return max(convs + fcs + passes + exposed, batch * min(devices, machine.per_host) / machine.images)
+    return max(
+        convs + fcs + passes + exposed, batch * min(devices, machine.per_host) / machine.images
+    )
 
 
 def table(net: Net, machine: Machine, batch: float | None, global_batch: int | None) -> list[dict]:
@@ -117,13 +145,18 @@ def table(net: Net, machine: Machine, batch: float | None, global_batch: int | N
             break
         meshes = {"data": {}, "data, bfloat16": {"width": 2}, "fsdp": {"fsdp": True}}
         meshes |= {f"model={m}": {"model": m} for m in (2, 8) if m <= devices}
-        found = {name: devices * each / step(net, machine, devices, each, **mesh) for name, mesh in meshes.items()}
+        found = {
+            name: devices * each / step(net, machine, devices, each, **mesh)
+            for name, mesh in meshes.items()
+        }
         alone = alone or found["data"]
         rows.append(
             {
                 "devices": devices,
                 "images_per_second": {name: round(rate) for name, rate in found.items()},
-                "efficiency": {name: round(rate / devices / alone, 3) for name, rate in found.items()},
+                "efficiency": {
+                    name: round(rate / devices / alone, 3) for name, rate in found.items()
+                },
                 "best": max(found, key=found.get),
             }
         )
@@ -131,7 +164,9 @@ def table(net: Net, machine: Machine, batch: float | None, global_batch: int | N
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--machine", choices=MACHINES, default="h200")
     parser.add_argument("--net", choices=CONFIGS, default="D")
     parser.add_argument("--batch", type=int, default=256, help="images a device")

@@ -34,12 +34,22 @@ def net(stages: list[list[int]]) -> nn.Module:
             layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
             channels = width
         layers.append(nn.MaxPool2d(2, 2))
-    layers += [nn.Flatten(), nn.Linear(512 * 49, 4096), nn.ReLU(inplace=True), nn.Linear(4096, 4096), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers, nn.Linear(4096, 1000)).eval().to(memory_format=torch.channels_last)
+    layers += [
+        nn.Flatten(),
+        nn.Linear(512 * 49, 4096),
+        nn.ReLU(inplace=True),
+        nn.Linear(4096, 4096),
+        nn.ReLU(inplace=True),
+    ]
+    return (
+        nn.Sequential(*layers, nn.Linear(4096, 1000)).eval().to(memory_format=torch.channels_last)
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder")
     parser.add_argument("--net", default="A", choices=STAGES)
     parser.add_argument("--scale", type=int, nargs="+", default=[256])
@@ -56,12 +66,26 @@ def main() -> None:
             photo = torchvision.io.decode_image(str(file), mode="RGB")
             for resize in resizes:
                 image = resize(photo).float() - mean
-                rows, columns = (np.round(np.linspace(0, side - 224, 5)).astype(int) for side in image.shape[1:])
-                crops = torch.stack([image[:, y : y + 224, x : x + 224] for y, x in itertools.product(rows, columns)])
-                crops = torch.cat([crops, crops.flip(-1)]).contiguous(memory_format=torch.channels_last)
+                rows, columns = (
+                    np.round(np.linspace(0, side - 224, 5)).astype(int) for side in image.shape[1:]
+                )
+                crops = torch.stack(
+                    [
+                        image[:, y : y + 224, x : x + 224]
+                        for y, x in itertools.product(rows, columns)
+                    ]
+                )
+                crops = torch.cat([crops, crops.flip(-1)]).contiguous(
+                    memory_format=torch.channels_last
+                )
                 model(crops).softmax(-1).mean(0)
     seconds = time.perf_counter() - started
-    print(json.dumps(vars(args) | {"peer": "torch crops", "images_per_second": len(files) / seconds, "seconds": seconds}))
+    print(
+        json.dumps(
+            vars(args)
+            | {"peer": "torch crops", "images_per_second": len(files) / seconds, "seconds": seconds}
+        )
+    )
 
 
 if __name__ == "__main__":

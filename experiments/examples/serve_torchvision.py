@@ -9,7 +9,10 @@ from PIL import Image
 from safetensors import safe_open
 
 with safe_open(sys.argv[2], "pt") as file:
-    about, weights = json.loads(file.metadata()["vgg_jax"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    about, weights = (
+        json.loads(file.metadata()["vgg_jax"]),
+        {name: file.get_tensor(name) for name in file.keys()},
+    )  # noqa: SIM118
 net = getattr(torchvision.models, sys.argv[1])(num_classes=len(about["classes"])).eval()
 net.load_state_dict(weights, strict=True)
 image = Image.open(sys.argv[3]).convert("RGB").resize([about["image_size"]] * 2)

@@ -26,15 +26,23 @@ def opened(path: str, size: int) -> np.ndarray:
     """float32 (1, H, W, 3), the shorter side `size`."""
     image = Image.open(path).convert("RGB")
     ratio = size / min(image.size)
-    return np.asarray(image.resize([round(side * ratio) for side in image.size], Image.Resampling.BILINEAR), np.float32)[None]
+    return np.asarray(
+        image.resize([round(side * ratio) for side in image.size], Image.Resampling.BILINEAR),
+        np.float32,
+    )[None]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("content")
     parser.add_argument("style")
     parser.add_argument("out")
-    parser.add_argument("--weights", help="a file of weights, or a run's folder, of D or E (default: random weights of D)")
+    parser.add_argument(
+        "--weights",
+        help="a file of weights, or a run's folder, of D or E (default: random weights of D)",
+    )
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--style-weight", type=float, default=1e6)
@@ -44,16 +52,25 @@ def main() -> None:
         mean = np.array(metadata["preprocessing"]["mean_rgb"], np.float32)
     else:
         model, mean = VGG(CONFIGS["D"], initializer="he"), np.array(IMAGENET.mean_rgb, np.float32)
-        init = jax.jit(lambda key, x: model.init(key, x, layers=STYLE, method="features"), compiler_options=compiler_options())
+        init = jax.jit(
+            lambda key, x: model.init(key, x, layers=STYLE, method="features"),
+            compiler_options=compiler_options(),
+        )
         variables = init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     model = model.clone(pool="avg")
-    variables = {group: {name: layer for name, layer in layers.items() if not name.startswith("fc")} for group, layers in variables.items()}
+    variables = {
+        group: {name: layer for name, layer in layers.items() if not name.startswith("fc")}
+        for group, layers in variables.items()
+    }
 
     def features(image: jax.Array, layers: tuple[str, ...]) -> dict[str, jax.Array]:
         return model.apply(variables, image, layers=layers, method="features")
 
     content, style = opened(args.content, args.size) - mean, opened(args.style, args.size) - mean
-    wanted_content, wanted_style = jax.jit(features, static_argnums=1)(content, CONTENT), jax.jit(features, static_argnums=1)(style, STYLE)
+    wanted_content, wanted_style = (
+        jax.jit(features, static_argnums=1)(content, CONTENT),
+        jax.jit(features, static_argnums=1)(style, STYLE),
+    )
     optimizer = optax.adam(2.0)
 
     def loss(image: jax.Array) -> jax.Array:
@@ -62,7 +79,9 @@ def main() -> None:
         of_style = style_loss({name: found[name] for name in STYLE}, wanted_style)
         return (of_content + args.style_weight * of_style).sum()
 
-    def step(image: jax.Array, state: optax.OptState) -> tuple[jax.Array, optax.OptState, jax.Array]:
+    def step(
+        image: jax.Array, state: optax.OptState
+    ) -> tuple[jax.Array, optax.OptState, jax.Array]:
         value, gradient = jax.value_and_grad(loss)(image)
         updates, state = optimizer.update(gradient, state)
         return jnp.clip(image + updates, -mean, 255 - mean), state, value

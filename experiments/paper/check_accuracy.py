@@ -27,12 +27,16 @@ from vgg_jax.training.optimizer import sgd
 from vgg_jax.training.step import build_model, compile_steps, init_state
 
 
-def plain(x: Array, kernel: Array, bias: Array, filters: Array | None, there: Array | None, *, then: Then) -> Array:
+def plain(
+    x: Array, kernel: Array, bias: Array, filters: Array | None, there: Array | None, *, then: Then
+) -> Array:
     """Each value a sum of nine products; XLA's own convolution, which is that too, takes seconds a step."""
     return finish(convolution._im2col(x, kernel), bias, there, then)
 
 
-FAST = convolution._on_cpu  # in bfloat16 by oneDNN where the CPU has instructions for it, else computed in float32
+FAST = (
+    convolution._on_cpu
+)  # in bfloat16 by oneDNN where the CPU has instructions for it, else computed in float32
 WAYS = {"winograd": ("float32", FAST), "plain": ("float32", plain), "bfloat16": ("bfloat16", FAST)}
 
 
@@ -40,7 +44,9 @@ def first(source: Source, count: int) -> Source:
     """Of batches from pixels; `examples` stays whole."""
     assert source.pixels is not None
     count = min(count, source.size)
-    pixels = source.pixels._replace(**{name: values[:count] for name, values in source.pixels._asdict().items()})
+    pixels = source.pixels._replace(
+        **{name: values[:count] for name, values in source.pixels._asdict().items()}
+    )
     return dataclasses.replace(source, size=count, pixels=pixels)
 
 
@@ -52,7 +58,9 @@ def trained(dtype: str, seed: int, train: Source, validation: Source, epochs: in
     train_step, eval_step = compile_steps(config, model, IMAGENET.mean_rgb, mesh)
 
     def placed(batch: dict) -> dict:
-        return put_batch({name: batch[name] for name in ("image", "colour_shift", "label", "mask")}, mesh)
+        return put_batch(
+            {name: batch[name] for name in ("image", "colour_shift", "label", "mask")}, mesh
+        )
 
     losses, sums = [], Sums()
     for batch in train_batches(train, config, IMAGENET):
@@ -62,19 +70,25 @@ def trained(dtype: str, seed: int, train: Source, validation: Source, epochs: in
             losses, sums = [*losses, sums.loss / sums.count], Sums()
     variables, found = {"params": state.params, "batch_stats": state.batch_stats}, Sums()
     for batch in eval_batches(validation, config, config.batch_size):
-        found = merge(found, jax.tree.map(float, jax.device_get(eval_step(variables, placed(batch)))))
+        found = merge(
+            found, jax.tree.map(float, jax.device_get(eval_step(variables, placed(batch))))
+        )
     return {"losses": [round(loss, 4) for loss in losses], "accuracy": found.top1 / found.count}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--images", type=int, default=15_000)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
     config = preset("cifar10")
-    train, validation = (cached(source, config) for source in open_splits("cifar10", data_dir=args.data_dir))
+    train, validation = (
+        cached(source, config) for source in open_splits("cifar10", data_dir=args.data_dir)
+    )
     train, validation = first(train, args.images), first(validation, 5000)
     for seed in args.seeds:
         for way, (dtype, on_cpu) in WAYS.items():

@@ -21,7 +21,9 @@ from vgg_jax.evaluation.dense import posteriors
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder")
     parser.add_argument("--net", default="A", choices=CONFIGS)
     parser.add_argument("--batch-norm", action="store_true")
@@ -37,7 +39,9 @@ def main() -> None:
             break
     theirs = randomize(torch_vgg(args.net, (4096, 4096), 1000, args.batch_norm), seed=0).eval()
     # Random scores may be all or nothing, or nearly equal: scaled so that the largest posterior is well between.
-    pixels = torch.from_numpy(images[0] - np.array(IMAGENET.mean_rgb, np.float32)).permute(2, 0, 1)[None]
+    pixels = torch.from_numpy(images[0] - np.array(IMAGENET.mean_rgb, np.float32)).permute(2, 0, 1)[
+        None
+    ]
     with torch.inference_mode():
         theirs.fc8.weight.data *= 2.5 / score_map(theirs, pixels, 7).std()
     params, batch_stats = to_jax(theirs, 7)
@@ -45,12 +49,19 @@ def main() -> None:
     variables = {"params": params, "batch_stats": batch_stats}
     ours = posteriors(model, variables, images, protocol=Protocol(ceil=args.ceil))
     with torch.inference_mode():
-        expected = np.stack([dense_posterior(theirs, image, IMAGENET.mean_rgb, 7, args.ceil) for image in images])
+        expected = np.stack(
+            [dense_posterior(theirs, image, IMAGENET.mean_rgb, 7, args.ceil) for image in images]
+        )
     difference = np.abs(ours - expected).max()
     sizes = len({image.shape for image in images})
     print(
         json.dumps(
-            vars(args) | {"sizes": sizes, "largest_difference": float(difference), "mean_largest_posterior": float(expected.max(1).mean())}
+            vars(args)
+            | {
+                "sizes": sizes,
+                "largest_difference": float(difference),
+                "mean_largest_posterior": float(expected.max(1).mean()),
+            }
         )
     )
 

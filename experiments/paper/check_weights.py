@@ -33,7 +33,12 @@ def photos(folder: str, count: int) -> np.ndarray:
     files = sorted(Path(folder).glob("*/*"))[:count]
     if not files:
         raise InputError(f"no photos {folder}/<class>/*: expected a folder of images by class")
-    return np.stack([np.asarray(Image.open(file).convert("RGB").resize((224, 224)), np.float32) for file in files])
+    return np.stack(
+        [
+            np.asarray(Image.open(file).convert("RGB").resize((224, 224)), np.float32)
+            for file in files
+        ]
+    )
 
 
 def goes_in_and_out(name: str, images: np.ndarray, folder: Path) -> dict:
@@ -46,7 +51,9 @@ def goes_in_and_out(name: str, images: np.ndarray, folder: Path) -> dict:
     torch.save(theirs.state_dict(), folder / "net.pth")
     weights = read(folder / "net.pth")
     forward = jax.jit(weights.model.apply, compiler_options=compiler_options())
-    ours = np.asarray(forward(weights.variables, images - np.float32(weights.preprocessing.mean_rgb)))
+    ours = np.asarray(
+        forward(weights.variables, images - np.float32(weights.preprocessing.mean_rgb))
+    )
     with torch.inference_mode():
         normalized = (images - np.float32(TORCHVISION.mean_rgb)) / np.float32(TORCHVISION.std_rgb)
         expected = theirs(torch.from_numpy(normalized.transpose(0, 3, 1, 2).copy())).numpy()
@@ -55,7 +62,11 @@ def goes_in_and_out(name: str, images: np.ndarray, folder: Path) -> dict:
     back = getattr(torchvision.models, name)(weights=None)
     back.load_state_dict(load_file(folder / "back.safetensors"), strict=True)
     counters = "num_batches_tracked"  # of training, not in our files
-    equal = all(torch.equal(back.state_dict()[key], value) for key, value in theirs.state_dict().items() if counters not in key)
+    equal = all(
+        torch.equal(back.state_dict()[key], value)
+        for key, value in theirs.state_dict().items()
+        if counters not in key
+    )
     return {
         "net": name,
         "recognised": weights.net,
@@ -68,14 +79,21 @@ def goes_in_and_out(name: str, images: np.ndarray, folder: Path) -> dict:
 def layer_by_layer(net: str) -> dict:
     """For the configurations that torchvision does not have."""
     model = VGG(CONFIGS[net], initializer="he")
-    init = jax.jit(lambda key: model.init(key, np.zeros((1, 224, 224, 3), np.float32)), compiler_options=compiler_options())
+    init = jax.jit(
+        lambda key: model.init(key, np.zeros((1, 224, 224, 3), np.float32)),
+        compiler_options=compiler_options(),
+    )
     params = jax.tree.map(np.asarray, init(jax.random.key(0))["params"])
-    weights = Weights(net, "vgg_jax", model, params, {}, True, Preprocessing(IMAGENET.mean_rgb), CLASSES)
+    weights = Weights(
+        net, "vgg_jax", model, params, {}, True, Preprocessing(IMAGENET.mean_rgb), CLASSES
+    )
     return {"net": net, "largest_of_layers": max(against_torch(weights).values())}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder")
     images = photos(parser.parse_args().folder, 4)
     for name in NETS:

@@ -23,16 +23,33 @@ from vgg_jax.cli import keep_compiled_programs
 from vgg_jax.configs.models import Protocol
 from vgg_jax.evaluation.evaluate import evaluate
 
-TECHNIQUES = {"center": ("center",), "dense": ("dense",), "multi-crop": ("multi-crop",), "both": ("dense", "multi-crop")}
+TECHNIQUES = {
+    "center": ("center",),
+    "dense": ("dense",),
+    "multi-crop": ("multi-crop",),
+    "both": ("dense", "multi-crop"),
+}
 # Table 5: S in [256; 512], Q = 256, 384, 512, validation errors in %. Table 3 has dense evaluation at Q = 384.
 PAPER = {
-    "D": {"dense": [24.8, 7.5], "multi-crop": [24.6, 7.5], "both": [24.4, 7.2], "dense, one scale": [25.6, 8.1]},
-    "E": {"dense": [24.8, 7.5], "multi-crop": [24.6, 7.4], "both": [24.4, 7.1], "dense, one scale": [25.5, 8.0]},
+    "D": {
+        "dense": [24.8, 7.5],
+        "multi-crop": [24.6, 7.5],
+        "both": [24.4, 7.2],
+        "dense, one scale": [25.6, 8.1],
+    },
+    "E": {
+        "dense": [24.8, 7.5],
+        "multi-crop": [24.6, 7.4],
+        "both": [24.4, 7.1],
+        "dense, one scale": [25.5, 8.0],
+    },
 }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run")
     parser.add_argument("--data-dir")
     parser.add_argument("--split", default="val", help="val: what the run validated on")
@@ -43,8 +60,21 @@ def main() -> None:
     single = {}
     for name in ("center", "dense", "multi-crop"):
         for scale in args.scales:
-            single[name, scale] = evaluate(args.run, split=args.split, protocol=Protocol(name), scales=(scale,), data_dir=args.data_dir)
-            print(name, scale, single[name, scale][1]["top1_error"], single[name, scale][1]["seconds"], file=sys.stderr, flush=True)
+            single[name, scale] = evaluate(
+                args.run,
+                split=args.split,
+                protocol=Protocol(name),
+                scales=(scale,),
+                data_dir=args.data_dir,
+            )
+            print(
+                name,
+                scale,
+                single[name, scale][1]["top1_error"],
+                single[name, scale][1]["seconds"],
+                file=sys.stderr,
+                flush=True,
+            )
 
     rows = []
     for scales in (*((scale,) for scale in args.scales), tuple(args.scales)):
@@ -53,11 +83,28 @@ def main() -> None:
             mean = np.mean([evaluation.posteriors for evaluation, _ in parts], 0)
             errors = dataclasses.replace(parts[0][0], posteriors=mean).errors()
             seconds = sum(facts["seconds"] for _, facts in parts)
-            row = {"technique": technique, "scales": scales, "top1_error": errors["top1_error"], "interval": errors["top1_error_interval"]}
-            rows.append(row | {"top5_error": errors["top5_error"], "milliseconds_an_image": 1000 * seconds / len(mean)})
+            row = {
+                "technique": technique,
+                "scales": scales,
+                "top1_error": errors["top1_error"],
+                "interval": errors["top1_error_interval"],
+            }
+            rows.append(
+                row
+                | {
+                    "top5_error": errors["top5_error"],
+                    "milliseconds_an_image": 1000 * seconds / len(mean),
+                }
+            )
     first = single["center", args.scales[0]][1]
     run = {name: first[name] for name in ("run", "epoch", "data", "split", "net", "count")}
-    print(json.dumps(run | {"device": args.device, "jax": jax.__version__, "rows": rows, "paper_percent": PAPER}, indent=1))
+    print(
+        json.dumps(
+            run
+            | {"device": args.device, "jax": jax.__version__, "rows": rows, "paper_percent": PAPER},
+            indent=1,
+        )
+    )
 
 
 if __name__ == "__main__":

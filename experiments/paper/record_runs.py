@@ -22,19 +22,34 @@ from vgg_jax.runs.metadata import read_run
 def recorded(workdir: str) -> dict:
     run = read_run(Path(workdir))
     usual = dataclasses.asdict(preset(run.config.data))
-    given = {name: value for name, value in dataclasses.asdict(run.config).items() if value != usual[name] and name != "seed"}
-    epochs = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+    given = {
+        name: value
+        for name, value in dataclasses.asdict(run.config).items()
+        if value != usual[name] and name != "seed"
+    }
+    epochs = [
+        json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    ]
     return {
-        "data": {"name": run.config.data, "storage": run.storage, "train": run.train_size, "validation": run.validation_size},
+        "data": {
+            "name": run.config.data,
+            "storage": run.storage,
+            "train": run.train_size,
+            "validation": run.validation_size,
+        },
         "seed": run.config.seed,
         "other_than_the_preset": given,
         "training_seconds": round(sum(epoch["seconds"] for epoch in epochs), 1),
-        "best_validation_accuracy": round(max(epoch["validation"]["accuracy"] for epoch in epochs), 4),
+        "best_validation_accuracy": round(
+            max(epoch["validation"]["accuracy"] for epoch in epochs), 4
+        ),
         "epochs": [
             {
                 "learning_rate": epoch["learning_rate"],
                 "train": [round(epoch["train"][name], 4) for name in ("loss", "accuracy")],
-                "validation": [round(epoch["validation"][name], 4) for name in ("loss", "accuracy")],
+                "validation": [
+                    round(epoch["validation"][name], 4) for name in ("loss", "accuracy")
+                ],
                 "seconds": round(epoch["seconds"], 1),
             }
             for epoch in epochs
@@ -43,13 +58,24 @@ def recorded(workdir: str) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("workdirs", nargs="+")
-    parser.add_argument("--command", required=True, action="append", help="what was run, once for each command")
+    parser.add_argument(
+        "--command", required=True, action="append", help="what was run, once for each command"
+    )
     parser.add_argument("--device", required=True)
     args = parser.parse_args()
     versions = {"python": platform.python_version(), "jax": jax.__version__}
-    print(json.dumps({"command": args.command, "device": args.device} | versions | {"runs": [*map(recorded, args.workdirs)]}, indent=1))
+    print(
+        json.dumps(
+            {"command": args.command, "device": args.device}
+            | versions
+            | {"runs": [*map(recorded, args.workdirs)]},
+            indent=1,
+        )
+    )
 
 
 if __name__ == "__main__":

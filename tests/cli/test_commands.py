@@ -25,13 +25,21 @@ def run(capsys, *argv):
 def test_summary_of_the_printout_that_pytorch_users_know(capsys):
     code, out, _ = run(capsys, "summary", "D", "--batch-norm")
     assert code == 0
-    for line in ("Total params: 138,365,992", "(MB): 0.57", "(MB): 321.95", "(MB): 527.82", "(MB): 850.35"):
+    for line in (
+        "Total params: 138,365,992",
+        "(MB): 0.57",
+        "(MB): 321.95",
+        "(MB): 527.82",
+        "(MB): 850.35",
+    ):
         assert line in out
 
 
 @pytest.mark.slow
 def test_summary_foretells_the_memory_of_a_step(capsys):
-    code, out, _ = run(capsys, "summary", "A", "--image-size", "32", "--num-classes", "10", "--batch-size", "4")
+    code, out, _ = run(
+        capsys, "summary", "A", "--image-size", "32", "--num-classes", "10", "--batch-size", "4"
+    )
     assert code == 0
     assert "A training step of 4 images takes 0." in out
     assert "0.23 GB for parameters and momentum" in out  # 28.1 million, twice, 4 bytes each
@@ -44,10 +52,16 @@ def test_every_field_of_the_configuration_has_a_flag_and_the_other_way_round():
     flags = vars(parser().parse_args(["train", "d", *FLAGS.split()]))
     given = {name: flags[name] for name in flags if name not in NOT_OF_THE_RUN}
     assert given.keys() == {field.name for field in dataclasses.fields(TrainConfig)}
-    config = preset(**{name: value for name, value in given.items() if name not in WITHOUT_EFFECT} | {"exclude": ("what the list says",)})
+    config = preset(
+        **{name: value for name, value in given.items() if name not in WITHOUT_EFFECT}
+        | {"exclude": ("what the list says",)}
+    )
     assert config.fc == (10, 20)
     assert config.scale == (300, 400)
-    assert dataclasses.asdict(config).items() >= {"flip": False, "exif": False, "batch_norm": True, "microbatch": 4, "seed": 7}.items()
+    assert (
+        dataclasses.asdict(config).items()
+        >= {"flip": False, "exif": False, "batch_norm": True, "microbatch": 4, "seed": 7}.items()
+    )
 
 
 FLAGS = """--net E --batch-norm --fc 10 20 --dropout-rate 0.1 --initializer paper --initializer-std 0.1 --init-from r --freeze conv fc6

@@ -26,14 +26,24 @@ def test_layers_are_named_as_in_the_released_models():
 
 def test_only_c_has_1x1_convolutions_and_they_end_its_last_stages():
     ones = {
-        net: [layer.name for layer in layer_table(config) if layer.kind == "conv" and layer.kernel == 1] for net, config in CONFIGS.items()
+        net: [
+            layer.name
+            for layer in layer_table(config)
+            if layer.kind == "conv" and layer.kernel == 1
+        ]
+        for net, config in CONFIGS.items()
     }
     assert ones == {net: ["conv3_3", "conv4_3", "conv5_3"] if net == "C" else [] for net in CONFIGS}
 
 
 def test_defaults_are_the_papers():
     config = TrainConfig()
-    assert (config.batch_size, config.momentum, config.weight_decay, config.dropout_rate) == (256, 0.9, 5e-4, 0.5)
+    assert (config.batch_size, config.momentum, config.weight_decay, config.dropout_rate) == (
+        256,
+        0.9,
+        5e-4,
+        0.5,
+    )
     assert with_learning_rate(config, 1000).learning_rate == 1e-2
     assert (config.drops, config.epochs, config.scale, config.image_size) == (3, 74, (256,), 224)
 

@@ -15,13 +15,21 @@ def test_presets_give_way_to_what_is_given():
 
 
 def test_few_classes_get_a_lower_rate_unless_one_is_given():
-    assert [with_learning_rate(TrainConfig(), classes).learning_rate for classes in (2, 99, 100)] == [1e-3, 1e-3, 1e-2]
+    assert [
+        with_learning_rate(TrainConfig(), classes).learning_rate for classes in (2, 99, 100)
+    ] == [1e-3, 1e-3, 1e-2]
     assert with_learning_rate(TrainConfig(learning_rate=0.5), 2).learning_rate == 0.5
-    assert preset("cifar10").learning_rate == preset("digits").learning_rate == 1e-2  # small images, smaller nets: measured to train
+    assert (
+        preset("cifar10").learning_rate == preset("digits").learning_rate == 1e-2
+    )  # small images, smaller nets: measured to train
 
 
 def test_a_schedule_of_ones_own_ends_when_it_says():
-    assert preset("digits", schedule="plateau").epochs == preset("digits", schedule="constant").epochs == 74
+    assert (
+        preset("digits", schedule="plateau").epochs
+        == preset("digits", schedule="constant").epochs
+        == 74
+    )
     assert preset("digits", schedule="constant", epochs=7).epochs == 7
 
 
@@ -30,7 +38,11 @@ def test_a_schedule_of_ones_own_ends_when_it_says():
     [
         ("digits", {"patience": 3}, "patience is 3, and schedule is 'step': expected 'plateau'"),
         ("cifar10", {"drop_epochs": [3]}, "drop_epochs"),
-        ("cifar10", {"initializer_std": 0.1}, "initializer_std is 0.1, and initializer is 'glorot': expected 'paper'"),
+        (
+            "cifar10",
+            {"initializer_std": 0.1},
+            "initializer_std is 0.1, and initializer is 'glorot': expected 'paper'",
+        ),
     ],
 )
 def test_a_value_without_effect_is_refused(data, given, words):

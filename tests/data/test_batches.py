@@ -36,9 +36,17 @@ def test_a_broken_image_is_named(folder, spoil):
         with pytest.raises(InputError) as error:
             list(batches)
         message = str(error.value)
-        assert message.startswith(f"cannot decode {path!r}: ") and "; expected a whole image, so replace it" in message
+        assert (
+            message.startswith(f"cannot decode {path!r}: ")
+            and "; expected a whole image, so replace it" in message
+        )
         assert "nvalid JPEG data" in message or "Pillow" in message
-        assert len(message) < len(path) + 200 and "\n" not in message and "{{" not in message and "Traceback" not in message
+        assert (
+            len(message) < len(path) + 200
+            and "\n" not in message
+            and "{{" not in message
+            and "Traceback" not in message
+        )
 
 
 def test_the_batches_before_a_broken_image_arrive(folder):
@@ -70,7 +78,9 @@ for i, batch in enumerate(train_batches(open_split({str(folder)!r}, "train"), co
     if i == 20:
         print("ready", flush=True)
 """
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     try:
         assert process.stdout.readline() == b"ready\n"
         started = time.monotonic()
@@ -78,7 +88,11 @@ for i, batch in enumerate(train_batches(open_split({str(folder)!r}, "train"), co
         _, errors = process.communicate(timeout=30)
     finally:
         process.kill()  # one that did not end would go on for ever beside the other tests
-    assert b"KeyboardInterrupt" in errors and b"Exception ignored" not in errors and time.monotonic() - started < 15
+    assert (
+        b"KeyboardInterrupt" in errors
+        and b"Exception ignored" not in errors
+        and time.monotonic() - started < 15
+    )
 
 
 def test_what_would_be_too_large_at_the_test_scale_is_named(tmp_path):
@@ -86,5 +100,8 @@ def test_what_would_be_too_large_at_the_test_scale_is_named(tmp_path):
     Image.new("RGB", (700, 1)).save(tmp_path / "a" / "line.png")
     source = open_split(str(tmp_path), "train")
     assert len(list(rescaled_images(source, (16,), True))) == 1
-    with pytest.raises(InputError, match=r"cannot decode '.*a/line\.png': at the test scale it has more than 2,000,000 pixels"):
+    with pytest.raises(
+        InputError,
+        match=r"cannot decode '.*a/line\.png': at the test scale it has more than 2,000,000 pixels",
+    ):
         list(rescaled_images(source, (256,), True))

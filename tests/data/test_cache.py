@@ -24,7 +24,9 @@ def photos_of_one_size(folder):
     return open_split(str(folder), "train")
 
 
-@pytest.fixture(params=["mixed sizes", "one size", "one size, large crops", "digits", "array_record"])
+@pytest.fixture(
+    params=["mixed sizes", "one size", "one size, large crops", "digits", "array_record"]
+)
 def source_and_config(request, tmp_path):
     """Storage that is found by index, whose order is the same in memory, and a configuration that uses it."""
     if request.param == "mixed sizes":
@@ -32,7 +34,9 @@ def source_and_config(request, tmp_path):
     if request.param == "digits":
         return open_splits("digits", validation_fraction=0.99)[0], TINY
     if request.param == "array_record":
-        return open_splits("numbers", data_dir=request.getfixturevalue("prepared")["array_record"])[0], TINY
+        return open_splits("numbers", data_dir=request.getfixturevalue("prepared")["array_record"])[
+            0
+        ], TINY
     large = dataclasses.replace(TINY, image_size=96, scale=(96, 100))
     return photos_of_one_size(tmp_path), large if "large" in request.param else TINY
 
@@ -76,8 +80,13 @@ def test_sequential_files_are_shuffled_anew_each_epoch_with_the_same_draws(prepa
     assert ours.keys() == theirs.keys()
     for key, example in ours.items():
         np.testing.assert_array_equal(example["colour_shift"], theirs[key]["colour_shift"])
-        assert example["label"] == theirs[key]["label"] and np.abs(example["image"].astype(int) - theirs[key]["image"]).max() <= 1
-    indices = np.concatenate([batch["index"][batch["mask"]] for batch in batches]).reshape(3, source.size)
+        assert (
+            example["label"] == theirs[key]["label"]
+            and np.abs(example["image"].astype(int) - theirs[key]["image"]).max() <= 1
+        )
+    indices = np.concatenate([batch["index"][batch["mask"]] for batch in batches]).reshape(
+        3, source.size
+    )
     assert all(sorted(epoch) == list(range(source.size)) for epoch in indices)
     assert len({tuple(epoch) for epoch in indices}) == 3
 
@@ -106,20 +115,27 @@ def test_a_broken_image_is_named(tmp_path, first):
 def test_what_does_not_fit_is_refused(tmp_path, monkeypatch):
     source = photos_of_one_size(tmp_path)
     monkeypatch.setattr(cache, "free_memory", lambda: 1000.0)
-    with pytest.raises(InputError, match=r"does not fit into memory: 9 of its 9 images take 2 times .*; leave out --cache"):
+    with pytest.raises(
+        InputError,
+        match=r"does not fit into memory: 9 of its 9 images take 2 times .*; leave out --cache",
+    ):
         cached(source, TINY)
 
 
 def test_pixels_that_do_not_fit_are_decoded_anew(tmp_path, monkeypatch):
     source = photos_of_one_size(tmp_path)
-    bytes_of = sum(len(example["encoded"]) for example in source.examples(None, 0).as_numpy_iterator())
+    bytes_of = sum(
+        len(example["encoded"]) for example in source.examples(None, 0).as_numpy_iterator()
+    )
     monkeypatch.setattr(cache, "free_memory", lambda: 2.6 * bytes_of)
     assert cached(source, TINY).pixels is None
 
 
 def test_a_source_that_says_too_much_of_its_size_is_refused(tmp_path):
     source = photos_of_one_size(tmp_path)
-    few = dataclasses.replace(source, examples=lambda seed, start=0: source.examples(seed, start).take(4))
+    few = dataclasses.replace(
+        source, examples=lambda seed, start=0: source.examples(seed, start).take(4)
+    )
     with pytest.raises(InputError, match=r"says that it has 9 images, and has 4: prepare it again"):
         cached(few, TINY)
 

@@ -17,7 +17,18 @@ from tests.helpers.tiny_data import encode, noise
 from tests.helpers.tiny import SHALLOW
 from vgg_jax import CONFIGS, IMAGENET, InputError, TrainConfig, cli
 from vgg_jax.configs.models import CHOICES
-from vgg_jax.data import decode, eval_batches, measure, open_split, open_splits, read_list, tf, train_batches, verify, write_list
+from vgg_jax.data import (
+    decode,
+    eval_batches,
+    measure,
+    open_split,
+    open_splits,
+    read_list,
+    tf,
+    train_batches,
+    verify,
+    write_list,
+)
 from vgg_jax.data.transforms import LARGEST_DECODED
 from vgg_jax.errors import DataError
 
@@ -28,7 +39,13 @@ PHOTO = noise(40, 50)
 def animated(format):
     frames = [Image.fromarray(noise(20, 30, seed)) for seed in range(3)]
     buffer = io.BytesIO()
-    frames[0].save(buffer, format, save_all=True, append_images=frames[1:], **({"lossless": True} if format == "WEBP" else {}))
+    frames[0].save(
+        buffer,
+        format,
+        save_all=True,
+        append_images=frames[1:],
+        **({"lossless": True} if format == "WEBP" else {}),
+    )
     return buffer.getvalue()
 
 
@@ -93,7 +110,9 @@ def odd(tmp_path):
 
 def test_odd_images_make_batches(odd):
     source = open_split(str(odd), "train")
-    assert sum(batch["mask"].sum() for batch in train_batches(source, TINY, IMAGENET)) == TINY.epochs * len(ODD)
+    assert sum(
+        batch["mask"].sum() for batch in train_batches(source, TINY, IMAGENET)
+    ) == TINY.epochs * len(ODD)
     assert sum(batch["mask"].sum() for batch in eval_batches(source, TINY, 4)) == len(ODD)
 
 
@@ -134,13 +153,21 @@ def test_a_bad_image_is_named_or_left_out(name, tmp_path, capsys):
     skipping = TrainConfig(**{**vars(TINY), "skip_bad": True})
     source = open_split(root, "train", skip_bad=True)
     bad = next(i for i in range(source.size) if name in source.file_name(i))
-    for make in (lambda: train_batches(source, skipping, IMAGENET), lambda: eval_batches(source, skipping, 4)):
+    for make in (
+        lambda: train_batches(source, skipping, IMAGENET),
+        lambda: eval_batches(source, skipping, 4),
+    ):
         batches = list(make())
-        index, mask = (np.concatenate([batch[key] for batch in batches]) for key in ("index", "mask"))
+        index, mask = (
+            np.concatenate([batch[key] for batch in batches]) for key in ("index", "mask")
+        )
         assert mask.tolist() == ((index >= 0) & (index != bad)).tolist()
         for batch in batches:
             assert not batch["image"][~batch["mask"]].any()
-        assert capsys.readouterr().err.count(f"{name}' cannot be read or decoded, and is left out") == 1
+        assert (
+            capsys.readouterr().err.count(f"{name}' cannot be read or decoded, and is left out")
+            == 1
+        )
 
 
 def test_those_beside_a_bad_image_are_as_they_were(tmp_path):
@@ -148,10 +175,15 @@ def test_those_beside_a_bad_image_are_as_they_were(tmp_path):
     names = [str(tmp_path / name) for name in ("whole", "cut")]
     for root in names:
         with_bad(Path(root))
-        (Path(root) / "ants" / "2.png").write_bytes(encode(PHOTO) if root.endswith("whole") else BAD["cut.png"])
+        (Path(root) / "ants" / "2.png").write_bytes(
+            encode(PHOTO) if root.endswith("whole") else BAD["cut.png"]
+        )
     skipping = TrainConfig(**{**vars(TINY), "skip_bad": True})
     whole, cut = (open_split(root, "train", skip_bad=True) for root in names)
-    for make in (lambda source: train_batches(source, skipping, IMAGENET), lambda source: eval_batches(source, skipping, 4)):
+    for make in (
+        lambda source: train_batches(source, skipping, IMAGENET),
+        lambda source: eval_batches(source, skipping, 4),
+    ):
         for one, other in zip(make(whole), make(cut), strict=True):
             np.testing.assert_array_equal(one["index"], other["index"])
             there = other["mask"]
@@ -222,7 +254,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 def test_a_bomb_takes_no_memory(tmp_path):
     """In a graph an assertion alone would hold up nothing: the image was decoded beside it, 1.2 GB."""
     root = with_bad(tmp_path / "data", "bomb.png")
-    kilobytes = subprocess.run([sys.executable, "-c", MEMORY, root], stdout=subprocess.PIPE, check=True).stdout
+    kilobytes = subprocess.run(
+        [sys.executable, "-c", MEMORY, root], stdout=subprocess.PIPE, check=True
+    ).stdout
     assert int(kilobytes) < 400_000
 
 
@@ -230,7 +264,9 @@ def test_too_many_bad_images_end_the_run(tmp_path):
     """One in a hundred may be bad, and one in any case."""
     root = with_bad(tmp_path / "data", "cut.jpg", "cut.png")
     source = open_split(root, "train", skip_bad=True)
-    with pytest.raises(DataError, match=r"2 of the 12 images of .* expected at most one in 100; .*verify-data"):
+    with pytest.raises(
+        DataError, match=r"2 of the 12 images of .* expected at most one in 100; .*verify-data"
+    ):
         list(eval_batches(source, TrainConfig(**{**vars(TINY), "skip_bad": True}), 4))
 
 
@@ -244,7 +280,9 @@ def test_a_file_that_vanishes_is_left_out(tmp_path, capsys):
 
 
 def test_an_image_that_may_not_be_read():
-    with tempfile.TemporaryDirectory() as folder:  # not pytest's own, which is closed to other users
+    with (
+        tempfile.TemporaryDirectory() as folder
+    ):  # not pytest's own, which is closed to other users
         Path(folder).chmod(0o755)
         root = with_bad(Path(folder) / "data")
         open_split(root, "train")  # what is imported late
@@ -256,7 +294,11 @@ def test_an_image_that_may_not_be_read():
             with pytest.raises(DataError, match=r"1 of 10 files .* cannot be read: '.*bees/3.png'"):
                 open_split(root, "train")
             source = open_split(root, "train", skip_bad=True)
-            assert sum(batch["mask"].sum() for batch in eval_batches(source, TINY, 4)) == source.size == 9
+            assert (
+                sum(batch["mask"].sum() for batch in eval_batches(source, TINY, 4))
+                == source.size
+                == 9
+            )
         finally:
             os.seteuid(user)
 
@@ -299,7 +341,11 @@ def test_verify_finds_what_is_bad_and_exclude_leaves_it_out(tmp_path, capsys):
 def test_verify_says_why(tmp_path):
     root = with_bad(tmp_path / "data", "cut.jpg", "bomb.png")
     ((split, count, bad),) = verify(root)
-    assert (split, count, [each.file for each in bad]) == ("train", 12, ["ants/bomb.png", "ants/cut.jpg"])
+    assert (split, count, [each.file for each in bad]) == (
+        "train",
+        12,
+        ["ants/bomb.png", "ants/cut.jpg"],
+    )
     assert bad[0].reason == "it has more than 178,956,970 pixels"
     assert "nvalid JPEG data" in bad[1].reason
 
@@ -309,27 +355,39 @@ def test_a_whole_data_set_verifies(tmp_path, prepared):
     assert cli.main(["verify-data", with_bad(tmp_path / "data"), "--out", str(out)]) == 0
     assert out.read_text() == ""
     for folder in prepared.values():
-        assert [(split, count, bad) for split, count, bad in verify("numbers", data_dir=folder)] == [("train", 23, [])]
+        assert [
+            (split, count, bad) for split, count, bad in verify("numbers", data_dir=folder)
+        ] == [("train", 23, [])]
 
 
 def test_records_are_excluded_by_their_number(prepared):
     for folder in prepared.values():
         whole, _ = open_splits("numbers", data_dir=folder, validation_fraction=0.3)
         names = ("numbers train record 4", "numbers train record 22")
-        train, validation = open_splits("numbers", data_dir=folder, validation_fraction=0.3, exclude=names)
+        train, validation = open_splits(
+            "numbers", data_dir=folder, validation_fraction=0.3, exclude=names
+        )
         assert train.size + validation.size == 21
-        seen = [int(example["index"]) for source in (train, validation) for example in source.examples(None, 0).as_numpy_iterator()]
+        seen = [
+            int(example["index"])
+            for source in (train, validation)
+            for example in source.examples(None, 0).as_numpy_iterator()
+        ]
         assert sorted(seen) == [i for i in range(23) if i not in (4, 22)]
         assert train.storage != whole.storage  # another list is another run
 
 
 def test_a_list_of_other_data_is_refused(tmp_path):
     root = with_bad(tmp_path / "data")
-    with pytest.raises(InputError, match=r"none of the 1 images to exclude, 'ants/x.jpg' for one, is in .*data"):
+    with pytest.raises(
+        InputError, match=r"none of the 1 images to exclude, 'ants/x.jpg' for one, is in .*data"
+    ):
         open_splits(root, exclude=("ants/x.jpg",))
 
 
-@pytest.mark.parametrize("content", ["no JSON\n", '{"name": 1}\n', "[1]\n", '{"file": 3}\n', "\xff"])
+@pytest.mark.parametrize(
+    "content", ["no JSON\n", '{"name": 1}\n', "[1]\n", '{"file": 3}\n', "\xff"]
+)
 def test_a_list_that_is_none(content, tmp_path):
     (tmp_path / "list").write_bytes(content.encode("latin-1"))
     with pytest.raises(InputError, match="expected the list that `vgg-jax verify-data` writes"):
@@ -337,7 +395,12 @@ def test_a_list_that_is_none(content, tmp_path):
 
 
 def test_a_list_that_is_not_there(tmp_path, capsys):
-    assert cli.main(["train", "digits", "--exclude", str(tmp_path / "nowhere"), "--no-compilation-cache"]) == 2
+    assert (
+        cli.main(
+            ["train", "digits", "--exclude", str(tmp_path / "nowhere"), "--no-compilation-cache"]
+        )
+        == 2
+    )
     assert "nowhere (No such file or directory)" in capsys.readouterr().err
 
 
@@ -345,7 +408,9 @@ def test_a_list_is_read_as_it_was_written(tmp_path):
     ((_, _, bad),) = verify(with_bad(tmp_path / "data", *BAD))
     write_list(str(tmp_path / "list"), bad)
     assert read_list(str(tmp_path / "list")) == tuple(sorted(each.file for each in bad))
-    assert [json.loads(line)["reason"] for line in (tmp_path / "list").read_text().splitlines()] == [each.reason for each in bad]
+    assert [
+        json.loads(line)["reason"] for line in (tmp_path / "list").read_text().splitlines()
+    ] == [each.reason for each in bad]
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -373,7 +438,12 @@ def test_training_with_a_bad_image(skip, tmp_path, capsys, monkeypatch):
         "--epochs",
         "1",
     ]
-    argv += ["--workdir", str(tmp_path / "w"), "--no-compilation-cache", *(["--skip-bad"] if skip else [])]
+    argv += [
+        "--workdir",
+        str(tmp_path / "w"),
+        "--no-compilation-cache",
+        *(["--skip-bad"] if skip else []),
+    ]
     assert cli.main(argv) == (0 if skip else 3)
     captured = capsys.readouterr()
     assert "cut.jpg'" in captured.err

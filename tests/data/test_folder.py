@@ -11,7 +11,12 @@ from vgg_jax.errors import InputError
 
 def test_folder_with_splits(folder):
     train, validation = open_splits(str(folder))
-    assert (train.size, validation.size, train.classes, validation.classes) == (13, 5, ("ants", "bees"), ("ants", "bees"))
+    assert (train.size, validation.size, train.classes, validation.classes) == (
+        13,
+        5,
+        ("ants", "bees"),
+        ("ants", "bees"),
+    )
     check_order(train)
     for source, split in ((train, "train"), (validation, "val")):
         for example in listed(source, SEED):
@@ -38,7 +43,13 @@ def test_folder_without_splits_is_divided(folder):
 
 
 def test_strange_names_are_read_and_hidden_files_are_not(tmp_path):
-    names = [b"caf\xc3\xa9 \xe8\x9a\x82.png", b"two\nlines.png", b"latin\xe9.png", b"no extension", b"photo.txt"]
+    names = [
+        b"caf\xc3\xa9 \xe8\x9a\x82.png",
+        b"two\nlines.png",
+        b"latin\xe9.png",
+        b"no extension",
+        b"photo.txt",
+    ]
     (tmp_path / "ünïts").mkdir()
     (tmp_path / ".git").mkdir()
     (tmp_path / "README").write_text("beside the class folders")
@@ -49,7 +60,9 @@ def test_strange_names_are_read_and_hidden_files_are_not(tmp_path):
         (tmp_path / "ünïts" / name).write_text("hidden")
     source = open_split(str(tmp_path), "train")
     assert source.classes == ("ünïts",)
-    assert [os.fsencode(os.path.basename(source.file_name(i))) for i in range(source.size)] == sorted(names)
+    assert [
+        os.fsencode(os.path.basename(source.file_name(i))) for i in range(source.size)
+    ] == sorted(names)
     assert all(example["encoded"] == encode(noise(5, 6)) for example in listed(source))
 
 
@@ -73,7 +86,9 @@ def test_files_that_are_no_images_are_refused_by_name(folder):
     names = bad_files(folder / "train")
     with pytest.raises(InputError, match=r"5 of 18 files .* are not images") as error:
         open_split(str(folder), "train")
-    assert all(str(folder / "train" / name) in str(error.value) for name in names) and "--skip-bad" in str(error.value)
+    assert all(
+        str(folder / "train" / name) in str(error.value) for name in names
+    ) and "--skip-bad" in str(error.value)
 
 
 def test_files_that_are_no_images_are_skipped_and_counted(folder):
@@ -97,7 +112,10 @@ def test_many_files_keep_their_labels(folder, monkeypatch):
     monkeypatch.setattr(folder_module, "SNIFFED_AT_ONCE", 3)
     (folder / "train" / "ants" / "2b.png").write_text("no image")
     source = open_split(str(folder), "train", skip_bad=True)
-    assert [(example["label"] == 1) == ("bees" in source.file_name(int(example["index"]))) for example in listed(source)] == [True] * 13
+    assert [
+        (example["label"] == 1) == ("bees" in source.file_name(int(example["index"])))
+        for example in listed(source)
+    ] == [True] * 13
     assert "2b.png" not in "".join(map(source.file_name, range(13)))
 
 
@@ -117,11 +135,16 @@ def test_a_validation_class_that_training_does_not_have(folder):
 
 
 def test_folders_that_hold_no_data(tmp_path, folder):
-    with pytest.raises(InputError, match=f"no folder '{tmp_path}/nowhere': expected {tmp_path}/nowhere/<class>/"):
+    with pytest.raises(
+        InputError, match=f"no folder '{tmp_path}/nowhere': expected {tmp_path}/nowhere/<class>/"
+    ):
         open_splits(f"{tmp_path}/nowhere")
     with pytest.raises(InputError, match=r"no folder './nowhere'"):
         open_splits("./nowhere")
-    with pytest.raises(InputError, match=r"no images under .*: expected .*/<class>/\*.jpg; pass another folder as DATA"):
+    with pytest.raises(
+        InputError,
+        match=r"no images under .*: expected .*/<class>/\*.jpg; pass another folder as DATA",
+    ):
         open_splits(str(folder / "train" / "ants"))
     os.rename(folder / "train", folder / "test")
     with pytest.raises(InputError, match=r"no training images under .* beside 'val'"):
@@ -130,5 +153,9 @@ def test_folders_that_hold_no_data(tmp_path, folder):
 
 def test_a_real_folder_with_a_stray(shared_data):
     train, validation = open_splits(str(shared_data / "ants-bees"))
-    assert (train.size + validation.size, train.classes, train.skipped) == (398, ("ants", "bees"), ())
+    assert (train.size + validation.size, train.classes, train.skipped) == (
+        398,
+        ("ants", "bees"),
+        (),
+    )
     assert any(train.file_name(i).endswith("imageNotFound.gif") for i in range(train.size))

@@ -18,10 +18,14 @@ TINY = TrainConfig(image_size=32, scale=(32, 40), batch_size=4, epochs=3, seed=5
 def test_a_batch_of_crops_is_the_crops_one_by_one(sides):
     images = np.stack([noise(*sides, seed) for seed in range(64)])
     drawn = draw(SEED, tf.range(64, dtype=tf.int64), TINY, IMAGENET)
-    ours = in_memory.cropped(tf.constant(images), drawn, in_memory.crop_matrices(sides, TINY.scale, 32), 32).numpy()
+    ours = in_memory.cropped(
+        tf.constant(images), drawn, in_memory.crop_matrices(sides, TINY.scale, 32), 32
+    ).numpy()
     assert ours.shape == (64, 32, 32, 3) and len(set(drawn.scale.numpy())) == 9
     for i, image in enumerate(images):
-        crop = crop_resized(tf.constant(encode(image)), drawn.scale[i], 32, drawn.y_fraction[i], drawn.x_fraction[i])
+        crop = crop_resized(
+            tf.constant(encode(image)), drawn.scale[i], 32, drawn.y_fraction[i], drawn.x_fraction[i]
+        )
         difference = np.abs(ours[i].astype(int) - flip(crop, drawn.flip[i]).numpy())
         assert difference.max() <= 1 and np.count_nonzero(difference) <= 1e-3 * difference.size
 
@@ -35,7 +39,12 @@ def test_mirrored_crops_are_drawn_as_often_as_plain_ones(tmp_path):
         (tmp_path / "a" / f"{i}.png").write_bytes(encode(half))
     config = dataclasses.replace(TINY, epochs=4, batch_size=64)
     images = np.concatenate(
-        [batch["image"] for batch in train_batches(cached(open_split(str(tmp_path), "train"), config), config, IMAGENET)]
+        [
+            batch["image"]
+            for batch in train_batches(
+                cached(open_split(str(tmp_path), "train"), config), config, IMAGENET
+            )
+        ]
     )
     assert np.all((images[:, :, 0] == 0).all((1, 2)) != (images[:, :, -1] == 0).all((1, 2)))
     assert 0.35 < np.mean((images[:, :, -1] == 0).all((1, 2))) < 0.65
@@ -44,5 +53,7 @@ def test_mirrored_crops_are_drawn_as_often_as_plain_ones(tmp_path):
 def test_many_or_large_crops_are_left_to_the_stream():
     assert in_memory.fits((32, 32), (32, 40), 32) and in_memory.fits((64, 64), (64,), 64)
     assert (
-        not in_memory.fits((65, 64), (64,), 64) and not in_memory.fits((32, 32), (224,), 224) and not in_memory.fits((8, 8), (32, 90), 32)
+        not in_memory.fits((65, 64), (64,), 64)
+        and not in_memory.fits((32, 32), (224,), 224)
+        and not in_memory.fits((8, 8), (32, 90), 32)
     )

@@ -6,7 +6,15 @@ from PIL import Image
 
 from tests.helpers.tiny_data import NUMBERS, encode
 from vgg_jax.configs.models import IMAGENET, TrainConfig
-from vgg_jax.data import batches_per_epoch, decode, eval_batches, open_split, open_splits, rescaled_images, train_batches
+from vgg_jax.data import (
+    batches_per_epoch,
+    decode,
+    eval_batches,
+    open_split,
+    open_splits,
+    rescaled_images,
+    train_batches,
+)
 
 TINY = TrainConfig(image_size=32, scale=(32, 40), batch_size=4, epochs=3, seed=5)
 
@@ -28,7 +36,9 @@ def by_example(batches):
         for i in np.flatnonzero(batch["mask"]):
             index = int(batch["index"][i])
             seen[index] = seen.get(index, -1) + 1
-            found[seen[index], index] = {key: batch[key][i] for key in ("image", "colour_shift", "label")}
+            found[seen[index], index] = {
+                key: batch[key][i] for key in ("image", "colour_shift", "label")
+            }
     return found
 
 
@@ -49,11 +59,16 @@ def test_every_epoch_has_every_image_once_and_a_mask(source):
         "mask": ((4,), "bool"),
         "index": ((4,), "int64"),
     }
-    expected = sorted(int(example["index"]) for example in source.examples(None, 0).as_numpy_iterator())
+    expected = sorted(
+        int(example["index"]) for example in source.examples(None, 0).as_numpy_iterator()
+    )
     orders = []
     for epoch in range(3):
         part = batches[epoch * per_epoch : (epoch + 1) * per_epoch]
-        assert all({key: (value.shape, value.dtype.name) for key, value in batch.items()} == shapes for batch in part)
+        assert all(
+            {key: (value.shape, value.dtype.name) for key, value in batch.items()} == shapes
+            for batch in part
+        )
         mask, index = (np.concatenate([batch[key] for batch in part]) for key in ("mask", "index"))
         assert mask.sum() == source.size and np.all(np.diff(mask.astype(int)) <= 0)
         assert np.all(index[~mask] == -1) and sorted(index[mask]) == expected
@@ -73,14 +88,19 @@ def test_a_resumed_run_sees_the_same_batches(source):
 
 
 def test_draws_depend_on_seed_epoch_and_index_only(source):
-    fours, sevens = (by_example(train_batches(source, dataclasses.replace(TINY, batch_size=size), IMAGENET)) for size in (4, 7))
+    fours, sevens = (
+        by_example(train_batches(source, dataclasses.replace(TINY, batch_size=size), IMAGENET))
+        for size in (4, 7)
+    )
     assert fours.keys() == sevens.keys() and len(fours) == 3 * source.size
     for key in fours:
         assert_equal(fours[key], sevens[key])
     shifts = np.array([example["colour_shift"] for example in fours.values()])
     assert len(np.unique(shifts, axis=0)) == len(shifts)
     other = by_example(train_batches(source, dataclasses.replace(TINY, seed=6), IMAGENET))
-    assert not any(np.array_equal(fours[key]["colour_shift"], other[key]["colour_shift"]) for key in fours)
+    assert not any(
+        np.array_equal(fours[key]["colour_shift"], other[key]["colour_shift"]) for key in fours
+    )
 
 
 def test_draws_do_not_depend_on_the_rest_of_the_data(folder):
@@ -96,11 +116,16 @@ def test_draws_do_not_depend_on_the_rest_of_the_data(folder):
 def test_eval_batches_are_all_examples_in_order_at_each_pass(source):
     batches = eval_batches(source, TINY, 6)
     first, second = list(batches), list(batches)
-    assert len(first) == batches_per_epoch(source, 6) and all(batch["image"].shape == (6, 32, 32, 3) for batch in first)
+    assert len(first) == batches_per_epoch(source, 6) and all(
+        batch["image"].shape == (6, 32, 32, 3) for batch in first
+    )
     for one, other in zip(first, second, strict=True):
         assert_equal(one, other)
     examples = list(source.examples(None, 0).as_numpy_iterator())
-    mask, index, label, shift = (np.concatenate([batch[key] for batch in first]) for key in ("mask", "index", "label", "colour_shift"))
+    mask, index, label, shift = (
+        np.concatenate([batch[key] for batch in first])
+        for key in ("mask", "index", "label", "colour_shift")
+    )
     assert mask.sum() == source.size and not shift.any()
     assert index[mask].tolist() == [example["index"] for example in examples]
     assert label[mask].tolist() == [example["label"] for example in examples]
@@ -109,9 +134,15 @@ def test_eval_batches_are_all_examples_in_order_at_each_pass(source):
 def test_labels_belong_to_images(prepared):
     """The colour of a record tells its number, and the number its label."""
     source = open_split("numbers", "train", data_dir=prepared["tfrecord"])
-    number_of = {int(example["index"]): int(decode(example["encoded"])[0, 0, 0]) // 10 for example in source.examples(None, 0)}
+    number_of = {
+        int(example["index"]): int(decode(example["encoded"])[0, 0, 0]) // 10
+        for example in source.examples(None, 0)
+    }
     for (_, index), example in by_example(train_batches(source, TINY, IMAGENET)).items():
-        assert np.all(example["image"] == number_of[index] * 10) and example["label"] == number_of[index] % 3
+        assert (
+            np.all(example["image"] == number_of[index] * 10)
+            and example["label"] == number_of[index] % 3
+        )
 
 
 @pytest.mark.parametrize("exif", [True, False])
@@ -123,7 +154,9 @@ def test_training_evaluation_and_prediction_turn_photos_alike(tmp_path, exif):
     tag[0x112] = 6  # to be turned clockwise by a quarter
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "1.jpg").write_bytes(encode(stored, "JPEG", exif=tag, quality=95))
-    config = dataclasses.replace(TINY, exif=exif, flip=False, colour_shift=0.0, scale=(32,), epochs=1)
+    config = dataclasses.replace(
+        TINY, exif=exif, flip=False, colour_shift=0.0, scale=(32,), epochs=1
+    )
     source = open_split(str(tmp_path), "train")
     images = [
         next(iter(train_batches(source, config, IMAGENET)))["image"][0],

@@ -18,7 +18,9 @@ def test_digits_are_scikit_learns():
     for example in listed(source)[::100]:
         i = example["index"]
         assert example["label"] == targets[i]
-        np.testing.assert_allclose(decode(example["encoded"])[..., 1].numpy().ravel() * (16 / 255), images[i], atol=0.04)
+        np.testing.assert_allclose(
+            decode(example["encoded"])[..., 1].numpy().ravel() * (16 / 255), images[i], atol=0.04
+        )
 
 
 def test_digits_order_and_division():
@@ -34,13 +36,19 @@ def test_digits_order_and_division():
 def test_validation_goes_by_three_names(folder, name):
     os.rename(folder / "val", folder / name)
     assert open_splits(str(folder))[1].size == 5
-    assert [open_split(str(folder), alias).size for alias in ("validation", "val", "valid")] == [5, 5, 5]
+    assert [open_split(str(folder), alias).size for alias in ("validation", "val", "valid")] == [
+        5,
+        5,
+        5,
+    ]
 
 
 def test_a_split_that_is_not_there(folder, prepared):
     with pytest.raises(InputError, match="no split 'test': expected one of train, val"):
         open_split(str(folder), "test")
-    with pytest.raises(InputError, match="no split 'validation' or 'val' or 'valid': expected one of train"):
+    with pytest.raises(
+        InputError, match="no split 'validation' or 'val' or 'valid': expected one of train"
+    ):
         open_split("digits", "val")
     with pytest.raises(InputError, match="'numbers' has no split 'dev': expected one of train"):
         open_split("numbers", "dev", data_dir=prepared["tfrecord"])

@@ -18,11 +18,17 @@ def check(measured, images):
     assert measured.count == len(images)
     np.testing.assert_allclose(measured.pixel_mean, pixels.mean(0), rtol=1e-12)
     np.testing.assert_allclose(measured.pixel_std, pixels.std(0), rtol=1e-9)
-    np.testing.assert_allclose(measured.image_mean, np.mean([image.mean((0, 1)) for image in images], 0), rtol=1e-12)
-    np.testing.assert_allclose(measured.image_std, np.mean([image.std((0, 1)) for image in images], 0), rtol=1e-6)
+    np.testing.assert_allclose(
+        measured.image_mean, np.mean([image.mean((0, 1)) for image in images], 0), rtol=1e-12
+    )
+    np.testing.assert_allclose(
+        measured.image_std, np.mean([image.std((0, 1)) for image in images], 0), rtol=1e-6
+    )
     vectors, values = measured.eigenvectors, measured.eigenvalues
     assert np.all(np.diff(values) <= 0) and np.all(vectors[np.abs(vectors).argmax(0), range(3)] > 0)
-    np.testing.assert_allclose(vectors @ np.diag(values) @ vectors.T, covariance, rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(
+        vectors @ np.diag(values) @ vectors.T, covariance, rtol=1e-8, atol=1e-8
+    )
     np.testing.assert_allclose(vectors.T @ vectors, np.eye(3), atol=1e-12)
 
 
@@ -47,7 +53,10 @@ def test_colours_of_images_of_different_sizes(photos, monkeypatch, batch):
 def test_only_the_part_that_trains_is_measured(photos):
     folder, images = photos
     train, _ = open_splits(str(folder), validation_fraction=0.3)
-    check(measure(train), [images[example["index"]] for example in train.examples(None, 0).as_numpy_iterator()])
+    check(
+        measure(train),
+        [images[example["index"]] for example in train.examples(None, 0).as_numpy_iterator()],
+    )
 
 
 def test_turning_a_photo_changes_no_colour(tmp_path):
@@ -56,7 +65,9 @@ def test_turning_a_photo_changes_no_colour(tmp_path):
     encoded = encode(noise(21, 34), "JPEG", exif=exif.tobytes())
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.jpg").write_bytes(encoded)
-    check(measure(open_split(str(tmp_path), "train")), [np.asarray(Image.open(io.BytesIO(encoded)))])
+    check(
+        measure(open_split(str(tmp_path), "train")), [np.asarray(Image.open(io.BytesIO(encoded)))]
+    )
 
 
 def test_grey_images_have_one_component(tmp_path):
@@ -72,7 +83,14 @@ def test_statistics_are_plain_hashable_numbers(photos):
     measured = measure(open_split(str(photos[0]), "train"))
     statistics = measured.statistics
     assert isinstance(statistics, Statistics) and isinstance(hash(statistics), int)
-    assert {type(value) for value in (*statistics.mean_rgb, *statistics.eigenvalues, *sum(statistics.eigenvectors, ()))} == {float}
+    assert {
+        type(value)
+        for value in (
+            *statistics.mean_rgb,
+            *statistics.eigenvalues,
+            *sum(statistics.eigenvectors, ()),
+        )
+    } == {float}
     np.testing.assert_array_equal(statistics.eigenvectors, measured.eigenvectors)
 
 
@@ -90,4 +108,7 @@ def test_real_photos(shared_data, tmp_path):
     (tmp_path / "ants").mkdir()
     for file in files:
         (tmp_path / "ants" / file.name).symlink_to(file.resolve())
-    check(measure(open_split(str(tmp_path), "train")), [np.asarray(Image.open(file).convert("RGB")) for file in files])
+    check(
+        measure(open_split(str(tmp_path), "train")),
+        [np.asarray(Image.open(file).convert("RGB")) for file in files],
+    )

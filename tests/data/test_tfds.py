@@ -17,7 +17,9 @@ def test_prepared_records(prepared, file_format):
     check_order(source)
     pixels = [decode(example["encoded"]).numpy() for example in listed(source)]
     written = [image[0, 0, 0] // 10 for image in pixels]
-    assert sorted(written) == list(range(NUMBERS)) and written != sorted(written)  # TFDS shuffles what it prepares
+    assert sorted(written) == list(range(NUMBERS)) and written != sorted(
+        written
+    )  # TFDS shuffles what it prepares
     assert [example["label"] for example in listed(source)] == [number % 3 for number in written]
     np.testing.assert_array_equal(pixels[2], colour(written[2]))
     by_index = dict(enumerate(example["encoded"] for example in listed(source)))
@@ -26,14 +28,19 @@ def test_prepared_records(prepared, file_format):
 
 @pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])
 def test_prepared_records_are_divided(prepared, file_format):
-    train, validation = open_splits("numbers", data_dir=prepared[file_format], validation_fraction=0.3)
+    train, validation = open_splits(
+        "numbers", data_dir=prepared[file_format], validation_fraction=0.3
+    )
     assert (train.size, validation.size) == (16, 7)
     check_divided(train, validation, NUMBERS)
     check_order(train)
 
 
 def test_both_formats_hold_the_same(prepared):
-    one, other = (open_split("numbers", "train", data_dir=prepared[each]) for each in ("tfrecord", "array_record"))
+    one, other = (
+        open_split("numbers", "train", data_dir=prepared[each])
+        for each in ("tfrecord", "array_record")
+    )
     assert listed(one) == listed(other)
 
 
@@ -41,12 +48,19 @@ def test_the_newest_version_and_the_only_configuration(prepared, tmp_path):
     for target in ("numbers/1.10.0", "numbers/1.9.0", "faces/small/1.0.0"):
         os.makedirs(tmp_path / target)
         for name in os.listdir(os.path.join(prepared["tfrecord"], "numbers", "1.2.3")):
-            os.symlink(os.path.join(prepared["tfrecord"], "numbers", "1.2.3", name), tmp_path / target / name)
+            os.symlink(
+                os.path.join(prepared["tfrecord"], "numbers", "1.2.3", name),
+                tmp_path / target / name,
+            )
     assert sources_module.record_splits("numbers", str(tmp_path), (), False).keys() == {"train"}
     assert folder_of("numbers", tmp_path) == str(tmp_path / "numbers/1.10.0")
     assert folder_of("numbers:1.9.0", tmp_path) == str(tmp_path / "numbers/1.9.0")
     assert folder_of("numbers:1.2.3", tmp_path) is None
-    assert folder_of("faces", tmp_path) == folder_of("faces/small", tmp_path) == str(tmp_path / "faces/small/1.0.0")
+    assert (
+        folder_of("faces", tmp_path)
+        == folder_of("faces/small", tmp_path)
+        == str(tmp_path / "faces/small/1.0.0")
+    )
     assert open_split("faces/small", "train", data_dir=str(tmp_path)).size == NUMBERS
     os.rename(tmp_path / "numbers", tmp_path / "faces" / "large")
     with pytest.raises(InputError, match=r"several configurations .*large, small.*faces/large"):
@@ -61,7 +75,8 @@ def folder_of(name, root):
 
 def test_a_name_that_is_not_prepared(prepared, tmp_path, monkeypatch):
     with pytest.raises(
-        InputError, match=f"no prepared data set 'mnist' under '{prepared['tfrecord']}' .*numbers.*--download, or --data-dir"
+        InputError,
+        match=f"no prepared data set 'mnist' under '{prepared['tfrecord']}' .*numbers.*--download, or --data-dir",
     ):
         open_splits("mnist", data_dir=prepared["tfrecord"])
     with pytest.raises(InputError, match=r"'imagenette/320px' .*no such folder"):
@@ -69,12 +84,16 @@ def test_a_name_that_is_not_prepared(prepared, tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     with pytest.raises(InputError, match=f"'mnist' under '{tmp_path}'"):
         open_splits("mnist")
-    with pytest.raises(InputError, match="data is 'no/such:name': expected 'digits', an image folder"):
+    with pytest.raises(
+        InputError, match="data is 'no/such:name': expected 'digits', an image folder"
+    ):
         open_splits("no/such:name")
 
 
 def test_an_unknown_name_is_not_downloaded(tmp_path):
-    with pytest.raises(InputError, match="'no_such_data_set': TensorFlow Datasets knows no such name"):
+    with pytest.raises(
+        InputError, match="'no_such_data_set': TensorFlow Datasets knows no such name"
+    ):
         open_splits("no_such_data_set", data_dir=str(tmp_path), download=True)
 
 
@@ -82,8 +101,14 @@ def test_a_missing_file_of_a_prepared_set(prepared, tmp_path):
     os.makedirs(tmp_path / "numbers/1.2.3")
     for name in sorted(os.listdir(os.path.join(prepared["tfrecord"], "numbers", "1.2.3"))):
         if "00002-of" not in name:
-            os.symlink(os.path.join(prepared["tfrecord"], "numbers", "1.2.3", name), tmp_path / "numbers/1.2.3" / name)
-    with pytest.raises(InputError, match=r"1 of 4 files of numbers train are missing, the first is .*00002-of-00004"):
+            os.symlink(
+                os.path.join(prepared["tfrecord"], "numbers", "1.2.3", name),
+                tmp_path / "numbers/1.2.3" / name,
+            )
+    with pytest.raises(
+        InputError,
+        match=r"1 of 4 files of numbers train are missing, the first is .*00002-of-00004",
+    ):
         open_splits("numbers", data_dir=str(tmp_path))
 
 
@@ -92,5 +117,7 @@ def test_cifar10(shared_data, folder_name):
     source = open_split("cifar10", "test", data_dir=str(shared_data / folder_name))
     assert (source.size, len(source.classes)) == (10000, 10)
     reference = open_split("cifar10", "test", data_dir=str(shared_data / "tfds"))
-    first, expected = (list(each.examples(None, 0).take(3).as_numpy_iterator()) for each in (source, reference))
+    first, expected = (
+        list(each.examples(None, 0).take(3).as_numpy_iterator()) for each in (source, reference)
+    )
     assert first == expected

@@ -9,13 +9,24 @@ from PIL import Image, ImageOps
 
 from tests.helpers.tiny_data import SEED, encode, noise
 from vgg_jax.configs.models import IMAGENET, Statistics, TrainConfig
-from vgg_jax.data.transforms import crop_resized, decode, draw, eval_example, flip, rescale, train_example
+from vgg_jax.data.transforms import (
+    crop_resized,
+    decode,
+    draw,
+    eval_example,
+    flip,
+    rescale,
+    train_example,
+)
 
 TINY = TrainConfig(image_size=32, scale=(32, 40))
 
 
 def eagerly(function, *columns):
-    return [tf.nest.map_structure(lambda tensor: tensor.numpy(), function(*map(tf.constant, row))) for row in zip(*columns, strict=True)]
+    return [
+        tf.nest.map_structure(lambda tensor: tensor.numpy(), function(*map(tf.constant, row)))
+        for row in zip(*columns, strict=True)
+    ]
 
 
 def mapped(function, *columns):
@@ -93,14 +104,20 @@ def test_alpha_is_dropped(run):
 
 def test_16_bit_png_keeps_the_high_byte(run):
     deep = (np.arange(20 * 30, dtype=np.uint16) * 109).reshape(20, 30)
-    np.testing.assert_array_equal(run(decode, [encode(deep)])[0], np.repeat((deep >> 8)[..., None], 3, -1))
+    np.testing.assert_array_equal(
+        run(decode, [encode(deep)])[0], np.repeat((deep >> 8)[..., None], 3, -1)
+    )
 
 
 def exif_jpeg(orientation: int, byte_order: str = "<", jfif: bool = True) -> bytes:
     """By hand: the directory has a text, which lies behind it, and the orientation, a short."""
-    directory = struct.pack(f"{byte_order}HHHIIHHIHHI", 2, 0x010F, 2, 9, 38, 0x0112, 3, 1, orientation, 0, 0)
+    directory = struct.pack(
+        f"{byte_order}HHHIIHHIHHI", 2, 0x010F, 2, 9, 38, 0x0112, 3, 1, orientation, 0, 0
+    )
     magic = {"<": b"II*\0", ">": b"MM\0*"}[byte_order] + struct.pack(f"{byte_order}I", 8)
-    encoded = encode(noise(21, 34), "JPEG", quality=95, exif=b"Exif\0\0" + magic + directory + b"a camera\0")
+    encoded = encode(
+        noise(21, 34), "JPEG", quality=95, exif=b"Exif\0\0" + magic + directory + b"a camera\0"
+    )
     assert encoded[2:4] == b"\xff\xe0" and b"JFIF" in encoded[:20]
     return encoded if jfif else encoded[:2] + encoded[20:]
 
@@ -117,16 +134,24 @@ def test_exif_orientation(run):
 
 
 def test_crops_are_upright_too(run):
-    for encoded, crop in zip(ORIENTED, run(lambda data: crop_resized(data, 40, 32, 0.2, 0.9), ORIENTED), strict=True):
+    for encoded, crop in zip(
+        ORIENTED, run(lambda data: crop_resized(data, 40, 32, 0.2, 0.9), ORIENTED), strict=True
+    ):
         assert np.abs(crop - crop_of(pillow(encoded), 40, 32, 0.2, 0.9).astype(float)).max() <= 3
 
 
 def broken_exif():
     whole = exif_jpeg(6)
     start = whole.index(b"Exif\0\0") + 6
-    yield whole[: start + 4] + struct.pack("<I", 10**9) + whole[start + 8 :]  # the directory outside the file
+    yield (
+        whole[: start + 4] + struct.pack("<I", 10**9) + whole[start + 8 :]
+    )  # the directory outside the file
     yield whole[:start] + b"XX" + whole[start + 2 :]  # no byte order
-    yield whole[: start + 8] + struct.pack("<H", 65535) + whole[start + 10 :].replace(struct.pack("<H", 0x112), b"\0\0", 1)  # endless
+    yield (
+        whole[: start + 8]
+        + struct.pack("<H", 65535)
+        + whole[start + 10 :].replace(struct.pack("<H", 0x112), b"\0\0", 1)
+    )  # endless
     yield exif_jpeg(9)  # no such orientation
     yield encode(noise(21, 34), "JPEG", quality=95, comment=b"Exif\0\0")
 
@@ -139,7 +164,9 @@ def test_broken_exif_is_no_orientation(run):
 def crop_of(image: np.ndarray, scale: int, size: int, y: float, x: float) -> np.ndarray:
     """Pillow: rescale the shorter side to `scale`, then cut."""
     height, width = (round(side * scale / min(image.shape[:2])) for side in image.shape[:2])
-    top, left = (min(int(f * (side - size + 1)), side - size) for f, side in ((y, height), (x, width)))
+    top, left = (
+        min(int(f * (side - size + 1)), side - size) for f, side in ((y, height), (x, width))
+    )
     rescaled = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
     return rescaled[top : top + size, left : left + size]
 
@@ -150,9 +177,15 @@ SIDES = [(100, 140), (140, 101), (32, 32), (8, 8), (333, 90), (1, 1), (1, 500), 
 
 def test_crop_is_pillows_rescaled_and_cut(run):
     rng = np.random.default_rng(0)
-    images = [rng.integers(0, 256, (*sides, 3), np.uint8) for sides in SIDES]  # the hardest case: no pixel is like its neighbours
+    images = [
+        rng.integers(0, 256, (*sides, 3), np.uint8) for sides in SIDES
+    ]  # the hardest case: no pixel is like its neighbours
     cases = list(itertools.product(range(len(images)), (32, 45, 64), PLACES))
-    columns = [encode(images[i]) for i, _, _ in cases], [scale for _, scale, _ in cases], *np.array([place for *_, place in cases]).T
+    columns = (
+        [encode(images[i]) for i, _, _ in cases],
+        [scale for _, scale, _ in cases],
+        *np.array([place for *_, place in cases]).T,
+    )
     crops = run(lambda data, scale, y, x: crop_resized(data, scale, 32, y, x), *columns)
     for (i, scale, place), crop in zip(cases, crops, strict=True):
         difference = np.abs(crop - crop_of(images[i], scale, 32, *place).astype(float))
@@ -160,10 +193,17 @@ def test_crop_is_pillows_rescaled_and_cut(run):
 
 
 def test_crop_decoded_in_part(run):
-    files = [encode(np.asarray(Image.fromarray(noise(150, 203)).convert(mode)), "JPEG", quality=90) for mode in ("RGB", "L")]
+    files = [
+        encode(np.asarray(Image.fromarray(noise(150, 203)).convert(mode)), "JPEG", quality=90)
+        for mode in ("RGB", "L")
+    ]
     files.append(encode_cmyk(noise(150, 203)))
     cases = list(itertools.product(files, (64, 100, 256), PLACES))
-    columns = [data for data, _, _ in cases], [scale for _, scale, _ in cases], *np.array([place for *_, place in cases]).T
+    columns = (
+        [data for data, _, _ in cases],
+        [scale for _, scale, _ in cases],
+        *np.array([place for *_, place in cases]).T,
+    )
     crops = run(lambda data, scale, y, x: crop_resized(data, scale, 64, y, x), *columns)
     for (data, scale, place), crop in zip(cases, crops, strict=True):
         difference = np.abs(crop - crop_of(pillow(data), scale, 64, *place).astype(float))
@@ -179,25 +219,37 @@ def encode_cmyk(pixels: np.ndarray) -> bytes:
 def test_extreme_sides(run):
     files = [encode(np.full((*sides, 3), 77, np.uint8)) for sides in ((1, 5000), (5000, 1), (1, 1))]
     for fraction in (0.0, 0.999):
-        assert np.all(np.array(run(lambda data, f=fraction: crop_resized(data, 256, 224, f, f), files)) == 77)
+        assert np.all(
+            np.array(run(lambda data, f=fraction: crop_resized(data, 256, 224, f, f), files)) == 77
+        )
 
 
 def test_a_crop_of_the_size_of_the_image_is_the_image(run):
     image = noise(32, 32)
-    np.testing.assert_array_equal(run(lambda data: crop_resized(data, 32, 32, 0.7, 0.1), [encode(image)])[0], image)
+    np.testing.assert_array_equal(
+        run(lambda data: crop_resized(data, 32, 32, 0.7, 0.1), [encode(image)])[0], image
+    )
 
 
 def test_uniform_fractions_pick_every_offset_alike():
     image = np.broadcast_to(np.arange(36, dtype=np.uint8)[:, None, None], (36, 36, 3)).copy()
-    crops = tf.data.Dataset.from_tensor_slices(np.arange(0.005, 1, 0.01)).map(lambda y: crop_resized(encode(image), 36, 32, y, 0.0))
+    crops = tf.data.Dataset.from_tensor_slices(np.arange(0.005, 1, 0.01)).map(
+        lambda y: crop_resized(encode(image), 36, 32, y, 0.0)
+    )
     tops = [crop[0, 0, 0] for crop in crops.as_numpy_iterator()]
     assert np.bincount(tops).tolist() == [20] * 5
 
 
 def test_rescale(run):
     image, scales = noise(50, 71), [20, 50, 99]
-    for scale, ours in zip(scales, run(lambda scale: rescale(tf.constant(image), scale), scales), strict=True):
-        reference = np.asarray(Image.fromarray(image).resize((round(71 * scale / 50), scale), Image.Resampling.BILINEAR)).astype(float)
+    for scale, ours in zip(
+        scales, run(lambda scale: rescale(tf.constant(image), scale), scales), strict=True
+    ):
+        reference = np.asarray(
+            Image.fromarray(image).resize(
+                (round(71 * scale / 50), scale), Image.Resampling.BILINEAR
+            )
+        ).astype(float)
         assert ours.dtype == np.uint8 and np.abs(ours - reference).max() <= 1
 
 
@@ -212,24 +264,41 @@ def test_flip(run):
 def draws():
     """5,000 draws: scale in 32..36, deviations of colour."""
     config = TrainConfig(image_size=32, scale=(32, 36))
-    return next(tf.data.Dataset.range(5000).batch(5000).map(lambda i: draw(SEED, i, config, IMAGENET)).as_numpy_iterator())
+    return next(
+        tf.data.Dataset.range(5000)
+        .batch(5000)
+        .map(lambda i: draw(SEED, i, config, IMAGENET))
+        .as_numpy_iterator()
+    )
 
 
 def test_draws_are_the_same_one_by_one(draws):
     config = TrainConfig(image_size=32, scale=(32, 36))
     for i in (0, 1, 4999):
-        for one, all_of_them in zip(draw(SEED, tf.constant(i, tf.int64), config, IMAGENET), draws, strict=True):
+        for one, all_of_them in zip(
+            draw(SEED, tf.constant(i, tf.int64), config, IMAGENET), draws, strict=True
+        ):
             np.testing.assert_array_equal(one, all_of_them[i])
 
 
 def test_draws_of_neighbours_and_of_epochs_are_independent(draws):
     """What follows in the order of the images, and what the same image draws under the next seed."""
-    later = draw(SEED + tf.constant([0, 1], tf.int64), tf.range(5000, dtype=tf.int64), TrainConfig(image_size=32, scale=(32, 36)), IMAGENET)
+    later = draw(
+        SEED + tf.constant([0, 1], tf.int64),
+        tf.range(5000, dtype=tf.int64),
+        TrainConfig(image_size=32, scale=(32, 36)),
+        IMAGENET,
+    )
     for name in ("y_fraction", "x_fraction"):
         ours, theirs = getattr(draws, name), getattr(later, name).numpy()
-        assert abs(np.corrcoef(ours[1:], ours[:-1])[0, 1]) < 0.05 and abs(np.corrcoef(ours, theirs)[0, 1]) < 0.05
+        assert (
+            abs(np.corrcoef(ours[1:], ours[:-1])[0, 1]) < 0.05
+            and abs(np.corrcoef(ours, theirs)[0, 1]) < 0.05
+        )
         cells = np.histogram2d(ours[1:], ours[:-1], 10, [[0, 1], [0, 1]])[0]
-        assert ((cells - 50) ** 2 / 50).sum() < 150  # chi-squared with 99 degrees of freedom: 3.6 deviations
+        assert (
+            (cells - 50) ** 2 / 50
+        ).sum() < 150  # chi-squared with 99 degrees of freedom: 3.6 deviations
 
 
 def test_draws_are_uniform(draws):
@@ -239,7 +308,9 @@ def test_draws_are_uniform(draws):
         assert fraction.min() >= 0 and fraction.max() < 1
         np.testing.assert_allclose(np.histogram(fraction, 5, (0, 1))[0] / 5000, 0.2, atol=0.03)
     assert abs(draws.flip.mean() - 0.5) < 0.03
-    columns = np.stack([draws.scale, draws.y_fraction, draws.x_fraction, draws.flip, *draws.colour_shift.T[:1]])
+    columns = np.stack(
+        [draws.scale, draws.y_fraction, draws.x_fraction, draws.flip, *draws.colour_shift.T[:1]]
+    )
     np.testing.assert_allclose(np.corrcoef(columns), np.eye(5), atol=0.06)
 
 
@@ -247,13 +318,17 @@ def test_colour_shift_is_alpha_along_the_components(draws):
     """Krizhevsky: p1 alpha1 λ1 + …; the first component's deviation is 11.9 levels (MatConvNet's 0.1 · √0.2175 · 255)."""
     vectors = np.array(IMAGENET.eigenvectors)
     along = draws.colour_shift @ np.linalg.inv(vectors).T
-    np.testing.assert_allclose(along.std(0), [0.1 * 255 * np.sqrt(value) for value in (0.2175, 0.0188, 0.0045)], rtol=0.04)
+    np.testing.assert_allclose(
+        along.std(0), [0.1 * 255 * np.sqrt(value) for value in (0.2175, 0.0188, 0.0045)], rtol=0.04
+    )
     np.testing.assert_allclose(along.mean(0) / along.std(0), 0, atol=0.05)
     np.testing.assert_allclose(np.corrcoef(along.T), np.eye(3), atol=0.05)
 
 
 def test_colour_convention_and_strength(run):
-    statistics = Statistics((0.0, 0.0, 0.0), (400.0, 100.0, 25.0), ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)))
+    statistics = Statistics(
+        (0.0, 0.0, 0.0), (400.0, 100.0, 25.0), ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+    )
 
     def shift(**options):
         config = TrainConfig(image_size=32, scale=(32,), **options)
@@ -261,7 +336,9 @@ def test_colour_convention_and_strength(run):
         return drawn.colour_shift
 
     alpha = shift() / [20, 10, 5]
-    np.testing.assert_allclose(shift(colour_convention="variance"), alpha * [400 / 255, 100 / 255, 25 / 255], rtol=1e-5)
+    np.testing.assert_allclose(
+        shift(colour_convention="variance"), alpha * [400 / 255, 100 / 255, 25 / 255], rtol=1e-5
+    )
     np.testing.assert_allclose(shift(colour_shift=0.2), shift() * 2, rtol=1e-6)
     assert shift(colour_shift=0.0).tolist() == [0, 0, 0]
 
@@ -274,20 +351,36 @@ def test_no_flip_and_one_scale():
 
 def test_train_example_is_made_of_its_draws(run):
     def example_of(data, label):
-        return train_example({"encoded": data, "label": label}, TINY, draw(SEED, tf.cast(label, tf.int64), TINY, IMAGENET))
+        return train_example(
+            {"encoded": data, "label": label},
+            TINY,
+            draw(SEED, tf.cast(label, tf.int64), TINY, IMAGENET),
+        )
 
     for i, example in enumerate(run(example_of, [encode(noise(60, 50))] * 6, list(range(6)))):
         drawn = draw(SEED, tf.constant(i, tf.int64), TINY, IMAGENET)
-        reference = crop_of(noise(60, 50), int(drawn.scale), 32, float(drawn.y_fraction), float(drawn.x_fraction)).astype(float)
+        reference = crop_of(
+            noise(60, 50), int(drawn.scale), 32, float(drawn.y_fraction), float(drawn.x_fraction)
+        ).astype(float)
         reference = reference[:, ::-1] if drawn.flip else reference
-        assert example.keys() == {"label", "image", "colour_shift"} and example["image"].dtype == np.uint8 and example["label"] == i
+        assert (
+            example.keys() == {"label", "image", "colour_shift"}
+            and example["image"].dtype == np.uint8
+            and example["label"] == i
+        )
         assert np.abs(example["image"] - reference).max() <= 1
         np.testing.assert_allclose(example["colour_shift"], drawn.colour_shift, rtol=1e-5)
 
 
 def test_eval_example_is_the_centre_crop_in_the_middle_of_the_range(run):
-    [example] = run(lambda data, label: eval_example({"encoded": data, "label": label}, TINY), [encode(noise(60, 50))], [3])
-    assert np.abs(example["image"] - crop_of(noise(60, 50), 36, 32, 0.5, 0.5).astype(float)).max() <= 1
+    [example] = run(
+        lambda data, label: eval_example({"encoded": data, "label": label}, TINY),
+        [encode(noise(60, 50))],
+        [3],
+    )
+    assert (
+        np.abs(example["image"] - crop_of(noise(60, 50), 36, 32, 0.5, 0.5).astype(float)).max() <= 1
+    )
     assert example["colour_shift"].tolist() == [0, 0, 0] and example["label"] == 3
     assert TrainConfig(scale=(256, 512)).test_scale == 384  # Table 3
     assert TrainConfig(scale=(384,)).test_scale == 384

@@ -27,7 +27,9 @@ FLAGS = [
     "--colour-shift", "0.1", "--batch-size", "16", "--microbatch", "8", "--schedule", "plateau", "--patience", "1",
     "--learning-rate", "0.001",
 ]  # fmt: skip
-CACHE = tempfile.TemporaryDirectory()  # not pytest's own: processes are killed here while they write to it
+CACHE = (
+    tempfile.TemporaryDirectory()
+)  # not pytest's own: processes are killed here while they write to it
 LIMIT = 120  # seconds that a test waits for a process
 
 
@@ -45,14 +47,25 @@ def photos(tmp_path_factory):
     return root
 
 
-def started(count: int, photos: Path, workdir: Path, *flags: str, devices: int = 1, own: dict[int, list[str]] | None = None) -> list:
+def started(
+    count: int,
+    photos: Path,
+    workdir: Path,
+    *flags: str,
+    devices: int = 1,
+    own: dict[int, list[str]] | None = None,
+) -> list:
     """`vgg-jax train` in so many processes, each with so many devices; `own` are more flags of single ones."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     found = []
     for number in range(count):
-        several = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(number)}
+        several = {
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+            "JAX_NUM_PROCESSES": str(count),
+            "JAX_PROCESS_ID": str(number),
+        }
         environment = os.environ | {
             "JAX_NUM_CPU_DEVICES": str(devices),
             "PYTHONPATH": str(ROOT),
@@ -106,13 +119,22 @@ def check_same(one: Path, other: Path, rtol: float = 1e-4) -> None:
     flat, other_flat = (dict(leaves(tree)) for tree in (arrays, others))
     assert flat.keys() == other_flat.keys()
     for name, array in flat.items():
-        np.testing.assert_allclose(other_flat[name], array, rtol=0, atol=10 * rtol * max(np.abs(array).max(), 1e-3), err_msg=name)
+        np.testing.assert_allclose(
+            other_flat[name],
+            array,
+            rtol=0,
+            atol=10 * rtol * max(np.abs(array).max(), 1e-3),
+            err_msg=name,
+        )
 
 
 def leaves(tree):
     import jax
 
-    return [(jax.tree_util.keystr(path), np.asarray(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    return [
+        (jax.tree_util.keystr(path), np.asarray(leaf))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -136,14 +158,18 @@ def test_two_processes_do_what_one_does(alone, photos, tmp_path):
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
 def test_every_mesh_does_what_one_device_does(count, devices, flags, alone, photos, tmp_path):
-    check_same(alone, trained(count, photos, tmp_path / "run", "--epochs", "4", *flags, devices=devices))
+    check_same(
+        alone, trained(count, photos, tmp_path / "run", "--epochs", "4", *flags, devices=devices)
+    )
 
 
 def in_training(group: list, workdir: Path) -> None:
     """Waits until an epoch is done."""
     limit = time.monotonic() + LIMIT
     while not (workdir / "metrics.jsonl").exists() or not (workdir / "metrics.jsonl").read_text():
-        assert time.monotonic() < limit and all(process.poll() is None for process in group), ended(group)
+        assert time.monotonic() < limit and all(process.poll() is None for process in group), ended(
+            group
+        )
         time.sleep(0.05)
 
 
@@ -155,8 +181,17 @@ def test_a_signal_to_one_stops_all_at_the_same_step_and_any_number_goes_on(photo
         done = len((workdir / "metrics.jsonl").read_text().splitlines()) if workdir.exists() else 0
         group = started(count, photos, workdir, "--epochs", "30", *flags)
         limit = time.monotonic() + LIMIT
-        while len((workdir / "metrics.jsonl").read_text().splitlines() if (workdir / "metrics.jsonl").exists() else ()) <= done:
-            assert time.monotonic() < limit and all(process.poll() is None for process in group), ended(group)
+        while (
+            len(
+                (workdir / "metrics.jsonl").read_text().splitlines()
+                if (workdir / "metrics.jsonl").exists()
+                else ()
+            )
+            <= done
+        ):
+            assert time.monotonic() < limit and all(process.poll() is None for process in group), (
+                ended(group)
+            )
             time.sleep(0.05)
         group[1].send_signal(signal.SIGTERM)
         sent = time.monotonic()
@@ -165,7 +200,9 @@ def test_a_signal_to_one_stops_all_at_the_same_step_and_any_number_goes_on(photo
         assert time.monotonic() - sent < 30
         assert re.search(r"stopped in epoch \d+ and saved in", found[0][1])
     trained(1, photos, workdir, "--epochs", "30")
-    check_same(trained(1, photos, tmp_path / "alone", "--epochs", "30"), workdir, rtol=1e-2)  # of ninety steps
+    check_same(
+        trained(1, photos, tmp_path / "alone", "--epochs", "30"), workdir, rtol=1e-2
+    )  # of ninety steps
 
 
 @pytest.mark.slow
@@ -178,7 +215,9 @@ def test_where_one_is_killed_the_other_says_so_and_the_run_goes_on(victim, then,
     struck = time.monotonic()
     code, _, error = ended(group)[1 - victim]
     assert time.monotonic() - struck < 30
-    assert (code == 76 and "another process of this run has ended" in error) or (code == -signal.SIGABRT and "another task died" in error)
+    assert (code == 76 and "another process of this run has ended" in error) or (
+        code == -signal.SIGABRT and "another task died" in error
+    )
     done = len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     group = started(then, photos, tmp_path / "run", "--epochs", "1000")
     limit = threading.Timer(LIMIT, lambda: [process.kill() for process in group])
@@ -190,12 +229,18 @@ def test_where_one_is_killed_the_other_says_so_and_the_run_goes_on(victim, then,
         for process in group:
             process.kill()
             process.communicate()
-    assert int(re.search(r"going on at epoch (\d+), batch 1 ", out)[1]) in (done, done + 1, done + 2)
+    assert int(re.search(r"going on at epoch (\d+), batch 1 ", out)[1]) in (
+        done,
+        done + 1,
+        done + 2,
+    )
 
 
 @pytest.mark.slow
 def test_what_differs_between_processes_is_said_by_each(photos, tmp_path):
-    found = ended(started(2, photos, tmp_path / "run", "--epochs", "1", own={1: ["--weight-decay", "0.1"]}))
+    found = ended(
+        started(2, photos, tmp_path / "run", "--epochs", "1", own={1: ["--weight-decay", "0.1"]})
+    )
     for code, _, error in found:
         assert code == 2 and error.count("\n") == 1
         assert re.search(r"in process \d weight_decay is 0\.\d+; expected", error)
@@ -211,9 +256,19 @@ def test_what_the_first_finds_wrong_ends_all(photos, tmp_path):
 
 
 HAND = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
-SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_NTASKS": "2"}
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "n[1-2]",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+    "SLURM_NTASKS": "2",
+}
 SLURM["SLURM_STEP_NUM_TASKS"] = "2"
-OPEN_MPI = {"OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:1", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}
+OPEN_MPI = {
+    "OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:1",
+    "OMPI_COMM_WORLD_RANK": "0",
+    "OMPI_COMM_WORLD_SIZE": "2",
+}
 
 
 OPEN_MPI_5 = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}
@@ -238,7 +293,13 @@ def test_engines_are_found_by_what_they_set(environment, expected):
 
 
 @pytest.mark.parametrize(
-    ("mode", "environment"), [("on", {}), ("auto", HAND | {"JAX_NUM_PROCESSES": "two"}), ("perhaps", {}), ("auto", OPEN_MPI_5)]
+    ("mode", "environment"),
+    [
+        ("on", {}),
+        ("auto", HAND | {"JAX_NUM_PROCESSES": "two"}),
+        ("perhaps", {}),
+        ("auto", OPEN_MPI_5),
+    ],
 )
 def test_what_cannot_be_joined_is_said(mode, environment):
     with pytest.raises(InputError, match="expected"):
@@ -261,6 +322,8 @@ with Alarm(0.5) as alarm:
     print("on", flush=True)
     time.sleep(60)
 """
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, cwd=ROOT)
+    found = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=50, cwd=ROOT
+    )
     assert (found.returncode, found.stdout) == (76, "on\n")
     assert "process 0 did no step in 0 s" in found.stderr and found.stderr.count("\n") == 1

@@ -23,7 +23,9 @@ from vgg_jax.training.optimizer import sgd
 from vgg_jax.training.step import compile_steps, init_state
 
 SIZE, WIDTHS = 32, (1024, 64)  # of fc6's 1024 x 1024 parameters `fsdp` takes notice
-CONFIG = TrainConfig(image_size=SIZE, scale=(SIZE,), fc=WIDTHS, batch_size=8, learning_rate=1e-3, dropout_rate=0.5)
+CONFIG = TrainConfig(
+    image_size=SIZE, scale=(SIZE,), fc=WIDTHS, batch_size=8, learning_rate=1e-3, dropout_rate=0.5
+)
 LAYOUTS = {
     "data": Layout(data=2),
     "model": Layout(model=2),
@@ -34,7 +36,13 @@ LAYOUTS = {
 
 
 def model_of(batch_norm: bool) -> VGG:
-    return VGG(dataclasses.replace(SHALLOW, fc=WIDTHS), 5, batch_norm, dropout_rate=CONFIG.dropout_rate, image_size=SIZE)
+    return VGG(
+        dataclasses.replace(SHALLOW, fc=WIDTHS),
+        5,
+        batch_norm,
+        dropout_rate=CONFIG.dropout_rate,
+        image_size=SIZE,
+    )
 
 
 def batch(seed: int) -> dict[str, np.ndarray]:
@@ -47,7 +55,9 @@ def batch(seed: int) -> dict[str, np.ndarray]:
     }
 
 
-def ten_steps(layout: Layout, devices: int, batch_norm: bool, microbatch: int | None) -> tuple[list, dict, dict, list]:
+def ten_steps(
+    layout: Layout, devices: int, batch_norm: bool, microbatch: int | None
+) -> tuple[list, dict, dict, list]:
     """The losses, the gradients of the first step, the variables behind the last, and what is counted with them."""
     config = TrainConfig(**vars(CONFIG) | {"batch_norm": batch_norm, "microbatch": microbatch})
     model, mesh = model_of(batch_norm), make_mesh(microbatch or 8, jax.devices()[:devices], layout)
@@ -57,9 +67,14 @@ def ten_steps(layout: Layout, devices: int, batch_norm: bool, microbatch: int | 
         state, sums = step(state, put_batch(batch(number), mesh))
         losses.append(float(sums.loss))
         if number == 0:
-            gradients = jax.tree.map(host_copy, state.opt_state.inner_state[1][0].trace)  # momentum, which began at 0
+            gradients = jax.tree.map(
+                host_copy, state.opt_state.inner_state[1][0].trace
+            )  # momentum, which began at 0
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    found = [jax.tree.map(float, evaluate(variables, put_batch(batch(number), mesh))) for number in (10, 11)]
+    found = [
+        jax.tree.map(float, evaluate(variables, put_batch(batch(number), mesh)))
+        for number in (10, 11)
+    ]
     return losses, gradients, jax.tree.map(host_copy, variables), found
 
 
@@ -79,7 +94,9 @@ def test_ten_steps_of_a_layout_are_those_of_one_device(batch_norm, microbatch, l
         compare(batch_norm, microbatch, layouts)
     finally:
         jax.config.update("jax_log_compiles", False)
-    assert sum(record.getMessage().startswith("Compiling jit(train_step)") for record in caplog.records) == 1 + len(layouts)
+    assert sum(
+        record.getMessage().startswith("Compiling jit(train_step)") for record in caplog.records
+    ) == 1 + len(layouts)
 
 
 def compare(batch_norm, microbatch, layouts):
@@ -87,9 +104,13 @@ def compare(batch_norm, microbatch, layouts):
     for name in layouts:
         layout = LAYOUTS[name]
         losses, other_gradients, others, found = ten_steps(layout, 2, batch_norm, microbatch)
-        if layout.reduce == "bfloat16":  # three digits of each gradient come through, and ten steps multiply the rest
+        if (
+            layout.reduce == "bfloat16"
+        ):  # three digits of each gradient come through, and ten steps multiply the rest
             check_close(other_gradients, gradients, 1e-2, name, 0.1)
-            assert losses[:2] == pytest.approx(expected[:2], rel=1e-2) and losses[1] != pytest.approx(expected[1], rel=1e-6)
+            assert losses[:2] == pytest.approx(expected[:2], rel=1e-2) and losses[
+                1
+            ] != pytest.approx(expected[1], rel=1e-6)
             continue
         np.testing.assert_allclose(losses, expected, rtol=1e-5, err_msg=name)
         check_close(other_gradients, gradients, 1e-5, name, 0.1)
@@ -106,13 +127,19 @@ def check_close(tree, expected, rtol, name, least):
         for key in path:
             other = other[key.key]
         scale = max(np.abs(one).max(), least)
-        np.testing.assert_allclose(other, one, rtol=0, atol=rtol * scale, err_msg=f"{name} {jax.tree_util.keystr(path)}")
+        np.testing.assert_allclose(
+            other, one, rtol=0, atol=rtol * scale, err_msg=f"{name} {jax.tree_util.keystr(path)}"
+        )
 
 
-COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+COLLECTIVE = re.compile(
+    r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+)
 
 
-def exchanged(layout: Layout, batch_norm: bool = False, microbatch: int | None = None) -> list[tuple[str, int]]:
+def exchanged(
+    layout: Layout, batch_norm: bool = False, microbatch: int | None = None
+) -> list[tuple[str, int]]:
     """Each exchange in a compiled step, by its kind and the number of values that it gives."""
     config = TrainConfig(**vars(CONFIG) | {"batch_norm": batch_norm, "microbatch": microbatch})
     model, mesh = model_of(batch_norm), make_mesh(4, jax.devices(), layout)
@@ -121,11 +148,17 @@ def exchanged(layout: Layout, batch_norm: bool = False, microbatch: int | None =
     text = step.lower(state, put_batch(batch(0), mesh)).compile().as_text()
     found = [match.groups() for match in map(COLLECTIVE.search, text.splitlines()) if match]
     shapes = [(kind, re.findall(r"\w+\[([\d,]*)\]", shape)) for shape, kind in found]
-    return [(kind, sum(math.prod(map(int, filter(None, each.split(",")))) for each in some)) for kind, some in shapes]
+    return [
+        (kind, sum(math.prod(map(int, filter(None, each.split(",")))) for each in some))
+        for kind, some in shapes
+    ]
 
 
 def parameters(batch_norm: bool = False) -> dict[str, int]:
-    shapes = jax.eval_shape(lambda key: model_of(batch_norm).init(key, jnp.zeros((1, SIZE, SIZE, 3)))["params"], jax.random.key(0))
+    shapes = jax.eval_shape(
+        lambda key: model_of(batch_norm).init(key, jnp.zeros((1, SIZE, SIZE, 3)))["params"],
+        jax.random.key(0),
+    )
     return {f"{layer}/{name}": x.size for layer, each in shapes.items() for name, x in each.items()}
 
 
@@ -135,7 +168,9 @@ SUMS = 4
 @pytest.mark.parametrize("microbatch", [None, 4])
 def test_data_parallel_exchanges_each_gradient_once(microbatch):
     """One sum of all gradients and the four sums, whatever the number of micro-batches."""
-    assert exchanged(Layout(), microbatch=microbatch) == [("all-reduce", sum(parameters().values()) + SUMS)]
+    assert exchanged(Layout(), microbatch=microbatch) == [
+        ("all-reduce", sum(parameters().values()) + SUMS)
+    ]
 
 
 def test_batch_norm_exchanges_its_statistics():
@@ -164,11 +199,22 @@ print(json.dumps([exchanged(Layout(data=2, model=2)), parameters()]))
 """
     root = Path(__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": str(root)}
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, env=environment, cwd=root)
+    ran = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+        cwd=root,
+    )
     assert ran.returncode == 0, ran.stderr
     found, sizes = json.loads(ran.stdout.splitlines()[-1])
     halves = sum(size / 2 if name in SPLIT else size for name, size in sizes.items())
-    assert sorted(found) == [["all-reduce", 4 * 64], ["all-reduce", 4 * 1024], ["all-reduce", halves + SUMS]]
+    assert sorted(found) == [
+        ["all-reduce", 4 * 64],
+        ["all-reduce", 4 * 1024],
+        ["all-reduce", halves + SUMS],
+    ]
 
 
 def test_fsdp_puts_fc6_together_once_and_leaves_its_gradient_spread():
@@ -190,11 +236,17 @@ def test_a_spread_parameter_takes_its_share_of_memory_and_so_does_its_momentum(l
         assert [shard.data.size for shard in kernel.addressable_shards] == [kernel.size // 2] * 2
         assert tree["conv1_1"]["kernel"].sharding.is_fully_replicated
     alone = init_state(model_of(False), sgd(CONFIG), 0, make_mesh(8, jax.devices()[:1]))
-    np.testing.assert_array_equal(host_copy(state.params["fc6"]["kernel"]), host_copy(alone.params["fc6"]["kernel"]))
+    np.testing.assert_array_equal(
+        host_copy(state.params["fc6"]["kernel"]), host_copy(alone.params["fc6"]["kernel"])
+    )
 
 
 def test_what_cannot_be_laid_out_is_said():
-    for given, message in (({"data": 0}, "data=0"), ({"model": -1}, "model=-1"), ({"reduce": "float16"}, "'float16'.*float32, bfloat16")):
+    for given, message in (
+        ({"data": 0}, "data=0"),
+        ({"model": -1}, "model=-1"),
+        ({"reduce": "float16"}, "'float16'.*float32, bfloat16"),
+    ):
         with pytest.raises(InputError, match=message):
             Layout(**given)
     with pytest.raises(InputError, match="data=4, model=1, of 4 devices: expected all of the 2"):
@@ -202,5 +254,8 @@ def test_what_cannot_be_laid_out_is_said():
     with pytest.raises(InputError, match="on CPUs expected one of the two alone"):
         make_mesh(8, layout=Layout(model=2, reduce="bfloat16"))
     shapes = {"fc6": {"kernel": jax.ShapeDtypeStruct((12, 3), jnp.float32)}}
-    with pytest.raises(InputError, match=r"fc6/kernel is \(12, 3\), and the mesh has model=2: expected a divisor of 3"):
+    with pytest.raises(
+        InputError,
+        match=r"fc6/kernel is \(12, 3\), and the mesh has model=2: expected a divisor of 3",
+    ):
         shardings(shapes, make_mesh(8, layout=Layout(model=2)), Layout(model=2))

@@ -10,7 +10,10 @@ from vgg_jax.distributed.sharding import make_mesh, put_batch, replicated
 
 def test_a_batch_is_spread_and_parameters_are_everywhere():
     mesh = make_mesh(6)
-    batch = {"image": np.arange(6 * 12, dtype=np.uint8).reshape(6, 2, 2, 3), "label": np.arange(6, dtype=np.int32)}
+    batch = {
+        "image": np.arange(6 * 12, dtype=np.uint8).reshape(6, 2, 2, 3),
+        "label": np.arange(6, dtype=np.int32),
+    }
     placed = put_batch(batch, mesh)
     for name, array in placed.items():
         np.testing.assert_array_equal(array, batch[name])
@@ -20,6 +23,8 @@ def test_a_batch_is_spread_and_parameters_are_everywhere():
 
 
 def test_examples_that_devices_cannot_share():
-    with pytest.raises(InputError, match=r"7 examples .*multiple of the 2 devices.*--batch-size or --microbatch"):
+    with pytest.raises(
+        InputError, match=r"7 examples .*multiple of the 2 devices.*--batch-size or --microbatch"
+    ):
         make_mesh(7)
     assert make_mesh(7, jax.devices()[:1]).size == 1

@@ -29,17 +29,27 @@ def photos(sizes, seed=0):
 def net():
     model = VGG(SMALL, num_classes=CLASSES, image_size=SIZE)
     variables = init(model)
-    return model, jax.tree.map(lambda x: x * 0.5 if x.ndim > 1 else x, variables)  # soft-max over scores that are not all or nothing
+    return model, jax.tree.map(
+        lambda x: x * 0.5 if x.ndim > 1 else x, variables
+    )  # soft-max over scores that are not all or nothing
 
 
 @pytest.mark.parametrize("ceil", [False, True], ids=["floor", "ceil"])
-@pytest.mark.parametrize(("kind", "batch_norm"), [("plain", False), ("lrn", False), ("plain", True)], ids=["plain", "lrn", "batch_norm"])
+@pytest.mark.parametrize(
+    ("kind", "batch_norm"),
+    [("plain", False), ("lrn", False), ("plain", True)],
+    ids=["plain", "lrn", "batch_norm"],
+)
 def test_dense_posteriors_equal_pytorchs_one_by_one(kind, batch_norm, ceil, monkeypatch):
     pytest.importorskip("torch", reason="needs torch: pip install torch")
     from tests.helpers import torch_vgg
 
-    monkeypatch.setitem(torch_vgg.STAGES, "small", [[8, "lrn"], *STAGES[1:]] if kind == "lrn" else STAGES)
-    theirs = torch_vgg.randomize(torch_vgg.torch_vgg("small", (24, 16), CLASSES, batch_norm, SIZE), seed=3).eval()
+    monkeypatch.setitem(
+        torch_vgg.STAGES, "small", [[8, "lrn"], *STAGES[1:]] if kind == "lrn" else STAGES
+    )
+    theirs = torch_vgg.randomize(
+        torch_vgg.torch_vgg("small", (24, 16), CLASSES, batch_norm, SIZE), seed=3
+    ).eval()
     theirs.fc8.weight.data *= 0.02
     params, batch_stats = torch_vgg.to_jax(theirs, 2)
     config = dataclasses.replace(SMALL, lrn=("conv1_1",) if kind == "lrn" else ())
@@ -47,8 +57,15 @@ def test_dense_posteriors_equal_pytorchs_one_by_one(kind, batch_norm, ceil, monk
     images = photos(SIZES)
     for softmax_first in (False, True) if kind == "plain" else (False,):
         protocol = Protocol(ceil=ceil, softmax_first=softmax_first)
-        ours = posteriors(model, {"params": params, "batch_stats": batch_stats}, images, protocol=protocol)
-        expected = np.stack([torch_vgg.dense_posterior(theirs, image, MEAN, 2, ceil, True, softmax_first) for image in images])
+        ours = posteriors(
+            model, {"params": params, "batch_stats": batch_stats}, images, protocol=protocol
+        )
+        expected = np.stack(
+            [
+                torch_vgg.dense_posterior(theirs, image, MEAN, 2, ceil, True, softmax_first)
+                for image in images
+            ]
+        )
         assert 0.05 < expected.max(1).mean() < 0.95
         assert np.abs(ours - expected).max() < 1e-5
         assert np.abs(np.diff(ours, axis=0)).max() > 1e-3  # the images differ
@@ -67,19 +84,29 @@ def test_windows_in_a_film_are_what_each_is_alone(side, ceil):
     film, there = np.full((1, rows[-1], 16, 3), 99.0, np.float32), np.zeros((1, rows[-1], 16), bool)
     for row, image in zip(rows, found, strict=False):
         film[0, row : row + len(image), :13], there[0, row : row + len(image), :13] = image, True
-    last_maps = jax.jit(lambda film, there: model.apply(variables, film, there, ceil, method="last_maps"))
+    last_maps = jax.jit(
+        lambda film, there: model.apply(variables, film, there, ceil, method="last_maps")
+    )
     maps = last_maps(film, there)[0]
     for row, image in zip(rows, found, strict=False):
         alone = last_maps(image[None].astype(np.float32), np.ones((1, len(image), 13), bool))[0]
         h, w = alone.shape[:2]
-        np.testing.assert_allclose(maps[row // 4 : row // 4 + h, :w], alone, rtol=1e-4, atol=1e-4 * np.abs(alone).max())
+        np.testing.assert_allclose(
+            maps[row // 4 : row // 4 + h, :w], alone, rtol=1e-4, atol=1e-4 * np.abs(alone).max()
+        )
         if ceil:
-            assert not maps[row // 4 + h : row // 4 + h + h % 2].any()  # what the last pooling reads behind an odd map
+            assert not maps[
+                row // 4 + h : row // 4 + h + h % 2
+            ].any()  # what the last pooling reads behind an odd map
 
 
 def softmax_of(net, crops):
     model, variables = net
-    return jax.nn.softmax(jax.jit(model.apply)(variables, jnp.float32(np.stack(crops)) - jnp.array(MEAN)[None, None, None]))
+    return jax.nn.softmax(
+        jax.jit(model.apply)(
+            variables, jnp.float32(np.stack(crops)) - jnp.array(MEAN)[None, None, None]
+        )
+    )
 
 
 def test_dense_on_a_crop_of_the_nets_size_is_the_forward_pass(net):
@@ -92,7 +119,12 @@ def test_crops_are_those_cut_by_hand(net):
     """5x5 and their mirror images at two scales; the ten crops of corners and centre; the centre."""
     scaled = photos([(24, 49), (48, 83)])
     grid = []
-    for image, ys, xs in zip(scaled, [(0, 2, 4, 6, 8), (0, 8, 16, 24, 32)], [(0, 8, 16, 25, 33), (0, 17, 34, 50, 67)], strict=True):
+    for image, ys, xs in zip(
+        scaled,
+        [(0, 2, 4, 6, 8), (0, 8, 16, 24, 32)],
+        [(0, 8, 16, 25, 33), (0, 17, 34, 50, 67)],
+        strict=True,
+    ):
         grid += [image[y : y + 16, x : x + 16] for y in ys for x in xs]
     expected = np.asarray(softmax_of(net, grid + [crop[:, ::-1] for crop in grid]))
     assert len(expected) == 100
@@ -102,18 +134,29 @@ def test_crops_are_those_cut_by_hand(net):
     image = scaled[0]
     ten = [image[y : y + 16, x : x + 16] for y, x in ((0, 0), (0, 33), (8, 0), (8, 33), (4, 17))]
     expected = np.asarray(softmax_of(net, ten + [crop[:, ::-1] for crop in ten])).mean(0)
-    np.testing.assert_allclose(posteriors(*net, [image], protocol=Protocol("ten-crop"))[0], expected, atol=1e-5)
     np.testing.assert_allclose(
-        posteriors(*net, [image], protocol=Protocol("center", flip=False))[0], softmax_of(net, ten[4:])[0], atol=1e-5
+        posteriors(*net, [image], protocol=Protocol("ten-crop"))[0], expected, atol=1e-5
+    )
+    np.testing.assert_allclose(
+        posteriors(*net, [image], protocol=Protocol("center", flip=False))[0],
+        softmax_of(net, ten[4:])[0],
+        atol=1e-5,
     )
 
 
 def test_both_and_scales_are_means(net):
     images = photos([(20, 40), (31, 17)])
-    both, dense, crops = (posteriors(*net, images, protocol=Protocol(name)) for name in ("both", "dense", "multi-crop"))
+    both, dense, crops = (
+        posteriors(*net, images, protocol=Protocol(name))
+        for name in ("both", "dense", "multi-crop")
+    )
     np.testing.assert_allclose(both, (dense + crops) / 2, atol=1e-6)
     other = photos([(30, 60), (62, 34)], seed=1)
-    np.testing.assert_allclose(posteriors(*net, list(zip(images, other, strict=True))), (dense + posteriors(*net, other)) / 2, atol=1e-6)
+    np.testing.assert_allclose(
+        posteriors(*net, list(zip(images, other, strict=True))),
+        (dense + posteriors(*net, other)) / 2,
+        atol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
@@ -125,17 +168,23 @@ def test_the_weights_of_an_image_add_up_to_one(name):
 
 def test_equal_crops_are_computed_once(net):
     image = photos([(16, 24)])
-    assert len(list(windows(0, image, 16, Protocol("multi-crop")))) == 10  # five and their mirror images
+    assert (
+        len(list(windows(0, image, 16, Protocol("multi-crop")))) == 10
+    )  # five and their mirror images
     grid = [image[0][:, x : x + 16] for x in (0, 2, 4, 6, 8)]
     expected = np.asarray(softmax_of(net, grid + [crop[:, ::-1] for crop in grid]))
-    np.testing.assert_allclose(posteriors(*net, image, protocol=Protocol("multi-crop"))[0], expected.mean(0), atol=1e-5)
+    np.testing.assert_allclose(
+        posteriors(*net, image, protocol=Protocol("multi-crop"))[0], expected.mean(0), atol=1e-5
+    )
 
 
 @pytest.fixture
 def compilations(caplog):
     """How often a program was compiled."""
     jax.config.update("jax_log_compiles", True)
-    yield lambda: sum(record.getMessage().startswith("Compiling jit(last_maps)") for record in caplog.records)
+    yield lambda: sum(
+        record.getMessage().startswith("Compiling jit(last_maps)") for record in caplog.records
+    )
     jax.config.update("jax_log_compiles", False)
 
 
@@ -146,7 +195,9 @@ def compilations(caplog):
         pytest.param(4_000, 4, id="many_programs", marks=pytest.mark.slow),
     ],
 )
-def test_each_image_comes_once_and_windows_share_programs(net, caplog, compilations, worth, most, monkeypatch):
+def test_each_image_comes_once_and_windows_share_programs(
+    net, caplog, compilations, worth, most, monkeypatch
+):
     """On two devices; 40 images of 40 sizes in few programs: what each is alone, and the same again."""
     monkeypatch.setattr("vgg_jax.evaluation.packing.COMPILED", worth)
     sizes = [(16 + i % 7, 23 + i) if i % 2 else (23 + i, 16 + i % 7) for i in range(40)]
@@ -159,7 +210,9 @@ def test_each_image_comes_once_and_windows_share_programs(net, caplog, compilati
     assert compilations() == 0
     for index, posterior in found.items():
         np.testing.assert_array_equal(again[index], posterior)
-        np.testing.assert_allclose(posterior, posteriors(*net, [photos(sizes)[index]])[0], atol=1e-6)
+        np.testing.assert_allclose(
+            posterior, posteriors(*net, [photos(sizes)[index]])[0], atol=1e-6
+        )
 
 
 def test_crop_offsets():
@@ -175,7 +228,9 @@ def test_crop_offsets():
 def test_nothing_and_too_much(net, monkeypatch):
     assert posteriors(*net, []).shape == (0, CLASSES)
     monkeypatch.setattr("vgg_jax.evaluation.dense.LARGEST", 500)
-    with pytest.raises(InputError, match="image 0 is 16x40 at its test scale: expected at most 500 pixels"):
+    with pytest.raises(
+        InputError, match="image 0 is 16x40 at its test scale: expected at most 500 pixels"
+    ):
         posteriors(*net, photos([(16, 40)]))
     with pytest.raises(InputError, match="image 0 is given at no test scale"):
         posteriors(*net, [[]])
@@ -186,15 +241,24 @@ def test_nothing_and_too_much(net, monkeypatch):
 def test_parameters_of_another_type_are_promoted_as_ever(net):
     model, variables = net
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables)
-    expected = posteriors(model, jax.tree.map(lambda x: x.astype(jnp.float32), half), photos([(16, 24)]))
+    expected = posteriors(
+        model, jax.tree.map(lambda x: x.astype(jnp.float32), half), photos([(16, 24)])
+    )
     np.testing.assert_allclose(posteriors(model, half, photos([(16, 24)])), expected, atol=1e-5)
 
 
 def test_too_small_an_image_and_an_unknown_protocol(net):
-    with pytest.raises(InputError, match="image 1 is 15x80: expected both sides to be at least the net's, 16"):
+    with pytest.raises(
+        InputError, match="image 1 is 15x80: expected both sides to be at least the net's, 16"
+    ):
         posteriors(*net, photos([(16, 16), (15, 80)]))
     image = photos([(16, 16)])[0]
-    for wrong in (image / 255, image.astype(np.float32) - 120, image[..., :1], np.stack([image, image])[..., 0]):
+    for wrong in (
+        image / 255,
+        image.astype(np.float32) - 120,
+        image[..., :1],
+        np.stack([image, image])[..., 0],
+    ):
         with pytest.raises(InputError, match=r"image 0 is .*: expected uint8 RGB, \(H, W, 3\)"):
             posteriors(*net, [wrong])
     with pytest.raises(InputError, match=r"'sparse'.*dense"):

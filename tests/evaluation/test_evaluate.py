@@ -42,8 +42,18 @@ def photos(tmp_path_factory):
 def run(photos, tmp_path_factory):
     """The workdir of a run that has saved its net once."""
     workdir = tmp_path_factory.mktemp("run")
-    config = TrainConfig(data=str(photos), net="shallow", fc=(24, 16), image_size=16, scale=(16, 24), learning_rate=0.1)
-    begin_run(workdir, Run(config, ("blue", "red"), IMAGENET, open_splits(str(photos))[0].storage, COUNT, COUNT))
+    config = TrainConfig(
+        data=str(photos),
+        net="shallow",
+        fc=(24, 16),
+        image_size=16,
+        scale=(16, 24),
+        learning_rate=0.1,
+    )
+    begin_run(
+        workdir,
+        Run(config, ("blue", "red"), IMAGENET, open_splits(str(photos))[0].storage, COUNT, COUNT),
+    )
     with Saved(workdir / "best") as best:
         best.save(1, init(build_model(config, 2)), {"epoch": 1, "validation": {}})
     return workdir
@@ -51,26 +61,43 @@ def run(photos, tmp_path_factory):
 
 def test_posteriors_labels_and_names_are_in_the_order_of_the_data(run, photos):
     evaluation, facts = evaluate(run, scales=(18, 24))
-    files = [photos / "val" / label / f"{i}.png" for label, start in (("blue", 0), ("red", 1)) for i in range(start, COUNT, 2)]
+    files = [
+        photos / "val" / label / f"{i}.png"
+        for label, start in (("blue", 0), ("red", 1))
+        for i in range(start, COUNT, 2)
+    ]
     assert evaluation.files.tolist() == [str(file) for file in files]
     assert evaluation.labels.tolist() == [0, 0, 0, 0, 1, 1, 1]
     assert evaluation.classes.tolist() == ["blue", "red"]
     from vgg_jax import load
 
     model, variables, _ = load(run)
-    images = [[rescale(decode(file.read_bytes()), scale).numpy() for scale in (18, 24)] for file in files]
-    np.testing.assert_allclose(evaluation.posteriors, posteriors(model, variables, images), atol=1e-6)
+    images = [
+        [rescale(decode(file.read_bytes()), scale).numpy() for scale in (18, 24)] for file in files
+    ]
+    np.testing.assert_allclose(
+        evaluation.posteriors, posteriors(model, variables, images), atol=1e-6
+    )
     wrong = (evaluation.posteriors.argmax(1) != evaluation.labels).mean()
     assert facts["top1_error"] == pytest.approx(wrong)
     assert (facts["top5_error"], facts["count"], facts["scales"]) == (0, COUNT, [18, 24])
 
 
-def test_a_file_of_weights_on_some_of_its_classes_in_another_order(run, photos, tmp_path, monkeypatch, capsys):
+def test_a_file_of_weights_on_some_of_its_classes_in_another_order(
+    run, photos, tmp_path, monkeypatch, capsys
+):
     """Exported, it gives what the run gives; "n00000001" is the net's "n00000001 blue things"."""
     weights = weights_of(run)
-    params = {**weights.params, "fc8": {leaf: np.roll(np.asarray(array), 1, -1) for leaf, array in weights.params["fc8"].items()}}
+    params = {
+        **weights.params,
+        "fc8": {
+            leaf: np.roll(np.asarray(array), 1, -1) for leaf, array in weights.params["fc8"].items()
+        },
+    }
     classes = ("n00000002 red things", "n00000001 blue things")
-    save_weights(tmp_path / "net.safetensors", dataclasses.replace(weights, params=params, classes=classes))
+    save_weights(
+        tmp_path / "net.safetensors", dataclasses.replace(weights, params=params, classes=classes)
+    )
     shutil.copytree(photos, tmp_path / "photos")
     for split in ("train", "val"):
         for name, synset in (("blue", "n00000001"), ("red", "n00000002")):
@@ -84,7 +111,9 @@ def test_a_file_of_weights_on_some_of_its_classes_in_another_order(run, photos, 
         evaluate(tmp_path / "net.safetensors")
     monkeypatch.chdir(tmp_path)
     assert cli.main(["evaluate", "net.safetensors", "photos", "--protocol", "center"]) == 0
-    assert (tmp_path / "net.safetensors-evaluated" / "photos-val-center-20" / "posteriors.npz").exists()
+    assert (
+        tmp_path / "net.safetensors-evaluated" / "photos-val-center-20" / "posteriors.npz"
+    ).exists()
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "net.safetensors").read_bytes()[:100])
     assert cli.main(["evaluate", "cut.safetensors", "photos"]) == 2
     assert not (tmp_path / "cut.safetensors-evaluated").exists()
@@ -98,7 +127,12 @@ def test_the_command_prints_and_writes(run, photos, capsys):
     assert "center, Q = 20: top-1 error" in out  # the middle of the jitter
     assert f"{COUNT} images" in out
     facts = json.loads((run / "val-center-20" / "evaluation.json").read_text())
-    assert facts["protocol"] == {"name": "center", "flip": False, "softmax_first": False, "ceil": False}
+    assert facts["protocol"] == {
+        "name": "center",
+        "flip": False,
+        "softmax_first": False,
+        "ceil": False,
+    }
     assert facts["data"] == str(photos)
     assert read(run / "val-center-20" / "posteriors.npz").posteriors.shape == (COUNT, 2)
     assert (run / "val-center-20-mirrored-ceil" / "posteriors.npz").exists()
@@ -116,7 +150,9 @@ def test_mirror_images_count_where_the_run_was_trained_with_them(run, tmp_path):
 def test_fusion_is_the_mean(run, tmp_path, capsys):
     folders = []
     for scale in ("16", "24"):
-        assert cli.main(["evaluate", str(run), "--scales", scale, "--out", str(tmp_path / scale)]) == 0
+        assert (
+            cli.main(["evaluate", str(run), "--scales", scale, "--out", str(tmp_path / scale)]) == 0
+        )
         folders.append(str(tmp_path / scale / "posteriors.npz"))
     assert cli.main(["fuse", *folders, "--out", str(tmp_path / "fused")]) == 0
     assert "mean of 2 posteriors: top-1 error" in capsys.readouterr().out
@@ -125,7 +161,10 @@ def test_fusion_is_the_mean(run, tmp_path, capsys):
 
 
 EVALUATION = Evaluation(
-    np.float32([[0.9, 0.1], [0.4, 0.6]]), np.int32([0, 0]), np.array(["a.png", "two\nlines.png"]), np.array(["ants", "bees"])
+    np.float32([[0.9, 0.1], [0.4, 0.6]]),
+    np.int32([0, 0]),
+    np.array(["a.png", "two\nlines.png"]),
+    np.array(["ants", "bees"]),
 )
 
 
@@ -151,8 +190,13 @@ def test_what_a_run_validated_on_must_be_there_unchanged(run, photos, tmp_path):
     text = (tmp_path / "run" / "run.json").read_text()
     (tmp_path / "run" / "run.json").write_text(text.replace(str(photos), str(tmp_path / "photos")))
     evaluate(tmp_path / "run", protocol=Protocol("center"))
-    (tmp_path / "photos" / "train" / "blue" / "0.png").rename(tmp_path / "photos" / "train" / "blue" / "00.png")
-    with pytest.raises(InputError, match=r"is not what .*run was trained on: storage and sizes were \('folder, names"):
+    (tmp_path / "photos" / "train" / "blue" / "0.png").rename(
+        tmp_path / "photos" / "train" / "blue" / "00.png"
+    )
+    with pytest.raises(
+        InputError,
+        match=r"is not what .*run was trained on: storage and sizes were \('folder, names",
+    ):
         evaluate(tmp_path / "run", protocol=Protocol("center"))
 
 
@@ -163,11 +207,16 @@ def test_a_file_that_is_cut_or_foreign(tmp_path):
         (tmp_path / "cut.npz").write_bytes(content)
         with pytest.raises(InputError, match=r"cut\.npz cannot be read"):
             read(tmp_path / "cut.npz")
-    np.savez(tmp_path / "pickled.npz", **dataclasses.asdict(EVALUATION) | {"files": np.array([{}, {}], object)})
+    np.savez(
+        tmp_path / "pickled.npz",
+        **dataclasses.asdict(EVALUATION) | {"files": np.array([{}, {}], object)},
+    )
     with pytest.raises(InputError, match=r"pickled\.npz cannot be read"):
         read(tmp_path / "pickled.npz")
     np.savez(tmp_path / "short.npz", **dataclasses.asdict(EVALUATION) | {"labels": np.int32([0])})
-    with pytest.raises(InputError, match=r"short\.npz cannot be read \(its arrays do not fit together\)"):
+    with pytest.raises(
+        InputError, match=r"short\.npz cannot be read \(its arrays do not fit together\)"
+    ):
         read(tmp_path / "short.npz")
 
 
@@ -190,7 +239,10 @@ def test_wilsons_interval():
     [
         (["--scales", "15"], ("scales", "15", "16")),
         (["--split", "test"], ("test", "train, val")),
-        (["digits", "--split", "train"], ("classes that", "does not know: '0', '1'", "some of its 2: 'blue', 'red'")),
+        (
+            ["digits", "--split", "train"],
+            ("classes that", "does not know: '0', '1'", "some of its 2: 'blue', 'red'"),
+        ),
         (["no/such/folder"], ("no/such/folder",)),
         (["--protocol", "sparse"], ("sparse", "multi-crop")),
     ],

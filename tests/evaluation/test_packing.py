@@ -14,7 +14,10 @@ A = CONFIGS["A"]
 
 def plan(sizes, pixels=400_000, devices=1, ceil=False):
     """The batches of windows of these sizes, of no pixels."""
-    found = [Window(i, 0, 1.0, np.broadcast_to(np.uint8(0), (*sorted(size)[::-1], 3)), size[1] > size[0]) for i, size in enumerate(sizes)]
+    found = [
+        Window(i, 0, 1.0, np.broadcast_to(np.uint8(0), (*sorted(size)[::-1], 3)), size[1] > size[0])
+        for i, size in enumerate(sizes)
+    ]
     return list(batches(found, A, ceil=ceil, pixels=pixels, devices=devices))
 
 
@@ -29,7 +32,10 @@ def photos(n, seed=0):
     rng = np.random.default_rng(seed)
     long = np.where(rng.random(n) < 0.7, rng.choice([341, 384], n), rng.integers(256, 500, n))
     long = np.where(rng.random(n) < 0.02, rng.integers(500, 2000, n), long)
-    return [(256, int(side)) if wide else (int(side), 256) for side, wide in zip(long, rng.random(n) < 0.7, strict=True)]
+    return [
+        (256, int(side)) if wide else (int(side), 256)
+        for side, wide in zip(long, rng.random(n) < 0.7, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("ceil", [False, True], ids=["floor", "ceil"])
@@ -37,13 +43,17 @@ def photos(n, seed=0):
 def test_every_window_lies_once_in_a_film_and_apart_from_the_others(devices, ceil):
     sizes = photos(300)
     found = plan(sizes, devices=devices, ceil=ceil)
-    assert sorted(placed.window.image for batch in found for placed in batch.placed) == list(range(300))
+    assert sorted(placed.window.image for batch in found for placed in batch.placed) == list(
+        range(300)
+    )
     for batch in found:
         assert batch.films.n % devices == 0
         assert np.prod(batch.films) <= 400_000 or batch.films.n == devices
         free = [0] * batch.films.n  # the first row of each film that the next window may take
         for window, film, row in batch.placed:
-            assert batch.turned == window.turned == (sizes[window.image][1] > sizes[window.image][0])
+            assert (
+                batch.turned == window.turned == (sizes[window.image][1] > sizes[window.image][0])
+            )
             h, w = window.pixels.shape[:2]
             assert row == free[film]
             assert row + h <= batch.films.h
@@ -108,7 +118,11 @@ def test_a_film_is_filled_as_well_as_it_can_be():
         chosen = fill([Rows(h, h) for h in heights], 70)
         assert chosen[0] == 0
         assert chosen == sorted(set(chosen))
-        rest = itertools.chain.from_iterable(itertools.combinations(heights[1:], n) for n in range(8))
-        assert sum(heights[i] for i in chosen) == max(total for each in rest if (total := heights[0] + sum(each)) <= 70)
+        rest = itertools.chain.from_iterable(
+            itertools.combinations(heights[1:], n) for n in range(8)
+        )
+        assert sum(heights[i] for i in chosen) == max(
+            total for each in rest if (total := heights[0] + sum(each)) <= 70
+        )
     assert fill([], 70) == []
     assert fill([Rows(64, 80), Rows(3, 4)], 70) == [0]

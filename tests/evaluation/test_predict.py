@@ -30,7 +30,19 @@ def net(tmp_path_factory):
         model = VGG(SHALLOW, len(CLASSES), image_size=16)
         params = jax.tree.map(np.asarray, init(model)["params"])
         params["fc8"]["kernel"] = params["fc8"]["kernel"] * 0.2
-        save(path, Weights("shallow", "vgg_jax", model, params, {}, True, Preprocessing(IMAGENET.mean_rgb), CLASSES))
+        save(
+            path,
+            Weights(
+                "shallow",
+                "vgg_jax",
+                model,
+                params,
+                {},
+                True,
+                Preprocessing(IMAGENET.mean_rgb),
+                CLASSES,
+            ),
+        )
         yield str(path)
 
 
@@ -50,15 +62,25 @@ def test_the_answers_are_those_by_hand(net, photos):
     files = [photos / "b.png", photos / "deep/er/c.jpeg"]
     assert [prediction.file for prediction in found] == list(map(str, files))
     model, variables, metadata = load(net)
-    images = [rescale(decode(file.read_bytes()), metadata["preprocessing"]["scale"]).numpy() for file in files]
+    images = [
+        rescale(decode(file.read_bytes()), metadata["preprocessing"]["scale"]).numpy()
+        for file in files
+    ]
     expected = posteriors(model, variables, images)
     for prediction, posterior in zip(found, expected, strict=True):
-        assert [name for name, _ in prediction.top] == [CLASSES[i] for i in posterior.argsort()[::-1][:2]]
-        assert [probability for _, probability in prediction.top] == pytest.approx(np.sort(posterior)[::-1][:2], abs=1e-6)
+        assert [name for name, _ in prediction.top] == [
+            CLASSES[i] for i in posterior.argsort()[::-1][:2]
+        ]
+        assert [probability for _, probability in prediction.top] == pytest.approx(
+            np.sort(posterior)[::-1][:2], abs=1e-6
+        )
 
 
 def test_files_folders_and_patterns(photos):
-    every = [str(photos / name) for name in ("a.jpg", "b.png", "broken.jpg", "d [1].webp", "deep/er/c.jpeg")]
+    every = [
+        str(photos / name)
+        for name in ("a.jpg", "b.png", "broken.jpg", "d [1].webp", "deep/er/c.jpeg")
+    ]
     assert sorted(listed([str(photos)])) == every
     assert listed([str(photos / "*.png"), str(photos / "d [1].webp"), str(photos / "no*.gif")]) == [
         every[1],
@@ -70,9 +92,19 @@ def test_files_folders_and_patterns(photos):
 
 def test_an_unreadable_file_is_reported_and_the_others_answered(net, photos, capsys):
     Image.new("L", (12_500, 1)).save(photos / "line.png")
-    argv = ["predict", net, *(str(photos / name) for name in ("broken.jpg", "line.png", "b.png", "missing.jpg", "notes.txt"))]
+    argv = [
+        "predict",
+        net,
+        *(
+            str(photos / name)
+            for name in ("broken.jpg", "line.png", "b.png", "missing.jpg", "notes.txt")
+        ),
+    ]
     assert cli.main([*argv, "--json"]) == 3
-    lines = {line["file"].rpartition("/")[2]: line for line in map(json.loads, capsys.readouterr().out.splitlines())}
+    lines = {
+        line["file"].rpartition("/")[2]: line
+        for line in map(json.loads, capsys.readouterr().out.splitlines())
+    }
     assert {name: len(line.get("top", ())) for name, line in lines.items()} == {
         "broken.jpg": 0,
         "b.png": 5,
@@ -82,14 +114,31 @@ def test_an_unreadable_file_is_reported_and_the_others_answered(net, photos, cap
     }
     assert "cannot decode" in lines["broken.jpg"]["error"]
     assert "No such file" in lines["missing.jpg"]["error"]
-    assert "line.png': at the test scale it has more than 2,000,000 pixels" in lines["line.png"]["error"]
+    assert (
+        "line.png': at the test scale it has more than 2,000,000 pixels"
+        in lines["line.png"]["error"]
+    )
     assert cli.main(argv) == 3
     out, err = capsys.readouterr()
     assert "%" in out.splitlines()[0]
     assert len(out.splitlines()) == 1
     assert sum("expected a JPEG" in line for line in err.splitlines()) == 4
     (photos / "line.png").unlink()
-    assert cli.main(["predict", net, str(photos / "b.png"), "--protocol", "ten-crop", "--scales", "16", "20"]) == 0
+    assert (
+        cli.main(
+            [
+                "predict",
+                net,
+                str(photos / "b.png"),
+                "--protocol",
+                "ten-crop",
+                "--scales",
+                "16",
+                "20",
+            ]
+        )
+        == 0
+    )
 
 
 def test_nothing_to_predict(net, tmp_path, photos):
@@ -99,7 +148,9 @@ def test_nothing_to_predict(net, tmp_path, photos):
         list(predict(net, [str(photos / "b.png")], top=0))
     weights = read(net)
     headless = {name: layer for name, layer in weights.params.items() if name.startswith("conv")}
-    save(tmp_path / "headless.safetensors", dataclasses.replace(weights, params=headless, top=False))
+    save(
+        tmp_path / "headless.safetensors", dataclasses.replace(weights, params=headless, top=False)
+    )
     with pytest.raises(InputError, match=r"headless\.safetensors has no fully connected layers"):
         list(predict(tmp_path / "headless.safetensors", [str(photos / "b.png")]))
     with pytest.raises(InputError, match=r"scales is \(15,\): expected at least .* 16"):

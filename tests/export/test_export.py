@@ -21,16 +21,29 @@ from vgg_jax.weights import Weights, read
 from vgg_jax.weights.layouts import Preprocessing
 
 CLASSES = ("ants", "bees", "wasps")
-WIDE = dataclasses.replace(CONFIGS["A"], fc=(12, 8))  # its convolutions are the paper's, which a file is recognised by
+WIDE = dataclasses.replace(
+    CONFIGS["A"], fc=(12, 8)
+)  # its convolutions are the paper's, which a file is recognised by
 
 
 def weights(net="D", batch_norm=False, size=32, config=None):
     model = VGG(config or narrow(net), len(CLASSES), batch_norm, image_size=size)
     rng = np.random.default_rng(0)
-    variables = jax.tree.map(lambda x: np.asarray(x + np.float32(rng.uniform(0, 0.1, x.shape))), dict(init(model)))
-    variables["params"]["conv1_1"]["kernel"] = variables["params"]["conv1_1"]["kernel"] / 50  # images are 0-255
+    variables = jax.tree.map(
+        lambda x: np.asarray(x + np.float32(rng.uniform(0, 0.1, x.shape))), dict(init(model))
+    )
+    variables["params"]["conv1_1"]["kernel"] = (
+        variables["params"]["conv1_1"]["kernel"] / 50
+    )  # images are 0-255
     return Weights(
-        net, "vgg_jax", model, variables["params"], variables.get("batch_stats", {}), True, Preprocessing(IMAGENET.mean_rgb), CLASSES
+        net,
+        "vgg_jax",
+        model,
+        variables["params"],
+        variables.get("batch_stats", {}),
+        True,
+        Preprocessing(IMAGENET.mean_rgb),
+        CLASSES,
     )
 
 
@@ -39,7 +52,9 @@ def photos(*shape, seed=3):
 
 
 def ours(artefact, images):
-    return np.asarray(jax.jit(artefact, compiler_options=compiler_options())(artefact.weights.variables, images))
+    return np.asarray(
+        jax.jit(artefact, compiler_options=compiler_options())(artefact.weights.variables, images)
+    )
 
 
 def same(found, expected, tolerance=1e-4):
@@ -48,7 +63,9 @@ def same(found, expected, tolerance=1e-4):
 
 
 def run_onnx(path, images):
-    onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install 'vgg-jax[onnx]'")
+    onnxruntime = pytest.importorskip(
+        "onnxruntime", reason="needs onnxruntime: pip install 'vgg-jax[onnx]'"
+    )
     return onnxruntime.InferenceSession(path).run(None, {"images": images})[0]
 
 
@@ -66,14 +83,20 @@ def run_stablehlo(path, images):
 def run_savedmodel(path, images):
     import tensorflow as tf
 
-    (answer,) = tf.saved_model.load(str(path)).signatures["serving_default"](images=tf.constant(images)).values()
+    (answer,) = (
+        tf.saved_model.load(str(path))
+        .signatures["serving_default"](images=tf.constant(images))
+        .values()
+    )
     return answer.numpy()
 
 
 RUN = {"onnx": run_onnx, "stablehlo": run_stablehlo, "savedmodel": run_savedmodel}
 
 
-@pytest.mark.parametrize("net", [*(pytest.param(net, marks=pytest.mark.slow) for net in "ABDE"), "A-LRN", "C"])
+@pytest.mark.parametrize(
+    "net", [*(pytest.param(net, marks=pytest.mark.slow) for net in "ABDE"), "A-LRN", "C"]
+)
 def test_onnx_of_every_net(net, tmp_path):
     pytest.importorskip("onnx", reason="needs onnx: pip install 'vgg-jax[onnx]'")
     artefact = Artefact(weights(net))
@@ -90,7 +113,9 @@ def test_any_size_any_batch(kind, output, tmp_path):
     write(tmp_path / f"net.{kind}", artefact)
     for shape in ((1, 32, 32), (2, 33, 70)):
         expected = ours(artefact, photos(*shape))
-        assert expected.shape == ((shape[0], 1, shape[2] // 32, 3) if output == "score_map" else (shape[0], 3))
+        assert expected.shape == (
+            (shape[0], 1, shape[2] // 32, 3) if output == "score_map" else (shape[0], 3)
+        )
         same(RUN[kind](tmp_path / f"net.{kind}", photos(*shape)), expected)
 
 
@@ -106,12 +131,22 @@ def test_float_images_and_stored_types(kind, bfloat16, tmp_path):
     if not bfloat16:
         same(RUN[kind](path, images), ours(artefact, images))
         return
-    rounded = jax.tree.map(lambda x: x.astype(artefact.dtype).astype(np.float32), artefact.weights.params)
-    same(RUN[kind](path, images), np.asarray(artefact.weights.model.apply({"params": rounded}, images)))
+    rounded = jax.tree.map(
+        lambda x: x.astype(artefact.dtype).astype(np.float32), artefact.weights.params
+    )
+    same(
+        RUN[kind](path, images),
+        np.asarray(artefact.weights.model.apply({"params": rounded}, images)),
+    )
     whole = tmp_path / f"whole.{kind}"
     write(whole, dataclasses.replace(artefact, bfloat16=False))
-    sizes = [sum(file.stat().st_size for file in (each.rglob("*") if each.is_dir() else [each])) for each in (path, whole)]
-    assert sizes[1] - sizes[0] > 0.8 * 2 * sum(array.size for array in jax.tree.leaves(artefact.weights.params))
+    sizes = [
+        sum(file.stat().st_size for file in (each.rglob("*") if each.is_dir() else [each]))
+        for each in (path, whole)
+    ]
+    assert sizes[1] - sizes[0] > 0.8 * 2 * sum(
+        array.size for array in jax.tree.leaves(artefact.weights.params)
+    )
 
 
 def test_a_folded_batch_normalisation_is_the_same_net():
@@ -132,12 +167,19 @@ def test_the_scripts_that_serve_it(kind, tmp_path):
     Image.fromarray(image).save(tmp_path / "photo.png")
     script = Path(__file__).parents[2] / "experiments" / "examples" / f"serve_{kind}.py"
     assert "vgg_jax import" not in script.read_text()
-    command = [sys.executable, str(script), str(tmp_path / f"net.{kind}"), str(tmp_path / "photo.png")]
+    command = [
+        sys.executable,
+        str(script),
+        str(tmp_path / f"net.{kind}"),
+        str(tmp_path / "photo.png"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == CLASSES[ours(artefact, image[None])[0].argmax()], done.stderr
 
 
-@pytest.mark.parametrize("bfloat16", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "bfloat16", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["float32", "bfloat16"]
+)
 @pytest.mark.parametrize("kind", ["safetensors", *RUN])
 def test_verify_asks_again(kind, bfloat16, tmp_path, capsys):
     """In another process it finds the same answer; with weights that are a little larger it does not."""
@@ -146,11 +188,19 @@ def test_verify_asks_again(kind, bfloat16, tmp_path, capsys):
     path = tmp_path / f"net.{kind}"
     net = weights("A", config=WIDE)
     write(path, Artefact(net, bfloat16=bfloat16))
-    done = subprocess.run([sys.executable, "-m", "vgg_jax", "verify", str(path)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "vgg_jax", "verify", str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert "A, 3 classes, logits, images uint8" in done.stdout
     more = np.float32(1.01 if bfloat16 else 1.001)
-    other = Artefact(dataclasses.replace(net, params=jax.tree.map(lambda x: x * more, net.params)), bfloat16=bfloat16)
+    other = Artefact(
+        dataclasses.replace(net, params=jax.tree.map(lambda x: x * more, net.params)),
+        bfloat16=bfloat16,
+    )
     said = Artefact.described
     try:
         Artefact.described = lambda _: said(Artefact(net, bfloat16=bfloat16))
@@ -171,7 +221,11 @@ def test_the_metadata_are_all_that_is_to_be_known(tmp_path):
     assert (said["net"], said["image_size"], said["channels"]) == ("A-LRN", 32, "RGB")
     assert said["mean_rgb"] == list(IMAGENET.mean_rgb)
     back = read(tmp_path / "net.safetensors")
-    assert (back.net, back.classes, back.preprocessing.mean_rgb) == ("A-LRN", CLASSES, IMAGENET.mean_rgb)
+    assert (back.net, back.classes, back.preprocessing.mean_rgb) == (
+        "A-LRN",
+        CLASSES,
+        IMAGENET.mean_rgb,
+    )
     jax.tree.map(np.testing.assert_array_equal, back.params, net.params)
 
 
@@ -180,7 +234,9 @@ def test_bfloat16_weights_are_read_back(tmp_path):
     write(tmp_path / "net.safetensors", Artefact(net, bfloat16=True))
     back = read(tmp_path / "net.safetensors").params["conv3_1"]["kernel"]
     assert back.dtype == np.float32
-    np.testing.assert_array_equal(back, net.params["conv3_1"]["kernel"].astype(jax.numpy.bfloat16).astype(np.float32))
+    np.testing.assert_array_equal(
+        back, net.params["conv3_1"]["kernel"].astype(jax.numpy.bfloat16).astype(np.float32)
+    )
     assert cli.main(["verify", str(tmp_path / "net.safetensors")]) == 0
 
 
@@ -202,12 +258,19 @@ def test_the_savedmodel_is_what_tf_serving_asks_for(tmp_path):
     from tensorflow.core.protobuf import saved_model_pb2
 
     write(tmp_path / "net.savedmodel", Artefact(weights("A-LRN")))
-    (graph,) = saved_model_pb2.SavedModel.FromString((tmp_path / "net.savedmodel" / "saved_model.pb").read_bytes()).meta_graphs
+    (graph,) = saved_model_pb2.SavedModel.FromString(
+        (tmp_path / "net.savedmodel" / "saved_model.pb").read_bytes()
+    ).meta_graphs
     assert list(graph.meta_info_def.tags) == ["serve"]
     signature = graph.signature_def["serving_default"]
     assert signature.method_name == "tensorflow/serving/predict"
-    assert {name: [dim.size for dim in info.tensor_shape.dim] for name, info in signature.inputs.items()} == {"images": [-1, 32, 32, 3]}
-    assert {name: [dim.size for dim in info.tensor_shape.dim] for name, info in signature.outputs.items()} == {"logits": [-1, 3]}
+    assert {
+        name: [dim.size for dim in info.tensor_shape.dim] for name, info in signature.inputs.items()
+    } == {"images": [-1, 32, 32, 3]}
+    assert {
+        name: [dim.size for dim in info.tensor_shape.dim]
+        for name, info in signature.outputs.items()
+    } == {"logits": [-1, 3]}
     operations = {operation.name for operation in graph.meta_info_def.stripped_op_list.op}
     assert {"Conv2D", "LRN", "MaxPool"} <= operations
     assert not {name for name in operations if "Py" in name or "Xla" in name}
@@ -233,7 +296,9 @@ def test_what_cannot_be_exported_or_verified(tmp_path, capsys):
     shutil.rmtree(tmp_path / "net.savedmodel" / "assets.extra")
     with pytest.raises(InputError, match=r"net\.savedmodel cannot be asked"):
         verify(tmp_path / "net.savedmodel")
-    with pytest.raises(InputError, match=r"net\.savedmodel is a folder"):  # it may be somebody else's
+    with pytest.raises(
+        InputError, match=r"net\.savedmodel is a folder"
+    ):  # it may be somebody else's
         write(tmp_path / "net.savedmodel", Artefact(weights("A")))
     with pytest.raises(InputError, match=r"net\.safetensors holds weights only"):
         write(tmp_path / "net.safetensors", Artefact(weights("A"), uint8=False))

@@ -7,7 +7,13 @@ import numpy as np
 from vgg_jax import CONFIGS, Conv, VGGConfig
 
 # A with an eighth of its widths and less: the same layers, one tenth of the time.
-TINY = VGGConfig(tuple(tuple(c._replace(width=8 * i) for c in stage) for i, stage in enumerate(CONFIGS["A"].stages, 1)), fc=(24, 16))
+TINY = VGGConfig(
+    tuple(
+        tuple(c._replace(width=8 * i) for c in stage)
+        for i, stage in enumerate(CONFIGS["A"].stages, 1)
+    ),
+    fc=(24, 16),
+)
 
 # Two stages, of one layer and of two: what a training loop needs of a net, compiled in a few seconds.
 SHALLOW = VGGConfig(((Conv(8),), (Conv(16),)), fc=(24, 16))
@@ -22,10 +28,16 @@ def init(model, seed=0):
     def draw(path, leaf):
         name = path[-1].key
         if name == "kernel":
-            return jnp.float32(rng.normal(0, np.sqrt(2 / np.prod(leaf.shape[:-1])) if leaf.ndim == 4 else 0.01, leaf.shape))
+            return jnp.float32(
+                rng.normal(
+                    0, np.sqrt(2 / np.prod(leaf.shape[:-1])) if leaf.ndim == 4 else 0.01, leaf.shape
+                )
+            )
         return jnp.ones(leaf.shape) if name in ("scale", "var") else jnp.zeros(leaf.shape)
 
-    return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(model.lazy_init, jax.random.key(0), images))
+    return jax.tree_util.tree_map_with_path(
+        draw, jax.eval_shape(model.lazy_init, jax.random.key(0), images)
+    )
 
 
 def images(*shape, seed=0):

@@ -33,7 +33,9 @@ def colour(index: int) -> np.ndarray:
 class Numbers(tfds.core.GeneratorBasedBuilder):
     """NUMBERS images of different colours with the labels 0, 1, 2, 0, …"""
 
-    code_path = None  # looking for it, TFDS 4.9.10 imports importlib_resources, which it does not require
+    code_path = (
+        None  # looking for it, TFDS 4.9.10 imports importlib_resources, which it does not require
+    )
     VERSION = tfds.core.Version("1.2.3")
 
     def _info(self):
@@ -73,7 +75,9 @@ def check_order(source):
     batches = [shuffled[at : at + 4] for at in range(4, source.size, 4)]
     for rows in ([0, 3], [1], [2]):  # of batches of four, from the second one on
         share = Share(4, np.array(rows))
-        mine = [int(example["index"]) for example in source.examples(SEED, 4, share).as_numpy_iterator()]
+        mine = [
+            int(example["index"]) for example in source.examples(SEED, 4, share).as_numpy_iterator()
+        ]
         assert mine == [batch[row] for batch in batches for row in rows if row < len(batch)]
 
 

@@ -22,7 +22,9 @@ def torch_vgg(net, fc, classes, batch_norm=False, image_size=224, dropout=0.0):
         j = 0
         for entry in stage:
             if entry == "lrn":
-                layers[f"lrn{i}_{j}"] = nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2)  # PyTorch divides alpha by 5
+                layers[f"lrn{i}_{j}"] = nn.LocalResponseNorm(
+                    5, alpha=5e-4, beta=0.75, k=2
+                )  # PyTorch divides alpha by 5
                 continue
             j += 1
             width, kernel = entry if isinstance(entry, tuple) else (entry, 3)
@@ -35,7 +37,11 @@ def torch_vgg(net, fc, classes, batch_norm=False, image_size=224, dropout=0.0):
     layers["flatten"] = nn.Flatten()
     channels *= (image_size // 2 ** len(STAGES[net])) ** 2
     for i, width in enumerate(fc, 6):
-        layers |= {f"fc{i}": nn.Linear(channels, width), f"relu{i}": nn.ReLU(), f"drop{i}": nn.Dropout(dropout)}
+        layers |= {
+            f"fc{i}": nn.Linear(channels, width),
+            f"relu{i}": nn.ReLU(),
+            f"drop{i}": nn.Dropout(dropout),
+        }
         channels = width
     layers["fc8"] = nn.Linear(channels, classes)
     model = nn.Sequential()
@@ -50,12 +56,17 @@ def to_jax(model, window, gradients=False):
     for name, layer in model.named_children():
         if not hasattr(layer, "weight"):
             continue
-        weight, bias = ((p.grad if gradients else p).detach().numpy() for p in (layer.weight, layer.bias))
+        weight, bias = (
+            (p.grad if gradients else p).detach().numpy() for p in (layer.weight, layer.bias)
+        )
         if isinstance(layer, nn.Conv2d):
             params[name] = {"kernel": weight.transpose(2, 3, 1, 0), "bias": bias}
         elif isinstance(layer, nn.BatchNorm2d):
             params[name] = {"scale": weight, "bias": bias}
-            batch_stats[name] = {"mean": layer.running_mean.numpy(), "var": layer.running_var.numpy()}
+            batch_stats[name] = {
+                "mean": layer.running_mean.numpy(),
+                "var": layer.running_var.numpy(),
+            }
         elif name == "fc6":  # PyTorch's rows are in the order channel, y, x
             rows = weight.reshape(len(weight), -1, window, window).transpose(2, 3, 1, 0)
             params[name] = {"kernel": rows.reshape(-1, len(weight)), "bias": bias}
@@ -66,7 +77,10 @@ def to_jax(model, window, gradients=False):
 
 def copies(tree):
     """Of the arrays, which would else change with PyTorch's own when it trains."""
-    return {name: {key: np.array(value, order="C") for key, value in layer.items()} for name, layer in tree.items()}
+    return {
+        name: {key: np.array(value, order="C") for key, value in layer.items()}
+        for name, layer in tree.items()
+    }
 
 
 def randomize(model, seed):
@@ -75,7 +89,9 @@ def randomize(model, seed):
     for layer in model:
         if isinstance(layer, nn.Conv2d | nn.Linear):
             fan_in = layer.weight[0].numel()
-            layer.weight.data = torch.randn(layer.weight.shape, generator=generator) * (2 / fan_in) ** 0.5
+            layer.weight.data = (
+                torch.randn(layer.weight.shape, generator=generator) * (2 / fan_in) ** 0.5
+            )
             layer.bias.data = torch.randn(layer.bias.shape, generator=generator) * 0.1
         elif isinstance(layer, nn.BatchNorm2d):
             layer.weight.data = torch.rand(layer.weight.shape, generator=generator) + 0.5
@@ -92,7 +108,9 @@ def score_map(model, images, window, ceil=False):
         if isinstance(layer, nn.MaxPool2d):
             x = nn.functional.max_pool2d(x, 2, 2, ceil_mode=ceil)
         elif isinstance(layer, nn.Linear):
-            x = nn.functional.conv2d(x, layer.weight.reshape(len(layer.weight), -1, side, side), layer.bias)
+            x = nn.functional.conv2d(
+                x, layer.weight.reshape(len(layer.weight), -1, side, side), layer.bias
+            )
             side = 1
         elif name != "flatten":
             x = layer(x)
@@ -105,5 +123,7 @@ def dense_posterior(model, image, mean_rgb, window, ceil=False, flip=True, softm
     found = []
     for each in [x, x.flip(3)] if flip else [x]:
         scores = score_map(model, each, window, ceil)
-        found.append(scores.softmax(1).mean((2, 3)) if softmax_first else scores.mean((2, 3)).softmax(1))
+        found.append(
+            scores.softmax(1).mean((2, 3)) if softmax_first else scores.mean((2, 3)).softmax(1)
+        )
     return torch.stack(found).mean(0)[0].detach().double().numpy()

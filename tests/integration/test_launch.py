@@ -24,15 +24,24 @@ def test_shell_files_pass_shellcheck(name):
 
 
 def test_the_jobs_of_the_jobset_are_kubernetes():
-    validate = pytest.importorskip("kubernetes_validate", reason="needs kubernetes-validate: pip install kubernetes-validate")
+    validate = pytest.importorskip(
+        "kubernetes_validate", reason="needs kubernetes-validate: pip install kubernetes-validate"
+    )
     jobset = yaml.safe_load((LAUNCH / "kubernetes.yaml").read_text())
     (workers,) = jobset["spec"]["replicatedJobs"]
-    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": workers["name"]}, **workers["template"]}
+    job = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": workers["name"]},
+        **workers["template"],
+    }
     validate.validate(job, "1.31", strict=True)
     container = job["spec"]["template"]["spec"]["containers"][0]
     given = {each["name"]: each.get("value") for each in container["env"]}
     # The name that JobSet gives the first pod, its port, and the number of pods said three times.
     name, port = jobset["metadata"]["name"], container["ports"][0]["containerPort"]
     assert given["JAX_COORDINATOR_ADDRESS"] == f"{name}-{workers['name']}-0-0.{name}:{port}"
-    assert int(given["JAX_NUM_PROCESSES"]) == job["spec"]["parallelism"] == job["spec"]["completions"]
+    assert (
+        int(given["JAX_NUM_PROCESSES"]) == job["spec"]["parallelism"] == job["spec"]["completions"]
+    )
     parser().parse_args(container["command"][1:])  # exits where a flag is none

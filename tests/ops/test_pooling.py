@@ -11,7 +11,10 @@ from vgg_jax.ops.pooling import max_pool, relu
 def test_max_pool_leaves_an_odd_edge_out():
     x = np.random.default_rng(0).normal(size=(2, 5, 6, 3)).astype(np.float32)
     expected = [
-        [[max(x[n, 2 * i + a, 2 * j + b, c] for a in (0, 1) for b in (0, 1)) for c in range(3)] for j in range(3)]
+        [
+            [max(x[n, 2 * i + a, 2 * j + b, c] for a in (0, 1) for b in (0, 1)) for c in range(3)]
+            for j in range(3)
+        ]
         for n in range(2)
         for i in range(2)
     ]
@@ -29,11 +32,15 @@ def test_max_pool_shares_the_gradient_among_equal_maxima(ceil, rectify):
         window = x[n, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2, c]
         largest = window == window.max()
         slope = window > 0 if rectify else 1
-        expected[n, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2, c] = slope * largest * g[n, i, j, c] / largest.sum()
+        expected[n, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2, c] = (
+            slope * largest * g[n, i, j, c] / largest.sum()
+        )
     y, pullback = jax.vjp(lambda x: max_pool(x, ceil, rectify), x)
     np.testing.assert_allclose(pullback(g)[0], expected, rtol=1e-6)
     np.testing.assert_array_equal(y, relu(max_pool(x, ceil)) if rectify else max_pool(x, ceil))
-    assert sum(leaf.nbytes for leaf in jax.tree.leaves(pullback) if leaf.ndim) == g.size  # kept for it is a byte for each window
+    assert (
+        sum(leaf.nbytes for leaf in jax.tree.leaves(pullback) if leaf.ndim) == g.size
+    )  # kept for it is a byte for each window
 
 
 def test_relu_has_no_slope_at_zero():

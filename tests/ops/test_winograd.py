@@ -18,7 +18,9 @@ def test_the_matrices_multiply_polynomials():
     """F(4, 3) in one dimension, exact in whole numbers of 1/24: Aᵀ[(G g) ⊙ (Bᵀ d)] is the correlation of d with g."""
     rng = np.random.default_rng(0)
     d, g = rng.integers(-9, 10, 6), rng.integers(-9, 10, 3)
-    np.testing.assert_allclose(_AT @ ((_G @ g) * (_BT @ d)), np.correlate(d, g, "valid"), atol=1e-12)
+    np.testing.assert_allclose(
+        _AT @ ((_G @ g) * (_BT @ d)), np.correlate(d, g, "valid"), atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("then", THEN)
@@ -26,14 +28,21 @@ def test_the_matrices_multiply_polynomials():
 def test_second_derivatives_and_a_batching_rule(channels, side, then):
     """Of Winograd's convolution, of that of few channels, and of a product."""
     rng = np.random.default_rng(2)
-    x, kernel, bias = (jnp.float32(rng.normal(size=shape)) for shape in ((2, 6, 6, channels), (side, side, channels, 4), (4,)))
+    x, kernel, bias = (
+        jnp.float32(rng.normal(size=shape))
+        for shape in ((2, 6, 6, channels), (side, side, channels, 4), (4,))
+    )
 
     def penalty(f):
-        return lambda x: (jax.grad(lambda x: (f(x, kernel, bias, then=then) ** 3).sum())(x) ** 2).sum()
+        return lambda x: (
+            jax.grad(lambda x: (f(x, kernel, bias, then=then) ** 3).sum())(x) ** 2
+        ).sum()
 
     ours, theirs = jax.grad(penalty(convolution))(x), jax.grad(penalty(in_steps))(x)
     assert jnp.abs(ours - theirs).max() < 1e-4 * jnp.abs(theirs).max()
-    twice = jax.vmap(lambda kernel: convolution(x, kernel, bias, then=then))(jnp.stack([kernel, 2 * kernel]))
+    twice = jax.vmap(lambda kernel: convolution(x, kernel, bias, then=then))(
+        jnp.stack([kernel, 2 * kernel])
+    )
     np.testing.assert_allclose(twice[1], in_steps(x, 2 * kernel, bias, then=then), atol=1e-4)
 
 
@@ -49,7 +58,9 @@ def test_second_derivatives_and_a_batching_rule(channels, side, then):
         (50, 16, 2, "pool", False),
     ],
 )
-def test_strips_of_a_large_map_and_groups_of_images_meet_without_a_seam(tiles, height, blocks, then, holes, monkeypatch):
+def test_strips_of_a_large_map_and_groups_of_images_meet_without_a_seam(
+    tiles, height, blocks, then, holes, monkeypatch
+):
     """Strips of one and of two rows of tiles, and two images at a time, of three that end with a tile or within one."""
     monkeypatch.setattr(winograd, "_TILES", tiles)
     monkeypatch.setattr(winograd, "_GRADIENT_VALUES", 1)
@@ -61,7 +72,10 @@ def test_strips_of_a_large_map_and_groups_of_images_meet_without_a_seam(tiles, h
     there = jnp.asarray(rng.random((3, height, 17, 1)) < 0.7) if holes else None
     with jax.enable_x64(True):
         arrays = [jnp.asarray(rng.normal(size=shape)) for shape in shapes]
-        ours, theirs = (jax.vjp(functools.partial(f, there=there, then=then), *arrays) for f in (convolution, in_steps))
+        ours, theirs = (
+            jax.vjp(functools.partial(f, there=there, then=then), *arrays)
+            for f in (convolution, in_steps)
+        )
         g = jnp.asarray(rng.normal(size=theirs[0].shape))
         for mine, his in zip((ours[0], *ours[1](g)), (theirs[0], *theirs[1](g)), strict=True):
             assert jnp.abs(mine - his).max() < 1e-12 * jnp.abs(his).max()

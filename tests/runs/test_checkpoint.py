@@ -10,10 +10,20 @@ from vgg_jax import IMAGENET, InputError, TrainConfig
 from vgg_jax.runs.checkpoint import Saved
 from vgg_jax.runs.metadata import Run, begin_run, begun_run, read_run, refuse_another, write_whole
 
-RUN = Run(TrainConfig(data="photos", learning_rate=0.1, drop_epochs=()), ("ants", "bees"), IMAGENET, "folder", 10, 3)
+RUN = Run(
+    TrainConfig(data="photos", learning_rate=0.1, drop_epochs=()),
+    ("ants", "bees"),
+    IMAGENET,
+    "folder",
+    10,
+    3,
+)
 ARRAYS = {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3), "step": np.int32(7)}
 SHAPES = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])), ARRAYS
+    lambda x: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    ),
+    ARRAYS,
 )
 
 
@@ -28,8 +38,12 @@ def test_a_run_is_read_as_it_was_written(tmp_path):
 
 def test_another_run_is_refused_with_all_differences(tmp_path):
     refuse_another(tmp_path, RUN, RUN)
-    other = dataclasses.replace(RUN, classes=("ants", "wasps"), config=dataclasses.replace(RUN.config, seed=1))
-    with pytest.raises(InputError, match=r"classes is .*'bees'.* there and .*'wasps'.* here") as error:
+    other = dataclasses.replace(
+        RUN, classes=("ants", "wasps"), config=dataclasses.replace(RUN.config, seed=1)
+    )
+    with pytest.raises(
+        InputError, match=r"classes is .*'bees'.* there and .*'wasps'.* here"
+    ) as error:
         refuse_another(tmp_path, RUN, other)
     assert "seed is 0 there and 1 here" in str(error.value)
     assert "storage" not in str(error.value)
@@ -45,7 +59,9 @@ def test_the_newest_is_restored_and_two_are_kept(tmp_path):
     with Saved(tmp_path / "last", read_only=True) as last:
         arrays, progress = last.restore(SHAPES)
     assert progress == {"epoch": 2}
-    jax.tree.map(np.testing.assert_array_equal, arrays, jax.tree.map(lambda x: x + x.dtype.type(1), ARRAYS))
+    jax.tree.map(
+        np.testing.assert_array_equal, arrays, jax.tree.map(lambda x: x + x.dtype.type(1), ARRAYS)
+    )
 
 
 def test_a_checkpoint_of_other_shapes_is_named(tmp_path):

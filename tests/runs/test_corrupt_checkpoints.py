@@ -18,9 +18,20 @@ from vgg_jax.runs.metadata import begun_run, locked
 # What orbax had in hand when a file turned out to be damaged.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
-OLD = {"params": {"kernel": np.arange(6000, dtype=np.float32).reshape(20, 300), "bias": np.ones(300, np.float32)}, "step": np.int32(7)}
+OLD = {
+    "params": {
+        "kernel": np.arange(6000, dtype=np.float32).reshape(20, 300),
+        "bias": np.ones(300, np.float32),
+    },
+    "step": np.int32(7),
+}
 NEW = jax.tree.map(lambda x: x + x.dtype.type(1), OLD)
-SHAPES = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])), OLD)
+SHAPES = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    ),
+    OLD,
+)
 
 
 def flipped(content, seed):
@@ -52,7 +63,9 @@ def saved(tmp_path_factory):
 def test_of_a_damaged_checkpoint_nothing_is_used(damage, saved, tmp_path, capsys):
     """Whichever of its files is damaged: either that changes nothing, or the checkpoint is set aside and the one before is used."""
     set_aside = []
-    for file in sorted(path.relative_to(saved) for path in (saved / "2").rglob("*") if path.is_file()):
+    for file in sorted(
+        path.relative_to(saved) for path in (saved / "2").rglob("*") if path.is_file()
+    ):
         folder = tmp_path / str(len(list(tmp_path.iterdir()))) / "last"
         shutil.copytree(saved, folder)
         DAMAGES[damage](folder / file)
@@ -66,7 +79,9 @@ def test_of_a_damaged_checkpoint_nothing_is_used(damage, saved, tmp_path, capsys
             assert ("is damaged" in capsys.readouterr().err) == aside
             if aside:
                 set_aside.append(file)
-                last.save(2, NEW, {"epoch": 2, "loss": 0.25})  # the run comes to the same step again
+                last.save(
+                    2, NEW, {"epoch": 2, "loss": 0.25}
+                )  # the run comes to the same step again
                 assert last.restore(SHAPES)[1]["epoch"] == 2
     assert len(set_aside) >= 3  # the arrays, what is said of them, the progress
 
@@ -87,7 +102,11 @@ def test_what_is_readable_and_wrong_is_not_used(saved, tmp_path, capsys):
 
     def edit(change):
         def edited(folder):
-            (file,) = (path for path in (folder / "2" / "progress").rglob("*") if path.is_file() and b"epoch" in path.read_bytes())
+            (file,) = (
+                path
+                for path in (folder / "2" / "progress").rglob("*")
+                if path.is_file() and b"epoch" in path.read_bytes()
+            )
             progress = json.loads(file.read_text())
             change(progress)
             file.write_text(json.dumps(progress))
@@ -108,8 +127,14 @@ def test_what_cannot_be_read_now_is_not_set_aside(saved, tmp_path, monkeypatch):
     folder = tmp_path / "last"
     shutil.copytree(saved, folder)
     with Saved(folder) as last:
-        monkeypatch.setattr(last, "_read", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
-        with pytest.raises(InputError, match=r"last/2 cannot be read now .*Permission denied.*: try again"):
+        monkeypatch.setattr(
+            last,
+            "_read",
+            lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")),
+        )
+        with pytest.raises(
+            InputError, match=r"last/2 cannot be read now .*Permission denied.*: try again"
+        ):
             last.restore(SHAPES)
         monkeypatch.undo()
         assert last.restore(SHAPES)[1]["epoch"] == 2
@@ -135,7 +160,13 @@ def test_where_none_is_whole_none_is_touched(saved, tmp_path):
     for file in folder.rglob("_METADATA"):
         file.write_bytes(b"")
     before = sorted(folder.rglob("*"))
-    with Saved(folder) as last, pytest.raises(InputError, match=r"the checkpoint .*last/2 cannot be read .*and no other is there that can"):
+    with (
+        Saved(folder) as last,
+        pytest.raises(
+            InputError,
+            match=r"the checkpoint .*last/2 cannot be read .*and no other is there that can",
+        ),
+    ):
         last.restore(SHAPES)
     assert sorted(folder.rglob("*")) == before
 
@@ -154,7 +185,9 @@ def test_a_reader_moves_nothing(saved, tmp_path, capsys):
 def test_epochs_without_a_checkpoint_are_not_begun_again(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n')
     (tmp_path / "last" / "3.damaged").mkdir(parents=True)
-    with pytest.raises(InputError, match=r"holds no checkpoint, and .*metrics.jsonl tells of epochs"):
+    with pytest.raises(
+        InputError, match=r"holds no checkpoint, and .*metrics.jsonl tells of epochs"
+    ):
         begun_run(tmp_path)
 
 
@@ -171,7 +204,9 @@ def test_a_full_disk_costs_no_checkpoint(tmp_path):
                     last.save(step, NEW, {"epoch": step})
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        assert [path.name for path in (tmp_path / "last").iterdir()] == ["1"]  # what was begun takes no room
+        assert [path.name for path in (tmp_path / "last").iterdir()] == [
+            "1"
+        ]  # what was begun takes no room
         assert last.restore(SHAPES)[1] == {"epoch": 1}
         last.save(2, NEW, {"epoch": 2})
         assert last.restore(SHAPES)[1] == {"epoch": 2}
@@ -181,7 +216,9 @@ def test_a_full_disk_costs_no_checkpoint(tmp_path):
 def test_too_little_room_is_said_beforehand(tmp_path, monkeypatch):
     with Saved(tmp_path / "last") as last:
         monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=20_000))
-        with pytest.raises(NotSavedError, match=r"cannot save to .*last \(0 MB are needed, and 0 MB free\)"):
+        with pytest.raises(
+            NotSavedError, match=r"cannot save to .*last \(0 MB are needed, and 0 MB free\)"
+        ):
             last.save(1, OLD, {"epoch": 1})
         assert list((tmp_path / "last").iterdir()) == []
 
@@ -191,7 +228,11 @@ def test_what_did_not_reach_the_disk_is_not_saved(tmp_path, monkeypatch):
         last.save(1, OLD, {"epoch": 1})
         sync = vgg_jax.runs.checkpoint.sync
         for step in (2, 3):
-            monkeypatch.setattr(vgg_jax.runs.checkpoint, "sync", lambda path: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+            monkeypatch.setattr(
+                vgg_jax.runs.checkpoint,
+                "sync",
+                lambda path: (_ for _ in ()).throw(OSError(5, "Input/output error")),
+            )
             with pytest.raises(NotSavedError, match="Input/output error"):
                 last.save(step, NEW, {"epoch": step})
             assert last.restore(SHAPES)[1] == {"epoch": 1}

@@ -34,7 +34,9 @@ def config(tmp_path):
         for label in ("ants", "bees"):
             (tmp_path / "data" / split / label).mkdir(parents=True)
             for i in range(6):
-                (tmp_path / "data" / split / label / f"{i}.png").write_bytes(encode(noise(20, 24, i)))
+                (tmp_path / "data" / split / label / f"{i}.png").write_bytes(
+                    encode(noise(20, 24, i))
+                )
     return TrainConfig(
         data=str(tmp_path / "data"), net="shallow", fc=(8, 8), image_size=16, scale=(16,), batch_size=4, epochs=3, learning_rate=1e-3
     )  # fmt: skip
@@ -53,7 +55,9 @@ def poisoned(monkeypatch, calls, loss=True):
             state, sums = train_step(state, batch)
             if done in calls:
                 sums = dataclasses.replace(sums, loss=sums.loss + jnp.nan) if loss else sums
-                state = dataclasses.replace(state, params=jax.tree.map(lambda x: x + jnp.nan, state.params))
+                state = dataclasses.replace(
+                    state, params=jax.tree.map(lambda x: x + jnp.nan, state.params)
+                )
             return state, sums
 
         step.lower = train_step.lower
@@ -63,7 +67,10 @@ def poisoned(monkeypatch, calls, loss=True):
 
 
 def rates(workdir):
-    return [json.loads(line)["learning_rate"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["learning_rate"]
+        for line in (workdir / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def longer(workdir):
@@ -83,9 +90,15 @@ def test_a_run_goes_back_with_half_the_rate(config, tmp_path, monkeypatch, capsy
     assert "going on at epoch 2, batch 1" in captured.out
     assert not outcome.stopped
     monkeypatch.undo()
-    monkeypatch.setattr(vgg_jax.training.loop, "learning_rate", lambda _, done: None if len(done) == 3 else 1e-3 / (1 + bool(done)))
+    monkeypatch.setattr(
+        vgg_jax.training.loop,
+        "learning_rate",
+        lambda _, done: None if len(done) == 3 else 1e-3 / (1 + bool(done)),
+    )
     expected = fit(config, tmp_path / "expected").history
-    assert [record["train"] for record in outcome.history] == [record["train"] for record in expected]
+    assert [record["train"] for record in outcome.history] == [
+        record["train"] for record in expected
+    ]
 
 
 def test_before_anything_is_saved_it_begins_again(config, tmp_path, monkeypatch):
@@ -112,12 +125,18 @@ def test_it_goes_back_so_many_times_and_no_more(config, tmp_path, monkeypatch):
     assert rates(tmp_path / "w") == [1e-3]
 
 
-@pytest.mark.parametrize(("on_nan", "loss"), [("stop", True), ("stop", False), pytest.param("halve", False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("on_nan", "loss"),
+    [("stop", True), ("stop", False), pytest.param("halve", False, marks=pytest.mark.slow)],
+)
 def test_nothing_that_is_not_finite_is_saved(on_nan, loss, config, tmp_path, monkeypatch):
     """With a save behind each step. The loss of a step is the one before its update."""
     poisoned(monkeypatch, range(5, 10**6), loss)
     with pytest.raises(
-        DivergedError, match=r"in batch 2 \(of .* or by the update of batch 1 \(" if loss else r"epoch 2, by the update of batch 2 \(of"
+        DivergedError,
+        match=r"in batch 2 \(of .* or by the update of batch 1 \("
+        if loss
+        else r"epoch 2, by the update of batch 2 \(of",
     ):
         fit(config, tmp_path / "w", on_nan=on_nan, save_seconds=0)
     monkeypatch.undo()
@@ -154,7 +173,9 @@ def test_the_best_net_of_what_is_given_up_is_given_up(config, tmp_path, monkeypa
     shutil.copytree(tmp_path / "w" / "best" / "1", tmp_path / "w" / "best" / "2")
     poisoned(monkeypatch, {1})
     monkeypatch.setattr(
-        vgg_jax.training.loop, "evaluate_all", lambda *_: vgg_jax.training.loop.Sums(loss=1.0, top1=0.0, top5=0.0, count=12.0)
+        vgg_jax.training.loop,
+        "evaluate_all",
+        lambda *_: vgg_jax.training.loop.Sums(loss=1.0, top1=0.0, top5=0.0, count=12.0),
     )
     fit(config, tmp_path / "w", on_nan="halve")
     assert [path.name for path in (tmp_path / "w" / "best").glob("[0-9]*")] == ["1"]
@@ -198,11 +219,16 @@ def test_the_gradient_that_is_not_finite_is_named(config):
     batch = put_batch(BATCH, mesh)
     assert first_nonfinite(state, batch, model=model, mean_rgb=IMAGENET.mean_rgb) == "the update"
     params["fc6"] = {"kernel": params["fc6"]["kernel"], "bias": jnp.full(8, 1e9)}
-    found = first_nonfinite(dataclasses.replace(state, params=params), batch, model=model, mean_rgb=IMAGENET.mean_rgb)
+    found = first_nonfinite(
+        dataclasses.replace(state, params=params), batch, model=model, mean_rgb=IMAGENET.mean_rgb
+    )
     assert found == "the gradient of fc7"
 
 
 def test_debug_nans_names_the_layer_and_the_step(config, tmp_path):
     """A rate at which the first update is so large that the second step overflows."""
-    with pytest.raises(DivergedError, match=r"the output of (conv|fc)\w+ is not finite in epoch 1, in batch 2 \(of .*train/ants/\d.png"):
+    with pytest.raises(
+        DivergedError,
+        match=r"the output of (conv|fc)\w+ is not finite in epoch 1, in batch 2 \(of .*train/ants/\d.png",
+    ):
         fit(dataclasses.replace(config, learning_rate=1e18), tmp_path / "w", debug_nans=True)

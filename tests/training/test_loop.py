@@ -61,7 +61,11 @@ def config(folder, **changes):
 def lasting(history):
     """What of the records does not depend on the clock."""
     return [
-        {name: value for name, value in record.items() if name not in ("time", "seconds", "images_per_second", "input_wait_seconds")}
+        {
+            name: value
+            for name, value in record.items()
+            if name not in ("time", "seconds", "images_per_second", "input_wait_seconds")
+        }
         for record in history
     ]
 
@@ -75,9 +79,13 @@ def finished(folder, tmp_path_factory):
 
 def test_each_epoch_is_recorded_and_counts_every_image(finished):
     workdir, history = finished
-    assert [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()] == history
+    assert [
+        json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()
+    ] == history
     assert [record["epoch"] for record in history] == [1, 2, 3]
-    assert {(record["train"]["count"], record["validation"]["count"]) for record in history} == {(22, 7)}
+    assert {(record["train"]["count"], record["validation"]["count"]) for record in history} == {
+        (22, 7)
+    }
 
 
 def test_a_run_from_memory_is_the_run_from_the_files(finished, folder, tmp_path):
@@ -164,7 +172,9 @@ def test_load_gives_the_net_of_the_best_epoch(finished, folder):
     assert right / total == pytest.approx(best["validation"]["accuracy"])
 
 
-def test_a_run_compiles_each_step_once_and_reuses_the_states_memory(folder, tmp_path, monkeypatch, caplog):
+def test_a_run_compiles_each_step_once_and_reuses_the_states_memory(
+    folder, tmp_path, monkeypatch, caplog
+):
     """Over epochs and a change of the rate."""
     states, compiled = [], vgg_jax.training.loop.compile_steps
 
@@ -186,7 +196,13 @@ def test_a_run_compiles_each_step_once_and_reuses_the_states_memory(folder, tmp_
         jax.config.update("jax_log_compiles", False)
     assert [record["learning_rate"] for record in history] == pytest.approx([1e-2, 1e-3, 1e-3])
     for step in ("train_step", "eval_step"):
-        assert sum(record.getMessage().startswith(f"Compiling jit({step})") for record in caplog.records) == 1
+        assert (
+            sum(
+                record.getMessage().startswith(f"Compiling jit({step})")
+                for record in caplog.records
+            )
+            == 1
+        )
     assert len(states) == 9
     assert all(state.params["fc6"]["kernel"].is_deleted() for state in states)
 
@@ -204,7 +220,9 @@ class KilledError(BaseException):
         pytest.param(3, True, id="killed_behind_a_save"),
     ],
 )
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(at_batch, killed, folder, finished, tmp_path, monkeypatch):
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(
+    at_batch, killed, folder, finished, tmp_path, monkeypatch
+):
     """Bit by bit: parameters, momentum, statistics, metrics; with dropout, scale jitter, flips and colour shift on."""
     calls, send = 0, vgg_jax.training.loop.on_devices
 
@@ -236,7 +254,9 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(at_batch, killed, folder, f
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-def test_a_run_whose_first_epoch_left_the_best_net_only_starts_as_it_did(folder, finished, tmp_path, monkeypatch, capsys):
+def test_a_run_whose_first_epoch_left_the_best_net_only_starts_as_it_did(
+    folder, finished, tmp_path, monkeypatch, capsys
+):
     """It was killed, or the disk was full, between the two: the next start takes --init-from again."""
     settings = config(folder, init_from=str(finished[0]), epochs=1)
     undisturbed = fit(settings, tmp_path / "undisturbed").history
@@ -257,7 +277,9 @@ def test_a_run_whose_first_epoch_left_the_best_net_only_starts_as_it_did(folder,
 
 
 @pytest.mark.parametrize("to_the_end", [False, True])
-def test_a_full_disk_is_warned_of_and_costs_nothing(to_the_end, folder, finished, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_warned_of_and_costs_nothing(
+    to_the_end, folder, finished, tmp_path, monkeypatch, capsys
+):
     """Nothing can be saved at the end of the second of three epochs, or from then on."""
     save, calls = Saved.save, 0
 
@@ -305,13 +327,18 @@ with signals.stop_signals():
     print("on", flush=True)
     long(jnp.eye(200)).block_until_ready()
 """
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout.readline() == "on\n"
         for _ in range(2):
             time.sleep(0.3)
             process.send_signal(number)
         try:
-            assert process.wait(10) in (128 + number, -number)  # the latter where the first was heard in time
+            assert process.wait(10) in (
+                128 + number,
+                -number,
+            )  # the latter where the first was heard in time
         finally:
             process.kill()
 
@@ -321,7 +348,9 @@ def test_measured_colours_are_measured_once(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(vgg_jax.training.loop, "evaluate_all", lambda *_: None)
     assert fit(settings, tmp_path).stopped
     monkeypatch.undo()
-    monkeypatch.setattr(vgg_jax.training.loop, "measure", lambda source: pytest.fail("measured again"))
+    monkeypatch.setattr(
+        vgg_jax.training.loop, "measure", lambda source: pytest.fail("measured again")
+    )
     fit(settings, tmp_path)
     _, _, metadata = vgg_jax.load(tmp_path)
     expected = measure(open_splits(folder)[0]).pixel_mean
@@ -334,7 +363,9 @@ def arrays_of_last(workdir, folder):
     import orbax.checkpoint as ocp
 
     with ocp.CheckpointManager(workdir / "last") as manager:
-        state = manager.restore(manager.latest_step(), args=ocp.args.Composite(arrays=ocp.args.StandardRestore())).arrays
+        state = manager.restore(
+            manager.latest_step(), args=ocp.args.Composite(arrays=ocp.args.StandardRestore())
+        ).arrays
     return jax.tree.map(np.asarray, {name: value for name, value in state.items() if name != "key"})
 
 
@@ -393,7 +424,9 @@ def test_a_finished_run_is_not_trained_again(finished, folder, capsys):
 def test_a_run_that_lost_its_best_net_is_refused(finished, folder, tmp_path):
     shutil.copytree(finished[0], tmp_path / "w")
     shutil.rmtree(tmp_path / "w" / "best")
-    with pytest.raises(InputError, match=r"best holds no checkpoint, and epochs were done: .*restore that folder"):
+    with pytest.raises(
+        InputError, match=r"best holds no checkpoint, and epochs were done: .*restore that folder"
+    ):
         fit(config(folder), tmp_path / "w")
 
 
@@ -409,7 +442,9 @@ def test_other_data_or_storage_is_refused(finished, folder, tmp_path):
     workdir, _ = finished
     shutil.copytree(workdir, tmp_path / "w")
     content = json.loads((tmp_path / "w" / "run.json").read_text())
-    (tmp_path / "w" / "run.json").write_text(json.dumps(content | {"storage": "numbers/1.0.0 tfrecord", "train_size": 21}))
+    (tmp_path / "w" / "run.json").write_text(
+        json.dumps(content | {"storage": "numbers/1.0.0 tfrecord", "train_size": 21})
+    )
     with pytest.raises(
         InputError,
         match=r"storage is 'numbers/1.0.0 tfrecord' there and 'folder, names [0-9a-f]+' here; train_size is 21 there",
@@ -435,12 +470,17 @@ def test_microbatches_train_on_every_image(folder, tmp_path):
 
 def test_start_from_another_run_says_what_came(finished, folder, tmp_path, capsys):
     workdir, _ = finished
-    fit(config(folder, init_from=str(workdir), epochs=1, drop_epochs=(1,), learning_rate=1e-9), tmp_path)
+    fit(
+        config(folder, init_from=str(workdir), epochs=1, drop_epochs=(1,), learning_rate=1e-9),
+        tmp_path,
+    )
     out = capsys.readouterr().out
     assert "new: nothing" in out
     _, source, _ = vgg_jax.load(workdir)
     _, copy, _ = vgg_jax.load(tmp_path)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), source["params"], copy["params"])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), source["params"], copy["params"]
+    )
 
 
 @pytest.mark.parametrize("net", ["shallow", "deep"])
@@ -457,7 +497,17 @@ def test_running_statistics_come_along(net, finished, folder):
 
 def test_a_deeper_net_starts_from_the_layers_that_a_has(finished, folder, tmp_path, capsys):
     workdir, _ = finished
-    fit(config(folder, net="deep", init_from=str(workdir), epochs=1, drop_epochs=(1,), learning_rate=1e-9), tmp_path)
+    fit(
+        config(
+            folder,
+            net="deep",
+            init_from=str(workdir),
+            epochs=1,
+            drop_epochs=(1,),
+            learning_rate=1e-9,
+        ),
+        tmp_path,
+    )
     said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("from"))
     came, new = said.partition(": ")[2].removesuffix("; left: nothing").split("; new: ")
     assert set(came.split(", ")) == {"conv1_1", "bn1_1", "conv2_1", "bn2_1", "fc6", "fc7", "fc8"}
@@ -465,23 +515,49 @@ def test_a_deeper_net_starts_from_the_layers_that_a_has(finished, folder, tmp_pa
     _, source, _ = vgg_jax.load(workdir)
     _, merged, _ = vgg_jax.load(tmp_path)
     for name, layer in source["params"].items():
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), layer, merged["params"][name])
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), layer, merged["params"][name]
+        )
 
 
 def test_a_file_of_weights_for_other_images_and_classes(finished, folder, tmp_path, capsys):
     """fc6 of another image size and fc8 of other classes are new, with the shapes said; what the net does not have is left."""
     _, variables, _ = vgg_jax.load(finished[0])
     rng = np.random.default_rng(0)
-    params = {name: dict(layer) for name, layer in variables["params"].items() if not name.startswith("bn")}
+    params = {
+        name: dict(layer)
+        for name, layer in variables["params"].items()
+        if not name.startswith("bn")
+    }
     params["fc6"]["kernel"] = rng.normal(size=(8 * 8 * 16, 24))
     params["fc8"] = {"kernel": rng.normal(size=(16, 5)), "bias": rng.normal(size=5)}
-    tensors = {f"{name}/{leaf}": np.float32(array) for name, layer in params.items() for leaf, array in layer.items()}
-    save_file(tensors, tmp_path / "weights.safetensors", {"vgg_jax": json.dumps({"mean_rgb": [1, 2, 3], "std_rgb": [1, 1, 1]})})
-    settings = config(folder, batch_norm=False, init_from=str(tmp_path / "weights.safetensors"), epochs=1, drop_epochs=(1,))
+    tensors = {
+        f"{name}/{leaf}": np.float32(array)
+        for name, layer in params.items()
+        for leaf, array in layer.items()
+    }
+    save_file(
+        tensors,
+        tmp_path / "weights.safetensors",
+        {"vgg_jax": json.dumps({"mean_rgb": [1, 2, 3], "std_rgb": [1, 1, 1]})},
+    )
+    settings = config(
+        folder,
+        batch_norm=False,
+        init_from=str(tmp_path / "weights.safetensors"),
+        epochs=1,
+        drop_epochs=(1,),
+    )
     fit(dataclasses.replace(settings, freeze=("conv", "fc7")), tmp_path / "w")
     out = capsys.readouterr().out
-    assert "conv1_1, conv2_1, fc7; new: fc6 (its kernel is (1024, 24) there and (256, 24) here), fc8" in out
-    assert "less the mean (1.00, 2.00, 3.00), those of this run are less (123.68, 116.78, 103.94)" in out
+    assert (
+        "conv1_1, conv2_1, fc7; new: fc6 (its kernel is (1024, 24) there and (256, 24) here), fc8"
+        in out
+    )
+    assert (
+        "less the mean (1.00, 2.00, 3.00), those of this run are less (123.68, 116.78, 103.94)"
+        in out
+    )
     _, trained, _ = vgg_jax.load(tmp_path / "w")
     for name in ("conv1_1", "conv2_1", "fc7"):
         for leaf in ("kernel", "bias"):
@@ -491,9 +567,13 @@ def test_a_file_of_weights_for_other_images_and_classes(finished, folder, tmp_pa
 def test_frozen_layers_stay_to_the_bit(finished, folder):
     """Their values, their batch normalisation's, and their part of the optimizer's state; the others move."""
     source = vgg_jax.load(finished[0])
-    settings = config(folder, init_from="it", freeze=("conv",), decay_biases=True, learning_rate=0.1)
+    settings = config(
+        folder, init_from="it", freeze=("conv",), decay_biases=True, learning_rate=0.1
+    )
     model, mesh = build_model(settings, 2), make_mesh(8)
-    state = start_from(source, settings, init_state(model, sgd(settings), 1, mesh), IMAGENET.mean_rgb)
+    state = start_from(
+        source, settings, init_state(model, sgd(settings), 1, mesh), IMAGENET.mean_rgb
+    )
     before = jax.tree.map(np.asarray, (state.params, state.batch_stats))
     train_step, _ = compile_steps(settings, model, IMAGENET.mean_rgb, mesh)
     rng = np.random.default_rng(0)
@@ -516,7 +596,21 @@ def test_frozen_layers_stay_to_the_bit(finished, folder):
 
 @pytest.mark.parametrize("batch_size", ["8", "22"], ids=["in_the_second_step", "by_the_only_step"])
 def test_divergence_is_not_saved(batch_size, folder, tmp_path, capsys):
-    argv = ["train", folder, "--net", "shallow", "--image-size", "16", "--scale", "18", "--fc", "24", "16", "--batch-size", batch_size]
+    argv = [
+        "train",
+        folder,
+        "--net",
+        "shallow",
+        "--image-size",
+        "16",
+        "--scale",
+        "18",
+        "--fc",
+        "24",
+        "16",
+        "--batch-size",
+        batch_size,
+    ]
     code = cli.main([*argv, "--learning-rate", "1e20", "--workdir", str(tmp_path / "w")])
     err = capsys.readouterr().err
     assert code == 4
@@ -532,7 +626,9 @@ def test_divergence_is_not_saved(batch_size, folder, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", ["train/red/3.jpg", "val/red/0.jpg"])
-def test_a_corrupt_image_is_named_and_with_it_replaced_the_run_goes_on(file, folder, finished, tmp_path, capsys):
+def test_a_corrupt_image_is_named_and_with_it_replaced_the_run_goes_on(
+    file, folder, finished, tmp_path, capsys
+):
     data = tmp_path / "data"
     shutil.copytree(folder, data)
     whole = (data / file).read_bytes()
@@ -543,11 +639,21 @@ def test_a_corrupt_image_is_named_and_with_it_replaced_the_run_goes_on(file, fol
     (data / file).write_bytes(whole)
     history = fit(config(str(data), batch_size=2), tmp_path / "w").history
     assert "going on at epoch 1" in capsys.readouterr().out
-    assert lasting(history) == lasting(fit(config(folder, batch_size=2), tmp_path / "undisturbed").history)
+    assert lasting(history) == lasting(
+        fit(config(folder, batch_size=2), tmp_path / "undisturbed").history
+    )
 
 
 @pytest.mark.slow
 def test_a_small_net_learns_the_digits(tmp_path):
-    digits = dataclasses.replace(vgg_jax.preset("digits"), net="deep", image_size=16, scale=(16,), fc=(64, 64), epochs=6, drop_epochs=(5,))
+    digits = dataclasses.replace(
+        vgg_jax.preset("digits"),
+        net="deep",
+        image_size=16,
+        scale=(16,),
+        fc=(64, 64),
+        epochs=6,
+        drop_epochs=(5,),
+    )
     accuracies = [record["validation"]["accuracy"] for record in fit(digits, tmp_path).history]
     assert max(accuracies) > 0.9

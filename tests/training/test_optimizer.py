@@ -15,14 +15,20 @@ def test_update_is_the_one_written_out(decay_biases):
     config = TrainConfig(learning_rate=0.1, decay_biases=decay_biases)
     optimizer = sgd(config)
     rng = np.random.default_rng(0)
-    w = {"kernel": rng.normal(size=3), "bias": rng.normal(size=2), "scale": rng.normal(size=4)}  # a batch normalisation's, the last
+    w = {
+        "kernel": rng.normal(size=3),
+        "bias": rng.normal(size=2),
+        "scale": rng.normal(size=4),
+    }  # a batch normalisation's, the last
     params = {"fc8": {name: jnp.float32(value) for name, value in w.items()}}
     state = optimizer.init(params)
     velocity = {name: np.zeros_like(value) for name, value in w.items()}
     for rate in (0.1, 0.1, 0.01):
         state = set_learning_rate(state, rate)
         gradient = {name: rng.normal(size=value.shape) for name, value in w.items()}
-        updates, state = optimizer.update({"fc8": {name: jnp.float32(g) for name, g in gradient.items()}}, state, params)
+        updates, state = optimizer.update(
+            {"fc8": {name: jnp.float32(g) for name, g in gradient.items()}}, state, params
+        )
         params = optax.apply_updates(params, updates)
         for name in w:
             decay = 5e-4 if decay_biases or name == "kernel" else 0.0

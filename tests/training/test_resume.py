@@ -31,8 +31,18 @@ def configured(data, **changes):
 def data(request, tmp_path, prepared):
     """The arguments of `fit` for a storage."""
     if request.param == "digits":
-        small = {"net": "shallow", "image_size": 16, "scale": (16,), "fc": (8, 8), "epochs": 2, "batch_size": 512, "microbatch": 256}
-        return dataclasses.replace(preset("digits"), schedule="plateau", drop_epochs=(), **small), None
+        small = {
+            "net": "shallow",
+            "image_size": 16,
+            "scale": (16,),
+            "fc": (8, 8),
+            "epochs": 2,
+            "batch_size": 512,
+            "microbatch": 256,
+        }
+        return dataclasses.replace(
+            preset("digits"), schedule="plateau", drop_epochs=(), **small
+        ), None
     if request.param in prepared:
         return configured("numbers"), prepared[request.param]
     for label in ("ants", "bees"):
@@ -44,14 +54,21 @@ def data(request, tmp_path, prepared):
 
 @pytest.mark.parametrize(
     "data",
-    ["tfrecord", *(pytest.param(name, marks=pytest.mark.slow) for name in ("folder", "cache", "digits"))],
+    [
+        "tfrecord",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("folder", "cache", "digits")),
+    ],
     indirect=True,
 )
 def test_a_run_that_is_stopped_twice_ends_as_the_quiet_one(data, tmp_path, monkeypatch):
     """In its second step, and in a validation."""
     config, data_dir = data
     quiet = fit(config, tmp_path / "quiet", data_dir)
-    send, evaluate, stopped = vgg_jax.training.loop.on_devices, vgg_jax.training.loop.evaluate_all, set()
+    send, evaluate, stopped = (
+        vgg_jax.training.loop.on_devices,
+        vgg_jax.training.loop.evaluate_all,
+        set(),
+    )
 
     def once(name):
         if name not in stopped:
@@ -68,9 +85,17 @@ def test_a_run_that_is_stopped_twice_ends_as_the_quiet_one(data, tmp_path, monke
 
     monkeypatch.setattr(vgg_jax.training.loop, "on_devices", on_devices)
     monkeypatch.setattr(vgg_jax.training.loop, "evaluate_all", evaluate_all)
-    assert [fit(config, tmp_path / "disturbed", data_dir).stopped for _ in range(3)] == [True, True, False]
-    assert len({record["learning_rate"] for record in quiet.history}) == (1 if config.data == "digits" else 2)
-    (arrays, said), (same_arrays, same_said) = (result(tmp_path / name) for name in ("quiet", "disturbed"))
+    assert [fit(config, tmp_path / "disturbed", data_dir).stopped for _ in range(3)] == [
+        True,
+        True,
+        False,
+    ]
+    assert len({record["learning_rate"] for record in quiet.history}) == (
+        1 if config.data == "digits" else 2
+    )
+    (arrays, said), (same_arrays, same_said) = (
+        result(tmp_path / name) for name in ("quiet", "disturbed")
+    )
     assert said == same_said
     jax.tree.map(np.testing.assert_array_equal, arrays, same_arrays)
 
@@ -104,12 +129,22 @@ def test_with_another_number_of_devices_it_goes_on_in_the_same_order(tmp_path, m
     monkeypatch.setattr(vgg_jax.training.loop, "on_devices", interrupted)
     assert fit(config, tmp_path / "both").stopped
     monkeypatch.setattr(vgg_jax.training.loop, "on_devices", on_devices)
-    monkeypatch.setattr(vgg_jax.training.loop, "make_mesh", lambda batch_size, layout: make_mesh(batch_size, jax.devices()[:1]))
+    monkeypatch.setattr(
+        vgg_jax.training.loop,
+        "make_mesh",
+        lambda batch_size, layout: make_mesh(batch_size, jax.devices()[:1]),
+    )
     fit(config, tmp_path / "both")
     assert order == quiet_order
     assert set(devices) == {1, 2}
-    (arrays, said), (same_arrays, same_said) = (result(tmp_path / name) for name in ("quiet", "both"))
+    (arrays, said), (same_arrays, same_said) = (
+        result(tmp_path / name) for name in ("quiet", "both")
+    )
     for one, other in zip(said[0], same_said[0], strict=True):
         assert one["train"]["loss"] == pytest.approx(other["train"]["loss"], rel=1e-4)
         assert one["validation"]["accuracy"] == other["validation"]["accuracy"]
-    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5), arrays, same_arrays)
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5),
+        arrays,
+        same_arrays,
+    )

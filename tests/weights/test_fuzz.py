@@ -21,7 +21,11 @@ from vgg_jax.data.verify import Bad
 from vgg_jax.runs.metadata import read_run
 from vgg_jax.weights.formats import open_file
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning",
+    "ignore::ResourceWarning",
+    "ignore::pytest.PytestUnraisableExceptionWarning",
+)
 TRIALS = 60
 
 
@@ -46,7 +50,14 @@ def test_a_changed_file_is_read_or_refused(kind, files, tmp_path, monkeypatch):
         assert time.monotonic() - started < fuzz.HANG
 
 
-HEADS = [b"", b"\x89HDF\r\n\x1a\n", b"PK\x03\x04", b"\x80\x02", b"MATLAB".ljust(124) + b"\x00\x01IM", bytes([30]) + bytes(7) + b"{"]
+HEADS = [
+    b"",
+    b"\x89HDF\r\n\x1a\n",
+    b"PK\x03\x04",
+    b"\x80\x02",
+    b"MATLAB".ljust(124) + b"\x00\x01IM",
+    bytes([30]) + bytes(7) + b"{",
+]
 
 
 @settings(max_examples=150, deadline=None)
@@ -64,7 +75,9 @@ def test_any_bytes_are_read_or_refused(head, rest, name):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.text(st.characters(exclude_characters="/\0", exclude_categories=[]), min_size=1)))
+@given(
+    st.lists(st.text(st.characters(exclude_characters="/\0", exclude_categories=[]), min_size=1))
+)
 def test_a_list_keeps_every_name(names):
     """Surrogates, as Python has for bytes that are no UTF-8, and line ends of every kind."""
     with tempfile.TemporaryDirectory() as folder:
@@ -74,13 +87,26 @@ def test_a_list_keeps_every_name(names):
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
 )
 RUN = json.loads(fuzz.other_files()["run.json"])
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.sampled_from([*RUN, "config/net", "config/fc", "config/scale", "colours/mean_rgb", "colours/eigenvectors"]), JSON)
+@given(
+    st.sampled_from(
+        [
+            *RUN,
+            "config/net",
+            "config/fc",
+            "config/scale",
+            "colours/mean_rgb",
+            "colours/eigenvectors",
+        ]
+    ),
+    JSON,
+)
 def test_a_run_with_any_value_is_read_or_refused(place, value):
     """What is read has the types that the rest of the program counts on."""
     content = json.loads(json.dumps(RUN))
@@ -110,7 +136,9 @@ def test_posteriors_of_which_a_part_is_no_array(files, tmp_path):
     assert fuzz.outcome("npz", path) == "refused"
 
 
-@pytest.mark.parametrize("content", ["[" * 100_000, '{"config": ' * 50_000, '{"train_size": ' + "1" * 5000 + "}"])
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, '{"config": ' * 50_000, '{"train_size": ' + "1" * 5000 + "}"]
+)
 def test_json_that_python_cannot_take(content, tmp_path):
     (tmp_path / "run.json").write_text(content)
     (tmp_path / "list").write_text(content)

@@ -38,15 +38,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith("vgg_jax"):
             raise
-        print(f"vgg-jax: this command needs {error.name}: pip install 'vgg-jax[train]'", file=sys.stderr)
+        print(
+            f"vgg-jax: this command needs {error.name}: pip install 'vgg-jax[train]'",
+            file=sys.stderr,
+        )
         code = 2
-    except OSError as error:  # a disk that is full, a folder that may not be read: the message has the path
+    except (
+        OSError
+    ) as error:  # a disk that is full, a folder that may not be read: the message has the path
         print(f"vgg-jax: {error}", file=sys.stderr)
         code = 2
     except Exception as error:
         if not (is_store_error(error) and any("://" in str(value) for value in arguments.values())):
             raise
-        print(f"vgg-jax: the object store cannot be used ({' '.join(str(error).split())[:300]})", file=sys.stderr)
+        print(
+            f"vgg-jax: the object store cannot be used ({' '.join(str(error).split())[:300]})",
+            file=sys.stderr,
+        )
         code = 69
     except KeyboardInterrupt:
         print("vgg-jax: interrupted", file=sys.stderr)
@@ -63,13 +71,18 @@ def keep_compiled_programs() -> None:
     # jaxlib 0.10 writes an error of two kilobytes for each program that it finds, over a preference of LLVM's. What fails is raised.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # Of programs with oneDNN's convolutions, in bfloat16: jaxlib 0.12 cannot write those.
-    warnings.filterwarnings("ignore", r"(?s)Error writing persistent compilation cache entry.*std::bad_alloc")
+    warnings.filterwarnings(
+        "ignore", r"(?s)Error writing persistent compilation cache entry.*std::bad_alloc"
+    )
     import jax
 
     if not jax.config.values["jax_compilation_cache_dir"]:
         # A folder for each machine, since a home may be shared by several and a program for one processor need not run on another.
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.expanduser(cache), "vgg_jax", platform.node()))
+        jax.config.update(
+            "jax_compilation_cache_dir",
+            os.path.join(os.path.expanduser(cache), "vgg_jax", platform.node()),
+        )
 
 
 def use_huge_pages() -> None:
@@ -79,10 +92,18 @@ def use_huge_pages() -> None:
     (2 cores). Commands that keep their memory gain nothing by it. What an image took is kept for the next one, which makes the input
     2 % faster. A user's own GLIBC_TUNABLES are left as they are.
     """
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in os.environ:
+    if (
+        sys.platform == "linux"
+        and platform.libc_ver()[0] == "glibc"
+        and "GLIBC_TUNABLES" not in os.environ
+    ):
         # glibc before 2.35 knows no huge pages, and says nothing.
         tunables = {"hugetlb": 1, "mmap_threshold": 2**25, "trim_threshold": 2**28}
-        environment = os.environ | {"GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={value}" for name, value in tunables.items())}
+        environment = os.environ | {
+            "GLIBC_TUNABLES": ":".join(
+                f"glibc.malloc.{name}={value}" for name, value in tunables.items()
+            )
+        }
         with contextlib.suppress(OSError):
             os.execve(sys.executable, sys.orig_argv, environment)
 
@@ -97,17 +118,25 @@ def keep_memory() -> None:
         m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8
         mallopt(m_arena_max, 1)
         mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, -1)  # never; any number is an int, and 2 GB at the top are sometimes free
+        mallopt(
+            m_trim_threshold, -1
+        )  # never; any number is an int, and 2 GB at the top are sometimes free
 
 
-def train(data: str, workdir: str | None, data_dir: str | None, download: bool, **given: Any) -> int:
-    how = {name: given.pop(name) for name in ("save_seconds", "on_nan", "debug_nans") if name in given}
+def train(
+    data: str, workdir: str | None, data_dir: str | None, download: bool, **given: Any
+) -> int:
+    how = {
+        name: given.pop(name) for name in ("save_seconds", "on_nan", "debug_nans") if name in given
+    }
     if "exclude" in given:
         from vgg_jax.data import read_list
 
         given["exclude"] = read_list(given["exclude"])
     distributed = given.pop("distributed", "auto")
-    spread = given.pop("mesh", {}) | {name: given.pop(name) for name in ("fsdp", "reduce") if name in given}
+    spread = given.pop("mesh", {}) | {
+        name: given.pop(name) for name in ("fsdp", "reduce") if name in given
+    }
     config = preset(data, **given)
     from vgg_jax.distributed import multihost
     from vgg_jax.distributed.sharding import Layout
@@ -122,7 +151,14 @@ def train(data: str, workdir: str | None, data_dir: str | None, download: bool, 
 
     try:
         with multihost.left_together():
-            outcome = fit(config, workdir or f"runs/{plain(data)}-{config.net}", data_dir, download, layout=layout, **how)
+            outcome = fit(
+                config,
+                workdir or f"runs/{plain(data)}-{config.net}",
+                data_dir,
+                download,
+                layout=layout,
+                **how,
+            )
     except multihost.LostError as error:
         print(f"vgg-jax: {error}", file=sys.stderr)
         return 76
@@ -132,7 +168,10 @@ def train(data: str, workdir: str | None, data_dir: str | None, download: bool, 
         return 4
     except NotSavedError as error:
         if multihost.is_first():
-            print(f"vgg-jax: {error}; make room, and the same command goes on from what was saved before", file=sys.stderr)
+            print(
+                f"vgg-jax: {error}; make room, and the same command goes on from what was saved before",
+                file=sys.stderr,
+            )
         return 74
     return 75 if outcome.stopped else 0
 
@@ -142,20 +181,39 @@ def plain(data: str) -> str:
     return data.rstrip("/").replace("/", "-").replace(":", "-").strip(".-") or "data"
 
 
-def summary(net: str, num_classes: int, batch_norm: bool, image_size: int, batch_size: int | None, **step: Any) -> int:
+def summary(
+    net: str,
+    num_classes: int,
+    batch_norm: bool,
+    image_size: int,
+    batch_size: int | None,
+    **step: Any,
+) -> int:
     from vgg_jax.summary import table
 
     if batch_size is None and step["microbatch"] is not None:
         raise InputError(f"microbatch is {step['microbatch']}: expected --batch-size beside it")
-    shape: dict[str, Any] = {"image_size": image_size, "scale": (image_size,), "batch_size": batch_size}
-    config = None if batch_size is None else TrainConfig(net=net, batch_norm=batch_norm, **shape, **step)
+    shape: dict[str, Any] = {
+        "image_size": image_size,
+        "scale": (image_size,),
+        "batch_size": batch_size,
+    }
+    config = (
+        None if batch_size is None else TrainConfig(net=net, batch_norm=batch_norm, **shape, **step)
+    )
     print(table(CONFIGS[net], num_classes, batch_norm, image_size))
     if config is not None:
         from vgg_jax.training.step import step_memory
 
-        found = {name: f"{size / 1e9:.2f} GB" for name, size in step_memory(config, num_classes).items()}
-        print(f"A training step of {batch_size} images takes {found['total']}: {found['state']} for parameters and momentum, the rest for")
-        print("activations, gradients and XLA, on one device like this; what the process held before comes on top. Nothing was run.")
+        found = {
+            name: f"{size / 1e9:.2f} GB" for name, size in step_memory(config, num_classes).items()
+        }
+        print(
+            f"A training step of {batch_size} images takes {found['total']}: {found['state']} for parameters and momentum, the rest for"
+        )
+        print(
+            "activations, gradients and XLA, on one device like this; what the process held before comes on top. Nothing was run."
+        )
     return 0
 
 
@@ -209,16 +267,33 @@ def import_(file: str, out: str, net: str | None, check: str | None) -> int:
     for layer, difference in differences.items():
         print(f"{layer:<10}{difference:>10.1e}")
     worst = max(differences, key=lambda layer: differences[layer])
-    print(f"largest difference from PyTorch: {differences[worst]:.1e} of the largest value, in {worst}; bound {BOUND:.0e}")
+    print(
+        f"largest difference from PyTorch: {differences[worst]:.1e} of the largest value, in {worst}; bound {BOUND:.0e}"
+    )
     return 0 if differences[worst] < BOUND else 1
 
 
-def export(net: str, out: str, layout: str, output: str, uint8: bool, fold_batch_norm: bool, bfloat16: bool, arch: str | None) -> int:
+def export(
+    net: str,
+    out: str,
+    layout: str,
+    output: str,
+    uint8: bool,
+    fold_batch_norm: bool,
+    bfloat16: bool,
+    arch: str | None,
+) -> int:
     from vgg_jax.export import Artefact, with_folded_batch_norm, write
     from vgg_jax.weights import read
 
     weights = read(net, arch)
-    write(out, Artefact(with_folded_batch_norm(weights) if fold_batch_norm else weights, output, uint8, bfloat16), layout)
+    write(
+        out,
+        Artefact(
+            with_folded_batch_norm(weights) if fold_batch_norm else weights, output, uint8, bfloat16
+        ),
+        layout,
+    )
     print(f"{out}: written; `vgg-jax verify {out}` asks it again")
     return 0
 
@@ -227,7 +302,9 @@ def verify(file: str) -> int:
     from vgg_jax.export.verify import BOUND, verify
 
     said, difference = verify(file)
-    print(f"{file}: {said}; largest difference from the answer at export: {difference:.1e} of the largest value; bound {BOUND:.0e}")
+    print(
+        f"{file}: {said}; largest difference from the answer at export: {difference:.1e} of the largest value; bound {BOUND:.0e}"
+    )
     return 0 if difference < BOUND else 1
 
 
@@ -239,20 +316,34 @@ def selfcheck() -> int:
     return 0 if all(each.right for each in found) and not selfcheck.known() else 1
 
 
-def predict(net: str, images: list[str], top: int, as_json: bool, protocol: str, scales: list[int]) -> int:
+def predict(
+    net: str, images: list[str], top: int, as_json: bool, protocol: str, scales: list[int]
+) -> int:
     keep_memory()
     from vgg_jax.evaluation.predict import predict
 
     failed = False
-    for file, best, error in predict(net, images, protocol=Protocol(protocol), scales=scales, top=top):
+    for file, best, error in predict(
+        net, images, protocol=Protocol(protocol), scales=scales, top=top
+    ):
         failed = failed or error is not None
         if as_json:
-            known = {"top": [{"class": name, "probability": probability} for name, probability in best]}
-            print(json.dumps({"file": file} | (known if error is None else {"error": error})), flush=True)
+            known = {
+                "top": [{"class": name, "probability": probability} for name, probability in best]
+            }
+            print(
+                json.dumps({"file": file} | (known if error is None else {"error": error})),
+                flush=True,
+            )
         elif error is not None:
-            print(f"vgg-jax: {error}; expected a JPEG, PNG, WebP, BMP or GIF image", file=sys.stderr)
+            print(
+                f"vgg-jax: {error}; expected a JPEG, PNG, WebP, BMP or GIF image", file=sys.stderr
+            )
         else:
-            print(f"{file}: " + "; ".join(f"{name} {probability:.1%}" for name, probability in best), flush=True)
+            print(
+                f"{file}: " + "; ".join(f"{name} {probability:.1%}" for name, probability in best),
+                flush=True,
+            )
     return 3 if failed else 0
 
 
@@ -283,11 +374,28 @@ def evaluate(
         if made:
             new.rmdir()
         raise
-    flags = [name for name, on in (("mirrored", facts["protocol"]["flip"]), ("softmax-first", softmax_first), ("ceil", ceil)) if on]
-    folder = out or os.path.join(beside, "-".join([*([plain(data)] if data else []), split, protocol, *map(str, facts["scales"]), *flags]))
+    flags = [
+        name
+        for name, on in (
+            ("mirrored", facts["protocol"]["flip"]),
+            ("softmax-first", softmax_first),
+            ("ceil", ceil),
+        )
+        if on
+    ]
+    folder = out or os.path.join(
+        beside,
+        "-".join(
+            [*([plain(data)] if data else []), split, protocol, *map(str, facts["scales"]), *flags]
+        ),
+    )
     save(folder, evaluation, facts)
-    print(f"{', '.join([protocol, 'Q = ' + ', '.join(map(str, facts['scales'])), *flags])}: {report(facts)}")
-    print(f"{facts['seconds']:.1f} s, {facts['images_per_second']:.1f} images/s; {folder}/evaluation.json, {folder}/posteriors.npz")
+    print(
+        f"{', '.join([protocol, 'Q = ' + ', '.join(map(str, facts['scales'])), *flags])}: {report(facts)}"
+    )
+    print(
+        f"{facts['seconds']:.1f} s, {facts['images_per_second']:.1f} images/s; {folder}/evaluation.json, {folder}/posteriors.npz"
+    )
     return 0
 
 

@@ -37,7 +37,9 @@ def c5(width: int) -> Conv:
 
 CONFIGS = {
     "A": VGGConfig(((c3(64),), (c3(128),), (c3(256),) * 2, (c3(512),) * 2, (c3(512),) * 2)),
-    "A-LRN": VGGConfig(((c3(64),), (c3(128),), (c3(256),) * 2, (c3(512),) * 2, (c3(512),) * 2), lrn=("conv1_1",)),
+    "A-LRN": VGGConfig(
+        ((c3(64),), (c3(128),), (c3(256),) * 2, (c3(512),) * 2, (c3(512),) * 2), lrn=("conv1_1",)
+    ),
     "B": VGGConfig(((c3(64),) * 2, (c3(128),) * 2, (c3(256),) * 2, (c3(512),) * 2, (c3(512),) * 2)),
     "C": VGGConfig(
         (
@@ -64,13 +66,17 @@ class Layer(NamedTuple):
     kernel: int = 0  # the side of the window that a conv or fc layer reads
 
 
-def layer_table(config: VGGConfig, num_classes: int = 1000, batch_norm: bool = False, image_size: int = 224) -> tuple[Layer, ...]:
+def layer_table(
+    config: VGGConfig, num_classes: int = 1000, batch_norm: bool = False, image_size: int = 224
+) -> tuple[Layer, ...]:
     """A configuration written out layer by layer, as in the released models: what the module runs and what the summary counts.
 
     Raises InputError for an image that the poolings leave nothing of.
     """
     if image_size < 2 ** len(config.stages):
-        raise InputError(f"image_size is {image_size}: expected at least {2 ** len(config.stages)}, since each stage halves the image")
+        raise InputError(
+            f"image_size is {image_size}: expected at least {2 ** len(config.stages)}, since each stage halves the image"
+        )
     if num_classes < 1:
         raise InputError(f"num_classes is {num_classes}: expected at least 1")
     table = []
@@ -83,9 +89,15 @@ def layer_table(config: VGGConfig, num_classes: int = 1000, batch_norm: bool = F
             if f"conv{i}_{j}" in config.lrn:
                 table.append(Layer(f"lrn{i}_{j}", "lrn"))
         table.append(Layer(f"pool{i}", "pool"))
-    window = image_size // 2 ** len(config.stages)  # fc6 reads the whole map of an image of this size
+    window = image_size // 2 ** len(
+        config.stages
+    )  # fc6 reads the whole map of an image of this size
     for i, (width, side) in enumerate(zip(config.fc, (window, 1), strict=True), 6):
-        table += [Layer(f"fc{i}", "fc", width, side), Layer(f"relu{i}", "relu"), Layer(f"drop{i}", "drop")]
+        table += [
+            Layer(f"fc{i}", "fc", width, side),
+            Layer(f"relu{i}", "relu"),
+            Layer(f"drop{i}", "drop"),
+        ]
     table.append(Layer("fc8", "fc", num_classes, 1))
     return tuple(table)
 
@@ -96,14 +108,20 @@ class Statistics:
 
     mean_rgb: tuple[float, float, float]
     eigenvalues: tuple[float, float, float]  # of the 3x3 covariance of RGB pixels, largest first
-    eigenvectors: tuple[tuple[float, float, float], ...]  # rows R, G, B; column j belongs to eigenvalue j
+    eigenvectors: tuple[
+        tuple[float, float, float], ...
+    ]  # rows R, G, B; column j belongs to eigenvalue j
 
 
 IMAGENET = Statistics(
     mean_rgb=(123.68, 116.779, 103.939),  # the mean pixel released with the authors' models
     # fb.resnet.torch has the eigenvalues of pixels scaled to [0, 1].
     eigenvalues=(0.2175 * 255**2, 0.0188 * 255**2, 0.0045 * 255**2),
-    eigenvectors=((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203)),
+    eigenvectors=(
+        (-0.5675, 0.7192, 0.4009),
+        (-0.5808, -0.0045, -0.8140),
+        (-0.5836, -0.6948, 0.4203),
+    ),
 )
 
 
@@ -124,7 +142,9 @@ class Protocol:
     """How the posteriors of an image are taken (§3.2); the defaults are dense, as in the paper. Raises InputError for another name."""
 
     name: str = "dense"
-    flip: bool | None = None  # the mean with the mirror image's posterior; None: where it is usual, see `mirrored`
+    flip: bool | None = (
+        None  # the mean with the mirror image's posterior; None: where it is usual, see `mirrored`
+    )
     softmax_first: bool = False  # at every position of a map, before their mean; the paper does not say which comes first
     ceil: bool = False  # pooling as in Caffe, an odd side rounded up
 
@@ -148,7 +168,11 @@ DISTRIBUTED = ("auto", "on", "off")  # whether a run is one of several processes
 REDUCE = ("float32", "bfloat16")  # how gradients travel between devices
 SAVE_SECONDS = 600  # between two saves within an epoch
 OUTPUTS = ("logits", "posteriors", "score_map")  # of an exported program
-WRITTEN = ("vgg_jax", "torchvision", "timm")  # whose names and order a .safetensors file can be written in
+WRITTEN = (
+    "vgg_jax",
+    "torchvision",
+    "timm",
+)  # whose names and order a .safetensors file can be written in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,10 +187,16 @@ class TrainConfig:
     batch_norm: bool = False  # not in the paper
     fc: tuple[int, int] = (4096, 4096)
     dropout_rate: float = 0.5
-    initializer: str = "glorot"  # the paper's note after submission; see `vgg_jax.model.INITIALIZERS`
-    initializer_std: float = 0.01  # of "paper"; §3.1 prints a variance of 10⁻², with which every net explodes
+    initializer: str = (
+        "glorot"  # the paper's note after submission; see `vgg_jax.model.INITIALIZERS`
+    )
+    initializer_std: float = (
+        0.01  # of "paper"; §3.1 prints a variance of 10⁻², with which every net explodes
+    )
     init_from: str | None = None  # the workdir of a finished run, or a file of weights
-    freeze: tuple[str, ...] = ()  # layers that stay as they are, by name, or "conv" or "fc" for all of them
+    freeze: tuple[
+        str, ...
+    ] = ()  # layers that stay as they are, by name, or "conv" or "fc" for all of them
     dtype: str = "float32"
     image_size: int = 224
     scale: tuple[int, ...] = (256,)  # S, or (S_min, S_max) of the scale jitter
@@ -175,12 +205,20 @@ class TrainConfig:
     colour_convention: str = "deviation"  # times the deviation along a component, or times the variance (pixels in [0, 1])
     exif: bool = True  # turn photos upright as their EXIF orientation says
     statistics: str = "imagenet"
-    validation_fraction: float = 0.1  # of the training split, where the data has no validation split
-    skip_bad: bool = False  # an image that cannot be read counts for nothing, instead of ending the run
-    exclude: tuple[str, ...] = ()  # images that are left out, by the names that `vgg-jax verify-data` gives them
+    validation_fraction: float = (
+        0.1  # of the training split, where the data has no validation split
+    )
+    skip_bad: bool = (
+        False  # an image that cannot be read counts for nothing, instead of ending the run
+    )
+    exclude: tuple[
+        str, ...
+    ] = ()  # images that are left out, by the names that `vgg-jax verify-data` gives them
     cache: bool = False  # the encoded images in memory; of TFRecord files the order of an epoch is then another
     batch_size: int = 256
-    microbatch: int | None = None  # examples whose activations are held at once; None: the whole batch
+    microbatch: int | None = (
+        None  # examples whose activations are held at once; None: the whole batch
+    )
     learning_rate: float | None = None  # None: `presets.with_learning_rate` chooses
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -200,8 +238,19 @@ class TrainConfig:
     @property
     def frozen(self) -> tuple[str, ...]:
         """The layers that training leaves as they are: those of `freeze`, with the batch normalisation behind a convolution."""
-        names = [layer.name for layer in self._table if layer.kind in ("conv", "fc") and {layer.name, layer.kind} & set(self.freeze)]
-        return (*names, *(name.replace("conv", "bn") for name in names if self.batch_norm and name.startswith("conv")))
+        names = [
+            layer.name
+            for layer in self._table
+            if layer.kind in ("conv", "fc") and {layer.name, layer.kind} & set(self.freeze)
+        ]
+        return (
+            *names,
+            *(
+                name.replace("conv", "bn")
+                for name in names
+                if self.batch_norm and name.startswith("conv")
+            ),
+        )
 
     @property
     def _table(self) -> tuple[Layer, ...]:
@@ -215,18 +264,28 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise InputError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
+                raise InputError(
+                    f"{name} is {getattr(self, name)!r}: expected one of {', '.join(allowed)}"
+                )
         if len(self.scale) not in (1, 2) or self.scale[0] > self.scale[-1]:
-            raise InputError(f"scale is {self.scale}: expected one side S, or S_min and S_max with S_min <= S_max")
+            raise InputError(
+                f"scale is {self.scale}: expected one side S, or S_min and S_max with S_min <= S_max"
+            )
         if len(self.fc) != 2 or min(self.fc) < 1:
             raise InputError(f"fc is {self.fc}: expected the two widths of fc6 and fc7")
-        learned = [layer.name for layer in self._table if layer.kind in ("conv", "fc")]  # raises for an image that is too small
+        learned = [
+            layer.name for layer in self._table if layer.kind in ("conv", "fc")
+        ]  # raises for an image that is too small
         if unknown := [name for name in self.freeze if name not in ("conv", "fc", *learned)]:
-            raise InputError(f"freeze is {self.freeze}, and {unknown[0]!r} is no layer: expected conv, fc, or some of {', '.join(learned)}")
+            raise InputError(
+                f"freeze is {self.freeze}, and {unknown[0]!r} is no layer: expected conv, fc, or some of {', '.join(learned)}"
+            )
         if set(learned) <= set(self.frozen):
             raise InputError(f"freeze is {self.freeze}: expected a layer that is left to train")
         if self.scale[0] < self.image_size:
-            raise InputError(f"scale is {self.scale}: expected at least the image size, {self.image_size}")
+            raise InputError(
+                f"scale is {self.scale}: expected at least the image size, {self.image_size}"
+            )
         for name in ("batch_size", "epochs", "patience", "learning_rate", "initializer_std"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -237,16 +296,29 @@ class TrainConfig:
         if not 0 <= self.seed < 2**32:
             raise InputError(f"seed is {self.seed}: expected at least 0 and less than 2**32")
         if not 0 < self.validation_fraction < 1:
-            raise InputError(f"validation_fraction is {self.validation_fraction}: expected more than 0 and less than 1")
+            raise InputError(
+                f"validation_fraction is {self.validation_fraction}: expected more than 0 and less than 1"
+            )
         for name in ("dropout_rate", "momentum"):
             if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}: expected at least 0 and less than 1")
-        if self.microbatch is not None and (self.microbatch < 1 or self.batch_size % self.microbatch):
-            raise InputError(f"microbatch is {self.microbatch}: expected a divisor of the batch size, {self.batch_size}")
+                raise InputError(
+                    f"{name} is {getattr(self, name)}: expected at least 0 and less than 1"
+                )
+        if self.microbatch is not None and (
+            self.microbatch < 1 or self.batch_size % self.microbatch
+        ):
+            raise InputError(
+                f"microbatch is {self.microbatch}: expected a divisor of the batch size, {self.batch_size}"
+            )
         if (self.schedule == "step") != bool(self.drop_epochs):
             raise InputError(
                 f"schedule is {self.schedule!r} and drop_epochs is {self.drop_epochs}: "
                 "expected both or neither, as in --schedule step --drop-epochs 30 60"
             )
-        if list(self.drop_epochs) != sorted(set(self.drop_epochs)) or min(self.drop_epochs, default=1) < 1:
-            raise InputError(f"drop_epochs is {self.drop_epochs}: expected rising numbers from 1 on")
+        if (
+            list(self.drop_epochs) != sorted(set(self.drop_epochs))
+            or min(self.drop_epochs, default=1) < 1
+        ):
+            raise InputError(
+                f"drop_epochs is {self.drop_epochs}: expected rising numbers from 1 on"
+            )

@@ -6,7 +6,13 @@ from vgg_jax.configs.models import TrainConfig
 from vgg_jax.errors import InputError
 
 # What differs from the paper where the images are small: a name is a data set, the values are TrainConfig's.
-_CIFAR = {"image_size": 32, "scale": (32, 40), "fc": (512, 512), "batch_size": 128, "learning_rate": 1e-2}
+_CIFAR = {
+    "image_size": 32,
+    "scale": (32, 40),
+    "fc": (512, 512),
+    "batch_size": 128,
+    "learning_rate": 1e-2,
+}
 PRESETS: dict[str, dict] = {
     "digits": {
         "net": "A",
@@ -42,14 +48,20 @@ def preset(data: str, **given) -> TrainConfig:
 
     Raises InputError for a value that no run can have, and for one that would have no effect.
     """
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    given = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
+    }
     chosen = PRESETS.get(data.split(":")[0], {})
     if given.get("schedule", "step") != "step":  # the epochs go with the preset's own schedule
-        chosen = {name: value for name, value in chosen.items() if name not in ("drop_epochs", "epochs")}
+        chosen = {
+            name: value for name, value in chosen.items() if name not in ("drop_epochs", "epochs")
+        }
     config = TrainConfig(**{"data": data} | chosen | given)
     for name, (other, value) in _ONLY_WITH.items():
         if name in given and getattr(config, other) != value:
-            raise InputError(f"{name} is {given[name]}, and {other} is {getattr(config, other)!r}: expected {value!r} with it")
+            raise InputError(
+                f"{name} is {given[name]}, and {other} is {getattr(config, other)!r}: expected {value!r} with it"
+            )
     return config
 
 

@@ -16,9 +16,13 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 try:
     import tensorflow as tf
 except ImportError as error:
-    raise InputError(f"the data pipeline needs TensorFlow, which cannot be imported ({error}): pip install 'vgg-jax[train]'") from error
+    raise InputError(
+        f"the data pipeline needs TensorFlow, which cannot be imported ({error}): pip install 'vgg-jax[train]'"
+    ) from error
 
-with contextlib.suppress(RuntimeError):  # a notebook that used TensorFlow before has decided already
+with contextlib.suppress(
+    RuntimeError
+):  # a notebook that used TensorFlow before has decided already
     tf.config.set_visible_devices([], "GPU")
     # A core an image, and no second pool of threads that look for work while the first one has it: photos are 1.3 times as fast.
     tf.config.threading.set_intra_op_parallelism_threads(1)

@@ -39,20 +39,30 @@ class Batches:
     ) -> None:
         options = tf.data.Options()
         options.threading.private_threadpool_size = CORES
-        options.threading.max_intra_op_parallelism = 1  # a core an image: splitting one image between cores only costs
+        options.threading.max_intra_op_parallelism = (
+            1  # a core an image: splitting one image between cores only costs
+        )
         options.deterministic = True
-        options.autotune.enabled = False  # all its numbers are given; looking at the clock for it takes 5 % of the time
+        options.autotune.enabled = (
+            False  # all its numbers are given; looking at the clock for it takes 5 % of the time
+        )
         # All conditions are on Python values; looking for others delays the first batch.
         prepare = tf.autograph.experimental.do_not_convert(prepare)
-        at_once = IN_FLIGHT if batch_size else AHEAD  # whole batches: more would take memory for nothing
+        at_once = (
+            IN_FLIGHT if batch_size else AHEAD
+        )  # whole batches: more would take memory for nothing
         prepared = examples(0).map(prepare, num_parallel_calls=at_once, deterministic=True)
         if skip_bad and batch_size:  # what lies in memory was decoded before
-            prepared = map_or(examples(0), prepare, functools.partial(_blank, prepared.element_spec), at_once)
+            prepared = map_or(
+                examples(0), prepare, functools.partial(_blank, prepared.element_spec), at_once
+            )
         batches = prepared if batch_size is None else prepared.batch(batch_size)
         self._dataset = batches.prefetch(AHEAD).with_options(options)
         self._source, self._examples, self._batch_size = source, examples, batch_size
         self._skip_bad, self._bad = skip_bad, set[int]()
-        self._prepare = tf.function(prepare)  # errors of Python functions have the same type as in the stream
+        self._prepare = tf.function(
+            prepare
+        )  # errors of Python functions have the same type as in the stream
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         stream = [self._dataset.as_numpy_iterator()]
@@ -80,7 +90,11 @@ class Batches:
             if index not in self._bad:
                 self._bad.add(index)
                 name = self._source.file_name(index)
-                print(f"warning: {name!r} cannot be read or decoded, and is left out", file=sys.stderr, flush=True)
+                print(
+                    f"warning: {name!r} cannot be read or decoded, and is left out",
+                    file=sys.stderr,
+                    flush=True,
+                )
         if len(self._bad) > min(max(1, MOST_BAD * self._source.size), self._source.size - 1):
             raise DataError(
                 f"{len(self._bad)} of the {self._source.size} images of {self._source.name} cannot be read or decoded: expected at most "
@@ -108,7 +122,9 @@ class Batches:
 
 def _blank(spec: dict[str, tf.TensorSpec], example: dict) -> dict:
     """What stands for an example that cannot be prepared."""
-    return {name: tf.zeros(each.shape, each.dtype) for name, each in spec.items()} | {"index": example["index"]}
+    return {name: tf.zeros(each.shape, each.dtype) for name, each in spec.items()} | {
+        "index": example["index"]
+    }
 
 
 def read_scaled(path: str, scales: Sequence[int], exif: bool) -> list[np.ndarray]:
@@ -131,6 +147,8 @@ def cause_of(error: tf.errors.OpError | OSError | ValueError) -> str:
     if asserted:
         return asserted[1]
     # "Graph execution error", "Detected at node" and the lines of our source may come before what is wrong.
-    message = re.sub(r"^(Graph execution error|Detected at |\s+File ).*\n", "", error.message, flags=re.MULTILINE)
+    message = re.sub(
+        r"^(Graph execution error|Detected at |\s+File ).*\n", "", error.message, flags=re.MULTILINE
+    )
     line = re.sub(r"\{\{.*?\}\}|\[Op:.*|\[\[.*", "", message).strip().split("\n")[0]
     return re.sub(r"^ValueError: ", "", line).rstrip(". ")

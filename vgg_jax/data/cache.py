@@ -31,7 +31,13 @@ def cached(source: Source, config: TrainConfig) -> Source:
     held, count, room = 0, 0, free_memory()
     read: dict[str, list[np.ndarray]] = {"index": [], "encoded": [], "label": []}
     stream = Batches(source, lambda at: source.examples(None, at * AT_ONCE), dict, AT_ONCE)
-    with tqdm(total=source.size, desc=f"reading {source.name} into memory", unit="image", disable=None, delay=2) as bar:
+    with tqdm(
+        total=source.size,
+        desc=f"reading {source.name} into memory",
+        unit="image",
+        disable=None,
+        delay=2,
+    ) as bar:
         for batch in stream:
             for name, parts in read.items():
                 parts.append(batch[name])
@@ -44,7 +50,9 @@ def cached(source: Source, config: TrainConfig) -> Source:
                     f"of {room / 1e9:.1f} GB that were free; leave out --cache, or free memory if a run is to go on"
                 )
     if count != source.size:
-        raise DataError(f"{source.name} says that it has {source.size} images, and has {count}: prepare it again")
+        raise DataError(
+            f"{source.name} says that it has {source.size} images, and has {count}: prepare it again"
+        )
     indices, encoded, labels = (tf.constant(np.concatenate(read.pop(name))) for name in tuple(read))
 
     def at(positions: tf.data.Dataset) -> tf.data.Dataset:
@@ -57,24 +65,34 @@ def cached(source: Source, config: TrainConfig) -> Source:
     return dataclasses.replace(whole, pixels=_pixels(whole, encoded, labels, indices, config))
 
 
-def _pixels(source: Source, encoded: tf.Tensor, labels: tf.Tensor, indices: tf.Tensor, config: TrainConfig) -> Pixels | None:
+def _pixels(
+    source: Source, encoded: tf.Tensor, labels: tf.Tensor, indices: tf.Tensor, config: TrainConfig
+) -> Pixels | None:
     """What `Source.pixels` is, or None where the images are not small, or not of one size."""
     try:
         height, width, _ = decode(encoded[0], config.exif).shape
     except (tf.errors.OpError, ValueError):  # the stream names the file
         return None
     size = source.size * height * width * 3
-    if not in_memory.fits((height, width), config.scale, config.image_size) or COPIES * size > SHARE * free_memory():
+    if (
+        not in_memory.fits((height, width), config.scale, config.image_size)
+        or COPIES * size > SHARE * free_memory()
+    ):
         return None
 
     def prepare(example: dict) -> dict:
         image = decode(example["encoded"], config.exif)
         equal = tf.reduce_all(tf.shape(image)[:2] == [height, width])
-        return {"equal": equal, "image": tf.cond(equal, lambda: image, lambda: tf.zeros((height, width, 3), tf.uint8))}
+        return {
+            "equal": equal,
+            "image": tf.cond(equal, lambda: image, lambda: tf.zeros((height, width, 3), tf.uint8)),
+        }
 
     images = np.empty((source.size, height, width, 3), np.uint8)
     try:
-        for number, batch in enumerate(Batches(source, lambda at: source.examples(None, at * AT_ONCE), prepare, AT_ONCE)):
+        for number, batch in enumerate(
+            Batches(source, lambda at: source.examples(None, at * AT_ONCE), prepare, AT_ONCE)
+        ):
             if not batch["equal"].all():
                 return None
             images[number * AT_ONCE :][: len(batch["image"])] = batch["image"]
@@ -90,8 +108,15 @@ def free_memory() -> float:
     bounds = [float("inf")]
     with contextlib.suppress(OSError, StopIteration, ValueError, IndexError):
         lines = Path("/proc/meminfo").read_text().splitlines()
-        bounds.append(next(int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemAvailable:")))
+        bounds.append(
+            next(
+                int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemAvailable:")
+            )
+        )
     with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
+        limit, used = (
+            int(Path("/sys/fs/cgroup", name).read_text())
+            for name in ("memory.max", "memory.current")
+        )
         bounds.append(float(limit - used))
     return min(bounds)

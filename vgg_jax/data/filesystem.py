@@ -20,7 +20,11 @@ def exists(path: str | os.PathLike) -> bool:
 
 def listed(folder: str) -> list[str]:
     """The names in a folder; of this machine's, one that is no Unicode as `os.fsdecode` gives it."""
-    return [name.rstrip("/") for name in tf.io.gfile.listdir(folder)] if is_remote(folder) else os.listdir(folder)
+    return (
+        [name.rstrip("/") for name in tf.io.gfile.listdir(folder)]
+        if is_remote(folder)
+        else os.listdir(folder)
+    )
 
 
 def folders_in(folder: str) -> list[str]:
@@ -40,7 +44,9 @@ def head(path: bytes) -> bytes:
         except tf.errors.OpError:
             return b""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe would wait for a writer
+        descriptor = os.open(
+            path, os.O_RDONLY | os.O_NONBLOCK
+        )  # a named pipe would wait for a writer
         try:
             return os.read(descriptor, HEAD) if stat.S_ISREG(os.fstat(descriptor).st_mode) else b""
         finally:

@@ -21,7 +21,9 @@ SNIFFED_AT_ONCE = 256  # files per task of a thread: one by one, handing out the
 THREADS = 16  # they wait for the disk or the network, not for a core
 
 
-def folder_splits(root: str, skip_bad: bool, exclude: Collection[str]) -> dict[str, Callable[[], Records]]:
+def folder_splits(
+    root: str, skip_bad: bool, exclude: Collection[str]
+) -> dict[str, Callable[[], Records]]:
     """The splits of an image folder; each is read when it is called. Labels index the sorted class folders of the training split.
 
     Leaves out what is named in `exclude`, and if `skip_bad` what is no image, or cannot be read when its turn comes: its bytes are none.
@@ -29,26 +31,44 @@ def folder_splits(root: str, skip_bad: bool, exclude: Collection[str]) -> dict[s
     for a class folder without images and for a class that the training split does not have.
     """
     if not is_folder(root):
-        raise InputError(f"no folder {root!r}: expected {os.path.join(root, '<class>', '*.jpg')} there; pass another one as DATA")
+        raise InputError(
+            f"no folder {root!r}: expected {os.path.join(root, '<class>', '*.jpg')} there; pass another one as DATA"
+        )
     names = [name for name in SPLITS if is_folder(os.path.join(root, name))]
     if names and names[0] != "train" and set(_class_names(root)) <= set(SPLITS):
         raise InputError(
             f"no training images under {root!r}: expected {os.path.join(root, 'train', '<class>', '*.jpg')} beside {names[0]!r}"
         )
-    folders = {name: os.path.join(root, name) for name in names} if "train" in names else {"train": root}
+    folders = (
+        {name: os.path.join(root, name) for name in names} if "train" in names else {"train": root}
+    )
     classes = _class_names(folders["train"])
     if not classes:
         expected = os.path.join(folders["train"], "<class>", "*.jpg")
-        raise InputError(f"no images under {folders['train']!r}: expected {expected}; pass another folder as DATA")
+        raise InputError(
+            f"no images under {folders['train']!r}: expected {expected}; pass another folder as DATA"
+        )
     return {
-        name: functools.partial(_records, f"{root} {name}", root, folder, classes, skip_bad, exclude) for name, folder in folders.items()
+        name: functools.partial(
+            _records, f"{root} {name}", root, folder, classes, skip_bad, exclude
+        )
+        for name, folder in folders.items()
     }
 
 
-def _records(name: str, root: str, folder: str, classes: tuple[str, ...], skip_bad: bool, exclude: Collection[str]) -> Records:
+def _records(
+    name: str,
+    root: str,
+    folder: str,
+    classes: tuple[str, ...],
+    skip_bad: bool,
+    exclude: Collection[str],
+) -> Records:
     present = _class_names(folder)
     if unknown := [each for each in present if each not in classes]:
-        raise InputError(f"the class folder {os.path.join(folder, unknown[0])!r} is none of training's {len(classes)}: remove or rename it")
+        raise InputError(
+            f"the class folder {os.path.join(folder, unknown[0])!r} is none of training's {len(classes)}: remove or rename it"
+        )
     # Bytes, because a file name need not be Unicode, and one tensor of all, because a list of a million str is several times as large.
     names_in = [sorted(map(os.fsencode, listed(os.path.join(folder, each)))) for each in present]
     entries_in = [[entry for entry in entries if not _hidden(entry)] for entries in names_in]
@@ -57,14 +77,21 @@ def _records(name: str, root: str, folder: str, classes: tuple[str, ...], skip_b
         for each, entries in zip(present, entries_in, strict=True)
         for entry in entries
     ]
-    labels = np.repeat(np.array([classes.index(each) for each in present], np.int32), [len(entries) for entries in entries_in])
-    kept = np.array([not exclude or relative(os.fsdecode(path), root) not in exclude for path in paths], bool)
+    labels = np.repeat(
+        np.array([classes.index(each) for each in present], np.int32),
+        [len(entries) for entries in entries_in],
+    )
+    kept = np.array(
+        [not exclude or relative(os.fsdecode(path), root) not in exclude for path in paths], bool
+    )
     excluded = int((~kept).sum())
     paths, labels = list(itertools.compress(paths, kept)), labels[kept]
     good = _sniff(paths, name)
     bad = list(itertools.compress(paths, ~good))
     if bad and not skip_bad:
-        shown = ", ".join(repr(os.fsdecode(path)) for path in bad[:10]) + (", …" if len(bad) > 10 else "")
+        shown = ", ".join(repr(os.fsdecode(path)) for path in bad[:10]) + (
+            ", …" if len(bad) > 10 else ""
+        )
         raise DataError(
             f"{len(bad)} of {len(paths)} files under {folder!r} are not images, or cannot be read: {shown}; remove them or pass --skip-bad"
         )
@@ -74,13 +101,19 @@ def _records(name: str, root: str, folder: str, classes: tuple[str, ...], skip_b
                 f"the class folder {os.path.join(folder, each)!r} has no images: expected at least one; add some or remove the folder"
             )
     paths = list(itertools.compress(paths, good))
-    names = hashlib.sha256(b"\0".join(os.path.relpath(path, os.fsencode(folder)) for path in paths)).hexdigest()
+    names = hashlib.sha256(
+        b"\0".join(os.path.relpath(path, os.fsencode(folder)) for path in paths)
+    ).hexdigest()
     files = tf.constant(paths, tf.string)
     label_of = tf.constant(labels[good])
 
     def read(indices: tf.data.Dataset) -> tf.data.Dataset:
         def one(index: tf.Tensor) -> dict[str, tf.Tensor]:
-            return {"index": index, "encoded": tf.io.read_file(files[index]), "label": label_of[index]}
+            return {
+                "index": index,
+                "encoded": tf.io.read_file(files[index]),
+                "label": label_of[index],
+            }
 
         def unreadable(index: tf.Tensor) -> dict[str, tf.Tensor]:
             return {"index": index, "encoded": tf.constant(b""), "label": label_of[index]}
@@ -118,10 +151,16 @@ def _sniff(paths: list[bytes], name: str) -> np.ndarray:
     """bool (n,): which files begin as an image does. Their extensions say little: ImageNet has a PNG named .JPEG."""
     good = np.zeros(len(paths), bool)
     starts = range(0, len(paths), SNIFFED_AT_ONCE)
-    bar = tqdm(total=len(paths), desc=f"looking at the files of {name}", unit="file", disable=None, delay=2)
+    bar = tqdm(
+        total=len(paths), desc=f"looking at the files of {name}", unit="file", disable=None, delay=2
+    )
     with bar, ThreadPoolExecutor(THREADS) as pool:
         for start, found in zip(
-            starts, pool.map(lambda start: [*map(_is_image, paths[start : start + SNIFFED_AT_ONCE])], starts), strict=True
+            starts,
+            pool.map(
+                lambda start: [*map(_is_image, paths[start : start + SNIFFED_AT_ONCE])], starts
+            ),
+            strict=True,
         ):
             good[start : start + len(found)] = found
             bar.update(len(found))

@@ -25,7 +25,10 @@ class CropMatrices(NamedTuple):
 
 def fits(sides: tuple[int, int], scales: tuple[int, ...], size: int) -> bool:
     """Whether images of these sides are small enough, and their crops few enough."""
-    offsets = sum(round(scale * max(sides) / min(sides)) - size + 1 for scale in range(scales[0], scales[-1] + 1))
+    offsets = sum(
+        round(scale * max(sides) / min(sides)) - size + 1
+        for scale in range(scales[0], scales[-1] + 1)
+    )
     return max(sides[0] * sides[1], size * size) <= SMALL and offsets <= OFFSETS
 
 
@@ -33,17 +36,28 @@ def crop_matrices(sides: tuple[int, int], scales: tuple[int, ...], size: int) ->
     along: tuple[list, list] = [], []
     first, count = [], []
     for scale in range(scales[0], scales[-1] + 1):
-        offsets = (rescaled_sides(tf.constant(sides, tf.float64), scale).numpy() - size + 1).astype(np.int32)
+        offsets = (rescaled_sides(tf.constant(sides, tf.float64), scale).numpy() - size + 1).astype(
+            np.int32
+        )
         first.append(len(along[0]))
         count.append(offsets)
         for offset in range(offsets.max()):
             part = window(tf.constant(sides), scale, size, tf.constant((offset + 0.5) / offsets))
             for axis, rows in enumerate(along):
-                matrix = resample_rows(tf.eye(int(part.sides[axis])), size, part.zoom[axis], part.translation[axis])
+                matrix = resample_rows(
+                    tf.eye(int(part.sides[axis])), size, part.zoom[axis], part.translation[axis]
+                )
                 before = int(part.first[axis])
-                rows.append(tf.pad(matrix, [[0, 0], [before, sides[axis] - before - int(part.sides[axis])]]))
+                rows.append(
+                    tf.pad(matrix, [[0, 0], [before, sides[axis] - before - int(part.sides[axis])]])
+                )
     along_x = tf.stack(along[1])
-    return CropMatrices(tf.stack(along[0]), tf.concat([along_x, along_x[:, ::-1]], 0), tf.constant(first), tf.constant(np.stack(count)))
+    return CropMatrices(
+        tf.stack(along[0]),
+        tf.concat([along_x, along_x[:, ::-1]], 0),
+        tf.constant(first),
+        tf.constant(np.stack(count)),
+    )
 
 
 def cropped(images: tf.Tensor, drawn: Draw, matrices: CropMatrices, smallest: int) -> tf.Tensor:
@@ -54,7 +68,9 @@ def cropped(images: tf.Tensor, drawn: Draw, matrices: CropMatrices, smallest: in
     """
     fractions = tf.stack([drawn.y_fraction, drawn.x_fraction], -1)
     count = tf.gather(matrices.count, drawn.scale - smallest)
-    offsets = tf.minimum(tf.cast(tf.floor(fractions * tf.cast(count, tf.float64)), tf.int32), count - 1)
+    offsets = tf.minimum(
+        tf.cast(tf.floor(fractions * tf.cast(count, tf.float64)), tf.int32), count - 1
+    )
     at = tf.gather(matrices.first, drawn.scale - smallest)[:, None] + offsets
     along_y = tf.gather(matrices.along_y, at[:, 0])
     along_x = tf.gather(matrices.along_x, at[:, 1] + tf.where(drawn.flip, len(matrices.along_y), 0))
@@ -84,21 +100,31 @@ def train_batches(
 
         def epoch(number: tf.Tensor) -> tf.data.Dataset:
             start = tf.where(number == first, tf.constant(at, tf.int64), 0)
-            return tf.data.Dataset.range(start, per_epoch).map(lambda batch: {"batch": batch, "epoch": number})
+            return tf.data.Dataset.range(start, per_epoch).map(
+                lambda batch: {"batch": batch, "epoch": number}
+            )
 
-        return tf.data.Dataset.range(first, config.epochs).flat_map(tf.autograph.experimental.do_not_convert(epoch))
+        return tf.data.Dataset.range(first, config.epochs).flat_map(
+            tf.autograph.experimental.do_not_convert(epoch)
+        )
 
     def prepare(example: dict) -> dict:
         order, draws = epoch_seeds(config.seed, example["epoch"])
-        positions, mask = _positions(example["batch"], share or _all(config.batch_size), source.size)
+        positions, mask = _positions(
+            example["batch"], share or _all(config.batch_size), source.size
+        )
         positions = permuted(positions, order, source.size)
-        drawn = draw(draws, tf.where(mask, tf.gather(pixels.indices, positions), 0), config, statistics)
+        drawn = draw(
+            draws, tf.where(mask, tf.gather(pixels.indices, positions), 0), config, statistics
+        )
         return _batch(pixels, positions, mask, drawn, matrices, config.scale[0])
 
     return Batches(source, examples, prepare, None)
 
 
-def eval_batches(source: Source, pixels: Pixels, config: TrainConfig, batch_size: int, share: Share | None = None) -> Batches:
+def eval_batches(
+    source: Source, pixels: Pixels, config: TrainConfig, batch_size: int, share: Share | None = None
+) -> Batches:
     """As `vgg_jax.data.eval_batches`."""
     share = share or _all(batch_size)
     count = len(share.rows)
@@ -107,10 +133,21 @@ def eval_batches(source: Source, pixels: Pixels, config: TrainConfig, batch_size
     def prepare(batch: tf.Tensor) -> dict:
         positions, mask = _positions(batch, share, source.size)
         half = tf.fill((count,), tf.constant(0.5, tf.float64))
-        drawn = Draw(tf.fill((count,), config.test_scale), half, half, tf.zeros(count, tf.bool), tf.zeros((count, 3)))
+        drawn = Draw(
+            tf.fill((count,), config.test_scale),
+            half,
+            half,
+            tf.zeros(count, tf.bool),
+            tf.zeros((count, 3)),
+        )
         return _batch(pixels, positions, mask, drawn, matrices, config.test_scale)
 
-    return Batches(source, lambda at: tf.data.Dataset.range(at, batches_per_epoch(source, batch_size)), prepare, None)
+    return Batches(
+        source,
+        lambda at: tf.data.Dataset.range(at, batches_per_epoch(source, batch_size)),
+        prepare,
+        None,
+    )
 
 
 def _sides(pixels: Pixels) -> tuple[int, int]:
@@ -128,7 +165,14 @@ def _positions(batch: tf.Tensor, share: Share, size: int) -> tuple[tf.Tensor, tf
     return tf.minimum(positions, size - 1), positions < size
 
 
-def _batch(pixels: Pixels, positions: tf.Tensor, mask: tf.Tensor, drawn: Draw, matrices: CropMatrices, smallest: int) -> dict:
+def _batch(
+    pixels: Pixels,
+    positions: tf.Tensor,
+    mask: tf.Tensor,
+    drawn: Draw,
+    matrices: CropMatrices,
+    smallest: int,
+) -> dict:
     images = cropped(tf.gather(pixels.images, positions), drawn, matrices, smallest)
     return {
         "index": tf.where(mask, tf.gather(pixels.indices, positions), -1),

@@ -34,7 +34,9 @@ def train_batches(
     """The batches of the epochs up to `config.epochs`, in one stream, from batch `first_batch` of epoch `first_epoch` on (both from 0)."""
     share = _share(config.batch_size, rows)
     if source.pixels is not None:
-        return in_memory.train_batches(source, source.pixels, config, statistics, first_epoch, first_batch, share)
+        return in_memory.train_batches(
+            source, source.pixels, config, statistics, first_epoch, first_batch, share
+        )
     per_epoch = batches_per_epoch(source, config.batch_size)
 
     def examples(batch: int) -> tf.data.Dataset:
@@ -43,28 +45,44 @@ def train_batches(
         def epoch(number: tf.Tensor) -> tf.data.Dataset:
             start = tf.where(number == first, tf.constant(at * config.batch_size, tf.int64), 0)
             order, draws = epoch_seeds(config.seed, number)
-            return _padded(source.examples(order, start, share), source.size, config.batch_size, share, epoch_seed=draws)
+            return _padded(
+                source.examples(order, start, share),
+                source.size,
+                config.batch_size,
+                share,
+                epoch_seed=draws,
+            )
 
-        return tf.data.Dataset.range(first, config.epochs).flat_map(tf.autograph.experimental.do_not_convert(epoch))
+        return tf.data.Dataset.range(first, config.epochs).flat_map(
+            tf.autograph.experimental.do_not_convert(epoch)
+        )
 
     def prepare(example: dict) -> dict:
         drawn = draw(example["epoch_seed"], tf.maximum(example["index"], 0), config, statistics)
         return train_example({key: example[key] for key in EXAMPLE}, config, drawn)
 
-    return Batches(source, examples, prepare, len(share.rows) if share else config.batch_size, config.skip_bad)
+    return Batches(
+        source, examples, prepare, len(share.rows) if share else config.batch_size, config.skip_bad
+    )
 
 
-def eval_batches(source: Source, config: TrainConfig, batch_size: int, rows: np.ndarray | None = None) -> Batches:
+def eval_batches(
+    source: Source, config: TrainConfig, batch_size: int, rows: np.ndarray | None = None
+) -> Batches:
     """One pass over the source, in its own order."""
     share = _share(batch_size, rows)
     if source.pixels is not None:
         return in_memory.eval_batches(source, source.pixels, config, batch_size, share)
 
     def examples(batch: int) -> tf.data.Dataset:
-        return _padded(source.examples(None, batch * batch_size, share), source.size, batch_size, share)
+        return _padded(
+            source.examples(None, batch * batch_size, share), source.size, batch_size, share
+        )
 
     prepare = functools.partial(eval_example, config=config)
-    return Batches(source, examples, prepare, len(share.rows) if share else batch_size, config.skip_bad)
+    return Batches(
+        source, examples, prepare, len(share.rows) if share else batch_size, config.skip_bad
+    )
 
 
 def _share(batch_size: int, rows: np.ndarray | None) -> Share | None:
@@ -82,9 +100,23 @@ def rescaled_images(source: Source, scales: tuple[int, ...], exif: bool) -> Batc
     return Batches(source, lambda at: source.examples(None, at), prepare, 1)
 
 
-def _padded(examples: tf.data.Dataset, size: int, batch_size: int, share: Share | None, **constants: tf.Tensor) -> tf.data.Dataset:
+def _padded(
+    examples: tf.data.Dataset,
+    size: int,
+    batch_size: int,
+    share: Share | None,
+    **constants: tf.Tensor,
+) -> tf.data.Dataset:
     """Examples with a mask and the `constants`, followed by as many masked ones as fill up the last batch."""
-    lacking = -size % batch_size if share is None else int(np.sum(share.rows >= (size % batch_size or batch_size)))
-    black = {"index": np.int64(-1), "encoded": tf.io.encode_png(np.zeros((1, 1, 3), np.uint8)), "label": np.int32(0)}
+    lacking = (
+        -size % batch_size
+        if share is None
+        else int(np.sum(share.rows >= (size % batch_size or batch_size)))
+    )
+    black = {
+        "index": np.int64(-1),
+        "encoded": tf.io.encode_png(np.zeros((1, 1, 3), np.uint8)),
+        "label": np.int32(0),
+    }
     padding = tf.data.Dataset.from_tensors(black | {"mask": False} | constants).repeat(lacking)
     return examples.map(lambda example: example | {"mask": True} | constants).concatenate(padding)

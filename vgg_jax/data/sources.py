@@ -9,7 +9,16 @@ import numpy as np
 import tensorflow as tf
 
 from vgg_jax.data.folder import folder_splits
-from vgg_jax.data.splits import Records, Source, divide, part, random_access, record_name, whole, without
+from vgg_jax.data.splits import (
+    Records,
+    Source,
+    divide,
+    part,
+    random_access,
+    record_name,
+    whole,
+    without,
+)
 from vgg_jax.data.tfds import record_splits
 from vgg_jax.errors import InputError
 from vgg_jax.paths import is_remote
@@ -42,13 +51,18 @@ def open_splits(
             _refuse_foreign(exclude, train.excluded + validation.excluded, data, splits)
             return whole(train), whole(validation)
     _refuse_foreign(exclude, train.excluded, data, splits)
-    kept, held_out = (train.usable[positions] for positions in divide(len(train.usable), validation_fraction, seed))
+    kept, held_out = (
+        train.usable[positions]
+        for positions in divide(len(train.usable), validation_fraction, seed)
+    )
     if not len(kept):
         raise InputError(
             f"{train.name} has {len(train.usable)} image(s) and validation takes {len(held_out)}: no image is left to train on; "
             "pass a smaller --validation-fraction"
         )
-    held = dataclasses.replace(part(train, held_out, f"{train.name} (held out)"), skipped=())  # they are counted with the others
+    held = dataclasses.replace(
+        part(train, held_out, f"{train.name} (held out)"), skipped=()
+    )  # they are counted with the others
     return part(train, kept, train.name), held
 
 
@@ -66,34 +80,52 @@ def open_split(
     Raises InputError for data that is not there or not usable, and for a split that it does not have.
     """
     names = VALIDATION if split in VALIDATION else (split,)
-    return whole(_pick(_splits(data, data_dir, skip_bad, frozenset(exclude), download), names, data)())
+    return whole(
+        _pick(_splits(data, data_dir, skip_bad, frozenset(exclude), download), names, data)()
+    )
 
 
-def split_names(data: str, *, data_dir: str | None = None, download: bool = False) -> tuple[str, ...]:
+def split_names(
+    data: str, *, data_dir: str | None = None, download: bool = False
+) -> tuple[str, ...]:
     """The splits that `open_split` knows. Raises InputError for data that is not there."""
     return tuple(_splits(data, data_dir, True, (), download))
 
 
-def _splits(data: str, data_dir: str | None, skip_bad: bool, exclude: Collection[str], download: bool) -> dict[str, Callable[[], Records]]:
+def _splits(
+    data: str, data_dir: str | None, skip_bad: bool, exclude: Collection[str], download: bool
+) -> dict[str, Callable[[], Records]]:
     if data == "digits":
         return {"train": functools.partial(_digits, exclude)}
     folder = data if is_remote(data) else os.path.expanduser(data)
     # "imagenette/320px" may be a data set, so one separator inside a name does not make it a path.
-    if is_remote(data) or os.path.isdir(folder) or folder.startswith((".", os.sep)) or folder.count(os.sep) > 1 or folder.endswith(os.sep):
+    if (
+        is_remote(data)
+        or os.path.isdir(folder)
+        or folder.startswith((".", os.sep))
+        or folder.count(os.sep) > 1
+        or folder.endswith(os.sep)
+    ):
         return folder_splits(folder, skip_bad, exclude)
     return record_splits(data, data_dir, exclude, download)
 
 
-def _pick(splits: dict[str, Callable[[], Records]], names: Iterable[str], data: str) -> Callable[[], Records]:
+def _pick(
+    splits: dict[str, Callable[[], Records]], names: Iterable[str], data: str
+) -> Callable[[], Records]:
     for name in names:
         if name in splits:
             return splits[name]
-    raise InputError(f"{data!r} has no split {' or '.join(map(repr, names))}: expected one of {', '.join(splits)}")
+    raise InputError(
+        f"{data!r} has no split {' or '.join(map(repr, names))}: expected one of {', '.join(splits)}"
+    )
 
 
 def _refuse_foreign(exclude: Collection[str], found: int, data: str, splits: Iterable[str]) -> None:
     """Raises InputError for a list none of whose images is in what was read, or in another split."""
-    here = tuple(f"{split}/" for split in splits) + tuple(f"{data} {split} record " for split in splits)
+    here = tuple(f"{split}/" for split in splits) + tuple(
+        f"{data} {split} record " for split in splits
+    )
     if exclude and not found and not any(name.startswith(here) for name in exclude):
         raise InputError(
             f"none of the {len(exclude)} images to exclude, {min(exclude)!r} for one, is in {data}: expected a list that "
@@ -106,14 +138,18 @@ def _digits(exclude: Collection[str]) -> Records:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise InputError(f"the data 'digits' needs scikit-learn ({error}): pip install 'vgg-jax[train]'") from error
+        raise InputError(
+            f"the data 'digits' needs scikit-learn ({error}): pip install 'vgg-jax[train]'"
+        ) from error
     bunch = load_digits()
     pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
     encoded = tf.stack([tf.io.encode_png(image) for image in pixels])
     labels = tf.constant(bunch.target, tf.int32)
 
     def read(indices: tf.data.Dataset) -> tf.data.Dataset:
-        return indices.map(lambda i: {"index": i, "encoded": tf.gather(encoded, i), "label": tf.gather(labels, i)}).unbatch()
+        return indices.map(
+            lambda i: {"index": i, "encoded": tf.gather(encoded, i), "label": tf.gather(labels, i)}
+        ).unbatch()
 
     return Records(
         name="digits train",

@@ -11,8 +11,12 @@ import tensorflow as tf
 
 CORES = getattr(os, "process_cpu_count", os.cpu_count)() or 1
 CHUNK = 64  # indices that are looked up by one call; enough to hide the cost of the call, 7 MB of ImageNet photos
-IN_FLIGHT = 2 * CORES  # images that are prepared at once: with no more than cores, one that takes long holds up the others
-SHUFFLE_BUFFER = 8192  # records of a sequential file held encoded: 0.9 GB of ImageNet photos, 10 MB of CIFAR
+IN_FLIGHT = (
+    2 * CORES
+)  # images that are prepared at once: with no more than cores, one that takes long holds up the others
+SHUFFLE_BUFFER = (
+    8192  # records of a sequential file held encoded: 0.9 GB of ImageNet photos, 10 MB of CIFAR
+)
 
 
 class Share(NamedTuple):
@@ -44,7 +48,9 @@ class Source:
     classes: tuple[str, ...]
     size: int
     examples: Examples
-    file_name: Callable[[int], str]  # what an example's "index" is called in a message or a table: its path, or "cifar10 train record 17"
+    file_name: Callable[
+        [int], str
+    ]  # what an example's "index" is called in a message or a table: its path, or "cifar10 train record 17"
     skipped: tuple[str, ...] = ()  # files that are not images and were left out
     pixels: Pixels | None = None  # of small images in memory
 
@@ -69,7 +75,15 @@ def batches_per_epoch(source: Source, batch_size: int) -> int:
 
 def part(records: Records, kept: np.ndarray, name: str) -> Source:
     """The examples at the sorted indices `kept`, int64 (n,). An example keeps the index and the file name it has in the whole."""
-    return Source(name, records.storage, records.classes, len(kept), records.order(kept), records.file_name, records.skipped)
+    return Source(
+        name,
+        records.storage,
+        records.classes,
+        len(kept),
+        records.order(kept),
+        records.file_name,
+        records.skipped,
+    )
 
 
 def whole(records: Records) -> Source:
@@ -78,24 +92,42 @@ def whole(records: Records) -> Source:
 
 def without(name: str, storage: str, size: int, exclude: Collection[str]) -> dict[str, Any]:
     """`usable`, `excluded` and `storage` of records that have no name but the split's and their number."""
-    excluded = [index for index in range(size) if record_name(name, index) in exclude] if exclude else []
+    excluded = (
+        [index for index in range(size) if record_name(name, index) in exclude] if exclude else []
+    )
     if excluded:
         storage += f", without {len(excluded)} ({hashlib.sha256(repr(excluded).encode()).hexdigest()[:16]})"
-    return {"usable": np.delete(np.arange(size), excluded), "excluded": len(excluded), "storage": storage}
+    return {
+        "usable": np.delete(np.arange(size), excluded),
+        "excluded": len(excluded),
+        "storage": storage,
+    }
 
 
 def record_name(name: str, index: int) -> str:
     return f"{name} record {index}"
 
 
-def map_or(examples: tf.data.Dataset, function: Callable[[Any], Any], otherwise: Callable[[Any], Any], at_once: int) -> tf.data.Dataset:
+def map_or(
+    examples: tf.data.Dataset,
+    function: Callable[[Any], Any],
+    otherwise: Callable[[Any], Any],
+    at_once: int,
+) -> tf.data.Dataset:
     """`function` of each example, or `otherwise` of one with which it fails, in order."""
 
     def one(*example: Any) -> tf.data.Dataset:
         single = tf.data.Dataset.from_tensors(example[0] if len(example) == 1 else example)
-        return single.map(function).ignore_errors(log_warning=False).concatenate(single.map(otherwise)).take(1)
+        return (
+            single.map(function)
+            .ignore_errors(log_warning=False)
+            .concatenate(single.map(otherwise))
+            .take(1)
+        )
 
-    return examples.interleave(one, cycle_length=at_once, block_length=1, num_parallel_calls=at_once, deterministic=True)
+    return examples.interleave(
+        one, cycle_length=at_once, block_length=1, num_parallel_calls=at_once, deterministic=True
+    )
 
 
 def divide(size: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -103,12 +135,17 @@ def divide(size: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarra
     # RandomState's stream is frozen: another numpy must not move training images into the validation part of a resumed run.
     permutation = np.random.RandomState(np.random.MT19937(seed)).permutation(size)
     count = max(1, round(size * fraction)) if fraction else 0
-    return np.sort(permutation[count:]).astype(np.int64), np.sort(permutation[:count]).astype(np.int64)
+    return np.sort(permutation[count:]).astype(np.int64), np.sort(permutation[:count]).astype(
+        np.int64
+    )
 
 
 def epoch_seeds(seed: int, epoch: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """An epoch's seeds of its order and of its draws, int64 (2,), pure functions of the two."""
-    order, draws = (tf.random.experimental.stateless_fold_in(tf.constant([seed, stream], tf.int64), epoch) for stream in (0, 1))
+    order, draws = (
+        tf.random.experimental.stateless_fold_in(tf.constant([seed, stream], tf.int64), epoch)
+        for stream in (0, 1)
+    )
     return order, draws
 
 
@@ -121,7 +158,10 @@ def permuted(positions: tf.Tensor, seed: tf.Tensor, size: int, rounds: int = 16)
     """
     key = tf.random.stateless_uniform((3,), seed, minval=None, maxval=None, dtype=tf.int32)
     return tf.raw_ops.RandomIndexShuffle(
-        index=positions, seed=tf.bitcast(key, tf.uint32), max_index=tf.constant(size - 1, tf.int64), rounds=rounds
+        index=positions,
+        seed=tf.bitcast(key, tf.uint32),
+        max_index=tf.constant(size - 1, tf.int64),
+        rounds=rounds,
     )
 
 
@@ -133,7 +173,9 @@ def random_access(kept: np.ndarray, read: Callable[[tf.data.Dataset], tf.data.Da
     size = len(kept)
     lookup = tf.constant(kept, tf.int64)
 
-    def examples(seed: tf.Tensor | None, start: tf.Tensor | int = 0, share: Share | None = None) -> tf.data.Dataset:
+    def examples(
+        seed: tf.Tensor | None, start: tf.Tensor | int = 0, share: Share | None = None
+    ) -> tf.data.Dataset:
         def indices(positions: tf.Tensor) -> tf.Tensor:
             if seed is not None:
                 positions = permuted(positions, seed, size)
@@ -142,20 +184,29 @@ def random_access(kept: np.ndarray, read: Callable[[tf.data.Dataset], tf.data.Da
         positions = tf.data.Dataset.range(start, size)
         if share is not None:
             batches = tf.data.Dataset.range(start, size, share.batch_size)
-            positions = batches.flat_map(lambda first: tf.data.Dataset.from_tensor_slices(first + share.rows)).filter(lambda at: at < size)
+            positions = batches.flat_map(
+                lambda first: tf.data.Dataset.from_tensor_slices(first + share.rows)
+            ).filter(lambda at: at < size)
         return read(positions.batch(CHUNK).map(indices))
 
     return examples
 
 
-def sequential(kept: np.ndarray, size: int, scan: Callable[[tf.Tensor | None], tf.data.Dataset], parse: Callable[[dict], dict]) -> Examples:
+def sequential(
+    kept: np.ndarray,
+    size: int,
+    scan: Callable[[tf.Tensor | None], tf.data.Dataset],
+    parse: Callable[[dict], dict],
+) -> Examples:
     """For storage that is read from its beginning. `scan` gives {"index", "record"}, files in a seeded order; `parse` makes an example.
 
     Starting elsewhere reads, but does not parse, what lies before; a share reads, but does not parse, what others feed.
     """
     wanted = tf.constant(np.isin(np.arange(size), kept))
 
-    def examples(seed: tf.Tensor | None, start: tf.Tensor | int = 0, share: Share | None = None) -> tf.data.Dataset:
+    def examples(
+        seed: tf.Tensor | None, start: tf.Tensor | int = 0, share: Share | None = None
+    ) -> tf.data.Dataset:
         records = scan(seed)
         if len(kept) < size:
             records = records.filter(lambda record: wanted[record["index"]])

@@ -28,13 +28,21 @@ class Measured:
     image_mean: np.ndarray
     image_std: np.ndarray
     eigenvalues: np.ndarray  # of the covariance of pixels, largest first
-    eigenvectors: np.ndarray  # float64 (3, 3); column j belongs to eigenvalue j, its largest entry is positive
+    eigenvectors: (
+        np.ndarray
+    )  # float64 (3, 3); column j belongs to eigenvalue j, its largest entry is positive
 
     @property
     def statistics(self) -> Statistics:
         """What the training configuration takes."""
-        mean, values, vectors = self.pixel_mean.tolist(), self.eigenvalues.tolist(), self.eigenvectors.tolist()
-        return Statistics(mean_rgb=tuple(mean), eigenvalues=tuple(values), eigenvectors=tuple(map(tuple, vectors)))
+        mean, values, vectors = (
+            self.pixel_mean.tolist(),
+            self.eigenvalues.tolist(),
+            self.eigenvectors.tolist(),
+        )
+        return Statistics(
+            mean_rgb=tuple(mean), eigenvalues=tuple(values), eigenvectors=tuple(map(tuple, vectors))
+        )
 
 
 def measure(source: Source, progress: bool = True, skip_bad: bool = False) -> Measured:
@@ -44,10 +52,20 @@ def measure(source: Source, progress: bool = True, skip_bad: bool = False) -> Me
     and DataError for such an image.
     """
     if not source.size:
-        raise InputError(f"{source.name} has no images: expected at least one to measure colours on")
+        raise InputError(
+            f"{source.name} has no images: expected at least one to measure colours on"
+        )
     sums, count = np.zeros((5, 3, 3)), 0
-    batches = Batches(source, lambda batch: source.examples(None, batch * BATCH), _sums, BATCH, skip_bad)
-    with tqdm(total=source.size, desc=f"colours of {source.name}", unit="image", disable=None if progress else True, delay=2) as bar:
+    batches = Batches(
+        source, lambda batch: source.examples(None, batch * BATCH), _sums, BATCH, skip_bad
+    )
+    with tqdm(
+        total=source.size,
+        desc=f"colours of {source.name}",
+        unit="image",
+        disable=None if progress else True,
+        delay=2,
+    ) as bar:
         for batch in batches:
             sums += batch["sums"].sum(0)
             count += int(batch["mask"].sum())

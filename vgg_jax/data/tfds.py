@@ -10,16 +10,28 @@ import numpy as np
 import tensorflow as tf
 
 from vgg_jax.data.filesystem import exists, is_folder, listed
-from vgg_jax.data.splits import CORES, Records, permuted, random_access, record_name, sequential, without
+from vgg_jax.data.splits import (
+    CORES,
+    Records,
+    permuted,
+    random_access,
+    record_name,
+    sequential,
+    without,
+)
 from vgg_jax.errors import InputError
 from vgg_jax.paths import is_remote
 
 NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[\w.+-]+))?(:(?P<version>\d+\.\d+\.\d+))?")
 VERSION = re.compile(r"\d+\.\d+\.\d+")
-FILES_AT_ONCE = 16  # TFRecord files read in turns, so that what lies in one file does not come in one piece
+FILES_AT_ONCE = (
+    16  # TFRecord files read in turns, so that what lies in one file does not come in one piece
+)
 
 
-def record_splits(data: str, data_dir: str | None, exclude: Collection[str], download: bool) -> dict[str, Callable[[], Records]]:
+def record_splits(
+    data: str, data_dir: str | None, exclude: Collection[str], download: bool
+) -> dict[str, Callable[[], Records]]:
     """The splits of a TensorFlow Datasets name: "cifar10", "cifar10:3.0.2", "imagenette/320px". Nothing is fetched unless `download`.
 
     Raises InputError if the name is not prepared under `data_dir`, cannot be downloaded, or has no single image and label.
@@ -31,21 +43,30 @@ def record_splits(data: str, data_dir: str | None, exclude: Collection[str], dow
     if folder is None and download:
         folder = _download(tfds, data, root)
     if folder is None:
-        found = ", ".join(sorted(listed(root))[:10]) or "nothing" if is_folder(root) else "no such folder"
+        found = (
+            ", ".join(sorted(listed(root))[:10]) or "nothing"
+            if is_folder(root)
+            else "no such folder"
+        )
         raise InputError(
             f"no folder {data!r} and no prepared data set {data!r} under {root!r} (found there: {found}): "
             "pass --download, or --data-dir with the folder that has it"
         )
     info = _info(tfds, folder)
     image, label = _image_and_label(tfds, info, data)
-    return {name: functools.partial(_records, tfds, info, f"{data} {name}", name, image, label, exclude) for name in info.splits}
+    return {
+        name: functools.partial(_records, tfds, info, f"{data} {name}", name, image, label, exclude)
+        for name in info.splits
+    }
 
 
 def _tfds() -> Any:
     try:
         import tensorflow_datasets
     except ImportError as error:
-        raise InputError(f"reading a TensorFlow Datasets name needs tensorflow-datasets ({error}): pip install 'vgg-jax[train]'") from error
+        raise InputError(
+            f"reading a TensorFlow Datasets name needs tensorflow-datasets ({error}): pip install 'vgg-jax[train]'"
+        ) from error
     return tensorflow_datasets
 
 
@@ -78,7 +99,11 @@ def _versions(folder: str) -> list[str]:
     """The versions that are prepared in a folder, oldest first."""
     if not is_folder(folder):
         return []
-    found = [each for each in listed(folder) if VERSION.fullmatch(each) and exists(os.path.join(folder, each, "dataset_info.json"))]
+    found = [
+        each
+        for each in listed(folder)
+        if VERSION.fullmatch(each) and exists(os.path.join(folder, each, "dataset_info.json"))
+    ]
     return sorted(found, key=lambda each: tuple(map(int, each.split("."))))
 
 
@@ -92,7 +117,9 @@ def _download(tfds: Any, data: str, root: str) -> str:
         ) from error
     # An unknown configuration, no network, a wrong checksum, a missing parser, files to be fetched by hand: each has its own class.
     except Exception as error:
-        raise InputError(f"{data!r} cannot be downloaded to {root!r}: {' '.join(str(error).split())[:300]}") from error
+        raise InputError(
+            f"{data!r} cannot be downloaded to {root!r}: {' '.join(str(error).split())[:300]}"
+        ) from error
     return os.fspath(builder.data_dir)
 
 
@@ -102,7 +129,9 @@ def _info(tfds: Any, folder: str) -> Any:
     # What a cut or foreign dataset_info.json makes of TFDS: its parser's errors are ValueErrors.
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{folder!r} cannot be read as a prepared data set ({reason}): prepare it again") from error
+        raise InputError(
+            f"{folder!r} cannot be read as a prepared data set ({reason}): prepare it again"
+        ) from error
 
 
 def _image_and_label(tfds: Any, info: Any, data: str) -> tuple[str, str]:
@@ -120,7 +149,9 @@ def _image_and_label(tfds: Any, info: Any, data: str) -> tuple[str, str]:
     return images[0], labels[0]
 
 
-def _records(tfds: Any, info: Any, name: str, split: str, image: str, label: str, exclude: Collection[str]) -> Records:
+def _records(
+    tfds: Any, info: Any, name: str, split: str, image: str, label: str, exclude: Collection[str]
+) -> Records:
     features = tfds.features.FeaturesDict({key: info.features[key] for key in (image, label)})
     files = info.splits[split]
     if missing := [os.fspath(path) for path in files.filepaths if not exists(path)]:
@@ -129,16 +160,28 @@ def _records(tfds: Any, info: Any, name: str, split: str, image: str, label: str
         )
 
     def parse(record: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        example = features.deserialize_example(record["record"], decoders={image: tfds.decode.SkipDecoding()})
-        return {"index": record["index"], "encoded": example[image], "label": tf.cast(example[label], tf.int32)}
+        example = features.deserialize_example(
+            record["record"], decoders={image: tfds.decode.SkipDecoding()}
+        )
+        return {
+            "index": record["index"],
+            "encoded": example[image],
+            "label": tf.cast(example[label], tf.int32),
+        }
 
     formats = tfds.core.FileFormat
     if info.file_format == formats.TFRECORD:
-        order = functools.partial(sequential, size=files.num_examples, scan=functools.partial(_scan, files), parse=parse)
+        order = functools.partial(
+            sequential, size=files.num_examples, scan=functools.partial(_scan, files), parse=parse
+        )
     elif info.file_format == formats.ARRAY_RECORD:
-        order = functools.partial(random_access, read=functools.partial(_read, _array_records(files), parse))
+        order = functools.partial(
+            random_access, read=functools.partial(_read, _array_records(files), parse)
+        )
     else:
-        raise InputError(f"{name} is stored as {info.file_format.value}: expected tfrecord or array_record; prepare it as one of these")
+        raise InputError(
+            f"{name} is stored as {info.file_format.value}: expected tfrecord or array_record; prepare it as one of these"
+        )
     return Records(
         name=name,
         classes=tuple(info.features[label].names),
@@ -159,7 +202,9 @@ def _scan(files: Any, seed: tf.Tensor | None) -> tf.data.Dataset:
         return tf.data.TFRecordDataset(paths[file]).enumerate(first[file])
 
     turns = 1 if seed is None else min(FILES_AT_ONCE, len(files.filepaths))
-    numbered = tf.data.Dataset.range(len(files.filepaths)).interleave(one, turns, num_parallel_calls=min(turns, CORES), deterministic=True)
+    numbered = tf.data.Dataset.range(len(files.filepaths)).interleave(
+        one, turns, num_parallel_calls=min(turns, CORES), deterministic=True
+    )
     return numbered.map(lambda index, record: {"index": index, "record": record})
 
 
@@ -168,13 +213,17 @@ def _array_records(files: Any) -> Any:
     try:
         from array_record.python.array_record_data_source import ArrayRecordDataSource
     except ImportError as error:
-        raise InputError(f"reading ArrayRecord files needs array_record ({error}): pip install 'vgg-jax[train]'") from error
+        raise InputError(
+            f"reading ArrayRecord files needs array_record ({error}): pip install 'vgg-jax[train]'"
+        ) from error
     return ArrayRecordDataSource([os.fspath(path) for path in files.filepaths])
 
 
 def _read(stored: Any, parse: Callable[[dict], dict], indices: tf.data.Dataset) -> tf.data.Dataset:
     def fetch(keys: np.ndarray) -> np.ndarray:
-        return np.array(stored.__getitems__(keys.tolist()), object)  # as "S" numpy would cut the zeros at the end
+        return np.array(
+            stored.__getitems__(keys.tolist()), object
+        )  # as "S" numpy would cut the zeros at the end
 
     def records(keys: tf.Tensor) -> dict[str, tf.Tensor]:
         fetched = tf.numpy_function(fetch, [keys], tf.string)

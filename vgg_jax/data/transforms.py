@@ -39,14 +39,23 @@ class Window(NamedTuple):
 
 def train_example(example: dict, config: TrainConfig, drawn: Draw) -> dict:
     """`example` with "image", uint8 (size, size, 3), and "colour_shift", float32 (3,), in the place of "encoded"."""
-    image = crop_resized(example["encoded"], drawn.scale, config.image_size, drawn.y_fraction, drawn.x_fraction, config.exif)
+    image = crop_resized(
+        example["encoded"],
+        drawn.scale,
+        config.image_size,
+        drawn.y_fraction,
+        drawn.x_fraction,
+        config.exif,
+    )
     rest = {key: value for key, value in example.items() if key != "encoded"}
     return rest | {"image": flip(image, drawn.flip), "colour_shift": drawn.colour_shift}
 
 
 def eval_example(example: dict, config: TrainConfig) -> dict:
     """As `train_example`, but the centre crop at Q = `config.test_scale`, not flipped, with a colour shift of zeros."""
-    image = crop_resized(example["encoded"], config.test_scale, config.image_size, 0.5, 0.5, config.exif)
+    image = crop_resized(
+        example["encoded"], config.test_scale, config.image_size, 0.5, 0.5, config.exif
+    )
     rest = {key: value for key, value in example.items() if key != "encoded"}
     return rest | {"image": image, "colour_shift": tf.zeros(3)}
 
@@ -59,13 +68,17 @@ def draw(seed: tf.Tensor, index: tf.Tensor, config: TrainConfig, statistics: Sta
     From 16 rounds on the chi-squared of 350,000 draws, of neighbours and of pairs, are those of independent numbers; 8 are too few.
     """
     counters = index[..., None] * DRAWS + tf.range(DRAWS, dtype=tf.int64)
-    numbers = tf.reshape(permuted(tf.reshape(counters, [-1]), seed, 2**52, rounds=32), tf.shape(counters))
+    numbers = tf.reshape(
+        permuted(tf.reshape(counters, [-1]), seed, 2**52, rounds=32), tf.shape(counters)
+    )
     uniform = tf.unstack((tf.cast(numbers, tf.float64) + 0.5) / 2.0**52, axis=-1)
     alpha = tf.cast(tf.math.ndtri(tf.stack(uniform[4:], -1)), tf.float32) * config.colour_shift
     smallest, largest = config.scale[0], config.scale[-1]
     components = _components(config.colour_convention, statistics)
     return Draw(
-        scale=tf.minimum(smallest + tf.cast(uniform[0] * (largest - smallest + 1), tf.int32), largest),
+        scale=tf.minimum(
+            smallest + tf.cast(uniform[0] * (largest - smallest + 1), tf.int32), largest
+        ),
         y_fraction=uniform[1],
         x_fraction=uniform[2],
         flip=uniform[3] < (0.5 if config.flip else 0.0),
@@ -90,7 +103,12 @@ def flip(image: tf.Tensor, coin: tf.Tensor) -> tf.Tensor:
 
 
 def crop_resized(
-    encoded: tf.Tensor, scale: tf.Tensor | int, size: int, y_fraction: tf.Tensor | float, x_fraction: tf.Tensor | float, exif: bool = True
+    encoded: tf.Tensor,
+    scale: tf.Tensor | int,
+    size: int,
+    y_fraction: tf.Tensor | float,
+    x_fraction: tf.Tensor | float,
+    exif: bool = True,
 ) -> tf.Tensor:
     """uint8 (size, size, 3): the crop that rescaling the shorter side to `scale` >= `size` and cropping would give (§3.1).
 
@@ -102,7 +120,12 @@ def crop_resized(
     def from_jpeg() -> tf.Tensor:
         sides = tf.io.extract_jpeg_shape(encoded)[:2]
         part = window(sides, scale, size, fractions)
-        pixels = tf.io.decode_and_crop_jpeg(_no_bomb(encoded, sides), tf.concat([part.first, part.sides], 0), channels=3, dct_method=DCT)
+        pixels = tf.io.decode_and_crop_jpeg(
+            _no_bomb(encoded, sides),
+            tf.concat([part.first, part.sides], 0),
+            channels=3,
+            dct_method=DCT,
+        )
         return _resample(pixels, (size, size), part.zoom, part.translation)
 
     def from_image() -> tf.Tensor:
@@ -112,7 +135,9 @@ def crop_resized(
         return _resample(pixels, (size, size), part.zoom, part.translation)
 
     fractions = tf.cast(tf.stack([y_fraction, x_fraction]), tf.float64)
-    return tf.ensure_shape(tf.cond(_is_jpeg(encoded) & (turn == 1), from_jpeg, from_image), (size, size, 3))
+    return tf.ensure_shape(
+        tf.cond(_is_jpeg(encoded) & (turn == 1), from_jpeg, from_image), (size, size, 3)
+    )
 
 
 def window(sides: tf.Tensor, scale: tf.Tensor | int, size: int, fractions: tf.Tensor) -> Window:
@@ -143,15 +168,23 @@ def rescale(image: tf.Tensor, scale: tf.Tensor | int) -> tf.Tensor:
     """
     sides = tf.cast(tf.shape(image)[:2], tf.float64)
     rescaled = rescaled_sides(sides, scale)
-    image = _unless(tf.reduce_prod(rescaled) > LARGEST, f"at the test scale it has more than {LARGEST:,} pixels", image)
-    return _resample(image, tf.cast(rescaled, tf.int32), tf.cast(rescaled / sides, tf.float32), tf.zeros(2))
+    image = _unless(
+        tf.reduce_prod(rescaled) > LARGEST,
+        f"at the test scale it has more than {LARGEST:,} pixels",
+        image,
+    )
+    return _resample(
+        image, tf.cast(rescaled, tf.int32), tf.cast(rescaled / sides, tf.float32), tf.zeros(2)
+    )
 
 
 def rescaled_sides(sides: tf.Tensor, scale: tf.Tensor | int) -> tf.Tensor:
     return tf.round(sides * tf.cast(scale, tf.float64) / tf.reduce_min(sides))
 
 
-def _resample(image: tf.Tensor, sides: tf.Tensor | tuple[int, int], zoom: tf.Tensor, translation: tf.Tensor) -> tf.Tensor:
+def _resample(
+    image: tf.Tensor, sides: tf.Tensor | tuple[int, int], zoom: tf.Tensor, translation: tf.Tensor
+) -> tf.Tensor:
     """Antialiased bilinear, as Pillow and torchvision do it: the filter is as wide as a pixel of the result.
 
     One axis after the other, each laid out so that whole rows are added up: a third of ScaleAndTranslate's own time for both axes, whose
@@ -170,7 +203,9 @@ def to_uint8(image: tf.Tensor) -> tf.Tensor:
     return tf.cast(image + (0.5 + 2**-10), tf.uint8)
 
 
-def resample_rows(rows: tf.Tensor, count: tf.Tensor | int, zoom: tf.Tensor, translation: tf.Tensor) -> tf.Tensor:
+def resample_rows(
+    rows: tf.Tensor, count: tf.Tensor | int, zoom: tf.Tensor, translation: tf.Tensor
+) -> tf.Tensor:
     """(n, length) -> float32 (count, length): an image one pixel wide, and `length` channels deep."""
     return tf.raw_ops.ScaleAndTranslate(
         images=rows[None, :, None],
@@ -194,10 +229,14 @@ def decode(encoded: tf.Tensor, exif: bool = True) -> tf.Tensor:
 
 def _decode(encoded: tf.Tensor) -> tf.Tensor:
     def other() -> tf.Tensor:
-        return tf.ensure_shape(tf.numpy_function(_decode_by_pillow, [encoded], tf.uint8), (None, None, 3))
+        return tf.ensure_shape(
+            tf.numpy_function(_decode_by_pillow, [encoded], tf.uint8), (None, None, 3)
+        )
 
     def jpeg() -> tf.Tensor:
-        return tf.io.decode_jpeg(_no_bomb(encoded, tf.io.extract_jpeg_shape(encoded)[:2]), channels=3, dct_method=DCT)
+        return tf.io.decode_jpeg(
+            _no_bomb(encoded, tf.io.extract_jpeg_shape(encoded)[:2]), channels=3, dct_method=DCT
+        )
 
     def png() -> tf.Tensor:
         sides = tf.io.decode_raw(tf.strings.substr(encoded, 16, 8), tf.int32, little_endian=False)
@@ -213,7 +252,9 @@ def _decode(encoded: tf.Tensor) -> tf.Tensor:
 
 def _no_bomb(encoded: tf.Tensor, sides: tf.Tensor) -> tf.Tensor:
     pixels = tf.reduce_prod(tf.cast(sides, tf.float64))
-    return _unless(pixels > LARGEST_DECODED, f"it has more than {LARGEST_DECODED:,} pixels", encoded)
+    return _unless(
+        pixels > LARGEST_DECODED, f"it has more than {LARGEST_DECODED:,} pixels", encoded
+    )
 
 
 def _unless(wrong: tf.Tensor, told: str, tensor: tf.Tensor) -> tf.Tensor:
@@ -230,7 +271,9 @@ def _decode_by_pillow(encoded: bytes | np.ndarray) -> np.ndarray:
             return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(
-            "not an image that Pillow can decode" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+            "not an image that Pillow can decode"
+            if isinstance(error, Image.UnidentifiedImageError)
+            else str(error)
         ) from error
 
 
@@ -278,5 +321,9 @@ def _bytes(string: bytes | np.ndarray) -> bytes:
 def _upright(image: tf.Tensor, turn: tf.Tensor) -> tf.Tensor:
     """(H, W, 3) whose pixels lie as EXIF orientation `turn` says -> (H, W, 3) or (W, H, 3), upright."""
     image = tf.cond(turn >= 5, lambda: tf.transpose(image, (1, 0, 2)), lambda: image)
-    image = tf.cond((turn == 3) | (turn == 4) | (turn == 7) | (turn == 8), lambda: image[::-1], lambda: image)
-    return tf.cond((turn == 2) | (turn == 3) | (turn == 6) | (turn == 7), lambda: image[:, ::-1], lambda: image)
+    image = tf.cond(
+        (turn == 3) | (turn == 4) | (turn == 7) | (turn == 8), lambda: image[::-1], lambda: image
+    )
+    return tf.cond(
+        (turn == 2) | (turn == 3) | (turn == 6) | (turn == 7), lambda: image[:, ::-1], lambda: image
+    )

@@ -28,7 +28,9 @@ class Bad(NamedTuple):
     reason: str
 
 
-def verify(data: str, *, data_dir: str | None = None, download: bool = False) -> Iterator[tuple[str, int, list[Bad]]]:
+def verify(
+    data: str, *, data_dir: str | None = None, download: bool = False
+) -> Iterator[tuple[str, int, list[Bad]]]:
     """Reads and decodes each image of each split once: for each split its name, the number of its files, and the bad ones.
 
     Raises InputError for data that is not there, DataError for files of records that are damaged themselves.
@@ -36,11 +38,16 @@ def verify(data: str, *, data_dir: str | None = None, download: bool = False) ->
     data = data if is_remote(data) else os.path.expanduser(data)
     for split in split_names(data, data_dir=data_dir, download=download):
         source = open_split(data, split, data_dir=data_dir, skip_bad=True)
-        bad = [Bad(relative(name, data), "no image: it cannot be opened, or begins otherwise") for name in source.skipped]
+        bad = [
+            Bad(relative(name, data), "no image: it cannot be opened, or begins otherwise")
+            for name in source.skipped
+        ]
         batches = Batches(source, functools.partial(_examples, source), _examined, AT_ONCE)
         with tqdm(total=source.size, desc=source.name, unit="image", disable=None) as bar:
             for batch in batches:
-                for index, reason in zip(batch["index"].tolist(), batch["reason"].tolist(), strict=True):
+                for index, reason in zip(
+                    batch["index"].tolist(), batch["reason"].tolist(), strict=True
+                ):
                     if reason:
                         bad.append(Bad(relative(source.file_name(index), data), reason.decode()))
                 bar.update(len(batch["index"]))
@@ -52,7 +59,10 @@ def _examples(source: Source, batch: int) -> tf.data.Dataset:
 
 
 def _examined(example: dict) -> dict:
-    return {"index": example["index"], "reason": tf.numpy_function(_what_is_wrong, [example["encoded"]], tf.string)}
+    return {
+        "index": example["index"],
+        "reason": tf.numpy_function(_what_is_wrong, [example["encoded"]], tf.string),
+    }
 
 
 def _what_is_wrong(encoded: bytes | np.ndarray) -> bytes:
@@ -81,7 +91,11 @@ def read_list(path: str) -> tuple[str, ...]:
         if not all(isinstance(name, str) for name in names):
             raise ValueError("a name is no text")
     except OSError as error:
-        raise InputError(f"cannot read {path} ({error.strerror or error}): expected the list that `vgg-jax verify-data` writes") from error
+        raise InputError(
+            f"cannot read {path} ({error.strerror or error}): expected the list that `vgg-jax verify-data` writes"
+        ) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read ({error}): expected the list that `vgg-jax verify-data` writes") from error
+        raise InputError(
+            f"{path} cannot be read ({error}): expected the list that `vgg-jax verify-data` writes"
+        ) from error
     return tuple(sorted(set(names)))

@@ -26,13 +26,26 @@ from vgg_jax.errors import DataError, InputError
 SILENT_SECONDS = 60  # without a sign of life of another process, before jax ends this one
 STUCK_SECONDS = 1800  # without a step, before a process ends itself: another one may be alive and wait for ever, for a disk for example
 LEAVE_SECONDS = 2
-LOST = ("Gloo", "NCCL", "oordination", "UNAVAILABLE", "DEADLINE_EXCEEDED")  # in what jax says where another process is gone
+LOST = (
+    "Gloo",
+    "NCCL",
+    "oordination",
+    "UNAVAILABLE",
+    "DEADLINE_EXCEEDED",
+)  # in what jax says where another process is gone
 BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 # What each engine sets in the environment of its processes, the last of them their number: what jax itself looks for, and of SLURM the
 # number of the step's tasks, which is 1 in a shell that salloc gave.
 ENGINES = {
-    "SLURM": ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"),
+    "SLURM": (
+        "SLURM_JOB_ID",
+        "SLURM_STEP_NODELIST",
+        "SLURM_PROCID",
+        "SLURM_LOCALID",
+        "SLURM_NTASKS",
+        "SLURM_STEP_NUM_TASKS",
+    ),
     "Open MPI": ("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
 }
 
@@ -52,7 +65,9 @@ def detected(environment: Mapping[str, str]) -> str | None:
     if pod and importlib.util.find_spec("kubernetes"):
         return "Kubernetes"
     hosts = environment.get("TPU_WORKER_HOSTNAMES", "")
-    if importlib.util.find_spec("libtpu") and ("," in hosts or environment.get("MEGASCALE_COORDINATOR_ADDRESS")):
+    if importlib.util.find_spec("libtpu") and (
+        "," in hosts or environment.get("MEGASCALE_COORDINATOR_ADDRESS")
+    ):
         return "a TPU pod"
     return None
 
@@ -67,7 +82,9 @@ def join(mode: str, environment: Mapping[str, str] = os.environ) -> str | None:
     engine = detected(environment)
     if mode == "off":
         return None
-    if engine is None and environment.get("OMPI_COMM_WORLD_SIZE", "1") != "1":  # since Open MPI 5 jax finds it no more
+    if (
+        engine is None and environment.get("OMPI_COMM_WORLD_SIZE", "1") != "1"
+    ):  # since Open MPI 5 jax finds it no more
         raise InputError(
             f"Open MPI started {environment['OMPI_COMM_WORLD_SIZE']} processes, which cannot find each other: expected "
             f"{', '.join(BY_HAND)} in each, as experiments/launch/open_mpi.sh sets them; or pass --distributed off"
@@ -78,10 +95,22 @@ def join(mode: str, environment: Mapping[str, str] = os.environ) -> str | None:
     try:
         if all(environment.get(name) for name in BY_HAND):
             address, count, number = (environment[name] for name in BY_HAND)
-            given = {"coordinator_address": address, "num_processes": int(count), "process_id": int(number)}
-            given["cluster_detection_method"] = "deactivate"  # all devices of this machine that it may see are this process's
-        jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which `fit` listens to
-        jax.distributed.initialize(heartbeat_timeout_seconds=SILENT_SECONDS, shutdown_timeout_seconds=SILENT_SECONDS, **given)
+            given = {
+                "coordinator_address": address,
+                "num_processes": int(count),
+                "process_id": int(number),
+            }
+            given["cluster_detection_method"] = (
+                "deactivate"  # all devices of this machine that it may see are this process's
+            )
+        jax.config.update(
+            "jax_enable_preemption_service", False
+        )  # it would take SIGTERM, which `fit` listens to
+        jax.distributed.initialize(
+            heartbeat_timeout_seconds=SILENT_SECONDS,
+            shutdown_timeout_seconds=SILENT_SECONDS,
+            **given,
+        )
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         names = ", ".join(BY_HAND)
         reason = " ".join(str(error).split())[:300]
@@ -102,7 +131,9 @@ def left_together() -> Iterator[None]:
         yield
     except Exception:
         if jax.process_count() > 1 and is_first():
-            time.sleep(LEAVE_SECONDS)  # they may have the same to say, and jax aborts them when this one is gone
+            time.sleep(
+                LEAVE_SECONDS
+            )  # they may have the same to say, and jax aborts them when this one is gone
         raise
     if jax.process_count() > 1:
         jax.distributed.shutdown()  # waits for the others
@@ -149,8 +180,14 @@ def refuse_differences(values: Mapping[str, Any]) -> None:
     digests = np.array([zlib.crc32(repr(value).encode()) for value in values.values()], np.uint32)
     equal = (np.asarray(multihost_utils.process_allgather(digests)) == digests).all(0)
     if not equal.all():
-        here = "; ".join(f"{name} is {repr(value)[:200]}" for (name, value), same in zip(values.items(), equal, strict=True) if not same)
-        raise InputError(f"the processes are to do different things: in process {jax.process_index()} {here}; expected the same in each")
+        here = "; ".join(
+            f"{name} is {repr(value)[:200]}"
+            for (name, value), same in zip(values.items(), equal, strict=True)
+            if not same
+        )
+        raise InputError(
+            f"the processes are to do different things: in process {jax.process_index()} {here}; expected the same in each"
+        )
 
 
 def any_of_all(flag: bool) -> bool:
@@ -178,7 +215,11 @@ class Agreement:
             return stop, save
         before, axes = self._asked, PartitionSpec(self._mesh.axis_names)
         mine = np.array([[stop, save]])
-        self._asked = self._any(jax.make_array_from_callback((self._mesh.size, 2), NamedSharding(self._mesh, axes), lambda _: mine))
+        self._asked = self._any(
+            jax.make_array_from_callback(
+                (self._mesh.size, 2), NamedSharding(self._mesh, axes), lambda _: mine
+            )
+        )
         if before is None:
             return False, False
         stop, save = np.asarray(before.addressable_data(0)).tolist()
@@ -192,7 +233,11 @@ def lost_are_named(workdir: Path) -> Iterator[None]:
         yield
     except (ValueError, RuntimeError) as error:
         # On CPUs the exchange's error comes as a ValueError, where the array is read.
-        if jax.process_count() == 1 or isinstance(error, InputError) or not any(word in str(error) for word in LOST):
+        if (
+            jax.process_count() == 1
+            or isinstance(error, InputError)
+            or not any(word in str(error) for word in LOST)
+        ):
             raise
         reason = " ".join(str(error).split())[:200]
         raise LostError(

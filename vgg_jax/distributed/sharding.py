@@ -35,9 +35,13 @@ class Layout:
     Raises InputError for what no run can have.
     """
 
-    data: int | None = None  # groups of devices that share the examples; None: all devices, divided by `model`
+    data: int | None = (
+        None  # groups of devices that share the examples; None: all devices, divided by `model`
+    )
     model: int = 1  # devices of such a group, which share fc6 and fc7
-    fsdp: bool = False  # parameters and momentum are spread over "data", and put together for each step
+    fsdp: bool = (
+        False  # parameters and momentum are spread over "data", and put together for each step
+    )
     reduce: str = "float32"  # "bfloat16": gradients are added up in half the bytes
 
     def __post_init__(self) -> None:
@@ -52,7 +56,9 @@ class Layout:
 DATA_PARALLEL = Layout()
 
 
-def make_mesh(examples: int, devices: list[jax.Device] | None = None, layout: Layout = DATA_PARALLEL) -> Mesh:
+def make_mesh(
+    examples: int, devices: list[jax.Device] | None = None, layout: Layout = DATA_PARALLEL
+) -> Mesh:
     """A mesh of the devices (all of all processes, by default).
 
     Raises InputError where they are not as many as the layout says, or where its groups do not share so many examples evenly.
@@ -69,10 +75,16 @@ def make_mesh(examples: int, devices: list[jax.Device] | None = None, layout: La
             f"{examples} examples are computed at once: expected a multiple of the {data} devices that share them; "
             "pass another --batch-size or --microbatch"
         )
-    if layout.reduce == "bfloat16" and layout.model > 1 and devices[0].platform == "cpu":  # jaxlib 0.10.1 to 0.12.0.1 abort on it
-        raise InputError("reduce is 'bfloat16' and the mesh has a model axis: on CPUs expected one of the two alone")
+    if (
+        layout.reduce == "bfloat16" and layout.model > 1 and devices[0].platform == "cpu"
+    ):  # jaxlib 0.10.1 to 0.12.0.1 abort on it
+        raise InputError(
+            "reduce is 'bfloat16' and the mesh has a model axis: on CPUs expected one of the two alone"
+        )
     # Explicit axes, the default since jax 0.9, are refused by linen's Conv.
-    return jax.make_mesh((data, layout.model), (DATA, MODEL), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    return jax.make_mesh(
+        (data, layout.model), (DATA, MODEL), axis_types=(AxisType.Auto,) * 2, devices=devices
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -86,7 +98,12 @@ def shardings(arrays: Any, mesh: Mesh, layout: Layout) -> Any:
     """
 
     def sharding(path: tuple, array: Any) -> NamedSharding:
-        return NamedSharding(mesh, _spec("/".join(str(getattr(key, "key", key)) for key in path[-2:]), array, mesh, layout))
+        return NamedSharding(
+            mesh,
+            _spec(
+                "/".join(str(getattr(key, "key", key)) for key in path[-2:]), array, mesh, layout
+            ),
+        )
 
     return jax.tree_util.tree_map_with_path(sharding, arrays)
 
@@ -99,8 +116,16 @@ def _spec(name: str, array: Any, mesh: Mesh, layout: Layout) -> PartitionSpec:
             raise InputError(
                 f"{name} is {array.shape}, and the mesh has model={mesh.shape[MODEL]}: expected a divisor of {size}; pass another --mesh"
             )
-    if layout.fsdp and mesh.shape[DATA] > 1 and math.prod(array.shape) * array.dtype.itemsize > SMALLEST:
-        free = [i for i, axis in enumerate(axes) if axis is None and array.shape[i] % mesh.shape[DATA] == 0]
+    if (
+        layout.fsdp
+        and mesh.shape[DATA] > 1
+        and math.prod(array.shape) * array.dtype.itemsize > SMALLEST
+    ):
+        free = [
+            i
+            for i, axis in enumerate(axes)
+            if axis is None and array.shape[i] % mesh.shape[DATA] == 0
+        ]
         if free:
             axes[max(free, key=lambda i: array.shape[i])] = DATA
     return PartitionSpec(*axes)
@@ -123,7 +148,11 @@ def host_copy(array: jax.Array, wanted: bool = True) -> np.ndarray | None:
     if not array.is_fully_addressable and not array.is_fully_replicated:
         assert isinstance(array.sharding, NamedSharding) and isinstance(array.sharding.mesh, Mesh)
         array = _put_together(array.sharding.mesh)(array)
-    return np.array(array if array.is_fully_addressable else array.addressable_data(0)) if wanted else None
+    return (
+        np.array(array if array.is_fully_addressable else array.addressable_data(0))
+        if wanted
+        else None
+    )
 
 
 @functools.cache
@@ -134,7 +163,9 @@ def _put_together(mesh: Mesh) -> jax.stages.Wrapped:
 def rows_here(mesh: Mesh, size: int) -> np.ndarray:
     """int (n,): which rows of a batch of `size` this process feeds, rising. Where a model axis crosses processes, several feed the same."""
     rows = np.arange(size)
-    parts = NamedSharding(mesh, PartitionSpec(DATA)).addressable_devices_indices_map((size,)).values()
+    parts = (
+        NamedSharding(mesh, PartitionSpec(DATA)).addressable_devices_indices_map((size,)).values()
+    )
     return np.unique(np.concatenate([rows[part] for part in parts if part is not None]))
 
 

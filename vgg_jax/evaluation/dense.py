@@ -29,10 +29,20 @@ from vgg_jax.ops.convolution import compiler_options
 POSITIONS, MOST_POSITIONS = 16, 256
 
 
-def last_maps(variables: Any, images: Array, widths: Array, *, model: VGG, mean_rgb: tuple[float, float, float], ceil: bool) -> Array:
+def last_maps(
+    variables: Any,
+    images: Array,
+    widths: Array,
+    *,
+    model: VGG,
+    mean_rgb: tuple[float, float, float],
+    ceil: bool,
+) -> Array:
     """(N, h, w, C): what the last pooling reads, for films, uint8 (N, H, W, 3), whose rows hold `widths`, int (N, H), pixels of images."""
     there = jnp.arange(images.shape[2])[None, None] < widths[:, :, None]
-    found: Any = model.apply(variables, preprocess(images, mean_rgb), there, ceil, method="last_maps")
+    found: Any = model.apply(
+        variables, preprocess(images, mean_rgb), there, ceil, method="last_maps"
+    )
     return found
 
 
@@ -56,46 +66,69 @@ def compiled(
     model: VGG, mean_rgb: tuple[float, float, float], ceil: bool, mesh: jax.sharding.Mesh
 ) -> tuple[Callable[..., Array], Callable[..., Array]]:
     """`last_maps` and `logits_at`, jitted. The same for equal arguments, so that what they have compiled is used again."""
-    options: Any = {"compiler_options": compiler_options(thorough=True, dtype=model.dtype), "out_shardings": replicated(mesh)}
+    options: Any = {
+        "compiler_options": compiler_options(thorough=True, dtype=model.dtype),
+        "out_shardings": replicated(mesh),
+    }
     return (
         jax.jit(functools.partial(last_maps, model=model, mean_rgb=mean_rgb, ceil=ceil), **options),
         jax.jit(functools.partial(logits_at, model=model), **options),
     )
 
 
-def windows(index: int, scales: Sequence[np.ndarray], crop: int, protocol: Protocol) -> Iterator[Window]:
+def windows(
+    index: int, scales: Sequence[np.ndarray], crop: int, protocol: Protocol
+) -> Iterator[Window]:
     """The windows of an image that is given rescaled to each test scale, uint8 (H, W, 3). Their weights add up to 1."""
     number = 0
     for pixels, weight in _parts(index, scales, crop, protocol):
         for mirrored in (False, True)[: 1 + protocol.mirrored]:
             pixels = pixels[:, ::-1] if mirrored else pixels
             turned = pixels.shape[1] > pixels.shape[0]
-            yield Window(index, number, weight / (1 + protocol.mirrored), pixels.swapaxes(0, 1) if turned else pixels, turned)
+            yield Window(
+                index,
+                number,
+                weight / (1 + protocol.mirrored),
+                pixels.swapaxes(0, 1) if turned else pixels,
+                turned,
+            )
             number += 1
 
 
-def _parts(index: int, scales: Sequence[np.ndarray], crop: int, protocol: Protocol) -> Iterator[tuple[np.ndarray, float]]:
+def _parts(
+    index: int, scales: Sequence[np.ndarray], crop: int, protocol: Protocol
+) -> Iterator[tuple[np.ndarray, float]]:
     """The same before mirroring and turning: pixels (h, w, 3) and their weight."""
     if not scales:
         raise InputError(f"image {index} is given at no test scale: expected at least one array")
     for image in scales:
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise InputError(f"image {index} is {image.dtype} {image.shape}: expected uint8 RGB, (H, W, 3), the mean not subtracted")
+            raise InputError(
+                f"image {index} is {image.dtype} {image.shape}: expected uint8 RGB, (H, W, 3), the mean not subtracted"
+            )
         h, w = image.shape[:2]
         if h * w > LARGEST and protocol.name in ("dense", "both"):
-            raise InputError(f"image {index} is {h}x{w} at its test scale: expected at most {LARGEST:,} pixels; crop it, or leave it out")
+            raise InputError(
+                f"image {index} is {h}x{w} at its test scale: expected at most {LARGEST:,} pixels; crop it, or leave it out"
+            )
         if min(h, w) < crop:
-            raise InputError(f"image {index} is {h}x{w}: expected both sides to be at least the net's, {crop}; pass larger test scales")
+            raise InputError(
+                f"image {index} is {h}x{w}: expected both sides to be at least the net's, {crop}; pass larger test scales"
+            )
         share = (0.5 if protocol.name == "both" else 1.0) / len(scales)
         if protocol.name in ("dense", "both"):
             yield image, share
         if protocol.name == "dense":
             continue
         count = {"center": 1, "ten-crop": 2, "multi-crop": 5, "both": 5}[protocol.name]
-        offsets = [(y, x) for y in crop_offsets(h, crop, count) for x in crop_offsets(w, crop, count)]
+        offsets = [
+            (y, x) for y in crop_offsets(h, crop, count) for x in crop_offsets(w, crop, count)
+        ]
         if protocol.name == "ten-crop":
             offsets += [(crop_offsets(h, crop, 1)[0], crop_offsets(w, crop, 1)[0])]
-        for (y, x), times in Counter(offsets).items():  # where a side is the crop's, five crops are one
+        for (y, x), times in Counter(
+            offsets
+        ).items():  # where a side is the crop's, five crops are one
             yield image[y : y + crop, x : x + crop], share * times / len(offsets)
 
 
@@ -105,7 +138,9 @@ def crop_offsets(side: int, crop: int, count: int) -> tuple[int, ...]:
     One offset is the centre's, as validation in training has it. Raises InputError for a crop that does not fit.
     """
     if crop > side:
-        raise InputError(f"the crop is {crop} pixels and the image side {side}: expected at most the side; pass a larger test scale")
+        raise InputError(
+            f"the crop is {crop} pixels and the image side {side}: expected at most the side; pass a larger test scale"
+        )
     if count == 1:
         return ((side - crop + 1) // 2,)
     return tuple(int(offset) for offset in np.round(np.linspace(0, side - crop, count)))
@@ -137,7 +172,10 @@ def stream_posteriors(
     @functools.cache
     def net(turned: bool) -> dict[str, Any]:
         # Of hundreds of positions at once a turned FC kernel is no faster.
-        return jax.device_put(prepare(transposed(placed) if turned else placed, model.dtype, kinds=("conv",)), replicated(mesh))
+        return jax.device_put(
+            prepare(transposed(placed) if turned else placed, model.dtype, kinds=("conv",)),
+            replicated(mesh),
+        )
 
     def all_windows() -> Iterator[Window]:
         for index, scales in enumerate(images):
@@ -145,16 +183,25 @@ def stream_posteriors(
             parts[index] = [None] * len(of_image)
             yield from of_image
 
-    for batch in batches(all_windows(), model.config, ceil=protocol.ceil, pixels=pixels, devices=mesh.size):
+    for batch in batches(
+        all_windows(), model.config, ceil=protocol.ceil, pixels=pixels, devices=mesh.size
+    ):
         maps = maps_of(net(batch.turned), **put_batch(_films(batch), mesh))
         positions, ends = _positions(batch, model, protocol.ceil)
         logits = np.zeros((len(positions), model.num_classes))
         for start in range(0, len(positions), MOST_POSITIONS * mesh.size):
             some = positions[start : start + MOST_POSITIONS * mesh.size]
-            filled = put_batch({"positions": np.pad(some, ((0, -len(some) % (POSITIONS * mesh.size)), (0, 0)))}, mesh)
-            logits[start : start + len(some)] = logits_of(placed, maps, **filled, turned=batch.turned)[: len(some)]
+            filled = put_batch(
+                {"positions": np.pad(some, ((0, -len(some) % (POSITIONS * mesh.size)), (0, 0)))},
+                mesh,
+            )
+            logits[start : start + len(some)] = logits_of(
+                placed, maps, **filled, turned=batch.turned
+            )[: len(some)]
         for (window, *_), scores in zip(batch.placed, np.split(logits, ends[:-1]), strict=True):
-            posterior = _softmax(scores).mean(0) if protocol.softmax_first else _softmax(scores.mean(0))
+            posterior = (
+                _softmax(scores).mean(0) if protocol.softmax_first else _softmax(scores.mean(0))
+            )
             of_image = parts[window.image]
             of_image[window.number] = window.weight * posterior
             if not any(part is None for part in of_image):
@@ -195,21 +242,35 @@ def with_defaults(
     Raises InputError for a scale below the net's size, and for a net without fully connected layers.
     """
     if not metadata["top"]:
-        raise InputError(f"{path} has no fully connected layers: expected a whole net; it gives features only")
-    if protocol.flip is None and not metadata["flip"]:  # as for digits: their mirror images are none
+        raise InputError(
+            f"{path} has no fully connected layers: expected a whole net; it gives features only"
+        )
+    if (
+        protocol.flip is None and not metadata["flip"]
+    ):  # as for digits: their mirror images are none
         protocol = dataclasses.replace(protocol, flip=False)
     scales = tuple(scales) or (metadata["preprocessing"]["scale"],)
     if min(scales) < model.image_size:
-        raise InputError(f"scales is {scales}: expected at least the size of the net's images, {model.image_size}")
+        raise InputError(
+            f"scales is {scales}: expected at least the size of the net's images, {model.image_size}"
+        )
     return protocol, scales
 
 
-def posteriors(model: VGG, variables: Any, images: Sequence[np.ndarray] | Sequence[Sequence[np.ndarray]], **settings: Any) -> np.ndarray:
+def posteriors(
+    model: VGG,
+    variables: Any,
+    images: Sequence[np.ndarray] | Sequence[Sequence[np.ndarray]],
+    **settings: Any,
+) -> np.ndarray:
     """float64 (N, K): the class posteriors of images, uint8 RGB (H, W, 3) at a test scale each, or sequences of them, one for each scale.
 
     Settings are those of `stream_posteriors`. Raises InputError for an image that is smaller than the net's, or larger than `LARGEST`.
     """
-    scaled = [[np.asarray(image)] if hasattr(image, "shape") else [*map(np.asarray, image)] for image in images]
+    scaled = [
+        [np.asarray(image)] if hasattr(image, "shape") else [*map(np.asarray, image)]
+        for image in images
+    ]
     mesh = settings.pop("mesh", None) or make_mesh(1, jax.devices()[:1])
     found = dict(stream_posteriors(model, variables, scaled, mesh=mesh, **settings))
     return np.array([found[index] for index in range(len(scaled))]).reshape(-1, model.num_classes)

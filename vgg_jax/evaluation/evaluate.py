@@ -37,8 +37,15 @@ class Evaluation:
     def errors(self) -> dict[str, Any]:
         """Top-1 and top-5 error in [0, 1], each with its 95 % interval, the mean of -log of the right class's posterior, and the count."""
         logits = jnp.log(jnp.maximum(self.posteriors, np.finfo(np.float32).tiny))
-        found = averages(jax.tree.map(float, sums_of(logits, jnp.asarray(self.labels), jnp.ones(len(self.labels), bool))))
-        intervals = {f"{name}_interval": interval(found[name], len(self.labels)) for name in ("top1_error", "top5_error")}
+        found = averages(
+            jax.tree.map(
+                float, sums_of(logits, jnp.asarray(self.labels), jnp.ones(len(self.labels), bool))
+            )
+        )
+        intervals = {
+            f"{name}_interval": interval(found[name], len(self.labels))
+            for name in ("top1_error", "top5_error")
+        }
         return found | intervals
 
 
@@ -66,18 +73,34 @@ def evaluate(
     protocol, scales = with_defaults(protocol, scales, model, metadata, path)
     from tqdm import tqdm
 
-    from vgg_jax.data import VALIDATION, open_split, open_splits, rescaled_images  # TensorFlow is for those who read files
+    from vgg_jax.data import (
+        VALIDATION,
+        open_split,
+        open_splits,
+        rescaled_images,
+    )  # TensorFlow is for those who read files
 
     if data is None and config is None:
-        raise InputError(f"{path} is a file of weights and DATA is not given: expected an image folder or a name of TensorFlow Datasets")
+        raise InputError(
+            f"{path} is a file of weights and DATA is not given: expected an image folder or a name of TensorFlow Datasets"
+        )
     data = config.data if data is None else data
     own = config is not None and data == config.data
-    where: dict[str, Any] = {"data_dir": data_dir, "download": download, "skip_bad": skip_bad or (own and config.skip_bad)}
+    where: dict[str, Any] = {
+        "data_dir": data_dir,
+        "download": download,
+        "skip_bad": skip_bad or (own and config.skip_bad),
+    }
     where["exclude"] = config.exclude if own else ()
     if own and split in VALIDATION:
-        train, source = open_splits(data, validation_fraction=config.validation_fraction, seed=config.seed, **where)
+        train, source = open_splits(
+            data, validation_fraction=config.validation_fraction, seed=config.seed, **where
+        )
         run = read_run(path_of(path))
-        there, here = (run.storage, run.train_size, run.validation_size), (train.storage, train.size, source.size)
+        there, here = (
+            (run.storage, run.train_size, run.validation_size),
+            (train.storage, train.size, source.size),
+        )
         if there != here:
             raise InputError(
                 f"{data} is not what {path} was trained on: storage and sizes were {there} and are {here}, so what it "
@@ -85,12 +108,16 @@ def evaluate(
             )
     else:
         source = open_split(data, split, **where)
-    positions = class_positions(source.classes, metadata["classes"], f"{source.name} has classes that {path} does not know")
+    positions = class_positions(
+        source.classes, metadata["classes"], f"{source.name} has classes that {path} does not know"
+    )
 
     labels, files = np.zeros(source.size, np.int32), []
 
     def images():
-        for index, example in enumerate(rescaled_images(source, scales, metadata["preprocessing"]["exif"])):
+        for index, example in enumerate(
+            rescaled_images(source, scales, metadata["preprocessing"]["exif"])
+        ):
             labels[index] = positions[example["label"][0]]
             files.append(source.file_name(int(example["index"][0])))
             yield [image[0] for image in example["scaled"]]
@@ -106,7 +133,9 @@ def evaluate(
     )
     found = np.full((source.size, model.num_classes), np.nan, np.float32)
     started, done = time.monotonic(), 0
-    with tqdm(desc="evaluation", total=source.size, unit=" images", leave=False, disable=None) as bar:
+    with tqdm(
+        desc="evaluation", total=source.size, unit=" images", leave=False, disable=None
+    ) as bar:
         for index, posterior in stream:
             found[index] = posterior
             done += 1
@@ -131,10 +160,15 @@ def evaluate(
 
 def class_positions(names: Sequence[str], known: Sequence[str], otherwise: str) -> np.ndarray:
     """int (n,): where a net has the classes of a data set. "n01440764" is also "n01440764 tench, Tinca tinca"."""
-    places = {name.split()[0]: i for i, name in enumerate(known) if re.match(r"n\d{8} ", name)} | {name: i for i, name in enumerate(known)}
+    places = {name.split()[0]: i for i, name in enumerate(known) if re.match(r"n\d{8} ", name)} | {
+        name: i for i, name in enumerate(known)
+    }
     unknown = [name for name in names if name not in places]
     if unknown:
-        few = [", ".join(map(repr, some[:5])) + (", …" if len(some) > 5 else "") for some in (unknown, known)]
+        few = [
+            ", ".join(map(repr, some[:5])) + (", …" if len(some) > 5 else "")
+            for some in (unknown, known)
+        ]
         raise InputError(f"{otherwise}: {few[0]}; expected some of its {len(known)}: {few[1]}")
     return np.array([places[name] for name in names])
 
@@ -152,14 +186,32 @@ def read(path: str | Path) -> Evaluation:
     """Raises InputError for a file that `save` did not write."""
     try:
         with path_of(path).open("rb") as file, np.load(file, allow_pickle=False) as content:
-            evaluation = Evaluation(**{field.name: content[field.name] for field in dataclasses.fields(Evaluation)})
+            evaluation = Evaluation(
+                **{field.name: content[field.name] for field in dataclasses.fields(Evaluation)}
+            )
         if not all(isinstance(array, np.ndarray) for array in vars(evaluation).values()):
             raise ValueError("a part of it is no array")
         n, k = evaluation.posteriors.shape
-        if (evaluation.labels.shape, evaluation.files.shape, evaluation.classes.shape) != ((n,), (n,), (k,)):
+        if (evaluation.labels.shape, evaluation.files.shape, evaluation.classes.shape) != (
+            (n,),
+            (n,),
+            (k,),
+        ):
             raise ValueError("its arrays do not fit together")
-    except (OSError, ValueError, KeyError, EOFError, TypeError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path} cannot be read ({error}): expected a posteriors.npz as `vgg-jax evaluate` writes it") from error
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        EOFError,
+        TypeError,
+        RuntimeError,
+        MemoryError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        raise InputError(
+            f"{path} cannot be read ({error}): expected a posteriors.npz as `vgg-jax evaluate` writes it"
+        ) from error
     return evaluation
 
 
@@ -172,7 +224,9 @@ def fuse(paths: Sequence[str | Path]) -> Evaluation:
         for name, what in (("classes", "class"), ("files", "image"), ("labels", "label of image")):
             one, two = getattr(first, name), getattr(other, name)
             if not np.array_equal(one, two):
-                raise InputError(f"{path} does not fit {paths[0]}: {what} {_first_difference(two, one)}; evaluate both on the same split")
+                raise InputError(
+                    f"{path} does not fit {paths[0]}: {what} {_first_difference(two, one)}; evaluate both on the same split"
+                )
         total += other.posteriors
     return dataclasses.replace(first, posteriors=(total / len(paths)).astype(np.float32))
 

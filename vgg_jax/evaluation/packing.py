@@ -66,14 +66,18 @@ class Rows(NamedTuple):
 def rows_of(h: int, config: VGGConfig, ceil: bool = False) -> Rows:
     """Both are multiples of what all poolings but the last divide by: with Table 1's nets 341 rows take (352, 352), 384 (384, 400)."""
     unit = 2 ** (len(config.stages) - 1)
-    ends = [-(-h // 2 ** len(config.stages)) * 2 ** len(config.stages) if ceil else h]  # what the last pooling reads
+    ends = [
+        -(-h // 2 ** len(config.stages)) * 2 ** len(config.stages) if ceil else h
+    ]  # what the last pooling reads
     for number, stage in enumerate(config.stages):
         pooled = -(-h // 2**number) if ceil else h // 2**number
         ends.append((pooled + max(conv.kernel // 2 for conv in stage)) * 2**number)
     return Rows(_up(h, unit), _up(max(ends), unit))
 
 
-def batches(found: Iterable[Window], config: VGGConfig, *, ceil: bool, pixels: int, devices: int) -> Iterator[Batch]:
+def batches(
+    found: Iterable[Window], config: VGGConfig, *, ceil: bool, pixels: int, devices: int
+) -> Iterator[Batch]:
     """Windows put together into batches of at most so many pixels, or one window a device, in few kinds of films.
 
     A width has films of its own when so much of it waits that they are worth their compilation. What is left of it at the end goes
@@ -82,8 +86,12 @@ def batches(found: Iterable[Window], config: VGGConfig, *, ceil: bool, pixels: i
     unit = 2 ** (len(config.stages) - 1)
     rows = functools.cache(functools.partial(rows_of, config=config, ceil=ceil))
     kinds: set[Films] = set()
-    waiting: dict[tuple[int, bool], list[Window]] = defaultdict(list)  # by width and `turned`: those that no films are there for
-    queues: dict[tuple[Films, bool], list[Window]] = defaultdict(list)  # and those that wait for their batch to be full
+    waiting: dict[tuple[int, bool], list[Window]] = defaultdict(
+        list
+    )  # by width and `turned`: those that no films are there for
+    queues: dict[tuple[Films, bool], list[Window]] = defaultdict(
+        list
+    )  # and those that wait for their batch to be full
     rows_in: Counter = Counter()  # what these windows take, by the keys of both
 
     def heights(windows: Iterable[Window]) -> list[Rows]:
@@ -133,8 +141,13 @@ def batches(found: Iterable[Window], config: VGGConfig, *, ceil: bool, pixels: i
     for width in sorted({width for width, _ in waiting}):
         windows = waiting[width, False] + waiting[width, True]
         films = films_for(windows, width)
-        wider = min([w for w, _ in waiting if w > width] + ([films.w] if films else []), default=None)
-        if wider is None or (wider - width) * (rows_in[width, False] + rows_in[width, True]) > COMPILED:
+        wider = min(
+            [w for w, _ in waiting if w > width] + ([films.w] if films else []), default=None
+        )
+        if (
+            wider is None
+            or (wider - width) * (rows_in[width, False] + rows_in[width, True]) > COMPILED
+        ):
             start(films_of(heights(windows), width, unit, pixels, devices), width)
         elif films and films.w == wider:
             start(films, width)
@@ -151,9 +164,14 @@ def films_of(here: Sequence[Rows], width: int, unit: int, pixels: int, devices: 
     """The films for windows of one width: the tallest of those into which they fit best, and as many as are needed at once."""
     tallest = max(each.alone for each in here)
     some = here[:CHOICE]
-    most = min(pixels // devices // width // unit * unit, _up(sum(each.apart for each in some[: CHOICE // 2]), STEP))
+    most = min(
+        pixels // devices // width // unit * unit,
+        _up(sum(each.apart for each in some[: CHOICE // 2]), STEP),
+    )
     used = {h: _filled(some, h) for h in range(tallest, max(tallest, most) + 1, unit)}
-    computed = {h: (len(films) - 1) * h + min(films[-1], h) for h, films in used.items()}  # rows; others come into the last film
+    computed = {
+        h: (len(films) - 1) * h + min(films[-1], h) for h, films in used.items()
+    }  # rows; others come into the last film
     h = max(h for h, total in computed.items() if total <= 1.01 * min(computed.values()))
     needed = 2 ** (-(-len(used[h]) * len(here) // (len(some) * devices)) - 1).bit_length()
     return Films(max(1, min(pixels // devices // (h * width), needed)) * devices, h, width)

@@ -28,7 +28,12 @@ class Prediction(NamedTuple):
 
 
 def predict(
-    path: str | os.PathLike, images: Sequence[str], *, protocol: Protocol = DENSE, scales: Sequence[int] = (), top: int = 5
+    path: str | os.PathLike,
+    images: Sequence[str],
+    *,
+    protocol: Protocol = DENSE,
+    scales: Sequence[int] = (),
+    top: int = 5,
 ) -> Iterator[Prediction]:
     """Each image's `top` classes by the net of a run or of a file of weights, in the order in which they are known.
 
@@ -50,7 +55,9 @@ def predict(
         with ThreadPoolExecutor(1, "reader") as reader:
             for file in files:
                 try:
-                    image = reader.submit(read_scaled, file, scales, metadata["preprocessing"]["exif"]).result()
+                    image = reader.submit(
+                        read_scaled, file, scales, metadata["preprocessing"]["exif"]
+                    ).result()
                 except InputError as error:
                     failed.append(Prediction(file, [], str(error)))
                     continue
@@ -59,10 +66,18 @@ def predict(
 
     mesh = make_mesh(1, jax.devices()[:1])
     mean_rgb = metadata["preprocessing"]["mean_rgb"]
-    for number, posterior in stream_posteriors(model, variables, scaled(), mesh=mesh, protocol=protocol, mean_rgb=mean_rgb):
+    for number, posterior in stream_posteriors(
+        model, variables, scaled(), mesh=mesh, protocol=protocol, mean_rgb=mean_rgb
+    ):
         while failed:
             yield failed.pop(0)
-        yield Prediction(readable[number], [(metadata["classes"][i], float(posterior[i])) for i in posterior.argsort()[::-1][:top]])
+        yield Prediction(
+            readable[number],
+            [
+                (metadata["classes"][i], float(posterior[i]))
+                for i in posterior.argsort()[::-1][:top]
+            ],
+        )
     yield from failed
 
 
@@ -73,9 +88,19 @@ def listed(images: Sequence[str]) -> list[str]:
         if is_remote(name):
             files.append(name)
         elif os.path.isdir(name):
-            files += sorted(str(file) for file in Path(name).rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+            files += sorted(
+                str(file)
+                for file in Path(name).rglob("*")
+                if file.suffix.lower() in SUFFIXES and file.is_file()
+            )
         else:
-            files += [name] if os.path.lexists(name) else sorted(glob.glob(name, recursive=True)) or [name]
+            files += (
+                [name]
+                if os.path.lexists(name)
+                else sorted(glob.glob(name, recursive=True)) or [name]
+            )
     if not files:
-        raise InputError(f"no images in {', '.join(map(repr, images))}: expected files ending in {', '.join(SUFFIXES)}")
+        raise InputError(
+            f"no images in {', '.join(map(repr, images))}: expected files ending in {', '.join(SUFFIXES)}"
+        )
     return files

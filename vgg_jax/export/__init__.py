@@ -26,7 +26,12 @@ from vgg_jax.paths import of_this_machine
 from vgg_jax.weights import Weights, metadata_of, save
 
 SAVEDMODEL_METADATA = "assets.extra/vgg_jax.json"  # TF Serving and TensorFlow leave it alone
-EXTRAS = {"onnx": "onnx", "stablehlo": "stablehlo", "savedmodel": "train", "safetensors": ""}  # what is to be installed, by kind
+EXTRAS = {
+    "onnx": "onnx",
+    "stablehlo": "stablehlo",
+    "savedmodel": "train",
+    "safetensors": "",
+}  # what is to be installed, by kind
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,7 +52,9 @@ class Artefact:
         if self.output not in OUTPUTS:
             raise InputError(f"output is {self.output!r}: expected one of {', '.join(OUTPUTS)}")
         if not self.weights.top:
-            raise InputError("the fully connected layers are not there: expected a whole net; import a file with the top")
+            raise InputError(
+                "the fully connected layers are not there: expected a whole net; import a file with the top"
+            )
 
     @property
     def table(self) -> tuple[Layer, ...]:
@@ -104,12 +111,18 @@ def prepared(image: np.ndarray, uint8: bool, mean_rgb: tuple[float, ...]) -> np.
 
 
 def encoded(array: np.ndarray) -> dict[str, Any]:
-    return {"dtype": str(array.dtype), "shape": array.shape, "base64": base64.b64encode(array.tobytes()).decode()}
+    return {
+        "dtype": str(array.dtype),
+        "shape": array.shape,
+        "base64": base64.b64encode(array.tobytes()).decode(),
+    }
 
 
 def decoded(entry: Mapping[str, Any]) -> np.ndarray:
     """Raises ValueError, KeyError or TypeError for what `encoded` does not give."""
-    return np.frombuffer(base64.b64decode(entry["base64"]), np.dtype(entry["dtype"])).reshape(entry["shape"])
+    return np.frombuffer(base64.b64decode(entry["base64"]), np.dtype(entry["dtype"])).reshape(
+        entry["shape"]
+    )
 
 
 def with_folded_batch_norm(weights: Weights) -> Weights:
@@ -121,18 +134,25 @@ def with_folded_batch_norm(weights: Weights) -> Weights:
             scale, bias = (np.float64(weights.params[norm][leaf]) for leaf in ("scale", "bias"))
             mean, var = (np.float64(weights.batch_stats[norm][leaf]) for leaf in ("mean", "var"))
             factor = scale / np.sqrt(var + BatchNorm.epsilon)
-            kernel, offset = np.asarray(layer["kernel"]) * factor, (np.asarray(layer["bias"]) - mean) * factor + bias
+            kernel, offset = (
+                np.asarray(layer["kernel"]) * factor,
+                (np.asarray(layer["bias"]) - mean) * factor + bias,
+            )
             params[name] = {"kernel": kernel.astype(np.float32), "bias": offset.astype(np.float32)}
         elif not name.startswith("bn"):
             params[name] = layer
-    return dataclasses.replace(weights, model=weights.model.clone(batch_norm=False), params=params, batch_stats={})
+    return dataclasses.replace(
+        weights, model=weights.model.clone(batch_norm=False), params=params, batch_stats={}
+    )
 
 
 def kind_of(out: str | os.PathLike) -> str:
     """By the name: .safetensors, .onnx, .stablehlo, or .savedmodel for a folder. Raises InputError for another."""
     kind = Path(out).suffix[1:]
     if kind not in EXTRAS:
-        raise InputError(f"{out} ends in {Path(out).suffix!r}: expected .safetensors, .onnx, .stablehlo, or .savedmodel for a folder")
+        raise InputError(
+            f"{out} ends in {Path(out).suffix!r}: expected .safetensors, .onnx, .stablehlo, or .savedmodel for a folder"
+        )
     return kind
 
 
@@ -148,7 +168,9 @@ def write(out: str | os.PathLike, artefact: Artefact, layout: str = "vgg_jax") -
             f"{out} holds weights only: expected the output logits of uint8 images with it; others are for .onnx and the others"
         )
     if kind != "safetensors" and layout != "vgg_jax":
-        raise InputError(f"layout is {layout!r}: expected a .safetensors file with it; {out} is a program")
+        raise InputError(
+            f"layout is {layout!r}: expected a .safetensors file with it; {out} is a program"
+        )
     if out.is_dir() and not (kind == "savedmodel" and (out / SAVEDMODEL_METADATA).exists()):
         raise InputError(f"{out} is a folder: expected a name that is free, or an earlier export's")
     temporary = out.with_name(out.name + ".new")
@@ -162,7 +184,9 @@ def write(out: str | os.PathLike, artefact: Artefact, layout: str = "vgg_jax") -
         elif kind == "savedmodel":
             from vgg_jax.export.savedmodel import write
     except ImportError as error:
-        raise InputError(f"writing {out} needs {error.name}: pip install 'vgg-jax[{EXTRAS[kind]}]'") from error
+        raise InputError(
+            f"writing {out} needs {error.name}: pip install 'vgg-jax[{EXTRAS[kind]}]'"
+        ) from error
     try:
         if kind == "safetensors":
             save(temporary, artefact.weights, layout, artefact.dtype, artefact.described())

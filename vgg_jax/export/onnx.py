@@ -31,14 +31,20 @@ def graph(artefact: Artefact) -> Any:
     for row in rows(layout, net.config, net.num_classes, net.batch_norm, net.image_size):
         group, layer, leaf = row.ours
         array = row.to_theirs(np.asarray(trees[group][layer][leaf], np.float32))
-        tensors[f"{layer}/{leaf}"] = array.reshape(*array.shape, 1, 1) if dense and layer == "fc8" and leaf == "kernel" else array
+        tensors[f"{layer}/{leaf}"] = (
+            array.reshape(*array.shape, 1, 1)
+            if dense and layer == "fc8" and leaf == "kernel"
+            else array
+        )
 
     nodes: list[Any] = []
     initializers = []
     for name, array in tensors.items():
         if artefact.bfloat16 and name != "mean_rgb":
             initializers.append(_bfloat16(f"{name}/bfloat16", array.astype(artefact.dtype)))
-            nodes.append(helper.make_node("Cast", [f"{name}/bfloat16"], [name], to=TensorProto.FLOAT))
+            nodes.append(
+                helper.make_node("Cast", [f"{name}/bfloat16"], [name], to=TensorProto.FLOAT)
+            )
         else:
             initializers.append(numpy_helper.from_array(array, name))
 
@@ -46,7 +52,9 @@ def graph(artefact: Artefact) -> Any:
 
     def add(operation: str, output: str, *weights: str, **attributes: Any) -> None:
         nonlocal x
-        nodes.append(helper.make_node(operation, [x, *weights], [output], name=output, **attributes))
+        nodes.append(
+            helper.make_node(operation, [x, *weights], [output], name=output, **attributes)
+        )
         x = output
 
     if artefact.uint8:
@@ -56,14 +64,23 @@ def graph(artefact: Artefact) -> Any:
     for name, kind, _, kernel in artefact.table:
         if kind == "conv" or (kind == "fc" and dense):
             pads = [kernel // 2] * 4 if kind == "conv" else [0] * 4
-            add("Conv", name, f"{name}/kernel", f"{name}/bias", kernel_shape=[kernel, kernel], pads=pads)
+            add(
+                "Conv",
+                name,
+                f"{name}/kernel",
+                f"{name}/bias",
+                kernel_shape=[kernel, kernel],
+                pads=pads,
+            )
         elif kind == "bn":
             leaves = (f"{name}/{leaf}" for leaf in ("scale", "bias", "mean", "var"))
             add("BatchNormalization", name, *leaves, epsilon=BatchNorm.epsilon)
         elif kind == "relu":
             add("Relu", name)
         elif kind == "lrn":
-            add("LRN", name, size=5, alpha=5e-4, beta=0.75, bias=2.0)  # ONNX divides alpha by the size
+            add(
+                "LRN", name, size=5, alpha=5e-4, beta=0.75, bias=2.0
+            )  # ONNX divides alpha by the size
         elif kind == "pool":
             add("MaxPool", name, kernel_shape=[2, 2], strides=[2, 2])
         else:
@@ -79,13 +96,21 @@ def graph(artefact: Artefact) -> Any:
         add("Identity", "logits")
 
     sides: list[Any] = ["H", "W"] if dense else [net.image_size] * 2
-    images = helper.make_tensor_value_info("images", TensorProto.UINT8 if artefact.uint8 else TensorProto.FLOAT, ["N", *sides, 3])
-    shape: list[Any] = ["N", "h", "w", net.num_classes] if artefact.output == "score_map" else ["N", net.num_classes]
+    images = helper.make_tensor_value_info(
+        "images", TensorProto.UINT8 if artefact.uint8 else TensorProto.FLOAT, ["N", *sides, 3]
+    )
+    shape: list[Any] = (
+        ["N", "h", "w", net.num_classes]
+        if artefact.output == "score_map"
+        else ["N", net.num_classes]
+    )
     output = helper.make_tensor_value_info(artefact.output, TensorProto.FLOAT, shape)
     if not artefact.uint8:
         initializers = [each for each in initializers if each.name != "mean_rgb"]
     made = helper.make_graph(nodes, f"VGG {artefact.weights.net}", [images], [output], initializers)
-    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR, producer_name="vgg_jax")
+    model = helper.make_model(
+        made, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR, producer_name="vgg_jax"
+    )
     helper.set_model_props(model, {"vgg_jax": json.dumps(artefact.described())})
     return model
 

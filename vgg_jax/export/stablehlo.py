@@ -22,14 +22,21 @@ def write(path: Path, artefact: Artefact) -> None:
 
     bfloat16 weights lie there as uint16, which every reader of safetensors has a type for.
     """
-    flat = {f"{group}/{layer}/{leaf}": array.astype(artefact.dtype) for group, layer, leaf, array in _leaves(artefact.weights.variables)}
-    flat = {name: array.view(np.uint16) if artefact.bfloat16 else array for name, array in flat.items()}
+    flat = {
+        f"{group}/{layer}/{leaf}": array.astype(artefact.dtype)
+        for group, layer, leaf, array in _leaves(artefact.weights.variables)
+    }
+    flat = {
+        name: array.view(np.uint16) if artefact.bfloat16 else array for name, array in flat.items()
+    }
 
     def function(weights: dict[str, jax.Array], images: jax.Array) -> jax.Array:
         variables: dict[str, Any] = {}
         for name, array in weights.items():
             group, layer, leaf = name.split("/")
-            array = jax.lax.bitcast_convert_type(array, jnp.bfloat16) if artefact.bfloat16 else array
+            array = (
+                jax.lax.bitcast_convert_type(array, jnp.bfloat16) if artefact.bfloat16 else array
+            )
             variables.setdefault(group, {}).setdefault(layer, {})[leaf] = array
         return artefact(variables, images)
 

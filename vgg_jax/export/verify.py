@@ -32,10 +32,14 @@ def verify(path: str | os.PathLike) -> tuple[str, float]:
     except InputError:
         raise
     except ImportError as error:
-        raise InputError(f"asking {path} needs {error.name}: pip install 'vgg-jax[{EXTRAS[kind]}]'") from error
+        raise InputError(
+            f"asking {path} needs {error.name}: pip install 'vgg-jax[{EXTRAS[kind]}]'"
+        ) from error
     except Exception as error:  # each library has its own ways to say that a file is damaged
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise InputError(f"{path} cannot be asked ({reason}): expected a whole file that `vgg-jax export` wrote") from error
+        raise InputError(
+            f"{path} cannot be asked ({reason}): expected a whole file that `vgg-jax export` wrote"
+        ) from error
     if found.shape != answer.shape:
         raise InputError(f"{path} answers {found.shape}: expected {answer.shape}, as at its export")
     return said, float(np.abs(found - answer).max() / max(np.abs(answer).max(), 1e-30))
@@ -59,7 +63,10 @@ def _stablehlo(path: Path) -> Opened:
 
     with zipfile.ZipFile(path) as file:
         described = json.loads(file.read("metadata.json"))
-        program, weights = export.deserialize(bytearray(file.read("program"))), load(file.read("weights.safetensors"))
+        program, weights = (
+            export.deserialize(bytearray(file.read("program"))),
+            load(file.read("weights.safetensors")),
+        )
     return described, lambda images: np.asarray(program.call(weights, images))
 
 

@@ -24,15 +24,27 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from vgg_jax.ops import winograd
-from vgg_jax.ops.epilogue import Then, computed_once, finish, gradient_of_sums, maxima_with_bias, pooled_bias_gradient, sum_over_positions
+from vgg_jax.ops.epilogue import (
+    Then,
+    computed_once,
+    finish,
+    gradient_of_sums,
+    maxima_with_bias,
+    pooled_bias_gradient,
+    sum_over_positions,
+)
 from vgg_jax.ops.pooling import whole_windows
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 FEW = 4  # input channels, too few for Winograd: the image's
-_POSITIONS = 224 * 224  # of images, whose gradients are taken at a time: of 64 channels, with their windows, 19 MB
+_POSITIONS = (
+    224 * 224
+)  # of images, whose gradients are taken at a time: of 64 channels, with their windows, 19 MB
 
 
-def compiler_options(thorough: bool = False, dtype: Any = jnp.float32) -> dict[str, str | int | bool]:
+def compiler_options(
+    thorough: bool = False, dtype: Any = jnp.float32
+) -> dict[str, str | int | bool]:
     """What to pass as `jax.jit(f, compiler_options=...)` for the best speed on the default backend; nothing but on a CPU.
 
     There XLA's YNN is for matrix products alone (a step of net A at 32 pixels, jax 0.12: 0.37 s, without it 0.41 s): the weight gradient
@@ -46,13 +58,20 @@ def compiler_options(thorough: bool = False, dtype: Any = jnp.float32) -> dict[s
     """
     if jax.default_backend() != "cpu":
         return {}
-    llvm: dict[str, int | bool] = {"xla_llvm_disable_expensive_passes": True} if thorough else {"xla_backend_optimization_level": 1}
+    llvm: dict[str, int | bool] = (
+        {"xla_llvm_disable_expensive_passes": True}
+        if thorough
+        else {"xla_backend_optimization_level": 1}
+    )
     if dtype == jnp.bfloat16 and convolves_bfloat16():
         return {**_ONEDNN, **llvm}
     return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT", **llvm}
 
 
-_ONEDNN: dict[str, str | int | bool] = {"xla_cpu_experimental_ynn_fusion_type": "", "xla_cpu_experimental_onednn_custom_call": True}
+_ONEDNN: dict[str, str | int | bool] = {
+    "xla_cpu_experimental_ynn_fusion_type": "",
+    "xla_cpu_experimental_onednn_custom_call": True,
+}
 
 
 @functools.cache
@@ -63,7 +82,9 @@ def convolves_bfloat16() -> bool:
     """
     if jax.default_backend() != "cpu":
         return False
-    x, kernel = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1, 8, 8, 16), (3, 3, 16, 16)))
+    x, kernel = (
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1, 8, 8, 16), (3, 3, 16, 16))
+    )
     compiled = jax.jit(convolve_directly, compiler_options=_ONEDNN).lower(x, kernel).compile()
     return "__onednn$convolution" in (compiled.as_text() or "")
 
@@ -100,7 +121,9 @@ def _windows(x: Array, side: int) -> Array:
     h, w = x.shape[1:3]
     pad = (side // 2, side // 2)
     x = jnp.pad(x, ((0, 0), pad, pad, (0, 0)))
-    return jnp.concatenate([x[:, i : i + h, j : j + w] for i in range(side) for j in range(side)], axis=-1)
+    return jnp.concatenate(
+        [x[:, i : i + h, j : j + w] for i in range(side) for j in range(side)], axis=-1
+    )
 
 
 def _im2col(x: Array, kernel: Array) -> Array:
@@ -120,16 +143,22 @@ def _with_im2col_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, A
 def _with_im2col_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, kernel = saved
     windows = lax.optimization_barrier(_windows(x, kernel.shape[0]))
-    to_kernel = windows.reshape(-1, windows.shape[-1]).T @ g.reshape(-1, g.shape[-1])  # jax's own would turn the gradient round first
+    to_kernel = windows.reshape(-1, windows.shape[-1]).T @ g.reshape(
+        -1, g.shape[-1]
+    )  # jax's own would turn the gradient round first
     # The windows' transpose would round to bfloat16 nine times on its way; this is one product.
-    return _im2col(g, lax.optimization_barrier(kernel.swapaxes(2, 3))[::-1, ::-1]), to_kernel.reshape(kernel.shape)
+    return _im2col(
+        g, lax.optimization_barrier(kernel.swapaxes(2, 3))[::-1, ::-1]
+    ), to_kernel.reshape(kernel.shape)
 
 
 _with_im2col.defvjp(_with_im2col_forward, _with_im2col_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _with_few_channels(x: Array, kernel: Array, bias: Array, there: Array | None, then: Then) -> Array:
+def _with_few_channels(
+    x: Array, kernel: Array, bias: Array, there: Array | None, then: Then
+) -> Array:
     """For few channels: XLA's sums, gradients by im2col. It keeps for them what `_by_winograd` does.
 
     2-core x86, 8x224x224x3 to 64 channels, forward, ms: 28; by im2col 48, of tiles as a batch 55, of 2x2 pixels as channels 66.
@@ -137,7 +166,9 @@ def _with_few_channels(x: Array, kernel: Array, bias: Array, there: Array | None
     return finish(convolve_directly(x, kernel), bias, there, then)
 
 
-def _with_few_channels_forward(x: Array, kernel: Array, bias: Array, there: Array | None, then: Then) -> tuple[Array, tuple]:
+def _with_few_channels_forward(
+    x: Array, kernel: Array, bias: Array, there: Array | None, then: Then
+) -> tuple[Array, tuple]:
     if then == "pool":
         y, bits = maxima_with_bias(whole_windows(convolve_directly(x, kernel)), bias)
         return y, (x, kernel, bits)
@@ -147,16 +178,22 @@ def _with_few_channels_forward(x: Array, kernel: Array, bias: Array, there: Arra
     return y, (x, kernel, y if then == "relu" else None)
 
 
-def _with_few_channels_backward(then: Then, saved: tuple, g: Array) -> tuple[Array, Array, Array, None]:
+def _with_few_channels_backward(
+    then: Then, saved: tuple, g: Array
+) -> tuple[Array, Array, Array, None]:
     x, kernel, passed = saved
-    (to_input,) = jax.vjp(lambda x: _im2col(x, kernel), x)[1](gradient_of_sums(then, passed, g, x.shape))
+    (to_input,) = jax.vjp(lambda x: _im2col(x, kernel), x)[1](
+        gradient_of_sums(then, passed, g, x.shape)
+    )
     return to_input, *_image_gradients(then, passed, g, x, kernel.shape), None
 
 
 _with_few_channels.defvjp(_with_few_channels_forward, _with_few_channels_backward)
 
 
-def _image_gradients(then: Then, passed: Any, g: Array, x: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
+def _image_gradients(
+    then: Then, passed: Any, g: Array, x: Array, shape: tuple[int, ...]
+) -> tuple[Array, Array]:
     """The kernel's and the bias's, some images at a time, by im2col with a column of ones: what reads a map finds it in the cache.
 
     2-core x86, 8x224x224x3 to 64 channels, forward and these, ms: with ReLU 68, with pooling 63; all images at once 95 and 85.
@@ -165,10 +202,16 @@ def _image_gradients(then: Then, passed: Any, g: Array, x: Array, shape: tuple[i
 
     def add(total: Array, part: tuple[Array, Any, Array]) -> tuple[Array, None]:
         some, passed, g = part
-        to_sums = lax.optimization_barrier(gradient_of_sums(then, passed, g, some.shape).astype(wide))
-        windows = jnp.concatenate([_windows(some.astype(wide), shape[0]), jnp.ones((*some.shape[:3], 1), wide)], axis=-1)
+        to_sums = lax.optimization_barrier(
+            gradient_of_sums(then, passed, g, some.shape).astype(wide)
+        )
+        windows = jnp.concatenate(
+            [_windows(some.astype(wide), shape[0]), jnp.ones((*some.shape[:3], 1), wide)], axis=-1
+        )
         windows = lax.optimization_barrier(windows)
-        return total + windows.reshape(-1, windows.shape[-1]).T @ to_sums.reshape(-1, shape[-1]), None
+        return total + windows.reshape(-1, windows.shape[-1]).T @ to_sums.reshape(
+            -1, shape[-1]
+        ), None
 
     parts = jax.tree.map(lambda a: a.reshape(-1, images, *a.shape[1:]), (x, passed, g))
     total, _ = lax.scan(add, jnp.zeros((math.prod(shape[:3]) + 1, shape[-1]), wide), parts)
@@ -213,14 +256,20 @@ def _by_winograd(x: Array, kernel: Array, bias: Array, there: Array | None, then
 
 def _with_filters(x: Array, filters: Array, bias: Array, there: Array | None, then: Then) -> Array:
     beside = [] if there is None else [there]
-    return winograd.convolve(x, filters, lambda y, there=None: finish(y, bias, there, then), *beside)
+    return winograd.convolve(
+        x, filters, lambda y, there=None: finish(y, bias, there, then), *beside
+    )
 
 
-def _by_winograd_forward(x: Array, kernel: Array, bias: Array, there: Array | None, then: Then) -> tuple[Array, tuple]:
+def _by_winograd_forward(
+    x: Array, kernel: Array, bias: Array, there: Array | None, then: Then
+) -> tuple[Array, tuple]:
     if then != "pool":
         y = _by_winograd(x, kernel, bias, there, then)
         return y, (x, kernel, y if then == "relu" else None)
-    y, bits = winograd.convolve(x, winograd.transform_filters(kernel), lambda y: maxima_with_bias(y, bias))
+    y, bits = winograd.convolve(
+        x, winograd.transform_filters(kernel), lambda y: maxima_with_bias(y, bias)
+    )
     return y, (x, kernel, bits)
 
 
@@ -228,7 +277,9 @@ def _by_winograd_backward(then: Then, saved: tuple, g: Array) -> tuple[Array, Ar
     x, kernel, passed = saved
     to_sums = computed_once(gradient_of_sums(then, passed, g, x.shape))
     to_bias = pooled_bias_gradient(passed, g) if then == "pool" else sum_over_positions(to_sums)
-    kernel = lax.optimization_barrier(kernel.swapaxes(2, 3))  # by itself XLA transposes in blocks; fused, value by value
+    kernel = lax.optimization_barrier(
+        kernel.swapaxes(2, 3)
+    )  # by itself XLA transposes in blocks; fused, value by value
     to_input = winograd.convolve(to_sums, winograd.transform_filters(kernel, rotated=True))
     return to_input, winograd.kernel_gradient(x, to_sums), to_bias, None
 
@@ -236,20 +287,30 @@ def _by_winograd_backward(then: Then, saved: tuple, g: Array) -> tuple[Array, Ar
 _by_winograd.defvjp(_by_winograd_forward, _by_winograd_backward)
 
 
-def _on_cpu(x: Array, kernel: Array, bias: Array, filters: Array | None, there: Array | None, *, then: Then) -> Array:
+def _on_cpu(
+    x: Array, kernel: Array, bias: Array, filters: Array | None, there: Array | None, *, then: Then
+) -> Array:
     (h, w, c), side = x.shape[1:], kernel.shape[0]
     if min(h, w) < side:
         y = _with_im2col(x, kernel)
-    elif jnp.finfo(x.dtype).bits < 32:  # XLA's own is many times slower, and Winograd's transforms need the digits
+    elif (
+        jnp.finfo(x.dtype).bits < 32
+    ):  # XLA's own is many times slower, and Winograd's transforms need the digits
         if x.dtype == jnp.bfloat16 and side == 3 and convolves_bfloat16():
             y = _in_bfloat16(x, kernel)
         else:
             wide, nothing = jnp.float32, jnp.zeros(bias.shape, jnp.float32)
-            y = _on_cpu(x.astype(wide), kernel.astype(wide), nothing, filters, None, then="").astype(x.dtype)
+            y = _on_cpu(
+                x.astype(wide), kernel.astype(wide), nothing, filters, None, then=""
+            ).astype(x.dtype)
     elif c <= FEW:
         return _with_few_channels(x, kernel, bias, there, then)
     elif side == 3:
-        return _by_winograd(x, kernel, bias, there, then) if filters is None else _with_filters(x, filters, bias, there, then)
+        return (
+            _by_winograd(x, kernel, bias, there, then)
+            if filters is None
+            else _with_filters(x, filters, bias, there, then)
+        )
     else:  # 5x5, 32x32x32x64, forward and both gradients: 108 ms, by im2col 279
         y = convolve_directly(x, kernel)
     return finish(y, bias, there, then)
@@ -265,23 +326,41 @@ def _by_rows(x: Array, kernel: Array) -> Array:
     side, _, c, channels = kernel.shape
     pad, fill = side // 2, -side * c % 16
     x = jnp.pad(x, ((0, 0), (0, 0), (pad, pad), (0, 0)))
-    x = jnp.concatenate([*(x[:, :, j : j + w] for j in range(side)), jnp.zeros((len(x), h, w, fill), x.dtype)], axis=-1)
-    kernel = jnp.pad(kernel.reshape(side, 1, side * c, channels), ((0, 0), (0, 0), (0, fill), (0, 0)))
+    x = jnp.concatenate(
+        [*(x[:, :, j : j + w] for j in range(side)), jnp.zeros((len(x), h, w, fill), x.dtype)],
+        axis=-1,
+    )
+    kernel = jnp.pad(
+        kernel.reshape(side, 1, side * c, channels), ((0, 0), (0, 0), (0, fill), (0, 0))
+    )
     return lax.conv_general_dilated(x, kernel, (1, 1), ((pad, pad), (0, 0)), dimension_numbers=NHWC)
 
 
-def _on_cuda(x: Array, kernel: Array, bias: Array, _: Array | None, there: Array | None, *, then: Then) -> Array:
+def _on_cuda(
+    x: Array, kernel: Array, bias: Array, _: Array | None, there: Array | None, *, then: Then
+) -> Array:
     y = (_by_rows if x.shape[-1] <= FEW else convolve_directly)(x, kernel)
     return finish(y, bias, there, then)
 
 
-def convolve_anywhere(x: Array, kernel: Array, bias: Array, _: Array | None, there: Array | None, *, then: Then) -> Array:
+def convolve_anywhere(
+    x: Array, kernel: Array, bias: Array, _: Array | None, there: Array | None, *, then: Then
+) -> Array:
     """`convolution` by XLA's own."""
     return finish(convolve_directly(x, kernel), bias, there, then)
 
 
-@functools.partial(jax.jit, static_argnames="then")  # traced, and outside of a jit compiled, once for each shape
-def convolution(x: Array, kernel: Array, bias: Array, filters: Array | None = None, there: Array | None = None, then: Then = "") -> Array:
+@functools.partial(
+    jax.jit, static_argnames="then"
+)  # traced, and outside of a jit compiled, once for each shape
+def convolution(
+    x: Array,
+    kernel: Array,
+    bias: Array,
+    filters: Array | None = None,
+    there: Array | None = None,
+    then: Then = "",
+) -> Array:
     """(N, H, W, C), (k, k, C, K), (K,) -> (N, H, W, K): cross-correlation, stride 1, zero padding k // 2, for an odd k, plus a bias.
 
     `then` its ReLU, with zeros where not `there`, bool (N, H, W, 1); or its ReLU and maxima of 2x2 windows, (N, H // 2, W // 2, K).
@@ -291,9 +370,14 @@ def convolution(x: Array, kernel: Array, bias: Array, filters: Array | None = No
     """
     assert there is None or then == "relu"
     arrays = x, kernel, bias, filters, there
-    if kernel.shape[0] == 1:  # by XLA's convolution, fast by itself on a CPU, a step of C with 8 photos takes 19 s instead of 2.2
+    if (
+        kernel.shape[0] == 1
+    ):  # by XLA's convolution, fast by itself on a CPU, a step of C with 8 photos takes 19 s instead of 2.2
         return finish(product(x, kernel[0, 0]), bias, there, then)
     if not all(isinstance(side, int) for side in x.shape):  # a symbol of jax.export
         return convolve_anywhere(*arrays, then=then)
     on = {"cpu": _on_cpu, "cuda": _on_cuda, "default": convolve_anywhere}
-    return lax.platform_dependent(*arrays, **{platform: functools.partial(function, then=then) for platform, function in on.items()})
+    return lax.platform_dependent(
+        *arrays,
+        **{platform: functools.partial(function, then=then) for platform, function in on.items()},
+    )

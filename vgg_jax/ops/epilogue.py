@@ -8,7 +8,9 @@ from jax import Array, lax
 
 from vgg_jax.ops.pooling import max_gradient, max_pool, maxima, relu, whole_windows
 
-Then = Literal["", "relu", "pool"]  # what is done behind the bias: nothing, ReLU, or ReLU and max-pooling
+Then = Literal[
+    "", "relu", "pool"
+]  # what is done behind the bias: nothing, ReLU, or ReLU and max-pooling
 THEN: tuple[Then, ...] = get_args(Then)
 
 

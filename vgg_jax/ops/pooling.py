@@ -10,7 +10,11 @@ from jax import Array, lax
 @jax.custom_vjp
 def relu(x: Array) -> Array:
     """max(x, 0). What came in need not be kept for the gradient: what went out, which the next layer keeps, tells the same."""
-    return lax.platform_dependent(x, cpu=lambda x: jnp.maximum(_wide(x), 0).astype(x.dtype), default=lambda x: jnp.maximum(x, 0))
+    return lax.platform_dependent(
+        x,
+        cpu=lambda x: jnp.maximum(_wide(x), 0).astype(x.dtype),
+        default=lambda x: jnp.maximum(x, 0),
+    )
 
 
 def _wide(x: Array) -> Array:
@@ -41,7 +45,9 @@ def max_pool(x: Array, ceil: bool = False, rectify: bool = False) -> Array:
     CPU, and on a GPU refused in XLA's deterministic mode. Equal maxima share their gradient; PyTorch gives it to the first.
     """
     if ceil:
-        x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)), constant_values=-jnp.inf)
+        x = jnp.pad(
+            x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)), constant_values=-jnp.inf
+        )
     return _max_of_windows(whole_windows(x), rectify)
 
 
@@ -65,7 +71,9 @@ def maxima(x: Array, rectify: bool) -> tuple[Array, Array]:
     """The maxima, (N, H // 2, W // 2, C), and a byte for each: a bit is set where that pixel is it, and a ReLU lets it pass."""
     y = _max_of_windows(x, rectify)
     passes = (y > 0) | (not rectify)
-    bits = [((pixel == y) & passes).astype(jnp.uint8) << place for place, pixel in enumerate(_pixels(x))]
+    bits = [
+        ((pixel == y) & passes).astype(jnp.uint8) << place for place, pixel in enumerate(_pixels(x))
+    ]
     return lax.optimization_barrier((y, functools.reduce(jnp.bitwise_or, bits)))
 
 

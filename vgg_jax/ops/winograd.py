@@ -16,7 +16,14 @@ import numpy as np
 from jax import Array, lax
 
 _BT = np.array(
-    [[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0], [0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1]]
+    [
+        [4, 0, -5, 0, 1, 0],
+        [0, -4, -4, 1, 1, 0],
+        [0, 4, -4, -1, 1, 0],
+        [0, -2, -1, 2, 1, 0],
+        [0, 2, -1, -2, 1, 0],
+        [0, 4, 0, -5, 0, 1],
+    ]
 )
 _G = np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]) / 24
 _AT = np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]])
@@ -53,14 +60,19 @@ def _combine(matrix: np.ndarray, planes: Sequence[Array], axis: int) -> Array:
 
     Each with at most three axes: with four, LLVM takes ten times as long to compile some shapes.
     """
-    rows = [functools.reduce(jnp.add, (float(m) * p for m, p in zip(row, planes, strict=True) if m)) for row in matrix]
+    rows = [
+        functools.reduce(jnp.add, (float(m) * p for m, p in zip(row, planes, strict=True) if m))
+        for row in matrix
+    ]
     # Fused with its reader the first of two transforms would be computed six times over, and compile ten times as long.
     return lax.optimization_barrier(jnp.stack(rows, axis))
 
 
 def transform_filters(kernel: Array, rotated: bool = False) -> Array:
     """(3, 3, C, K) -> (36, C, K), what `convolve` takes; with the kernel turned by 180 degrees if `rotated`."""
-    return (jnp.asarray(_GG[:, ::-1] if rotated else _GG, kernel.dtype) @ kernel.reshape(9, -1)).reshape(36, *kernel.shape[2:])
+    return (
+        jnp.asarray(_GG[:, ::-1] if rotated else _GG, kernel.dtype) @ kernel.reshape(9, -1)
+    ).reshape(36, *kernel.shape[2:])
 
 
 def _input_tiles(x: Array) -> Array:
@@ -93,25 +105,37 @@ def _cut(x: Array, blocks: _Blocks, halo: int) -> Callable[[Array], Array]:
     n, h, w, c = x.shape
     wide = x.dtype if x.dtype == bool else jnp.promote_types(x.dtype, jnp.float32)
     tall, right = 4 * rows + 2 * halo, 4 * columns + halo - w
-    if images * groups > n or (strips > 1 and 4 * rows * strips > h):  # else nothing but a block is copied
+    if images * groups > n or (
+        strips > 1 and 4 * rows * strips > h
+    ):  # else nothing but a block is copied
         x = jnp.pad(x, ((0, images * groups - n), (0, 4 * rows * strips - h), (0, 0), (0, 0)))
 
     def block(number: Array) -> Array:
         first, top = number // strips * images, number % strips * 4 * rows
         start = jnp.clip(top - halo, 0, max(0, x.shape[1] - tall))
         # By itself a copy; with the zeros around in one loop it takes two to five times as long. So below.
-        part = lax.optimization_barrier(lax.dynamic_slice(x, (first, start, 0, 0), (images, min(tall, x.shape[1]), w, c)).astype(wide))
+        part = lax.optimization_barrier(
+            lax.dynamic_slice(
+                x, (first, start, 0, 0), (images, min(tall, x.shape[1]), w, c)
+            ).astype(wide)
+        )
         if strips == 1:
-            part = jnp.pad(part, ((0, 0), (halo, 4 * rows + halo - x.shape[1]), (halo, right), (0, 0)))
+            part = jnp.pad(
+                part, ((0, 0), (halo, 4 * rows + halo - x.shape[1]), (halo, right), (0, 0))
+            )
         else:  # the first and the last strip reach over the map's edge
             part = jnp.pad(part, ((0, 0), (halo, halo), (halo, right), (0, 0)))
-            part = lax.dynamic_slice(part, (0, top - start, 0, 0), (images, tall, w + halo + right, c))
+            part = lax.dynamic_slice(
+                part, (0, top - start, 0, 0), (images, tall, w + halo + right, c)
+            )
         return lax.optimization_barrier(part)
 
     return block
 
 
-def convolve(x: Array, filters: Array, then: Callable[..., Any] = lambda y: y, *beside: Array) -> Any:
+def convolve(
+    x: Array, filters: Array, then: Callable[..., Any] = lambda y: y, *beside: Array
+) -> Any:
     """(N, H, W, C), transformed filters (36, C, K) -> (N, H, W, K): stride 1, zero padding 1. Differentiable in reverse.
 
     `then` is done to the sums while they are in the cache: a function of whole tiles of some images, (n, 4 rows, 4 columns, K), also
@@ -124,12 +148,16 @@ def convolve(x: Array, filters: Array, then: Callable[..., Any] = lambda y: y, *
     block, others = _cut(x, blocks, halo=1), [_cut(other, blocks, halo=0) for other in beside]
 
     def one(number: Array) -> Any:
-        y = _output_image(jnp.einsum("tnc,tck->tnk", _input_tiles(block(number)), filters), images, rows, columns)
+        y = _output_image(
+            jnp.einsum("tnc,tck->tnk", _input_tiles(block(number)), filters), images, rows, columns
+        )
         return then(y, *(other(number) for other in others))
 
     def joined(y: Array) -> Array:
         pooled = 4 * columns // y.shape[3]
-        return y.reshape(images * groups, strips * y.shape[2], *y.shape[3:])[:n, : h // pooled, : w // pooled]
+        return y.reshape(images * groups, strips * y.shape[2], *y.shape[3:])[
+            :n, : h // pooled, : w // pooled
+        ]
 
     return jax.tree.map(joined, lax.map(one, jnp.arange(groups * strips)))
 
@@ -145,5 +173,7 @@ def kernel_gradient(x: Array, g: Array) -> Array:
         return total + jnp.einsum("tnc,tnk->tck", tiles, gradient_tiles), None
 
     shape = x.shape[-1], g.shape[-1]
-    total, _ = lax.scan(add, jnp.zeros((36, *shape), wide), jnp.arange(blocks.groups * blocks.strips))
+    total, _ = lax.scan(
+        add, jnp.zeros((36, *shape), wide), jnp.arange(blocks.groups * blocks.strips)
+    )
     return (jnp.asarray(_GG.T, wide) @ total.reshape(36, -1)).reshape(3, 3, *shape)

@@ -30,13 +30,23 @@ from vgg_jax.training.step import build_model
 try:
     import orbax.checkpoint as ocp
 except ImportError as error:
-    raise InputError("reading and writing runs needs orbax-checkpoint: pip install 'vgg-jax[train]'") from error
+    raise InputError(
+        "reading and writing runs needs orbax-checkpoint: pip install 'vgg-jax[train]'"
+    ) from error
 
 
 STORE_TRIES = 3  # to save in an object store, which fails at times
 KEPT = 2  # checkpoints: the one before the newest, should that one be damaged
 # What may be otherwise the next time, and says nothing about the files.
-_PASSING_ERRNOS = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE}
+_PASSING_ERRNOS = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.EIO,
+    errno.ESTALE,
+}
 
 
 class NotSavedError(Exception):
@@ -60,7 +70,9 @@ def load(workdir: str | os.PathLike) -> tuple[VGG, dict[str, Any], dict[str, Any
         with Saved(folder, read_only=True) as best:
             restored = best.restore(dict(shapes))
     if restored is None:
-        raise InputError(f"no trained net in {folder}: expected one after the first epoch; run the same `vgg-jax train` again to go on")
+        raise InputError(
+            f"no trained net in {folder}: expected one after the first epoch; run the same `vgg-jax train` again to go on"
+        )
     arrays, progress = restored
     variables = jax.tree.map(jnp.array, arrays)
     preprocessing = {
@@ -101,7 +113,15 @@ class Saved:
             # Not orbax's own thread: on a CPU it would read the very arrays that are donated to the next step.
             # Of several processes this one alone: by default orbax asks them all, by an exchange of its own.
             me, several = jax.process_index(), jax.process_count() > 1
-            who = {"primary_host": me, "active_processes": {me}, "barrier_sync_key_prefix": f"process_{me}"} if several else {}
+            who = (
+                {
+                    "primary_host": me,
+                    "active_processes": {me},
+                    "barrier_sync_key_prefix": f"process_{me}",
+                }
+                if several
+                else {}
+            )
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=KEPT,
                 create=False,
@@ -110,7 +130,9 @@ class Saved:
                 cleanup_tmp_directories=not read_only,
                 multiprocessing_options=ocp.options.MultiprocessingOptions(**who),
             )
-            self._manager = ocp.CheckpointManager(folder if is_remote(folder) else folder.absolute(), options=options)
+            self._manager = ocp.CheckpointManager(
+                folder if is_remote(folder) else folder.absolute(), options=options
+            )
         finally:
             absl.setLevel(level)
         self._folder = folder
@@ -131,23 +153,32 @@ class Saved:
         self._save(step, arrays, progress)
 
     def _save(self, step: int, arrays: Any, progress: dict[str, Any]) -> None:
-        items = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), progress=ocp.args.JsonSave(_sealed(arrays, progress)))
+        items = ocp.args.Composite(
+            arrays=ocp.args.StandardSave(arrays),
+            progress=ocp.args.JsonSave(_sealed(arrays, progress)),
+        )
         path = self._folder / str(step)
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
         try:
             free = float("inf") if is_remote(self._folder) else shutil.disk_usage(self._folder).free
-            if needed > free:  # with less a hundred threads of orbax's each write what became of them
+            if (
+                needed > free
+            ):  # with less a hundred threads of orbax's each write what became of them
                 raise OSError(f"{needed / 1e6:.0f} MB are needed, and {free / 1e6:.0f} MB free")
             self._manager.save(step, args=items, force=True)
             if not is_remote(path):
                 for each in (*path.rglob("*"), path, self._folder, self._folder.parent):
                     sync(each)
         except Exception as error:
-            told = isinstance(error, OSError) or "Error writing" in str(error)  # the latter tensorstore says of a disk
+            told = isinstance(error, OSError) or "Error writing" in str(
+                error
+            )  # the latter tensorstore says of a disk
             if not (told or is_remote(path)):  # of stores each library has errors of its own
                 raise
             # What there is of it would take the room of the next one.
-            with contextlib.suppress(Exception) if is_remote(path) else contextlib.nullcontext():  # a store that fails may fail again
+            with (
+                contextlib.suppress(Exception) if is_remote(path) else contextlib.nullcontext()
+            ):  # a store that fails may fail again
                 parts: list[Any] = [path, *self._folder.glob("*.orbax-checkpoint-tmp*")]
                 for part in parts:
                     if is_remote(part):
@@ -172,7 +203,9 @@ class Saved:
             try:
                 found = self._read(step, shapes)
             except Exception as error:  # of files that are cut, changed or missing orbax makes any, Exception itself among them
-                if _is_passing(error) or (is_remote(self._folder) and not isinstance(error, DamageError)):
+                if _is_passing(error) or (
+                    is_remote(self._folder) and not isinstance(error, DamageError)
+                ):
                     raise InputError(
                         f"the checkpoint {self._folder / str(step)} cannot be read now ({one_line(error)}): try again"
                     ) from error
@@ -192,7 +225,9 @@ class Saved:
     def _read(self, step: int, shapes: Any) -> tuple[Any, dict[str, Any]]:
         # Into numpy's arrays: jax's own orbax refuses where several processes have devices and one of them reads.
         hosts = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), shapes)
-        items = ocp.args.Composite(arrays=ocp.args.StandardRestore(hosts), progress=ocp.args.JsonRestore())
+        items = ocp.args.Composite(
+            arrays=ocp.args.StandardRestore(hosts), progress=ocp.args.JsonRestore()
+        )
         restored = self._manager.restore(step, args=items)
         if "checksum" not in restored.progress:
             raise DamageError("it has no checksums, as those of earlier versions")
@@ -230,7 +265,10 @@ class Saved:
 
 def _sealed(arrays: Any, progress: dict[str, Any]) -> dict[str, Any]:
     """`progress` with the type, the shape and the checksum of each array, and one of all that."""
-    seals = {jax.tree_util.keystr(path): _seal(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(arrays)}
+    seals = {
+        jax.tree_util.keystr(path): _seal(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(arrays)
+    }
     content = {"progress": progress, "arrays": seals}
     return content | {"checksum": zlib.crc32(json.dumps(content, sort_keys=True).encode())}
 
@@ -262,5 +300,12 @@ def one_line(error: BaseException) -> str:
 
 def _is_passing(error: BaseException) -> bool:
     return (isinstance(error, OSError) and error.errno in _PASSING_ERRNOS) or any(
-        each in str(error) for each in ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "UNAUTHENTICATED")
+        each in str(error)
+        for each in (
+            "PERMISSION_DENIED",
+            "RESOURCE_EXHAUSTED",
+            "UNAVAILABLE",
+            "DEADLINE_EXCEEDED",
+            "UNAUTHENTICATED",
+        )
     )

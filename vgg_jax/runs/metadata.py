@@ -13,7 +13,13 @@ from vgg_jax.configs.models import Statistics, TrainConfig
 from vgg_jax.errors import InputError
 from vgg_jax.paths import is_remote, path_of
 
-UNSUPPORTED_ERRNOS = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}  # of some network file systems
+UNSUPPORTED_ERRNOS = {
+    errno.EINVAL,
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.ENOLCK,
+}  # of some network file systems
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +58,11 @@ def has_checkpoint(folder: Path) -> bool:
     On a disk a step appears when it is whole; in an object store orbax marks it when it is.
     """
     steps = [step for step in folder.glob("*") if step.name.isdigit()]
-    return any((step / "commit_success.txt").exists() for step in steps) if is_remote(folder) else bool(steps)
+    return (
+        any((step / "commit_success.txt").exists() for step in steps)
+        if is_remote(folder)
+        else bool(steps)
+    )
 
 
 def begin_run(workdir: Path, run: Run) -> None:
@@ -79,7 +89,9 @@ def locked(workdir: Path) -> Iterator[None]:
     with file:
         try:
             _lock(file)
-            if os.fstat(file.fileno()).st_ino != path.stat().st_ino:  # who held it has removed it, see below
+            if (
+                os.fstat(file.fileno()).st_ino != path.stat().st_ino
+            ):  # who held it has removed it, see below
                 raise BlockingIOError
         except (BlockingIOError, FileNotFoundError) as error:
             raise InputError(
@@ -115,13 +127,19 @@ def _writing(workdir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"cannot write to {workdir} ({error.strerror}): expected a folder of the run; pass another --workdir") from error
+        raise InputError(
+            f"cannot write to {workdir} ({error.strerror}): expected a folder of the run; pass another --workdir"
+        ) from error
 
 
 def refuse_another(workdir: Path, begun: Run, run: Run) -> None:
     """Raises InputError, with the differences, where the run that was begun in the workdir is not this one."""
     old, new = _flat(as_json(begun)), _flat(as_json(run))
-    differences = [f"{name} is {_shown(old[name])} there and {_shown(new[name])} here" for name in new if old[name] != new[name]]
+    differences = [
+        f"{name} is {_shown(old[name])} there and {_shown(new[name])} here"
+        for name in new
+        if old[name] != new[name]
+    ]
     if differences:
         raise InputError(
             f"{workdir} holds another run: {'; '.join(differences)}; pass another --workdir, or the same flags to go on with that run"
@@ -134,7 +152,9 @@ def read_run(workdir: Path) -> Run:
     try:
         return from_json(json.loads(path.read_text()))
     except FileNotFoundError as error:
-        raise InputError(f"no run in {workdir}: expected {path}, which `vgg-jax train` writes; pass the workdir of a run") from error
+        raise InputError(
+            f"no run in {workdir}: expected {path}, which `vgg-jax train` writes; pass the workdir of a run"
+        ) from error
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise InputError(
             f"{path} cannot be read ({' '.join(str(error).split())[:200]}): expected what `vgg-jax train` wrote; "
@@ -170,7 +190,9 @@ def _check_types(run: Run) -> None:
 
 def sync(path: Path) -> None:
     """Has the system write a file, or a folder's list of files, to the disk."""
-    if os.name != "posix" or is_remote(path):  # elsewhere a folder cannot be opened; what a store has taken it keeps
+    if os.name != "posix" or is_remote(
+        path
+    ):  # elsewhere a folder cannot be opened; what a store has taken it keeps
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:

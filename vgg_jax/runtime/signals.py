@@ -13,7 +13,9 @@ from collections.abc import Iterator
 def stop_signals() -> Iterator[threading.Event]:
     """An event that the first SIGINT or SIGTERM sets; the second one acts as it always does."""
     stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # only the main thread may handle signals
         yield stop
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -38,14 +38,18 @@ class Saving:
     """
 
     def __init__(self, workdir: Path) -> None:
-        self._files: tuple[Saved, ...] = (Saved(workdir / "last"), Saved(workdir / "best")) if is_first() else ()
+        self._files: tuple[Saved, ...] = (
+            (Saved(workdir / "last"), Saved(workdir / "best")) if is_first() else ()
+        )
         self.failed: NotSavedError | None = None
         self._workdir = workdir
         self._owed: tuple[int, Any, dict[str, Any]] | None = None
         self._thread = ThreadPoolExecutor(1, "saving")
         self._writing: Future[None] | None = None
 
-    def save(self, step: int, state: TrainState, progress: dict[str, Any], best: Best | None = None) -> None:
+    def save(
+        self, step: int, state: TrainState, progress: dict[str, Any], best: Best | None = None
+    ) -> None:
         """Of a state on the devices, a JSON object that begins with the `history`, and, if it is the best so far, what is known of it."""
         self.wait()  # one copy at a time
         copied = jax.tree.map(_to_host, state)
@@ -66,8 +70,14 @@ class Saving:
         progress = said_by_first(read)
         if progress is None:
             return None
-        arrays = found[0] if found else jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes_of(state))
-        return jax.tree.map(lambda array, like: _to_devices(sent_by_first(array), like), arrays, state), progress
+        arrays = (
+            found[0]
+            if found
+            else jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes_of(state))
+        )
+        return jax.tree.map(
+            lambda array, like: _to_devices(sent_by_first(array), like), arrays, state
+        ), progress
 
     def has_best(self, state: TrainState) -> bool:
         """Whether there is a best net that is whole."""
@@ -107,7 +117,11 @@ class Saving:
             self.failed = None
         except NotSavedError as error:
             self.failed = error
-            print(f"warning: {error}; what was saved before is still there", file=sys.stderr, flush=True)
+            print(
+                f"warning: {error}; what was saved before is still there",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _pay(self) -> None:
         if self._owed is not None:
@@ -166,4 +180,6 @@ def _is_key(array: jax.Array) -> bool:
 
 def variables_of(state: TrainState) -> dict[str, Any]:
     """What the net of a state is applied with: `params`, and with batch normalisation `batch_stats`."""
-    return {"params": state.params} | ({"batch_stats": state.batch_stats} if state.batch_stats else {})
+    return {"params": state.params} | (
+        {"batch_stats": state.batch_stats} if state.batch_stats else {}
+    )

@@ -13,7 +13,10 @@ from vgg_jax.training.step import TrainState
 
 
 def start_from(
-    source: tuple[VGG, dict[str, Any], dict[str, Any]], config: TrainConfig, state: TrainState, mean_rgb: tuple[float, float, float]
+    source: tuple[VGG, dict[str, Any], dict[str, Any]],
+    config: TrainConfig,
+    state: TrainState,
+    mean_rgb: tuple[float, float, float],
 ) -> TrainState:
     """The state with the layers of what `load` gave: all that fit where the nets are equal, else the paper's seven (§3.1).
 
@@ -32,10 +35,15 @@ def start_from(
     mean = metadata["preprocessing"]["mean_rgb"]
     if any(abs(theirs - ours) > 1 for theirs, ours in zip(mean, mean_rgb, strict=True)):
         means = [", ".join(f"{value:.2f}" for value in each) for each in (mean, mean_rgb)]
-        print(f"its images were less the mean ({means[0]}), those of this run are less ({means[1]})", flush=True)
+        print(
+            f"its images were less the mean ({means[0]}), those of this run are less ({means[1]})",
+            flush=True,
+        )
     old_ones = {"params": state.params, "batch_stats": state.batch_stats}
     placed = jax.tree.map(
-        lambda new, old: new if new is old else place(new, old.sharding), {"params": params, "batch_stats": batch_stats}, old_ones
+        lambda new, old: new if new is old else place(new, old.sharding),
+        {"params": params, "batch_stats": batch_stats},
+        old_ones,
     )
     return dataclasses.replace(state, **placed)
 
@@ -44,8 +52,18 @@ def said_of_start(source: str | None, there: Any, here: Any, copied: tuple[str, 
     """What came, what is new, with the shapes of a kernel that did not fit, and what was left."""
     new = []
     for name in (name for name in here if name not in copied):
-        shapes = [layers[name]["kernel"].shape for layers in (there, here) if "kernel" in layers.get(name, {})]
-        new.append(f"{name} (its kernel is {shapes[0]} there and {shapes[1]} here)" if len(set(shapes)) == 2 else name)
+        shapes = [
+            layers[name]["kernel"].shape
+            for layers in (there, here)
+            if "kernel" in layers.get(name, {})
+        ]
+        new.append(
+            f"{name} (its kernel is {shapes[0]} there and {shapes[1]} here)"
+            if len(set(shapes)) == 2
+            else name
+        )
     left = [name for name in there if name not in copied and name not in here]
     parts = ("", copied), ("new: ", new), ("left: ", left)
-    return f"from {source}: " + "; ".join(words + (", ".join(names) or "nothing") for words, names in parts)
+    return f"from {source}: " + "; ".join(
+        words + (", ".join(names) or "nothing") for words, names in parts
+    )

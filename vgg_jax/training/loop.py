@@ -18,14 +18,47 @@ from tqdm import tqdm
 
 from vgg_jax.configs.models import IMAGENET, MOST_HALVINGS, ON_NAN, SAVE_SECONDS, TrainConfig
 from vgg_jax.configs.presets import with_learning_rate
-from vgg_jax.data import Source, batches_per_epoch, cached, eval_batches, measure, open_splits, split_names, train_batches
-from vgg_jax.distributed.multihost import Agreement, Alarm, any_of_all, is_first, lost_are_named, refuse_differences, said_by_first
-from vgg_jax.distributed.sharding import DATA, DATA_PARALLEL, Layout, make_mesh, put_batch, rows_here
+from vgg_jax.data import (
+    Source,
+    batches_per_epoch,
+    cached,
+    eval_batches,
+    measure,
+    open_splits,
+    split_names,
+    train_batches,
+)
+from vgg_jax.distributed.multihost import (
+    Agreement,
+    Alarm,
+    any_of_all,
+    is_first,
+    lost_are_named,
+    refuse_differences,
+    said_by_first,
+)
+from vgg_jax.distributed.sharding import (
+    DATA,
+    DATA_PARALLEL,
+    Layout,
+    make_mesh,
+    put_batch,
+    rows_here,
+)
 from vgg_jax.errors import InputError
 from vgg_jax.metrics import Sums, merge
 from vgg_jax.paths import path_of
 from vgg_jax.runs.checkpoint import NotSavedError
-from vgg_jax.runs.metadata import Run, as_json, begin_run, begun_run, from_json, has_checkpoint, locked, refuse_another
+from vgg_jax.runs.metadata import (
+    Run,
+    as_json,
+    begin_run,
+    begun_run,
+    from_json,
+    has_checkpoint,
+    locked,
+    refuse_another,
+)
 from vgg_jax.runtime.signals import stop_signals
 from vgg_jax.training.checkpointer import Best, Saving
 from vgg_jax.training.init_from import start_from
@@ -41,7 +74,10 @@ class DivergedError(Exception):
 
     def __init__(self, text: str, rate: float, halvings: int, stop: threading.Event) -> None:
         super().__init__(text)
-        self.rate, self.halvings = rate, halvings  # the learning rate, and how often it had been halved
+        self.rate, self.halvings = (
+            rate,
+            halvings,
+        )  # the learning rate, and how often it had been halved
         self.stop = stop  # what a signal sets, also while what was to be saved is written
 
 
@@ -104,12 +140,22 @@ def fit(
         said_by_first(lambda: stack.enter_context(locked(folder)))
         while True:
             try:
-                return _fit(config, folder, data_dir, download, save_seconds, debug_nans, layout, halvings)
+                return _fit(
+                    config, folder, data_dir, download, save_seconds, debug_nans, layout, halvings
+                )
             except DivergedError as error:
-                if on_nan == "stop" or error.halvings == MOST_HALVINGS or any_of_all(error.stop.is_set()):
+                if (
+                    on_nan == "stop"
+                    or error.halvings == MOST_HALVINGS
+                    or any_of_all(error.stop.is_set())
+                ):
                     raise
                 halvings = error.halvings + 1
-                print(f"warning: {error}: going back to what was saved last, with half the rate", file=sys.stderr, flush=True)
+                print(
+                    f"warning: {error}: going back to what was saved last, with half the rate",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
 
 def _fit(
@@ -126,11 +172,19 @@ def _fit(
     alone = jax.process_count() == 1
     begun, resumes = begun_here(workdir)
     if begun is not None:  # what can be said now is not said after the data are read
-        refuse_another(workdir, begun, dataclasses.replace(begun, config=with_learning_rate(config, len(begun.classes))))
+        refuse_another(
+            workdir,
+            begun,
+            dataclasses.replace(begun, config=with_learning_rate(config, len(begun.classes))),
+        )
     source = load(config.init_from) if config.init_from is not None and not resumes else None
     data_dir = None if data_dir is None else str(data_dir)
     # One process at a time: they may share a disk.
-    said_by_first(lambda: len(split_names(config.data, data_dir=data_dir, download=True)) if download else None)
+    said_by_first(
+        lambda: (
+            len(split_names(config.data, data_dir=data_dir, download=True)) if download else None
+        )
+    )
     train, validation = open_splits(
         config.data,
         data_dir=data_dir,
@@ -140,12 +194,28 @@ def _fit(
         exclude=config.exclude,
         download=download,
     )
-    print(f"{config.data}: {train.size} training and {validation.size} validation images of {len(train.classes)} classes", flush=True)
+    print(
+        f"{config.data}: {train.size} training and {validation.size} validation images of {len(train.classes)} classes",
+        flush=True,
+    )
     if train.skipped or validation.skipped:
-        print(f"skipped {len(train.skipped)} training and {len(validation.skipped)} validation files that are no images", flush=True)
+        print(
+            f"skipped {len(train.skipped)} training and {len(validation.skipped)} validation files that are no images",
+            flush=True,
+        )
     config = with_learning_rate(config, len(train.classes))
-    run = Run(config, train.classes, begun.colours if begun else IMAGENET, train.storage, train.size, validation.size)
-    refuse_differences(as_json(run)["config"] | {"data": [run.storage, run.train_size, run.validation_size], "layout": layout})
+    run = Run(
+        config,
+        train.classes,
+        begun.colours if begun else IMAGENET,
+        train.storage,
+        train.size,
+        validation.size,
+    )
+    refuse_differences(
+        as_json(run)["config"]
+        | {"data": [run.storage, run.train_size, run.validation_size], "layout": layout}
+    )
     if begun is not None:
         refuse_another(workdir, begun, run)
     if config.cache:
@@ -153,14 +223,20 @@ def _fit(
     if begun is None:
         if config.statistics == "measure":
             measured = partial(measure, train, skip_bad=config.skip_bad)
-            run = from_json(said_by_first(lambda: as_json(dataclasses.replace(run, colours=measured().statistics))))
+            run = from_json(
+                said_by_first(
+                    lambda: as_json(dataclasses.replace(run, colours=measured().statistics))
+                )
+            )
         said_by_first(lambda: begin_run(workdir, run))
     colours = run.colours
 
     # From here on: a KeyboardInterrupt that is raised while JAX traces or compiles may be lost, or end in a crash.
     with stop_signals() as stop, Saving(workdir) as saving, Alarm() as alarm:
         model = build_model(config, len(train.classes))
-        train_step, eval_step = compile_steps(config, model, colours.mean_rgb, mesh, layout, keep_state=debug_nans)
+        train_step, eval_step = compile_steps(
+            config, model, colours.mean_rgb, mesh, layout, keep_state=debug_nans
+        )
         state = init_state(model, sgd(config), config.seed, mesh, layout)
         agreement = Agreement(mesh)
 
@@ -171,12 +247,16 @@ def _fit(
 
         per_epoch = batches_per_epoch(train, config.batch_size)
         groups = mesh.shape[DATA]
-        at_once = min(config.microbatch or config.batch_size, -(-validation.size // groups) * groups)
+        at_once = min(
+            config.microbatch or config.batch_size, -(-validation.size // groups) * groups
+        )
         validation_batches = eval_batches(validation, config, at_once, rows_here(mesh, at_once))
         now = Progress([])
 
         restored = saving.restore(state) if begun else None
-        net = begun is not None and saving.has_best(state)  # of a damaged one is said now, and it is set aside
+        net = begun is not None and saving.has_best(
+            state
+        )  # of a damaged one is said now, and it is set aside
         if restored is not None and restored[1]["history"] and not net:
             raise InputError(
                 f"{workdir / 'best'} holds no checkpoint, and epochs were done: expected the best one's; restore that folder, or train "
@@ -185,7 +265,11 @@ def _fit(
         if restored is not None:
             state, progress = restored
             now = Progress(**progress | {"sums": Sums(**progress["sums"])})
-            at = f"batch {now.batch + 1} of {per_epoch}" if now.batch < per_epoch else "its validation"
+            at = (
+                f"batch {now.batch + 1} of {per_epoch}"
+                if now.batch < per_epoch
+                else "its validation"
+            )
             print(f"{workdir}: going on at epoch {len(now.history) + 1}, {at}", flush=True)
         elif source is not None:
             state = start_from(source, config, state, colours.mean_rgb)
@@ -201,7 +285,9 @@ def _fit(
         in_flight: InFlight | None = None
         done: InFlight | None = None  # the batch before
 
-        def diverged(what: str, during: InFlight | None = None, behind: InFlight | None = None) -> DivergedError:
+        def diverged(
+            what: str, during: InFlight | None = None, behind: InFlight | None = None
+        ) -> DivergedError:
             """During the step of one batch, or by the update behind that of another."""
             places = [
                 f"{word} batch {each.number} (of {said(train, each)})"
@@ -216,7 +302,9 @@ def _fit(
             # The loss that a step reports is the one before its update.
             if not finite((state.params, state.batch_stats)):
                 raise diverged("a parameter", behind=done)
-            saving.save(len(now.history) * (per_epoch + 1) + now.batch, state, dataclasses.asdict(now), best)
+            saving.save(
+                len(now.history) * (per_epoch + 1) + now.batch, state, dataclasses.asdict(now), best
+            )
 
         def settle() -> None:
             """Waits for the step in progress and adds its sums."""
@@ -229,9 +317,22 @@ def _fit(
             done, in_flight = in_flight, None
 
         rows = rows_here(mesh, config.batch_size)
-        batches = iter(train_batches(train, config, colours, first_epoch=len(now.history), first_batch=now.batch, rows=rows))
+        batches = iter(
+            train_batches(
+                train,
+                config,
+                colours,
+                first_epoch=len(now.history),
+                first_batch=now.batch,
+                rows=rows,
+            )
+        )
         saved_at = time.monotonic()
-        while (planned := learning_rate(config, [record["validation"]["accuracy"] for record in now.history])) is not None:
+        while (
+            planned := learning_rate(
+                config, [record["validation"]["accuracy"] for record in now.history]
+            )
+        ) is not None:
             epoch, rate = len(now.history) + 1, planned / 2**now.halvings
             state = dataclasses.replace(state, opt_state=set_learning_rate(state.opt_state, rate))
             started, seconds_before = time.monotonic(), now.seconds
@@ -253,12 +354,16 @@ def _fit(
                     state, step_sums = train_step(before, placed)
                     now.batch += 1
                     if debug_nans and not finite((step_sums, state.params, state.batch_stats)):
-                        layer = first_nonfinite(before, placed, model=model, mean_rgb=colours.mean_rgb)
+                        layer = first_nonfinite(
+                            before, placed, model=model, mean_rgb=colours.mean_rgb
+                        )
                         raise diverged(layer, InFlight(step_sums, now.batch, batch["index"]))
                     settle()
                     in_flight = InFlight(step_sums, now.batch, batch["index"])
                     wished = is_first() and time.monotonic() - saved_at > save_seconds
-                    saved_at = time.monotonic() if wished else saved_at  # it is asked once; the answer may come with the next step
+                    saved_at = (
+                        time.monotonic() if wished else saved_at
+                    )  # it is asked once; the answer may come with the next step
                     stopping, due = to_stop(wished)
                     if due:
                         settle()
@@ -271,10 +376,14 @@ def _fit(
             validated = None
             if not stopping and unreadable is None:
                 try:
-                    validated = evaluate_all(eval_step, state, validation_batches, validation, mesh, to_stop)
+                    validated = evaluate_all(
+                        eval_step, state, validation_batches, validation, mesh, to_stop
+                    )
                 except InputError as error:
                     unreadable = error
-            if unreadable is not None and not alone:  # the others wait for a step, and there is none
+            if (
+                unreadable is not None and not alone
+            ):  # the others wait for a step, and there is none
                 raise unreadable
             if validated is None:
                 if unreadable is None or now.history or now.batch:
@@ -282,8 +391,13 @@ def _fit(
                     try:
                         saving.finish()
                     except NotSavedError as failed:
-                        raise NotSavedError(f"{unreadable}; {failed}" if unreadable else str(failed)) from failed
-                    print(f"stopped in epoch {epoch} and saved in {workdir}: the same command goes on from there", flush=True)
+                        raise NotSavedError(
+                            f"{unreadable}; {failed}" if unreadable else str(failed)
+                        ) from failed
+                    print(
+                        f"stopped in epoch {epoch} and saved in {workdir}: the same command goes on from there",
+                        flush=True,
+                    )
                 if unreadable is not None:
                     raise unreadable
                 return Outcome(now.history, stopped=True)
@@ -291,9 +405,16 @@ def _fit(
                 raise diverged("the validation's loss", behind=done)
 
             counts = (now.sums.count, validated.count)
-            assert config.skip_bad or counts == (train.size, validation.size), f"images seen were {counts}"
-            record = epoch_record(epoch, now.seconds, now.waited, rate, now.sums, validated, train.size)
-            improved = all(record["validation"]["accuracy"] > old["validation"]["accuracy"] for old in now.history)
+            assert config.skip_bad or counts == (train.size, validation.size), (
+                f"images seen were {counts}"
+            )
+            record = epoch_record(
+                epoch, now.seconds, now.waited, rate, now.sums, validated, train.size
+            )
+            improved = all(
+                record["validation"]["accuracy"] > old["validation"]["accuracy"]
+                for old in now.history
+            )
             now = Progress([*now.history, record], halvings=now.halvings)
             save(Best(epoch, record["validation"]) if improved else None)
             saved_at = time.monotonic()
@@ -304,7 +425,10 @@ def _fit(
         saving.finish()
 
     top = max(now.history, key=lambda record: record["validation"]["accuracy"])
-    print(f"done: best validation accuracy {top['validation']['accuracy']:.2%} in epoch {top['epoch']}, {workdir / 'best'}", flush=True)
+    print(
+        f"done: best validation accuracy {top['validation']['accuracy']:.2%} in epoch {top['epoch']}, {workdir / 'best'}",
+        flush=True,
+    )
     return Outcome(now.history, stopped=False)
 
 
@@ -314,13 +438,18 @@ def begun_here(workdir: Path) -> tuple[Run | None, bool]:
     def find() -> dict[str, Any]:
         run = begun_run(workdir)
         # Killed, or out of room, behind the first best and before what it would go on from: it starts as it did.
-        return {"run": run and as_json(run), "resumes": run is not None and has_checkpoint(workdir / "last")}
+        return {
+            "run": run and as_json(run),
+            "resumes": run is not None and has_checkpoint(workdir / "last"),
+        }
 
     begun = said_by_first(find)
     return begun["run"] and from_json(begun["run"]), begun["resumes"]
 
 
-def compiled(step: Any, state: TrainState, batch: dict[str, jax.Array], stop: threading.Event) -> bool:
+def compiled(
+    step: Any, state: TrainState, batch: dict[str, jax.Array], stop: threading.Event
+) -> bool:
     """Whether the step was compiled before a signal came: in a thread, since the main one would hear of none until then.
 
     Of several processes each finishes: the others wait for its step.
@@ -333,7 +462,9 @@ def compiled(step: Any, state: TrainState, batch: dict[str, jax.Array], stop: th
     def heard() -> bool:
         return stop.is_set() and jax.process_count() == 1
 
-    thread = threading.Thread(target=compile_step)  # no daemon: Python ends those in the middle of XLA, which aborts the process
+    thread = threading.Thread(
+        target=compile_step
+    )  # no daemon: Python ends those in the middle of XLA, which aborts the process
     thread.start()
     while thread.is_alive() and not heard():
         thread.join(0.05)
@@ -368,7 +499,9 @@ def evaluate_all(
 
 
 def on_devices(batch: dict[str, Any], mesh: Any) -> dict[str, jax.Array]:
-    return put_batch({name: batch[name] for name in ("image", "colour_shift", "label", "mask")}, mesh)
+    return put_batch(
+        {name: batch[name] for name in ("image", "colour_shift", "label", "mask")}, mesh
+    )
 
 
 def add(sums: Sums, pending: Sums | None, bar: tqdm) -> Sums:
@@ -383,7 +516,9 @@ def add(sums: Sums, pending: Sums | None, bar: tqdm) -> Sums:
 
 def progress_bar(name: str, total: int, initial: int = 0) -> tqdm:
     hidden = None if is_first() else True  # None: where there is no terminal
-    return tqdm(desc=name, total=total, initial=initial, unit=" images", leave=False, disable=hidden)
+    return tqdm(
+        desc=name, total=total, initial=initial, unit=" images", leave=False, disable=hidden
+    )
 
 
 @jax.jit

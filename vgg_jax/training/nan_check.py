@@ -14,14 +14,24 @@ from vgg_jax.ops.convolution import compiler_options
 from vgg_jax.training.step import Batch, TrainState
 
 
-def first_nonfinite(state: TrainState, batch: Batch, *, model: VGG, mean_rgb: tuple[float, float, float]) -> str:
+def first_nonfinite(
+    state: TrainState, batch: Batch, *, model: VGG, mean_rgb: tuple[float, float, float]
+) -> str:
     """Of the step that `train_step` makes of this state and batch: "the output of conv3_1", or, where all outputs and the loss are finite,
     "the gradient of fc7", in the order in which they are computed; "the update" where all gradients are finite, too.
 
     Compiles and runs the step once more. Micro-batches are computed at once: dropout then draws otherwise.
     """
-    names = tuple(layer.name for layer in layer_table(model.config, model.num_classes, model.batch_norm, model.image_size))
-    run = jax.jit(partial(_step, model=model, mean_rgb=mean_rgb, names=names), compiler_options=compiler_options(dtype=model.dtype))
+    names = tuple(
+        layer.name
+        for layer in layer_table(
+            model.config, model.num_classes, model.batch_norm, model.image_size
+        )
+    )
+    run = jax.jit(
+        partial(_step, model=model, mean_rgb=mean_rgb, names=names),
+        compiler_options=compiler_options(dtype=model.dtype),
+    )
     outputs, gradients = jax.device_get(run(state, batch))
     for name in names:
         if not _finite(outputs[name]):
@@ -35,7 +45,12 @@ def first_nonfinite(state: TrainState, batch: Batch, *, model: VGG, mean_rgb: tu
 
 
 def _step(
-    state: TrainState, batch: Batch, *, model: VGG, mean_rgb: tuple[float, float, float], names: tuple[str, ...]
+    state: TrainState,
+    batch: Batch,
+    *,
+    model: VGG,
+    mean_rgb: tuple[float, float, float],
+    names: tuple[str, ...],
 ) -> tuple[dict, dict]:
     def loss(params: Any) -> tuple[jax.Array, dict]:
         variables = {"params": params, "batch_stats": state.batch_stats}
@@ -43,7 +58,16 @@ def _step(
         rngs = {"dropout": jax.random.fold_in(state.key, state.step)}
         # Of each layer by itself: of a ReLU, done along with a convolution, no minus infinity comes out.
         layers: Any
-        layers, _ = model.apply(variables, images, names, train=True, mask=batch["mask"], rngs=rngs, mutable=["batch_stats"], method="_run")
+        layers, _ = model.apply(
+            variables,
+            images,
+            names,
+            train=True,
+            mask=batch["mask"],
+            rngs=rngs,
+            mutable=["batch_stats"],
+            method="_run",
+        )
         total = sums_of(layers["fc8"][:, 0, 0], batch["label"], batch["mask"]).loss
         return total, layers | {"loss": total}
 

@@ -21,7 +21,9 @@ def sgd(config: TrainConfig) -> optax.GradientTransformation:
     @optax.inject_hyperparams
     def transformation(learning_rate: Array) -> optax.GradientTransformation:
         return optax.chain(
-            optax.add_decayed_weights(config.weight_decay, mask=functools.partial(_decayed, config)),
+            optax.add_decayed_weights(
+                config.weight_decay, mask=functools.partial(_decayed, config)
+            ),
             optax.sgd(learning_rate, config.momentum),
         )
 
@@ -43,9 +45,13 @@ def _decayed(config: TrainConfig, params: dict) -> dict:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def set_learning_rate(opt_state: optax.InjectHyperparamsState, rate: float) -> optax.InjectHyperparamsState:
+def set_learning_rate(
+    opt_state: optax.InjectHyperparamsState, rate: float
+) -> optax.InjectHyperparamsState:
     old = opt_state.hyperparams["learning_rate"]
-    new = jax.device_put(jnp.asarray(rate, old.dtype), old.sharding)  # the same kind of array: nothing is compiled again
+    new = jax.device_put(
+        jnp.asarray(rate, old.dtype), old.sharding
+    )  # the same kind of array: nothing is compiled again
     return opt_state._replace(hyperparams={**opt_state.hyperparams, "learning_rate": new})
 
 

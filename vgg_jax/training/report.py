@@ -9,13 +9,17 @@ from vgg_jax.metrics import Sums, averages
 WAITING = 0.2  # of the time; less is the start of the stream and chance
 
 
-def epoch_record(epoch: int, seconds: float, waited: float, rate: float, sums: Sums, validated: Sums, size: int) -> dict[str, Any]:
+def epoch_record(
+    epoch: int, seconds: float, waited: float, rate: float, sums: Sums, validated: Sums, size: int
+) -> dict[str, Any]:
     """What metrics.jsonl says of an epoch. Training loss and errors are those of the steps, dropout and distortions on.
 
     `waited` are the seconds of `seconds` in which the next batch was not there yet. Each part has the `count` of images that it is over.
     """
     parts = {"train": averages(sums), "validation": averages(validated)}
-    parts = {name: values | {"accuracy": 1 - values["top1_error"]} for name, values in parts.items()}
+    parts = {
+        name: values | {"accuracy": 1 - values["top1_error"]} for name, values in parts.items()
+    }
     return {
         "epoch": epoch,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
@@ -41,12 +45,17 @@ def bottleneck(share: float) -> str:
 
     The host prepares a batch while the device computes one. Where the device is slower the batch is there when it is asked for.
     """
-    return f"bound by the {'input' if share > WAITING else 'device'} (waited {share:.0%} for images)"
+    return (
+        f"bound by the {'input' if share > WAITING else 'device'} (waited {share:.0%} for images)"
+    )
 
 
 def stuck(history: list[dict[str, Any]], classes: int) -> bool:
     """Whether the second epoch in a row, but not the third, ends at the loss of guessing."""
-    at_chance = [abs(record["train"]["loss"] - math.log(classes)) < 0.01 * math.log(classes) for record in history]
+    at_chance = [
+        abs(record["train"]["loss"] - math.log(classes)) < 0.01 * math.log(classes)
+        for record in history
+    ]
     return classes > 1 and at_chance[-2:] == [True, True] and at_chance[-3:] != [True] * 3
 
 

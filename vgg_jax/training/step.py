@@ -16,7 +16,16 @@ from jax.sharding import Mesh, PartitionSpec
 
 from vgg_jax.configs.models import TrainConfig
 from vgg_jax.configs.presets import with_learning_rate
-from vgg_jax.distributed.sharding import DATA, DATA_PARALLEL, MODEL, Layout, data_spec, make_mesh, replicated, shardings
+from vgg_jax.distributed.sharding import (
+    DATA,
+    DATA_PARALLEL,
+    MODEL,
+    Layout,
+    data_spec,
+    make_mesh,
+    replicated,
+    shardings,
+)
 from vgg_jax.metrics import Sums, sums_of
 from vgg_jax.model import VGG, preprocess
 from vgg_jax.ops.convolution import compiler_options
@@ -50,7 +59,13 @@ def build_model(config: TrainConfig, num_classes: int) -> VGG:
     )
 
 
-def init_state(model: VGG, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh, layout: Layout = DATA_PARALLEL) -> TrainState:
+def init_state(
+    model: VGG,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    mesh: Mesh,
+    layout: Layout = DATA_PARALLEL,
+) -> TrainState:
     """A state at step 0, on the devices of the mesh, its parameters drawn from the seed: the same for any mesh and layout."""
     key = jax.random.key(seed)
     options: dict[str, Any] = {"compiler_options": compiler_options()}
@@ -58,7 +73,9 @@ def init_state(model: VGG, optimizer: optax.GradientTransformation, seed: int, m
     drawn = {"params": places.params, "batch_stats": places.batch_stats}
     variables = jax.jit(partial(_variables, model), out_shardings=drawn, **options)(key)
     # Not in one program: the momentum would lie beside what drawing takes, and net A's start take more memory than a step (2.6, 2.2 GB).
-    return jax.jit(partial(_at_zero, optimizer), out_shardings=places, donate_argnums=0, **options)(variables, key)
+    return jax.jit(partial(_at_zero, optimizer), out_shardings=places, donate_argnums=0, **options)(
+        variables, key
+    )
 
 
 def _variables(model: VGG, key: Array) -> dict[str, Any]:
@@ -66,8 +83,16 @@ def _variables(model: VGG, key: Array) -> dict[str, Any]:
     return {"batch_stats": {}, **model.lazy_init(key, images)}
 
 
-def _at_zero(optimizer: optax.GradientTransformation, variables: dict[str, Any], key: Array) -> TrainState:
-    return TrainState(jnp.int32(0), variables["params"], variables["batch_stats"], optimizer.init(variables["params"]), key)
+def _at_zero(
+    optimizer: optax.GradientTransformation, variables: dict[str, Any], key: Array
+) -> TrainState:
+    return TrainState(
+        jnp.int32(0),
+        variables["params"],
+        variables["batch_stats"],
+        optimizer.init(variables["params"]),
+        key,
+    )
 
 
 def _state(model: VGG, optimizer: optax.GradientTransformation, key: Array) -> TrainState:
@@ -94,17 +119,34 @@ def train_step(
     spread = jax.tree.map(data_spec, shardings(state.params, mesh, layout))
     parts = len(batch["label"]) // (microbatch or len(batch["label"]))
     model = model.clone(axis_name=DATA if mesh.shape[DATA] > 1 else None)
-    share = partial(_gradients, model=model, mean_rgb=mean_rgb, parts=parts, spread=spread, reduce=layout.reduce, mesh=mesh)
-    takes, gives = (spread, PartitionSpec(), PartitionSpec(DATA), PartitionSpec()), (spread, PartitionSpec(), PartitionSpec())
-    gradients, batch_stats, sums = _on_each_group(share, mesh, takes, gives)(state.params, state.batch_stats, batch, key)
+    share = partial(
+        _gradients,
+        model=model,
+        mean_rgb=mean_rgb,
+        parts=parts,
+        spread=spread,
+        reduce=layout.reduce,
+        mesh=mesh,
+    )
+    takes, gives = (
+        (spread, PartitionSpec(), PartitionSpec(DATA), PartitionSpec()),
+        (spread, PartitionSpec(), PartitionSpec()),
+    )
+    gradients, batch_stats, sums = _on_each_group(share, mesh, takes, gives)(
+        state.params, state.batch_stats, batch, key
+    )
 
     # No parameter is updated before all have been read: else XLA on a CPU updates copies of the large ones, fc6's of 0.4 GB (2-core x86, a
     # step of D, 8 photos, and of A, batch 128 at 32 pixels: 6 % of their time).
-    gradients = jax.lax.platform_dependent(gradients, cpu=jax.lax.optimization_barrier, default=lambda gradients: gradients)
+    gradients = jax.lax.platform_dependent(
+        gradients, cpu=jax.lax.optimization_barrier, default=lambda gradients: gradients
+    )
     gradients = jax.tree.map(lambda g: g / jnp.maximum(sums.count, 1), gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    return dataclasses.replace(state, step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state), sums
+    return dataclasses.replace(
+        state, step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state
+    ), sums
 
 
 def _on_each_group(function: Any, mesh: Mesh, takes: tuple, gives: Any) -> Any:
@@ -113,7 +155,9 @@ def _on_each_group(function: Any, mesh: Mesh, takes: tuple, gives: Any) -> Any:
         return function
     manual = {DATA} if mesh.shape[MODEL] > 1 else {DATA, MODEL}
     # Unchecked: the gradients that are written by hand do not say along which axes they differ.
-    return jax.shard_map(function, mesh=mesh, in_specs=takes, out_specs=gives, axis_names=manual, check_vma=False)
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=takes, out_specs=gives, axis_names=manual, check_vma=False
+    )
 
 
 def _total(value: Any, mesh: Mesh) -> Any:
@@ -136,26 +180,44 @@ def _gradients(
     """Of a device's share of the batch: the whole batch's gradients, running statistics and sums. They are exchanged once a step."""
     params = jax.tree.map(_gathered, params, spread)
 
-    def loss(params: Any, batch_stats: Any, part: Batch, key: Array) -> tuple[Array, tuple[Any, Sums]]:
+    def loss(
+        params: Any, batch_stats: Any, part: Batch, key: Array
+    ) -> tuple[Array, tuple[Any, Sums]]:
         images = preprocess(part["image"], mean_rgb, part["colour_shift"])
-        params = {name: jax.lax.stop_gradient(layer) if name in model.frozen else layer for name, layer in params.items()}
+        params = {
+            name: jax.lax.stop_gradient(layer) if name in model.frozen else layer
+            for name, layer in params.items()
+        }
         variables = {"params": params, "batch_stats": batch_stats}
         logits: Any
-        logits, updated = model.apply(variables, images, train=True, mask=part["mask"], rngs={"dropout": key}, mutable=["batch_stats"])
+        logits, updated = model.apply(
+            variables,
+            images,
+            train=True,
+            mask=part["mask"],
+            rngs={"dropout": key},
+            mutable=["batch_stats"],
+        )
         sums = sums_of(logits, part["label"], part["mask"])
         return sums.loss, (updated.get("batch_stats", batch_stats), sums)
 
     def add(carry: tuple, numbered_part: tuple[Array, Batch]) -> tuple[tuple, Sums]:
         gradients, batch_stats = carry
         number, part = numbered_part
-        more, (batch_stats, sums) = jax.grad(loss, has_aux=True)(params, batch_stats, part, jax.random.fold_in(key, number))
+        more, (batch_stats, sums) = jax.grad(loss, has_aux=True)(
+            params, batch_stats, part, jax.random.fold_in(key, number)
+        )
         return (jax.tree.map(jnp.add, gradients, more), batch_stats), sums
 
     if parts == 1:
-        gradients, (batch_stats, sums) = jax.grad(loss, has_aux=True)(params, batch_stats, batch, key)
+        gradients, (batch_stats, sums) = jax.grad(loss, has_aux=True)(
+            params, batch_stats, batch, key
+        )
     else:
         # Every parts-th example makes a part: each device's share of a part is then in its own share of the batch.
-        split = jax.tree.map(lambda x: x.reshape(len(x) // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+        split = jax.tree.map(
+            lambda x: x.reshape(len(x) // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch
+        )
         start = (jax.tree.map(jnp.zeros_like, params), batch_stats)
         (gradients, batch_stats), sums = jax.lax.scan(add, start, (jnp.arange(parts), split))
         sums = jax.tree.map(lambda x: x.sum(0), sums)
@@ -166,14 +228,20 @@ def _gradients(
 
 def _gathered(param: Array, spread: PartitionSpec) -> Array:
     """A parameter that lies spread over "data", in one piece."""
-    return jax.lax.all_gather(param, DATA, axis=tuple(spread).index(DATA), tiled=True) if DATA in spread else param
+    return (
+        jax.lax.all_gather(param, DATA, axis=tuple(spread).index(DATA), tiled=True)
+        if DATA in spread
+        else param
+    )
 
 
 def _reduced(gradient: Array, spread: PartitionSpec, dtype: str) -> Array:
     """The sum of a gradient over "data", spread as its parameter is."""
     wide, gradient = gradient.dtype, gradient.astype(dtype) if dtype == "bfloat16" else gradient
     if DATA in spread:
-        total = jax.lax.psum_scatter(gradient, DATA, scatter_dimension=tuple(spread).index(DATA), tiled=True)
+        total = jax.lax.psum_scatter(
+            gradient, DATA, scatter_dimension=tuple(spread).index(DATA), tiled=True
+        )
     else:
         total = jax.lax.psum(gradient, DATA)
     return total.astype(wide)
@@ -193,10 +261,14 @@ def eval_step(
 
     def share(variables: dict[str, Any], batch: Batch) -> Sums:
         variables = jax.tree.map(_gathered, variables, spread)
-        logits: Any = model.apply(variables, preprocess(batch["image"], mean_rgb, batch["colour_shift"]))
+        logits: Any = model.apply(
+            variables, preprocess(batch["image"], mean_rgb, batch["colour_shift"])
+        )
         return _total(sums_of(logits, batch["label"], batch["mask"]), mesh)
 
-    return _on_each_group(share, mesh, (spread, PartitionSpec(DATA)), PartitionSpec())(variables, batch)
+    return _on_each_group(share, mesh, (spread, PartitionSpec(DATA)), PartitionSpec())(
+        variables, batch
+    )
 
 
 def compile_steps(
@@ -211,10 +283,17 @@ def compile_steps(
     static: dict[str, Any] = {"model": model, "mean_rgb": mean_rgb, "mesh": mesh, "layout": layout}
     optimizer = sgd(config)
     step = partial(train_step, optimizer=optimizer, microbatch=config.microbatch, **static)
-    places = shardings(jax.eval_shape(partial(_state, model, optimizer), jax.random.key(0)), mesh, layout)
+    places = shardings(
+        jax.eval_shape(partial(_state, model, optimizer), jax.random.key(0)), mesh, layout
+    )
     options: dict[str, Any] = {"compiler_options": compiler_options(dtype=model.dtype)}
     return (
-        jax.jit(step, donate_argnums=() if keep_state else 0, out_shardings=(places, replicated(mesh)), **options),
+        jax.jit(
+            step,
+            donate_argnums=() if keep_state else 0,
+            out_shardings=(places, replicated(mesh)),
+            **options,
+        ),
         jax.jit(partial(eval_step, **static), out_shardings=replicated(mesh), **options),
     )
 
@@ -242,9 +321,20 @@ def step_memory(config: TrainConfig, num_classes: int) -> dict[str, int]:
     draw = jax.jit(partial(_variables, model), compiler_options=compiler_options())
     total = max(_memory(step.lower(state, batch)), _memory(draw.lower(jax.random.key(0))))
     total += RUNTIME if jax.default_backend() == "cpu" else 0
-    return {"state": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state.params, state.opt_state))), "total": total}
+    return {
+        "state": sum(
+            leaf.size * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves((state.params, state.opt_state))
+        ),
+        "total": total,
+    }
 
 
 def _memory(lowered: jax.stages.Lowered) -> int:
     found: Any = lowered.compile().memory_analysis()
-    return found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes + found.temp_size_in_bytes
+    return (
+        found.argument_size_in_bytes
+        + found.output_size_in_bytes
+        - found.alias_size_in_bytes
+        + found.temp_size_in_bytes
+    )

@@ -40,14 +40,26 @@ class Weights:
     def variables(self) -> dict[str, Any]:
         """What `model.apply` takes, for images that are not divided by a deviation."""
         params = divided(self.params, self.preprocessing.std_rgb)
-        return {"params": params, "batch_stats": self.batch_stats} if self.model.batch_norm else {"params": params}
+        return (
+            {"params": params, "batch_stats": self.batch_stats}
+            if self.model.batch_norm
+            else {"params": params}
+        )
 
     def __str__(self) -> str:
-        parts = [f"{self.net}{' with batch normalisation' if self.model.batch_norm else ''} in {self.layout}'s layout"]
+        parts = [
+            f"{self.net}{' with batch normalisation' if self.model.batch_norm else ''} in {self.layout}'s layout"
+        ]
         parts += [] if self.top else ["without fully connected layers"]
-        parts += ["conv1_1 turned from BGR to RGB"] if any(layout.bgr for layout in LAYOUTS if layout.name == self.layout) else []
+        parts += (
+            ["conv1_1 turned from BGR to RGB"]
+            if any(layout.bgr for layout in LAYOUTS if layout.name == self.layout)
+            else []
+        )
         if self.preprocessing.std_rgb != NO_STD:
-            parts.append(f"deviation ({', '.join(f'{std:.3f}' for std in self.preprocessing.std_rgb)}) to be divided into conv1_1")
+            parts.append(
+                f"deviation ({', '.join(f'{std:.3f}' for std in self.preprocessing.std_rgb)}) to be divided into conv1_1"
+            )
         return ", ".join(parts)
 
 
@@ -61,10 +73,21 @@ def read(path: str | os.PathLike, net: str | None = None) -> Weights:
     if path_of(path).is_dir():
         model, variables, metadata = load(path, net)
         known = metadata["preprocessing"]
-        preprocessing = Preprocessing(tuple(known["mean_rgb"]), NO_STD, known["scale"], metadata["flip"], known["exif"])
+        preprocessing = Preprocessing(
+            tuple(known["mean_rgb"]), NO_STD, known["scale"], metadata["flip"], known["exif"]
+        )
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
         model = model.clone(dtype=jnp.float32)  # whatever it was trained in
-        return Weights(metadata["net"], "vgg_jax", model, params, batch_stats, True, preprocessing, metadata["classes"])
+        return Weights(
+            metadata["net"],
+            "vgg_jax",
+            model,
+            params,
+            batch_stats,
+            True,
+            preprocessing,
+            metadata["classes"],
+        )
     with local_file(path) as file:
         return _read(file, net)
 
@@ -79,38 +102,65 @@ def _read(path: Path, net: str | None) -> Weights:
         raise InputError(f"{path}: {error}") from error
     trees: dict[str, dict[str, dict[str, np.ndarray]]] = {"params": {}, "batch_stats": {}}
     numbers = sum(math.prod(row.shape) for row in found.rows)
-    if numbers > 4 * path.stat().st_size:  # a number has 2 bytes at least, and weights compress by less than 8
-        raise InputError(f"{path} says that it holds {numbers:,} numbers in {path.stat().st_size:,} bytes: expected them all in the file")
+    if (
+        numbers > 4 * path.stat().st_size
+    ):  # a number has 2 bytes at least, and weights compress by less than 8
+        raise InputError(
+            f"{path} says that it holds {numbers:,} numbers in {path.stat().st_size:,} bytes: expected them all in the file"
+        )
     with damage_named(path):
         for row in found.rows:
             group, layer, leaf = row.ours
-            trees[group].setdefault(layer, {})[leaf] = row.to_ours(contents.tensors[row.theirs].read().astype(np.float32))
+            trees[group].setdefault(layer, {})[leaf] = row.to_ours(
+                contents.tensors[row.theirs].read().astype(np.float32)
+            )
     preprocessing, top = found.layout.preprocessing, found.top
     head = [name for name in trees["params"] if name.startswith("fc")]
-    if found.layout.name == "torchvision" and any(np.isnan(trees["params"][name]["kernel"]).all() for name in head):
+    if found.layout.name == "torchvision" and any(
+        np.isnan(trees["params"][name]["kernel"]).all() for name in head
+    ):
         # IMAGENET1K_FEATURES, the authors' own convolutions: the classifier is not a number, and the images are as the authors had them.
         preprocessing, top = FEATURES, False
-        trees["params"] = {name: layer for name, layer in trees["params"].items() if name not in head}
+        trees["params"] = {
+            name: layer for name, layer in trees["params"].items() if name not in head
+        }
     preprocessing = preprocessing._replace(**notes["preprocessing"])
     classes = notes.get("classes") or class_names(found.num_classes)
     if top and len(classes) != found.num_classes:
-        raise InputError(f"{path} names {len(classes)} classes and fc8 has {found.num_classes}: expected a name for each")
+        raise InputError(
+            f"{path} names {len(classes)} classes and fc8 has {found.num_classes}: expected a name for each"
+        )
     model = VGG(found.config, len(classes), found.batch_norm, image_size=found.image_size)
-    return Weights(found.net, found.layout.name, model, trees["params"], trees["batch_stats"], top, preprocessing, classes)
+    return Weights(
+        found.net,
+        found.layout.name,
+        model,
+        trees["params"],
+        trees["batch_stats"],
+        top,
+        preprocessing,
+        classes,
+    )
 
 
-def load(path: str | os.PathLike, net: str | None = None) -> tuple[VGG, dict[str, Any], dict[str, Any]]:
+def load(
+    path: str | os.PathLike, net: str | None = None
+) -> tuple[VGG, dict[str, Any], dict[str, Any]]:
     """The network of a run's folder, by `vgg_jax.runs.checkpoint.load`, or in a file of weights, by `load_file`."""
     if not path_of(path).is_dir():
         return load_file(path, net)
     if net is not None:
-        raise InputError(f"net is {net!r} and {path} is a folder: expected a net for a file of weights only; a run knows its own")
+        raise InputError(
+            f"net is {net!r} and {path} is a folder: expected a net for a file of weights only; a run knows its own"
+        )
     from vgg_jax.runs.checkpoint import load  # orbax comes with the extra `train`
 
     return load(path)
 
 
-def load_file(path: str | os.PathLike, net: str | None = None) -> tuple[VGG, dict[str, Any], dict[str, Any]]:
+def load_file(
+    path: str | os.PathLike, net: str | None = None
+) -> tuple[VGG, dict[str, Any], dict[str, Any]]:
     """The network in a file of weights: `(model, variables, metadata)`, for images float RGB, 0-255, less `mean_rgb`.
 
     A deviation that the net's images were divided by goes into conv1_1; `metadata["source"]` says what was done. Without fully
@@ -128,7 +178,8 @@ def metadata_of(weights: Weights) -> dict[str, Any]:
         "range": (0, 255),
         "channels": "RGB",
         "image_size": size,
-        "scale": known.scale or round(size * 256 / 224),  # Q, the shorter side; the centre crop is read
+        "scale": known.scale
+        or round(size * 256 / 224),  # Q, the shorter side; the centre crop is read
         "interpolation": "bilinear, antialiased",
         "exif": known.exif,
     }
@@ -137,7 +188,11 @@ def metadata_of(weights: Weights) -> dict[str, Any]:
 
 
 def save(
-    path: str | os.PathLike, weights: Weights, layout: str = "vgg_jax", dtype: Any = np.float32, more: Mapping[str, Any] | None = None
+    path: str | os.PathLike,
+    weights: Weights,
+    layout: str = "vgg_jax",
+    dtype: Any = np.float32,
+    more: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a .safetensors file in a layout of `WRITTEN`, whole or not at all, with `more` in its metadata.
 
@@ -150,26 +205,48 @@ def save(
     if layout not in WRITTEN:
         raise InputError(f"layout is {layout!r}: expected one of {', '.join(WRITTEN)}")
     if layout != "vgg_jax" and weights.net not in ("A", "B", "D", "E"):
-        raise InputError(f"the net is {weights.net}, which {layout} does not have: expected A, B, D or E; pass the layout vgg_jax")
+        raise InputError(
+            f"the net is {weights.net}, which {layout} does not have: expected A, B, D or E; pass the layout vgg_jax"
+        )
     there = next(each for each in LAYOUTS if each.name == layout)
     std = weights.preprocessing.std_rgb if layout == "vgg_jax" else there.preprocessing.std_rgb
     params = weights.params
     if std != weights.preprocessing.std_rgb:
-        params = divided(params, tuple(ours / theirs for ours, theirs in zip(weights.preprocessing.std_rgb, std, strict=True)))
+        params = divided(
+            params,
+            tuple(
+                ours / theirs
+                for ours, theirs in zip(weights.preprocessing.std_rgb, std, strict=True)
+            ),
+        )
     trees, model = {"params": params, "batch_stats": weights.batch_stats}, weights.model
     tensors = {}
-    for row in rows(there, model.config, model.num_classes, model.batch_norm, model.image_size, weights.top):
+    for row in rows(
+        there, model.config, model.num_classes, model.batch_norm, model.image_size, weights.top
+    ):
         group, layer, leaf = row.ours
         tensors[row.theirs] = row.to_theirs(np.asarray(trees[group][layer][leaf])).astype(dtype)
-    known = weights.preprocessing._replace(std_rgb=std, scale=metadata_of(weights)["preprocessing"]["scale"])
-    notes = {"net": weights.net, "image_size": model.image_size, "classes": weights.classes} | known._asdict()
+    known = weights.preprocessing._replace(
+        std_rgb=std, scale=metadata_of(weights)["preprocessing"]["scale"]
+    )
+    notes = {
+        "net": weights.net,
+        "image_size": model.image_size,
+        "classes": weights.classes,
+    } | known._asdict()
     file = of_this_machine(path)
     temporary = file.with_name(file.name + ".part")
     try:
-        save_file(tensors, temporary, metadata={"format": "pt", "vgg_jax": json.dumps(notes | dict(more or {}))})
+        save_file(
+            tensors,
+            temporary,
+            metadata={"format": "pt", "vgg_jax": json.dumps(notes | dict(more or {}))},
+        )
         os.replace(temporary, path)
     except (SafetensorError, OSError) as error:
-        raise InputError(f"cannot write {path} ({error}): expected a folder that can be written to, with room for the file") from error
+        raise InputError(
+            f"cannot write {path} ({error}): expected a folder that can be written to, with room for the file"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -184,7 +261,9 @@ def divided(params: Tree, std_rgb: tuple[float, ...]) -> Tree:
     if std_rgb == NO_STD:
         return params
     first = params["conv1_1"]
-    kernel = (np.asarray(first["kernel"], np.float64) / np.array(std_rgb)[None, None, :, None]).astype(np.float32)
+    kernel = (
+        np.asarray(first["kernel"], np.float64) / np.array(std_rgb)[None, None, :, None]
+    ).astype(np.float32)
     return {**params, "conv1_1": {**first, "kernel": kernel}}
 
 
@@ -202,11 +281,17 @@ def _notes(raw: Mapping[str, Any]) -> dict[str, Any]:
         for name in ("mean_rgb", "std_rgb"):
             if name in raw:
                 known[name] = tuple(float(value) for value in raw[name])
-                if len(known[name]) != 3 or not np.isfinite(known[name]).all() or (name == "std_rgb" and min(known[name]) <= 0):
+                if (
+                    len(known[name]) != 3
+                    or not np.isfinite(known[name]).all()
+                    or (name == "std_rgb" and min(known[name]) <= 0)
+                ):
                     raise ValueError(f"{name} is {known[name]}")
         if raw.get("scale") is not None:
             known["scale"] = int(raw["scale"])
         known |= {name: bool(raw[name]) for name in ("flip", "exif") if name in raw}
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"its metadata cannot be read ({error}): expected what vgg_jax writes") from error
+        raise InputError(
+            f"its metadata cannot be read ({error}): expected what vgg_jax writes"
+        ) from error
     return notes

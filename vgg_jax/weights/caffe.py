@@ -21,8 +21,14 @@ def read(path: Path) -> Contents:
             continue
         name_field, blobs_field = {2: (4, 6), 100: (1, 7)}[number]
         layer = list(_fields(message))
-        names = [bytes(value).decode() for field, value in layer if field == name_field and not isinstance(value, int)]
-        blobs = [value for field, value in layer if field == blobs_field and not isinstance(value, int)]
+        names = [
+            bytes(value).decode()
+            for field, value in layer
+            if field == name_field and not isinstance(value, int)
+        ]
+        blobs = [
+            value for field, value in layer if field == blobs_field and not isinstance(value, int)
+        ]
         for i, blob in enumerate(blobs):
             tensors[f"{names[-1]}/{i}"] = _blob(blob, f"{path}: {names[-1]}")
     return Contents(tensors, {})
@@ -37,7 +43,11 @@ def _blob(data: memoryview, name: str) -> Tensor:
         if field <= 4 and isinstance(value, int):
             legacy[field] = value
         elif field == 7 and not isinstance(value, int):
-            shape = [number for _, dims in _fields(value) for number in ([dims] if isinstance(dims, int) else _varints(dims))][:9]
+            shape = [
+                number
+                for _, dims in _fields(value)
+                for number in ([dims] if isinstance(dims, int) else _varints(dims))
+            ][:9]
         elif field in (5, 8) and not isinstance(value, int):
             parts.append((value, {5: "<f4", 8: "<f8"}[field]))
     if shape is None:
@@ -48,8 +58,13 @@ def _blob(data: memoryview, name: str) -> Tensor:
         raise InputError(f"{name} has {len(shape)} or more axes: expected at most four")
     stored = sum(len(part) // int(kind[2]) for part, kind in parts)
     if stored != math.prod(shape):
-        raise InputError(f"{name} has the shape {tuple(shape)} and {stored} numbers: expected as many as the shape says")
-    return Tensor(tuple(shape), lambda: np.concatenate([np.frombuffer(part, kind) for part, kind in parts]).reshape(shape))
+        raise InputError(
+            f"{name} has the shape {tuple(shape)} and {stored} numbers: expected as many as the shape says"
+        )
+    return Tensor(
+        tuple(shape),
+        lambda: np.concatenate([np.frombuffer(part, kind) for part, kind in parts]).reshape(shape),
+    )
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:

@@ -26,20 +26,39 @@ def against_torch(weights: Weights, seed: int = 0) -> dict[str, float]:
         import torch
         from torch.nn import functional
     except ImportError as error:
-        raise InputError(f"the check against PyTorch needs torch ({error}): pip install torch") from error
+        raise InputError(
+            f"the check against PyTorch needs torch ({error}): pip install torch"
+        ) from error
     model = weights.model
     table = layer_table(model.config, model.num_classes, model.batch_norm, model.image_size)
-    end = len(table) if weights.top else next(i for i, layer in enumerate(table) if layer.kind == "fc")
+    end = (
+        len(table)
+        if weights.top
+        else next(i for i, layer in enumerate(table) if layer.kind == "fc")
+    )
     table = tuple(layer for layer in table[:end] if layer.kind != "drop")
-    pixels = np.random.default_rng(seed).integers(0, 256, (1, model.image_size, model.image_size, 3)).astype(np.float32)
+    pixels = (
+        np.random.default_rng(seed)
+        .integers(0, 256, (1, model.image_size, model.image_size, 3))
+        .astype(np.float32)
+    )
     mean, std = (np.array(values, np.float32) for values in weights.preprocessing[:2])
-    features = jax.jit(model.apply, static_argnames=("layers", "method"), compiler_options=compiler_options())
-    ours = features(weights.variables, jnp.asarray(pixels - mean), layers=tuple(layer.name for layer in table), method="features")
+    features = jax.jit(
+        model.apply, static_argnames=("layers", "method"), compiler_options=compiler_options()
+    )
+    ours = features(
+        weights.variables,
+        jnp.asarray(pixels - mean),
+        layers=tuple(layer.name for layer in table),
+        method="features",
+    )
 
     layout = next(each for each in LAYOUTS if each.name == "torchvision")
     trees = {"params": weights.params, "batch_stats": weights.batch_stats}
     tensors: dict[tuple[str, str], torch.Tensor] = {}
-    for row in rows(layout, model.config, model.num_classes, model.batch_norm, model.image_size, weights.top):
+    for row in rows(
+        layout, model.config, model.num_classes, model.batch_norm, model.image_size, weights.top
+    ):
         group, layer, leaf = row.ours
         tensors[layer, leaf] = torch.from_numpy(row.to_theirs(trees[group][layer][leaf]))
     x = torch.from_numpy((pixels - mean) / std).permute(0, 3, 1, 2)
@@ -47,9 +66,13 @@ def against_torch(weights: Weights, seed: int = 0) -> dict[str, float]:
     with torch.inference_mode():
         for name, kind, _, kernel in table:
             if kind == "conv":
-                x = functional.conv2d(x, tensors[name, "kernel"], tensors[name, "bias"], padding=kernel // 2)
+                x = functional.conv2d(
+                    x, tensors[name, "kernel"], tensors[name, "bias"], padding=kernel // 2
+                )
             elif kind == "bn":
-                mean_, var, scale, bias = (tensors[name, leaf] for leaf in ("mean", "var", "scale", "bias"))
+                mean_, var, scale, bias = (
+                    tensors[name, leaf] for leaf in ("mean", "var", "scale", "bias")
+                )
                 x = functional.batch_norm(x, mean_, var, scale, bias)
             elif kind == "relu":
                 x = functional.relu(x)
@@ -60,6 +83,8 @@ def against_torch(weights: Weights, seed: int = 0) -> dict[str, float]:
             else:
                 x = functional.linear(x.flatten(1), tensors[name, "kernel"], tensors[name, "bias"])
             theirs = x.numpy().transpose(0, 2, 3, 1) if x.ndim == 4 else x.numpy()[:, None, None]
-            difference = float(np.abs(np.asarray(ours[name]) - theirs).max() / max(np.abs(theirs).max(), 1e-30))
+            difference = float(
+                np.abs(np.asarray(ours[name]) - theirs).max() / max(np.abs(theirs).max(), 1e-30)
+            )
             differences[name] = difference if math.isfinite(difference) else math.inf
     return differences

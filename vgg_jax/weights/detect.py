@@ -31,8 +31,16 @@ def recognize(shapes: Shapes, net: str | None = None, image_size: int | None = N
     unless `image_size` is another that does.
     """
     nets = [net] if net else [name for name, config in CONFIGS.items() if not config.lrn]
-    kinds = [(layout, batch_norm) for layout in LAYOUTS for batch_norm in ((False, True) if "mean" in layout.leaves else (False,))]
-    candidates = [_candidate(shapes, layout, name, batch_norm) for layout, batch_norm in kinds for name in nets]
+    kinds = [
+        (layout, batch_norm)
+        for layout in LAYOUTS
+        for batch_norm in ((False, True) if "mean" in layout.leaves else (False,))
+    ]
+    candidates = [
+        _candidate(shapes, layout, name, batch_norm)
+        for layout, batch_norm in kinds
+        for name in nets
+    ]
     nearest = min(candidates, key=lambda candidate: len(differences(shapes, candidate)))
     if not any(row.theirs in shapes for row in nearest.rows):
         raise InputError(
@@ -41,22 +49,38 @@ def recognize(shapes: Shapes, net: str | None = None, image_size: int | None = N
         )
     found = differences(shapes, nearest)
     poolings = 2 ** len(nearest.config.stages)
-    if image_size is not None and nearest.top and image_size // poolings != nearest.image_size // poolings:
-        found.append(f"image_size is {image_size}, and fc6 has {nearest.image_size // poolings}² positions")
+    if (
+        image_size is not None
+        and nearest.top
+        and image_size // poolings != nearest.image_size // poolings
+    ):
+        found.append(
+            f"image_size is {image_size}, and fc6 has {nearest.image_size // poolings}² positions"
+        )
     if found:
         which = f"{nearest.net}{' with batch normalisation' if nearest.batch_norm else ''} as {nearest.layout.name} has it"
-        raise InputError(f"these are not the weights of a VGG; of {which}, which comes nearest: {'; '.join(found)}")
+        raise InputError(
+            f"these are not the weights of a VGG; of {which}, which comes nearest: {'; '.join(found)}"
+        )
     return nearest._replace(image_size=image_size or nearest.image_size)
 
 
 def differences(shapes: Shapes, candidate: Recognized) -> list[str]:
     """What is missing, misshapen and too much, each in a few words."""
     expected = {row.theirs: row.shape for row in candidate.rows}
-    missing = [f"{name} {shape} is missing" for name, shape in expected.items() if name not in shapes]
-    misshapen = [
-        f"{name} is {shapes[name]} instead of {shape}" for name, shape in expected.items() if name in shapes and shapes[name] != shape
+    missing = [
+        f"{name} {shape} is missing" for name, shape in expected.items() if name not in shapes
     ]
-    extra = [f"{name} is too much" for name in shapes if name not in expected and not re.fullmatch(candidate.layout.ignored, name)]
+    misshapen = [
+        f"{name} is {shapes[name]} instead of {shape}"
+        for name, shape in expected.items()
+        if name in shapes and shapes[name] != shape
+    ]
+    extra = [
+        f"{name} is too much"
+        for name in shapes
+        if name not in expected and not re.fullmatch(candidate.layout.ignored, name)
+    ]
     return missing + misshapen + extra
 
 
@@ -64,12 +88,18 @@ def _candidate(shapes: Shapes, layout: Layout, net: str, batch_norm: bool) -> Re
     """A net in a layout with the widths that the file's fully connected layers have."""
     config = CONFIGS[net]
     modules = layout.modules(layer_table(config, batch_norm=batch_norm))
-    widths, inputs, window = {"fc6": config.fc[0], "fc7": config.fc[1], "fc8": 1000}, config.stages[-1][-1].width, 7
+    widths, inputs, window = (
+        {"fc6": config.fc[0], "fc7": config.fc[1], "fc8": 1000},
+        config.stages[-1][-1].width,
+        7,
+    )
     top = False
     for name in widths:
         shape = shapes.get(modules[name] + layout.leaves["kernel"])
         top = top or shape is not None
-        side, width = window_and_width(layout.patterns.get(name) or layout.patterns["fc"], shape or (), inputs)
+        side, width = window_and_width(
+            layout.patterns.get(name) or layout.patterns["fc"], shape or (), inputs
+        )
         if 0 < width <= _WIDEST and 0 < side <= _LARGEST_WINDOW:
             widths[name] = width
             window = side if name == "fc6" else window

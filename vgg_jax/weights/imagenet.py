@@ -3,4 +3,6 @@
 from importlib import resources
 
 # "n01440764 tench, Tinca tinca": the id is what folders and TensorFlow Datasets call a class.
-CLASSES = tuple(resources.files("vgg_jax.weights").joinpath("imagenet_classes.txt").read_text().splitlines())
+CLASSES = tuple(
+    resources.files("vgg_jax.weights").joinpath("imagenet_classes.txt").read_text().splitlines()
+)

@@ -21,23 +21,33 @@ class Preprocessing(NamedTuple):
 
     mean_rgb: tuple[float, float, float]
     std_rgb: tuple[float, float, float] = NO_STD
-    scale: int | None = None  # Q, the shorter side; None: 256 for a net of 224 pixels, and in proportion
+    scale: int | None = (
+        None  # Q, the shorter side; None: 256 for a net of 224 pixels, and in proportion
+    )
     flip: bool = True  # whether a mirror image is of the same class
     exif: bool = True  # whether photos are turned upright
 
 
 # The authors' mean pixel, and what torchvision's nets were trained with, on the 0-255 scale.
 AUTHORS = Preprocessing(IMAGENET.mean_rgb)
-TORCHVISION = Preprocessing((0.485 * 255, 0.456 * 255, 0.406 * 255), (0.229 * 255, 0.224 * 255, 0.225 * 255))
-FEATURES = Preprocessing((0.48235 * 255, 0.45882 * 255, 0.40784 * 255))  # of torchvision's IMAGENET1K_FEATURES, whose deviation is 1
+TORCHVISION = Preprocessing(
+    (0.485 * 255, 0.456 * 255, 0.406 * 255), (0.229 * 255, 0.224 * 255, 0.225 * 255)
+)
+FEATURES = Preprocessing(
+    (0.48235 * 255, 0.45882 * 255, 0.40784 * 255)
+)  # of torchvision's IMAGENET1K_FEATURES, whose deviation is 1
 
 
 class Layout(NamedTuple):
     """How one library names and orders the tensors of a VGG."""
 
     name: str
-    modules: Callable[[Iterable[Layer]], Mapping[str, str]]  # of a net's layers to their names there
-    leaves: Mapping[str, str]  # of "kernel", "bias" and, if there is any, batch normalisation's four to what follows a layer's name there
+    modules: Callable[
+        [Iterable[Layer]], Mapping[str, str]
+    ]  # of a net's layers to their names there
+    leaves: Mapping[
+        str, str
+    ]  # of "kernel", "bias" and, if there is any, batch normalisation's four to what follows a layer's name there
     patterns: Mapping[str, str]  # of a kernel, by the layer's name or else its kind
     preprocessing: Preprocessing
     bgr: bool = False  # whether conv1_1 reads blue first
@@ -57,7 +67,9 @@ class Row(NamedTuple):
 
     def to_ours(self, array: np.ndarray) -> np.ndarray:
         array = array.reshape(self.split).transpose(self.axes)
-        return np.ascontiguousarray(array[:, :, ::-1] if self.bgr else array).reshape(self.our_shape)
+        return np.ascontiguousarray(array[:, :, ::-1] if self.bgr else array).reshape(
+            self.our_shape
+        )
 
     def to_theirs(self, array: np.ndarray) -> np.ndarray:
         array = array.reshape([self.split[axis] for axis in self.axes])
@@ -65,9 +77,20 @@ class Row(NamedTuple):
         return np.ascontiguousarray(array).reshape(self.shape)
 
 
-def rows(layout: Layout, config: VGGConfig, num_classes: int, batch_norm: bool, image_size: int, top: bool = True) -> list[Row]:
+def rows(
+    layout: Layout,
+    config: VGGConfig,
+    num_classes: int,
+    batch_norm: bool,
+    image_size: int,
+    top: bool = True,
+) -> list[Row]:
     """Every tensor of a net; without `top` the fully connected layers are left out."""
-    table = [layer for layer in layer_table(config, num_classes, batch_norm, image_size) if layer.kind in ("conv", "bn", "fc")]
+    table = [
+        layer
+        for layer in layer_table(config, num_classes, batch_norm, image_size)
+        if layer.kind in ("conv", "bn", "fc")
+    ]
     modules = layout.modules(layer_table(config, num_classes, batch_norm, image_size))
     found, inputs = [], 3
     for name, kind, width, window in table:
@@ -76,10 +99,15 @@ def rows(layout: Layout, config: VGGConfig, num_classes: int, batch_norm: bool, 
         if kind == "bn":
             for leaf in ("scale", "bias", "mean", "var"):
                 group = "params" if leaf in ("scale", "bias") else "batch_stats"
-                found.append(_vector(modules[name] + layout.leaves[leaf], (group, name, leaf), inputs))
+                found.append(
+                    _vector(modules[name] + layout.leaves[leaf], (group, name, leaf), inputs)
+                )
             continue
         sizes = {"O": width, "I": inputs, "H": window, "W": window}
-        pattern, ours = layout.patterns.get(name) or layout.patterns[kind], {"conv": "H W I O", "fc": "HWI O"}[kind]
+        pattern, ours = (
+            layout.patterns.get(name) or layout.patterns[kind],
+            {"conv": "H W I O", "fc": "HWI O"}[kind],
+        )
         letters = pattern.replace(" ", "")
         found.append(
             Row(
@@ -92,7 +120,9 @@ def rows(layout: Layout, config: VGGConfig, num_classes: int, batch_norm: bool, 
                 bgr=layout.bgr and inputs == 3,
             )
         )
-        found.append(_vector(modules[name] + layout.leaves["bias"], ("params", name, "bias"), width))
+        found.append(
+            _vector(modules[name] + layout.leaves["bias"], ("params", name, "bias"), width)
+        )
         inputs = width
     return found
 
@@ -119,7 +149,12 @@ def _same_names(table: Iterable[Layer]) -> dict[str, str]:
 
 
 def _torchvision(table: Iterable[Layer]) -> dict[str, str]:
-    in_features = [layer for layer in table if re.match(r"(conv|bn|relu|pool)\d(_|$)", layer.name) and layer.name not in ("relu6", "relu7")]
+    in_features = [
+        layer
+        for layer in table
+        if re.match(r"(conv|bn|relu|pool)\d(_|$)", layer.name)
+        and layer.name not in ("relu6", "relu7")
+    ]
     return {layer.name: f"features.{i}" for i, layer in enumerate(in_features)} | {
         "fc6": "classifier.0",
         "fc7": "classifier.3",
@@ -128,11 +163,17 @@ def _torchvision(table: Iterable[Layer]) -> dict[str, str]:
 
 
 def _timm(table: Iterable[Layer]) -> dict[str, str]:
-    return _torchvision(table) | {"fc6": "pre_logits.fc1", "fc7": "pre_logits.fc2", "fc8": "head.fc"}
+    return _torchvision(table) | {
+        "fc6": "pre_logits.fc1",
+        "fc7": "pre_logits.fc2",
+        "fc8": "head.fc",
+    }
 
 
 def _keras(table: Iterable[Layer]) -> dict[str, str]:
-    return {layer.name: re.sub(r"conv(\d)_(\d)", r"block\1_conv\2", layer.name) for layer in table} | {
+    return {
+        layer.name: re.sub(r"conv(\d)_(\d)", r"block\1_conv\2", layer.name) for layer in table
+    } | {
         "fc6": "fc1",
         "fc7": "fc2",
         "fc8": "predictions",
@@ -145,10 +186,18 @@ def _keras3(table: Iterable[Layer]) -> dict[str, str]:
     for kind, theirs in (("conv", "conv2d"), ("fc", "dense")):
         for i, layer in enumerate(layer for layer in table if layer.kind == kind):
             names[layer.name] = f"layers/{theirs}_{i}" if i else f"layers/{theirs}"
-    return names | {layer.name: "layers/batch_normalization" for layer in table if layer.kind == "bn"}
+    return names | {
+        layer.name: "layers/batch_normalization" for layer in table if layer.kind == "bn"
+    }
 
 
-_TORCH = {"kernel": ".weight", "bias": ".bias", "scale": ".weight", "mean": ".running_mean", "var": ".running_var"}
+_TORCH = {
+    "kernel": ".weight",
+    "bias": ".bias",
+    "scale": ".weight",
+    "mean": ".running_mean",
+    "var": ".running_var",
+}
 _BLOBS = {"kernel": "/0", "bias": "/1"}  # no batch normalisation was published
 _VARS = {"kernel": "/vars/0", "bias": "/vars/1"}
 _OURS = {leaf: f"/{leaf}" for leaf in ("kernel", "bias", "scale", "mean", "var")}
@@ -157,9 +206,31 @@ _KERAS_STATE = r"(optimizer|optimizer_weights|top_level_model_weights|metrics|va
 
 LAYOUTS = (
     Layout("vgg_jax", _same_names, _OURS, {"conv": "H W I O", "fc": "HWI O"}, AUTHORS),
-    Layout("torchvision", _torchvision, _TORCH, {"conv": "O I H W", "fc": "O IHW"}, TORCHVISION, ignored=r".*\.num_batches_tracked"),
-    Layout("timm", _timm, _TORCH, {"conv": "O I H W", "fc": "O I H W", "fc8": "O IHW"}, TORCHVISION, ignored=r".*\.num_batches_tracked"),
-    Layout("keras", _keras, _BLOBS, {"conv": "H W I O", "fc": "HWI O"}, AUTHORS, bgr=True, ignored=_KERAS_STATE),
+    Layout(
+        "torchvision",
+        _torchvision,
+        _TORCH,
+        {"conv": "O I H W", "fc": "O IHW"},
+        TORCHVISION,
+        ignored=r".*\.num_batches_tracked",
+    ),
+    Layout(
+        "timm",
+        _timm,
+        _TORCH,
+        {"conv": "O I H W", "fc": "O I H W", "fc8": "O IHW"},
+        TORCHVISION,
+        ignored=r".*\.num_batches_tracked",
+    ),
+    Layout(
+        "keras",
+        _keras,
+        _BLOBS,
+        {"conv": "H W I O", "fc": "HWI O"},
+        AUTHORS,
+        bgr=True,
+        ignored=_KERAS_STATE,
+    ),
     Layout(
         "keras 3",
         _keras3,
@@ -170,6 +241,18 @@ LAYOUTS = (
         ignored=_KERAS_STATE,
     ),
     Layout("caffe", _same_names, _BLOBS, {"conv": "O I H W", "fc": "O IHW"}, AUTHORS, bgr=True),
-    Layout("matconvnet", _same_names, {"kernel": "/filters", "bias": "/biases"}, {"conv": "H W I O", "fc": "H W I O"}, AUTHORS),
-    Layout("flaxmodels", _same_names, {"kernel": "/weight", "bias": "/bias"}, {"conv": "H W I O", "fc": "IHW O"}, TORCHVISION),
+    Layout(
+        "matconvnet",
+        _same_names,
+        {"kernel": "/filters", "bias": "/biases"},
+        {"conv": "H W I O", "fc": "H W I O"},
+        AUTHORS,
+    ),
+    Layout(
+        "flaxmodels",
+        _same_names,
+        {"kernel": "/weight", "bias": "/bias"},
+        {"conv": "H W I O", "fc": "IHW O"},
+        TORCHVISION,
+    ),
 )

@@ -35,11 +35,24 @@ NUMBERS = {
 ARRAY, COMPRESSED = 14, 15
 CELL, STRUCT, TEXT = 1, 2, 4
 # Of the classes of numbers. A double that is a whole number may be stored as one.
-DTYPES = {6: "f8", 7: "f4", 8: "i1", 9: "u1", 10: "i2", 11: "u2", 12: "i4", 13: "u4", 14: "i8", 15: "u8"}
+DTYPES = {
+    6: "f8",
+    7: "f4",
+    8: "i1",
+    9: "u1",
+    10: "i2",
+    11: "u2",
+    12: "i4",
+    13: "u4",
+    14: "i8",
+    15: "u8",
+}
 WANTED = ("layers", "meta", "normalization")
 DEEPEST = 12  # cells and structures within each other
 ARRAYS = 20_000  # in a file; a net of MatConvNet has some hundred, and 2,000 names of classes
-GROWTH = 2**13  # bytes by which numbers may grow, from a whole number of one byte to a double, at the price of an array
+GROWTH = (
+    2**13
+)  # bytes by which numbers may grow, from a whole number of one byte to a double, at the price of an array
 SLACK = 2**20  # bytes that a file may unpack to, however small it is
 
 
@@ -59,7 +72,9 @@ def read(path: Path) -> Contents:
         for normalization in place.get("normalization", []):
             mean = np.asarray(normalization.get("averageImage", ()), np.float64)
             if mean.size:
-                notes["mean_rgb"] = mean.reshape(-1, 3).mean(0) if mean.shape[-1] == 3 else mean.ravel()
+                notes["mean_rgb"] = (
+                    mean.reshape(-1, 3).mean(0) if mean.shape[-1] == 3 else mean.ravel()
+                )
     for (layer,) in found["layers"]:
         if len(layer.get("weights", [])):
             filters, biases = layer["weights"][:2]
@@ -72,7 +87,9 @@ def read(path: Path) -> Contents:
             if array.dtype.kind != "f":
                 raise InputError(f"{path}: {name} has {array.dtype}: expected numbers")
             if leaf == "filters":
-                array = array.reshape(array.shape + (1,) * (4 - array.ndim))  # MATLAB drops ones at the end
+                array = array.reshape(
+                    array.shape + (1,) * (4 - array.ndim)
+                )  # MATLAB drops ones at the end
             tensors[f"{name}/{leaf}"] = Tensor(array.shape, partial(np.asarray, array))
     return Contents(tensors, notes)
 
@@ -144,8 +161,13 @@ def _array(data: memoryview, depth: int, budget: Iterator[int]) -> tuple[str, An
         length, packed = int(_numbers(_next(parts))[0]), bytes(_next(parts)[1])
         if not 0 < length <= 64 or not 0 < len(packed) <= 100 * length:
             raise ValueError(f"{len(packed)} bytes of names, each of {length}")
-        fields = [packed[at : at + length].split(b"\0")[0].decode("latin-1") for at in range(0, len(packed), length)]
-        return name, [{field: _inside(parts, depth, budget) for field in fields} for _ in range(count)]
+        fields = [
+            packed[at : at + length].split(b"\0")[0].decode("latin-1")
+            for at in range(0, len(packed), length)
+        ]
+        return name, [
+            {field: _inside(parts, depth, budget) for field in fields} for _ in range(count)
+        ]
     if kind == TEXT:
         codes = _numbers(_next(parts)) if count else np.zeros(0, "u1")
         if len(codes) > 4 * count:  # bytes of UTF-8
