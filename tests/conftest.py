@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers.tiny import DEEP, SHALLOW
 from vgg_jax import CONFIGS
-from vgg_jax.configs.models import CHOICES
+from vgg_jax.configs.train import CHOICES
 
 # For what tests compile by the way, without `compiler_options`: a quarter of the time.
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")

@@ -31,13 +31,14 @@ import numpy as np
 
 from tests.helpers.tiny import SHALLOW
 from vgg_jax import CONFIGS
-from vgg_jax.configs.models import CHOICES
+from vgg_jax.configs.train import CHOICES
 from vgg_jax.distributed.sharding import make_mesh
+from vgg_jax.model import build_model
 from vgg_jax.runs.checkpoint import Saved
 from vgg_jax.runs.metadata import read_run
 from vgg_jax.training.checkpointer import shapes_of, variables_of
 from vgg_jax.training.optimizer import sgd
-from vgg_jax.training.step import build_model, init_state
+from vgg_jax.training.step import init_state
 
 CLOCK = ("time", "seconds", "images_per_second", "input_wait_seconds")
 BATCH, EPOCHS = 16, 100

@@ -3,14 +3,16 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from vgg_jax.configs.models import CONFIGS, IMAGENET, Conv, Statistics, TrainConfig, VGGConfig
+from vgg_jax.configs.colours import IMAGENET, Statistics
+from vgg_jax.configs.models import CONFIGS, Conv, VGGConfig
 from vgg_jax.configs.presets import preset
+from vgg_jax.configs.train import TrainConfig
 from vgg_jax.errors import InputError
 
 if TYPE_CHECKING:
     from vgg_jax.inference import compile_inference
     from vgg_jax.model import VGG, init_from, vgg11, vgg11_lrn, vgg13, vgg16, vgg16_c, vgg19
-    from vgg_jax.ops.convolution import compiler_options
+    from vgg_jax.runtime.compiler import compiler_options
 
 __all__ = [
     "CONFIGS",

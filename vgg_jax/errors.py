@@ -7,3 +7,7 @@ class InputError(ValueError):
 
 class DataError(InputError):
     """An image, or what holds the images, that cannot be read."""
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

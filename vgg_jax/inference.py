@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from vgg_jax.model import VGG
 from vgg_jax.ops import winograd
-from vgg_jax.ops.convolution import FEW, compiler_options, convolves_bfloat16
+from vgg_jax.ops.convolution import FEW
+from vgg_jax.runtime.compiler import compiler_options, convolves_bfloat16
 
 
 def prepare(

@@ -10,6 +10,7 @@ from flax.core import FrozenDict
 from jax import Array
 
 from vgg_jax.configs.models import CONFIGS, Layer, VGGConfig, layer_table
+from vgg_jax.configs.train import TrainConfig
 from vgg_jax.errors import InputError
 from vgg_jax.layers import BatchNorm, Conv, Dropout, FullyConnected, local_response_norm
 from vgg_jax.ops.epilogue import THEN
@@ -199,14 +200,6 @@ class VGG(nn.Module):
         return found
 
 
-def preprocess(
-    images: Array, mean_rgb: tuple[float, float, float], colour_shift: Array | None = None
-) -> Array:
-    """uint8 (N, H, W, 3) -> what the nets read: float32 less the mean RGB, plus a shift (N, 3) of each image's colour (§2.1, §3.1)."""
-    images = images.astype(jnp.float32) - jnp.array(mean_rgb, jnp.float32)[None, None, None]
-    return images if colour_shift is None else images + colour_shift[:, None, None, :]
-
-
 def transposed(variables: Mapping[str, Any]) -> dict[str, Any]:
     """The variables with which the convolutions give for transposed images, (N, W, H, 3), the transposed maps."""
     turned = {
@@ -287,3 +280,17 @@ def init_from(
 
 def _shapes(layer: Mapping[str, Array] | FrozenDict) -> dict[str, tuple[int, ...]]:
     return {name: value.shape for name, value in layer.items()}
+
+
+def build_model(config: TrainConfig, num_classes: int) -> VGG:
+    return VGG(
+        config=config.vgg,
+        num_classes=num_classes,
+        batch_norm=config.batch_norm,
+        dropout_rate=config.dropout_rate,
+        dtype=jnp.dtype(config.dtype),
+        image_size=config.image_size,
+        initializer=config.initializer,
+        initializer_std=config.initializer_std,
+        frozen=config.frozen,
+    )

@@ -12,7 +12,7 @@ import numpy as np
 
 from vgg_jax.configs.models import Conv, VGGConfig
 from vgg_jax.model import VGG
-from vgg_jax.ops.convolution import compiler_options
+from vgg_jax.runtime.compiler import compiler_options
 
 BOUND = 1e-4  # of the largest value; float32 has 1e-6 here
 BFLOAT16_BOUND = 3e-2  # of the largest; bfloat16 has 1e-2 here

@@ -21,14 +21,14 @@ import time
 
 import jax
 import numpy as np
-from experiments.script import figure, run
 
+from experiments.script import figure, run
 from vgg_jax import CONFIGS, VGG, compiler_options
-from vgg_jax.cli import keep_memory
-from vgg_jax.configs.models import PIXELS, PROTOCOLS, Protocol
+from vgg_jax.configs.evaluation import PIXELS, PROTOCOLS, Protocol
 from vgg_jax.data import open_split, rescaled_images
 from vgg_jax.distributed.sharding import make_mesh
 from vgg_jax.evaluation.dense import stream_posteriors
+from vgg_jax.runtime.memory import keep_memory
 
 
 class Compilations(logging.Handler):

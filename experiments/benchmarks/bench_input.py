@@ -23,11 +23,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-from experiments.script import figure, run
 
+from experiments.script import figure, run
 from vgg_jax import IMAGENET, TrainConfig
-from vgg_jax.cli import use_huge_pages
 from vgg_jax.data import Batches, Source, cached, decode, open_split, tf, train_batches
+from vgg_jax.runtime.memory import use_huge_pages
 
 
 def measured(args: argparse.Namespace) -> dict:

@@ -39,8 +39,9 @@ def measured(number: int, count: int, port: int, each: int, mesh_name: str) -> N
         jax.distributed.initialize(f"127.0.0.1:{port}", count, number)
     from vgg_jax import IMAGENET, TrainConfig
     from vgg_jax.distributed.sharding import Layout, make_mesh, put_batch, replicated
+    from vgg_jax.model import build_model
     from vgg_jax.training.optimizer import sgd
-    from vgg_jax.training.step import build_model, compile_steps, init_state
+    from vgg_jax.training.step import compile_steps, init_state
 
     layout, total = Layout(**MESHES[mesh_name]), each * count
     config = TrainConfig(

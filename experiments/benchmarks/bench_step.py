@@ -24,12 +24,12 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from experiments.script import figure, run
 
+from experiments.script import figure, run
 from vgg_jax import CONFIGS, IMAGENET, VGG, TrainConfig, compile_inference
-from vgg_jax.cli import keep_memory, use_huge_pages
 from vgg_jax.distributed.sharding import make_mesh, put_batch
-from vgg_jax.model import preprocess
+from vgg_jax.preprocessing import preprocess
+from vgg_jax.runtime.memory import keep_memory, use_huge_pages
 from vgg_jax.summary import summarize
 from vgg_jax.training.optimizer import sgd
 from vgg_jax.training.step import compile_steps, init_state

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+
 from experiments.script import run
 
 BATCH = 128
@@ -69,8 +70,9 @@ def grown_step(classes: int, batch: int) -> dict:
 
     from vgg_jax import IMAGENET, TrainConfig
     from vgg_jax.distributed.sharding import make_mesh, put_batch
+    from vgg_jax.model import build_model
     from vgg_jax.training.optimizer import sgd
-    from vgg_jax.training.step import build_model, compile_steps, init_state
+    from vgg_jax.training.step import compile_steps, init_state
 
     config = TrainConfig(
         net="A", fc=(512, 512), image_size=32, scale=(32,), batch_size=batch, learning_rate=1e-3

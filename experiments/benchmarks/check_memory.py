@@ -19,13 +19,15 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from experiments.script import output_of, run
 
+from experiments.script import output_of, run
 from vgg_jax import IMAGENET, TrainConfig
-from vgg_jax.cli import use_huge_pages
 from vgg_jax.distributed.sharding import make_mesh, put_batch, replicated
+from vgg_jax.model import build_model
+from vgg_jax.runtime.memory import use_huge_pages
+from vgg_jax.training.memory_estimate import step_memory
 from vgg_jax.training.optimizer import sgd
-from vgg_jax.training.step import _state, build_model, compile_steps, init_state, step_memory
+from vgg_jax.training.step import _state, compile_steps, init_state
 
 CLASSES = 1000
 

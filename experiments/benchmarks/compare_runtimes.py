@@ -24,12 +24,12 @@ import torch
 from experiments.script import run
 from tests.helpers.torch_vgg import randomize, to_jax, torch_vgg
 from vgg_jax import CONFIGS, IMAGENET, VGG, compiler_options
-from vgg_jax.configs.models import Protocol
+from vgg_jax.configs.evaluation import Protocol
 from vgg_jax.data import open_split, rescaled_images
 from vgg_jax.evaluation.dense import windows
 from vgg_jax.export import Artefact, write
 from vgg_jax.inference import prepare
-from vgg_jax.model import preprocess
+from vgg_jax.preprocessing import preprocess
 from vgg_jax.weights import Weights
 from vgg_jax.weights.imagenet import CLASSES
 from vgg_jax.weights.layouts import Preprocessing

@@ -16,8 +16,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from experiments.script import run
 
+from experiments.script import run
 from vgg_jax import CONFIGS, IMAGENET, VGG, compiler_options
 from vgg_jax.export import Artefact, write
 from vgg_jax.weights import Weights

@@ -26,7 +26,6 @@ import dataclasses
 import json
 
 from experiments.script import run
-
 from vgg_jax import CONFIGS
 from vgg_jax.summary import summarize
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from PIL import Image
-from experiments.script import run
 
+from experiments.script import run
 from vgg_jax import CONFIGS, IMAGENET, VGG, compiler_options, load
 from vgg_jax.perceptual import content_loss, style_loss
 

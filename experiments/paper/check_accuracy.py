@@ -14,17 +14,18 @@ from unittest import mock
 
 import jax
 from jax import Array
-from experiments.script import run
 
+from experiments.script import run
 from vgg_jax import IMAGENET
 from vgg_jax.configs.presets import preset
 from vgg_jax.data import Source, cached, eval_batches, open_splits, train_batches
 from vgg_jax.distributed.sharding import make_mesh, put_batch
 from vgg_jax.metrics import Sums, merge
+from vgg_jax.model import build_model
 from vgg_jax.ops import convolution
 from vgg_jax.ops.epilogue import Then, finish
 from vgg_jax.training.optimizer import sgd
-from vgg_jax.training.step import build_model, compile_steps, init_state
+from vgg_jax.training.step import compile_steps, init_state
 
 
 def plain(

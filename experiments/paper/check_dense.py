@@ -15,7 +15,7 @@ import torch
 from experiments.script import run
 from tests.helpers.torch_vgg import dense_posterior, randomize, score_map, to_jax, torch_vgg
 from vgg_jax import CONFIGS, IMAGENET, VGG
-from vgg_jax.configs.models import Protocol
+from vgg_jax.configs.evaluation import Protocol
 from vgg_jax.data import open_split, rescaled_images
 from vgg_jax.evaluation.dense import posteriors
 

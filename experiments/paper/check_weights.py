@@ -17,8 +17,8 @@ import torch
 import torchvision
 from PIL import Image
 from safetensors.torch import load_file
-from experiments.script import run
 
+from experiments.script import run
 from vgg_jax import CONFIGS, IMAGENET, VGG, compiler_options
 from vgg_jax.errors import InputError
 from vgg_jax.weights import Weights, read, save

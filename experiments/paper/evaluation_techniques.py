@@ -17,11 +17,11 @@ import sys
 
 import jax
 import numpy as np
-from experiments.script import run
 
-from vgg_jax.cli import keep_compiled_programs
-from vgg_jax.configs.models import Protocol
+from experiments.script import run
+from vgg_jax.configs.evaluation import Protocol
 from vgg_jax.evaluation.evaluate import evaluate
+from vgg_jax.runtime.compilation_cache import keep_compiled_programs
 
 TECHNIQUES = {
     "center": ("center",),

@@ -13,8 +13,8 @@ import platform
 from pathlib import Path
 
 import jax
-from experiments.script import run
 
+from experiments.script import run
 from vgg_jax import preset
 from vgg_jax.runs.metadata import read_run
 

@@ -11,6 +11,7 @@ import pytest
 
 from vgg_jax import TrainConfig, cli, preset
 from vgg_jax.cli.parser import parser
+from vgg_jax.runtime.compilation_cache import keep_compiled_programs
 
 
 def run(capsys, *argv):
@@ -84,10 +85,10 @@ def test_compiled_programs_are_kept_in_the_users_cache_folder(monkeypatch, tmp_p
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     before = jax.config.jax_compilation_cache_dir
     try:
-        cli.commands.keep_compiled_programs()
+        keep_compiled_programs()
         assert jax.config.jax_compilation_cache_dir == before  # what the user has chosen stays
         jax.config.update("jax_compilation_cache_dir", None)
-        cli.commands.keep_compiled_programs()
+        keep_compiled_programs()
         assert jax.config.jax_compilation_cache_dir.startswith(str(tmp_path / "vgg_jax"))
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
@@ -147,7 +148,7 @@ def test_a_run_that_cannot_be_read(capsys, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_a_program_starts_again_with_huge_pages_and_its_own_arguments(monkeypatch):
-    code = "import os, sys; from vgg_jax.cli import use_huge_pages; use_huge_pages(); print(os.environ['GLIBC_TUNABLES'], sys.argv[1:])"
+    code = "import os, sys; from vgg_jax.runtime.memory import use_huge_pages; use_huge_pages(); print(os.environ['GLIBC_TUNABLES'], sys.argv[1:])"
     command = [sys.executable, "-c", code, "two words", "--flag"]
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     again = subprocess.run(command, capture_output=True, text=True, check=True)

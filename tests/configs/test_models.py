@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 
 from vgg_jax import CONFIGS, InputError, TrainConfig
-from vgg_jax.configs.models import CHOICES, layer_table
+from vgg_jax.configs.models import layer_table
 from vgg_jax.configs.presets import with_learning_rate
+from vgg_jax.configs.train import CHOICES
 from vgg_jax.model import INITIALIZERS
 
 CONV_LAYERS = {"A": 8, "A-LRN": 8, "B": 10, "C": 13, "D": 13, "E": 16, "B-5x5": 5}

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from tests.helpers.tiny_data import encode, noise
-from vgg_jax.configs.models import IMAGENET, TrainConfig
+from vgg_jax.configs.colours import IMAGENET
+from vgg_jax.configs.train import TrainConfig
 from vgg_jax.data import eval_batches, open_split, rescaled_images, train_batches
 from vgg_jax.errors import InputError
 

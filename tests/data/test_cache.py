@@ -9,7 +9,8 @@ import pytest
 
 from tests.data.test_pipeline import by_example
 from tests.helpers.tiny_data import encode, noise
-from vgg_jax.configs.models import IMAGENET, TrainConfig
+from vgg_jax.configs.colours import IMAGENET
+from vgg_jax.configs.train import TrainConfig
 from vgg_jax.data import cache, cached, eval_batches, open_split, open_splits, train_batches
 from vgg_jax.errors import InputError
 

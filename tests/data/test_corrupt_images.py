@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.helpers.tiny_data import encode, noise
 from tests.helpers.tiny import SHALLOW
+from tests.helpers.tiny_data import encode, noise
 from vgg_jax import CONFIGS, IMAGENET, InputError, TrainConfig, cli
-from vgg_jax.configs.models import CHOICES
+from vgg_jax.configs.train import CHOICES
 from vgg_jax.data import (
     decode,
     eval_batches,
@@ -29,7 +29,7 @@ from vgg_jax.data import (
     verify,
     write_list,
 )
-from vgg_jax.data.transforms import LARGEST_DECODED
+from vgg_jax.data.decode import LARGEST_DECODED
 from vgg_jax.errors import DataError
 
 TINY = TrainConfig(image_size=32, scale=(32, 40), batch_size=4, epochs=2, seed=5)

@@ -7,7 +7,8 @@ import pytest
 import tensorflow as tf
 
 from tests.helpers.tiny_data import SEED, encode, noise
-from vgg_jax.configs.models import IMAGENET, TrainConfig
+from vgg_jax.configs.colours import IMAGENET
+from vgg_jax.configs.train import TrainConfig
 from vgg_jax.data import cached, in_memory, open_split, train_batches
 from vgg_jax.data.transforms import crop_resized, draw, flip
 

@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 
 from tests.helpers.tiny_data import NUMBERS, encode
-from vgg_jax.configs.models import IMAGENET, TrainConfig
+from vgg_jax.configs.colours import IMAGENET
+from vgg_jax.configs.train import TrainConfig
 from vgg_jax.data import (
     batches_per_epoch,
     decode,

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from tests.helpers.tiny_data import encode, noise
-from vgg_jax.configs.models import Statistics
+from vgg_jax.configs.colours import Statistics
 from vgg_jax.data import measure, open_split, open_splits
 from vgg_jax.data import statistics as statistics_module
 from vgg_jax.errors import InputError

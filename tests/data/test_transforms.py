@@ -8,16 +8,10 @@ import tensorflow as tf
 from PIL import Image, ImageOps
 
 from tests.helpers.tiny_data import SEED, encode, noise
-from vgg_jax.configs.models import IMAGENET, Statistics, TrainConfig
-from vgg_jax.data.transforms import (
-    crop_resized,
-    decode,
-    draw,
-    eval_example,
-    flip,
-    rescale,
-    train_example,
-)
+from vgg_jax.configs.colours import IMAGENET, Statistics
+from vgg_jax.configs.train import TrainConfig
+from vgg_jax.data.decode import decode
+from vgg_jax.data.transforms import crop_resized, draw, eval_example, flip, rescale, train_example
 
 TINY = TrainConfig(image_size=32, scale=(32, 40))
 

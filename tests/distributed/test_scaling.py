@@ -17,7 +17,7 @@ import pytest
 
 from tests.helpers.tiny import SHALLOW
 from vgg_jax import IMAGENET, VGG, InputError
-from vgg_jax.configs.models import TrainConfig
+from vgg_jax.configs.train import TrainConfig
 from vgg_jax.distributed.sharding import SPLIT, Layout, host_copy, make_mesh, put_batch, shardings
 from vgg_jax.training.optimizer import sgd
 from vgg_jax.training.step import compile_steps, init_state

@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers.tiny import init
 from vgg_jax import IMAGENET, VGG, Conv, InputError, VGGConfig
-from vgg_jax.configs.models import DENSE, PROTOCOLS, Protocol
+from vgg_jax.configs.evaluation import DENSE, PROTOCOLS, Protocol
 from vgg_jax.distributed.sharding import make_mesh
 from vgg_jax.evaluation.dense import crop_offsets, posteriors, stream_posteriors, windows
 from vgg_jax.evaluation.packing import rows_of

@@ -10,14 +10,14 @@ from PIL import Image
 
 from tests.helpers.tiny import init
 from vgg_jax import IMAGENET, InputError, TrainConfig, cli
-from vgg_jax.configs.models import Protocol
+from vgg_jax.configs.evaluation import Protocol
 from vgg_jax.data import decode, open_splits, rescale
 from vgg_jax.evaluation.dense import posteriors
 from vgg_jax.evaluation.evaluate import Evaluation, evaluate, fuse, read, save
 from vgg_jax.metrics import interval
+from vgg_jax.model import build_model
 from vgg_jax.runs.checkpoint import Saved
 from vgg_jax.runs.metadata import Run, begin_run
-from vgg_jax.training.step import build_model
 from vgg_jax.weights import read as weights_of
 from vgg_jax.weights import save as save_weights
 

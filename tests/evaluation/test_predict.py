@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.helpers.tiny import SHALLOW, init
 from vgg_jax import CONFIGS, IMAGENET, VGG, InputError, cli
-from vgg_jax.configs.models import CHOICES
+from vgg_jax.configs.train import CHOICES
 from vgg_jax.data import decode, rescale
 from vgg_jax.evaluation.dense import posteriors
 from vgg_jax.evaluation.predict import listed, predict

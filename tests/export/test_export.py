@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.test_features import narrow
 from tests.helpers.tiny import init
+from tests.test_features import narrow
 from vgg_jax import CONFIGS, IMAGENET, VGG, InputError, cli, compiler_options
-from vgg_jax.export import Artefact, kind_of, with_folded_batch_norm, write
+from vgg_jax.export import Artefact, with_folded_batch_norm, write
+from vgg_jax.export.spec import kind_of
 from vgg_jax.export.verify import verify
 from vgg_jax.weights import Weights, read
 from vgg_jax.weights.layouts import Preprocessing

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from vgg_jax import CONFIGS, VGG, compiler_options
-from vgg_jax.configs.models import TrainConfig
+from vgg_jax.configs.train import TrainConfig
 from vgg_jax.distributed.sharding import make_mesh, put_batch, replicated
 from vgg_jax.training.optimizer import sgd
 from vgg_jax.training.step import TrainState, compile_steps

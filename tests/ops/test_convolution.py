@@ -15,13 +15,12 @@ from vgg_jax.ops.convolution import (
     _by_rows,
     _images_at_a_time,
     _on_cuda,
-    compiler_options,
     convolution,
     convolve_anywhere,
-    convolves_bfloat16,
 )
 from vgg_jax.ops.epilogue import THEN, add_bias
 from vgg_jax.ops.pooling import max_pool, relu
+from vgg_jax.runtime.compiler import compiler_options, convolves_bfloat16
 
 
 def direct(x, kernel):

@@ -4,7 +4,7 @@ import sys
 
 from tests.helpers.tiny import DEEP, SHALLOW
 from vgg_jax import CONFIGS
-from vgg_jax.configs.models import CHOICES
+from vgg_jax.configs.train import CHOICES
 
 CONFIGS |= {"shallow": SHALLOW, "deep": DEEP}
 CHOICES["net"] = tuple(CONFIGS)

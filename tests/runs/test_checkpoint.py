@@ -8,7 +8,8 @@ import pytest
 
 from vgg_jax import IMAGENET, InputError, TrainConfig
 from vgg_jax.runs.checkpoint import Saved
-from vgg_jax.runs.metadata import Run, begin_run, begun_run, read_run, refuse_another, write_whole
+from vgg_jax.runs.files import write_whole
+from vgg_jax.runs.metadata import Run, begin_run, begun_run, read_run, refuse_another
 
 RUN = Run(
     TrainConfig(data="photos", learning_rate=0.1, drop_epochs=()),

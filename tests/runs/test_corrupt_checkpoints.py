@@ -13,7 +13,8 @@ import pytest
 import vgg_jax.runs.checkpoint
 from vgg_jax import InputError
 from vgg_jax.runs.checkpoint import NotSavedError, Saved
-from vgg_jax.runs.metadata import begun_run, locked
+from vgg_jax.runs.files import locked
+from vgg_jax.runs.metadata import begun_run
 
 # What orbax had in hand when a file turned out to be damaged.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -15,15 +15,16 @@ import pytest
 import vgg_jax.training.loop
 from tests.helpers.tiny_data import encode, noise
 from vgg_jax import IMAGENET, InputError, TrainConfig
-from vgg_jax.configs.models import MOST_HALVINGS
+from vgg_jax.configs.train import MOST_HALVINGS
 from vgg_jax.distributed.sharding import make_mesh, put_batch
+from vgg_jax.model import build_model
 from vgg_jax.runs.checkpoint import Saved
 from vgg_jax.runs.metadata import read_run
 from vgg_jax.training.checkpointer import shapes_of
 from vgg_jax.training.loop import DivergedError, fit
 from vgg_jax.training.nan_check import first_nonfinite
 from vgg_jax.training.optimizer import sgd
-from vgg_jax.training.step import build_model, init_state
+from vgg_jax.training.step import init_state
 
 pytestmark = pytest.mark.usefixtures("small_nets")
 

@@ -25,13 +25,14 @@ from vgg_jax.data import eval_batches, measure, open_splits
 from vgg_jax.distributed.multihost import LostError
 from vgg_jax.distributed.sharding import make_mesh, put_batch
 from vgg_jax.metrics import Sums
-from vgg_jax.model import preprocess
+from vgg_jax.model import build_model
+from vgg_jax.preprocessing import preprocess
 from vgg_jax.runs.checkpoint import NotSavedError, Saved
 from vgg_jax.runtime.signals import stop_signals
 from vgg_jax.training.init_from import start_from
 from vgg_jax.training.loop import Outcome, fit
 from vgg_jax.training.optimizer import sgd
-from vgg_jax.training.step import build_model, compile_steps, init_state
+from vgg_jax.training.step import compile_steps, init_state
 
 pytestmark = pytest.mark.usefixtures("small_nets")
 

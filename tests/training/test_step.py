@@ -14,15 +14,16 @@ from tests.helpers.tiny import SHALLOW
 from vgg_jax import IMAGENET, VGG, TrainConfig, summary
 from vgg_jax.distributed.sharding import make_mesh, put_batch
 from vgg_jax.metrics import averages
-from vgg_jax.model import preprocess
-from vgg_jax.training import step
+from vgg_jax.preprocessing import preprocess
+from vgg_jax.training import memory_estimate
+from vgg_jax.training.memory_estimate import step_memory
 from vgg_jax.training.optimizer import sgd
-from vgg_jax.training.step import compile_steps, init_state, step_memory
+from vgg_jax.training.step import compile_steps, init_state
 
 CONFIG = TrainConfig(image_size=32, scale=(32,), batch_size=8, learning_rate=1e-3)
 MODEL = VGG(SHALLOW, 5, image_size=32, dropout_rate=0.0)
 MESH = make_mesh(8)
-RUNTIME = step.RUNTIME if jax.default_backend() == "cpu" else 0
+RUNTIME = memory_estimate.RUNTIME if jax.default_backend() == "cpu" else 0
 
 
 def batch(n=8, real=8, seed=0):

@@ -1,126 +1,18 @@
-"""The command line: each command, and errors to one sentence.
+"""The commands of the command line; each returns an exit code."""
 
-Exit codes: 0 done, 1 a check that did not hold, 2 bad input, 3 an image that cannot be read, 4 diverged, 69 an object store that fails, 74
-the end could not be saved, 75 stopped and resumable, 76 ended because another process of the run had, 130 interrupted.
-"""
-
-import contextlib
-import ctypes
 import json
 import os
-import platform
 import sys
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from vgg_jax.cli.parser import parser
-from vgg_jax.configs.models import CONFIGS, Protocol, TrainConfig
+from vgg_jax.configs.evaluation import Protocol
+from vgg_jax.configs.models import CONFIGS
 from vgg_jax.configs.presets import preset
-from vgg_jax.errors import DataError, InputError
-from vgg_jax.paths import is_store_error, path_of
-from vgg_jax.runtime.signals import hear_second_signal
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = vars(parser().parse_args(argv))
-    command = COMMANDS[arguments.pop("command")]
-    if argv is None and command is train:
-        use_huge_pages()
-        hear_second_signal()
-    try:
-        if arguments.pop("compilation_cache", False):
-            keep_compiled_programs()
-        code = command(**arguments)
-    except InputError as error:
-        print(f"vgg-jax: {' '.join(str(error).split())}", file=sys.stderr)
-        code = 3 if isinstance(error, DataError) else 2
-    except ModuleNotFoundError as error:
-        if error.name and error.name.startswith("vgg_jax"):
-            raise
-        print(
-            f"vgg-jax: this command needs {error.name}: pip install 'vgg-jax[train]'",
-            file=sys.stderr,
-        )
-        code = 2
-    except (
-        OSError
-    ) as error:  # a disk that is full, a folder that may not be read: the message has the path
-        print(f"vgg-jax: {error}", file=sys.stderr)
-        code = 2
-    except Exception as error:
-        if not (is_store_error(error) and any("://" in str(value) for value in arguments.values())):
-            raise
-        print(
-            f"vgg-jax: the object store cannot be used ({' '.join(str(error).split())[:300]})",
-            file=sys.stderr,
-        )
-        code = 69
-    except KeyboardInterrupt:
-        print("vgg-jax: interrupted", file=sys.stderr)
-        code = 130
-    if argv is None and code:  # at once: no thread that still compiles or writes is waited for
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
-
-
-def keep_compiled_programs() -> None:
-    """Lets the next start find what this one compiles, in $JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
-    # jaxlib 0.10 writes an error of two kilobytes for each program that it finds, over a preference of LLVM's. What fails is raised.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    # Of programs with oneDNN's convolutions, in bfloat16: jaxlib 0.12 cannot write those.
-    warnings.filterwarnings(
-        "ignore", r"(?s)Error writing persistent compilation cache entry.*std::bad_alloc"
-    )
-    import jax
-
-    if not jax.config.values["jax_compilation_cache_dir"]:
-        # A folder for each machine, since a home may be shared by several and a program for one processor need not run on another.
-        cache = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
-        jax.config.update(
-            "jax_compilation_cache_dir",
-            os.path.join(os.path.expanduser(cache), "vgg_jax", platform.node()),
-        )
-
-
-def use_huge_pages() -> None:
-    """Starts this program again with glibc's memory in huge pages, which only the environment can ask for before it starts.
-
-    A training step asks for gigabytes and gives them back: in pages of 4 kB net D at 224 pixels, batch 8, takes 1.15 times as long
-    (2 cores). Commands that keep their memory gain nothing by it. What an image took is kept for the next one, which makes the input
-    2 % faster. A user's own GLIBC_TUNABLES are left as they are.
-    """
-    if (
-        sys.platform == "linux"
-        and platform.libc_ver()[0] == "glibc"
-        and "GLIBC_TUNABLES" not in os.environ
-    ):
-        # glibc before 2.35 knows no huge pages, and says nothing.
-        tunables = {"hugetlb": 1, "mmap_threshold": 2**25, "trim_threshold": 2**28}
-        environment = os.environ | {
-            "GLIBC_TUNABLES": ":".join(
-                f"glibc.malloc.{name}={value}" for name, value in tunables.items()
-            )
-        }
-        with contextlib.suppress(OSError):
-            os.execve(sys.executable, sys.orig_argv, environment)
-
-
-def keep_memory() -> None:
-    """Lets glibc keep the memory that one batch has freed for the next, instead of handing it back to Linux page by page.
-
-    For commands whose memory is bounded, before any thread starts. Net A's dense evaluation of photos is 1.2 times as fast (2 cores).
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8
-        mallopt(m_arena_max, 1)
-        mallopt(m_mmap_max, 0)
-        mallopt(
-            m_trim_threshold, -1
-        )  # never; any number is an int, and 2 GB at the top are sometimes free
+from vgg_jax.configs.train import TrainConfig
+from vgg_jax.errors import InputError
+from vgg_jax.paths import path_of
+from vgg_jax.runtime.memory import keep_memory
 
 
 def train(
@@ -203,7 +95,7 @@ def summary(
     )
     print(table(CONFIGS[net], num_classes, batch_norm, image_size))
     if config is not None:
-        from vgg_jax.training.step import step_memory
+        from vgg_jax.training.memory_estimate import step_memory
 
         found = {
             name: f"{size / 1e9:.2f} GB" for name, size in step_memory(config, num_classes).items()

@@ -3,20 +3,18 @@
 import argparse
 from typing import Any
 
-from vgg_jax.configs.models import (
+from vgg_jax.configs.evaluation import PIXELS, PROTOCOLS
+from vgg_jax.configs.export import OUTPUTS, WRITTEN
+from vgg_jax.configs.presets import PRESETS
+from vgg_jax.configs.train import (
     CHOICES,
     DISTRIBUTED,
     MOST_HALVINGS,
     ON_NAN,
-    OUTPUTS,
-    PIXELS,
-    PROTOCOLS,
     REDUCE,
     SAVE_SECONDS,
-    WRITTEN,
     TrainConfig,
 )
-from vgg_jax.configs.presets import PRESETS
 
 
 def parser() -> argparse.ArgumentParser:

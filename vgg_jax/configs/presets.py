@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from vgg_jax.configs.models import TrainConfig
+from vgg_jax.configs.train import TrainConfig
 from vgg_jax.errors import InputError
 
 # What differs from the paper where the images are small: a name is a data set, the values are TrainConfig's.

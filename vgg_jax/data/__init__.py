@@ -29,11 +29,12 @@ with contextlib.suppress(
 
 from vgg_jax.data.batches import Batches, read_scaled
 from vgg_jax.data.cache import cached
+from vgg_jax.data.decode import decode
 from vgg_jax.data.pipeline import eval_batches, rescaled_images, train_batches
 from vgg_jax.data.sources import VALIDATION, open_split, open_splits, split_names
 from vgg_jax.data.splits import Source, batches_per_epoch
 from vgg_jax.data.statistics import Measured, measure
-from vgg_jax.data.transforms import crop_resized, decode, rescale
+from vgg_jax.data.transforms import crop_resized, rescale
 from vgg_jax.data.verify import read_list, verify, write_list
 
 __all__ = [

@@ -11,8 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import tensorflow as tf
 
+from vgg_jax.data.decode import decode
 from vgg_jax.data.splits import CORES, IN_FLIGHT, Source, map_or
-from vgg_jax.data.transforms import decode, rescale
+from vgg_jax.data.transforms import rescale
 from vgg_jax.errors import DataError
 from vgg_jax.paths import path_of
 

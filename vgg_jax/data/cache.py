@@ -8,11 +8,11 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-from vgg_jax.configs.models import TrainConfig
+from vgg_jax.configs.train import TrainConfig
 from vgg_jax.data import in_memory
 from vgg_jax.data.batches import Batches
+from vgg_jax.data.decode import decode
 from vgg_jax.data.splits import CORES, Pixels, Source, random_access
-from vgg_jax.data.transforms import decode
 from vgg_jax.errors import DataError, InputError
 
 AT_ONCE = 64  # images that are read, or decoded, in one piece: enough to hide the cost of a call

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from vgg_jax.configs.models import Statistics, TrainConfig
+from vgg_jax.configs.colours import Statistics
+from vgg_jax.configs.train import TrainConfig
 from vgg_jax.data.batches import Batches
 from vgg_jax.data.splits import Pixels, Share, Source, batches_per_epoch, epoch_seeds, permuted
 from vgg_jax.data.transforms import Draw, draw, resample_rows, rescaled_sides, to_uint8, window

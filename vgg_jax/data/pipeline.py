@@ -13,11 +13,13 @@ import functools
 import numpy as np
 import tensorflow as tf
 
-from vgg_jax.configs.models import Statistics, TrainConfig
+from vgg_jax.configs.colours import Statistics
+from vgg_jax.configs.train import TrainConfig
 from vgg_jax.data import in_memory
 from vgg_jax.data.batches import Batches
+from vgg_jax.data.decode import decode
 from vgg_jax.data.splits import Share, Source, batches_per_epoch, epoch_seeds
-from vgg_jax.data.transforms import decode, draw, eval_example, rescale, train_example
+from vgg_jax.data.transforms import draw, eval_example, rescale, train_example
 
 EXAMPLE = ("index", "encoded", "label", "mask")
 

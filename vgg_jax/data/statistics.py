@@ -6,10 +6,10 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-from vgg_jax.configs.models import Statistics
+from vgg_jax.configs.colours import Statistics
 from vgg_jax.data.batches import Batches
+from vgg_jax.data.decode import decode
 from vgg_jax.data.splits import Source
-from vgg_jax.data.transforms import decode
 from vgg_jax.errors import InputError
 
 BATCH = 64

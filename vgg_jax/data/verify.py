@@ -11,10 +11,10 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from vgg_jax.data.batches import Batches, cause_of
+from vgg_jax.data.decode import decode, orientation
 from vgg_jax.data.folder import relative
 from vgg_jax.data.sources import open_split, split_names
 from vgg_jax.data.splits import Source
-from vgg_jax.data.transforms import decode, orientation
 from vgg_jax.errors import InputError
 from vgg_jax.paths import is_remote, path_of
 

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vgg_jax.configs.models import DISTRIBUTED
+from vgg_jax.configs.train import DISTRIBUTED
 from vgg_jax.distributed.sharding import replicated
 from vgg_jax.errors import DataError, InputError
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from vgg_jax.configs.models import REDUCE
+from vgg_jax.configs.train import REDUCE
 from vgg_jax.errors import InputError
 
 DATA, MODEL = "data", "model"

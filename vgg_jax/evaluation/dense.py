@@ -16,13 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from vgg_jax.configs.models import DENSE, IMAGENET, LARGEST, PIXELS, Protocol
+from vgg_jax.configs.colours import IMAGENET
+from vgg_jax.configs.evaluation import DENSE, LARGEST, PIXELS, Protocol
 from vgg_jax.distributed.sharding import make_mesh, put_batch, replicated
 from vgg_jax.errors import InputError
 from vgg_jax.evaluation.packing import Batch, Window, batches
 from vgg_jax.inference import prepare
-from vgg_jax.model import VGG, preprocess, transposed
-from vgg_jax.ops.convolution import compiler_options
+from vgg_jax.model import VGG, transposed
+from vgg_jax.preprocessing import preprocess
+from vgg_jax.runtime.compiler import compiler_options
 
 # Of score maps so many positions, or a multiple of it, are computed together, and at most so many: few multiples are compiled, and what
 # neighbours read overlaps, 100 kB each before fc6 and four times that before the last pooling.

@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vgg_jax.configs.models import DENSE, PIXELS, Protocol
+from vgg_jax.configs.evaluation import DENSE, PIXELS, Protocol
 from vgg_jax.distributed.sharding import make_mesh
 from vgg_jax.errors import InputError
 from vgg_jax.evaluation.dense import stream_posteriors, with_defaults
 from vgg_jax.metrics import averages, interval, sums_of
 from vgg_jax.paths import path_of
-from vgg_jax.runs.metadata import read_run, write_whole
+from vgg_jax.runs.files import write_whole
+from vgg_jax.runs.metadata import read_run
 from vgg_jax.weights import load
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from vgg_jax.configs.models import DENSE, Protocol
+from vgg_jax.configs.evaluation import DENSE, Protocol
 from vgg_jax.distributed.sharding import make_mesh
 from vgg_jax.errors import InputError
 from vgg_jax.evaluation.dense import stream_posteriors, with_defaults

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from vgg_jax.data import tf  # which sees no GPU
-from vgg_jax.export import SAVEDMODEL_METADATA, Artefact
+from vgg_jax.export import Artefact
+from vgg_jax.export.spec import SAVEDMODEL_METADATA
 from vgg_jax.layers import BatchNorm
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vgg_jax.errors import InputError
-from vgg_jax.export import EXTRAS, SAVEDMODEL_METADATA, decoded, kind_of, prepared
+from vgg_jax.export.spec import EXTRAS, SAVEDMODEL_METADATA, decoded, kind_of, prepared
 from vgg_jax.paths import of_this_machine
 
 BOUND = 1e-4  # of the largest value

@@ -21,11 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vgg_jax.errors import InputError
-from vgg_jax.model import VGG
+from vgg_jax.errors import InputError, one_line
+from vgg_jax.model import VGG, build_model
 from vgg_jax.paths import is_remote, path_of
-from vgg_jax.runs.metadata import read_run, sync
-from vgg_jax.training.step import build_model
+from vgg_jax.runs.files import sync
+from vgg_jax.runs.metadata import read_run
 
 try:
     import orbax.checkpoint as ocp
@@ -292,10 +292,6 @@ def _unfinished_reads_ignored() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = before
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _is_passing(error: BaseException) -> bool:

@@ -1,25 +1,15 @@
 """What a run is: its `run.json`, and its folder, which one process at a time has."""
 
-import contextlib
 import dataclasses
-import errno
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from vgg_jax.configs.models import Statistics, TrainConfig
+from vgg_jax.configs.colours import Statistics
+from vgg_jax.configs.train import TrainConfig
 from vgg_jax.errors import InputError
 from vgg_jax.paths import is_remote, path_of
-
-UNSUPPORTED_ERRNOS = {
-    errno.EINVAL,
-    errno.ENOSYS,
-    errno.ENOTSUP,
-    errno.EOPNOTSUPP,
-    errno.ENOLCK,
-}  # of some network file systems
+from vgg_jax.runs.files import _writing, write_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,67 +59,6 @@ def begin_run(workdir: Path, run: Run) -> None:
     """Writes run.json. Raises InputError for a folder that cannot be written to."""
     with _writing(workdir):
         write_whole(workdir / "run.json", (json.dumps(as_json(run), indent=1) + "\n").encode())
-
-
-@contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[None]:
-    """The workdir, made if it is not there, for one process at a time.
-
-    Raises InputError where another one has it, or it cannot be written to. The lock ends with its process, however that ends. In an object
-    store there is none.
-    """
-    if is_remote(workdir):  # a store of objects has no locks
-        yield
-        return
-    made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
-    path = workdir / "lock"
-    with _writing(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
-    with file:
-        try:
-            _lock(file)
-            if (
-                os.fstat(file.fileno()).st_ino != path.stat().st_ino
-            ):  # who held it has removed it, see below
-                raise BlockingIOError
-        except (BlockingIOError, FileNotFoundError) as error:
-            raise InputError(
-                f"another process trains in {workdir}: expected one at a time; wait for it, or pass another --workdir"
-            ) from error
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                if made and os.listdir(workdir) == ["lock"]:  # nothing was begun: nothing is left
-                    path.unlink()
-                    for folder in made:
-                        folder.rmdir()
-
-
-def _lock(file: IO) -> None:
-    """Raises BlockingIOError where another process has it. Does nothing on Windows and on file systems that know no locks."""
-    try:
-        import fcntl
-    except ImportError:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError as error:
-        if error.errno not in UNSUPPORTED_ERRNOS:
-            raise
-
-
-@contextlib.contextmanager
-def _writing(workdir: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"cannot write to {workdir} ({error.strerror}): expected a folder of the run; pass another --workdir"
-        ) from error
 
 
 def refuse_another(workdir: Path, begun: Run, run: Run) -> None:
@@ -186,37 +115,6 @@ def _check_types(run: Run) -> None:
         raise TypeError("its classes and its storage are no names")
     if not all(isinstance(size, int) for size in (run.train_size, run.validation_size)):
         raise TypeError("its sizes are no numbers")
-
-
-def sync(path: Path) -> None:
-    """Has the system write a file, or a folder's list of files, to the disk."""
-    if os.name != "posix" or is_remote(
-        path
-    ):  # elsewhere a folder cannot be opened; what a store has taken it keeps
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if not (path.is_dir() and error.errno in UNSUPPORTED_ERRNOS):
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Replaces a file in one step: a reader, or a killed writer, never leaves half of it."""
-    if is_remote(path):  # an object appears when it is whole
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-        return
-    temporary = path.with_name(path.name + ".new")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync(path.parent)
 
 
 def _flat(run: dict[str, Any]) -> dict[str, Any]:

@@ -17,9 +17,10 @@ import numpy as np
 
 from vgg_jax.distributed.multihost import is_first, said_by_first, sent_by_first
 from vgg_jax.distributed.sharding import host_copy, place
+from vgg_jax.errors import one_line
 from vgg_jax.paths import is_remote
-from vgg_jax.runs.checkpoint import NotSavedError, Saved, one_line
-from vgg_jax.runs.metadata import write_whole
+from vgg_jax.runs.checkpoint import NotSavedError, Saved
+from vgg_jax.runs.files import write_whole
 from vgg_jax.training.step import TrainState
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from vgg_jax.configs.models import TrainConfig
+from vgg_jax.configs.train import TrainConfig
 from vgg_jax.distributed.sharding import place
 from vgg_jax.errors import InputError
 from vgg_jax.model import FROM_A, VGG, init_from

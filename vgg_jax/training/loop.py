@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from vgg_jax.configs.models import IMAGENET, MOST_HALVINGS, ON_NAN, SAVE_SECONDS, TrainConfig
+from vgg_jax.configs.colours import IMAGENET
 from vgg_jax.configs.presets import with_learning_rate
+from vgg_jax.configs.train import MOST_HALVINGS, ON_NAN, SAVE_SECONDS, TrainConfig
 from vgg_jax.data import (
     Source,
     batches_per_epoch,
@@ -47,8 +48,10 @@ from vgg_jax.distributed.sharding import (
 )
 from vgg_jax.errors import InputError
 from vgg_jax.metrics import Sums, merge
+from vgg_jax.model import build_model
 from vgg_jax.paths import path_of
 from vgg_jax.runs.checkpoint import NotSavedError
+from vgg_jax.runs.files import locked
 from vgg_jax.runs.metadata import (
     Run,
     as_json,
@@ -56,7 +59,6 @@ from vgg_jax.runs.metadata import (
     begun_run,
     from_json,
     has_checkpoint,
-    locked,
     refuse_another,
 )
 from vgg_jax.runtime.signals import stop_signals
@@ -65,7 +67,7 @@ from vgg_jax.training.init_from import start_from
 from vgg_jax.training.nan_check import first_nonfinite
 from vgg_jax.training.optimizer import learning_rate, set_learning_rate, sgd
 from vgg_jax.training.report import advice, epoch_record, line, stuck
-from vgg_jax.training.step import TrainState, build_model, compile_steps, init_state
+from vgg_jax.training.step import TrainState, compile_steps, init_state
 from vgg_jax.weights import load
 
 

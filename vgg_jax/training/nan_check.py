@@ -9,8 +9,9 @@ import numpy as np
 
 from vgg_jax.configs.models import layer_table
 from vgg_jax.metrics import sums_of
-from vgg_jax.model import VGG, preprocess
-from vgg_jax.ops.convolution import compiler_options
+from vgg_jax.model import VGG
+from vgg_jax.preprocessing import preprocess
+from vgg_jax.runtime.compiler import compiler_options
 from vgg_jax.training.step import Batch, TrainState
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from vgg_jax.configs.models import TrainConfig
+from vgg_jax.configs.train import TrainConfig
 
 
 def sgd(config: TrainConfig) -> optax.GradientTransformation:

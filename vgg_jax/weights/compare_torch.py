@@ -8,7 +8,7 @@ import numpy as np
 
 from vgg_jax.configs.models import layer_table
 from vgg_jax.errors import InputError
-from vgg_jax.ops.convolution import compiler_options
+from vgg_jax.runtime.compiler import compiler_options
 from vgg_jax.weights import Weights
 from vgg_jax.weights.layouts import LAYOUTS, rows
 

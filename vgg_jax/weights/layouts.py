@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vgg_jax.configs.models import IMAGENET, Layer, VGGConfig, layer_table
+from vgg_jax.configs.colours import IMAGENET
+from vgg_jax.configs.models import Layer, VGGConfig, layer_table
 
 NO_STD = (1.0, 1.0, 1.0)
 
