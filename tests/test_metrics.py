@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vgg_jax.metrics import Sums, averages, merge, sums_of
+from vgg_jax.metrics import MetricSums, compute_sums, finalize, merge
 
 
 def test_sums_equal_a_loop():
@@ -21,27 +21,30 @@ def test_sums_equal_a_loop():
             loss -= np.log(np.exp(row[label]) / np.exp(row).sum())
             top1 += label == guesses[0]
             top5 += label in guesses[:5]
-    sums = sums_of(jnp.float32(logits), jnp.int32(labels), jnp.array(mask))
+    sums = compute_sums(jnp.float32(logits), jnp.int32(labels), jnp.array(mask))
     assert float(sums.loss) == pytest.approx(loss, rel=1e-5)
     assert (sums.top1, sums.top5, sums.count) == (top1, top5, mask.sum())
 
 
 def test_a_net_that_says_the_same_of_all_classes_is_right_by_chance_only():
-    sums = sums_of(jnp.zeros((10, 10)), jnp.arange(10), jnp.ones(10, bool))
+    sums = compute_sums(jnp.zeros((10, 10)), jnp.arange(10), jnp.ones(10, bool))
     assert (sums.top1, sums.top5) == (1, 5)
 
 
 def test_nan_is_never_right_and_a_masked_nan_harms_nothing():
     logits = jnp.array([[jnp.nan, 0.0], [0.0, 1.0]])
-    assert sums_of(logits, jnp.array([0, 1]), jnp.ones(2, bool)).top1 == 1
-    masked = sums_of(logits, jnp.array([0, 1]), jnp.array([False, True]))
+    assert compute_sums(logits, jnp.array([0, 1]), jnp.ones(2, bool)).top1 == 1
+    masked = compute_sums(logits, jnp.array([0, 1]), jnp.array([False, True]))
     assert (masked.count, masked.top1) == (1, 1)
     assert jnp.isfinite(masked.loss)
 
 
 def test_parts_are_added_and_divided_once():
-    a, b = Sums(loss=10.0, top1=1, top5=3, count=4), Sums(loss=2.0, top1=5, top5=5, count=6)
-    assert averages(merge(a, b)) == {
+    a, b = (
+        MetricSums(loss=10.0, top1=1, top5=3, count=4),
+        MetricSums(loss=2.0, top1=5, top5=5, count=6),
+    )
+    assert finalize(merge(a, b)) == {
         "loss": 1.2,
         "top1_error": 0.4,
         "top5_error": pytest.approx(0.2),

@@ -10,8 +10,8 @@ import pytest
 
 import vgg_jax
 from tests.helpers.tiny import TINY, images, init
-from vgg_jax import CONFIGS, VGG, InputError, compiler_options, init_from
-from vgg_jax.model import transposed
+from vgg_jax import CONFIGS, VGG, InputError, compiler_options, copy_matching_layers
+from vgg_jax.model import transpose_kernels
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +68,9 @@ def test_score_map_is_the_three_matrices_on_every_window(net):
 def test_a_transposed_net_answers_transposed_images(net):
     model, variables = net
     x = images(2, 100, 165)
-    turned = model.apply(transposed(variables), x.swapaxes(1, 2), ("pool5",), method="features")[
-        "pool5"
-    ]
+    turned = model.apply(
+        transpose_kernels(variables), x.swapaxes(1, 2), ("pool5",), method="features"
+    )["pool5"]
     expected = model.apply(variables, x, ("pool5",), method="features")["pool5"]
     assert turned.shape == (2, 5, 3, 40)
     np.testing.assert_allclose(
@@ -198,7 +198,7 @@ def test_a_fits_the_deeper_nets_by_name_in_exactly_seven_layers(net):
         jax.eval_shape(VGG(CONFIGS[name]).init, jax.random.key(0), x)["params"]
         for name in ("A", net)
     )
-    merged, copied = init_from(source, params)
+    merged, copied = copy_matching_layers(source, params)
     assert set(copied) == {"conv1_1", "conv2_1", "conv3_1", "conv3_2", "fc6", "fc7", "fc8"}
     assert all(
         merged[name] is (source[name] if name in copied else params[name]) for name in params
@@ -208,7 +208,7 @@ def test_a_fits_the_deeper_nets_by_name_in_exactly_seven_layers(net):
 
 def test_a_head_of_another_size_is_not_copied():
     source, params = ({"fc8": {"kernel": np.zeros((4, k)), "bias": np.zeros(k)}} for k in (10, 5))
-    merged, copied = init_from(source, params)
+    merged, copied = copy_matching_layers(source, params)
     assert copied == ()
     assert merged == params
 

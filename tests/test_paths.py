@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers.tiny_data import encode, indices, noise
 from vgg_jax import InputError
-from vgg_jax.paths import is_remote, local_file, path_of
+from vgg_jax.paths import is_remote, local_copy, to_path
 
 ROOT = Path(__file__).parents[1]
 FLAGS = [
@@ -150,7 +150,7 @@ def test_an_image_folder_in_a_store():
     import tensorflow as tf
 
     from vgg_jax import IMAGENET, TrainConfig
-    from vgg_jax.data import open_splits, train_batches
+    from vgg_jax.data import open_train_val, train_batches
 
     for split, count in (("train", 5), ("val", 2)):
         for label in ("ants", "bees"):
@@ -164,8 +164,10 @@ def test_an_image_folder_in_a_store():
         InputError,
         match=r"1 of 11 files under 'ram://photos/train' are not images, .*: 'ram://photos/train/ants/notes.txt'",
     ):
-        open_splits("ram://photos", validation_fraction=0.1, seed=0)
-    train, validation = open_splits("ram://photos", validation_fraction=0.1, seed=0, skip_bad=True)
+        open_train_val("ram://photos", validation_fraction=0.1, seed=0)
+    train, validation = open_train_val(
+        "ram://photos", validation_fraction=0.1, seed=0, skip_bad=True
+    )
     assert (train.classes, train.size, validation.size, train.file_name(9)) == (
         ("ants", "bees"),
         10,
@@ -177,7 +179,7 @@ def test_an_image_folder_in_a_store():
     batch = next(iter(train_batches(train, config, IMAGENET)))
     assert batch["image"].shape == (4, 32, 32, 3) and batch["mask"].all()
     with pytest.raises(InputError, match="no folder 'ram://nothing'"):
-        open_splits("ram://nothing", validation_fraction=0.1, seed=0)
+        open_train_val("ram://nothing", validation_fraction=0.1, seed=0)
 
 
 def test_what_is_of_this_machine_and_what_is_not(tmp_path):
@@ -187,11 +189,11 @@ def test_what_is_of_this_machine_and_what_is_not(tmp_path):
         True,
         False,
     ]
-    assert str(path_of("gs://b/a") / "c") == "gs://b/a/c"
-    assert path_of(tmp_path) == tmp_path
+    assert str(to_path("gs://b/a") / "c") == "gs://b/a/c"
+    assert to_path(tmp_path) == tmp_path
     with pytest.raises(
         InputError, match=r"ftp://b/a is in a store that is not known: expected gs://"
     ):
-        path_of("ftp://b/a")
-    with local_file(tmp_path / "a") as same:
+        to_path("ftp://b/a")
+    with local_copy(tmp_path / "a") as same:
         assert same == tmp_path / "a"

@@ -7,7 +7,14 @@ import pytest
 
 from tests.helpers.tiny import init
 from vgg_jax import VGG, Conv, InputError, VGGConfig, compiler_options
-from vgg_jax.perceptual import LPIPS_LAYERS, content_loss, gram, lpips, lpips_heads, style_loss
+from vgg_jax.perceptual import (
+    LPIPS_LAYERS,
+    content_loss,
+    gram_matrix,
+    load_lpips_weights,
+    lpips,
+    style_loss,
+)
 
 NARROW = VGGConfig(
     ((Conv(4),) * 2, (Conv(6),) * 2, (Conv(6),) * 3, (Conv(8),) * 3, (Conv(8),) * 3), fc=(8, 8)
@@ -38,7 +45,7 @@ def test_content_and_style_by_hand():
             style[n] += ((matrices[0] - matrices[1]) ** 2).sum()
     np.testing.assert_allclose(content_loss(ours, wanted), content, rtol=1e-5)
     np.testing.assert_allclose(style_loss(ours, wanted), style, rtol=1e-5)
-    assert gram(jnp.asarray(ours["a"])).shape == (2, 4, 4)
+    assert gram_matrix(jnp.asarray(ours["a"])).shape == (2, 4, 4)
     other = {"a": maps(4, (2, 7, 2, 4)), "b": maps(5, (2, 4, 1, 3))}
     assert np.isfinite(style_loss(ours, other)).all()  # a style image may have another size
 
@@ -91,7 +98,7 @@ def test_lpips_equals_the_package(tmp_path):
         }
     save_file(state, tmp_path / "vgg16.safetensors")
     model, variables, metadata = load(tmp_path / "vgg16.safetensors")
-    heads = lpips_heads(package.__path__[0] + "/weights/v0.1/vgg.pth")
+    heads = load_lpips_weights(package.__path__[0] + "/weights/v0.1/vgg.pth")
     pixels = np.random.default_rng(0).integers(0, 256, (2, 2, 64, 64, 3)).astype(np.float32)
     pixels[1, 1] = np.clip(pixels[0, 1] + 20, 0, 255)
     expected = (
@@ -113,4 +120,4 @@ def test_heads_of_another_file(tmp_path):
     with pytest.raises(
         InputError, match=r"no lin1\.model\.1\.weight of the shape \(1, 128, 1, 1\)"
     ):
-        lpips_heads(tmp_path / "heads.pth")
+        load_lpips_weights(tmp_path / "heads.pth")

@@ -30,7 +30,7 @@ def test_a_wrong_operation_is_named(monkeypatch, capsys):
         "vgg_jax.model.relu",
         lambda x: jnp.maximum(x, -0.5) if isinstance(x, jax.core.Tracer) else relu(x),
     )
-    found = selfcheck.check(jax.local_devices()[:1])
+    found = selfcheck.run_checks(jax.local_devices()[:1])
     assert {each.what for each in found if not each.right} >= {
         "forward, compiled",
         "gradient, compiled",
@@ -40,7 +40,7 @@ def test_a_wrong_operation_is_named(monkeypatch, capsys):
         for each in found
         if each.what in ("forward, op by op", "square of a product, compiled")
     )
-    monkeypatch.setattr("vgg_jax.selfcheck.check", lambda: found)
+    monkeypatch.setattr("vgg_jax.selfcheck.run_checks", lambda: found)
     assert main(["selfcheck"]) == 1
     said = capsys.readouterr().out
     assert "WRONG" in said
@@ -48,20 +48,22 @@ def test_a_wrong_operation_is_named(monkeypatch, capsys):
 
 
 def test_not_a_number_is_wrong():
-    assert not selfcheck.Finding("cpu:0", "forward, compiled", float("nan")).right
+    assert not selfcheck.CheckResult("cpu:0", "forward, compiled", float("nan")).right
 
 
 def test_a_release_that_is_known_is_named(monkeypatch):
     monkeypatch.setattr(jax, "__version__", "0.10.2")
-    assert "39103" in selfcheck.report([selfcheck.Finding("cpu:0", "forward, compiled", 1e-6)])
+    assert "39103" in selfcheck.report([selfcheck.CheckResult("cpu:0", "forward, compiled", 1e-6)])
 
 
 def test_what_is_avoided_is_named_and_no_error(monkeypatch):
     monkeypatch.setattr(jax, "__version__", "0.12.0.1")
-    said = selfcheck.report([selfcheck.Finding("cpu:0", "forward, compiled", 1e-6)])
+    said = selfcheck.report([selfcheck.CheckResult("cpu:0", "forward, compiled", 1e-6)])
     assert "NaN" in said and said.endswith("bfloat16 within 3e-02")
     monkeypatch.setattr(jax, "__version__", "0.11.0")
-    assert "NaN" not in selfcheck.report([selfcheck.Finding("cpu:0", "forward, compiled", 1e-6)])
+    assert "NaN" not in selfcheck.report(
+        [selfcheck.CheckResult("cpu:0", "forward, compiled", 1e-6)]
+    )
 
 
 def test_numpys_net_is_pytorchs():

@@ -28,7 +28,7 @@ import numpy as np
 
 from vgg_jax import CONFIGS, Conv, InputError, VGGConfig
 from vgg_jax.weights import read
-from vgg_jax.weights.layouts import LAYOUTS, rows
+from vgg_jax.weights.layouts import LAYOUTS, tensor_table
 
 SMALL = VGGConfig(((Conv(4),), (Conv(6),)), fc=(5, 4))
 WEIGHTS = (
@@ -52,7 +52,7 @@ def tensors(layout: str) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     return {
         row.theirs: rng.normal(size=row.shape).astype(np.float32)
-        for row in rows(there, SMALL, 3, False, 8)
+        for row in tensor_table(there, SMALL, 3, False, 8)
     }
 
 
@@ -166,27 +166,27 @@ def read_weights(path: Path) -> None:
 
 
 def read_image(path: Path) -> None:
-    from vgg_jax.data import read_scaled
+    from vgg_jax.data import load_resized
 
-    read_scaled(str(path), (32,), True)
+    load_resized(str(path), (32,), True)
 
 
 def read_posteriors(path: Path) -> None:
-    from vgg_jax.evaluation.evaluate import read
+    from vgg_jax.evaluation.evaluate import load_evaluation
 
-    read(path)
+    load_evaluation(path)
 
 
 def read_run(path: Path) -> None:
-    from vgg_jax.runs.metadata import read_run
+    from vgg_jax.runs.metadata import load_run
 
-    read_run(path.parent)
+    load_run(path.parent)
 
 
 def read_list(path: Path) -> None:
-    from vgg_jax.data import read_list
+    from vgg_jax.data import read_exclude_list
 
-    read_list(str(path))
+    read_exclude_list(str(path))
 
 
 KINDS: dict[str, tuple[Callable[[], dict[str, bytes]], Callable[[Path], None]]] = {

@@ -34,9 +34,9 @@ from vgg_jax import CONFIGS
 from vgg_jax.configs.train import CHOICES
 from vgg_jax.distributed.sharding import make_mesh
 from vgg_jax.model import build_model
-from vgg_jax.runs.checkpoint import Saved
-from vgg_jax.runs.metadata import read_run
-from vgg_jax.training.checkpointer import shapes_of, variables_of
+from vgg_jax.runs.checkpoint import CheckpointStore
+from vgg_jax.runs.metadata import load_run
+from vgg_jax.training.checkpointer import abstract_state, model_variables
 from vgg_jax.training.optimizer import sgd
 from vgg_jax.training.step import init_state
 
@@ -61,7 +61,7 @@ def with_small_net() -> None:
 
 def result(workdir: Path) -> tuple[Any, Any]:
     """All that lasts of a run: the arrays of its last and its best checkpoint; its records but for the clock, and the rest of both."""
-    run = read_run(workdir)
+    run = load_run(workdir)
     state = init_state(
         build_model(run.config, len(run.classes)),
         sgd(run.config),
@@ -69,10 +69,10 @@ def result(workdir: Path) -> tuple[Any, Any]:
         make_mesh(1, jax.devices()[:1]),
     )
     with (
-        Saved(workdir / "last", read_only=True) as last,
-        Saved(workdir / "best", read_only=True) as best,
+        CheckpointStore(workdir / "last", read_only=True) as last,
+        CheckpointStore(workdir / "best", read_only=True) as best,
     ):
-        found, net = last.restore(shapes_of(state)), best.restore(variables_of(state))
+        found, net = last.restore(abstract_state(state)), best.restore(model_variables(state))
     assert found is not None and net is not None
     (restored, progress), (variables, known) = found, net
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

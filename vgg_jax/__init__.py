@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from vgg_jax.configs.colours import IMAGENET, Statistics
+from vgg_jax.configs.colours import IMAGENET, ColourStatistics
 from vgg_jax.configs.models import CONFIGS, Conv, VGGConfig
 from vgg_jax.configs.presets import preset
 from vgg_jax.configs.train import TrainConfig
@@ -11,7 +11,16 @@ from vgg_jax.errors import InputError
 
 if TYPE_CHECKING:
     from vgg_jax.inference import compile_inference
-    from vgg_jax.model import VGG, init_from, vgg11, vgg11_lrn, vgg13, vgg16, vgg16_c, vgg19
+    from vgg_jax.model import (
+        VGG,
+        copy_matching_layers,
+        vgg11,
+        vgg11_lrn,
+        vgg13,
+        vgg16,
+        vgg16_c,
+        vgg19,
+    )
     from vgg_jax.runtime.compiler import compiler_options
 
 __all__ = [
@@ -20,12 +29,12 @@ __all__ = [
     "VGG",
     "Conv",
     "InputError",
-    "Statistics",
+    "ColourStatistics",
     "TrainConfig",
     "VGGConfig",
     "compile_inference",
     "compiler_options",
-    "init_from",
+    "copy_matching_layers",
     "load",
     "preset",
     "vgg11",
@@ -41,7 +50,7 @@ _LATER = {
     "compile_inference": "vgg_jax.inference",
     "compiler_options": "vgg_jax.ops.convolution",
     **dict.fromkeys(
-        ("VGG", "init_from", "vgg11", "vgg11_lrn", "vgg13", "vgg16", "vgg16_c", "vgg19"),
+        ("VGG", "copy_matching_layers", "vgg11", "vgg11_lrn", "vgg13", "vgg16", "vgg16_c", "vgg19"),
         "vgg_jax.model",
     ),
 }
@@ -61,7 +70,7 @@ def __dir__() -> list[str]:
 def load(path, net=None):
     """A network: `(model, variables, metadata)`, of a run's folder or of a file of weights, ours or another library's.
 
-    See `vgg_jax.runs.checkpoint.load` and `vgg_jax.weights.load_file`. `net` says which net a file holds where its shapes do not: "A-LRN".
+    See `vgg_jax.runs.checkpoint.load_best` and `vgg_jax.weights.load_file`. `net` says which net a file holds where its shapes do not: "A-LRN".
     """
     from vgg_jax.weights import load
 

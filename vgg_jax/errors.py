@@ -9,5 +9,5 @@ class DataError(InputError):
     """An image, or what holds the images, that cannot be read."""
 
 
-def one_line(error: BaseException) -> str:
+def single_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 
 from vgg_jax.model import VGG
 from vgg_jax.ops import winograd
-from vgg_jax.ops.convolution import FEW
-from vgg_jax.runtime.compiler import compiler_options, convolves_bfloat16
+from vgg_jax.ops.convolution import MAX_IMAGE_CHANNELS
+from vgg_jax.runtime.compiler import compiler_options, has_onednn_bfloat16
 
 
-def prepare(
+def pack_kernels(
     variables: Mapping[str, Any], dtype: Any = jnp.float32, kinds: tuple[str, ...] = ("conv", "fc")
 ) -> dict[str, Any]:
     """The variables of a net with its kernels besides as the CPU's layers want them, for inference over and over in `dtype`.
@@ -23,7 +23,7 @@ def prepare(
     """
     if jax.default_backend() != "cpu":
         return dict(variables)
-    transforms = not (dtype == jnp.bfloat16 and convolves_bfloat16())
+    transforms = not (dtype == jnp.bfloat16 and has_onednn_bfloat16())
     kernels = {
         name: layer["kernel"]
         for name, layer in variables["params"].items()
@@ -31,7 +31,9 @@ def prepare(
     }
 
     def gains(kernel: jax.Array) -> bool:
-        return kernel.ndim == 2 or (transforms and kernel.shape[0] == 3 and kernel.shape[2] > FEW)
+        return kernel.ndim == 2 or (
+            transforms and kernel.shape[0] == 3 and kernel.shape[2] > MAX_IMAGE_CHANNELS
+        )
 
     return {
         **variables,
@@ -59,13 +61,13 @@ def compile_inference(
     """`model.apply(variables, images)` as a function of the images, the fastest way there is here.
 
     It is compiled anew for each shape. `method` and `settings` are those of `model.apply`: "score_map", or "features" with `layers`. It
-    holds the kernels in the type that it computes in, if that is not theirs, and on a CPU what `prepare` makes of them besides. On a
+    holds the kernels in the type that it computes in, if that is not theirs, and on a CPU what `pack_kernels` makes of them besides. On a
     CPU without instructions for bfloat16, and with jaxlib before 0.12, a bfloat16 net is computed in float32, which is faster there and
     more exact; what comes out is bfloat16.
     """
     net = model
     if jax.default_backend() == "cpu" and not (
-        model.dtype == jnp.bfloat16 and convolves_bfloat16()
+        model.dtype == jnp.bfloat16 and has_onednn_bfloat16()
     ):
         net = model.clone(dtype=jnp.promote_types(model.dtype, jnp.float32))
 
@@ -73,7 +75,7 @@ def compile_inference(
         found = net.apply(variables, images, method=method, **settings)
         return jax.tree.map(lambda x: x.astype(jnp.result_type(model.dtype)), found)
 
-    variables = prepare(variables, net.dtype)
+    variables = pack_kernels(variables, net.dtype)
     # Convolutions and FC layers in the type that they compute in: cast here, they need not be at each call.
     params = {
         name: {leaf: jnp.asarray(value, net.dtype) for leaf, value in layer.items()}

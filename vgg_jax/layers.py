@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jax import Array, lax
 
-from vgg_jax.ops.convolution import NHWC, convolution, convolve_anywhere, product
+from vgg_jax.ops.convolution import DIMENSION_NUMBERS, convolution, default_conv, pointwise_conv
 from vgg_jax.ops.epilogue import Then
 
 
@@ -45,7 +45,7 @@ class Conv(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.width,), self.param_dtype)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         # Outside of jit, as init often is, XLA's own convolution compiles in a tenth of the time.
-        function = convolve_anywhere if self.is_initializing() else convolution
+        function = default_conv if self.is_initializing() else convolution
         return function(x, kernel, bias, filters, there, then=then)
 
 
@@ -149,10 +149,16 @@ class FullyConnected(nn.Module):
         x = lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
         if h == w == self.side or self.side == 1:
             x = x.reshape(n, h // self.side, w // self.side, len(kernel))
-            y = product(x, kernel) if turned is None else _by_turned(x, turned.astype(x.dtype))
+            y = (
+                pointwise_conv(x, kernel)
+                if turned is None
+                else _by_turned(x, turned.astype(x.dtype))
+            )
         else:
             window = kernel.reshape(self.side, self.side, c, self.width)
-            y = lax.conv_general_dilated(x, window, (1, 1), "VALID", dimension_numbers=NHWC)
+            y = lax.conv_general_dilated(
+                x, window, (1, 1), "VALID", dimension_numbers=DIMENSION_NUMBERS
+            )
         return y + bias[None, None, None]
 
 

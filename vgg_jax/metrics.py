@@ -10,7 +10,7 @@ from jax import Array
 
 
 @flax.struct.dataclass
-class Sums:
+class MetricSums:
     """Over the examples that count: their loss (nats), how many were right among the first 1 and 5 guesses, their number."""
 
     loss: Any = 0.0
@@ -19,7 +19,7 @@ class Sums:
     count: Any = 0.0
 
 
-def sums_of(logits: Array, labels: Array, mask: Array) -> Sums:
+def compute_sums(logits: Array, labels: Array, mask: Array) -> MetricSums:
     """Sums over the rows of logits (N, K) with labels (N,) where mask (N,) is true.
 
     Of equal logits the lower class is the earlier guess, as in a stable sort, and NaN is never right.
@@ -32,16 +32,16 @@ def sums_of(logits: Array, labels: Array, mask: Array) -> Sums:
     rank = earlier.sum(axis=1)
     loss = jax.nn.logsumexp(logits, axis=1) - of_label[:, 0]
     # An example that does not count may hold anything, NaN included.
-    return Sums(
+    return MetricSums(
         jnp.where(mask > 0, loss, 0).sum(), mask @ (rank < 1), mask @ (rank < 5), mask.sum()
     )
 
 
-def merge(a: Sums, b: Sums) -> Sums:
+def merge(a: MetricSums, b: MetricSums) -> MetricSums:
     return jax.tree.map(lambda x, y: x + y, a, b)
 
 
-def averages(sums: Sums) -> dict[str, float]:
+def finalize(sums: MetricSums) -> dict[str, float]:
     """Loss in nats, errors in [0, 1] and the number of examples that they are over."""
     n = float(sums.count)
     return {
@@ -52,7 +52,7 @@ def averages(sums: Sums) -> dict[str, float]:
     }
 
 
-def interval(error: float, count: int) -> tuple[float, float]:
+def wilson_interval(error: float, count: int) -> tuple[float, float]:
     """Wilson's 95 % confidence interval of an error rate that was observed on `count` examples."""
     z = 1.959964
     middle = (error + z * z / (2 * count)) / (1 + z * z / count)

@@ -14,7 +14,7 @@ from vgg_jax.configs.train import TrainConfig
 from vgg_jax.errors import InputError
 from vgg_jax.layers import BatchNorm, Conv, Dropout, FullyConnected, local_response_norm
 from vgg_jax.ops.epilogue import THEN
-from vgg_jax.ops.pooling import avg_pool, max_pool, pooled, relu
+from vgg_jax.ops.pooling import avg_pool, max_pool, pool_mask, relu
 
 # Of the kernels, (convolutions', fully connected layers'); biases start at 0.
 INITIALIZERS: dict[
@@ -135,7 +135,7 @@ class VGG(nn.Module):
         table = table[names.index(behind) + 1 if behind else 0 : _deepest(wanted, names) + 1]
         if behind is None:
             _check_shape(x)
-        _check_images(x, table)
+        _check_min_size(x, table)
         for name, allowed in (("initializer", INITIALIZERS), ("pool", POOLS)):
             if getattr(self, name) not in allowed:
                 raise InputError(
@@ -185,7 +185,7 @@ class VGG(nn.Module):
                     )  # ReLU and pooling in one: a gradient then keeps neither map
                 else:
                     x = max_pool(x, ceil)
-                there = None if there is None else pooled(there, ceil)
+                there = None if there is None else pool_mask(there, ceil)
                 x = clear(x)  # of an odd side the last row was pooled with a zero
             elif kind == "fc":
                 x = FullyConnected(width, kernel, kernel_init=fc_init, name=name, **types)(
@@ -200,7 +200,7 @@ class VGG(nn.Module):
         return found
 
 
-def transposed(variables: Mapping[str, Any]) -> dict[str, Any]:
+def transpose_kernels(variables: Mapping[str, Any]) -> dict[str, Any]:
     """The variables with which the convolutions give for transposed images, (N, W, H, 3), the transposed maps."""
     turned = {
         name: {**layer, "kernel": layer["kernel"].swapaxes(0, 1)}
@@ -232,7 +232,7 @@ def _check_shape(x: Array) -> None:
         raise InputError(f"the images have the shape {x.shape}: expected (N, H, W, 3)")
 
 
-def _check_images(x: Array, table: tuple) -> None:
+def _check_min_size(x: Array, table: tuple) -> None:
     pools = sum(layer.kind == "pool" for layer in table)
     smallest = max([1, *(layer.kernel for layer in table if layer.kind == "fc")]) * 2**pools
     if any(side < smallest for side in x.shape[1:3]):  # also decided for symbols of jax.export
@@ -250,11 +250,11 @@ vgg19 = functools.partial(VGG, CONFIGS["E"])
 
 # §3.1: "the first four convolutional layers and the last three fully-connected layers" of A. By position they fit no deeper net
 # (its second convolution reads 64 channels, not 128's); by name they fit all.
-FROM_A = ("conv1_1", "conv2_1", "conv3_1", "conv3_2", "fc6", "fc7", "fc8")
+PAPER_INIT_LAYERS = ("conv1_1", "conv2_1", "conv3_1", "conv3_2", "fc6", "fc7", "fc8")
 
 
-def init_from(
-    source: Mapping[str, Any], params: Mapping[str, Any], layers: Iterable[str] = FROM_A
+def copy_matching_layers(
+    source: Mapping[str, Any], params: Mapping[str, Any], layers: Iterable[str] = PAPER_INIT_LAYERS
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """`params` with the named layers of `source` in place of their own, and the names of those that were copied (§3.1).
 

@@ -15,7 +15,7 @@ def is_remote(path: str | os.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
-def path_of(path: str | os.PathLike) -> Any:
+def to_path(path: str | os.PathLike) -> Any:
     """A pathlib.Path, or, of the object store, what behaves as one. Raises InputError for another store."""
     if not is_remote(path):
         return Path(path)
@@ -28,7 +28,7 @@ def path_of(path: str | os.PathLike) -> Any:
     return epath.Path(path)
 
 
-def of_this_machine(path: str | os.PathLike) -> Path:
+def require_local(path: str | os.PathLike) -> Path:
     """For what is written by libraries that know no store. Raises InputError for a path in one."""
     if is_remote(path):
         raise InputError(
@@ -45,12 +45,12 @@ def is_store_error(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def local_file(path: str | os.PathLike) -> Iterator[Path]:
+def local_copy(path: str | os.PathLike) -> Iterator[Path]:
     """A file on this machine, for libraries that read no other: the one given, or a copy while the block lasts. Raises InputError."""
     if not is_remote(path):
         yield Path(path)
         return
-    there = path_of(path)
+    there = to_path(path)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / there.name
         try:

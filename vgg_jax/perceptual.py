@@ -26,7 +26,7 @@ def content_loss(features: Mapping[str, Array], wanted: Mapping[str, Array]) -> 
     )
 
 
-def gram(features: Array) -> Array:
+def gram_matrix(features: Array) -> Array:
     """(N, h, w, C) -> (N, C, C): how the channels go together, divided by h · w · C."""
     n, h, w, c = features.shape
     positions = features.reshape(n, h * w, c)
@@ -36,7 +36,10 @@ def gram(features: Array) -> Array:
 def style_loss(features: Mapping[str, Array], wanted: Mapping[str, Array]) -> Array:
     """(N,): the squared Frobenius norm of the difference of the Gram matrices, summed over the layers. The sizes may differ."""
     return sum(
-        (jnp.sum((gram(features[name]) - gram(wanted[name])) ** 2, (1, 2)) for name in features),
+        (
+            jnp.sum((gram_matrix(features[name]) - gram_matrix(wanted[name])) ** 2, (1, 2))
+            for name in features
+        ),
         jnp.float32(0),
     )
 
@@ -63,7 +66,7 @@ def _unit(x: Array) -> Array:
     return jnp.where(squares > 0, x / (jnp.sqrt(jnp.where(squares > 0, squares, 1)) + 1e-10), 0)
 
 
-def lpips_heads(path: str | os.PathLike) -> dict[str, np.ndarray]:
+def load_lpips_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """The published heads, {layer: (C,)}, from `lpips/weights/v0.1/vgg.pth` of the package lpips.
 
     Raises InputError for another file, and where torch, which reads it, is not installed.

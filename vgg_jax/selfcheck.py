@@ -16,10 +16,10 @@ from vgg_jax.runtime.compiler import compiler_options
 
 BOUND = 1e-4  # of the largest value; float32 has 1e-6 here
 BFLOAT16_BOUND = 3e-2  # of the largest; bfloat16 has 1e-2 here
-KNOWN = {
+BROKEN_JAX_VERSIONS = {
     "0.10.2": "a product of a matrix and a vector, squared and summed, is wrong under jit on CPUs (jax issue 39103)"
 }
-AVOIDED = {
+WORKED_AROUND = {
     "0.12.0.1": "a pooling and three products behind it, in bfloat16, give NaN on CPUs"
 }  # by `layers.FullyConnected`
 
@@ -27,7 +27,7 @@ NET = VGGConfig(((Conv(8),), (Conv(16), Conv(16))), fc=(16, 16))
 SIZE, CLASSES = 16, 5
 
 
-class Finding(NamedTuple):
+class CheckResult(NamedTuple):
     """How far a device is from NumPy, of the largest value."""
 
     device: str
@@ -40,7 +40,7 @@ class Finding(NamedTuple):
         return self.difference < self.bound  # not so for NaN
 
 
-def check(devices: list[jax.Device] | None = None) -> list[Finding]:
+def run_checks(devices: list[jax.Device] | None = None) -> list[CheckResult]:
     """All that is compared, on each device (all local ones, by default)."""
     rng = np.random.default_rng(0)
     images = rng.normal(size=(4, SIZE, SIZE, 3)) * 50
@@ -102,7 +102,7 @@ def check(devices: list[jax.Device] | None = None) -> list[Finding]:
                 )
                 bound = BFLOAT16_BOUND if function is narrow else BOUND
                 found.append(
-                    Finding(
+                    CheckResult(
                         f"{device.platform}:{device.id}", f"{what}, {how}", float(difference), bound
                     )
                 )
@@ -156,28 +156,30 @@ def numpy_slopes(
     )
 
 
-def known() -> str:
+def known_fault() -> str:
     """What this release of jax is known to compute wrongly, or nothing."""
-    return KNOWN.get(jax.__version__, "")
+    return BROKEN_JAX_VERSIONS.get(jax.__version__, "")
 
 
-def report(found: list[Finding]) -> str:
+def report(found: list[CheckResult]) -> str:
     """A line for each comparison, and at the end what to make of it."""
     lines = [
         f"{each.device:<8}{each.what:<32}{each.difference:>9.1e}{'' if each.right else '  WRONG'}"
         for each in found
     ]
-    if known():
-        lines.append(f"jax {jax.__version__} is known for this: {known()}; install another release")
-    if jax.__version__ in AVOIDED:
+    if known_fault():
         lines.append(
-            f"jax {jax.__version__} is known for this, which vgg_jax avoids: {AVOIDED[jax.__version__]}"
+            f"jax {jax.__version__} is known for this: {known_fault()}; install another release"
+        )
+    if jax.__version__ in WORKED_AROUND:
+        lines.append(
+            f"jax {jax.__version__} is known for this, which vgg_jax avoids: {WORKED_AROUND[jax.__version__]}"
         )
     if not all(each.right for each in found):
         lines.append(
             f"jax {jax.__version__} computes wrongly here: install another release, and report this one to its developers"
         )
-    elif not known():
+    elif not known_fault():
         lines.append(
             f"jax {jax.__version__} computes rightly here: all within {BOUND:.0e} of NumPy's float64, bfloat16 within {BFLOAT16_BOUND:.0e}"
         )

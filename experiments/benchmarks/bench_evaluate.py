@@ -24,11 +24,11 @@ import numpy as np
 
 from experiments.script import figure, run
 from vgg_jax import CONFIGS, VGG, compiler_options
-from vgg_jax.configs.evaluation import PIXELS, PROTOCOLS, Protocol
+from vgg_jax.configs.evaluation import MAX_PIXELS_PER_BATCH, PROTOCOLS, EvalProtocol
 from vgg_jax.data import open_split, rescaled_images
 from vgg_jax.distributed.sharding import make_mesh
-from vgg_jax.evaluation.dense import stream_posteriors
-from vgg_jax.runtime.memory import keep_memory
+from vgg_jax.evaluation.dense import iter_posteriors
+from vgg_jax.runtime.memory import configure_malloc
 
 
 class Compilations(logging.Handler):
@@ -66,12 +66,12 @@ def measured(args: argparse.Namespace) -> dict:
     images = ([image[0] for image in example["scaled"]] for example in examples)
     mesh = make_mesh(1, jax.devices()[:1])
     found = dict(
-        stream_posteriors(
+        iter_posteriors(
             model,
             variables,
             images,
             mesh=mesh,
-            protocol=Protocol(args.protocol),
+            protocol=EvalProtocol(args.protocol),
             pixels=args.pixels,
         )
     )
@@ -97,14 +97,14 @@ def main() -> None:
     parser.add_argument("--scale", type=int, nargs="+", default=[256])
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--protocol", default="dense", choices=PROTOCOLS)
-    parser.add_argument("--pixels", type=int, default=PIXELS)
+    parser.add_argument("--pixels", type=int, default=MAX_PIXELS_PER_BATCH)
     parser.add_argument("--cache")
     parser.add_argument("--peer", help="a command to run in turn with ours")
     parser.add_argument("--pairs", type=int, default=1)
     args = parser.parse_args()
     what = {name: value for name, value in vars(args).items() if name not in ("peer", "pairs")}
     if args.peer is None:
-        keep_memory()  # as `vgg-jax evaluate` does
+        configure_malloc()  # as `vgg-jax evaluate` does
         print(json.dumps(what | {"jax": jax.__version__} | measured(args)))
         return
     shared = [

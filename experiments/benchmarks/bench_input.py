@@ -26,7 +26,15 @@ import numpy as np
 
 from experiments.script import figure, run
 from vgg_jax import IMAGENET, TrainConfig
-from vgg_jax.data import Batches, Source, cached, decode, open_split, tf, train_batches
+from vgg_jax.data import (
+    BatchIterator,
+    DataSource,
+    cache_in_memory,
+    decode,
+    open_split,
+    tf,
+    train_batches,
+)
 from vgg_jax.runtime.memory import use_huge_pages
 
 
@@ -43,7 +51,7 @@ def measured(args: argparse.Namespace) -> dict:
             "batch_size": args.batch,
         }
         config = TrainConfig(epochs=epochs, cache=args.cache, **shape)
-        source = cached(source, config) if args.cache else source
+        source = cache_in_memory(source, config) if args.cache else source
         # What lies in memory as pixels is neither read nor decoded any more.
         streams = (
             {"read": read_only(source, args.batch), "decode": decode_only(source, args.batch)}
@@ -62,7 +70,7 @@ def measured(args: argparse.Namespace) -> dict:
     }
 
 
-def rate(batches: Batches, images: int) -> tuple[float, float]:
+def rate(batches: BatchIterator, images: int) -> tuple[float, float]:
     """Images a second, and the seconds to the first batch, which count."""
     started, first, count = time.perf_counter(), 0.0, 0
     for batch in batches:
@@ -75,18 +83,18 @@ def rate(batches: Batches, images: int) -> tuple[float, float]:
     return round(count / (time.perf_counter() - started), 1), first
 
 
-def read_only(source: Source, batch: int) -> Batches:
+def read_only(source: DataSource, batch: int) -> BatchIterator:
     def prepare(example: dict) -> dict:
         return {"index": example["index"], "bytes": tf.strings.length(example["encoded"])}
 
-    return Batches(source, lambda at: source.examples(None, at * batch), prepare, batch)
+    return BatchIterator(source, lambda at: source.examples(None, at * batch), prepare, batch)
 
 
-def decode_only(source: Source, batch: int) -> Batches:
+def decode_only(source: DataSource, batch: int) -> BatchIterator:
     def prepare(example: dict) -> dict:
         return {"index": example["index"], "sides": tf.shape(decode(example["encoded"]))}
 
-    return Batches(source, lambda at: source.examples(None, at * batch), prepare, batch)
+    return BatchIterator(source, lambda at: source.examples(None, at * batch), prepare, batch)
 
 
 def as_tfrecord(photos: str, folder: str) -> str:

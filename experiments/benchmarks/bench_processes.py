@@ -38,12 +38,12 @@ def measured(number: int, count: int, port: int, each: int, mesh_name: str) -> N
     if count > 1:
         jax.distributed.initialize(f"127.0.0.1:{port}", count, number)
     from vgg_jax import IMAGENET, TrainConfig
-    from vgg_jax.distributed.sharding import Layout, make_mesh, put_batch, replicated
+    from vgg_jax.distributed.sharding import MeshConfig, make_mesh, replicated, shard_batch
     from vgg_jax.model import build_model
     from vgg_jax.training.optimizer import sgd
-    from vgg_jax.training.step import compile_steps, init_state
+    from vgg_jax.training.step import init_state, jit_steps
 
-    layout, total = Layout(**MESHES[mesh_name]), each * count
+    layout, total = MeshConfig(**MESHES[mesh_name]), each * count
     config = TrainConfig(
         net="A",
         fc=(WIDTH, WIDTH),
@@ -57,7 +57,7 @@ def measured(number: int, count: int, port: int, each: int, mesh_name: str) -> N
         build_model(config, 10),
         count // layout.model,
     )
-    step, _ = compile_steps(config, model, IMAGENET.mean_rgb, mesh, layout)
+    step, _ = jit_steps(config, model, IMAGENET.mean_rgb, mesh, layout)
     state = init_state(model, sgd(config), 0, mesh, layout)
     rng = np.random.default_rng(0)
     rows = total // groups
@@ -67,7 +67,7 @@ def measured(number: int, count: int, port: int, each: int, mesh_name: str) -> N
         "label": rng.integers(0, 10, rows).astype(np.int32),
         "mask": np.ones(rows, bool),
     }
-    placed = put_batch(batch, mesh)
+    placed = shard_batch(batch, mesh)
     steps, sums = [], []
     for _ in range(STEPS):
         started = time.monotonic()

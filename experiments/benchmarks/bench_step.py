@@ -27,12 +27,12 @@ import numpy as np
 
 from experiments.script import figure, run
 from vgg_jax import CONFIGS, IMAGENET, VGG, TrainConfig, compile_inference
-from vgg_jax.distributed.sharding import make_mesh, put_batch
+from vgg_jax.distributed.sharding import make_mesh, shard_batch
 from vgg_jax.preprocessing import preprocess
-from vgg_jax.runtime.memory import keep_memory, use_huge_pages
+from vgg_jax.runtime.memory import configure_malloc, use_huge_pages
 from vgg_jax.summary import summarize
 from vgg_jax.training.optimizer import sgd
-from vgg_jax.training.step import compile_steps, init_state
+from vgg_jax.training.step import init_state, jit_steps
 
 CLASSES = 10
 
@@ -65,9 +65,9 @@ def seconds_of_steps(args: argparse.Namespace) -> dict[str, float | None]:
         "label": rng.integers(CLASSES, size=args.batch).astype(np.int32),
         "mask": np.ones(args.batch, bool),
     }
-    on_device = put_batch(batch, mesh)
+    on_device = shard_batch(batch, mesh)
     if args.mode == "train":
-        step, _ = compile_steps(config, model, IMAGENET.mean_rgb, mesh)
+        step, _ = jit_steps(config, model, IMAGENET.mean_rgb, mesh)
 
         def once() -> None:
             nonlocal state
@@ -137,7 +137,7 @@ def main() -> None:
     what = {name: value for name, value in vars(args).items() if name not in ("peer", "pairs")}
     if args.peer is None:
         (
-            use_huge_pages if args.mode == "train" else keep_memory
+            use_huge_pages if args.mode == "train" else configure_malloc
         )()  # as `vgg-jax train` and `vgg-jax predict` do
         print(
             json.dumps(

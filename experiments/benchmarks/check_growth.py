@@ -69,10 +69,10 @@ def grown_step(classes: int, batch: int) -> dict:
     import jax
 
     from vgg_jax import IMAGENET, TrainConfig
-    from vgg_jax.distributed.sharding import make_mesh, put_batch
+    from vgg_jax.distributed.sharding import make_mesh, shard_batch
     from vgg_jax.model import build_model
     from vgg_jax.training.optimizer import sgd
-    from vgg_jax.training.step import compile_steps, init_state
+    from vgg_jax.training.step import init_state, jit_steps
 
     config = TrainConfig(
         net="A", fc=(512, 512), image_size=32, scale=(32,), batch_size=batch, learning_rate=1e-3
@@ -80,7 +80,7 @@ def grown_step(classes: int, batch: int) -> dict:
     mesh = make_mesh(batch, jax.devices()[:1])
     model = build_model(config, classes)
     state = init_state(model, sgd(config), 0, mesh)
-    step, _ = compile_steps(config, model, IMAGENET.mean_rgb, mesh)
+    step, _ = jit_steps(config, model, IMAGENET.mean_rgb, mesh)
     rng = np.random.default_rng(0)
     arrays = {
         "image": rng.integers(256, size=(batch, 32, 32, 3), dtype=np.uint8),
@@ -91,7 +91,7 @@ def grown_step(classes: int, batch: int) -> dict:
     before, seconds = peak(), []
     for _ in range(4):
         started = time.perf_counter()
-        state, _ = jax.block_until_ready(step(state, put_batch(arrays, mesh)))
+        state, _ = jax.block_until_ready(step(state, shard_batch(arrays, mesh)))
         seconds.append(time.perf_counter() - started)
     return {
         "first_step_seconds": seconds[0],

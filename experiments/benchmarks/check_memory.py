@@ -22,12 +22,12 @@ import numpy as np
 
 from experiments.script import output_of, run
 from vgg_jax import IMAGENET, TrainConfig
-from vgg_jax.distributed.sharding import make_mesh, put_batch, replicated
+from vgg_jax.distributed.sharding import make_mesh, replicated, shard_batch
 from vgg_jax.model import build_model
 from vgg_jax.runtime.memory import use_huge_pages
-from vgg_jax.training.memory_estimate import step_memory
+from vgg_jax.training.memory_estimate import estimate_step_memory
 from vgg_jax.training.optimizer import sgd
-from vgg_jax.training.step import _state, compile_steps, init_state
+from vgg_jax.training.step import _init_state, init_state, jit_steps
 
 CLASSES = 1000
 
@@ -53,18 +53,18 @@ def measured(config: TrainConfig) -> tuple[int, int]:
         "label": rng.integers(CLASSES, size=config.batch_size).astype(np.int32),
         "mask": np.ones(config.batch_size, bool),
     }
-    step, _ = compile_steps(config, model, IMAGENET.mean_rgb, mesh)
-    shapes = jax.eval_shape(functools.partial(_state, model, sgd(config)), jax.random.key(0))
+    step, _ = jit_steps(config, model, IMAGENET.mean_rgb, mesh)
+    shapes = jax.eval_shape(functools.partial(_init_state, model, sgd(config)), jax.random.key(0))
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), shapes
     )
-    compiled = step.lower(shapes, put_batch(batch, mesh)).compile()
+    compiled = step.lower(shapes, shard_batch(batch, mesh)).compile()
     ctypes.CDLL(None).malloc_trim(0)
     left = process("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is the compiler's
     state = init_state(model, sgd(config), 0, mesh)
     for _ in range(2):
-        state, _ = jax.block_until_ready(compiled(state, put_batch(batch, mesh)))
+        state, _ = jax.block_until_ready(compiled(state, shard_batch(batch, mesh)))
     return process("VmHWM") - left, left - before
 
 
@@ -98,7 +98,7 @@ def main() -> None:
     use_huge_pages()  # as `vgg-jax train` does
     took, compiler = measured(config)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    predicted = step_memory(config, CLASSES)["total"]
+    predicted = estimate_step_memory(config, CLASSES)["total"]
     found = vars(args) | {
         "jax": jax.__version__,
         "predicted": predicted,

@@ -24,11 +24,11 @@ import torch
 from experiments.script import run
 from tests.helpers.torch_vgg import randomize, to_jax, torch_vgg
 from vgg_jax import CONFIGS, IMAGENET, VGG, compiler_options
-from vgg_jax.configs.evaluation import Protocol
+from vgg_jax.configs.evaluation import EvalProtocol
 from vgg_jax.data import open_split, rescaled_images
-from vgg_jax.evaluation.dense import windows
-from vgg_jax.export import Artefact, write
-from vgg_jax.inference import prepare
+from vgg_jax.evaluation.dense import iter_windows
+from vgg_jax.export import ExportSpec, write
+from vgg_jax.inference import pack_kernels
 from vgg_jax.preprocessing import preprocess
 from vgg_jax.weights import Weights
 from vgg_jax.weights.imagenet import CLASSES
@@ -41,7 +41,7 @@ def centre_crops(folder: str, count: int) -> np.ndarray:
     """uint8 (count, 224, 224, 3)"""
     crops = []
     for example in rescaled_images(open_split(folder, "train"), (256,), True):
-        (window,) = windows(len(crops), [example["scaled"][0][0]], 224, Protocol("center"))
+        (window,) = iter_windows(len(crops), [example["scaled"][0][0]], 224, EvalProtocol("center"))
         crops.append(window.pixels)
         if len(crops) == count:
             break
@@ -58,7 +58,7 @@ def engines(net: str, folder: Path) -> dict[str, Callable[[np.ndarray], np.ndarr
     weights = Weights(
         net, "vgg_jax", model, params, batch_stats, True, Preprocessing(IMAGENET.mean_rgb), CLASSES
     )
-    write(folder / f"{net}.onnx", Artefact(weights))
+    write(folder / f"{net}.onnx", ExportSpec(weights))
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry(
         "session.intra_op.allow_spinning", "0"
@@ -67,7 +67,7 @@ def engines(net: str, folder: Path) -> dict[str, Callable[[np.ndarray], np.ndarr
         folder / f"{net}.onnx", options, providers=["CPUExecutionProvider"]
     )
 
-    variables = prepare({"params": params, "batch_stats": batch_stats})
+    variables = pack_kernels({"params": params, "batch_stats": batch_stats})
     forward = jax.jit(
         lambda variables, images: model.apply(variables, preprocess(images, IMAGENET.mean_rgb)),
         compiler_options=compiler_options(thorough=True),

@@ -19,7 +19,7 @@ import numpy as np
 
 from experiments.script import run
 from vgg_jax import CONFIGS, IMAGENET, VGG, compiler_options
-from vgg_jax.export import Artefact, write
+from vgg_jax.export import ExportSpec, write
 from vgg_jax.weights import Weights
 from vgg_jax.weights.layouts import Preprocessing
 
@@ -81,7 +81,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "net.onnx"
-        write(file, Artefact(weights, uint8=False))
+        write(file, ExportSpec(weights, uint8=False))
         once = session(args.runtime, file, args.dtype)
     images = (
         np.random.default_rng(0)

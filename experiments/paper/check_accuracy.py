@@ -18,21 +18,21 @@ from jax import Array
 from experiments.script import run
 from vgg_jax import IMAGENET
 from vgg_jax.configs.presets import preset
-from vgg_jax.data import Source, cached, eval_batches, open_splits, train_batches
-from vgg_jax.distributed.sharding import make_mesh, put_batch
-from vgg_jax.metrics import Sums, merge
+from vgg_jax.data import DataSource, cache_in_memory, eval_batches, open_train_val, train_batches
+from vgg_jax.distributed.sharding import make_mesh, shard_batch
+from vgg_jax.metrics import MetricSums, merge
 from vgg_jax.model import build_model
 from vgg_jax.ops import convolution
-from vgg_jax.ops.epilogue import Then, finish
+from vgg_jax.ops.epilogue import Then, apply_epilogue
 from vgg_jax.training.optimizer import sgd
-from vgg_jax.training.step import compile_steps, init_state
+from vgg_jax.training.step import init_state, jit_steps
 
 
 def plain(
     x: Array, kernel: Array, bias: Array, filters: Array | None, there: Array | None, *, then: Then
 ) -> Array:
     """Each value a sum of nine products; XLA's own convolution, which is that too, takes seconds a step."""
-    return finish(convolution._im2col(x, kernel), bias, there, then)
+    return apply_epilogue(convolution._im2col(x, kernel), bias, there, then)
 
 
 FAST = (
@@ -41,7 +41,7 @@ FAST = (
 WAYS = {"winograd": ("float32", FAST), "plain": ("float32", plain), "bfloat16": ("bfloat16", FAST)}
 
 
-def first(source: Source, count: int) -> Source:
+def first(source: DataSource, count: int) -> DataSource:
     """Of batches from pixels; `examples` stays whole."""
     assert source.pixels is not None
     count = min(count, source.size)
@@ -51,25 +51,25 @@ def first(source: Source, count: int) -> Source:
     return dataclasses.replace(source, size=count, pixels=pixels)
 
 
-def trained(dtype: str, seed: int, train: Source, validation: Source, epochs: int) -> dict:
+def trained(dtype: str, seed: int, train: DataSource, validation: DataSource, epochs: int) -> dict:
     jax.clear_caches()  # what was traced knows the way before
     config = preset("cifar10", net="A", dtype=dtype, seed=seed, epochs=epochs, schedule="constant")
     mesh, model = make_mesh(config.batch_size), build_model(config, 10)
     state = init_state(model, sgd(config), seed, mesh)
-    train_step, eval_step = compile_steps(config, model, IMAGENET.mean_rgb, mesh)
+    train_step, eval_step = jit_steps(config, model, IMAGENET.mean_rgb, mesh)
 
     def placed(batch: dict) -> dict:
-        return put_batch(
+        return shard_batch(
             {name: batch[name] for name in ("image", "colour_shift", "label", "mask")}, mesh
         )
 
-    losses, sums = [], Sums()
+    losses, sums = [], MetricSums()
     for batch in train_batches(train, config, IMAGENET):
         state, step_sums = train_step(state, placed(batch))
         sums = merge(sums, jax.tree.map(float, jax.device_get(step_sums)))
         if sums.count == train.size:
-            losses, sums = [*losses, sums.loss / sums.count], Sums()
-    variables, found = {"params": state.params, "batch_stats": state.batch_stats}, Sums()
+            losses, sums = [*losses, sums.loss / sums.count], MetricSums()
+    variables, found = {"params": state.params, "batch_stats": state.batch_stats}, MetricSums()
     for batch in eval_batches(validation, config, config.batch_size):
         found = merge(
             found, jax.tree.map(float, jax.device_get(eval_step(variables, placed(batch))))
@@ -88,7 +88,8 @@ def main() -> None:
     args = parser.parse_args()
     config = preset("cifar10")
     train, validation = (
-        cached(source, config) for source in open_splits("cifar10", data_dir=args.data_dir)
+        cache_in_memory(source, config)
+        for source in open_train_val("cifar10", data_dir=args.data_dir)
     )
     train, validation = first(train, args.images), first(validation, 5000)
     for seed in args.seeds:

@@ -15,9 +15,9 @@ import torch
 from experiments.script import run
 from tests.helpers.torch_vgg import dense_posterior, randomize, score_map, to_jax, torch_vgg
 from vgg_jax import CONFIGS, IMAGENET, VGG
-from vgg_jax.configs.evaluation import Protocol
+from vgg_jax.configs.evaluation import EvalProtocol
 from vgg_jax.data import open_split, rescaled_images
-from vgg_jax.evaluation.dense import posteriors
+from vgg_jax.evaluation.dense import class_posteriors
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
     params, batch_stats = to_jax(theirs, 7)
     model = VGG(CONFIGS[args.net], batch_norm=args.batch_norm)
     variables = {"params": params, "batch_stats": batch_stats}
-    ours = posteriors(model, variables, images, protocol=Protocol(ceil=args.ceil))
+    ours = class_posteriors(model, variables, images, protocol=EvalProtocol(ceil=args.ceil))
     with torch.inference_mode():
         expected = np.stack(
             [dense_posterior(theirs, image, IMAGENET.mean_rgb, 7, args.ceil) for image in images]

@@ -22,7 +22,7 @@ from experiments.script import run
 from vgg_jax import CONFIGS, IMAGENET, VGG, compiler_options
 from vgg_jax.errors import InputError
 from vgg_jax.weights import Weights, read, save
-from vgg_jax.weights.compare_torch import against_torch
+from vgg_jax.weights.compare_torch import compare_with_torch
 from vgg_jax.weights.imagenet import CLASSES
 from vgg_jax.weights.layouts import TORCHVISION, Preprocessing
 
@@ -71,7 +71,7 @@ def goes_in_and_out(name: str, images: np.ndarray, folder: Path) -> dict:
         "net": name,
         "recognised": weights.net,
         "logits": float(np.abs(ours - expected).max() / np.abs(expected).max()),
-        "largest_of_layers": max(against_torch(weights).values()),
+        "largest_of_layers": max(compare_with_torch(weights).values()),
         "back_bit_equal": equal,
     }
 
@@ -87,7 +87,7 @@ def layer_by_layer(net: str) -> dict:
     weights = Weights(
         net, "vgg_jax", model, params, {}, True, Preprocessing(IMAGENET.mean_rgb), CLASSES
     )
-    return {"net": net, "largest_of_layers": max(against_torch(weights).values())}
+    return {"net": net, "largest_of_layers": max(compare_with_torch(weights).values())}
 
 
 def main() -> None:

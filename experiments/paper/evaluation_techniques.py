@@ -19,9 +19,9 @@ import jax
 import numpy as np
 
 from experiments.script import run
-from vgg_jax.configs.evaluation import Protocol
+from vgg_jax.configs.evaluation import EvalProtocol
 from vgg_jax.evaluation.evaluate import evaluate
-from vgg_jax.runtime.compilation_cache import keep_compiled_programs
+from vgg_jax.runtime.compilation_cache import enable_compilation_cache
 
 TECHNIQUES = {
     "center": ("center",),
@@ -56,14 +56,14 @@ def main() -> None:
     parser.add_argument("--scales", type=int, nargs=3, default=[32, 48, 64])
     parser.add_argument("--device", required=True)
     args = parser.parse_args()
-    keep_compiled_programs()
+    enable_compilation_cache()
     single = {}
     for name in ("center", "dense", "multi-crop"):
         for scale in args.scales:
             single[name, scale] = evaluate(
                 args.run,
                 split=args.split,
-                protocol=Protocol(name),
+                protocol=EvalProtocol(name),
                 scales=(scale,),
                 data_dir=args.data_dir,
             )

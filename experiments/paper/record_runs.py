@@ -16,11 +16,11 @@ import jax
 
 from experiments.script import run
 from vgg_jax import preset
-from vgg_jax.runs.metadata import read_run
+from vgg_jax.runs.metadata import load_run
 
 
 def recorded(workdir: str) -> dict:
-    run = read_run(Path(workdir))
+    run = load_run(Path(workdir))
     usual = dataclasses.asdict(preset(run.config.data))
     given = {
         name: value

@@ -11,7 +11,7 @@ import pytest
 
 from vgg_jax import TrainConfig, cli, preset
 from vgg_jax.cli.parser import parser
-from vgg_jax.runtime.compilation_cache import keep_compiled_programs
+from vgg_jax.runtime.compilation_cache import enable_compilation_cache
 
 
 def run(capsys, *argv):
@@ -85,10 +85,10 @@ def test_compiled_programs_are_kept_in_the_users_cache_folder(monkeypatch, tmp_p
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     before = jax.config.jax_compilation_cache_dir
     try:
-        keep_compiled_programs()
+        enable_compilation_cache()
         assert jax.config.jax_compilation_cache_dir == before  # what the user has chosen stays
         jax.config.update("jax_compilation_cache_dir", None)
-        keep_compiled_programs()
+        enable_compilation_cache()
         assert jax.config.jax_compilation_cache_dir.startswith(str(tmp_path / "vgg_jax"))
     finally:
         jax.config.update("jax_compilation_cache_dir", before)

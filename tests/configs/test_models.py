@@ -6,7 +6,7 @@ import pytest
 
 from vgg_jax import CONFIGS, InputError, TrainConfig
 from vgg_jax.configs.models import layer_table
-from vgg_jax.configs.presets import with_learning_rate
+from vgg_jax.configs.presets import resolve_learning_rate
 from vgg_jax.configs.train import CHOICES
 from vgg_jax.model import INITIALIZERS
 
@@ -45,7 +45,7 @@ def test_defaults_are_the_papers():
         5e-4,
         0.5,
     )
-    assert with_learning_rate(config, 1000).learning_rate == 1e-2
+    assert resolve_learning_rate(config, 1000).learning_rate == 1e-2
     assert (config.drops, config.epochs, config.scale, config.image_size) == (3, 74, (256,), 224)
 
 

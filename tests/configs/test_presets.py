@@ -3,7 +3,7 @@
 import pytest
 
 from vgg_jax import InputError, TrainConfig, preset
-from vgg_jax.configs.presets import with_learning_rate
+from vgg_jax.configs.presets import resolve_learning_rate
 
 
 def test_presets_give_way_to_what_is_given():
@@ -16,9 +16,9 @@ def test_presets_give_way_to_what_is_given():
 
 def test_few_classes_get_a_lower_rate_unless_one_is_given():
     assert [
-        with_learning_rate(TrainConfig(), classes).learning_rate for classes in (2, 99, 100)
+        resolve_learning_rate(TrainConfig(), classes).learning_rate for classes in (2, 99, 100)
     ] == [1e-3, 1e-3, 1e-2]
-    assert with_learning_rate(TrainConfig(learning_rate=0.5), 2).learning_rate == 0.5
+    assert resolve_learning_rate(TrainConfig(learning_rate=0.5), 2).learning_rate == 0.5
     assert (
         preset("cifar10").learning_rate == preset("digits").learning_rate == 1e-2
     )  # small images, smaller nets: measured to train

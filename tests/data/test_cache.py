@@ -11,7 +11,14 @@ from tests.data.test_pipeline import by_example
 from tests.helpers.tiny_data import encode, noise
 from vgg_jax.configs.colours import IMAGENET
 from vgg_jax.configs.train import TrainConfig
-from vgg_jax.data import cache, cached, eval_batches, open_split, open_splits, train_batches
+from vgg_jax.data import (
+    cache,
+    cache_in_memory,
+    eval_batches,
+    open_split,
+    open_train_val,
+    train_batches,
+)
 from vgg_jax.errors import InputError
 
 TINY = TrainConfig(image_size=32, scale=(32, 40), batch_size=4, epochs=3, seed=5)
@@ -33,11 +40,11 @@ def source_and_config(request, tmp_path):
     if request.param == "mixed sizes":
         return open_split(str(request.getfixturevalue("folder")), "train"), TINY
     if request.param == "digits":
-        return open_splits("digits", validation_fraction=0.99)[0], TINY
+        return open_train_val("digits", validation_fraction=0.99)[0], TINY
     if request.param == "array_record":
-        return open_splits("numbers", data_dir=request.getfixturevalue("prepared")["array_record"])[
-            0
-        ], TINY
+        return open_train_val(
+            "numbers", data_dir=request.getfixturevalue("prepared")["array_record"]
+        )[0], TINY
     large = dataclasses.replace(TINY, image_size=96, scale=(96, 100))
     return photos_of_one_size(tmp_path), large if "large" in request.param else TINY
 
@@ -56,7 +63,7 @@ def assert_equal(ones, others):
 
 def test_batches_from_memory_are_those_from_the_files(source_and_config):
     source, config = source_and_config
-    held = cached(source, config)
+    held = cache_in_memory(source, config)
     assert (held.size, held.classes, held.name) == (source.size, source.classes, source.name)
     assert_equal(train_batches(held, config, IMAGENET), train_batches(source, config, IMAGENET))
     assert_equal(
@@ -68,15 +75,17 @@ def test_batches_from_memory_are_those_from_the_files(source_and_config):
 
 def test_pixels_are_held_of_small_images_of_one_size_only(folder, tmp_path_factory):
     alike = photos_of_one_size(tmp_path_factory.mktemp("alike"))
-    pixels = cached(alike, TINY).pixels
+    pixels = cache_in_memory(alike, TINY).pixels
     assert pixels is not None and pixels.images.shape == (9, 20, 30, 3)
-    assert cached(alike, dataclasses.replace(TINY, image_size=96, scale=(96,))).pixels is None
-    assert cached(open_split(str(folder), "train"), TINY).pixels is None
+    assert (
+        cache_in_memory(alike, dataclasses.replace(TINY, image_size=96, scale=(96,))).pixels is None
+    )
+    assert cache_in_memory(open_split(str(folder), "train"), TINY).pixels is None
 
 
 def test_sequential_files_are_shuffled_anew_each_epoch_with_the_same_draws(prepared):
     source = open_split("numbers", "train", data_dir=prepared["tfrecord"])
-    batches = list(train_batches(cached(source, TINY), TINY, IMAGENET))
+    batches = list(train_batches(cache_in_memory(source, TINY), TINY, IMAGENET))
     ours, theirs = by_example(batches), by_example(train_batches(source, TINY, IMAGENET))
     assert ours.keys() == theirs.keys()
     for key, example in ours.items():
@@ -95,7 +104,7 @@ def test_sequential_files_are_shuffled_anew_each_epoch_with_the_same_draws(prepa
 def test_the_files_are_not_read_again(tmp_path):
     source = photos_of_one_size(tmp_path)
     for config in (TINY, dataclasses.replace(TINY, image_size=96, scale=(96,))):
-        held = cached(source, config)
+        held = cache_in_memory(source, config)
         expected = list(train_batches(source, config, IMAGENET))
         shutil.move(tmp_path / "a", tmp_path / "gone")
         assert_equal(train_batches(held, config, IMAGENET), expected)
@@ -110,7 +119,7 @@ def test_a_broken_image_is_named(tmp_path, first):
     with open(path, "wb") as file:
         file.write(whole[: len(whole) // 2])
     with pytest.raises(InputError, match=f"cannot decode '{path}'"):
-        list(train_batches(cached(source, TINY), TINY, IMAGENET))
+        list(train_batches(cache_in_memory(source, TINY), TINY, IMAGENET))
 
 
 def test_what_does_not_fit_is_refused(tmp_path, monkeypatch):
@@ -120,7 +129,7 @@ def test_what_does_not_fit_is_refused(tmp_path, monkeypatch):
         InputError,
         match=r"does not fit into memory: 9 of its 9 images take 2 times .*; leave out --cache",
     ):
-        cached(source, TINY)
+        cache_in_memory(source, TINY)
 
 
 def test_pixels_that_do_not_fit_are_decoded_anew(tmp_path, monkeypatch):
@@ -129,7 +138,7 @@ def test_pixels_that_do_not_fit_are_decoded_anew(tmp_path, monkeypatch):
         len(example["encoded"]) for example in source.examples(None, 0).as_numpy_iterator()
     )
     monkeypatch.setattr(cache, "free_memory", lambda: 2.6 * bytes_of)
-    assert cached(source, TINY).pixels is None
+    assert cache_in_memory(source, TINY).pixels is None
 
 
 def test_a_source_that_says_too_much_of_its_size_is_refused(tmp_path):
@@ -138,7 +147,7 @@ def test_a_source_that_says_too_much_of_its_size_is_refused(tmp_path):
         source, examples=lambda seed, start=0: source.examples(seed, start).take(4)
     )
     with pytest.raises(InputError, match=r"says that it has 9 images, and has 4: prepare it again"):
-        cached(few, TINY)
+        cache_in_memory(few, TINY)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/meminfo"), reason="needs Linux")
@@ -147,5 +156,5 @@ def test_free_memory_is_less_than_all_of_it():
 
 
 def test_an_empty_source_stays_empty(folder):
-    empty = open_splits(str(folder / "train"), validation_fraction=0.0)[1]
-    assert list(eval_batches(cached(empty, TINY), TINY, 4)) == []
+    empty = open_train_val(str(folder / "train"), validation_fraction=0.0)[1]
+    assert list(eval_batches(cache_in_memory(empty, TINY), TINY, 4)) == []

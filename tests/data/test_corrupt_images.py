@@ -20,16 +20,16 @@ from vgg_jax.configs.train import CHOICES
 from vgg_jax.data import (
     decode,
     eval_batches,
-    measure,
+    measure_colours,
     open_split,
-    open_splits,
-    read_list,
+    open_train_val,
+    read_exclude_list,
     tf,
     train_batches,
-    verify,
-    write_list,
+    verify_images,
+    write_exclude_list,
 )
-from vgg_jax.data.decode import LARGEST_DECODED
+from vgg_jax.data.decode import MAX_DECODED_PIXELS
 from vgg_jax.errors import DataError
 
 TINY = TrainConfig(image_size=32, scale=(32, 40), batch_size=4, epochs=2, seed=5)
@@ -194,14 +194,14 @@ def test_those_beside_a_bad_image_are_as_they_were(tmp_path):
 
 def test_colours_are_measured_without_a_bad_image(tmp_path, capsys):
     source = open_split(with_bad(tmp_path / "data", "cut.jpg"), "train", skip_bad=True)
-    measured = measure(source, skip_bad=True)
+    measured = measure_colours(source, skip_bad=True)
     assert measured.count == 10
     assert "cut.jpg' cannot be read" in capsys.readouterr().err
-    expected = measure(open_split(with_bad(tmp_path / "whole"), "train"))
+    expected = measure_colours(open_split(with_bad(tmp_path / "whole"), "train"))
     np.testing.assert_array_equal(measured.pixel_mean, expected.pixel_mean)
     np.testing.assert_array_equal(measured.image_std, expected.image_std)
     with pytest.raises(DataError, match=r"cut\.jpg"):
-        measure(source)
+        measure_colours(source)
 
 
 def test_a_list_of_another_split_is_taken(tmp_path):
@@ -210,9 +210,9 @@ def test_a_list_of_another_split_is_taken(tmp_path):
     with_bad(tmp_path / "data" / "test", "cut.jpg")
     out = str(tmp_path / "list")
     assert cli.main(["verify-data", str(tmp_path / "data"), "--out", out]) == 3
-    assert read_list(out) == ("test/ants/cut.jpg",)
-    assert open_splits(str(tmp_path / "data"), exclude=read_list(out))[0].size == 10
-    assert open_split(str(tmp_path / "data"), "test", exclude=read_list(out)).size == 10
+    assert read_exclude_list(out) == ("test/ants/cut.jpg",)
+    assert open_train_val(str(tmp_path / "data"), exclude=read_exclude_list(out))[0].size == 10
+    assert open_split(str(tmp_path / "data"), "test", exclude=read_exclude_list(out)).size == 10
 
 
 def test_what_was_found_is_listed_where_verifying_ends_early(tmp_path, capsys):
@@ -223,18 +223,18 @@ def test_what_was_found_is_listed_where_verifying_ends_early(tmp_path, capsys):
     out = str(tmp_path / "list")
     assert cli.main(["verify-data", str(tmp_path / "data"), "--out", out]) == 2
     assert "ants' has no images" in capsys.readouterr().err
-    assert read_list(out) == ("train/ants/cut.jpg",)
+    assert read_exclude_list(out) == ("train/ants/cut.jpg",)
 
 
 def test_a_home_is_where_it_is(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     with_bad(tmp_path / "data", "cut.jpg")
-    ((_, _, bad),) = verify("~/data")
+    ((_, _, bad),) = verify_images("~/data")
     assert [each.file for each in bad] == ["ants/cut.jpg"]
 
 
 def test_a_bomb_is_refused_before_it_is_decoded():
-    assert LARGEST_DECODED < 20_000**2
+    assert MAX_DECODED_PIXELS < 20_000**2
     with pytest.raises(tf.errors.InvalidArgumentError, match="more than 178,956,970 pixels"):
         decode(tf.constant(BAD["bomb.png"]))
 
@@ -330,9 +330,11 @@ def test_verify_finds_what_is_bad_and_exclude_leaves_it_out(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "train: 8 of 18 images cannot be read" in said and "--exclude" in said
     expected = [*(f"ants/{name}" for name in (*BAD, "text.jpg")), "ants/two\nlines \udce9.jpg"]
-    assert read_list(out) == tuple(sorted(expected))
+    assert read_exclude_list(out) == tuple(sorted(expected))
     os.rename(root, tmp_path / "moved")
-    train, validation = open_splits(str(tmp_path / "moved") + "/", exclude=read_list(out))
+    train, validation = open_train_val(
+        str(tmp_path / "moved") + "/", exclude=read_exclude_list(out)
+    )
     assert train.size + validation.size == 10
     for source in (train, validation):
         assert sum(batch["mask"].sum() for batch in eval_batches(source, TINY, 4)) == source.size
@@ -340,7 +342,7 @@ def test_verify_finds_what_is_bad_and_exclude_leaves_it_out(tmp_path, capsys):
 
 def test_verify_says_why(tmp_path):
     root = with_bad(tmp_path / "data", "cut.jpg", "bomb.png")
-    ((split, count, bad),) = verify(root)
+    ((split, count, bad),) = verify_images(root)
     assert (split, count, [each.file for each in bad]) == (
         "train",
         12,
@@ -356,15 +358,15 @@ def test_a_whole_data_set_verifies(tmp_path, prepared):
     assert out.read_text() == ""
     for folder in prepared.values():
         assert [
-            (split, count, bad) for split, count, bad in verify("numbers", data_dir=folder)
+            (split, count, bad) for split, count, bad in verify_images("numbers", data_dir=folder)
         ] == [("train", 23, [])]
 
 
 def test_records_are_excluded_by_their_number(prepared):
     for folder in prepared.values():
-        whole, _ = open_splits("numbers", data_dir=folder, validation_fraction=0.3)
+        whole, _ = open_train_val("numbers", data_dir=folder, validation_fraction=0.3)
         names = ("numbers train record 4", "numbers train record 22")
-        train, validation = open_splits(
+        train, validation = open_train_val(
             "numbers", data_dir=folder, validation_fraction=0.3, exclude=names
         )
         assert train.size + validation.size == 21
@@ -382,7 +384,7 @@ def test_a_list_of_other_data_is_refused(tmp_path):
     with pytest.raises(
         InputError, match=r"none of the 1 images to exclude, 'ants/x.jpg' for one, is in .*data"
     ):
-        open_splits(root, exclude=("ants/x.jpg",))
+        open_train_val(root, exclude=("ants/x.jpg",))
 
 
 @pytest.mark.parametrize(
@@ -391,7 +393,7 @@ def test_a_list_of_other_data_is_refused(tmp_path):
 def test_a_list_that_is_none(content, tmp_path):
     (tmp_path / "list").write_bytes(content.encode("latin-1"))
     with pytest.raises(InputError, match="expected the list that `vgg-jax verify-data` writes"):
-        read_list(str(tmp_path / "list"))
+        read_exclude_list(str(tmp_path / "list"))
 
 
 def test_a_list_that_is_not_there(tmp_path, capsys):
@@ -405,9 +407,9 @@ def test_a_list_that_is_not_there(tmp_path, capsys):
 
 
 def test_a_list_is_read_as_it_was_written(tmp_path):
-    ((_, _, bad),) = verify(with_bad(tmp_path / "data", *BAD))
-    write_list(str(tmp_path / "list"), bad)
-    assert read_list(str(tmp_path / "list")) == tuple(sorted(each.file for each in bad))
+    ((_, _, bad),) = verify_images(with_bad(tmp_path / "data", *BAD))
+    write_exclude_list(str(tmp_path / "list"), bad)
+    assert read_exclude_list(str(tmp_path / "list")) == tuple(sorted(each.file for each in bad))
     assert [
         json.loads(line)["reason"] for line in (tmp_path / "list").read_text().splitlines()
     ] == [each.reason for each in bad]

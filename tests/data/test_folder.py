@@ -5,12 +5,12 @@ import pytest
 
 from tests.helpers.tiny_data import SEED, check_divided, check_order, encode, listed, noise
 from vgg_jax.data import folder as folder_module
-from vgg_jax.data import open_split, open_splits
+from vgg_jax.data import open_split, open_train_val
 from vgg_jax.errors import InputError
 
 
 def test_folder_with_splits(folder):
-    train, validation = open_splits(str(folder))
+    train, validation = open_train_val(str(folder))
     assert (train.size, validation.size, train.classes, validation.classes) == (
         13,
         5,
@@ -28,13 +28,13 @@ def test_folder_with_splits(folder):
 def test_training_never_opens_the_test_split(folder):
     (folder / "test" / "ants").mkdir(parents=True)
     (folder / "test" / "ants" / "broken.jpg").write_bytes(b"no image")
-    open_splits(str(folder))
+    open_train_val(str(folder))
     with pytest.raises(InputError, match=r"broken\.jpg"):
         open_split(str(folder), "test")
 
 
 def test_folder_without_splits_is_divided(folder):
-    train, validation = open_splits(str(folder / "train"), validation_fraction=0.25)
+    train, validation = open_train_val(str(folder / "train"), validation_fraction=0.25)
     assert (train.size, validation.size) == (10, 3)
     check_divided(train, validation, 13)
     check_order(train)
@@ -96,14 +96,14 @@ def test_files_that_are_no_images_are_skipped_and_counted(folder):
     source = open_split(str(folder), "train", skip_bad=True)
     assert (source.size, len(source.skipped)) == (13, 5)
     assert sorted(example["label"] for example in listed(source)) == [0] * 7 + [1] * 6
-    assert len(open_splits(str(folder), skip_bad=True)[0].skipped) == 5
+    assert len(open_train_val(str(folder), skip_bad=True)[0].skipped) == 5
 
 
 def test_only_ten_bad_files_are_shown(folder):
     for i in range(30):
         (folder / "train" / "ants" / f"bad{i:02}.jpg").write_text("no image")
     with pytest.raises(InputError, match="30 of 43 files") as error:
-        open_splits(str(folder))
+        open_train_val(str(folder))
     assert "bad09" in str(error.value) and "bad10" not in str(error.value)
 
 
@@ -122,37 +122,37 @@ def test_many_files_keep_their_labels(folder, monkeypatch):
 def test_a_class_folder_without_images(folder):
     (folder / "train" / "crickets").mkdir()
     with pytest.raises(InputError, match="crickets' has no images"):
-        open_splits(str(folder))
+        open_train_val(str(folder))
     (folder / "train" / "crickets" / "x.jpg").write_text("no image")
     with pytest.raises(InputError, match="crickets' has no images"):
-        open_splits(str(folder), skip_bad=True)
+        open_train_val(str(folder), skip_bad=True)
 
 
 def test_a_validation_class_that_training_does_not_have(folder):
     os.rename(folder / "val" / "bees", folder / "val" / "wasps")
     with pytest.raises(InputError, match="wasps"):
-        open_splits(str(folder))
+        open_train_val(str(folder))
 
 
 def test_folders_that_hold_no_data(tmp_path, folder):
     with pytest.raises(
         InputError, match=f"no folder '{tmp_path}/nowhere': expected {tmp_path}/nowhere/<class>/"
     ):
-        open_splits(f"{tmp_path}/nowhere")
+        open_train_val(f"{tmp_path}/nowhere")
     with pytest.raises(InputError, match=r"no folder './nowhere'"):
-        open_splits("./nowhere")
+        open_train_val("./nowhere")
     with pytest.raises(
         InputError,
         match=r"no images under .*: expected .*/<class>/\*.jpg; pass another folder as DATA",
     ):
-        open_splits(str(folder / "train" / "ants"))
+        open_train_val(str(folder / "train" / "ants"))
     os.rename(folder / "train", folder / "test")
     with pytest.raises(InputError, match=r"no training images under .* beside 'val'"):
-        open_splits(str(folder))
+        open_train_val(str(folder))
 
 
 def test_a_real_folder_with_a_stray(shared_data):
-    train, validation = open_splits(str(shared_data / "ants-bees"))
+    train, validation = open_train_val(str(shared_data / "ants-bees"))
     assert (train.size + validation.size, train.classes, train.skipped) == (
         398,
         ("ants", "bees"),

@@ -9,8 +9,8 @@ import tensorflow as tf
 from tests.helpers.tiny_data import SEED, encode, noise
 from vgg_jax.configs.colours import IMAGENET
 from vgg_jax.configs.train import TrainConfig
-from vgg_jax.data import cached, in_memory, open_split, train_batches
-from vgg_jax.data.transforms import crop_resized, draw, flip
+from vgg_jax.data import cache_in_memory, in_memory, open_split, train_batches
+from vgg_jax.data.transforms import flip, resize_and_crop, sample_augmentation
 
 TINY = TrainConfig(image_size=32, scale=(32, 40), batch_size=4, epochs=3, seed=5)
 
@@ -18,13 +18,13 @@ TINY = TrainConfig(image_size=32, scale=(32, 40), batch_size=4, epochs=3, seed=5
 @pytest.mark.parametrize("sides", [(32, 32), (20, 30), (61, 40), (8, 8), (1, 3)])
 def test_a_batch_of_crops_is_the_crops_one_by_one(sides):
     images = np.stack([noise(*sides, seed) for seed in range(64)])
-    drawn = draw(SEED, tf.range(64, dtype=tf.int64), TINY, IMAGENET)
-    ours = in_memory.cropped(
+    drawn = sample_augmentation(SEED, tf.range(64, dtype=tf.int64), TINY, IMAGENET)
+    ours = in_memory.crop_batch(
         tf.constant(images), drawn, in_memory.crop_matrices(sides, TINY.scale, 32), 32
     ).numpy()
     assert ours.shape == (64, 32, 32, 3) and len(set(drawn.scale.numpy())) == 9
     for i, image in enumerate(images):
-        crop = crop_resized(
+        crop = resize_and_crop(
             tf.constant(encode(image)), drawn.scale[i], 32, drawn.y_fraction[i], drawn.x_fraction[i]
         )
         difference = np.abs(ours[i].astype(int) - flip(crop, drawn.flip[i]).numpy())
@@ -43,7 +43,7 @@ def test_mirrored_crops_are_drawn_as_often_as_plain_ones(tmp_path):
         [
             batch["image"]
             for batch in train_batches(
-                cached(open_split(str(tmp_path), "train"), config), config, IMAGENET
+                cache_in_memory(open_split(str(tmp_path), "train"), config), config, IMAGENET
             )
         ]
     )
@@ -52,9 +52,11 @@ def test_mirrored_crops_are_drawn_as_often_as_plain_ones(tmp_path):
 
 
 def test_many_or_large_crops_are_left_to_the_stream():
-    assert in_memory.fits((32, 32), (32, 40), 32) and in_memory.fits((64, 64), (64,), 64)
+    assert in_memory.is_small_enough((32, 32), (32, 40), 32) and in_memory.is_small_enough(
+        (64, 64), (64,), 64
+    )
     assert (
-        not in_memory.fits((65, 64), (64,), 64)
-        and not in_memory.fits((32, 32), (224,), 224)
-        and not in_memory.fits((8, 8), (32, 90), 32)
+        not in_memory.is_small_enough((65, 64), (64,), 64)
+        and not in_memory.is_small_enough((32, 32), (224,), 224)
+        and not in_memory.is_small_enough((8, 8), (32, 90), 32)
     )

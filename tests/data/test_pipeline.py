@@ -8,12 +8,12 @@ from tests.helpers.tiny_data import NUMBERS, encode
 from vgg_jax.configs.colours import IMAGENET
 from vgg_jax.configs.train import TrainConfig
 from vgg_jax.data import (
-    batches_per_epoch,
     decode,
     eval_batches,
     open_split,
-    open_splits,
+    open_train_val,
     rescaled_images,
+    steps_per_epoch,
     train_batches,
 )
 
@@ -24,10 +24,10 @@ TINY = TrainConfig(image_size=32, scale=(32, 40), batch_size=4, epochs=3, seed=5
 def source(request):
     """About 20 images of each kind of storage, as a part that validation has left over."""
     if request.param == "digits":
-        return open_splits("digits", validation_fraction=0.99)[0]
+        return open_train_val("digits", validation_fraction=0.99)[0]
     if request.param == "folder":
         return open_split(str(request.getfixturevalue("folder")), "train")
-    return open_splits("numbers", data_dir=request.getfixturevalue("prepared")[request.param])[0]
+    return open_train_val("numbers", data_dir=request.getfixturevalue("prepared")[request.param])[0]
 
 
 def by_example(batches):
@@ -51,7 +51,7 @@ def assert_equal(one, other):
 
 def test_every_epoch_has_every_image_once_and_a_mask(source):
     batches = list(train_batches(source, TINY, IMAGENET))
-    per_epoch = batches_per_epoch(source, 4)
+    per_epoch = steps_per_epoch(source, 4)
     assert per_epoch == int(np.ceil(source.size / 4)) and len(batches) == 3 * per_epoch
     shapes = {
         "image": ((4, 32, 32, 3), "uint8"),
@@ -79,7 +79,7 @@ def test_every_epoch_has_every_image_once_and_a_mask(source):
 
 def test_a_resumed_run_sees_the_same_batches(source):
     whole = list(train_batches(source, TINY, IMAGENET))
-    per_epoch = batches_per_epoch(source, 4)
+    per_epoch = steps_per_epoch(source, 4)
     for epoch, batch in ((0, 2), (1, 0), (1, per_epoch - 1), (0, per_epoch), (2, 1)):
         resumed = list(train_batches(source, TINY, IMAGENET, first_epoch=epoch, first_batch=batch))
         assert len(resumed) == len(whole) - epoch * per_epoch - batch
@@ -117,7 +117,7 @@ def test_draws_do_not_depend_on_the_rest_of_the_data(folder):
 def test_eval_batches_are_all_examples_in_order_at_each_pass(source):
     batches = eval_batches(source, TINY, 6)
     first, second = list(batches), list(batches)
-    assert len(first) == batches_per_epoch(source, 6) and all(
+    assert len(first) == steps_per_epoch(source, 6) and all(
         batch["image"].shape == (6, 32, 32, 3) for batch in first
     )
     for one, other in zip(first, second, strict=True):
@@ -171,14 +171,14 @@ def test_training_evaluation_and_prediction_turn_photos_alike(tmp_path, exif):
 
 
 def test_an_empty_source_has_no_batches(folder):
-    empty = open_splits(str(folder / "train"), validation_fraction=0.0)[1]
+    empty = open_train_val(str(folder / "train"), validation_fraction=0.0)[1]
     assert list(eval_batches(empty, TINY, 4)) == []
 
 
 @pytest.mark.parametrize("folder_name", ["tfds", "tfds-array-record"])
 def test_cifar10_resumes(shared_data, folder_name):
     config = dataclasses.replace(TINY, batch_size=100, epochs=2)
-    source, _ = open_splits("cifar10", data_dir=str(shared_data / folder_name))
+    source, _ = open_train_val("cifar10", data_dir=str(shared_data / folder_name))
     stream = iter(train_batches(source, config, IMAGENET))
     batches = [next(stream) for _ in range(5)]
     resumed = iter(train_batches(source, config, IMAGENET, first_batch=3))

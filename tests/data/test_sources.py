@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.tiny_data import check_divided, check_order, indices, listed
-from vgg_jax.data import decode, open_split, open_splits
+from vgg_jax.data import decode, open_split, open_train_val
 from vgg_jax.errors import InputError
 
 
@@ -24,18 +24,18 @@ def test_digits_are_scikit_learns():
 
 
 def test_digits_order_and_division():
-    train, validation = open_splits("digits")
+    train, validation = open_train_val("digits")
     assert (train.size, validation.size) == (1617, 180)
     check_divided(train, validation, 1797)
     check_order(validation)
-    assert indices(validation) == indices(open_splits("digits")[1])
-    assert indices(validation) != indices(open_splits("digits", seed=1)[1])
+    assert indices(validation) == indices(open_train_val("digits")[1])
+    assert indices(validation) != indices(open_train_val("digits", seed=1)[1])
 
 
 @pytest.mark.parametrize("name", ["validation", "val", "valid"])
 def test_validation_goes_by_three_names(folder, name):
     os.rename(folder / "val", folder / name)
-    assert open_splits(str(folder))[1].size == 5
+    assert open_train_val(str(folder))[1].size == 5
     assert [open_split(str(folder), alias).size for alias in ("validation", "val", "valid")] == [
         5,
         5,

@@ -3,8 +3,8 @@ import pytest
 import tensorflow as tf
 
 from tests.helpers.tiny_data import encode, indices, noise
-from vgg_jax.data import open_splits
-from vgg_jax.data.splits import epoch_seeds, permuted
+from vgg_jax.data import open_train_val
+from vgg_jax.data.splits import epoch_seeds, permute_indices
 from vgg_jax.errors import InputError
 
 
@@ -14,7 +14,9 @@ def test_orders_are_as_good_as_numpys():
     positions = tf.range(size, dtype=tf.int64)
     orders = np.stack(
         [
-            permuted(positions, epoch_seeds(0, tf.constant(epoch, tf.int64))[0], size).numpy()
+            permute_indices(
+                positions, epoch_seeds(0, tf.constant(epoch, tf.int64))[0], size
+            ).numpy()
             for epoch in range(epochs)
         ]
     )
@@ -28,16 +30,20 @@ def test_orders_are_as_good_as_numpys():
     )  # of two classes in sorted folders
     assert abs(in_batch.var() / (32 / 4) - 1) < 0.05
     seven = {
-        tuple(permuted(positions[:7], epoch_seeds(0, tf.constant(epoch, tf.int64))[0], 7).numpy())
+        tuple(
+            permute_indices(
+                positions[:7], epoch_seeds(0, tf.constant(epoch, tf.int64))[0], 7
+            ).numpy()
+        )
         for epoch in range(300)
     }
     assert len(seven) > 280  # of 5,040, drawn 300 times: 291 expected
-    assert permuted(positions[:1], tf.constant([1, 2], tf.int64), 1).numpy().tolist() == [0]
+    assert permute_indices(positions[:1], tf.constant([1, 2], tf.int64), 1).numpy().tolist() == [0]
 
 
 def test_the_division_is_frozen():
     """A resumed run must not validate on what it has trained on: this list was printed once and does not depend on numpy's version."""
-    assert indices(open_splits("digits", seed=0)[1])[:5] == FROZEN
+    assert indices(open_train_val("digits", seed=0)[1])[:5] == FROZEN
 
 
 FROZEN = [10, 17, 26, 32, 36]
@@ -46,11 +52,14 @@ FROZEN = [10, 17, 26, 32, 36]
 def test_division_takes_at_least_one_image_and_leaves_one(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "1.png").write_bytes(encode(noise(4, 4)))
-    assert [source.size for source in open_splits(str(tmp_path), validation_fraction=0.0)] == [1, 0]
+    assert [source.size for source in open_train_val(str(tmp_path), validation_fraction=0.0)] == [
+        1,
+        0,
+    ]
     with pytest.raises(InputError, match="no image is left to train on"):
-        open_splits(str(tmp_path))
+        open_train_val(str(tmp_path))
     (tmp_path / "a" / "2.png").write_bytes(encode(noise(4, 4)))
-    assert [source.size for source in open_splits(str(tmp_path), validation_fraction=0.01)] == [
+    assert [source.size for source in open_train_val(str(tmp_path), validation_fraction=0.01)] == [
         1,
         1,
     ]

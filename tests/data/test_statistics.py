@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from tests.helpers.tiny_data import encode, noise
-from vgg_jax.configs.colours import Statistics
-from vgg_jax.data import measure, open_split, open_splits
+from vgg_jax.configs.colours import ColourStatistics
+from vgg_jax.data import measure_colours, open_split, open_train_val
 from vgg_jax.data import statistics as statistics_module
 from vgg_jax.errors import InputError
 
@@ -45,16 +45,16 @@ def photos(tmp_path):
 def test_colours_of_images_of_different_sizes(photos, monkeypatch, batch):
     monkeypatch.setattr(statistics_module, "BATCH", batch)
     folder, images = photos
-    measured = measure(open_split(str(folder), "train"), progress=False)
+    measured = measure_colours(open_split(str(folder), "train"), progress=False)
     check(measured, images)
     assert np.all(measured.image_std < measured.pixel_std)
 
 
 def test_only_the_part_that_trains_is_measured(photos):
     folder, images = photos
-    train, _ = open_splits(str(folder), validation_fraction=0.3)
+    train, _ = open_train_val(str(folder), validation_fraction=0.3)
     check(
-        measure(train),
+        measure_colours(train),
         [images[example["index"]] for example in train.examples(None, 0).as_numpy_iterator()],
     )
 
@@ -66,7 +66,8 @@ def test_turning_a_photo_changes_no_colour(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.jpg").write_bytes(encoded)
     check(
-        measure(open_split(str(tmp_path), "train")), [np.asarray(Image.open(io.BytesIO(encoded)))]
+        measure_colours(open_split(str(tmp_path), "train")),
+        [np.asarray(Image.open(io.BytesIO(encoded)))],
     )
 
 
@@ -74,15 +75,15 @@ def test_grey_images_have_one_component(tmp_path):
     grey = np.repeat(np.arange(0, 200, dtype=np.uint8).reshape(10, 20, 1), 3, -1)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.png").write_bytes(encode(grey))
-    measured = measure(open_split(str(tmp_path), "train"))
+    measured = measure_colours(open_split(str(tmp_path), "train"))
     np.testing.assert_allclose(measured.eigenvalues, [3 * grey[..., 0].var(), 0, 0], atol=1e-9)
     np.testing.assert_allclose(measured.eigenvectors[:, 0], np.full(3, 3**-0.5))
 
 
 def test_statistics_are_plain_hashable_numbers(photos):
-    measured = measure(open_split(str(photos[0]), "train"))
+    measured = measure_colours(open_split(str(photos[0]), "train"))
     statistics = measured.statistics
-    assert isinstance(statistics, Statistics) and isinstance(hash(statistics), int)
+    assert isinstance(statistics, ColourStatistics) and isinstance(hash(statistics), int)
     assert {
         type(value)
         for value in (
@@ -97,10 +98,10 @@ def test_statistics_are_plain_hashable_numbers(photos):
 def test_errors_name_the_data(photos):
     folder, _ = photos
     with pytest.raises(InputError, match="has no images"):
-        measure(open_splits(str(folder), validation_fraction=0.0)[1])
+        measure_colours(open_train_val(str(folder), validation_fraction=0.0)[1])
     (folder / "a" / "07.png").write_bytes(encode(noise(9, 9))[:60])
     with pytest.raises(InputError, match=r"cannot decode .*07\.png"):
-        measure(open_split(str(folder), "train"))
+        measure_colours(open_split(str(folder), "train"))
 
 
 def test_real_photos(shared_data, tmp_path):
@@ -109,6 +110,6 @@ def test_real_photos(shared_data, tmp_path):
     for file in files:
         (tmp_path / "ants" / file.name).symlink_to(file.resolve())
     check(
-        measure(open_split(str(tmp_path), "train")),
+        measure_colours(open_split(str(tmp_path), "train")),
         [np.asarray(Image.open(file).convert("RGB")) for file in files],
     )

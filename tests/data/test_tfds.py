@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.tiny_data import NUMBERS, SEED, check_divided, check_order, colour, listed
-from vgg_jax.data import decode, open_split, open_splits
+from vgg_jax.data import decode, open_split, open_train_val
 from vgg_jax.data import sources as sources_module
 from vgg_jax.errors import InputError
 
@@ -28,7 +28,7 @@ def test_prepared_records(prepared, file_format):
 
 @pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])
 def test_prepared_records_are_divided(prepared, file_format):
-    train, validation = open_splits(
+    train, validation = open_train_val(
         "numbers", data_dir=prepared[file_format], validation_fraction=0.3
     )
     assert (train.size, validation.size) == (16, 7)
@@ -64,7 +64,7 @@ def test_the_newest_version_and_the_only_configuration(prepared, tmp_path):
     assert open_split("faces/small", "train", data_dir=str(tmp_path)).size == NUMBERS
     os.rename(tmp_path / "numbers", tmp_path / "faces" / "large")
     with pytest.raises(InputError, match=r"several configurations .*large, small.*faces/large"):
-        open_splits("faces", data_dir=str(tmp_path))
+        open_train_val("faces", data_dir=str(tmp_path))
 
 
 def folder_of(name, root):
@@ -78,23 +78,23 @@ def test_a_name_that_is_not_prepared(prepared, tmp_path, monkeypatch):
         InputError,
         match=f"no prepared data set 'mnist' under '{prepared['tfrecord']}' .*numbers.*--download, or --data-dir",
     ):
-        open_splits("mnist", data_dir=prepared["tfrecord"])
+        open_train_val("mnist", data_dir=prepared["tfrecord"])
     with pytest.raises(InputError, match=r"'imagenette/320px' .*no such folder"):
-        open_splits("imagenette/320px", data_dir=str(tmp_path / "nowhere"))
+        open_train_val("imagenette/320px", data_dir=str(tmp_path / "nowhere"))
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     with pytest.raises(InputError, match=f"'mnist' under '{tmp_path}'"):
-        open_splits("mnist")
+        open_train_val("mnist")
     with pytest.raises(
         InputError, match="data is 'no/such:name': expected 'digits', an image folder"
     ):
-        open_splits("no/such:name")
+        open_train_val("no/such:name")
 
 
 def test_an_unknown_name_is_not_downloaded(tmp_path):
     with pytest.raises(
         InputError, match="'no_such_data_set': TensorFlow Datasets knows no such name"
     ):
-        open_splits("no_such_data_set", data_dir=str(tmp_path), download=True)
+        open_train_val("no_such_data_set", data_dir=str(tmp_path), download=True)
 
 
 def test_a_missing_file_of_a_prepared_set(prepared, tmp_path):
@@ -109,7 +109,7 @@ def test_a_missing_file_of_a_prepared_set(prepared, tmp_path):
         InputError,
         match=r"1 of 4 files of numbers train are missing, the first is .*00002-of-00004",
     ):
-        open_splits("numbers", data_dir=str(tmp_path))
+        open_train_val("numbers", data_dir=str(tmp_path))
 
 
 @pytest.mark.parametrize("folder_name", ["tfds", "tfds-array-record"])

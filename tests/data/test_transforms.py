@@ -8,10 +8,17 @@ import tensorflow as tf
 from PIL import Image, ImageOps
 
 from tests.helpers.tiny_data import SEED, encode, noise
-from vgg_jax.configs.colours import IMAGENET, Statistics
+from vgg_jax.configs.colours import IMAGENET, ColourStatistics
 from vgg_jax.configs.train import TrainConfig
 from vgg_jax.data.decode import decode
-from vgg_jax.data.transforms import crop_resized, draw, eval_example, flip, rescale, train_example
+from vgg_jax.data.transforms import (
+    eval_example,
+    flip,
+    resize_and_crop,
+    resize_shorter_side,
+    sample_augmentation,
+    train_example,
+)
 
 TINY = TrainConfig(image_size=32, scale=(32, 40))
 
@@ -129,7 +136,7 @@ def test_exif_orientation(run):
 
 def test_crops_are_upright_too(run):
     for encoded, crop in zip(
-        ORIENTED, run(lambda data: crop_resized(data, 40, 32, 0.2, 0.9), ORIENTED), strict=True
+        ORIENTED, run(lambda data: resize_and_crop(data, 40, 32, 0.2, 0.9), ORIENTED), strict=True
     ):
         assert np.abs(crop - crop_of(pillow(encoded), 40, 32, 0.2, 0.9).astype(float)).max() <= 3
 
@@ -180,7 +187,7 @@ def test_crop_is_pillows_rescaled_and_cut(run):
         [scale for _, scale, _ in cases],
         *np.array([place for *_, place in cases]).T,
     )
-    crops = run(lambda data, scale, y, x: crop_resized(data, scale, 32, y, x), *columns)
+    crops = run(lambda data, scale, y, x: resize_and_crop(data, scale, 32, y, x), *columns)
     for (i, scale, place), crop in zip(cases, crops, strict=True):
         difference = np.abs(crop - crop_of(images[i], scale, 32, *place).astype(float))
         assert difference.max() <= 1, (SIDES[i], scale, place)  # Pillow resamples in fixed point
@@ -198,7 +205,7 @@ def test_crop_decoded_in_part(run):
         [scale for _, scale, _ in cases],
         *np.array([place for *_, place in cases]).T,
     )
-    crops = run(lambda data, scale, y, x: crop_resized(data, scale, 64, y, x), *columns)
+    crops = run(lambda data, scale, y, x: resize_and_crop(data, scale, 64, y, x), *columns)
     for (data, scale, place), crop in zip(cases, crops, strict=True):
         difference = np.abs(crop - crop_of(pillow(data), scale, 64, *place).astype(float))
         assert difference.mean() < 0.5 and difference.max() <= 3, (scale, place)
@@ -214,21 +221,22 @@ def test_extreme_sides(run):
     files = [encode(np.full((*sides, 3), 77, np.uint8)) for sides in ((1, 5000), (5000, 1), (1, 1))]
     for fraction in (0.0, 0.999):
         assert np.all(
-            np.array(run(lambda data, f=fraction: crop_resized(data, 256, 224, f, f), files)) == 77
+            np.array(run(lambda data, f=fraction: resize_and_crop(data, 256, 224, f, f), files))
+            == 77
         )
 
 
 def test_a_crop_of_the_size_of_the_image_is_the_image(run):
     image = noise(32, 32)
     np.testing.assert_array_equal(
-        run(lambda data: crop_resized(data, 32, 32, 0.7, 0.1), [encode(image)])[0], image
+        run(lambda data: resize_and_crop(data, 32, 32, 0.7, 0.1), [encode(image)])[0], image
     )
 
 
 def test_uniform_fractions_pick_every_offset_alike():
     image = np.broadcast_to(np.arange(36, dtype=np.uint8)[:, None, None], (36, 36, 3)).copy()
     crops = tf.data.Dataset.from_tensor_slices(np.arange(0.005, 1, 0.01)).map(
-        lambda y: crop_resized(encode(image), 36, 32, y, 0.0)
+        lambda y: resize_and_crop(encode(image), 36, 32, y, 0.0)
     )
     tops = [crop[0, 0, 0] for crop in crops.as_numpy_iterator()]
     assert np.bincount(tops).tolist() == [20] * 5
@@ -237,7 +245,9 @@ def test_uniform_fractions_pick_every_offset_alike():
 def test_rescale(run):
     image, scales = noise(50, 71), [20, 50, 99]
     for scale, ours in zip(
-        scales, run(lambda scale: rescale(tf.constant(image), scale), scales), strict=True
+        scales,
+        run(lambda scale: resize_shorter_side(tf.constant(image), scale), scales),
+        strict=True,
     ):
         reference = np.asarray(
             Image.fromarray(image).resize(
@@ -261,7 +271,7 @@ def draws():
     return next(
         tf.data.Dataset.range(5000)
         .batch(5000)
-        .map(lambda i: draw(SEED, i, config, IMAGENET))
+        .map(lambda i: sample_augmentation(SEED, i, config, IMAGENET))
         .as_numpy_iterator()
     )
 
@@ -270,14 +280,16 @@ def test_draws_are_the_same_one_by_one(draws):
     config = TrainConfig(image_size=32, scale=(32, 36))
     for i in (0, 1, 4999):
         for one, all_of_them in zip(
-            draw(SEED, tf.constant(i, tf.int64), config, IMAGENET), draws, strict=True
+            sample_augmentation(SEED, tf.constant(i, tf.int64), config, IMAGENET),
+            draws,
+            strict=True,
         ):
             np.testing.assert_array_equal(one, all_of_them[i])
 
 
 def test_draws_of_neighbours_and_of_epochs_are_independent(draws):
     """What follows in the order of the images, and what the same image draws under the next seed."""
-    later = draw(
+    later = sample_augmentation(
         SEED + tf.constant([0, 1], tf.int64),
         tf.range(5000, dtype=tf.int64),
         TrainConfig(image_size=32, scale=(32, 36)),
@@ -320,13 +332,15 @@ def test_colour_shift_is_alpha_along_the_components(draws):
 
 
 def test_colour_convention_and_strength(run):
-    statistics = Statistics(
+    statistics = ColourStatistics(
         (0.0, 0.0, 0.0), (400.0, 100.0, 25.0), ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
     )
 
     def shift(**options):
         config = TrainConfig(image_size=32, scale=(32,), **options)
-        [drawn] = run(lambda index: draw(SEED, index, config, statistics), np.array([2]))
+        [drawn] = run(
+            lambda index: sample_augmentation(SEED, index, config, statistics), np.array([2])
+        )
         return drawn.colour_shift
 
     alpha = shift() / [20, 10, 5]
@@ -339,7 +353,7 @@ def test_colour_convention_and_strength(run):
 
 def test_no_flip_and_one_scale():
     config = TrainConfig(image_size=32, scale=(40,), flip=False)
-    drawn = draw(SEED, tf.range(20, dtype=tf.int64), config, IMAGENET)
+    drawn = sample_augmentation(SEED, tf.range(20, dtype=tf.int64), config, IMAGENET)
     assert set(drawn.scale.numpy()) == {40} and not drawn.flip.numpy().any()
 
 
@@ -348,11 +362,11 @@ def test_train_example_is_made_of_its_draws(run):
         return train_example(
             {"encoded": data, "label": label},
             TINY,
-            draw(SEED, tf.cast(label, tf.int64), TINY, IMAGENET),
+            sample_augmentation(SEED, tf.cast(label, tf.int64), TINY, IMAGENET),
         )
 
     for i, example in enumerate(run(example_of, [encode(noise(60, 50))] * 6, list(range(6)))):
-        drawn = draw(SEED, tf.constant(i, tf.int64), TINY, IMAGENET)
+        drawn = sample_augmentation(SEED, tf.constant(i, tf.int64), TINY, IMAGENET)
         reference = crop_of(
             noise(60, 50), int(drawn.scale), 32, float(drawn.y_fraction), float(drawn.x_fraction)
         ).astype(float)

@@ -289,7 +289,7 @@ OPEN_MPI_5 = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}
     ],
 )
 def test_engines_are_found_by_what_they_set(environment, expected):
-    assert multihost.detected(environment) == expected
+    assert multihost.detect_cluster(environment) == expected
 
 
 @pytest.mark.parametrize(
@@ -303,11 +303,11 @@ def test_engines_are_found_by_what_they_set(environment, expected):
 )
 def test_what_cannot_be_joined_is_said(mode, environment):
     with pytest.raises(InputError, match="expected"):
-        multihost.join(mode, environment)
+        multihost.initialize(mode, environment)
 
 
 def test_nothing_is_joined_where_nothing_is_found():
-    assert multihost.join("auto", {}) is multihost.join("off", HAND) is None
+    assert multihost.initialize("auto", {}) is multihost.initialize("off", HAND) is None
 
 
 def test_a_stuck_process_ends_itself():

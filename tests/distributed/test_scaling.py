@@ -18,20 +18,27 @@ import pytest
 from tests.helpers.tiny import SHALLOW
 from vgg_jax import IMAGENET, VGG, InputError
 from vgg_jax.configs.train import TrainConfig
-from vgg_jax.distributed.sharding import SPLIT, Layout, host_copy, make_mesh, put_batch, shardings
+from vgg_jax.distributed.sharding import (
+    MODEL_PARALLEL_SPECS,
+    MeshConfig,
+    infer_shardings,
+    make_mesh,
+    shard_batch,
+    to_host,
+)
 from vgg_jax.training.optimizer import sgd
-from vgg_jax.training.step import compile_steps, init_state
+from vgg_jax.training.step import init_state, jit_steps
 
 SIZE, WIDTHS = 32, (1024, 64)  # of fc6's 1024 x 1024 parameters `fsdp` takes notice
 CONFIG = TrainConfig(
     image_size=SIZE, scale=(SIZE,), fc=WIDTHS, batch_size=8, learning_rate=1e-3, dropout_rate=0.5
 )
 LAYOUTS = {
-    "data": Layout(data=2),
-    "model": Layout(model=2),
-    "fsdp": Layout(fsdp=True),
-    "bfloat16": Layout(reduce="bfloat16"),
-    "fsdp-bfloat16": Layout(fsdp=True, reduce="bfloat16"),
+    "data": MeshConfig(data=2),
+    "model": MeshConfig(model=2),
+    "fsdp": MeshConfig(fsdp=True),
+    "bfloat16": MeshConfig(reduce="bfloat16"),
+    "fsdp-bfloat16": MeshConfig(fsdp=True, reduce="bfloat16"),
 }
 
 
@@ -56,26 +63,26 @@ def batch(seed: int) -> dict[str, np.ndarray]:
 
 
 def ten_steps(
-    layout: Layout, devices: int, batch_norm: bool, microbatch: int | None
+    layout: MeshConfig, devices: int, batch_norm: bool, microbatch: int | None
 ) -> tuple[list, dict, dict, list]:
     """The losses, the gradients of the first step, the variables behind the last, and what is counted with them."""
     config = TrainConfig(**vars(CONFIG) | {"batch_norm": batch_norm, "microbatch": microbatch})
     model, mesh = model_of(batch_norm), make_mesh(microbatch or 8, jax.devices()[:devices], layout)
-    step, evaluate = compile_steps(config, model, IMAGENET.mean_rgb, mesh, layout)
+    step, evaluate = jit_steps(config, model, IMAGENET.mean_rgb, mesh, layout)
     state, losses = init_state(model, sgd(config), 0, mesh, layout), []
     for number in range(10):
-        state, sums = step(state, put_batch(batch(number), mesh))
+        state, sums = step(state, shard_batch(batch(number), mesh))
         losses.append(float(sums.loss))
         if number == 0:
             gradients = jax.tree.map(
-                host_copy, state.opt_state.inner_state[1][0].trace
+                to_host, state.opt_state.inner_state[1][0].trace
             )  # momentum, which began at 0
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     found = [
-        jax.tree.map(float, evaluate(variables, put_batch(batch(number), mesh)))
+        jax.tree.map(float, evaluate(variables, shard_batch(batch(number), mesh)))
         for number in (10, 11)
     ]
-    return losses, gradients, jax.tree.map(host_copy, variables), found
+    return losses, gradients, jax.tree.map(to_host, variables), found
 
 
 @pytest.mark.parametrize(
@@ -100,7 +107,7 @@ def test_ten_steps_of_a_layout_are_those_of_one_device(batch_norm, microbatch, l
 
 
 def compare(batch_norm, microbatch, layouts):
-    expected, gradients, variables, counts = ten_steps(Layout(), 1, batch_norm, microbatch)
+    expected, gradients, variables, counts = ten_steps(MeshConfig(), 1, batch_norm, microbatch)
     for name in layouts:
         layout = LAYOUTS[name]
         losses, other_gradients, others, found = ten_steps(layout, 2, batch_norm, microbatch)
@@ -138,14 +145,14 @@ COLLECTIVE = re.compile(
 
 
 def exchanged(
-    layout: Layout, batch_norm: bool = False, microbatch: int | None = None
+    layout: MeshConfig, batch_norm: bool = False, microbatch: int | None = None
 ) -> list[tuple[str, int]]:
     """Each exchange in a compiled step, by its kind and the number of values that it gives."""
     config = TrainConfig(**vars(CONFIG) | {"batch_norm": batch_norm, "microbatch": microbatch})
     model, mesh = model_of(batch_norm), make_mesh(4, jax.devices(), layout)
-    step, _ = compile_steps(config, model, IMAGENET.mean_rgb, mesh, layout)
+    step, _ = jit_steps(config, model, IMAGENET.mean_rgb, mesh, layout)
     state = init_state(model, sgd(config), 0, mesh, layout)
-    text = step.lower(state, put_batch(batch(0), mesh)).compile().as_text()
+    text = step.lower(state, shard_batch(batch(0), mesh)).compile().as_text()
     found = [match.groups() for match in map(COLLECTIVE.search, text.splitlines()) if match]
     shapes = [(kind, re.findall(r"\w+\[([\d,]*)\]", shape)) for shape, kind in found]
     return [
@@ -168,14 +175,14 @@ SUMS = 4
 @pytest.mark.parametrize("microbatch", [None, 4])
 def test_data_parallel_exchanges_each_gradient_once(microbatch):
     """One sum of all gradients and the four sums, whatever the number of micro-batches."""
-    assert exchanged(Layout(), microbatch=microbatch) == [
+    assert exchanged(MeshConfig(), microbatch=microbatch) == [
         ("all-reduce", sum(parameters().values()) + SUMS)
     ]
 
 
 def test_batch_norm_exchanges_its_statistics():
     """Forward the count, the mean and the variance of each layer; backward the gradients of the last two, some of them with the others."""
-    found = exchanged(Layout(), batch_norm=True)
+    found = exchanged(MeshConfig(), batch_norm=True)
     assert {kind for kind, _ in found} == {"all-reduce"}
     extra = sum(size for _, size in found) - sum(parameters(True).values()) - SUMS
     assert extra == 2 * 2 * (8 + 16) + 1  # the count of examples is the same for all layers
@@ -183,7 +190,7 @@ def test_batch_norm_exchanges_its_statistics():
 
 def test_a_model_axis_exchanges_activations_and_no_parameter_of_fc6():
     """Forward fc7's output (N, 64), backward the gradient of fc6's input (N, 1024): its rows on the way, no kernel."""
-    found = exchanged(Layout(model=2))
+    found = exchanged(MeshConfig(model=2))
     assert {kind for kind, _ in found} == {"all-reduce"}
     assert sorted(size for _, size in found) == [8 * 64, 8 * 1024]
 
@@ -194,8 +201,8 @@ def test_a_model_axis_beside_data_exchanges_no_whole_parameter_of_fc6():
 import json, jax
 jax.config.update("jax_num_cpu_devices", 4)
 from tests.distributed.test_scaling import exchanged, parameters
-from vgg_jax.distributed.sharding import Layout
-print(json.dumps([exchanged(Layout(data=2, model=2)), parameters()]))
+from vgg_jax.distributed.sharding import MeshConfig
+print(json.dumps([exchanged(MeshConfig(data=2, model=2)), parameters()]))
 """
     root = Path(__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": str(root)}
@@ -209,7 +216,7 @@ print(json.dumps([exchanged(Layout(data=2, model=2)), parameters()]))
     )
     assert ran.returncode == 0, ran.stderr
     found, sizes = json.loads(ran.stdout.splitlines()[-1])
-    halves = sum(size / 2 if name in SPLIT else size for name, size in sizes.items())
+    halves = sum(size / 2 if name in MODEL_PARALLEL_SPECS else size for name, size in sizes.items())
     assert sorted(found) == [
         ["all-reduce", 4 * 64],
         ["all-reduce", 4 * 1024],
@@ -219,7 +226,7 @@ print(json.dumps([exchanged(Layout(data=2, model=2)), parameters()]))
 
 def test_fsdp_puts_fc6_together_once_and_leaves_its_gradient_spread():
     kernel = parameters()["fc6/kernel"]
-    found = collections.Counter(exchanged(Layout(fsdp=True)))
+    found = collections.Counter(exchanged(MeshConfig(fsdp=True)))
     assert found == {
         ("all-gather", kernel): 1,
         ("reduce-scatter", kernel // 2): 1,
@@ -227,7 +234,9 @@ def test_fsdp_puts_fc6_together_once_and_leaves_its_gradient_spread():
     }
 
 
-@pytest.mark.parametrize("layout", [Layout(fsdp=True), Layout(model=2)], ids=["fsdp", "model"])
+@pytest.mark.parametrize(
+    "layout", [MeshConfig(fsdp=True), MeshConfig(model=2)], ids=["fsdp", "model"]
+)
 def test_a_spread_parameter_takes_its_share_of_memory_and_so_does_its_momentum(layout):
     mesh = make_mesh(8, layout=layout)
     state = init_state(model_of(False), sgd(CONFIG), 0, mesh, layout)
@@ -237,7 +246,7 @@ def test_a_spread_parameter_takes_its_share_of_memory_and_so_does_its_momentum(l
         assert tree["conv1_1"]["kernel"].sharding.is_fully_replicated
     alone = init_state(model_of(False), sgd(CONFIG), 0, make_mesh(8, jax.devices()[:1]))
     np.testing.assert_array_equal(
-        host_copy(state.params["fc6"]["kernel"]), host_copy(alone.params["fc6"]["kernel"])
+        to_host(state.params["fc6"]["kernel"]), to_host(alone.params["fc6"]["kernel"])
     )
 
 
@@ -248,14 +257,14 @@ def test_what_cannot_be_laid_out_is_said():
         ({"reduce": "float16"}, "'float16'.*float32, bfloat16"),
     ):
         with pytest.raises(InputError, match=message):
-            Layout(**given)
+            MeshConfig(**given)
     with pytest.raises(InputError, match="data=4, model=1, of 4 devices: expected all of the 2"):
-        make_mesh(8, layout=Layout(data=4))
+        make_mesh(8, layout=MeshConfig(data=4))
     with pytest.raises(InputError, match="on CPUs expected one of the two alone"):
-        make_mesh(8, layout=Layout(model=2, reduce="bfloat16"))
+        make_mesh(8, layout=MeshConfig(model=2, reduce="bfloat16"))
     shapes = {"fc6": {"kernel": jax.ShapeDtypeStruct((12, 3), jnp.float32)}}
     with pytest.raises(
         InputError,
         match=r"fc6/kernel is \(12, 3\), and the mesh has model=2: expected a divisor of 3",
     ):
-        shardings(shapes, make_mesh(8, layout=Layout(model=2)), Layout(model=2))
+        infer_shardings(shapes, make_mesh(8, layout=MeshConfig(model=2)), MeshConfig(model=2))

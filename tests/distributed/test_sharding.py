@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from vgg_jax import InputError
-from vgg_jax.distributed.sharding import make_mesh, put_batch, replicated
+from vgg_jax.distributed.sharding import make_mesh, replicated, shard_batch
 
 
 def test_a_batch_is_spread_and_parameters_are_everywhere():
@@ -14,7 +14,7 @@ def test_a_batch_is_spread_and_parameters_are_everywhere():
         "image": np.arange(6 * 12, dtype=np.uint8).reshape(6, 2, 2, 3),
         "label": np.arange(6, dtype=np.int32),
     }
-    placed = put_batch(batch, mesh)
+    placed = shard_batch(batch, mesh)
     for name, array in placed.items():
         np.testing.assert_array_equal(array, batch[name])
         assert [shard.data.shape[0] for shard in array.addressable_shards] == [3, 3]

@@ -9,10 +9,10 @@ import pytest
 
 from tests.helpers.tiny import init
 from vgg_jax import IMAGENET, VGG, Conv, InputError, VGGConfig
-from vgg_jax.configs.evaluation import DENSE, PROTOCOLS, Protocol
+from vgg_jax.configs.evaluation import DENSE, PROTOCOLS, EvalProtocol
 from vgg_jax.distributed.sharding import make_mesh
-from vgg_jax.evaluation.dense import crop_offsets, posteriors, stream_posteriors, windows
-from vgg_jax.evaluation.packing import rows_of
+from vgg_jax.evaluation.dense import class_posteriors, crop_offsets, iter_posteriors, iter_windows
+from vgg_jax.evaluation.packing import row_extent
 
 SMALL = VGGConfig(((Conv(8),), (Conv(16), Conv(16)), (Conv(24),)), fc=(24, 16))
 STAGES = [[8], [16, 16], [24]]  # the same, for PyTorch
@@ -56,8 +56,8 @@ def test_dense_posteriors_equal_pytorchs_one_by_one(kind, batch_norm, ceil, monk
     model = VGG(config, CLASSES, batch_norm, image_size=SIZE)
     images = photos(SIZES)
     for softmax_first in (False, True) if kind == "plain" else (False,):
-        protocol = Protocol(ceil=ceil, softmax_first=softmax_first)
-        ours = posteriors(
+        protocol = EvalProtocol(ceil=ceil, softmax_first=softmax_first)
+        ours = class_posteriors(
             model, {"params": params, "batch_stats": batch_stats}, images, protocol=protocol
         )
         expected = np.stack(
@@ -79,7 +79,7 @@ def test_windows_in_a_film_are_what_each_is_alone(side, ceil):
     model = VGG(config, num_classes=3, image_size=8)
     variables = init(model)
     heights = range(9, 17)
-    rows = np.cumsum([0] + [rows_of(h, config, ceil).apart for h in heights])
+    rows = np.cumsum([0] + [row_extent(h, config, ceil).apart for h in heights])
     found = photos([(h, 13) for h in heights])
     film, there = np.full((1, rows[-1], 16, 3), 99.0, np.float32), np.zeros((1, rows[-1], 16), bool)
     for row, image in zip(rows, found, strict=False):
@@ -111,7 +111,7 @@ def softmax_of(net, crops):
 
 def test_dense_on_a_crop_of_the_nets_size_is_the_forward_pass(net):
     image = photos([(SIZE, SIZE)])
-    ours = posteriors(*net, image, protocol=Protocol(flip=False))
+    ours = class_posteriors(*net, image, protocol=EvalProtocol(flip=False))
     np.testing.assert_allclose(ours, softmax_of(net, image), atol=1e-5)
 
 
@@ -128,17 +128,17 @@ def test_crops_are_those_cut_by_hand(net):
         grid += [image[y : y + 16, x : x + 16] for y in ys for x in xs]
     expected = np.asarray(softmax_of(net, grid + [crop[:, ::-1] for crop in grid]))
     assert len(expected) == 100
-    ours = posteriors(*net, [scaled], protocol=Protocol("multi-crop"))
+    ours = class_posteriors(*net, [scaled], protocol=EvalProtocol("multi-crop"))
     np.testing.assert_allclose(ours[0], expected.mean(0), atol=1e-5)
 
     image = scaled[0]
     ten = [image[y : y + 16, x : x + 16] for y, x in ((0, 0), (0, 33), (8, 0), (8, 33), (4, 17))]
     expected = np.asarray(softmax_of(net, ten + [crop[:, ::-1] for crop in ten])).mean(0)
     np.testing.assert_allclose(
-        posteriors(*net, [image], protocol=Protocol("ten-crop"))[0], expected, atol=1e-5
+        class_posteriors(*net, [image], protocol=EvalProtocol("ten-crop"))[0], expected, atol=1e-5
     )
     np.testing.assert_allclose(
-        posteriors(*net, [image], protocol=Protocol("center", flip=False))[0],
+        class_posteriors(*net, [image], protocol=EvalProtocol("center", flip=False))[0],
         softmax_of(net, ten[4:])[0],
         atol=1e-5,
     )
@@ -147,21 +147,21 @@ def test_crops_are_those_cut_by_hand(net):
 def test_both_and_scales_are_means(net):
     images = photos([(20, 40), (31, 17)])
     both, dense, crops = (
-        posteriors(*net, images, protocol=Protocol(name))
+        class_posteriors(*net, images, protocol=EvalProtocol(name))
         for name in ("both", "dense", "multi-crop")
     )
     np.testing.assert_allclose(both, (dense + crops) / 2, atol=1e-6)
     other = photos([(30, 60), (62, 34)], seed=1)
     np.testing.assert_allclose(
-        posteriors(*net, list(zip(images, other, strict=True))),
-        (dense + posteriors(*net, other)) / 2,
+        class_posteriors(*net, list(zip(images, other, strict=True))),
+        (dense + class_posteriors(*net, other)) / 2,
         atol=1e-6,
     )
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_the_weights_of_an_image_add_up_to_one(name):
-    found = list(windows(3, photos([(20, 40), (16, 27)]), 16, Protocol(name)))
+    found = list(iter_windows(3, photos([(20, 40), (16, 27)]), 16, EvalProtocol(name)))
     assert sum(window.weight for window in found) == pytest.approx(1)
     assert {window.image for window in found} == {3}
 
@@ -169,12 +169,14 @@ def test_the_weights_of_an_image_add_up_to_one(name):
 def test_equal_crops_are_computed_once(net):
     image = photos([(16, 24)])
     assert (
-        len(list(windows(0, image, 16, Protocol("multi-crop")))) == 10
+        len(list(iter_windows(0, image, 16, EvalProtocol("multi-crop")))) == 10
     )  # five and their mirror images
     grid = [image[0][:, x : x + 16] for x in (0, 2, 4, 6, 8)]
     expected = np.asarray(softmax_of(net, grid + [crop[:, ::-1] for crop in grid]))
     np.testing.assert_allclose(
-        posteriors(*net, image, protocol=Protocol("multi-crop"))[0], expected.mean(0), atol=1e-5
+        class_posteriors(*net, image, protocol=EvalProtocol("multi-crop"))[0],
+        expected.mean(0),
+        atol=1e-5,
     )
 
 
@@ -199,19 +201,19 @@ def test_each_image_comes_once_and_windows_share_programs(
     net, caplog, compilations, worth, most, monkeypatch
 ):
     """On two devices; 40 images of 40 sizes in few programs: what each is alone, and the same again."""
-    monkeypatch.setattr("vgg_jax.evaluation.packing.COMPILED", worth)
+    monkeypatch.setattr("vgg_jax.evaluation.packing.MIN_PIXELS_PER_SHAPE", worth)
     sizes = [(16 + i % 7, 23 + i) if i % 2 else (23 + i, 16 + i % 7) for i in range(40)]
     settings = {"mesh": make_mesh(2), "protocol": DENSE, "pixels": 16_000}
-    found = dict(stream_posteriors(*net, ([image] for image in photos(sizes)), **settings))
+    found = dict(iter_posteriors(*net, ([image] for image in photos(sizes)), **settings))
     assert found.keys() == set(range(40))
     assert 0 < compilations() <= most
     caplog.clear()
-    again = dict(stream_posteriors(*net, ([image] for image in photos(sizes)), **settings))
+    again = dict(iter_posteriors(*net, ([image] for image in photos(sizes)), **settings))
     assert compilations() == 0
     for index, posterior in found.items():
         np.testing.assert_array_equal(again[index], posterior)
         np.testing.assert_allclose(
-            posterior, posteriors(*net, [photos(sizes)[index]])[0], atol=1e-6
+            posterior, class_posteriors(*net, [photos(sizes)[index]])[0], atol=1e-6
         )
 
 
@@ -226,32 +228,34 @@ def test_crop_offsets():
 
 
 def test_nothing_and_too_much(net, monkeypatch):
-    assert posteriors(*net, []).shape == (0, CLASSES)
+    assert class_posteriors(*net, []).shape == (0, CLASSES)
     monkeypatch.setattr("vgg_jax.evaluation.dense.LARGEST", 500)
     with pytest.raises(
         InputError, match="image 0 is 16x40 at its test scale: expected at most 500 pixels"
     ):
-        posteriors(*net, photos([(16, 40)]))
+        class_posteriors(*net, photos([(16, 40)]))
     with pytest.raises(InputError, match="image 0 is given at no test scale"):
-        posteriors(*net, [[]])
+        class_posteriors(*net, [[]])
     with pytest.raises(InputError, match="pixels is 0"):
-        posteriors(*net, photos([(16, 16)]), pixels=0)
+        class_posteriors(*net, photos([(16, 16)]), pixels=0)
 
 
 def test_parameters_of_another_type_are_promoted_as_ever(net):
     model, variables = net
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables)
-    expected = posteriors(
+    expected = class_posteriors(
         model, jax.tree.map(lambda x: x.astype(jnp.float32), half), photos([(16, 24)])
     )
-    np.testing.assert_allclose(posteriors(model, half, photos([(16, 24)])), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        class_posteriors(model, half, photos([(16, 24)])), expected, atol=1e-5
+    )
 
 
 def test_too_small_an_image_and_an_unknown_protocol(net):
     with pytest.raises(
         InputError, match="image 1 is 15x80: expected both sides to be at least the net's, 16"
     ):
-        posteriors(*net, photos([(16, 16), (15, 80)]))
+        class_posteriors(*net, photos([(16, 16), (15, 80)]))
     image = photos([(16, 16)])[0]
     for wrong in (
         image / 255,
@@ -260,6 +264,6 @@ def test_too_small_an_image_and_an_unknown_protocol(net):
         np.stack([image, image])[..., 0],
     ):
         with pytest.raises(InputError, match=r"image 0 is .*: expected uint8 RGB, \(H, W, 3\)"):
-            posteriors(*net, [wrong])
+            class_posteriors(*net, [wrong])
     with pytest.raises(InputError, match=r"'sparse'.*dense"):
-        Protocol("sparse")
+        EvalProtocol("sparse")

@@ -10,14 +10,14 @@ from PIL import Image
 
 from tests.helpers.tiny import init
 from vgg_jax import IMAGENET, InputError, TrainConfig, cli
-from vgg_jax.configs.evaluation import Protocol
-from vgg_jax.data import decode, open_splits, rescale
-from vgg_jax.evaluation.dense import posteriors
-from vgg_jax.evaluation.evaluate import Evaluation, evaluate, fuse, read, save
-from vgg_jax.metrics import interval
+from vgg_jax.configs.evaluation import EvalProtocol
+from vgg_jax.data import decode, open_train_val, resize_shorter_side
+from vgg_jax.evaluation.dense import class_posteriors
+from vgg_jax.evaluation.evaluate import Evaluation, evaluate, fuse, load_evaluation, save_evaluation
+from vgg_jax.metrics import wilson_interval
 from vgg_jax.model import build_model
-from vgg_jax.runs.checkpoint import Saved
-from vgg_jax.runs.metadata import Run, begin_run
+from vgg_jax.runs.checkpoint import CheckpointStore
+from vgg_jax.runs.metadata import RunMetadata, create_run
 from vgg_jax.weights import read as weights_of
 from vgg_jax.weights import save as save_weights
 
@@ -50,11 +50,13 @@ def run(photos, tmp_path_factory):
         scale=(16, 24),
         learning_rate=0.1,
     )
-    begin_run(
+    create_run(
         workdir,
-        Run(config, ("blue", "red"), IMAGENET, open_splits(str(photos))[0].storage, COUNT, COUNT),
+        RunMetadata(
+            config, ("blue", "red"), IMAGENET, open_train_val(str(photos))[0].storage, COUNT, COUNT
+        ),
     )
-    with Saved(workdir / "best") as best:
+    with CheckpointStore(workdir / "best") as best:
         best.save(1, init(build_model(config, 2)), {"epoch": 1, "validation": {}})
     return workdir
 
@@ -73,10 +75,11 @@ def test_posteriors_labels_and_names_are_in_the_order_of_the_data(run, photos):
 
     model, variables, _ = load(run)
     images = [
-        [rescale(decode(file.read_bytes()), scale).numpy() for scale in (18, 24)] for file in files
+        [resize_shorter_side(decode(file.read_bytes()), scale).numpy() for scale in (18, 24)]
+        for file in files
     ]
     np.testing.assert_allclose(
-        evaluation.posteriors, posteriors(model, variables, images), atol=1e-6
+        evaluation.posteriors, class_posteriors(model, variables, images), atol=1e-6
     )
     wrong = (evaluation.posteriors.argmax(1) != evaluation.labels).mean()
     assert facts["top1_error"] == pytest.approx(wrong)
@@ -134,7 +137,7 @@ def test_the_command_prints_and_writes(run, photos, capsys):
         "ceil": False,
     }
     assert facts["data"] == str(photos)
-    assert read(run / "val-center-20" / "posteriors.npz").posteriors.shape == (COUNT, 2)
+    assert load_evaluation(run / "val-center-20" / "posteriors.npz").posteriors.shape == (COUNT, 2)
     assert (run / "val-center-20-mirrored-ceil" / "posteriors.npz").exists()
 
 
@@ -144,7 +147,7 @@ def test_mirror_images_count_where_the_run_was_trained_with_them(run, tmp_path):
     text = (tmp_path / "run" / "run.json").read_text()
     (tmp_path / "run" / "run.json").write_text(text.replace('"flip": true', '"flip": false'))
     assert not evaluate(tmp_path / "run")[1]["protocol"]["flip"]
-    assert evaluate(tmp_path / "run", protocol=Protocol(flip=True))[1]["protocol"]["flip"]
+    assert evaluate(tmp_path / "run", protocol=EvalProtocol(flip=True))[1]["protocol"]["flip"]
 
 
 def test_fusion_is_the_mean(run, tmp_path, capsys):
@@ -156,7 +159,9 @@ def test_fusion_is_the_mean(run, tmp_path, capsys):
         folders.append(str(tmp_path / scale / "posteriors.npz"))
     assert cli.main(["fuse", *folders, "--out", str(tmp_path / "fused")]) == 0
     assert "mean of 2 posteriors: top-1 error" in capsys.readouterr().out
-    one, other, fused = (read(path) for path in (*folders, tmp_path / "fused" / "posteriors.npz"))
+    one, other, fused = (
+        load_evaluation(path) for path in (*folders, tmp_path / "fused" / "posteriors.npz")
+    )
     np.testing.assert_allclose(fused.posteriors, (one.posteriors + other.posteriors) / 2, atol=1e-7)
 
 
@@ -177,8 +182,8 @@ EVALUATION = Evaluation(
     ],
 )
 def test_what_does_not_fit_is_not_fused(change, words, tmp_path):
-    save(tmp_path / "a", EVALUATION, {})
-    save(tmp_path / "b", dataclasses.replace(EVALUATION, **change), {})
+    save_evaluation(tmp_path / "a", EVALUATION, {})
+    save_evaluation(tmp_path / "b", dataclasses.replace(EVALUATION, **change), {})
     with pytest.raises(InputError) as error:
         fuse([tmp_path / "a" / "posteriors.npz", tmp_path / "b" / "posteriors.npz"])
     assert words in str(error.value)
@@ -189,7 +194,7 @@ def test_what_a_run_validated_on_must_be_there_unchanged(run, photos, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     text = (tmp_path / "run" / "run.json").read_text()
     (tmp_path / "run" / "run.json").write_text(text.replace(str(photos), str(tmp_path / "photos")))
-    evaluate(tmp_path / "run", protocol=Protocol("center"))
+    evaluate(tmp_path / "run", protocol=EvalProtocol("center"))
     (tmp_path / "photos" / "train" / "blue" / "0.png").rename(
         tmp_path / "photos" / "train" / "blue" / "00.png"
     )
@@ -197,27 +202,27 @@ def test_what_a_run_validated_on_must_be_there_unchanged(run, photos, tmp_path):
         InputError,
         match=r"is not what .*run was trained on: storage and sizes were \('folder, names",
     ):
-        evaluate(tmp_path / "run", protocol=Protocol("center"))
+        evaluate(tmp_path / "run", protocol=EvalProtocol("center"))
 
 
 def test_a_file_that_is_cut_or_foreign(tmp_path):
-    save(tmp_path, EVALUATION, {})
+    save_evaluation(tmp_path, EVALUATION, {})
     whole = (tmp_path / "posteriors.npz").read_bytes()
     for content in (whole[: len(whole) // 2], b"", b"no archive", whole[:-1]):
         (tmp_path / "cut.npz").write_bytes(content)
         with pytest.raises(InputError, match=r"cut\.npz cannot be read"):
-            read(tmp_path / "cut.npz")
+            load_evaluation(tmp_path / "cut.npz")
     np.savez(
         tmp_path / "pickled.npz",
         **dataclasses.asdict(EVALUATION) | {"files": np.array([{}, {}], object)},
     )
     with pytest.raises(InputError, match=r"pickled\.npz cannot be read"):
-        read(tmp_path / "pickled.npz")
+        load_evaluation(tmp_path / "pickled.npz")
     np.savez(tmp_path / "short.npz", **dataclasses.asdict(EVALUATION) | {"labels": np.int32([0])})
     with pytest.raises(
         InputError, match=r"short\.npz cannot be read \(its arrays do not fit together\)"
     ):
-        read(tmp_path / "short.npz")
+        load_evaluation(tmp_path / "short.npz")
 
 
 def test_errors_by_hand():
@@ -231,7 +236,7 @@ def test_wilsons_interval():
     for observed, n in ((0.25, 500), (0.0, 10), (1.0, 7)):
         z2 = 1.959964**2
         low, high = np.sort(np.roots([1 + z2 / n, -2 * observed - z2 / n, observed**2]))
-        assert interval(observed, n) == pytest.approx((max(low, 0), min(high, 1)), abs=1e-9)
+        assert wilson_interval(observed, n) == pytest.approx((max(low, 0), min(high, 1)), abs=1e-9)
 
 
 @pytest.mark.parametrize(

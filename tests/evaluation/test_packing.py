@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from vgg_jax import CONFIGS
-from vgg_jax.evaluation.packing import Films, Rows, Window, batches, fill, rows_of
+from vgg_jax.evaluation.packing import (
+    CanvasShape,
+    RowExtent,
+    Window,
+    pack_windows,
+    row_extent,
+    select_subset,
+)
 
 A = CONFIGS["A"]
 
@@ -18,7 +25,7 @@ def plan(sizes, pixels=400_000, devices=1, ceil=False):
         Window(i, 0, 1.0, np.broadcast_to(np.uint8(0), (*sorted(size)[::-1], 3)), size[1] > size[0])
         for i, size in enumerate(sizes)
     ]
-    return list(batches(found, A, ceil=ceil, pixels=pixels, devices=devices))
+    return list(pack_windows(found, A, ceil=ceil, pixels=pixels, devices=devices))
 
 
 def share_used(found):
@@ -58,7 +65,7 @@ def test_every_window_lies_once_in_a_film_and_apart_from_the_others(devices, cei
             assert row == free[film]
             assert row + h <= batch.films.h
             assert w <= batch.films.w
-            free[film] += rows_of(h, A, ceil).apart
+            free[film] += row_extent(h, A, ceil).apart
     assert len({batch.films for batch in found}) <= 4
 
 
@@ -70,24 +77,26 @@ def test_few_kinds_of_films_are_nearly_full():
 
 def test_a_width_has_films_only_where_that_is_worth_it():
     usual = plan([(341, 256)] * 60)
-    assert {batch.films for batch in usual} == {Films(1, 1408, 256)}  # four windows of 352 rows
+    assert {batch.films for batch in usual} == {
+        CanvasShape(1, 1408, 256)
+    }  # four windows of 352 rows
     assert [len(batch.placed) for batch in usual] == [4] * 15
     assert share_used(usual) == pytest.approx(341 / 352)
     both = plan([(341, 256)] * 60 + [(256, 341)] * 2)
-    assert {batch.films for batch in both} == {Films(1, 1408, 256)}  # the same for both
+    assert {batch.films for batch in both} == {CanvasShape(1, 1408, 256)}  # the same for both
     narrow = plan([(341, 256)] * 60 + [(300, 240)] * 3)
-    assert {batch.films for batch in narrow} == {Films(1, 1408, 256)}
+    assert {batch.films for batch in narrow} == {CanvasShape(1, 1408, 256)}
     tall = plan([(341, 256)] * 60 + [(2000, 256)])
-    assert {batch.films for batch in tall} == {Films(1, 1408, 256), Films(1, 2000, 256)}
+    assert {batch.films for batch in tall} == {CanvasShape(1, 1408, 256), CanvasShape(1, 2000, 256)}
     apart = plan([(512, 512)] * 100 + [(256, 256)] * 100)
     assert {batch.films.w for batch in apart} == {512, 256}
     alone = plan([(300, 256)] * 2)
-    assert [batch.films for batch in alone] == [Films(1, 768, 256)]
+    assert [batch.films for batch in alone] == [CanvasShape(1, 768, 256)]
 
 
 def test_crops_have_a_film_each():
     found = plan([(224, 224)] * 100)
-    assert {batch.films for batch in found} == {Films(7, 224, 224)}
+    assert {batch.films for batch in found} == {CanvasShape(7, 224, 224)}
     assert [len(batch.placed) for batch in found] == [7] * 14 + [2]
 
 
@@ -96,7 +105,7 @@ def test_thousands_of_small_windows_are_planned_at_once():
     started = time.perf_counter()
     found = plan([(32, 32)] * 20_000, pixels=800_000)
     assert time.perf_counter() - started < 10
-    assert {batch.films for batch in found} == {Films(781, 32, 32)}
+    assert {batch.films for batch in found} == {CanvasShape(781, 32, 32)}
     assert len(found) == 26
     mixed = plan([(48, 48), (48, 57), (61, 48)] * 3_000, pixels=800_000)
     assert time.perf_counter() - started < 20
@@ -105,17 +114,17 @@ def test_thousands_of_small_windows_are_planned_at_once():
 
 
 def test_rows_of_a_window():
-    assert rows_of(341, A) == (352, 352)
-    assert rows_of(341, A, ceil=True) == (352, 368)
-    assert rows_of(384, A) == (384, 400)
-    assert rows_of(224, A) == (224, 240)
+    assert row_extent(341, A) == (352, 352)
+    assert row_extent(341, A, ceil=True) == (352, 368)
+    assert row_extent(384, A) == (384, 400)
+    assert row_extent(224, A) == (224, 240)
 
 
 def test_a_film_is_filled_as_well_as_it_can_be():
     rng = np.random.default_rng(0)
     for _ in range(200):
         heights = [int(h) for h in rng.integers(3, 40, 8)]
-        chosen = fill([Rows(h, h) for h in heights], 70)
+        chosen = select_subset([RowExtent(h, h) for h in heights], 70)
         assert chosen[0] == 0
         assert chosen == sorted(set(chosen))
         rest = itertools.chain.from_iterable(
@@ -124,5 +133,5 @@ def test_a_film_is_filled_as_well_as_it_can_be():
         assert sum(heights[i] for i in chosen) == max(
             total for each in rest if (total := heights[0] + sum(each)) <= 70
         )
-    assert fill([], 70) == []
-    assert fill([Rows(64, 80), Rows(3, 4)], 70) == [0]
+    assert select_subset([], 70) == []
+    assert select_subset([RowExtent(64, 80), RowExtent(3, 4)], 70) == [0]

@@ -11,9 +11,9 @@ from PIL import Image
 from tests.helpers.tiny import SHALLOW, init
 from vgg_jax import CONFIGS, IMAGENET, VGG, InputError, cli
 from vgg_jax.configs.train import CHOICES
-from vgg_jax.data import decode, rescale
-from vgg_jax.evaluation.dense import posteriors
-from vgg_jax.evaluation.predict import listed, predict
+from vgg_jax.data import decode, resize_shorter_side
+from vgg_jax.evaluation.dense import class_posteriors
+from vgg_jax.evaluation.predict import expand_paths, predict
 from vgg_jax.weights import Weights, load, read, save
 from vgg_jax.weights.layouts import Preprocessing
 
@@ -63,10 +63,10 @@ def test_the_answers_are_those_by_hand(net, photos):
     assert [prediction.file for prediction in found] == list(map(str, files))
     model, variables, metadata = load(net)
     images = [
-        rescale(decode(file.read_bytes()), metadata["preprocessing"]["scale"]).numpy()
+        resize_shorter_side(decode(file.read_bytes()), metadata["preprocessing"]["scale"]).numpy()
         for file in files
     ]
-    expected = posteriors(model, variables, images)
+    expected = class_posteriors(model, variables, images)
     for prediction, posterior in zip(found, expected, strict=True):
         assert [name for name, _ in prediction.top] == [
             CLASSES[i] for i in posterior.argsort()[::-1][:2]
@@ -81,13 +81,15 @@ def test_files_folders_and_patterns(photos):
         str(photos / name)
         for name in ("a.jpg", "b.png", "broken.jpg", "d [1].webp", "deep/er/c.jpeg")
     ]
-    assert sorted(listed([str(photos)])) == every
-    assert listed([str(photos / "*.png"), str(photos / "d [1].webp"), str(photos / "no*.gif")]) == [
+    assert sorted(expand_paths([str(photos)])) == every
+    assert expand_paths(
+        [str(photos / "*.png"), str(photos / "d [1].webp"), str(photos / "no*.gif")]
+    ) == [
         every[1],
         every[3],
         str(photos / "no*.gif"),
     ]
-    assert listed([str(photos / "**" / "*.jpeg")]) == [every[4]]
+    assert expand_paths([str(photos / "**" / "*.jpeg")]) == [every[4]]
 
 
 def test_an_unreadable_file_is_reported_and_the_others_answered(net, photos, capsys):

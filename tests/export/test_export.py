@@ -15,8 +15,8 @@ from PIL import Image
 from tests.helpers.tiny import init
 from tests.test_features import narrow
 from vgg_jax import CONFIGS, IMAGENET, VGG, InputError, cli, compiler_options
-from vgg_jax.export import Artefact, with_folded_batch_norm, write
-from vgg_jax.export.spec import kind_of
+from vgg_jax.export import ExportSpec, fold_batch_norm, write
+from vgg_jax.export.spec import format_of
 from vgg_jax.export.verify import verify
 from vgg_jax.weights import Weights, read
 from vgg_jax.weights.layouts import Preprocessing
@@ -100,7 +100,7 @@ RUN = {"onnx": run_onnx, "stablehlo": run_stablehlo, "savedmodel": run_savedmode
 )
 def test_onnx_of_every_net(net, tmp_path):
     pytest.importorskip("onnx", reason="needs onnx: pip install 'vgg-jax[onnx]'")
-    artefact = Artefact(weights(net))
+    artefact = ExportSpec(weights(net))
     write(tmp_path / "net.onnx", artefact)
     same(run_onnx(tmp_path / "net.onnx", photos(3, 32, 32)), ours(artefact, photos(3, 32, 32)))
 
@@ -110,7 +110,7 @@ def test_onnx_of_every_net(net, tmp_path):
 def test_any_size_any_batch(kind, output, tmp_path):
     if kind == "onnx":
         pytest.importorskip("onnx", reason="needs onnx: pip install 'vgg-jax[onnx]'")
-    artefact = Artefact(weights("A", batch_norm=True), output)
+    artefact = ExportSpec(weights("A", batch_norm=True), output)
     write(tmp_path / f"net.{kind}", artefact)
     for shape in ((1, 32, 32), (2, 33, 70)):
         expected = ours(artefact, photos(*shape))
@@ -125,7 +125,7 @@ def test_any_size_any_batch(kind, output, tmp_path):
 def test_float_images_and_stored_types(kind, bfloat16, tmp_path):
     if kind == "onnx":
         pytest.importorskip("onnx", reason="needs onnx: pip install 'vgg-jax[onnx]'")
-    artefact = Artefact(weights("A-LRN"), uint8=False, bfloat16=bfloat16)
+    artefact = ExportSpec(weights("A-LRN"), uint8=False, bfloat16=bfloat16)
     path = tmp_path / f"net.{kind}"
     write(path, artefact)
     images = photos(2, 32, 32).astype(np.float32) - np.float32(IMAGENET.mean_rgb)
@@ -152,10 +152,10 @@ def test_float_images_and_stored_types(kind, bfloat16, tmp_path):
 
 def test_a_folded_batch_normalisation_is_the_same_net():
     normed = weights("D", batch_norm=True)
-    folded = with_folded_batch_norm(normed)
+    folded = fold_batch_norm(normed)
     assert not any(name.startswith("bn") for name in folded.params)
-    same(ours(Artefact(folded), photos(2, 32, 32)), ours(Artefact(normed), photos(2, 32, 32)))
-    assert with_folded_batch_norm(weights("A")).params.keys() == weights("A").params.keys()
+    same(ours(ExportSpec(folded), photos(2, 32, 32)), ours(ExportSpec(normed), photos(2, 32, 32)))
+    assert fold_batch_norm(weights("A")).params.keys() == weights("A").params.keys()
 
 
 @pytest.mark.parametrize("kind", RUN)
@@ -163,7 +163,7 @@ def test_the_scripts_that_serve_it(kind, tmp_path):
     """Without this package they give the class that it gives."""
     if kind == "onnx":
         pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install 'vgg-jax[onnx]'")
-    artefact, image = Artefact(weights("A")), photos(32, 32)
+    artefact, image = ExportSpec(weights("A")), photos(32, 32)
     write(tmp_path / f"net.{kind}", artefact)
     Image.fromarray(image).save(tmp_path / "photo.png")
     script = Path(__file__).parents[2] / "experiments" / "examples" / f"serve_{kind}.py"
@@ -188,7 +188,7 @@ def test_verify_asks_again(kind, bfloat16, tmp_path, capsys):
         pytest.importorskip("onnx", reason="needs onnx: pip install 'vgg-jax[onnx]'")
     path = tmp_path / f"net.{kind}"
     net = weights("A", config=WIDE)
-    write(path, Artefact(net, bfloat16=bfloat16))
+    write(path, ExportSpec(net, bfloat16=bfloat16))
     done = subprocess.run(
         [sys.executable, "-m", "vgg_jax", "verify", str(path)],
         capture_output=True,
@@ -198,16 +198,16 @@ def test_verify_asks_again(kind, bfloat16, tmp_path, capsys):
     assert done.returncode == 0, done.stderr
     assert "A, 3 classes, logits, images uint8" in done.stdout
     more = np.float32(1.01 if bfloat16 else 1.001)
-    other = Artefact(
+    other = ExportSpec(
         dataclasses.replace(net, params=jax.tree.map(lambda x: x * more, net.params)),
         bfloat16=bfloat16,
     )
-    said = Artefact.described
+    said = ExportSpec.described
     try:
-        Artefact.described = lambda _: said(Artefact(net, bfloat16=bfloat16))
+        ExportSpec.described = lambda _: said(ExportSpec(net, bfloat16=bfloat16))
         write(tmp_path / f"other.{kind}", other)
     finally:
-        Artefact.described = said
+        ExportSpec.described = said
     assert cli.main(["verify", str(tmp_path / f"other.{kind}")]) == 1
 
 
@@ -215,7 +215,7 @@ def test_the_metadata_are_all_that_is_to_be_known(tmp_path):
     from safetensors import safe_open
 
     net = weights("A-LRN", config=dataclasses.replace(CONFIGS["A-LRN"], fc=(12, 8)))
-    write(tmp_path / "net.safetensors", Artefact(net))
+    write(tmp_path / "net.safetensors", ExportSpec(net))
     with safe_open(tmp_path / "net.safetensors", "numpy") as file:
         said = json.loads(file.metadata()["vgg_jax"])
     assert said["classes"] == list(CLASSES)
@@ -232,7 +232,7 @@ def test_the_metadata_are_all_that_is_to_be_known(tmp_path):
 
 def test_bfloat16_weights_are_read_back(tmp_path):
     net = weights("A", config=WIDE)
-    write(tmp_path / "net.safetensors", Artefact(net, bfloat16=True))
+    write(tmp_path / "net.safetensors", ExportSpec(net, bfloat16=True))
     back = read(tmp_path / "net.safetensors").params["conv3_1"]["kernel"]
     assert back.dtype == np.float32
     np.testing.assert_array_equal(
@@ -245,7 +245,7 @@ def test_bfloat16_weights_are_read_back(tmp_path):
 def test_litert_takes_the_savedmodel(tmp_path):
     import tensorflow as tf
 
-    artefact = Artefact(weights("A"), uint8=False)
+    artefact = ExportSpec(weights("A"), uint8=False)
     write(tmp_path / "net.savedmodel", artefact)
     converter = tf.lite.TFLiteConverter.from_saved_model(str(tmp_path / "net.savedmodel"))
     interpreter = tf.lite.Interpreter(model_content=converter.convert())
@@ -258,7 +258,7 @@ def test_the_savedmodel_is_what_tf_serving_asks_for(tmp_path):
     """Its tag, its kind of signature, any batch size, and no operation that a server without Python lacks."""
     from tensorflow.core.protobuf import saved_model_pb2
 
-    write(tmp_path / "net.savedmodel", Artefact(weights("A-LRN")))
+    write(tmp_path / "net.savedmodel", ExportSpec(weights("A-LRN")))
     (graph,) = saved_model_pb2.SavedModel.FromString(
         (tmp_path / "net.savedmodel" / "saved_model.pb").read_bytes()
     ).meta_graphs
@@ -280,16 +280,16 @@ def test_the_savedmodel_is_what_tf_serving_asks_for(tmp_path):
 def test_what_cannot_be_exported_or_verified(tmp_path, capsys):
     pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install 'vgg-jax[onnx]'")
     with pytest.raises(InputError, match=r"ends in '.pb': expected \.safetensors, \.onnx"):
-        kind_of("net.pb")
+        format_of("net.pb")
     with pytest.raises(InputError, match="output is 'scores': expected one of logits"):
-        Artefact(weights("A"), "scores")
+        ExportSpec(weights("A"), "scores")
     with pytest.raises(InputError, match="the fully connected layers are not there"):
-        Artefact(dataclasses.replace(weights("A"), top=False))
+        ExportSpec(dataclasses.replace(weights("A"), top=False))
     (tmp_path / "taken.onnx").mkdir()
     with pytest.raises(InputError, match=r"taken\.onnx is a folder"):
-        write(tmp_path / "taken.onnx", Artefact(weights("A")))
-    write(tmp_path / "net.savedmodel", Artefact(weights("A")))
-    write(tmp_path / "net.savedmodel", Artefact(weights("A")))  # an earlier export is replaced
+        write(tmp_path / "taken.onnx", ExportSpec(weights("A")))
+    write(tmp_path / "net.savedmodel", ExportSpec(weights("A")))
+    write(tmp_path / "net.savedmodel", ExportSpec(weights("A")))  # an earlier export is replaced
     for kind in ("safetensors", "stablehlo", "onnx"):
         (tmp_path / f"cut.{kind}").write_bytes(b"PK\x03\x04nothing")
         assert cli.main(["verify", str(tmp_path / f"cut.{kind}")]) == 2
@@ -300,13 +300,13 @@ def test_what_cannot_be_exported_or_verified(tmp_path, capsys):
     with pytest.raises(
         InputError, match=r"net\.savedmodel is a folder"
     ):  # it may be somebody else's
-        write(tmp_path / "net.savedmodel", Artefact(weights("A")))
+        write(tmp_path / "net.savedmodel", ExportSpec(weights("A")))
     with pytest.raises(InputError, match=r"net\.safetensors holds weights only"):
-        write(tmp_path / "net.safetensors", Artefact(weights("A"), uint8=False))
+        write(tmp_path / "net.safetensors", ExportSpec(weights("A"), uint8=False))
     with pytest.raises(InputError, match=r"layout is .timm.: expected a \.safetensors file"):
-        write(tmp_path / "net.onnx", Artefact(weights("A")), "timm")
+        write(tmp_path / "net.onnx", ExportSpec(weights("A")), "timm")
     assert not list(tmp_path.glob("*.new"))
     with pytest.raises(InputError, match="the net is A-LRN, which torchvision does not have"):
-        write(tmp_path / "net.safetensors", Artefact(weights("A-LRN")), "torchvision")
+        write(tmp_path / "net.safetensors", ExportSpec(weights("A-LRN")), "torchvision")
     with pytest.raises(InputError, match=r"cannot write .*none/net\.safetensors"):
-        write(tmp_path / "none" / "net.safetensors", Artefact(weights("A")))
+        write(tmp_path / "none" / "net.safetensors", ExportSpec(weights("A")))

@@ -7,7 +7,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from vgg_jax.data.splits import Share
+from vgg_jax.data.splits import HostShard
 
 NUMBERS = 23  # images of the prepared data set, in 4 files; no multiple of a batch size used here
 
@@ -74,7 +74,7 @@ def check_order(source):
         assert indices(source, SEED, start) == shuffled[start:]
     batches = [shuffled[at : at + 4] for at in range(4, source.size, 4)]
     for rows in ([0, 3], [1], [2]):  # of batches of four, from the second one on
-        share = Share(4, np.array(rows))
+        share = HostShard(4, np.array(rows))
         mine = [
             int(example["index"]) for example in source.examples(SEED, 4, share).as_numpy_iterator()
         ]

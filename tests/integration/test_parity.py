@@ -10,9 +10,9 @@ import pytest
 
 from vgg_jax import CONFIGS, VGG, compiler_options
 from vgg_jax.configs.train import TrainConfig
-from vgg_jax.distributed.sharding import make_mesh, put_batch, replicated
+from vgg_jax.distributed.sharding import make_mesh, replicated, shard_batch
 from vgg_jax.training.optimizer import sgd
-from vgg_jax.training.step import TrainState, compile_steps
+from vgg_jax.training.step import TrainState, jit_steps
 
 torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
 from tests.helpers.tiny import TINY  # noqa: E402
@@ -173,7 +173,7 @@ def test_twenty_steps_follow_pytorch(batch_norm, decay_biases, devices, microbat
             param_dtype=jnp.float64,
         )
         mesh = make_mesh(n, jax.devices()[:devices])
-        step, _ = compile_steps(config, model, mean_rgb, mesh)
+        step, _ = jit_steps(config, model, mean_rgb, mesh)
         state = TrainState(
             jnp.int32(0), params, batch_stats, sgd(config).init(params), jax.random.key(0)
         )
@@ -192,7 +192,7 @@ def test_twenty_steps_follow_pytorch(batch_norm, decay_biases, devices, microbat
                 "label": labels.astype(np.int32),
                 "mask": mask,
             }
-            state, sums = step(state, put_batch(batch, mesh))
+            state, sums = step(state, shard_batch(batch, mesh))
 
             inputs = (images - np.array(mean_rgb, np.float32) + shift[:, None, None])[mask].astype(
                 np.float64

@@ -12,15 +12,15 @@ from jax import lax
 
 import vgg_jax.ops.convolution
 from vgg_jax.ops.convolution import (
-    _by_rows,
-    _images_at_a_time,
+    _conv_rows_as_channels,
+    _images_per_chunk,
     _on_cuda,
     convolution,
-    convolve_anywhere,
+    default_conv,
 )
 from vgg_jax.ops.epilogue import THEN, add_bias
 from vgg_jax.ops.pooling import max_pool, relu
-from vgg_jax.runtime.compiler import compiler_options, convolves_bfloat16
+from vgg_jax.runtime.compiler import compiler_options, has_onednn_bfloat16
 
 
 def direct(x, kernel):
@@ -91,7 +91,7 @@ def test_convolution_and_its_gradients(shape, then):
 
 @pytest.mark.parametrize("then", THEN)
 @pytest.mark.parametrize(
-    ("of_accelerator", "channels"), [(convolve_anywhere, 6), (_on_cuda, 6), (_on_cuda, 3)]
+    ("of_accelerator", "channels"), [(default_conv, 6), (_on_cuda, 6), (_on_cuda, 3)]
 )
 def test_convolution_of_an_accelerator_and_its_gradients(of_accelerator, channels, then):
     rng = np.random.default_rng(0)
@@ -118,11 +118,11 @@ def test_convolution_of_an_accelerator_and_its_gradients(of_accelerator, channel
 )
 def test_gradients_of_images_some_at_a_time(positions, at_a_time, then, monkeypatch):
     """Of four with 63 positions each."""
-    monkeypatch.setattr(vgg_jax.ops.convolution, "_POSITIONS", positions)
+    monkeypatch.setattr(vgg_jax.ops.convolution, "_CHUNK_POSITIONS", positions)
     jax.clear_caches()  # what was traced knows the other number
     rng = np.random.default_rng(0)
     shapes = (4, 9, 7, 3), (3, 3, 3, 5), (5,), (4, 4, 3, 5) if then == "pool" else (4, 9, 7, 5)
-    assert _images_at_a_time(shapes[0]) == at_a_time
+    assert _images_per_chunk(shapes[0]) == at_a_time
     with jax.enable_x64(True):
         arrays = [jnp.asarray(rng.normal(size=shape)) for shape in shapes]
         ours, theirs = (
@@ -163,7 +163,9 @@ def test_convolution_of_a_gpu_for_the_image(side):
             for shape in ((2, 6, 9, 3), (side, side, 3, 4), (2, 6, 9, 4))
         ]
         for ours, theirs in zip(
-            with_gradients(_by_rows, *arrays), with_gradients(direct, *arrays), strict=True
+            with_gradients(_conv_rows_as_channels, *arrays),
+            with_gradients(direct, *arrays),
+            strict=True,
         ):
             assert np.abs(ours - theirs).max() < 1e-12 * np.abs(theirs).max()
 
@@ -215,7 +217,7 @@ def test_bfloat16_is_onednns_where_xla_gives_it_to_it():
     given = jaxlib.version.__version_info__ >= (0, 12) and (
         "amx_bf16" in processor or "avx512_bf16" in processor
     )
-    assert convolves_bfloat16() == given
+    assert has_onednn_bfloat16() == given
     bias = jnp.zeros(16, jnp.bfloat16)
     for function in (
         convolution,

@@ -7,11 +7,17 @@ import numpy as np
 import pytest
 
 from vgg_jax import IMAGENET, InputError, TrainConfig
-from vgg_jax.runs.checkpoint import Saved
-from vgg_jax.runs.files import write_whole
-from vgg_jax.runs.metadata import Run, begin_run, begun_run, read_run, refuse_another
+from vgg_jax.runs.checkpoint import CheckpointStore
+from vgg_jax.runs.files import atomic_write
+from vgg_jax.runs.metadata import (
+    RunMetadata,
+    check_same_run,
+    create_run,
+    load_existing_run,
+    load_run,
+)
 
-RUN = Run(
+RUN = RunMetadata(
     TrainConfig(data="photos", learning_rate=0.1, drop_epochs=()),
     ("ants", "bees"),
     IMAGENET,
@@ -29,35 +35,37 @@ SHAPES = jax.tree.map(
 
 
 def test_a_run_is_read_as_it_was_written(tmp_path):
-    begin_run(tmp_path, RUN)
-    assert read_run(tmp_path) == RUN
-    assert begun_run(tmp_path) is None  # nothing is saved yet: another run may take the folder
-    with Saved(tmp_path / "last") as last:
+    create_run(tmp_path, RUN)
+    assert load_run(tmp_path) == RUN
+    assert (
+        load_existing_run(tmp_path) is None
+    )  # nothing is saved yet: another run may take the folder
+    with CheckpointStore(tmp_path / "last") as last:
         last.save(1, ARRAYS, {})
-    assert begun_run(tmp_path) == RUN
+    assert load_existing_run(tmp_path) == RUN
 
 
 def test_another_run_is_refused_with_all_differences(tmp_path):
-    refuse_another(tmp_path, RUN, RUN)
+    check_same_run(tmp_path, RUN, RUN)
     other = dataclasses.replace(
         RUN, classes=("ants", "wasps"), config=dataclasses.replace(RUN.config, seed=1)
     )
     with pytest.raises(
         InputError, match=r"classes is .*'bees'.* there and .*'wasps'.* here"
     ) as error:
-        refuse_another(tmp_path, RUN, other)
+        check_same_run(tmp_path, RUN, other)
     assert "seed is 0 there and 1 here" in str(error.value)
     assert "storage" not in str(error.value)
 
 
 def test_the_newest_is_restored_and_two_are_kept(tmp_path):
-    with Saved(tmp_path / "last") as last:
+    with CheckpointStore(tmp_path / "last") as last:
         assert last.restore(SHAPES) is None
         last.save(1, ARRAYS, {"epoch": 0})
         last.save(4, ARRAYS, {"epoch": 1})
         last.save(12, jax.tree.map(lambda x: x + x.dtype.type(1), ARRAYS), {"epoch": 2})
     assert sorted(path.name for path in (tmp_path / "last").iterdir()) == ["12", "4"]
-    with Saved(tmp_path / "last", read_only=True) as last:
+    with CheckpointStore(tmp_path / "last", read_only=True) as last:
         arrays, progress = last.restore(SHAPES)
     assert progress == {"epoch": 2}
     jax.tree.map(
@@ -66,7 +74,7 @@ def test_the_newest_is_restored_and_two_are_kept(tmp_path):
 
 
 def test_a_checkpoint_of_other_shapes_is_named(tmp_path):
-    with Saved(tmp_path / "last") as last:
+    with CheckpointStore(tmp_path / "last") as last:
         last.save(1, ARRAYS, {})
         other = SHAPES | {"bias": SHAPES["step"]}
         with pytest.raises(InputError, match=r"the checkpoint .*last/1 cannot be read"):
@@ -75,12 +83,12 @@ def test_a_checkpoint_of_other_shapes_is_named(tmp_path):
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "run.json"
-    write_whole(path, b"old")
+    atomic_write(path, b"old")
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        write_whole(path, b"new")
+        atomic_write(path, b"new")
     assert path.read_text() == "old"

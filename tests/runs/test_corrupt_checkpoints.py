@@ -12,9 +12,9 @@ import pytest
 
 import vgg_jax.runs.checkpoint
 from vgg_jax import InputError
-from vgg_jax.runs.checkpoint import NotSavedError, Saved
-from vgg_jax.runs.files import locked
-from vgg_jax.runs.metadata import begun_run
+from vgg_jax.runs.checkpoint import CheckpointSaveError, CheckpointStore
+from vgg_jax.runs.files import workdir_lock
+from vgg_jax.runs.metadata import load_existing_run
 
 # What orbax had in hand when a file turned out to be damaged.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -54,7 +54,7 @@ DAMAGES = {
 def saved(tmp_path_factory):
     """A folder with the checkpoints 1, of OLD, and 2, of NEW."""
     folder = tmp_path_factory.mktemp("saved") / "last"
-    with Saved(folder) as last:
+    with CheckpointStore(folder) as last:
         last.save(1, OLD, {"epoch": 1, "loss": 0.5})
         last.save(2, NEW, {"epoch": 2, "loss": 0.25})
     return folder
@@ -70,7 +70,7 @@ def test_of_a_damaged_checkpoint_nothing_is_used(damage, saved, tmp_path, capsys
         folder = tmp_path / str(len(list(tmp_path.iterdir()))) / "last"
         shutil.copytree(saved, folder)
         DAMAGES[damage](folder / file)
-        with Saved(folder) as last:
+        with CheckpointStore(folder) as last:
             arrays, progress = last.restore(SHAPES)
             epoch = progress["epoch"]
             assert progress == {"epoch": epoch, "loss": 0.5 / epoch}
@@ -118,7 +118,7 @@ def test_what_is_readable_and_wrong_is_not_used(saved, tmp_path, capsys):
         folder = tmp_path / str(i) / "last"
         shutil.copytree(saved, folder)
         damage(folder)
-        with Saved(folder) as last:
+        with CheckpointStore(folder) as last:
             assert last.restore(SHAPES)[1] == {"epoch": 1, "loss": 0.5}
         assert "checksums" in capsys.readouterr().err
         assert sorted(path.name for path in folder.iterdir()) == ["1", "2.damaged"]
@@ -127,7 +127,7 @@ def test_what_is_readable_and_wrong_is_not_used(saved, tmp_path, capsys):
 def test_what_cannot_be_read_now_is_not_set_aside(saved, tmp_path, monkeypatch):
     folder = tmp_path / "last"
     shutil.copytree(saved, folder)
-    with Saved(folder) as last:
+    with CheckpointStore(folder) as last:
         monkeypatch.setattr(
             last,
             "_read",
@@ -145,12 +145,12 @@ def test_a_checkpoint_of_which_half_is_gone(saved, tmp_path):
     for name in ("arrays", "progress"):
         shutil.copytree(saved, tmp_path / name)
         shutil.rmtree(tmp_path / name / "2" / name)
-        with Saved(tmp_path / name) as last:
+        with CheckpointStore(tmp_path / name) as last:
             assert last.restore(SHAPES)[1]["epoch"] == 1
     shutil.copytree(saved, tmp_path / "all")
     shutil.rmtree(tmp_path / "all" / "2")
     (tmp_path / "all" / "2").mkdir()
-    with Saved(tmp_path / "all") as last:
+    with CheckpointStore(tmp_path / "all") as last:
         assert last.restore(SHAPES)[1]["epoch"] == 1
     assert (tmp_path / "all" / "2.damaged").is_dir()
 
@@ -162,7 +162,7 @@ def test_where_none_is_whole_none_is_touched(saved, tmp_path):
         file.write_bytes(b"")
     before = sorted(folder.rglob("*"))
     with (
-        Saved(folder) as last,
+        CheckpointStore(folder) as last,
         pytest.raises(
             InputError,
             match=r"the checkpoint .*last/2 cannot be read .*and no other is there that can",
@@ -177,7 +177,7 @@ def test_a_reader_moves_nothing(saved, tmp_path, capsys):
     shutil.copytree(saved, folder)
     (folder / "2" / "arrays" / "manifest.ocdbt").unlink()
     before = sorted(folder.rglob("*"))
-    with Saved(folder, read_only=True) as best:
+    with CheckpointStore(folder, read_only=True) as best:
         assert best.restore(SHAPES)[1]["epoch"] == 1
     assert sorted(folder.rglob("*")) == before
     assert "best/2 is damaged" in capsys.readouterr().err
@@ -189,19 +189,19 @@ def test_epochs_without_a_checkpoint_are_not_begun_again(tmp_path):
     with pytest.raises(
         InputError, match=r"holds no checkpoint, and .*metrics.jsonl tells of epochs"
     ):
-        begun_run(tmp_path)
+        load_existing_run(tmp_path)
 
 
 def test_a_full_disk_costs_no_checkpoint(tmp_path):
     """A limit on the size of files stands for the disk: writing fails in the same places."""
     resource = pytest.importorskip("resource", reason="no limits on files here")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with Saved(tmp_path / "last") as last:
+    with CheckpointStore(tmp_path / "last") as last:
         last.save(1, OLD, {"epoch": 1})
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
         try:
             for step in (2, 3):
-                with pytest.raises(NotSavedError, match=r"cannot save to .*last"):
+                with pytest.raises(CheckpointSaveError, match=r"cannot save to .*last"):
                     last.save(step, NEW, {"epoch": step})
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -215,17 +215,17 @@ def test_a_full_disk_costs_no_checkpoint(tmp_path):
 
 
 def test_too_little_room_is_said_beforehand(tmp_path, monkeypatch):
-    with Saved(tmp_path / "last") as last:
+    with CheckpointStore(tmp_path / "last") as last:
         monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=20_000))
         with pytest.raises(
-            NotSavedError, match=r"cannot save to .*last \(0 MB are needed, and 0 MB free\)"
+            CheckpointSaveError, match=r"cannot save to .*last \(0 MB are needed, and 0 MB free\)"
         ):
             last.save(1, OLD, {"epoch": 1})
         assert list((tmp_path / "last").iterdir()) == []
 
 
 def test_what_did_not_reach_the_disk_is_not_saved(tmp_path, monkeypatch):
-    with Saved(tmp_path / "last") as last:
+    with CheckpointStore(tmp_path / "last") as last:
         last.save(1, OLD, {"epoch": 1})
         sync = vgg_jax.runs.checkpoint.sync
         for step in (2, 3):
@@ -234,7 +234,7 @@ def test_what_did_not_reach_the_disk_is_not_saved(tmp_path, monkeypatch):
                 "sync",
                 lambda path: (_ for _ in ()).throw(OSError(5, "Input/output error")),
             )
-            with pytest.raises(NotSavedError, match="Input/output error"):
+            with pytest.raises(CheckpointSaveError, match="Input/output error"):
                 last.save(step, NEW, {"epoch": step})
             assert last.restore(SHAPES)[1] == {"epoch": 1}
         monkeypatch.setattr(vgg_jax.runs.checkpoint, "sync", sync)
@@ -243,7 +243,7 @@ def test_what_did_not_reach_the_disk_is_not_saved(tmp_path, monkeypatch):
 
 
 def holding(workdir, ready):
-    with locked(workdir):
+    with workdir_lock(workdir):
         ready.set()
         signal.pause()
 
@@ -256,16 +256,16 @@ def test_two_runs_in_one_workdir(tmp_path):
     other = spawn.Process(target=holding, args=(workdir, ready), daemon=True)
     other.start()
     assert ready.wait(60)
-    with pytest.raises(InputError, match="another process trains in"), locked(workdir):
+    with pytest.raises(InputError, match="another process trains in"), workdir_lock(workdir):
         pass
     other.kill()
     other.join()
-    with locked(workdir):
+    with workdir_lock(workdir):
         pass
 
 
 def test_where_nothing_was_begun_nothing_is_left(tmp_path):
-    with pytest.raises(ValueError, match="no data"), locked(tmp_path / "runs" / "run"):
+    with pytest.raises(ValueError, match="no data"), workdir_lock(tmp_path / "runs" / "run"):
         assert (tmp_path / "runs" / "run").is_dir()
         raise ValueError("no data")
     assert list(tmp_path.iterdir()) == []
@@ -273,5 +273,8 @@ def test_where_nothing_was_begun_nothing_is_left(tmp_path):
 
 def test_a_workdir_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot write to"), locked(tmp_path / "file" / "run"):
+    with (
+        pytest.raises(InputError, match="cannot write to"),
+        workdir_lock(tmp_path / "file" / "run"),
+    ):
         pass

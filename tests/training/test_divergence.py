@@ -15,12 +15,12 @@ import pytest
 import vgg_jax.training.loop
 from tests.helpers.tiny_data import encode, noise
 from vgg_jax import IMAGENET, InputError, TrainConfig
-from vgg_jax.configs.train import MOST_HALVINGS
-from vgg_jax.distributed.sharding import make_mesh, put_batch
+from vgg_jax.configs.train import MAX_LR_HALVINGS
+from vgg_jax.distributed.sharding import make_mesh, shard_batch
 from vgg_jax.model import build_model
-from vgg_jax.runs.checkpoint import Saved
-from vgg_jax.runs.metadata import read_run
-from vgg_jax.training.checkpointer import shapes_of
+from vgg_jax.runs.checkpoint import CheckpointStore
+from vgg_jax.runs.metadata import load_run
+from vgg_jax.training.checkpointer import abstract_state
 from vgg_jax.training.loop import DivergedError, fit
 from vgg_jax.training.nan_check import first_nonfinite
 from vgg_jax.training.optimizer import sgd
@@ -122,7 +122,7 @@ def test_it_goes_back_so_many_times_and_no_more(config, tmp_path, monkeypatch):
     poisoned(monkeypatch, range(4, 10**6))
     with pytest.raises(DivergedError, match=r"epoch 2, in batch 1 .*learning rate 3\.125e-05"):
         fit(config, tmp_path / "w", on_nan="halve")
-    assert 1e-3 / 2**MOST_HALVINGS == 3.125e-5
+    assert 1e-3 / 2**MAX_LR_HALVINGS == 3.125e-5
     assert rates(tmp_path / "w") == [1e-3]
 
 
@@ -141,10 +141,10 @@ def test_nothing_that_is_not_finite_is_saved(on_nan, loss, config, tmp_path, mon
     ):
         fit(config, tmp_path / "w", on_nan=on_nan, save_seconds=0)
     monkeypatch.undo()
-    run = read_run(tmp_path / "w")
+    run = load_run(tmp_path / "w")
     state = init_state(build_model(run.config, 2), sgd(run.config), 0, make_mesh(4))
-    with Saved(tmp_path / "w" / "last", read_only=True) as last:
-        restored, progress = last.restore(shapes_of(state))
+    with CheckpointStore(tmp_path / "w" / "last", read_only=True) as last:
+        restored, progress = last.restore(abstract_state(state))
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((restored.params, restored.opt_state)))
     assert (len(progress["history"]), progress["batch"]) == (1, 1)
 
@@ -152,7 +152,7 @@ def test_nothing_that_is_not_finite_is_saved(on_nan, loss, config, tmp_path, mon
 def test_a_signal_is_not_lost_in_a_divergence(config, tmp_path, monkeypatch):
     """It ends the run, which does not begin again with half the rate."""
     poisoned(monkeypatch, {5})
-    plain = vgg_jax.training.loop.add
+    plain = vgg_jax.training.loop.accumulate
 
     def add(sums, new, bar):
         if new is not None and not np.isfinite(new.loss):
@@ -160,7 +160,7 @@ def test_a_signal_is_not_lost_in_a_divergence(config, tmp_path, monkeypatch):
             time.sleep(0.1)
         return plain(sums, new, bar)
 
-    monkeypatch.setattr(vgg_jax.training.loop, "add", add)
+    monkeypatch.setattr(vgg_jax.training.loop, "accumulate", add)
     with pytest.raises(DivergedError):
         fit(config, tmp_path / "w", on_nan="halve")
     assert rates(tmp_path / "w") == [1e-3]
@@ -168,15 +168,15 @@ def test_a_signal_is_not_lost_in_a_divergence(config, tmp_path, monkeypatch):
 
 def test_the_best_net_of_what_is_given_up_is_given_up(config, tmp_path, monkeypatch):
     """The second epoch's net was saved, what to go on from was not: behind going back to the first it is the best no longer."""
-    monkeypatch.setattr(vgg_jax.training.loop, "finite", lambda _: True)
+    monkeypatch.setattr(vgg_jax.training.loop, "all_finite", lambda _: True)
     fit(dataclasses.replace(config, epochs=1), tmp_path / "w")
     longer(tmp_path / "w")
     shutil.copytree(tmp_path / "w" / "best" / "1", tmp_path / "w" / "best" / "2")
     poisoned(monkeypatch, {1})
     monkeypatch.setattr(
         vgg_jax.training.loop,
-        "evaluate_all",
-        lambda *_: vgg_jax.training.loop.Sums(loss=1.0, top1=0.0, top5=0.0, count=12.0),
+        "validate",
+        lambda *_: vgg_jax.training.loop.MetricSums(loss=1.0, top1=0.0, top5=0.0, count=12.0),
     )
     fit(config, tmp_path / "w", on_nan="halve")
     assert [path.name for path in (tmp_path / "w" / "best").glob("[0-9]*")] == ["1"]
@@ -204,7 +204,9 @@ def test_the_layer_whose_output_is_not_finite_is_named(layer, config):
     state = init_state(model, sgd(config), 0, mesh)
     params = {**state.params, layer: jax.tree.map(lambda x: x + jnp.inf, state.params[layer])}
     state = dataclasses.replace(state, params=params)
-    found = first_nonfinite(state, put_batch(BATCH, mesh), model=model, mean_rgb=IMAGENET.mean_rgb)
+    found = first_nonfinite(
+        state, shard_batch(BATCH, mesh), model=model, mean_rgb=IMAGENET.mean_rgb
+    )
     assert found == f"the output of {layer}"
 
 
@@ -217,7 +219,7 @@ def test_the_gradient_that_is_not_finite_is_named(config):
     params["fc8"] = {"kernel": params["fc8"]["kernel"] * 1e30, "bias": jnp.zeros(2)}
     params["fc6"] = {"kernel": jnp.zeros_like(params["fc6"]["kernel"]), "bias": jnp.full(8, 1e-12)}
     state = dataclasses.replace(state, params=params)
-    batch = put_batch(BATCH, mesh)
+    batch = shard_batch(BATCH, mesh)
     assert first_nonfinite(state, batch, model=model, mean_rgb=IMAGENET.mean_rgb) == "the update"
     params["fc6"] = {"kernel": params["fc6"]["kernel"], "bias": jnp.full(8, 1e9)}
     found = first_nonfinite(

@@ -21,18 +21,18 @@ from safetensors.numpy import save_file
 import vgg_jax
 import vgg_jax.training.loop
 from vgg_jax import IMAGENET, InputError, TrainConfig, cli, compiler_options
-from vgg_jax.data import eval_batches, measure, open_splits
-from vgg_jax.distributed.multihost import LostError
-from vgg_jax.distributed.sharding import make_mesh, put_batch
-from vgg_jax.metrics import Sums
+from vgg_jax.data import eval_batches, measure_colours, open_train_val
+from vgg_jax.distributed.multihost import ProcessLostError
+from vgg_jax.distributed.sharding import make_mesh, shard_batch
+from vgg_jax.metrics import MetricSums
 from vgg_jax.model import build_model
 from vgg_jax.preprocessing import preprocess
-from vgg_jax.runs.checkpoint import NotSavedError, Saved
-from vgg_jax.runtime.signals import stop_signals
-from vgg_jax.training.init_from import start_from
-from vgg_jax.training.loop import Outcome, fit
+from vgg_jax.runs.checkpoint import CheckpointSaveError, CheckpointStore
+from vgg_jax.runtime.signals import graceful_stop
+from vgg_jax.training.init_from import init_from_pretrained
+from vgg_jax.training.loop import FitResult, fit
 from vgg_jax.training.optimizer import sgd
-from vgg_jax.training.step import compile_steps, init_state
+from vgg_jax.training.step import init_state, jit_steps
 
 pytestmark = pytest.mark.usefixtures("small_nets")
 
@@ -103,7 +103,7 @@ def test_an_interrupt_while_the_net_is_made_is_not_lost(finished, folder, tmp_pa
 
     with monkeypatch.context() as patched:
         patched.setattr(vgg_jax.training.loop, "init_state", interrupted)
-        assert fit(config(folder), tmp_path) == Outcome([], stopped=True)
+        assert fit(config(folder), tmp_path) == FitResult([], stopped=True)
     assert lasting(fit(config(folder), tmp_path).history) == lasting(finished[1])
 
 
@@ -122,7 +122,7 @@ def test_a_signal_is_heard_while_the_step_is_compiled(finished, folder, tmp_path
 
     with monkeypatch.context() as patched:
         patched.setattr(vgg_jax.training.loop, "compile_steps", slowly_compiled)
-        assert fit(config(folder), tmp_path) == Outcome([], stopped=True)
+        assert fit(config(folder), tmp_path) == FitResult([], stopped=True)
         assert time.monotonic() - sent[0] < 30
     let_go.set()
     assert lasting(fit(config(folder), tmp_path).history) == lasting(finished[1])
@@ -163,7 +163,7 @@ def test_load_gives_the_net_of_the_best_epoch(finished, folder):
     assert metadata["classes"] == ("blue", "red")
     assert metadata["config"] == config(folder)
     right = total = 0
-    _, validation = open_splits(folder)
+    _, validation = open_train_val(folder)
     apply = jax.jit(model.apply, compiler_options=compiler_options())
     for batch in eval_batches(validation, metadata["config"], 3):
         logits = apply(variables, preprocess(batch["image"], metadata["preprocessing"]["mean_rgb"]))
@@ -225,7 +225,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     at_batch, killed, folder, finished, tmp_path, monkeypatch
 ):
     """Bit by bit: parameters, momentum, statistics, metrics; with dropout, scale jitter, flips and colour shift on."""
-    calls, send = 0, vgg_jax.training.loop.on_devices
+    calls, send = 0, vgg_jax.training.loop.batch_to_devices
 
     def interrupted(batch, mesh):
         nonlocal calls
@@ -236,7 +236,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
             os.kill(os.getpid(), signal.SIGTERM)
         return send(batch, mesh)
 
-    monkeypatch.setattr(vgg_jax.training.loop, "on_devices", interrupted)
+    monkeypatch.setattr(vgg_jax.training.loop, "batch_to_devices", interrupted)
     if killed:
         with pytest.raises(KilledError):
             fit(config(folder), tmp_path, save_seconds=0)
@@ -261,15 +261,15 @@ def test_a_run_whose_first_epoch_left_the_best_net_only_starts_as_it_did(
     """It was killed, or the disk was full, between the two: the next start takes --init-from again."""
     settings = config(folder, init_from=str(finished[0]), epochs=1)
     undisturbed = fit(settings, tmp_path / "undisturbed").history
-    save = Saved.save
+    save = CheckpointStore.save
 
     def full(self, step, arrays, progress):
         if "history" in progress:
-            raise NotSavedError("full")
+            raise CheckpointSaveError("full")
         save(self, step, arrays, progress)
 
-    monkeypatch.setattr(Saved, "save", full)
-    with pytest.raises(NotSavedError):
+    monkeypatch.setattr(CheckpointStore, "save", full)
+    with pytest.raises(CheckpointSaveError):
         fit(settings, tmp_path / "w")
     monkeypatch.undo()
     again = fit(settings, tmp_path / "w").history
@@ -282,19 +282,19 @@ def test_a_full_disk_is_warned_of_and_costs_nothing(
     to_the_end, folder, finished, tmp_path, monkeypatch, capsys
 ):
     """Nothing can be saved at the end of the second of three epochs, or from then on."""
-    save, calls = Saved.save, 0
+    save, calls = CheckpointStore.save, 0
 
     def full(*args):
         nonlocal calls
         calls += 1
         if calls == 3 or (to_the_end and calls > 3):  # the first epoch saves its best and its last
-            raise NotSavedError("cannot save to a disk (No space left on device)")
+            raise CheckpointSaveError("cannot save to a disk (No space left on device)")
         save(*args)
 
     workdir, history = finished
-    monkeypatch.setattr(Saved, "save", full)
+    monkeypatch.setattr(CheckpointStore, "save", full)
     if to_the_end:
-        with pytest.raises(NotSavedError):
+        with pytest.raises(CheckpointSaveError):
             fit(config(folder), tmp_path)
         monkeypatch.undo()
         assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
@@ -309,7 +309,7 @@ def test_a_full_disk_is_warned_of_and_costs_nothing(
 
 
 def test_a_second_signal_stops_at_once():
-    with stop_signals() as stop:
+    with graceful_stop() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.wait(10)
         with pytest.raises(KeyboardInterrupt):
@@ -346,7 +346,7 @@ with signals.stop_signals():
 
 def test_measured_colours_are_measured_once(folder, tmp_path, monkeypatch):
     settings = config(folder, statistics="measure", epochs=1, drop_epochs=(1,))
-    monkeypatch.setattr(vgg_jax.training.loop, "evaluate_all", lambda *_: None)
+    monkeypatch.setattr(vgg_jax.training.loop, "validate", lambda *_: None)
     assert fit(settings, tmp_path).stopped
     monkeypatch.undo()
     monkeypatch.setattr(
@@ -354,7 +354,7 @@ def test_measured_colours_are_measured_once(folder, tmp_path, monkeypatch):
     )
     fit(settings, tmp_path)
     _, _, metadata = vgg_jax.load(tmp_path)
-    expected = measure(open_splits(folder)[0]).pixel_mean
+    expected = measure_colours(open_train_val(folder)[0]).pixel_mean
     assert metadata["preprocessing"]["mean_rgb"] == pytest.approx(tuple(expected))
     assert expected[0] > 100  # the mean of these images, not ImageNet's
 
@@ -373,20 +373,20 @@ def arrays_of_last(workdir, folder):
 @pytest.mark.parametrize("disk_is_full", [False, True])
 def test_best_is_the_best_epochs_net(disk_is_full, folder, tmp_path, monkeypatch):
     """The second of three, also where it can be saved in the third only."""
-    seen, save = [], Saved.save
+    seen, save = [], CheckpointStore.save
 
     def full(self, *args):
         if disk_is_full and len(seen) == 2:
-            raise NotSavedError("full")
+            raise CheckpointSaveError("full")
         save(self, *args)
 
-    monkeypatch.setattr(Saved, "save", full)
+    monkeypatch.setattr(CheckpointStore, "save", full)
 
     def evaluate_all(eval_step, state, *_):
         seen.append(jax.tree.map(np.array, state.params))
-        return Sums(loss=1.0, top1=[3, 5, 4][len(seen) - 1], top5=7, count=7)
+        return MetricSums(loss=1.0, top1=[3, 5, 4][len(seen) - 1], top5=7, count=7)
 
-    monkeypatch.setattr(vgg_jax.training.loop, "evaluate_all", evaluate_all)
+    monkeypatch.setattr(vgg_jax.training.loop, "validate", evaluate_all)
     fit(config(folder), tmp_path)
     _, variables, metadata = vgg_jax.load(tmp_path)
     assert metadata["epoch"] == 2
@@ -397,12 +397,12 @@ def test_best_is_the_best_epochs_net(disk_is_full, folder, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("ends", "code", "lines"),
     [
-        (Outcome([], True), 75, 0),
-        (Outcome([], False), 0, 0),
+        (FitResult([], True), 75, 0),
+        (FitResult([], False), 0, 0),
         (KeyboardInterrupt(), 130, 1),
         (OSError(28, "full"), 2, 1),
-        (NotSavedError("full"), 74, 1),
-        (LostError("gone"), 76, 1),
+        (CheckpointSaveError("full"), 74, 1),
+        (ProcessLostError("gone"), 76, 1),
     ],
 )
 def test_exit_codes(ends, code, lines, monkeypatch, capsys):
@@ -489,7 +489,7 @@ def test_running_statistics_come_along(net, finished, folder):
     source = vgg_jax.load(finished[0])
     settings = config(folder, net=net, init_from="it")
     state = init_state(build_model(settings, 2), sgd(settings), 1, make_mesh(8))
-    started = start_from(source, settings, state, IMAGENET.mean_rgb)
+    started = init_from_pretrained(source, settings, state, IMAGENET.mean_rgb)
     for name, layer in source[1]["batch_stats"].items():
         jax.tree.map(np.testing.assert_array_equal, started.batch_stats[name], layer)
         assert np.abs(layer["mean"]).max() > 0
@@ -572,11 +572,11 @@ def test_frozen_layers_stay_to_the_bit(finished, folder):
         folder, init_from="it", freeze=("conv",), decay_biases=True, learning_rate=0.1
     )
     model, mesh = build_model(settings, 2), make_mesh(8)
-    state = start_from(
+    state = init_from_pretrained(
         source, settings, init_state(model, sgd(settings), 1, mesh), IMAGENET.mean_rgb
     )
     before = jax.tree.map(np.asarray, (state.params, state.batch_stats))
-    train_step, _ = compile_steps(settings, model, IMAGENET.mean_rgb, mesh)
+    train_step, _ = jit_steps(settings, model, IMAGENET.mean_rgb, mesh)
     rng = np.random.default_rng(0)
     batch = {
         "image": rng.integers(0, 256, (8, 16, 16, 3)).astype(np.uint8),
@@ -585,7 +585,7 @@ def test_frozen_layers_stay_to_the_bit(finished, folder):
         "mask": np.ones(8, bool),
     }
     for _ in range(3):
-        state, _ = train_step(state, put_batch(batch, mesh))
+        state, _ = train_step(state, shard_batch(batch, mesh))
     velocity = state.opt_state.inner_state[1][0].trace
     for name, layer in state.params.items():
         for leaf, array in layer.items():

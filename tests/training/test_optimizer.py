@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from vgg_jax import TrainConfig
-from vgg_jax.training.optimizer import learning_rate, set_learning_rate, sgd
+from vgg_jax.training.optimizer import next_epoch_lr, set_learning_rate, sgd
 
 
 @pytest.mark.parametrize("decay_biases", [False, True])
@@ -38,7 +38,7 @@ def test_update_is_the_one_written_out(decay_biases):
 
 
 def rates(config, accuracies):
-    return [learning_rate(config, accuracies[:n]) for n in range(len(accuracies) + 1)]
+    return [next_epoch_lr(config, accuracies[:n]) for n in range(len(accuracies) + 1)]
 
 
 def test_plateau_drops_three_times_then_ends():

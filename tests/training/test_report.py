@@ -2,15 +2,15 @@
 
 import math
 
-from vgg_jax.metrics import Sums
-from vgg_jax.training.report import advice, epoch_record, line, stuck
+from vgg_jax.metrics import MetricSums
+from vgg_jax.training.report import at_chance_hint, epoch_record, format_epoch, is_at_chance
 
 
 def test_the_line_of_an_epoch_says_it_all():
     record = epoch_record(
-        7, 2.0, 0.25, 1e-3, Sums(30.0, 8.0, 9.0, 10.0), Sums(2.0, 3.0, 4.0, 4.0), 10
+        7, 2.0, 0.25, 1e-3, MetricSums(30.0, 8.0, 9.0, 10.0), MetricSums(2.0, 3.0, 4.0, 4.0), 10
     )
-    text = line(record | {"time": "2020-01-02T03:04:05"})
+    text = format_epoch(record | {"time": "2020-01-02T03:04:05"})
     for words in (
         "03:04:05",
         "epoch   7",
@@ -20,7 +20,7 @@ def test_the_line_of_an_epoch_says_it_all():
     ):
         assert words in text
     assert text.endswith("2.0 s  5.0 images/s, bound by the device (waited 12% for images)")
-    assert "bound by the input (waited 60% for images)" in line(
+    assert "bound by the input (waited 60% for images)" in format_epoch(
         record | {"input_wait_seconds": 1.2}
     )
 
@@ -30,9 +30,9 @@ def test_loss_at_chance_is_named_once():
         return [{"train": {"loss": loss}} for loss in losses]
 
     chance = math.log(10)
-    assert not stuck(history(chance), 10)
-    assert stuck(history(chance, 1.001 * chance), 10)
-    assert not stuck(history(chance, chance, chance), 10)
-    assert not stuck(history(chance, 0.9 * chance), 10)
-    assert "ln(10) = 2.303" in advice(10)
-    assert "--init-from" in advice(10)
+    assert not is_at_chance(history(chance), 10)
+    assert is_at_chance(history(chance, 1.001 * chance), 10)
+    assert not is_at_chance(history(chance, chance, chance), 10)
+    assert not is_at_chance(history(chance, 0.9 * chance), 10)
+    assert "ln(10) = 2.303" in at_chance_hint(10)
+    assert "--init-from" in at_chance_hint(10)

@@ -65,8 +65,8 @@ def test_a_run_that_is_stopped_twice_ends_as_the_quiet_one(data, tmp_path, monke
     config, data_dir = data
     quiet = fit(config, tmp_path / "quiet", data_dir)
     send, evaluate, stopped = (
-        vgg_jax.training.loop.on_devices,
-        vgg_jax.training.loop.evaluate_all,
+        vgg_jax.training.loop.batch_to_devices,
+        vgg_jax.training.loop.validate,
         set(),
     )
 
@@ -83,8 +83,8 @@ def test_a_run_that_is_stopped_twice_ends_as_the_quiet_one(data, tmp_path, monke
         once("validation")
         return evaluate(*arguments)
 
-    monkeypatch.setattr(vgg_jax.training.loop, "on_devices", on_devices)
-    monkeypatch.setattr(vgg_jax.training.loop, "evaluate_all", evaluate_all)
+    monkeypatch.setattr(vgg_jax.training.loop, "batch_to_devices", on_devices)
+    monkeypatch.setattr(vgg_jax.training.loop, "validate", evaluate_all)
     assert [fit(config, tmp_path / "disturbed", data_dir).stopped for _ in range(3)] == [
         True,
         True,
@@ -109,14 +109,14 @@ def test_with_another_number_of_devices_it_goes_on_in_the_same_order(tmp_path, m
         for i in range(12):
             (tmp_path / "data" / label / f"{i}.png").write_bytes(encode(noise(20, 24, i)))
     config = configured(str(tmp_path / "data"), microbatch=None, learning_rate=1e-3)
-    order, send, devices = [], vgg_jax.training.loop.on_devices, []
+    order, send, devices = [], vgg_jax.training.loop.batch_to_devices, []
 
     def on_devices(batch, mesh):
         order.append([index for index in batch["index"].tolist() if index >= 0])
         devices.append(mesh.size)
         return send(batch, mesh)
 
-    monkeypatch.setattr(vgg_jax.training.loop, "on_devices", on_devices)
+    monkeypatch.setattr(vgg_jax.training.loop, "batch_to_devices", on_devices)
     fit(config, tmp_path / "quiet")
     quiet_order = list(order)
     order.clear()
@@ -126,9 +126,9 @@ def test_with_another_number_of_devices_it_goes_on_in_the_same_order(tmp_path, m
             os.kill(os.getpid(), signal.SIGTERM)
         return on_devices(batch, mesh)
 
-    monkeypatch.setattr(vgg_jax.training.loop, "on_devices", interrupted)
+    monkeypatch.setattr(vgg_jax.training.loop, "batch_to_devices", interrupted)
     assert fit(config, tmp_path / "both").stopped
-    monkeypatch.setattr(vgg_jax.training.loop, "on_devices", on_devices)
+    monkeypatch.setattr(vgg_jax.training.loop, "batch_to_devices", on_devices)
     monkeypatch.setattr(
         vgg_jax.training.loop,
         "make_mesh",

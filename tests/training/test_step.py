@@ -12,18 +12,18 @@ import pytest
 
 from tests.helpers.tiny import SHALLOW
 from vgg_jax import IMAGENET, VGG, TrainConfig, summary
-from vgg_jax.distributed.sharding import make_mesh, put_batch
-from vgg_jax.metrics import averages
+from vgg_jax.distributed.sharding import make_mesh, shard_batch
+from vgg_jax.metrics import finalize
 from vgg_jax.preprocessing import preprocess
 from vgg_jax.training import memory_estimate
-from vgg_jax.training.memory_estimate import step_memory
+from vgg_jax.training.memory_estimate import estimate_step_memory
 from vgg_jax.training.optimizer import sgd
-from vgg_jax.training.step import compile_steps, init_state
+from vgg_jax.training.step import init_state, jit_steps
 
 CONFIG = TrainConfig(image_size=32, scale=(32,), batch_size=8, learning_rate=1e-3)
 MODEL = VGG(SHALLOW, 5, image_size=32, dropout_rate=0.0)
 MESH = make_mesh(8)
-RUNTIME = memory_estimate.RUNTIME if jax.default_backend() == "cpu" else 0
+RUNTIME = memory_estimate.XLA_RUNTIME_BYTES if jax.default_backend() == "cpu" else 0
 
 
 def batch(n=8, real=8, seed=0):
@@ -38,9 +38,9 @@ def batch(n=8, real=8, seed=0):
 
 def after_a_step(config, model, examples):
     state = init_state(model, sgd(config), 0, MESH)
-    step, _ = compile_steps(config, model, IMAGENET.mean_rgb, MESH)
-    state, sums = step(state, put_batch(examples, MESH))
-    return jax.tree.map(np.asarray, state.params), averages(jax.tree.map(float, sums))
+    step, _ = jit_steps(config, model, IMAGENET.mean_rgb, MESH)
+    state, sums = step(state, shard_batch(examples, MESH))
+    return jax.tree.map(np.asarray, state.params), finalize(jax.tree.map(float, sums))
 
 
 def test_images_are_shifted_and_the_mean_is_taken_off():
@@ -66,7 +66,8 @@ def test_memory_of_a_step():
         CONFIG, net="A", fc=(16, 16), image_size=64, scale=(64,), batch_size=128
     )
     whole, parts = (
-        step_memory(each, 5) for each in (config, dataclasses.replace(config, microbatch=8))
+        estimate_step_memory(each, 5)
+        for each in (config, dataclasses.replace(config, microbatch=8))
     )
     parameters = summary.totals(summary.summarize(config.vgg, 5, image_size=64))["params"]
     assert (
@@ -105,7 +106,7 @@ def test_memory_of_drawing_the_parameters_where_it_is_more_than_a_steps():
     config = dataclasses.replace(
         CONFIG, net="shallow", fc=(4096, 16), image_size=128, scale=(128,), batch_size=1
     )
-    found = step_memory(config, 5)
+    found = estimate_step_memory(config, 5)
     assert found["total"] - RUNTIME == pytest.approx(
         2 * found["state"], rel=0.1
     )  # the step by itself: 1.5 times
@@ -134,9 +135,9 @@ def test_bfloat16_computes_and_float32_is_kept():
             SHALLOW, 5, batch_norm=True, image_size=32, dropout_rate=0.0, dtype=np.dtype(dtype)
         )
         state = init_state(model, sgd(config), 0, MESH)
-        step, _ = compile_steps(config, model, IMAGENET.mean_rgb, MESH)
+        step, _ = jit_steps(config, model, IMAGENET.mean_rgb, MESH)
         for _ in range(3):
-            state, sums = step(state, put_batch(batch(), MESH))
+            state, sums = step(state, shard_batch(batch(), MESH))
         losses.append(float(sums.loss))
         kept = jax.tree.leaves((state.params, state.batch_stats, state.opt_state))
         assert {x.dtype for x in kept if jax.numpy.issubdtype(x.dtype, jax.numpy.floating)} == {
@@ -155,10 +156,10 @@ def test_padding_counts_nowhere():
     )
     assert a_averages == b_averages
     jax.tree.map(np.testing.assert_array_equal, a, b)
-    _, eval_step = compile_steps(CONFIG, MODEL, IMAGENET.mean_rgb, MESH)
+    _, eval_step = jit_steps(CONFIG, MODEL, IMAGENET.mean_rgb, MESH)
     variables = {"params": init_state(MODEL, sgd(CONFIG), 0, MESH).params, "batch_stats": {}}
     sums = [
-        jax.tree.map(float, eval_step(variables, put_batch(examples, MESH)))
+        jax.tree.map(float, eval_step(variables, shard_batch(examples, MESH)))
         for examples in (one, mixed)
     ]
     assert sums[0] == sums[1]

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from tools import fuzz
 from vgg_jax import CONFIGS, InputError
-from vgg_jax.data import read_list, write_list
-from vgg_jax.data.verify import Bad
-from vgg_jax.runs.metadata import read_run
+from vgg_jax.data import read_exclude_list, write_exclude_list
+from vgg_jax.data.verify import BadImage
+from vgg_jax.runs.metadata import load_run
 from vgg_jax.weights.formats import open_file
 
 pytestmark = pytest.mark.filterwarnings(
@@ -82,8 +82,8 @@ def test_a_list_keeps_every_name(names):
     """Surrogates, as Python has for bytes that are no UTF-8, and line ends of every kind."""
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder, "list"))
-        write_list(path, [Bad(name, "cut") for name in names])
-        assert read_list(path) == tuple(sorted(set(names)))
+        write_exclude_list(path, [BadImage(name, "cut") for name in names])
+        assert read_exclude_list(path) == tuple(sorted(set(names)))
 
 
 JSON = st.recursive(
@@ -116,7 +116,7 @@ def test_a_run_with_any_value_is_read_or_refused(place, value):
         Path(folder, "run.json").write_text(json.dumps(content))
         assert fuzz.outcome("run.json", Path(folder, "run.json")) in ("read", "refused")
         with contextlib.suppress(InputError):
-            run = read_run(Path(folder))
+            run = load_run(Path(folder))
             assert all(isinstance(name, str) for name in run.classes)
             assert np.array(run.colours.mean_rgb, float).shape == (3,)
             assert np.array(run.colours.eigenvectors, float).shape == (3, 3)
@@ -143,6 +143,6 @@ def test_json_that_python_cannot_take(content, tmp_path):
     (tmp_path / "run.json").write_text(content)
     (tmp_path / "list").write_text(content)
     with pytest.raises(InputError, match=r"run\.json cannot be read"):
-        read_run(tmp_path)
+        load_run(tmp_path)
     with pytest.raises(InputError, match="list cannot be read"):
-        read_list(str(tmp_path / "list"))
+        read_exclude_list(str(tmp_path / "list"))

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from tests.conftest import DATA
 from vgg_jax import CONFIGS, IMAGENET, InputError, cli, compiler_options, load
 from vgg_jax.weights import imagenet, matconvnet, read, save
-from vgg_jax.weights.layouts import LAYOUTS, rows
+from vgg_jax.weights.layouts import LAYOUTS, tensor_table
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # torchvision's, times 255
 FC, CLASSES, SIZE = (
@@ -191,7 +191,7 @@ def rows_back(path, layout, written):
     """Every tensor of a file out of our order into its own, bit-equal."""
     weights, there = read(path), next(each for each in LAYOUTS if each.name == layout)
     assert weights.layout == layout
-    found = rows(there, weights.model.config, CLASSES, False, SIZE)
+    found = tensor_table(there, weights.model.config, CLASSES, False, SIZE)
     assert len(found) == 2 * len(written)
     for row in found:
         _, layer, leaf = row.ours
@@ -449,7 +449,7 @@ def test_matconvnets_layout(style, net, tmp_path):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_there_and_back_is_bit_equal(layout):
     """Every row of every table, each number at its place: an index goes in, is moved, and comes back."""
-    for row in rows(layout, CONFIGS["C"], CLASSES, False, SIZE):
+    for row in tensor_table(layout, CONFIGS["C"], CLASSES, False, SIZE):
         array = np.arange(np.prod(row.shape)).reshape(row.shape)
         ours = row.to_ours(array)
         assert ours.shape == row.our_shape
@@ -782,7 +782,7 @@ def test_a_run_keeps_its_way_of_being_tested(tmp_path, monkeypatch):
     ) == (73, True, True)
     metadata["preprocessing"] |= {"scale": 70, "exif": False}
     run = model.clone(dtype=jax.numpy.bfloat16), variables, metadata | {"flip": False}
-    monkeypatch.setattr("vgg_jax.runs.checkpoint.load", lambda _: run)
+    monkeypatch.setattr("vgg_jax.runs.checkpoint.load_best", lambda _: run)
     weights = read(tmp_path)
     assert weights.model.dtype == np.float32
     save(tmp_path / "run.safetensors", weights)

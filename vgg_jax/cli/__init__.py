@@ -12,9 +12,9 @@ from vgg_jax.cli.commands import COMMANDS, train
 from vgg_jax.cli.parser import parser
 from vgg_jax.errors import DataError, InputError
 from vgg_jax.paths import is_store_error
-from vgg_jax.runtime.compilation_cache import keep_compiled_programs
+from vgg_jax.runtime.compilation_cache import enable_compilation_cache
 from vgg_jax.runtime.memory import use_huge_pages
-from vgg_jax.runtime.signals import hear_second_signal
+from vgg_jax.runtime.signals import exit_on_second_signal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,10 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = COMMANDS[arguments.pop("command")]
     if argv is None and command is train:
         use_huge_pages()
-        hear_second_signal()
+        exit_on_second_signal()
     try:
         if arguments.pop("compilation_cache", False):
-            keep_compiled_programs()
+            enable_compilation_cache()
         code = command(**arguments)
     except InputError as error:
         print(f"vgg-jax: {' '.join(str(error).split())}", file=sys.stderr)

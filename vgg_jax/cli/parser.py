@@ -3,15 +3,15 @@
 import argparse
 from typing import Any
 
-from vgg_jax.configs.evaluation import PIXELS, PROTOCOLS
-from vgg_jax.configs.export import OUTPUTS, WRITTEN
+from vgg_jax.configs.evaluation import MAX_PIXELS_PER_BATCH, PROTOCOLS
+from vgg_jax.configs.export import EXPORT_OUTPUTS, SAVE_LAYOUTS
 from vgg_jax.configs.presets import PRESETS
 from vgg_jax.configs.train import (
+    ALLREDUCE_DTYPES,
     CHOICES,
-    DISTRIBUTED,
-    MOST_HALVINGS,
+    DISTRIBUTED_MODES,
+    MAX_LR_HALVINGS,
     ON_NAN,
-    REDUCE,
     SAVE_SECONDS,
     TrainConfig,
 )
@@ -67,7 +67,12 @@ def parser() -> argparse.ArgumentParser:
     )
     add_cache(command)
     more = "computed at once; more is faster on an accelerator"
-    command.add_argument("--pixels", type=int, default=PIXELS, help=f"{more} (default: {PIXELS})")
+    command.add_argument(
+        "--pixels",
+        type=int,
+        default=MAX_PIXELS_PER_BATCH,
+        help=f"{more} (default: {MAX_PIXELS_PER_BATCH})",
+    )
     command.add_argument(
         "--out",
         help="folder for evaluation.json and posteriors.npz (default: SPLIT-PROTOCOL-SCALES-FLAGS in RUN, or in FILE-evaluated)",
@@ -127,11 +132,11 @@ def parser() -> argparse.ArgumentParser:
         help="ends in .safetensors, .onnx, .stablehlo, or .savedmodel (a folder)",
     )
     command.add_argument(
-        "--layout", choices=WRITTEN, default="vgg_jax", help=".safetensors: whose names"
+        "--layout", choices=SAVE_LAYOUTS, default="vgg_jax", help=".safetensors: whose names"
     )
     command.add_argument(
         "--output",
-        choices=OUTPUTS,
+        choices=EXPORT_OUTPUTS,
         default="logits",
         help="not .safetensors: logits of images of the net's size; posteriors or score maps of any size (default: logits)",
     )
@@ -262,7 +267,7 @@ def add_train(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--on-nan",
         choices=ON_NAN,
-        help=f"where the loss is not finite: stop (default), or go back to the last save with half the rate, at most {MOST_HALVINGS} times",
+        help=f"where the loss is not finite: stop (default), or go back to the last save with half the rate, at most {MAX_LR_HALVINGS} times",
     )
     command.add_argument(
         "--debug-nans",
@@ -278,10 +283,12 @@ def add_train(command: argparse.ArgumentParser) -> None:
         help="spread parameters and momentum over the devices, for memory",
     )
     command.add_argument(
-        "--reduce", choices=REDUCE, help="how gradients travel between devices (default: float32)"
+        "--reduce",
+        choices=ALLREDUCE_DTYPES,
+        help="how gradients travel between devices (default: float32)",
     )
     what = "join other processes: where SLURM, Open MPI, Kubernetes or a TPU pod is found, or JAX_COORDINATOR_ADDRESS is set (default: auto)"
-    command.add_argument("--distributed", choices=DISTRIBUTED, help=what)
+    command.add_argument("--distributed", choices=DISTRIBUTED_MODES, help=what)
 
     def flag(name: str, help: str, **options: Any) -> None:
         value = getattr(default, name)

@@ -4,7 +4,7 @@ import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
-class Statistics:
+class ColourStatistics:
     """The colours of a training set, in the units of 0-255 pixels: what is subtracted, and the basis of the colour shift."""
 
     mean_rgb: tuple[float, float, float]
@@ -14,7 +14,7 @@ class Statistics:
     ]  # rows R, G, B; column j belongs to eigenvalue j
 
 
-IMAGENET = Statistics(
+IMAGENET = ColourStatistics(
     mean_rgb=(123.68, 116.779, 103.939),  # the mean pixel released with the authors' models
     # fb.resnet.torch has the eigenvalues of pixels scaled to [0, 1].
     eigenvalues=(0.2175 * 255**2, 0.0188 * 255**2, 0.0045 * 255**2),

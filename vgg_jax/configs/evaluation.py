@@ -9,7 +9,7 @@ PROTOCOLS = ("center", "ten-crop", "dense", "multi-crop", "both")
 
 
 @dataclasses.dataclass(frozen=True)
-class Protocol:
+class EvalProtocol:
     """How the posteriors of an image are taken (§3.2); the defaults are dense, as in the paper. Raises InputError for another name."""
 
     name: str = "dense"
@@ -29,10 +29,10 @@ class Protocol:
             raise InputError(f"protocol is {self.name!r}: expected one of {', '.join(PROTOCOLS)}")
 
 
-DENSE = Protocol()
+DENSE = EvalProtocol()
 
 
-PIXELS = 800_000  # of the windows that are computed at once in an evaluation
+MAX_PIXELS_PER_BATCH = 800_000  # of the windows that are computed at once in an evaluation
 
 
-LARGEST = 2_000_000  # pixels of one image at a test scale: they are computed at once, with net A in 1.7 GB, with D in 2.2, by XLA's plan
+MAX_IMAGE_PIXELS = 2_000_000  # pixels of one image at a test scale: they are computed at once, with net A in 1.7 GB, with D in 2.2, by XLA's plan

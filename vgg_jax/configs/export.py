@@ -1,9 +1,9 @@
 """What an exported file can hold."""
 
-OUTPUTS = ("logits", "posteriors", "score_map")  # of an exported program
+EXPORT_OUTPUTS = ("logits", "posteriors", "score_map")  # of an exported program
 
 
-WRITTEN = (
+SAVE_LAYOUTS = (
     "vgg_jax",
     "torchvision",
     "timm",

@@ -35,7 +35,7 @@ PRESETS: dict[str, dict] = {
 
 
 # Flags that do nothing but where another one has this value.
-_ONLY_WITH = {
+_REQUIRES = {
     "patience": ("schedule", "plateau"),
     "drops": ("schedule", "plateau"),
     "drop_epochs": ("schedule", "step"),
@@ -57,7 +57,7 @@ def preset(data: str, **given) -> TrainConfig:
             name: value for name, value in chosen.items() if name not in ("drop_epochs", "epochs")
         }
     config = TrainConfig(**{"data": data} | chosen | given)
-    for name, (other, value) in _ONLY_WITH.items():
+    for name, (other, value) in _REQUIRES.items():
         if name in given and getattr(config, other) != value:
             raise InputError(
                 f"{name} is {given[name]}, and {other} is {getattr(config, other)!r}: expected {value!r} with it"
@@ -65,7 +65,7 @@ def preset(data: str, **given) -> TrainConfig:
     return config
 
 
-def with_learning_rate(config: TrainConfig, classes: int) -> TrainConfig:
+def resolve_learning_rate(config: TrainConfig, classes: int) -> TrainConfig:
     """The configuration with its learning rate filled in, if it has none: the paper's 1e-2, or 1e-3 for fewer than 100 classes.
 
     The fewer classes, the more of the images pull at the same logit. Net A from Glorot's initialisation at 224 pixels, batch 16, rate 1e-2:

@@ -19,13 +19,13 @@ CHOICES = {
 ON_NAN = ("stop", "halve")  # what a run does whose loss is not finite
 
 
-MOST_HALVINGS = 5  # of a run's rate by "halve"
+MAX_LR_HALVINGS = 5  # of a run's rate by "halve"
 
 
-DISTRIBUTED = ("auto", "on", "off")  # whether a run is one of several processes
+DISTRIBUTED_MODES = ("auto", "on", "off")  # whether a run is one of several processes
 
 
-REDUCE = ("float32", "bfloat16")  # how gradients travel between devices
+ALLREDUCE_DTYPES = ("float32", "bfloat16")  # how gradients travel between devices
 
 
 SAVE_SECONDS = 600  # between two saves within an epoch

@@ -27,36 +27,36 @@ with contextlib.suppress(
     # A core an image, and no second pool of threads that look for work while the first one has it: photos are 1.3 times as fast.
     tf.config.threading.set_intra_op_parallelism_threads(1)
 
-from vgg_jax.data.batches import Batches, read_scaled
-from vgg_jax.data.cache import cached
+from vgg_jax.data.batches import BatchIterator, load_resized
+from vgg_jax.data.cache import cache_in_memory
 from vgg_jax.data.decode import decode
 from vgg_jax.data.pipeline import eval_batches, rescaled_images, train_batches
-from vgg_jax.data.sources import VALIDATION, open_split, open_splits, split_names
-from vgg_jax.data.splits import Source, batches_per_epoch
-from vgg_jax.data.statistics import Measured, measure
-from vgg_jax.data.transforms import crop_resized, rescale
-from vgg_jax.data.verify import read_list, verify, write_list
+from vgg_jax.data.sources import VALIDATION, open_split, open_train_val, split_names
+from vgg_jax.data.splits import DataSource, steps_per_epoch
+from vgg_jax.data.statistics import ColourMeasurements, measure_colours
+from vgg_jax.data.transforms import resize_and_crop, resize_shorter_side
+from vgg_jax.data.verify import read_exclude_list, verify_images, write_exclude_list
 
 __all__ = [
     "VALIDATION",
-    "Batches",
-    "Measured",
-    "Source",
-    "batches_per_epoch",
-    "cached",
-    "crop_resized",
+    "BatchIterator",
+    "ColourMeasurements",
+    "DataSource",
+    "steps_per_epoch",
+    "cache_in_memory",
+    "resize_and_crop",
     "decode",
     "eval_batches",
-    "measure",
+    "measure_colours",
     "open_split",
-    "open_splits",
-    "read_list",
-    "read_scaled",
-    "rescale",
+    "open_train_val",
+    "read_exclude_list",
+    "load_resized",
+    "resize_shorter_side",
     "rescaled_images",
     "split_names",
     "tf",
     "train_batches",
-    "verify",
-    "write_list",
+    "verify_images",
+    "write_exclude_list",
 ]

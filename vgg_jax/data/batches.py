@@ -12,27 +12,27 @@ import numpy as np
 import tensorflow as tf
 
 from vgg_jax.data.decode import decode
-from vgg_jax.data.splits import CORES, IN_FLIGHT, Source, map_or
-from vgg_jax.data.transforms import rescale
+from vgg_jax.data.splits import CORES, IN_FLIGHT, DataSource, map_with_fallback
+from vgg_jax.data.transforms import resize_shorter_side
 from vgg_jax.errors import DataError
-from vgg_jax.paths import path_of
+from vgg_jax.paths import to_path
 
-AHEAD = 2  # batches that are ready before they are asked for
-MOST_BAD = 0.01  # of the images of a source that `skip_bad` leaves out, and one in any case; more say that something else is wrong
+PREFETCH = 2  # batches that are ready before they are asked for
+MAX_BAD_FRACTION = 0.01  # of the images of a source that `skip_bad` leaves out, and one in any case; more say that something else is wrong
 
 
-class Batches:
+class BatchIterator:
     """An iterable of dicts of numpy arrays; each pass starts anew and builds no new TensorFlow graph.
 
     `examples(k)` gives the encoded examples from batch k on, and `prepare` makes one example of a batch from one of those; without a
     `batch_size` both are about whole batches. Both must be deterministic. Iterating raises DataError with the name of the first file
     that cannot be decoded. With `skip_bad` such an example keeps its place and its index, all else of it is zero, its mask too: it is
-    warned of, and more than `MOST_BAD` of them raise DataError.
+    warned of, and more than `MAX_BAD_FRACTION` of them raise DataError.
     """
 
     def __init__(
         self,
-        source: Source,
+        source: DataSource,
         examples: Callable[[int], tf.data.Dataset],
         prepare: Callable[[dict], dict],
         batch_size: int | None,
@@ -50,15 +50,15 @@ class Batches:
         # All conditions are on Python values; looking for others delays the first batch.
         prepare = tf.autograph.experimental.do_not_convert(prepare)
         at_once = (
-            IN_FLIGHT if batch_size else AHEAD
+            IN_FLIGHT if batch_size else PREFETCH
         )  # whole batches: more would take memory for nothing
         prepared = examples(0).map(prepare, num_parallel_calls=at_once, deterministic=True)
         if skip_bad and batch_size:  # what lies in memory was decoded before
-            prepared = map_or(
+            prepared = map_with_fallback(
                 examples(0), prepare, functools.partial(_blank, prepared.element_spec), at_once
             )
         batches = prepared if batch_size is None else prepared.batch(batch_size)
-        self._dataset = batches.prefetch(AHEAD).with_options(options)
+        self._dataset = batches.prefetch(PREFETCH).with_options(options)
         self._source, self._examples, self._batch_size = source, examples, batch_size
         self._skip_bad, self._bad = skip_bad, set[int]()
         self._prepare = tf.function(
@@ -96,16 +96,18 @@ class Batches:
                     file=sys.stderr,
                     flush=True,
                 )
-        if len(self._bad) > min(max(1, MOST_BAD * self._source.size), self._source.size - 1):
+        if len(self._bad) > min(
+            max(1, MAX_BAD_FRACTION * self._source.size), self._source.size - 1
+        ):
             raise DataError(
                 f"{len(self._bad)} of the {self._source.size} images of {self._source.name} cannot be read or decoded: expected at most "
-                f"one in {1 / MOST_BAD:.0f}; find them by `vgg-jax verify-data` and leave them out by --exclude, or restore them"
+                f"one in {1 / MAX_BAD_FRACTION:.0f}; find them by `vgg-jax verify-data` and leave them out by --exclude, or restore them"
             )
 
     def _explain(self, batch: int, error: tf.errors.OpError) -> str:
         """Names the first example of a batch that cannot be prepared: TensorFlow's errors say neither path nor position."""
         if self._batch_size is None:  # what lies in memory was decoded before
-            return f"cannot make a batch of {self._source.name}: {cause_of(error)}"
+            return f"cannot make a batch of {self._source.name}: {error_summary(error)}"
         try:
             for example in self._examples(batch).take(self._batch_size):
                 try:
@@ -113,12 +115,12 @@ class Batches:
                 except tf.errors.OpError as cause:
                     name = self._source.file_name(int(example["index"]))
                     return (
-                        f"cannot decode {name!r}: {cause_of(cause)}; expected a whole image, so replace it (a run that began goes on), "
+                        f"cannot decode {name!r}: {error_summary(cause)}; expected a whole image, so replace it (a run that began goes on), "
                         "or begin another with --skip-bad or --exclude"
                     )
         except tf.errors.OpError as cause:
             error = cause
-        return f"cannot read {self._source.name}: {cause_of(error)}; expected the files that were there at the start"
+        return f"cannot read {self._source.name}: {error_summary(error)}; expected the files that were there at the start"
 
 
 def _blank(spec: dict[str, tf.TensorSpec], example: dict) -> dict:
@@ -128,20 +130,20 @@ def _blank(spec: dict[str, tf.TensorSpec], example: dict) -> dict:
     }
 
 
-def read_scaled(path: str, scales: Sequence[int], exif: bool) -> list[np.ndarray]:
+def load_resized(path: str, scales: Sequence[int], exif: bool) -> list[np.ndarray]:
     """An image file at each test scale, uint8 (H, W, 3). Raises DataError for one that cannot be read or decoded."""
     try:
-        image = decode(tf.constant(path_of(path).read_bytes()), exif)
-        return [rescale(image, scale).numpy() for scale in scales]
+        image = decode(tf.constant(to_path(path).read_bytes()), exif)
+        return [resize_shorter_side(image, scale).numpy() for scale in scales]
     except OSError as error:
         raise DataError(f"cannot read {path!r}: {error.strerror or error}") from error
     except (tf.errors.OpError, ValueError) as error:
-        cause = cause_of(error)
+        cause = error_summary(error)
         raise DataError(f"cannot decode {path!r}: {cause}") from error
 
 
-def cause_of(error: tf.errors.OpError | OSError | ValueError) -> str:
-    """The first line of TensorFlow's message without the names of its graph, or what `rescale` asserts."""
+def error_summary(error: tf.errors.OpError | OSError | ValueError) -> str:
+    """The first line of TensorFlow's message without the names of its graph, or what `resize_shorter_side` asserts."""
     if not isinstance(error, tf.errors.OpError):
         return str(error)
     asserted = re.search(r"assertion failed: \[(.*?)\]", error.message)

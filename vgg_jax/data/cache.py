@@ -10,9 +10,9 @@ from tqdm import tqdm
 
 from vgg_jax.configs.train import TrainConfig
 from vgg_jax.data import in_memory
-from vgg_jax.data.batches import Batches
+from vgg_jax.data.batches import BatchIterator
 from vgg_jax.data.decode import decode
-from vgg_jax.data.splits import CORES, Pixels, Source, random_access
+from vgg_jax.data.splits import CORES, DataSource, DecodedImages, random_access
 from vgg_jax.errors import DataError, InputError
 
 AT_ONCE = 64  # images that are read, or decoded, in one piece: enough to hide the cost of a call
@@ -20,7 +20,7 @@ SHARE = 0.8  # of the free memory that a cache may take while it is made: the re
 COPIES = 2  # of everything at that time: as it is read, and in one piece
 
 
-def cached(source: Source, config: TrainConfig) -> Source:
+def cache_in_memory(source: DataSource, config: TrainConfig) -> DataSource:
     """The source with all its encoded images in memory; where they are small and of one size, as CIFAR's, with their pixels too.
 
     An epoch's order is then that of storage that finds an example by its index. Raises InputError for what cannot be read, and where
@@ -30,7 +30,7 @@ def cached(source: Source, config: TrainConfig) -> Source:
         return source
     held, count, room = 0, 0, free_memory()
     read: dict[str, list[np.ndarray]] = {"index": [], "encoded": [], "label": []}
-    stream = Batches(source, lambda at: source.examples(None, at * AT_ONCE), dict, AT_ONCE)
+    stream = BatchIterator(source, lambda at: source.examples(None, at * AT_ONCE), dict, AT_ONCE)
     with tqdm(
         total=source.size,
         desc=f"reading {source.name} into memory",
@@ -66,8 +66,12 @@ def cached(source: Source, config: TrainConfig) -> Source:
 
 
 def _pixels(
-    source: Source, encoded: tf.Tensor, labels: tf.Tensor, indices: tf.Tensor, config: TrainConfig
-) -> Pixels | None:
+    source: DataSource,
+    encoded: tf.Tensor,
+    labels: tf.Tensor,
+    indices: tf.Tensor,
+    config: TrainConfig,
+) -> DecodedImages | None:
     """What `Source.pixels` is, or None where the images are not small, or not of one size."""
     try:
         height, width, _ = decode(encoded[0], config.exif).shape
@@ -75,7 +79,7 @@ def _pixels(
         return None
     size = source.size * height * width * 3
     if (
-        not in_memory.fits((height, width), config.scale, config.image_size)
+        not in_memory.is_small_enough((height, width), config.scale, config.image_size)
         or COPIES * size > SHARE * free_memory()
     ):
         return None
@@ -91,7 +95,7 @@ def _pixels(
     images = np.empty((source.size, height, width, 3), np.uint8)
     try:
         for number, batch in enumerate(
-            Batches(source, lambda at: source.examples(None, at * AT_ONCE), prepare, AT_ONCE)
+            BatchIterator(source, lambda at: source.examples(None, at * AT_ONCE), prepare, AT_ONCE)
         ):
             if not batch["equal"].all():
                 return None
@@ -100,7 +104,7 @@ def _pixels(
         if config.skip_bad:  # they are left out one by one
             return None
         raise
-    return Pixels(tf.constant(images), labels, indices)
+    return DecodedImages(tf.constant(images), labels, indices)
 
 
 def free_memory() -> float:

@@ -11,7 +11,7 @@ from PIL import Image
 DCT = "INTEGER_ACCURATE"
 
 
-LARGEST_DECODED = 178_956_970  # pixels of a file's image, Pillow's own bound; one of 20,000 x 20,000 takes 1.2 GB, a kilobyte as a file
+MAX_DECODED_PIXELS = 178_956_970  # pixels of a file's image, Pillow's own bound; one of 20,000 x 20,000 takes 1.2 GB, a kilobyte as a file
 
 
 EXIF_HEAD = 4096  # bytes; EXIF belongs behind the start of a JPEG, or behind the 18 bytes of JFIF
@@ -21,13 +21,13 @@ def decode(encoded: tf.Tensor, exif: bool = True) -> tf.Tensor:
     """uint8 (H, W, 3) RGB of a JPEG, PNG, WebP or BMP image or the first frame of a GIF; alpha is dropped, 16 bits become 8.
 
     Turned as the EXIF orientation of a JPEG says if `exif`. Raises tf.errors.InvalidArgumentError for what cannot be decoded and for more
-    than `LARGEST_DECODED` pixels, or ValueError if Pillow is asked eagerly (for anything but JPEG and PNG).
+    than `MAX_DECODED_PIXELS` pixels, or ValueError if Pillow is asked eagerly (for anything but JPEG and PNG).
     """
-    image = _decode(encoded)
-    return _upright(image, orientation(encoded)) if exif else image
+    image = decode_pixels(encoded)
+    return apply_orientation(image, exif_orientation(encoded)) if exif else image
 
 
-def _decode(encoded: tf.Tensor) -> tf.Tensor:
+def decode_pixels(encoded: tf.Tensor) -> tf.Tensor:
     def other() -> tf.Tensor:
         return tf.ensure_shape(
             tf.numpy_function(_decode_by_pillow, [encoded], tf.uint8), (None, None, 3)
@@ -35,29 +35,31 @@ def _decode(encoded: tf.Tensor) -> tf.Tensor:
 
     def jpeg() -> tf.Tensor:
         return tf.io.decode_jpeg(
-            _no_bomb(encoded, tf.io.extract_jpeg_shape(encoded)[:2]), channels=3, dct_method=DCT
+            check_pixel_limit(encoded, tf.io.extract_jpeg_shape(encoded)[:2]),
+            channels=3,
+            dct_method=DCT,
         )
 
     def png() -> tf.Tensor:
         sides = tf.io.decode_raw(tf.strings.substr(encoded, 16, 8), tf.int32, little_endian=False)
-        return tf.io.decode_png(_no_bomb(encoded, sides), channels=3)
+        return tf.io.decode_png(check_pixel_limit(encoded, sides), channels=3)
 
     is_png = tf.strings.substr(encoded, 0, 4) == b"\x89PNG"
     return tf.cond(
-        _is_jpeg(encoded),
+        is_jpeg(encoded),
         jpeg,
         lambda: tf.cond(is_png, png, other),
     )
 
 
-def _no_bomb(encoded: tf.Tensor, sides: tf.Tensor) -> tf.Tensor:
+def check_pixel_limit(encoded: tf.Tensor, sides: tf.Tensor) -> tf.Tensor:
     pixels = tf.reduce_prod(tf.cast(sides, tf.float64))
-    return _unless(
-        pixels > LARGEST_DECODED, f"it has more than {LARGEST_DECODED:,} pixels", encoded
+    return assert_then(
+        pixels > MAX_DECODED_PIXELS, f"it has more than {MAX_DECODED_PIXELS:,} pixels", encoded
     )
 
 
-def _unless(wrong: tf.Tensor, told: str, tensor: tf.Tensor) -> tf.Tensor:
+def assert_then(wrong: tf.Tensor, told: str, tensor: tf.Tensor) -> tf.Tensor:
     """The tensor, but in a graph not before that is known: by itself an assertion holds nothing up. Raises InvalidArgumentError."""
     asserted = tf.raw_ops.Assert(condition=~wrong, data=[told])
     with tf.control_dependencies([] if asserted is None else [asserted]):
@@ -77,11 +79,11 @@ def _decode_by_pillow(encoded: bytes | np.ndarray) -> np.ndarray:
         ) from error
 
 
-def _is_jpeg(encoded: tf.Tensor) -> tf.Tensor:
+def is_jpeg(encoded: tf.Tensor) -> tf.Tensor:
     return tf.strings.substr(encoded, 0, 3) == b"\xff\xd8\xff"
 
 
-def orientation(encoded: tf.Tensor) -> tf.Tensor:
+def exif_orientation(encoded: tf.Tensor) -> tf.Tensor:
     """int32, 1 to 8: how EXIF says that the pixels of a JPEG lie; 1, upright, where it says nothing."""
 
     def read() -> tf.Tensor:
@@ -89,7 +91,7 @@ def orientation(encoded: tf.Tensor) -> tf.Tensor:
 
     head = tf.strings.substr(encoded, 0, EXIF_HEAD)
     # \C is any byte; "." would stop at one that is not UTF-8. Few photos have EXIF, and Python is asked for those only.
-    marked = _is_jpeg(encoded) & tf.strings.regex_full_match(head, r"\C*Exif\x00\x00\C*")
+    marked = is_jpeg(encoded) & tf.strings.regex_full_match(head, r"\C*Exif\x00\x00\C*")
     return tf.cond(marked, read, lambda: tf.constant(1))
 
 
@@ -118,7 +120,7 @@ def _bytes(string: bytes | np.ndarray) -> bytes:
     return np.asarray(string, object).item()
 
 
-def _upright(image: tf.Tensor, turn: tf.Tensor) -> tf.Tensor:
+def apply_orientation(image: tf.Tensor, turn: tf.Tensor) -> tf.Tensor:
     """(H, W, 3) whose pixels lie as EXIF orientation `turn` says -> (H, W, 3) or (W, H, 3), upright."""
     image = tf.cond(turn >= 5, lambda: tf.transpose(image, (1, 0, 2)), lambda: image)
     image = tf.cond(

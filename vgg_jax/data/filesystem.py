@@ -10,7 +10,7 @@ from vgg_jax.paths import is_remote
 HEAD = 16  # bytes that tell the kind of an image
 
 
-def is_folder(path: str) -> bool:
+def is_dir(path: str) -> bool:
     return tf.io.gfile.isdir(path) if is_remote(path) else os.path.isdir(path)
 
 
@@ -18,7 +18,7 @@ def exists(path: str | os.PathLike) -> bool:
     return tf.io.gfile.exists(path) if is_remote(path) else os.path.exists(path)
 
 
-def listed(folder: str) -> list[str]:
+def listdir(folder: str) -> list[str]:
     """The names in a folder; of this machine's, one that is no Unicode as `os.fsdecode` gives it."""
     return (
         [name.rstrip("/") for name in tf.io.gfile.listdir(folder)]
@@ -27,15 +27,15 @@ def listed(folder: str) -> list[str]:
     )
 
 
-def folders_in(folder: str) -> list[str]:
+def list_subfolders(folder: str) -> list[str]:
     """The names of the folders in a folder."""
     if is_remote(folder):
-        return [name for name in listed(folder) if is_folder(os.path.join(folder, name))]
+        return [name for name in listdir(folder) if is_dir(os.path.join(folder, name))]
     with os.scandir(folder) as entries:
         return [entry.name for entry in entries if os.path.isdir(entry.path)]
 
 
-def head(path: bytes) -> bytes:
+def read_header(path: bytes) -> bytes:
     """The first bytes of a file, or of what a link leads to; none where it cannot be opened."""
     if is_remote(os.fsdecode(path)):
         try:

@@ -11,8 +11,8 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-from vgg_jax.data.filesystem import folders_in, head, is_folder, listed
-from vgg_jax.data.splits import CORES, Records, map_or, random_access
+from vgg_jax.data.filesystem import is_dir, list_subfolders, listdir, read_header
+from vgg_jax.data.splits import CORES, StoredSplit, map_with_fallback, random_access
 from vgg_jax.errors import DataError, InputError
 
 SPLITS = ("train", "val", "validation", "valid", "test")
@@ -23,18 +23,18 @@ THREADS = 16  # they wait for the disk or the network, not for a core
 
 def folder_splits(
     root: str, skip_bad: bool, exclude: Collection[str]
-) -> dict[str, Callable[[], Records]]:
+) -> dict[str, Callable[[], StoredSplit]]:
     """The splits of an image folder; each is read when it is called. Labels index the sorted class folders of the training split.
 
     Leaves out what is named in `exclude`, and if `skip_bad` what is no image, or cannot be read when its turn comes: its bytes are none.
     Raises InputError where there are no class folders, and, when a split is read, for files that are not images (unless `skip_bad`),
     for a class folder without images and for a class that the training split does not have.
     """
-    if not is_folder(root):
+    if not is_dir(root):
         raise InputError(
             f"no folder {root!r}: expected {os.path.join(root, '<class>', '*.jpg')} there; pass another one as DATA"
         )
-    names = [name for name in SPLITS if is_folder(os.path.join(root, name))]
+    names = [name for name in SPLITS if is_dir(os.path.join(root, name))]
     if names and names[0] != "train" and set(_class_names(root)) <= set(SPLITS):
         raise InputError(
             f"no training images under {root!r}: expected {os.path.join(root, 'train', '<class>', '*.jpg')} beside {names[0]!r}"
@@ -63,14 +63,14 @@ def _records(
     classes: tuple[str, ...],
     skip_bad: bool,
     exclude: Collection[str],
-) -> Records:
+) -> StoredSplit:
     present = _class_names(folder)
     if unknown := [each for each in present if each not in classes]:
         raise InputError(
             f"the class folder {os.path.join(folder, unknown[0])!r} is none of training's {len(classes)}: remove or rename it"
         )
     # Bytes, because a file name need not be Unicode, and one tensor of all, because a list of a million str is several times as large.
-    names_in = [sorted(map(os.fsencode, listed(os.path.join(folder, each)))) for each in present]
+    names_in = [sorted(map(os.fsencode, listdir(os.path.join(folder, each)))) for each in present]
     entries_in = [[entry for entry in entries if not _hidden(entry)] for entries in names_in]
     paths = [
         os.path.join(os.fsencode(folder), os.fsencode(each), entry)
@@ -119,10 +119,10 @@ def _records(
             return {"index": index, "encoded": tf.constant(b""), "label": label_of[index]}
 
         if skip_bad:
-            return map_or(indices.unbatch(), one, unreadable, CORES)
+            return map_with_fallback(indices.unbatch(), one, unreadable, CORES)
         return indices.unbatch().map(one, num_parallel_calls=CORES, deterministic=True)
 
-    return Records(
+    return StoredSplit(
         name=name,
         storage=f"folder, names {names[:16]}",
         classes=classes,
@@ -140,7 +140,7 @@ def relative(name: str, root: str) -> str:
 
 
 def _class_names(folder: str) -> tuple[str, ...]:
-    return tuple(sorted(name for name in folders_in(folder) if not name.startswith(".")))
+    return tuple(sorted(name for name in list_subfolders(folder) if not name.startswith(".")))
 
 
 def _hidden(name: bytes) -> bool:
@@ -169,5 +169,5 @@ def _sniff(paths: list[bytes], name: str) -> np.ndarray:
 
 def _is_image(path: bytes) -> bool:
     """Whether it is a file that can be opened and begins as a JPEG, PNG, GIF, BMP or WebP does."""
-    begins = head(path)
+    begins = read_header(path)
     return begins.startswith(MAGIC) or (begins.startswith(b"RIFF") and begins[8:12] == b"WEBP")

@@ -5,11 +5,25 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from vgg_jax.configs.colours import Statistics
+from vgg_jax.configs.colours import ColourStatistics
 from vgg_jax.configs.train import TrainConfig
-from vgg_jax.data.batches import Batches
-from vgg_jax.data.splits import Pixels, Share, Source, batches_per_epoch, epoch_seeds, permuted
-from vgg_jax.data.transforms import Draw, draw, resample_rows, rescaled_sides, to_uint8, window
+from vgg_jax.data.batches import BatchIterator
+from vgg_jax.data.splits import (
+    DataSource,
+    DecodedImages,
+    HostShard,
+    epoch_seeds,
+    permute_indices,
+    steps_per_epoch,
+)
+from vgg_jax.data.transforms import (
+    AugmentParams,
+    resample_rows,
+    rescaled_sides,
+    sample_augmentation,
+    source_window,
+    to_uint8,
+)
 
 SMALL = 64 * 64  # pixels of an image, and of a crop, at most
 OFFSETS = 600  # of all scales, at most; making the matrices of so many takes two seconds
@@ -24,7 +38,7 @@ class CropMatrices(NamedTuple):
     count: tf.Tensor  # int32, by scale: of its offsets along y and along x, (scales, 2)
 
 
-def fits(sides: tuple[int, int], scales: tuple[int, ...], size: int) -> bool:
+def is_small_enough(sides: tuple[int, int], scales: tuple[int, ...], size: int) -> bool:
     """Whether images of these sides are small enough, and their crops few enough."""
     offsets = sum(
         round(scale * max(sides) / min(sides)) - size + 1
@@ -43,7 +57,9 @@ def crop_matrices(sides: tuple[int, int], scales: tuple[int, ...], size: int) ->
         first.append(len(along[0]))
         count.append(offsets)
         for offset in range(offsets.max()):
-            part = window(tf.constant(sides), scale, size, tf.constant((offset + 0.5) / offsets))
+            part = source_window(
+                tf.constant(sides), scale, size, tf.constant((offset + 0.5) / offsets)
+            )
             for axis, rows in enumerate(along):
                 matrix = resample_rows(
                     tf.eye(int(part.sides[axis])), size, part.zoom[axis], part.translation[axis]
@@ -61,7 +77,9 @@ def crop_matrices(sides: tuple[int, int], scales: tuple[int, ...], size: int) ->
     )
 
 
-def cropped(images: tf.Tensor, drawn: Draw, matrices: CropMatrices, smallest: int) -> tf.Tensor:
+def crop_batch(
+    images: tf.Tensor, drawn: AugmentParams, matrices: CropMatrices, smallest: int
+) -> tf.Tensor:
     """uint8 (b, H, W, 3) -> uint8 (b, size, size, 3): for each image what `crop_resized` and `flip` would give of its draw.
 
     `smallest` is the scale that `matrices` begins with. Equal but for a level where two orders of additions fall on the two sides of a
@@ -84,16 +102,16 @@ def cropped(images: tf.Tensor, drawn: Draw, matrices: CropMatrices, smallest: in
 
 
 def train_batches(
-    source: Source,
-    pixels: Pixels,
+    source: DataSource,
+    pixels: DecodedImages,
     config: TrainConfig,
-    statistics: Statistics,
+    statistics: ColourStatistics,
     first_epoch: int,
     first_batch: int,
-    share: Share | None = None,
-) -> Batches:
+    share: HostShard | None = None,
+) -> BatchIterator:
     """As `vgg_jax.data.train_batches`."""
-    per_epoch = batches_per_epoch(source, config.batch_size)
+    per_epoch = steps_per_epoch(source, config.batch_size)
     matrices = crop_matrices(_sides(pixels), config.scale, config.image_size)
 
     def examples(batch: int) -> tf.data.Dataset:
@@ -114,18 +132,22 @@ def train_batches(
         positions, mask = _positions(
             example["batch"], share or _all(config.batch_size), source.size
         )
-        positions = permuted(positions, order, source.size)
-        drawn = draw(
+        positions = permute_indices(positions, order, source.size)
+        drawn = sample_augmentation(
             draws, tf.where(mask, tf.gather(pixels.indices, positions), 0), config, statistics
         )
         return _batch(pixels, positions, mask, drawn, matrices, config.scale[0])
 
-    return Batches(source, examples, prepare, None)
+    return BatchIterator(source, examples, prepare, None)
 
 
 def eval_batches(
-    source: Source, pixels: Pixels, config: TrainConfig, batch_size: int, share: Share | None = None
-) -> Batches:
+    source: DataSource,
+    pixels: DecodedImages,
+    config: TrainConfig,
+    batch_size: int,
+    share: HostShard | None = None,
+) -> BatchIterator:
     """As `vgg_jax.data.eval_batches`."""
     share = share or _all(batch_size)
     count = len(share.rows)
@@ -134,7 +156,7 @@ def eval_batches(
     def prepare(batch: tf.Tensor) -> dict:
         positions, mask = _positions(batch, share, source.size)
         half = tf.fill((count,), tf.constant(0.5, tf.float64))
-        drawn = Draw(
+        drawn = AugmentParams(
             tf.fill((count,), config.test_scale),
             half,
             half,
@@ -143,38 +165,38 @@ def eval_batches(
         )
         return _batch(pixels, positions, mask, drawn, matrices, config.test_scale)
 
-    return Batches(
+    return BatchIterator(
         source,
-        lambda at: tf.data.Dataset.range(at, batches_per_epoch(source, batch_size)),
+        lambda at: tf.data.Dataset.range(at, steps_per_epoch(source, batch_size)),
         prepare,
         None,
     )
 
 
-def _sides(pixels: Pixels) -> tuple[int, int]:
+def _sides(pixels: DecodedImages) -> tuple[int, int]:
     height, width = pixels.images.shape[1:3]
     return height, width
 
 
-def _all(batch_size: int) -> Share:
-    return Share(batch_size, np.arange(batch_size))
+def _all(batch_size: int) -> HostShard:
+    return HostShard(batch_size, np.arange(batch_size))
 
 
-def _positions(batch: tf.Tensor, share: Share, size: int) -> tuple[tf.Tensor, tf.Tensor]:
+def _positions(batch: tf.Tensor, share: HostShard, size: int) -> tuple[tf.Tensor, tf.Tensor]:
     """int64 (b,) of a batch by its number, and bool (b,): which of them there are; the last one stands for those that are not."""
     positions = batch * share.batch_size + tf.constant(share.rows, tf.int64)
     return tf.minimum(positions, size - 1), positions < size
 
 
 def _batch(
-    pixels: Pixels,
+    pixels: DecodedImages,
     positions: tf.Tensor,
     mask: tf.Tensor,
-    drawn: Draw,
+    drawn: AugmentParams,
     matrices: CropMatrices,
     smallest: int,
 ) -> dict:
-    images = cropped(tf.gather(pixels.images, positions), drawn, matrices, smallest)
+    images = crop_batch(tf.gather(pixels.images, positions), drawn, matrices, smallest)
     return {
         "index": tf.where(mask, tf.gather(pixels.indices, positions), -1),
         "label": tf.where(mask, tf.gather(pixels.labels, positions), 0),

@@ -13,33 +13,38 @@ import functools
 import numpy as np
 import tensorflow as tf
 
-from vgg_jax.configs.colours import Statistics
+from vgg_jax.configs.colours import ColourStatistics
 from vgg_jax.configs.train import TrainConfig
 from vgg_jax.data import in_memory
-from vgg_jax.data.batches import Batches
+from vgg_jax.data.batches import BatchIterator
 from vgg_jax.data.decode import decode
-from vgg_jax.data.splits import Share, Source, batches_per_epoch, epoch_seeds
-from vgg_jax.data.transforms import draw, eval_example, rescale, train_example
+from vgg_jax.data.splits import DataSource, HostShard, epoch_seeds, steps_per_epoch
+from vgg_jax.data.transforms import (
+    eval_example,
+    resize_shorter_side,
+    sample_augmentation,
+    train_example,
+)
 
 EXAMPLE = ("index", "encoded", "label", "mask")
 
 
 def train_batches(
-    source: Source,
+    source: DataSource,
     config: TrainConfig,
-    statistics: Statistics,
+    statistics: ColourStatistics,
     *,
     first_epoch: int = 0,
     first_batch: int = 0,
     rows: np.ndarray | None = None,
-) -> Batches:
+) -> BatchIterator:
     """The batches of the epochs up to `config.epochs`, in one stream, from batch `first_batch` of epoch `first_epoch` on (both from 0)."""
     share = _share(config.batch_size, rows)
     if source.pixels is not None:
         return in_memory.train_batches(
             source, source.pixels, config, statistics, first_epoch, first_batch, share
         )
-    per_epoch = batches_per_epoch(source, config.batch_size)
+    per_epoch = steps_per_epoch(source, config.batch_size)
 
     def examples(batch: int) -> tf.data.Dataset:
         first, at = divmod(first_epoch * per_epoch + first_batch + batch, per_epoch)
@@ -60,17 +65,19 @@ def train_batches(
         )
 
     def prepare(example: dict) -> dict:
-        drawn = draw(example["epoch_seed"], tf.maximum(example["index"], 0), config, statistics)
+        drawn = sample_augmentation(
+            example["epoch_seed"], tf.maximum(example["index"], 0), config, statistics
+        )
         return train_example({key: example[key] for key in EXAMPLE}, config, drawn)
 
-    return Batches(
+    return BatchIterator(
         source, examples, prepare, len(share.rows) if share else config.batch_size, config.skip_bad
     )
 
 
 def eval_batches(
-    source: Source, config: TrainConfig, batch_size: int, rows: np.ndarray | None = None
-) -> Batches:
+    source: DataSource, config: TrainConfig, batch_size: int, rows: np.ndarray | None = None
+) -> BatchIterator:
     """One pass over the source, in its own order."""
     share = _share(batch_size, rows)
     if source.pixels is not None:
@@ -82,31 +89,31 @@ def eval_batches(
         )
 
     prepare = functools.partial(eval_example, config=config)
-    return Batches(
+    return BatchIterator(
         source, examples, prepare, len(share.rows) if share else batch_size, config.skip_bad
     )
 
 
-def _share(batch_size: int, rows: np.ndarray | None) -> Share | None:
-    return None if rows is None or len(rows) == batch_size else Share(batch_size, rows)
+def _share(batch_size: int, rows: np.ndarray | None) -> HostShard | None:
+    return None if rows is None or len(rows) == batch_size else HostShard(batch_size, rows)
 
 
-def rescaled_images(source: Source, scales: tuple[int, ...], exif: bool) -> Batches:
+def rescaled_images(source: DataSource, scales: tuple[int, ...], exif: bool) -> BatchIterator:
     """The whole images of a source, one by one in its order: {"scaled": a tuple of uint8 (1, H, W, 3), one a scale, "label", "index"}."""
 
     def prepare(example: dict) -> dict:
         image = decode(example["encoded"], exif)
         rest = {key: value for key, value in example.items() if key != "encoded"}
-        return rest | {"scaled": tuple(rescale(image, scale) for scale in scales)}
+        return rest | {"scaled": tuple(resize_shorter_side(image, scale) for scale in scales)}
 
-    return Batches(source, lambda at: source.examples(None, at), prepare, 1)
+    return BatchIterator(source, lambda at: source.examples(None, at), prepare, 1)
 
 
 def _padded(
     examples: tf.data.Dataset,
     size: int,
     batch_size: int,
-    share: Share | None,
+    share: HostShard | None,
     **constants: tf.Tensor,
 ) -> tf.data.Dataset:
     """Examples with a mask and the `constants`, followed by as many masked ones as fill up the last batch."""

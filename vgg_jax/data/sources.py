@@ -10,14 +10,14 @@ import tensorflow as tf
 
 from vgg_jax.data.folder import folder_splits
 from vgg_jax.data.splits import (
-    Records,
-    Source,
-    divide,
-    part,
+    DataSource,
+    StoredSplit,
+    exclude_records,
+    full,
     random_access,
     record_name,
-    whole,
-    without,
+    subset,
+    train_val_split,
 )
 from vgg_jax.data.tfds import record_splits
 from vgg_jax.errors import InputError
@@ -26,7 +26,7 @@ from vgg_jax.paths import is_remote
 VALIDATION = ("validation", "val", "valid")  # one split under the names that it goes by
 
 
-def open_splits(
+def open_train_val(
     data: str,
     *,
     data_dir: str | None = None,
@@ -35,7 +35,7 @@ def open_splits(
     skip_bad: bool = False,
     exclude: Collection[str] = (),
     download: bool = False,
-) -> tuple[Source, Source]:
+) -> tuple[DataSource, DataSource]:
     """The training and the validation split of "digits", an image folder or a TensorFlow Datasets name. Never looks at a test split.
 
     Without a validation split, a seeded `validation_fraction` of the training split takes its place: at least one image, and none
@@ -49,11 +49,11 @@ def open_splits(
         if name in splits:
             validation = splits[name]()
             _refuse_foreign(exclude, train.excluded + validation.excluded, data, splits)
-            return whole(train), whole(validation)
+            return full(train), full(validation)
     _refuse_foreign(exclude, train.excluded, data, splits)
     kept, held_out = (
         train.usable[positions]
-        for positions in divide(len(train.usable), validation_fraction, seed)
+        for positions in train_val_split(len(train.usable), validation_fraction, seed)
     )
     if not len(kept):
         raise InputError(
@@ -61,9 +61,9 @@ def open_splits(
             "pass a smaller --validation-fraction"
         )
     held = dataclasses.replace(
-        part(train, held_out, f"{train.name} (held out)"), skipped=()
+        subset(train, held_out, f"{train.name} (held out)"), skipped=()
     )  # they are counted with the others
-    return part(train, kept, train.name), held
+    return subset(train, kept, train.name), held
 
 
 def open_split(
@@ -74,13 +74,13 @@ def open_split(
     skip_bad: bool = False,
     exclude: Collection[str] = (),
     download: bool = False,
-) -> Source:
+) -> DataSource:
     """One split, whole: "train", "validation" under any of its names, "test", or what else TensorFlow Datasets has.
 
     Raises InputError for data that is not there or not usable, and for a split that it does not have.
     """
     names = VALIDATION if split in VALIDATION else (split,)
-    return whole(
+    return full(
         _pick(_splits(data, data_dir, skip_bad, frozenset(exclude), download), names, data)()
     )
 
@@ -94,7 +94,7 @@ def split_names(
 
 def _splits(
     data: str, data_dir: str | None, skip_bad: bool, exclude: Collection[str], download: bool
-) -> dict[str, Callable[[], Records]]:
+) -> dict[str, Callable[[], StoredSplit]]:
     if data == "digits":
         return {"train": functools.partial(_digits, exclude)}
     folder = data if is_remote(data) else os.path.expanduser(data)
@@ -111,8 +111,8 @@ def _splits(
 
 
 def _pick(
-    splits: dict[str, Callable[[], Records]], names: Iterable[str], data: str
-) -> Callable[[], Records]:
+    splits: dict[str, Callable[[], StoredSplit]], names: Iterable[str], data: str
+) -> Callable[[], StoredSplit]:
     for name in names:
         if name in splits:
             return splits[name]
@@ -133,7 +133,7 @@ def _refuse_foreign(exclude: Collection[str], found: int, data: str, splits: Ite
         )
 
 
-def _digits(exclude: Collection[str]) -> Records:
+def _digits(exclude: Collection[str]) -> StoredSplit:
     """The 1,797 handwritten digits of the UCI test set, 8x8 with values 0-16, as greyscale PNG files in memory."""
     try:
         from sklearn.datasets import load_digits
@@ -151,10 +151,10 @@ def _digits(exclude: Collection[str]) -> Records:
             lambda i: {"index": i, "encoded": tf.gather(encoded, i), "label": tf.gather(labels, i)}
         ).unbatch()
 
-    return Records(
+    return StoredSplit(
         name="digits train",
         classes=tuple(map(str, bunch.target_names)),
         order=functools.partial(random_access, read=read),
         file_name=functools.partial(record_name, "digits train"),
-        **without("digits train", "digits", len(labels), exclude),
+        **exclude_records("digits train", "digits", len(labels), exclude),
     )

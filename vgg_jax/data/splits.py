@@ -19,7 +19,7 @@ SHUFFLE_BUFFER = (
 )
 
 
-class Share(NamedTuple):
+class HostShard(NamedTuple):
     """Which rows of each batch of an order are wanted: those that one of several processes feeds."""
 
     batch_size: int
@@ -31,7 +31,7 @@ class Share(NamedTuple):
 Examples = Callable[..., tf.data.Dataset]
 
 
-class Pixels(NamedTuple):
+class DecodedImages(NamedTuple):
     """The images of a source in its order, all of one size."""
 
     images: tf.Tensor  # uint8 (n, H, W, 3)
@@ -40,7 +40,7 @@ class Pixels(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class DataSource:
     """The examples of one split, or of a part of one, as encoded bytes and a label."""
 
     name: str  # for messages: "cifar10 train"
@@ -52,11 +52,11 @@ class Source:
         [int], str
     ]  # what an example's "index" is called in a message or a table: its path, or "cifar10 train record 17"
     skipped: tuple[str, ...] = ()  # files that are not images and were left out
-    pixels: Pixels | None = None  # of small images in memory
+    pixels: DecodedImages | None = None  # of small images in memory
 
 
 @dataclasses.dataclass(frozen=True)
-class Records:
+class StoredSplit:
     """A whole split as it is stored. `order` takes the sorted indices that are wanted, int64 (n,), and reads those."""
 
     name: str
@@ -69,13 +69,13 @@ class Records:
     excluded: int = 0  # how many of those to exclude are here
 
 
-def batches_per_epoch(source: Source, batch_size: int) -> int:
+def steps_per_epoch(source: DataSource, batch_size: int) -> int:
     return -(-source.size // batch_size)
 
 
-def part(records: Records, kept: np.ndarray, name: str) -> Source:
+def subset(records: StoredSplit, kept: np.ndarray, name: str) -> DataSource:
     """The examples at the sorted indices `kept`, int64 (n,). An example keeps the index and the file name it has in the whole."""
-    return Source(
+    return DataSource(
         name,
         records.storage,
         records.classes,
@@ -86,11 +86,11 @@ def part(records: Records, kept: np.ndarray, name: str) -> Source:
     )
 
 
-def whole(records: Records) -> Source:
-    return part(records, records.usable, records.name)
+def full(records: StoredSplit) -> DataSource:
+    return subset(records, records.usable, records.name)
 
 
-def without(name: str, storage: str, size: int, exclude: Collection[str]) -> dict[str, Any]:
+def exclude_records(name: str, storage: str, size: int, exclude: Collection[str]) -> dict[str, Any]:
     """`usable`, `excluded` and `storage` of records that have no name but the split's and their number."""
     excluded = (
         [index for index in range(size) if record_name(name, index) in exclude] if exclude else []
@@ -108,7 +108,7 @@ def record_name(name: str, index: int) -> str:
     return f"{name} record {index}"
 
 
-def map_or(
+def map_with_fallback(
     examples: tf.data.Dataset,
     function: Callable[[Any], Any],
     otherwise: Callable[[Any], Any],
@@ -130,7 +130,7 @@ def map_or(
     )
 
 
-def divide(size: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def train_val_split(size: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Sorted indices for training and, a seeded `fraction` but at least one if it is not 0, for validation."""
     # RandomState's stream is frozen: another numpy must not move training images into the validation part of a resumed run.
     permutation = np.random.RandomState(np.random.MT19937(seed)).permutation(size)
@@ -149,7 +149,9 @@ def epoch_seeds(seed: int, epoch: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     return order, draws
 
 
-def permuted(positions: tf.Tensor, seed: tf.Tensor, size: int, rounds: int = 16) -> tf.Tensor:
+def permute_indices(
+    positions: tf.Tensor, seed: tf.Tensor, size: int, rounds: int = 16
+) -> tf.Tensor:
     """int64 positions -> what is there after a permutation of 0 … size - 1 by `seed`, int64 (2,). Nothing of that size is held.
 
     `tf.random.experimental.index_shuffle` is this operation with 4 rounds and the seed as its key. Measured over epochs, that repeats after
@@ -174,11 +176,11 @@ def random_access(kept: np.ndarray, read: Callable[[tf.data.Dataset], tf.data.Da
     lookup = tf.constant(kept, tf.int64)
 
     def examples(
-        seed: tf.Tensor | None, start: tf.Tensor | int = 0, share: Share | None = None
+        seed: tf.Tensor | None, start: tf.Tensor | int = 0, share: HostShard | None = None
     ) -> tf.data.Dataset:
         def indices(positions: tf.Tensor) -> tf.Tensor:
             if seed is not None:
-                positions = permuted(positions, seed, size)
+                positions = permute_indices(positions, seed, size)
             return tf.gather(lookup, positions)
 
         positions = tf.data.Dataset.range(start, size)
@@ -205,7 +207,7 @@ def sequential(
     wanted = tf.constant(np.isin(np.arange(size), kept))
 
     def examples(
-        seed: tf.Tensor | None, start: tf.Tensor | int = 0, share: Share | None = None
+        seed: tf.Tensor | None, start: tf.Tensor | int = 0, share: HostShard | None = None
     ) -> tf.data.Dataset:
         records = scan(seed)
         if len(kept) < size:

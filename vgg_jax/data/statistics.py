@@ -6,17 +6,17 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-from vgg_jax.configs.colours import Statistics
-from vgg_jax.data.batches import Batches
+from vgg_jax.configs.colours import ColourStatistics
+from vgg_jax.data.batches import BatchIterator
 from vgg_jax.data.decode import decode
-from vgg_jax.data.splits import Source
+from vgg_jax.data.splits import DataSource
 from vgg_jax.errors import InputError
 
 BATCH = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
+class ColourMeasurements:
     """Colours over all pixels, each counted once (`pixel_*`), and averages of what single images have (`image_*`). RGB, 0-255.
 
     `image_std` is the smaller one: the variance of the images' means is missing in it. The PyTorch baseline normalises by `image_*`.
@@ -33,22 +33,24 @@ class Measured:
     )  # float64 (3, 3); column j belongs to eigenvalue j, its largest entry is positive
 
     @property
-    def statistics(self) -> Statistics:
+    def statistics(self) -> ColourStatistics:
         """What the training configuration takes."""
         mean, values, vectors = (
             self.pixel_mean.tolist(),
             self.eigenvalues.tolist(),
             self.eigenvectors.tolist(),
         )
-        return Statistics(
+        return ColourStatistics(
             mean_rgb=tuple(mean), eigenvalues=tuple(values), eigenvectors=tuple(map(tuple, vectors))
         )
 
 
-def measure(source: Source, progress: bool = True, skip_bad: bool = False) -> Measured:
+def measure_colours(
+    source: DataSource, progress: bool = True, skip_bad: bool = False
+) -> ColourMeasurements:
     """One pass over the whole images of a source, in constant memory. How EXIF turns them does not matter to their colours.
 
-    With `skip_bad` an image that cannot be decoded does not count, within the limit of `Batches`. Raises InputError for an empty source,
+    With `skip_bad` an image that cannot be decoded does not count, within the limit of `BatchIterator`. Raises InputError for an empty source,
     and DataError for such an image.
     """
     if not source.size:
@@ -56,7 +58,7 @@ def measure(source: Source, progress: bool = True, skip_bad: bool = False) -> Me
             f"{source.name} has no images: expected at least one to measure colours on"
         )
     sums, count = np.zeros((5, 3, 3)), 0
-    batches = Batches(
+    batches = BatchIterator(
         source, lambda batch: source.examples(None, batch * BATCH), _sums, BATCH, skip_bad
     )
     with tqdm(
@@ -76,7 +78,7 @@ def measure(source: Source, progress: bool = True, skip_bad: bool = False) -> Me
     eigenvalues, eigenvectors = np.linalg.eigh(covariance)
     eigenvalues, eigenvectors = np.maximum(eigenvalues[::-1], 0), eigenvectors[:, ::-1]
     largest = np.take_along_axis(eigenvectors, np.abs(eigenvectors).argmax(0)[None], 0)
-    return Measured(
+    return ColourMeasurements(
         count=count,
         pixel_mean=mean,
         pixel_std=np.sqrt(np.diag(covariance).clip(0)),

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from vgg_jax.data.filesystem import exists, is_folder, listed
+from vgg_jax.data.filesystem import exists, is_dir, listdir
 from vgg_jax.data.splits import (
     CORES,
-    Records,
-    permuted,
+    StoredSplit,
+    exclude_records,
+    permute_indices,
     random_access,
     record_name,
     sequential,
-    without,
 )
 from vgg_jax.errors import InputError
 from vgg_jax.paths import is_remote
@@ -31,7 +31,7 @@ FILES_AT_ONCE = (
 
 def record_splits(
     data: str, data_dir: str | None, exclude: Collection[str], download: bool
-) -> dict[str, Callable[[], Records]]:
+) -> dict[str, Callable[[], StoredSplit]]:
     """The splits of a TensorFlow Datasets name: "cifar10", "cifar10:3.0.2", "imagenette/320px". Nothing is fetched unless `download`.
 
     Raises InputError if the name is not prepared under `data_dir`, cannot be downloaded, or has no single image and label.
@@ -44,9 +44,7 @@ def record_splits(
         folder = _download(tfds, data, root)
     if folder is None:
         found = (
-            ", ".join(sorted(listed(root))[:10]) or "nothing"
-            if is_folder(root)
-            else "no such folder"
+            ", ".join(sorted(listdir(root))[:10]) or "nothing" if is_dir(root) else "no such folder"
         )
         raise InputError(
             f"no folder {data!r} and no prepared data set {data!r} under {root!r} (found there: {found}): "
@@ -80,8 +78,10 @@ def _prepared(data: str, root: str) -> str | None:
         )
     folder = os.path.join(root, match["name"], match["config"] or "")
     versions = _versions(folder)
-    if not versions and not match["config"] and is_folder(folder):
-        configs = [each for each in sorted(listed(folder)) if _versions(os.path.join(folder, each))]
+    if not versions and not match["config"] and is_dir(folder):
+        configs = [
+            each for each in sorted(listdir(folder)) if _versions(os.path.join(folder, each))
+        ]
         if len(configs) > 1:
             raise InputError(
                 f"{data!r} is prepared in several configurations under {root!r} ({', '.join(configs)}): "
@@ -97,11 +97,11 @@ def _prepared(data: str, root: str) -> str | None:
 
 def _versions(folder: str) -> list[str]:
     """The versions that are prepared in a folder, oldest first."""
-    if not is_folder(folder):
+    if not is_dir(folder):
         return []
     found = [
         each
-        for each in listed(folder)
+        for each in listdir(folder)
         if VERSION.fullmatch(each) and exists(os.path.join(folder, each, "dataset_info.json"))
     ]
     return sorted(found, key=lambda each: tuple(map(int, each.split("."))))
@@ -151,7 +151,7 @@ def _image_and_label(tfds: Any, info: Any, data: str) -> tuple[str, str]:
 
 def _records(
     tfds: Any, info: Any, name: str, split: str, image: str, label: str, exclude: Collection[str]
-) -> Records:
+) -> StoredSplit:
     features = tfds.features.FeaturesDict({key: info.features[key] for key in (image, label)})
     files = info.splits[split]
     if missing := [os.fspath(path) for path in files.filepaths if not exists(path)]:
@@ -182,12 +182,14 @@ def _records(
         raise InputError(
             f"{name} is stored as {info.file_format.value}: expected tfrecord or array_record; prepare it as one of these"
         )
-    return Records(
+    return StoredSplit(
         name=name,
         classes=tuple(info.features[label].names),
         order=order,
         file_name=functools.partial(record_name, name),
-        **without(name, f"{info.full_name} {info.file_format.value}", files.num_examples, exclude),
+        **exclude_records(
+            name, f"{info.full_name} {info.file_format.value}", files.num_examples, exclude
+        ),
     )
 
 
@@ -198,7 +200,7 @@ def _scan(files: Any, seed: tf.Tensor | None) -> tf.data.Dataset:
 
     def one(file: tf.Tensor) -> tf.data.Dataset:
         if seed is not None:
-            file = permuted(file, seed, len(files.filepaths))
+            file = permute_indices(file, seed, len(files.filepaths))
         return tf.data.TFRecordDataset(paths[file]).enumerate(first[file])
 
     turns = 1 if seed is None else min(FILES_AT_ONCE, len(files.filepaths))

@@ -5,16 +5,24 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from vgg_jax.configs.colours import Statistics
-from vgg_jax.configs.evaluation import LARGEST
+from vgg_jax.configs.colours import ColourStatistics
+from vgg_jax.configs.evaluation import MAX_IMAGE_PIXELS
 from vgg_jax.configs.train import TrainConfig
-from vgg_jax.data.decode import DCT, _decode, _is_jpeg, _no_bomb, _unless, _upright, orientation
-from vgg_jax.data.splits import permuted
+from vgg_jax.data.decode import (
+    DCT,
+    apply_orientation,
+    assert_then,
+    check_pixel_limit,
+    decode_pixels,
+    exif_orientation,
+    is_jpeg,
+)
+from vgg_jax.data.splits import permute_indices
 
 DRAWS = 7  # random numbers of an image: S, two offsets, the mirror's, three of the colour shift
 
 
-class Draw(NamedTuple):
+class AugmentParams(NamedTuple):
     """The random draws of one use of one training image, or of several, one along the first axis (§3.1)."""
 
     scale: tf.Tensor  # int32, S
@@ -24,7 +32,7 @@ class Draw(NamedTuple):
     colour_shift: tf.Tensor  # float32 (…, 3), RGB, in the units of 0-255 pixels
 
 
-class Window(NamedTuple):
+class SourceWindow(NamedTuple):
     """Which pixels of an image a crop of the rescaled image needs, and how they map to it. All (2,), along y and x."""
 
     first: tf.Tensor  # int32
@@ -33,9 +41,9 @@ class Window(NamedTuple):
     translation: tf.Tensor  # float32, of the window's corner, in pixels of the crop
 
 
-def train_example(example: dict, config: TrainConfig, drawn: Draw) -> dict:
+def train_example(example: dict, config: TrainConfig, drawn: AugmentParams) -> dict:
     """`example` with "image", uint8 (size, size, 3), and "colour_shift", float32 (3,), in the place of "encoded"."""
-    image = crop_resized(
+    image = resize_and_crop(
         example["encoded"],
         drawn.scale,
         config.image_size,
@@ -49,14 +57,16 @@ def train_example(example: dict, config: TrainConfig, drawn: Draw) -> dict:
 
 def eval_example(example: dict, config: TrainConfig) -> dict:
     """As `train_example`, but the centre crop at Q = `config.test_scale`, not flipped, with a colour shift of zeros."""
-    image = crop_resized(
+    image = resize_and_crop(
         example["encoded"], config.test_scale, config.image_size, 0.5, 0.5, config.exif
     )
     rest = {key: value for key, value in example.items() if key != "encoded"}
     return rest | {"image": image, "colour_shift": tf.zeros(3)}
 
 
-def draw(seed: tf.Tensor, index: tf.Tensor, config: TrainConfig, statistics: Statistics) -> Draw:
+def sample_augmentation(
+    seed: tf.Tensor, index: tf.Tensor, config: TrainConfig, statistics: ColourStatistics
+) -> AugmentParams:
     """For each `index`, int64 >= 0, a pure function of it and of `seed`, int64 (2,). S is uniform over the integers of `config.scale`.
 
     A counter-based generator: a keyed permutation of the whole numbers below 2^52, by the cipher that also shuffles an epoch. It draws
@@ -65,13 +75,13 @@ def draw(seed: tf.Tensor, index: tf.Tensor, config: TrainConfig, statistics: Sta
     """
     counters = index[..., None] * DRAWS + tf.range(DRAWS, dtype=tf.int64)
     numbers = tf.reshape(
-        permuted(tf.reshape(counters, [-1]), seed, 2**52, rounds=32), tf.shape(counters)
+        permute_indices(tf.reshape(counters, [-1]), seed, 2**52, rounds=32), tf.shape(counters)
     )
     uniform = tf.unstack((tf.cast(numbers, tf.float64) + 0.5) / 2.0**52, axis=-1)
     alpha = tf.cast(tf.math.ndtri(tf.stack(uniform[4:], -1)), tf.float32) * config.colour_shift
     smallest, largest = config.scale[0], config.scale[-1]
     components = _components(config.colour_convention, statistics)
-    return Draw(
+    return AugmentParams(
         scale=tf.minimum(
             smallest + tf.cast(uniform[0] * (largest - smallest + 1), tf.int32), largest
         ),
@@ -82,7 +92,7 @@ def draw(seed: tf.Tensor, index: tf.Tensor, config: TrainConfig, statistics: Sta
     )
 
 
-def _components(convention: str, statistics: Statistics) -> np.ndarray:
+def _components(convention: str, statistics: ColourStatistics) -> np.ndarray:
     """float32 (3, 3): the columns that the three alphas are multiplied by, RGB in the units of 0-255 pixels.
 
     The formula as printed multiplies an eigenvector by its variance; with the variance of 0-255 pixels it would drown the image.
@@ -98,7 +108,7 @@ def flip(image: tf.Tensor, coin: tf.Tensor) -> tf.Tensor:
     return tf.cond(coin, lambda: tf.reverse(image, [1]), lambda: image)
 
 
-def crop_resized(
+def resize_and_crop(
     encoded: tf.Tensor,
     scale: tf.Tensor | int,
     size: int,
@@ -111,13 +121,13 @@ def crop_resized(
     Only the source pixels that the crop is made of are decoded (of an upright JPEG) and resampled. A fraction in [0, 1] picks one of
     the offsets from the first to the last: equally likely for a uniform fraction, the centre crop for 0.5.
     """
-    turn = orientation(encoded) if exif else tf.constant(1)
+    turn = exif_orientation(encoded) if exif else tf.constant(1)
 
     def from_jpeg() -> tf.Tensor:
         sides = tf.io.extract_jpeg_shape(encoded)[:2]
-        part = window(sides, scale, size, fractions)
+        part = source_window(sides, scale, size, fractions)
         pixels = tf.io.decode_and_crop_jpeg(
-            _no_bomb(encoded, sides),
+            check_pixel_limit(encoded, sides),
             tf.concat([part.first, part.sides], 0),
             channels=3,
             dct_method=DCT,
@@ -125,18 +135,20 @@ def crop_resized(
         return _resample(pixels, (size, size), part.zoom, part.translation)
 
     def from_image() -> tf.Tensor:
-        image = _upright(_decode(encoded), turn)
-        part = window(tf.shape(image)[:2], scale, size, fractions)
+        image = apply_orientation(decode_pixels(encoded), turn)
+        part = source_window(tf.shape(image)[:2], scale, size, fractions)
         pixels = tf.slice(image, [*tf.unstack(part.first), 0], [*tf.unstack(part.sides), 3])
         return _resample(pixels, (size, size), part.zoom, part.translation)
 
     fractions = tf.cast(tf.stack([y_fraction, x_fraction]), tf.float64)
     return tf.ensure_shape(
-        tf.cond(_is_jpeg(encoded) & (turn == 1), from_jpeg, from_image), (size, size, 3)
+        tf.cond(is_jpeg(encoded) & (turn == 1), from_jpeg, from_image), (size, size, 3)
     )
 
 
-def window(sides: tf.Tensor, scale: tf.Tensor | int, size: int, fractions: tf.Tensor) -> Window:
+def source_window(
+    sides: tf.Tensor, scale: tf.Tensor | int, size: int, fractions: tf.Tensor
+) -> SourceWindow:
     """The window of an image of `sides`, int32 (2,), for the crop at `fractions`, float64 (2,), of the image rescaled to `scale`.
 
     A crop of round(size * short / scale) source pixels, resized, would be simpler, but leaves an 8x8 digit two scales and two offsets.
@@ -149,7 +161,7 @@ def window(sides: tf.Tensor, scale: tf.Tensor | int, size: int, fractions: tf.Te
     reach = tf.maximum(tf.ones_like(zoom), 1 / zoom) + 1  # of the filter, in source pixels
     first = tf.maximum(tf.zeros_like(zoom), tf.floor(offset / zoom - reach))
     last = tf.minimum(exact, tf.math.ceil((offset + size) / zoom + reach))
-    return Window(
+    return SourceWindow(
         first=tf.cast(first, tf.int32),
         sides=tf.cast(last - first, tf.int32),
         zoom=tf.cast(zoom, tf.float32),
@@ -157,16 +169,16 @@ def window(sides: tf.Tensor, scale: tf.Tensor | int, size: int, fractions: tf.Te
     )
 
 
-def rescale(image: tf.Tensor, scale: tf.Tensor | int) -> tf.Tensor:
+def resize_shorter_side(image: tf.Tensor, scale: tf.Tensor | int) -> tf.Tensor:
     """uint8 (H, W, 3) -> uint8 with the shorter side `scale` and the longer one round(long * scale / short) (§3.1).
 
-    Raises tf.errors.InvalidArgumentError for more than `LARGEST` pixels: a line of pixels would become gigabytes.
+    Raises tf.errors.InvalidArgumentError for more than `MAX_IMAGE_PIXELS` pixels: a line of pixels would become gigabytes.
     """
     sides = tf.cast(tf.shape(image)[:2], tf.float64)
     rescaled = rescaled_sides(sides, scale)
-    image = _unless(
-        tf.reduce_prod(rescaled) > LARGEST,
-        f"at the test scale it has more than {LARGEST:,} pixels",
+    image = assert_then(
+        tf.reduce_prod(rescaled) > MAX_IMAGE_PIXELS,
+        f"at the test scale it has more than {MAX_IMAGE_PIXELS:,} pixels",
         image,
     )
     return _resample(

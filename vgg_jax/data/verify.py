@@ -10,27 +10,27 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-from vgg_jax.data.batches import Batches, cause_of
-from vgg_jax.data.decode import decode, orientation
+from vgg_jax.data.batches import BatchIterator, error_summary
+from vgg_jax.data.decode import decode, exif_orientation
 from vgg_jax.data.folder import relative
 from vgg_jax.data.sources import open_split, split_names
-from vgg_jax.data.splits import Source
+from vgg_jax.data.splits import DataSource
 from vgg_jax.errors import InputError
-from vgg_jax.paths import is_remote, path_of
+from vgg_jax.paths import is_remote, to_path
 
 AT_ONCE = 64  # images that are handed over in one piece
 
 
-class Bad(NamedTuple):
+class BadImage(NamedTuple):
     """An image that cannot be used. Its name is its path below the data's folder, or "cifar10 train record 17"."""
 
     file: str
     reason: str
 
 
-def verify(
+def verify_images(
     data: str, *, data_dir: str | None = None, download: bool = False
-) -> Iterator[tuple[str, int, list[Bad]]]:
+) -> Iterator[tuple[str, int, list[BadImage]]]:
     """Reads and decodes each image of each split once: for each split its name, the number of its files, and the bad ones.
 
     Raises InputError for data that is not there, DataError for files of records that are damaged themselves.
@@ -39,22 +39,24 @@ def verify(
     for split in split_names(data, data_dir=data_dir, download=download):
         source = open_split(data, split, data_dir=data_dir, skip_bad=True)
         bad = [
-            Bad(relative(name, data), "no image: it cannot be opened, or begins otherwise")
+            BadImage(relative(name, data), "no image: it cannot be opened, or begins otherwise")
             for name in source.skipped
         ]
-        batches = Batches(source, functools.partial(_examples, source), _examined, AT_ONCE)
+        batches = BatchIterator(source, functools.partial(_examples, source), _examined, AT_ONCE)
         with tqdm(total=source.size, desc=source.name, unit="image", disable=None) as bar:
             for batch in batches:
                 for index, reason in zip(
                     batch["index"].tolist(), batch["reason"].tolist(), strict=True
                 ):
                     if reason:
-                        bad.append(Bad(relative(source.file_name(index), data), reason.decode()))
+                        bad.append(
+                            BadImage(relative(source.file_name(index), data), reason.decode())
+                        )
                 bar.update(len(batch["index"]))
         yield split, source.size + len(source.skipped), bad
 
 
-def _examples(source: Source, batch: int) -> tf.data.Dataset:
+def _examples(source: DataSource, batch: int) -> tf.data.Dataset:
     return source.examples(None, batch * AT_ONCE)
 
 
@@ -72,21 +74,21 @@ def _what_is_wrong(encoded: bytes | np.ndarray) -> bytes:
     try:
         image = tf.constant(encoded)
         decode(image)
-        orientation(image)
+        exif_orientation(image)
     except (tf.errors.OpError, ValueError) as error:
-        return cause_of(error).encode()
+        return error_summary(error).encode()
     return b""
 
 
-def write_list(path: str, bad: list[Bad]) -> None:
+def write_exclude_list(path: str, bad: list[BadImage]) -> None:
     """One JSON object a line, since a file name may hold anything but a slash."""
-    path_of(path).write_text("".join(json.dumps(each._asdict()) + "\n" for each in bad))
+    to_path(path).write_text("".join(json.dumps(each._asdict()) + "\n" for each in bad))
 
 
-def read_list(path: str) -> tuple[str, ...]:
-    """The names in a list, sorted. Raises InputError for a file that `write_list` did not write."""
+def read_exclude_list(path: str) -> tuple[str, ...]:
+    """The names in a list, sorted. Raises InputError for a file that `write_exclude_list` did not write."""
     try:
-        with path_of(path).open() as file:
+        with to_path(path).open() as file:
             names = [json.loads(line)["file"] for line in file]
         if not all(isinstance(name, str) for name in names):
             raise ValueError("a name is no text")

@@ -19,25 +19,25 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vgg_jax.configs.train import DISTRIBUTED
+from vgg_jax.configs.train import DISTRIBUTED_MODES
 from vgg_jax.distributed.sharding import replicated
 from vgg_jax.errors import DataError, InputError
 
-SILENT_SECONDS = 60  # without a sign of life of another process, before jax ends this one
-STUCK_SECONDS = 1800  # without a step, before a process ends itself: another one may be alive and wait for ever, for a disk for example
-LEAVE_SECONDS = 2
-LOST = (
+HEARTBEAT_TIMEOUT = 60  # without a sign of life of another process, before jax ends this one
+WATCHDOG_TIMEOUT = 1800  # without a step, before a process ends itself: another one may be alive and wait for ever, for a disk for example
+SHUTDOWN_GRACE = 2
+LOST_PEER_MARKERS = (
     "Gloo",
     "NCCL",
     "oordination",
     "UNAVAILABLE",
     "DEADLINE_EXCEEDED",
 )  # in what jax says where another process is gone
-BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+JAX_ENV_VARS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 # What each engine sets in the environment of its processes, the last of them their number: what jax itself looks for, and of SLURM the
 # number of the step's tasks, which is 1 in a shell that salloc gave.
-ENGINES = {
+CLUSTER_ENV_VARS = {
     "SLURM": (
         "SLURM_JOB_ID",
         "SLURM_STEP_NODELIST",
@@ -50,15 +50,15 @@ ENGINES = {
 }
 
 
-class LostError(Exception):
+class ProcessLostError(Exception):
     """Another process is gone, and with it the step."""
 
 
-def detected(environment: Mapping[str, str]) -> str | None:
+def detect_cluster(environment: Mapping[str, str]) -> str | None:
     """What has started this program as one of several processes, if anything has."""
-    if all(environment.get(name) for name in BY_HAND):
-        return f"{BY_HAND[0]}={environment[BY_HAND[0]]}"
-    for engine, names in ENGINES.items():
+    if all(environment.get(name) for name in JAX_ENV_VARS):
+        return f"{JAX_ENV_VARS[0]}={environment[JAX_ENV_VARS[0]]}"
+    for engine, names in CLUSTER_ENV_VARS.items():
         if all(environment.get(name) for name in names) and environment[names[-1]] != "1":
             return engine
     pod = all(environment.get(name) for name in ("KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"))
@@ -72,14 +72,14 @@ def detected(environment: Mapping[str, str]) -> str | None:
     return None
 
 
-def join(mode: str, environment: Mapping[str, str] = os.environ) -> str | None:
+def initialize(mode: str, environment: Mapping[str, str] = os.environ) -> str | None:
     """Joins the other processes, if there are any; says what was found. Before anything else asks jax for its devices.
 
-    "auto" does so where `detected` finds something, "on" also where jax alone does: on a Cloud TPU. Raises InputError where that fails.
+    "auto" does so where `detect_cluster` finds something, "on" also where jax alone does: on a Cloud TPU. Raises InputError where that fails.
     """
-    if mode not in DISTRIBUTED:
-        raise InputError(f"distributed is {mode!r}: expected one of {', '.join(DISTRIBUTED)}")
-    engine = detected(environment)
+    if mode not in DISTRIBUTED_MODES:
+        raise InputError(f"distributed is {mode!r}: expected one of {', '.join(DISTRIBUTED_MODES)}")
+    engine = detect_cluster(environment)
     if mode == "off":
         return None
     if (
@@ -87,14 +87,14 @@ def join(mode: str, environment: Mapping[str, str] = os.environ) -> str | None:
     ):  # since Open MPI 5 jax finds it no more
         raise InputError(
             f"Open MPI started {environment['OMPI_COMM_WORLD_SIZE']} processes, which cannot find each other: expected "
-            f"{', '.join(BY_HAND)} in each, as experiments/launch/open_mpi.sh sets them; or pass --distributed off"
+            f"{', '.join(JAX_ENV_VARS)} in each, as experiments/launch/open_mpi.sh sets them; or pass --distributed off"
         )
     if mode == "auto" and engine is None:
         return None
     given: dict[str, Any] = {}
     try:
-        if all(environment.get(name) for name in BY_HAND):
-            address, count, number = (environment[name] for name in BY_HAND)
+        if all(environment.get(name) for name in JAX_ENV_VARS):
+            address, count, number = (environment[name] for name in JAX_ENV_VARS)
             given = {
                 "coordinator_address": address,
                 "num_processes": int(count),
@@ -107,12 +107,12 @@ def join(mode: str, environment: Mapping[str, str] = os.environ) -> str | None:
             "jax_enable_preemption_service", False
         )  # it would take SIGTERM, which `fit` listens to
         jax.distributed.initialize(
-            heartbeat_timeout_seconds=SILENT_SECONDS,
-            shutdown_timeout_seconds=SILENT_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+            shutdown_timeout_seconds=HEARTBEAT_TIMEOUT,
             **given,
         )
     except (ValueError, TypeError, RuntimeError, OSError) as error:
-        names = ", ".join(BY_HAND)
+        names = ", ".join(JAX_ENV_VARS)
         reason = " ".join(str(error).split())[:300]
         raise InputError(
             f"the processes cannot join ({reason}): expected SLURM, Open MPI, Kubernetes, a TPU pod, or {names} set in each process; "
@@ -125,44 +125,46 @@ def join(mode: str, environment: Mapping[str, str] = os.environ) -> str | None:
 
 
 @contextlib.contextmanager
-def left_together() -> Iterator[None]:
+def shutdown_on_exit() -> Iterator[None]:
     """Ends the connection to the other processes with the block, or, where that ends by an error, with the process."""
     try:
         yield
     except Exception:
-        if jax.process_count() > 1 and is_first():
+        if jax.process_count() > 1 and is_main_process():
             time.sleep(
-                LEAVE_SECONDS
+                SHUTDOWN_GRACE
             )  # they may have the same to say, and jax aborts them when this one is gone
         raise
     if jax.process_count() > 1:
         jax.distributed.shutdown()  # waits for the others
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Whether this process is the one that prints, and that has the run's folder."""
     return jax.process_index() == 0
 
 
-def said_by_first(function: Callable[[], Any]) -> Any:
+def run_on_main_and_broadcast(function: Callable[[], Any]) -> Any:
     """What the function gives in the first process, which alone calls it: a JSON value. Its InputError is raised in all of them."""
     if jax.process_count() == 1:
         return function()
     said: dict[str, Any] = {}
-    if is_first():
+    if is_main_process():
         try:
             said = {"value": function()}
         except InputError as error:
             said = {"error": str(error), "of_data": isinstance(error, DataError)}
     text = json.dumps(said).encode()
-    size = int(sent_by_first(np.int32(len(text))))
-    said = json.loads(sent_by_first(np.frombuffer(text.ljust(size)[:size], np.uint8)).tobytes())
+    size = int(broadcast_from_main(np.int32(len(text))))
+    said = json.loads(
+        broadcast_from_main(np.frombuffer(text.ljust(size)[:size], np.uint8)).tobytes()
+    )
     if "error" in said:
         raise (DataError if said["of_data"] else InputError)(said["error"])
     return said["value"]
 
 
-def sent_by_first(array: Any) -> Any:
+def broadcast_from_main(array: Any) -> Any:
     """The first process's array in all of them; the others give one of the same shape and type."""
     if jax.process_count() == 1:
         return array
@@ -171,7 +173,7 @@ def sent_by_first(array: Any) -> Any:
     return np.asarray(multihost_utils.broadcast_one_to_all(array))
 
 
-def refuse_differences(values: Mapping[str, Any]) -> None:
+def assert_same_on_all(values: Mapping[str, Any]) -> None:
     """Raises InputError in all processes where one of the values is not the same in each of them."""
     if jax.process_count() == 1:
         return
@@ -190,7 +192,7 @@ def refuse_differences(values: Mapping[str, Any]) -> None:
         )
 
 
-def any_of_all(flag: bool) -> bool:
+def any_process(flag: bool) -> bool:
     """Whether it is set in any process."""
     if jax.process_count() == 1:
         return flag
@@ -199,7 +201,7 @@ def any_of_all(flag: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.bool_(flag))))
 
 
-class Agreement:
+class StepSynchronizer:
     """What any of the processes wishes, known to all of them at the same step: what was asked with one is answered with the next.
 
     Then no process waits for another one that is not there, and a step's exchange is not waited for. A single process hears at once.
@@ -227,8 +229,8 @@ class Agreement:
 
 
 @contextlib.contextmanager
-def lost_are_named(workdir: Path) -> Iterator[None]:
-    """Raises LostError where an error of jax's says that another process is gone. Where jax ends this one instead, it says why."""
+def translate_lost_peer(workdir: Path) -> Iterator[None]:
+    """Raises ProcessLostError where an error of jax's says that another process is gone. Where jax ends this one instead, it says why."""
     try:
         yield
     except (ValueError, RuntimeError) as error:
@@ -236,20 +238,20 @@ def lost_are_named(workdir: Path) -> Iterator[None]:
         if (
             jax.process_count() == 1
             or isinstance(error, InputError)
-            or not any(word in str(error) for word in LOST)
+            or not any(word in str(error) for word in LOST_PEER_MARKERS)
         ):
             raise
         reason = " ".join(str(error).split())[:200]
-        raise LostError(
+        raise ProcessLostError(
             f"another process of this run has ended ({reason}): see what it printed; the same command goes on from what was saved last in "
             f"{workdir}"
         ) from error
 
 
-class Alarm:
+class Watchdog:
     """Ends this process, unless it is told again and again that it goes on: one that waits for another for ever says nothing."""
 
-    def __init__(self, seconds: float = STUCK_SECONDS) -> None:
+    def __init__(self, seconds: float = WATCHDOG_TIMEOUT) -> None:
         self._seconds, self._heard = seconds, time.monotonic()
         self._off = threading.Event()
         if jax.process_count() > 1:
@@ -269,7 +271,7 @@ class Alarm:
                 )
                 os._exit(76)
 
-    def __enter__(self) -> "Alarm":
+    def __enter__(self) -> "Watchdog":
         return self
 
     def __exit__(self, *_: object) -> None:

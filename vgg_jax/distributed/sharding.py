@@ -1,6 +1,6 @@
 """Where arrays lie: a mesh of the devices of all processes, with the axes "data" and "model".
 
-Examples are spread over "data". Parameters are everywhere, or `SPLIT` over "model" (Krizhevsky, arXiv 1404.5997), or with `fsdp` over
+Examples are spread over "data". Parameters are everywhere, or `MODEL_PARALLEL_SPECS` over "model" (Krizhevsky, arXiv 1404.5997), or with `fsdp` over
 "data".
 """
 
@@ -13,23 +13,23 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from vgg_jax.configs.train import REDUCE
+from vgg_jax.configs.train import ALLREDUCE_DTYPES
 from vgg_jax.errors import InputError
 
 DATA, MODEL = "data", "model"
 
 # fc6 by what it gives, fc7 by what it reads: between the two nothing is exchanged, and behind fc7 a sum of (N, width). Convolutions have a
 # tenth of the parameters and nine tenths of the work: "model" repeats them, so it is for memory and for slow networks, see the README.
-SPLIT = {
+MODEL_PARALLEL_SPECS = {
     "fc6/kernel": PartitionSpec(None, MODEL),
     "fc6/bias": PartitionSpec(MODEL),
     "fc7/kernel": PartitionSpec(MODEL, None),
 }
-SMALLEST = 4_000_000  # bytes of an array that `fsdp` spreads: of smaller ones the exchange costs more than the memory is worth
+FSDP_MIN_BYTES = 4_000_000  # bytes of an array that `fsdp` spreads: of smaller ones the exchange costs more than the memory is worth
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class MeshConfig:
     """How a run is spread over its devices. It changes results by rounding alone, and from one part of a run to the next it may change.
 
     Raises InputError for what no run can have.
@@ -49,15 +49,17 @@ class Layout:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"mesh has {name}={value}: expected at least 1")
-        if self.reduce not in REDUCE:
-            raise InputError(f"reduce is {self.reduce!r}: expected one of {', '.join(REDUCE)}")
+        if self.reduce not in ALLREDUCE_DTYPES:
+            raise InputError(
+                f"reduce is {self.reduce!r}: expected one of {', '.join(ALLREDUCE_DTYPES)}"
+            )
 
 
-DATA_PARALLEL = Layout()
+DATA_PARALLEL = MeshConfig()
 
 
 def make_mesh(
-    examples: int, devices: list[jax.Device] | None = None, layout: Layout = DATA_PARALLEL
+    examples: int, devices: list[jax.Device] | None = None, layout: MeshConfig = DATA_PARALLEL
 ) -> Mesh:
     """A mesh of the devices (all of all processes, by default).
 
@@ -91,7 +93,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def shardings(arrays: Any, mesh: Mesh, layout: Layout) -> Any:
+def infer_shardings(arrays: Any, mesh: Mesh, layout: MeshConfig) -> Any:
     """Where each array of a tree lies that holds parameters by their names, such as a whole training state (arrays, or their shapes).
 
     Raises InputError for a width that "model" does not divide.
@@ -108,8 +110,8 @@ def shardings(arrays: Any, mesh: Mesh, layout: Layout) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, arrays)
 
 
-def _spec(name: str, array: Any, mesh: Mesh, layout: Layout) -> PartitionSpec:
-    axes = [*SPLIT.get(name, ())] if mesh.shape[MODEL] > 1 else []
+def _spec(name: str, array: Any, mesh: Mesh, layout: MeshConfig) -> PartitionSpec:
+    axes = [*MODEL_PARALLEL_SPECS.get(name, ())] if mesh.shape[MODEL] > 1 else []
     axes += [None] * (array.ndim - len(axes))
     for size, axis in zip(array.shape, axes, strict=True):
         if axis == MODEL and size % mesh.shape[MODEL]:
@@ -119,7 +121,7 @@ def _spec(name: str, array: Any, mesh: Mesh, layout: Layout) -> PartitionSpec:
     if (
         layout.fsdp
         and mesh.shape[DATA] > 1
-        and math.prod(array.shape) * array.dtype.itemsize > SMALLEST
+        and math.prod(array.shape) * array.dtype.itemsize > FSDP_MIN_BYTES
     ):
         free = [
             i
@@ -131,19 +133,19 @@ def _spec(name: str, array: Any, mesh: Mesh, layout: Layout) -> PartitionSpec:
     return PartitionSpec(*axes)
 
 
-def data_spec(sharding: NamedSharding) -> PartitionSpec:
+def data_axis_spec(sharding: NamedSharding) -> PartitionSpec:
     """What of a sharding is about "data"."""
     return PartitionSpec(*(axis if axis == DATA else None for axis in sharding.spec))
 
 
-def place(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+def put_global(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
     """A whole array, equal in all processes, on the devices: each process puts there what its devices hold."""
     array = np.asarray(array)
     # A copy, since on a CPU a device may use the memory of the array itself, which a step then reuses for its result.
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index].copy())
 
 
-def host_copy(array: jax.Array, wanted: bool = True) -> np.ndarray | None:
+def to_host(array: jax.Array, wanted: bool = True) -> np.ndarray | None:
     """An array as one piece of host memory of its own. All processes ask for it together, those that do not want it too: they get None."""
     if not array.is_fully_addressable and not array.is_fully_replicated:
         assert isinstance(array.sharding, NamedSharding) and isinstance(array.sharding.mesh, Mesh)
@@ -160,7 +162,7 @@ def _put_together(mesh: Mesh) -> jax.stages.Wrapped:
     return jax.jit(lambda x: x, out_shardings=replicated(mesh))
 
 
-def rows_here(mesh: Mesh, size: int) -> np.ndarray:
+def local_rows(mesh: Mesh, size: int) -> np.ndarray:
     """int (n,): which rows of a batch of `size` this process feeds, rising. Where a model axis crosses processes, several feed the same."""
     rows = np.arange(size)
     parts = (
@@ -169,14 +171,14 @@ def rows_here(mesh: Mesh, size: int) -> np.ndarray:
     return np.unique(np.concatenate([rows[part] for part in parts if part is not None]))
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """What this process has of a batch, its `rows_here`, on its devices, as a part of the whole."""
+def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """What this process has of a batch, its `local_rows`, on its devices, as a part of the whole."""
     sharding = NamedSharding(mesh, PartitionSpec(DATA))
-    groups = len(rows_here(mesh, mesh.shape[DATA]))
+    groups = len(local_rows(mesh, mesh.shape[DATA]))
 
     def put(array: np.ndarray) -> jax.Array:
         size = len(array) * mesh.shape[DATA] // groups
-        rows = rows_here(mesh, size)
+        rows = local_rows(mesh, size)
 
         def part(index: Any) -> np.ndarray:
             first, last, _ = index[0].indices(size)

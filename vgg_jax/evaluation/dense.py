@@ -17,21 +17,21 @@ import numpy as np
 from jax import Array
 
 from vgg_jax.configs.colours import IMAGENET
-from vgg_jax.configs.evaluation import DENSE, LARGEST, PIXELS, Protocol
-from vgg_jax.distributed.sharding import make_mesh, put_batch, replicated
+from vgg_jax.configs.evaluation import DENSE, MAX_IMAGE_PIXELS, MAX_PIXELS_PER_BATCH, EvalProtocol
+from vgg_jax.distributed.sharding import make_mesh, replicated, shard_batch
 from vgg_jax.errors import InputError
-from vgg_jax.evaluation.packing import Batch, Window, batches
-from vgg_jax.inference import prepare
-from vgg_jax.model import VGG, transposed
+from vgg_jax.evaluation.packing import Batch, Window, pack_windows
+from vgg_jax.inference import pack_kernels
+from vgg_jax.model import VGG, transpose_kernels
 from vgg_jax.preprocessing import preprocess
 from vgg_jax.runtime.compiler import compiler_options
 
 # Of score maps so many positions, or a multiple of it, are computed together, and at most so many: few multiples are compiled, and what
 # neighbours read overlaps, 100 kB each before fc6 and four times that before the last pooling.
-POSITIONS, MOST_POSITIONS = 16, 256
+POSITIONS, MAX_POSITIONS = 16, 256
 
 
-def last_maps(
+def trunk_activations(
     variables: Any,
     images: Array,
     widths: Array,
@@ -48,7 +48,9 @@ def last_maps(
     return found
 
 
-def logits_at(variables: Any, maps: Array, positions: Array, turned: Array, *, model: VGG) -> Array:
+def logits_at_positions(
+    variables: Any, maps: Array, positions: Array, turned: Array, *, model: VGG
+) -> Array:
     """float32 (P, K): the logits at positions of the score map, int (P, 3): a film, and the first row and column of its map.
 
     What a position reads is transposed if it is `turned`, a bool ().
@@ -64,22 +66,25 @@ def logits_at(variables: Any, maps: Array, positions: Array, turned: Array, *, m
 
 
 @functools.lru_cache(maxsize=8)
-def compiled(
+def jitted_stages(
     model: VGG, mean_rgb: tuple[float, float, float], ceil: bool, mesh: jax.sharding.Mesh
 ) -> tuple[Callable[..., Array], Callable[..., Array]]:
-    """`last_maps` and `logits_at`, jitted. The same for equal arguments, so that what they have compiled is used again."""
+    """`trunk_activations` and `logits_at_positions`, jitted. The same for equal arguments, so that what they have compiled is used again."""
     options: Any = {
         "compiler_options": compiler_options(thorough=True, dtype=model.dtype),
         "out_shardings": replicated(mesh),
     }
     return (
-        jax.jit(functools.partial(last_maps, model=model, mean_rgb=mean_rgb, ceil=ceil), **options),
-        jax.jit(functools.partial(logits_at, model=model), **options),
+        jax.jit(
+            functools.partial(trunk_activations, model=model, mean_rgb=mean_rgb, ceil=ceil),
+            **options,
+        ),
+        jax.jit(functools.partial(logits_at_positions, model=model), **options),
     )
 
 
-def windows(
-    index: int, scales: Sequence[np.ndarray], crop: int, protocol: Protocol
+def iter_windows(
+    index: int, scales: Sequence[np.ndarray], crop: int, protocol: EvalProtocol
 ) -> Iterator[Window]:
     """The windows of an image that is given rescaled to each test scale, uint8 (H, W, 3). Their weights add up to 1."""
     number = 0
@@ -98,7 +103,7 @@ def windows(
 
 
 def _parts(
-    index: int, scales: Sequence[np.ndarray], crop: int, protocol: Protocol
+    index: int, scales: Sequence[np.ndarray], crop: int, protocol: EvalProtocol
 ) -> Iterator[tuple[np.ndarray, float]]:
     """The same before mirroring and turning: pixels (h, w, 3) and their weight."""
     if not scales:
@@ -109,9 +114,9 @@ def _parts(
                 f"image {index} is {image.dtype} {image.shape}: expected uint8 RGB, (H, W, 3), the mean not subtracted"
             )
         h, w = image.shape[:2]
-        if h * w > LARGEST and protocol.name in ("dense", "both"):
+        if h * w > MAX_IMAGE_PIXELS and protocol.name in ("dense", "both"):
             raise InputError(
-                f"image {index} is {h}x{w} at its test scale: expected at most {LARGEST:,} pixels; crop it, or leave it out"
+                f"image {index} is {h}x{w} at its test scale: expected at most {MAX_IMAGE_PIXELS:,} pixels; crop it, or leave it out"
             )
         if min(h, w) < crop:
             raise InputError(
@@ -148,26 +153,26 @@ def crop_offsets(side: int, crop: int, count: int) -> tuple[int, ...]:
     return tuple(int(offset) for offset in np.round(np.linspace(0, side - crop, count)))
 
 
-def stream_posteriors(
+def iter_posteriors(
     model: VGG,
     variables: Any,
     images: Iterable[Sequence[np.ndarray]],
     *,
     mesh: jax.sharding.Mesh,
-    protocol: Protocol = DENSE,
+    protocol: EvalProtocol = DENSE,
     mean_rgb: tuple[float, float, float] = IMAGENET.mean_rgb,
-    pixels: int = PIXELS,
+    pixels: int = MAX_PIXELS_PER_BATCH,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """(index, posterior (K,)) of each image, in the order in which they are done; each is given at all test scales.
 
     Memory depends on `pixels`, those of the windows that are computed at once, and on the number of widths (the shorter sides, in steps
     of 16): the windows of one wait until they are worth a program, 12 MB at most. It does not depend on the number of images. The first
     image that is wider than tall takes a second copy of the convolutions' kernels. Raises InputError for an image that is smaller than
-    the net's, or larger than `LARGEST`.
+    the net's, or larger than `MAX_IMAGE_PIXELS`.
     """
     if pixels < 1:
         raise InputError(f"pixels is {pixels}: expected at least 1")
-    maps_of, logits_of = compiled(model, tuple(mean_rgb), protocol.ceil, mesh)
+    maps_of, logits_of = jitted_stages(model, tuple(mean_rgb), protocol.ceil, mesh)
     placed = jax.device_put(dict(variables), replicated(mesh))
     parts: dict[int, list[Any]] = {}  # of each image that is not done, its windows' shares
 
@@ -175,25 +180,27 @@ def stream_posteriors(
     def net(turned: bool) -> dict[str, Any]:
         # Of hundreds of positions at once a turned FC kernel is no faster.
         return jax.device_put(
-            prepare(transposed(placed) if turned else placed, model.dtype, kinds=("conv",)),
+            pack_kernels(
+                transpose_kernels(placed) if turned else placed, model.dtype, kinds=("conv",)
+            ),
             replicated(mesh),
         )
 
     def all_windows() -> Iterator[Window]:
         for index, scales in enumerate(images):
-            of_image = list(windows(index, scales, model.image_size, protocol))
+            of_image = list(iter_windows(index, scales, model.image_size, protocol))
             parts[index] = [None] * len(of_image)
             yield from of_image
 
-    for batch in batches(
+    for batch in pack_windows(
         all_windows(), model.config, ceil=protocol.ceil, pixels=pixels, devices=mesh.size
     ):
-        maps = maps_of(net(batch.turned), **put_batch(_films(batch), mesh))
+        maps = maps_of(net(batch.turned), **shard_batch(_films(batch), mesh))
         positions, ends = _positions(batch, model, protocol.ceil)
         logits = np.zeros((len(positions), model.num_classes))
-        for start in range(0, len(positions), MOST_POSITIONS * mesh.size):
-            some = positions[start : start + MOST_POSITIONS * mesh.size]
-            filled = put_batch(
+        for start in range(0, len(positions), MAX_POSITIONS * mesh.size):
+            some = positions[start : start + MAX_POSITIONS * mesh.size]
+            filled = shard_batch(
                 {"positions": np.pad(some, ((0, -len(some) % (POSITIONS * mesh.size)), (0, 0)))},
                 mesh,
             )
@@ -221,7 +228,7 @@ def _films(batch: Batch) -> dict[str, np.ndarray]:
 
 
 def _positions(batch: Batch, model: VGG, ceil: bool) -> tuple[np.ndarray, list[int]]:
-    """The positions of all windows' score maps, int (P, 3) as `logits_at` takes them, and the end of each window's."""
+    """The positions of all windows' score maps, int (P, 3) as `logits_at_positions` takes them, and the end of each window's."""
     unit = 2 ** (len(model.config.stages) - 1)
     found, ends = [], []
     for window, film, row in batch.placed:
@@ -236,9 +243,13 @@ def _softmax(scores: np.ndarray) -> np.ndarray:
     return powers / powers.sum(-1, keepdims=True)
 
 
-def with_defaults(
-    protocol: Protocol, scales: Sequence[int], model: VGG, metadata: Mapping[str, Any], path: Any
-) -> tuple[Protocol, tuple[int, ...]]:
+def resolve_protocol(
+    protocol: EvalProtocol,
+    scales: Sequence[int],
+    model: VGG,
+    metadata: Mapping[str, Any],
+    path: Any,
+) -> tuple[EvalProtocol, tuple[int, ...]]:
     """The protocol and the test scales for a net, `metadata` as `vgg_jax.load` gives it, with what was not said filled in.
 
     Raises InputError for a scale below the net's size, and for a net without fully connected layers.
@@ -259,7 +270,7 @@ def with_defaults(
     return protocol, scales
 
 
-def posteriors(
+def class_posteriors(
     model: VGG,
     variables: Any,
     images: Sequence[np.ndarray] | Sequence[Sequence[np.ndarray]],
@@ -267,12 +278,12 @@ def posteriors(
 ) -> np.ndarray:
     """float64 (N, K): the class posteriors of images, uint8 RGB (H, W, 3) at a test scale each, or sequences of them, one for each scale.
 
-    Settings are those of `stream_posteriors`. Raises InputError for an image that is smaller than the net's, or larger than `LARGEST`.
+    Settings are those of `iter_posteriors`. Raises InputError for an image that is smaller than the net's, or larger than `MAX_IMAGE_PIXELS`.
     """
     scaled = [
         [np.asarray(image)] if hasattr(image, "shape") else [*map(np.asarray, image)]
         for image in images
     ]
     mesh = settings.pop("mesh", None) or make_mesh(1, jax.devices()[:1])
-    found = dict(stream_posteriors(model, variables, scaled, mesh=mesh, **settings))
+    found = dict(iter_posteriors(model, variables, scaled, mesh=mesh, **settings))
     return np.array([found[index] for index in range(len(scaled))]).reshape(-1, model.num_classes)

@@ -15,14 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vgg_jax.configs.evaluation import DENSE, PIXELS, Protocol
+from vgg_jax.configs.evaluation import DENSE, MAX_PIXELS_PER_BATCH, EvalProtocol
 from vgg_jax.distributed.sharding import make_mesh
 from vgg_jax.errors import InputError
-from vgg_jax.evaluation.dense import stream_posteriors, with_defaults
-from vgg_jax.metrics import averages, interval, sums_of
-from vgg_jax.paths import path_of
-from vgg_jax.runs.files import write_whole
-from vgg_jax.runs.metadata import read_run
+from vgg_jax.evaluation.dense import iter_posteriors, resolve_protocol
+from vgg_jax.metrics import compute_sums, finalize, wilson_interval
+from vgg_jax.paths import to_path
+from vgg_jax.runs.files import atomic_write
+from vgg_jax.runs.metadata import load_run
 from vgg_jax.weights import load
 
 
@@ -38,13 +38,14 @@ class Evaluation:
     def errors(self) -> dict[str, Any]:
         """Top-1 and top-5 error in [0, 1], each with its 95 % interval, the mean of -log of the right class's posterior, and the count."""
         logits = jnp.log(jnp.maximum(self.posteriors, np.finfo(np.float32).tiny))
-        found = averages(
+        found = finalize(
             jax.tree.map(
-                float, sums_of(logits, jnp.asarray(self.labels), jnp.ones(len(self.labels), bool))
+                float,
+                compute_sums(logits, jnp.asarray(self.labels), jnp.ones(len(self.labels), bool)),
             )
         )
         intervals = {
-            f"{name}_interval": interval(found[name], len(self.labels))
+            f"{name}_interval": wilson_interval(found[name], len(self.labels))
             for name in ("top1_error", "top5_error")
         }
         return found | intervals
@@ -55,12 +56,12 @@ def evaluate(
     data: str | None = None,
     split: str = "val",
     *,
-    protocol: Protocol = DENSE,
+    protocol: EvalProtocol = DENSE,
     scales: Sequence[int] = (),
     data_dir: str | None = None,
     download: bool = False,
     skip_bad: bool = False,
-    pixels: int = PIXELS,
+    pixels: int = MAX_PIXELS_PER_BATCH,
 ) -> tuple[Evaluation, dict[str, Any]]:
     """The best net of a run, or the net in a file of weights, on every image of a split: the evaluation and what is to be said of it.
 
@@ -71,15 +72,15 @@ def evaluate(
     """
     model, variables, metadata = load(path)
     config: Any = metadata.get("config")  # of a run
-    protocol, scales = with_defaults(protocol, scales, model, metadata, path)
+    protocol, scales = resolve_protocol(protocol, scales, model, metadata, path)
     from tqdm import tqdm
 
-    from vgg_jax.data import (
+    from vgg_jax.data import (  # TensorFlow is for those who read files
         VALIDATION,
         open_split,
-        open_splits,
+        open_train_val,
         rescaled_images,
-    )  # TensorFlow is for those who read files
+    )
 
     if data is None and config is None:
         raise InputError(
@@ -94,10 +95,10 @@ def evaluate(
     }
     where["exclude"] = config.exclude if own else ()
     if own and split in VALIDATION:
-        train, source = open_splits(
+        train, source = open_train_val(
             data, validation_fraction=config.validation_fraction, seed=config.seed, **where
         )
-        run = read_run(path_of(path))
+        run = load_run(to_path(path))
         there, here = (
             (run.storage, run.train_size, run.validation_size),
             (train.storage, train.size, source.size),
@@ -109,7 +110,7 @@ def evaluate(
             )
     else:
         source = open_split(data, split, **where)
-    positions = class_positions(
+    positions = map_class_indices(
         source.classes, metadata["classes"], f"{source.name} has classes that {path} does not know"
     )
 
@@ -123,7 +124,7 @@ def evaluate(
             files.append(source.file_name(int(example["index"][0])))
             yield [image[0] for image in example["scaled"]]
 
-    stream = stream_posteriors(
+    stream = iter_posteriors(
         model,
         variables,
         images(),
@@ -159,7 +160,7 @@ def evaluate(
     return evaluation, facts
 
 
-def class_positions(names: Sequence[str], known: Sequence[str], otherwise: str) -> np.ndarray:
+def map_class_indices(names: Sequence[str], known: Sequence[str], otherwise: str) -> np.ndarray:
     """int (n,): where a net has the classes of a data set. "n01440764" is also "n01440764 tench, Tinca tinca"."""
     places = {name.split()[0]: i for i, name in enumerate(known) if re.match(r"n\d{8} ", name)} | {
         name: i for i, name in enumerate(known)
@@ -174,19 +175,19 @@ def class_positions(names: Sequence[str], known: Sequence[str], otherwise: str) 
     return np.array([places[name] for name in names])
 
 
-def save(out: str | Path, evaluation: Evaluation, facts: dict[str, Any]) -> None:
+def save_evaluation(out: str | Path, evaluation: Evaluation, facts: dict[str, Any]) -> None:
     """Writes posteriors.npz and evaluation.json into the folder, each whole or not at all."""
-    folder, content = path_of(out), io.BytesIO()
+    folder, content = to_path(out), io.BytesIO()
     folder.mkdir(parents=True, exist_ok=True)
     np.savez(content, **dataclasses.asdict(evaluation))
-    write_whole(folder / "posteriors.npz", content.getvalue())
-    write_whole(folder / "evaluation.json", (json.dumps(facts, indent=1) + "\n").encode())
+    atomic_write(folder / "posteriors.npz", content.getvalue())
+    atomic_write(folder / "evaluation.json", (json.dumps(facts, indent=1) + "\n").encode())
 
 
-def read(path: str | Path) -> Evaluation:
-    """Raises InputError for a file that `save` did not write."""
+def load_evaluation(path: str | Path) -> Evaluation:
+    """Raises InputError for a file that `save_evaluation` did not write."""
     try:
-        with path_of(path).open("rb") as file, np.load(file, allow_pickle=False) as content:
+        with to_path(path).open("rb") as file, np.load(file, allow_pickle=False) as content:
             evaluation = Evaluation(
                 **{field.name: content[field.name] for field in dataclasses.fields(Evaluation)}
             )
@@ -218,10 +219,10 @@ def read(path: str | Path) -> Evaluation:
 
 def fuse(paths: Sequence[str | Path]) -> Evaluation:
     """The mean of the posteriors in some files (§4.4). Raises InputError where their images, labels or classes differ."""
-    first = read(paths[0])
+    first = load_evaluation(paths[0])
     total = np.zeros(first.posteriors.shape)
     for path in paths:
-        other = read(path)
+        other = load_evaluation(path)
         for name, what in (("classes", "class"), ("files", "image"), ("labels", "label of image")):
             one, two = getattr(first, name), getattr(other, name)
             if not np.array_equal(one, two):
@@ -232,7 +233,7 @@ def fuse(paths: Sequence[str | Path]) -> Evaluation:
     return dataclasses.replace(first, posteriors=(total / len(paths)).astype(np.float32))
 
 
-def report(facts: dict[str, Any]) -> str:
+def format_errors(facts: dict[str, Any]) -> str:
     """The errors in one line, with all that they depend on."""
     parts = []
     for k in (1, 5):

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from vgg_jax.configs.evaluation import DENSE, Protocol
+from vgg_jax.configs.evaluation import DENSE, EvalProtocol
 from vgg_jax.distributed.sharding import make_mesh
 from vgg_jax.errors import InputError
-from vgg_jax.evaluation.dense import stream_posteriors, with_defaults
+from vgg_jax.evaluation.dense import iter_posteriors, resolve_protocol
 from vgg_jax.paths import is_remote
 from vgg_jax.weights import load
 
@@ -31,7 +31,7 @@ def predict(
     path: str | os.PathLike,
     images: Sequence[str],
     *,
-    protocol: Protocol = DENSE,
+    protocol: EvalProtocol = DENSE,
     scales: Sequence[int] = (),
     top: int = 5,
 ) -> Iterator[Prediction]:
@@ -42,10 +42,10 @@ def predict(
     """
     if top < 1:
         raise InputError(f"top is {top}: expected at least 1")
-    files = listed(images)
+    files = expand_paths(images)
     model, variables, metadata = load(path)
-    protocol, scales = with_defaults(protocol, scales, model, metadata, path)
-    from vgg_jax.data import read_scaled  # TensorFlow is for those who read files
+    protocol, scales = resolve_protocol(protocol, scales, model, metadata, path)
+    from vgg_jax.data import load_resized  # TensorFlow is for those who read files
 
     readable: list[str] = []
     failed: list[Prediction] = []
@@ -56,7 +56,7 @@ def predict(
             for file in files:
                 try:
                     image = reader.submit(
-                        read_scaled, file, scales, metadata["preprocessing"]["exif"]
+                        load_resized, file, scales, metadata["preprocessing"]["exif"]
                     ).result()
                 except InputError as error:
                     failed.append(Prediction(file, [], str(error)))
@@ -66,7 +66,7 @@ def predict(
 
     mesh = make_mesh(1, jax.devices()[:1])
     mean_rgb = metadata["preprocessing"]["mean_rgb"]
-    for number, posterior in stream_posteriors(
+    for number, posterior in iter_posteriors(
         model, variables, scaled(), mesh=mesh, protocol=protocol, mean_rgb=mean_rgb
     ):
         while failed:
@@ -81,7 +81,7 @@ def predict(
     yield from failed
 
 
-def listed(images: Sequence[str]) -> list[str]:
+def expand_paths(images: Sequence[str]) -> list[str]:
     """The files that these names mean. One that names nothing stays, to be reported. Raises InputError where there is none."""
     files: list[str] = []
     for name in images:

@@ -8,27 +8,27 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from vgg_jax.export import Artefact
+from vgg_jax.export import ExportSpec
 from vgg_jax.layers import BatchNorm
-from vgg_jax.weights.layouts import LAYOUTS, rows
+from vgg_jax.weights.layouts import LAYOUTS, tensor_table
 
 OPSET, IR = 17, 8  # what runtimes of 2022 and later read
 
 
-def write(path: Path, artefact: Artefact) -> None:
+def write(path: Path, artefact: ExportSpec) -> None:
     model = graph(artefact)
     onnx.checker.check_model(model)
     onnx.save(model, path)
 
 
-def graph(artefact: Artefact) -> Any:
+def graph(artefact: ExportSpec) -> Any:
     """onnx.ModelProto with inputs "images" (N, H, W, 3) and one output of the name of what it is."""
     net, dense = artefact.weights.model, artefact.output != "logits"
     # ONNX has PyTorch's order of axes; timm has fully connected layers as convolutions, torchvision as matrices.
     layout = next(each for each in LAYOUTS if each.name == ("timm" if dense else "torchvision"))
     trees = artefact.weights.variables
     tensors: dict[str, np.ndarray] = {"mean_rgb": np.array(artefact.mean_rgb, np.float32)}
-    for row in rows(layout, net.config, net.num_classes, net.batch_norm, net.image_size):
+    for row in tensor_table(layout, net.config, net.num_classes, net.batch_norm, net.image_size):
         group, layer, leaf = row.ours
         array = row.to_theirs(np.asarray(trees[group][layer][leaf], np.float32))
         tensors[f"{layer}/{leaf}"] = (

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from vgg_jax.data import tf  # which sees no GPU
-from vgg_jax.export import Artefact
+from vgg_jax.export import ExportSpec
 from vgg_jax.export.spec import SAVEDMODEL_METADATA
 from vgg_jax.layers import BatchNorm
 
 
-def write(path: Path, artefact: Artefact) -> None:
+def write(path: Path, artefact: ExportSpec) -> None:
     """A SavedModel folder with one signature, `serving_default`: {"images": …} -> {output: …}; metadata in assets.extra."""
     module = Module(artefact)
     size = None if artefact.output != "logits" else artefact.weights.model.image_size
@@ -27,7 +27,7 @@ def write(path: Path, artefact: Artefact) -> None:
 class Module(tf.Module):
     """The layers, applied one by one."""
 
-    def __init__(self, artefact: Artefact) -> None:
+    def __init__(self, artefact: ExportSpec) -> None:
         super().__init__("vgg")
         self._mean = tf.constant(artefact.mean_rgb, tf.float32)
         self._table = artefact.table

@@ -16,17 +16,17 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from vgg_jax.configs.export import OUTPUTS
+from vgg_jax.configs.export import EXPORT_OUTPUTS
 from vgg_jax.configs.models import Layer, layer_table
 from vgg_jax.errors import InputError
 from vgg_jax.layers import BatchNorm
 from vgg_jax.preprocessing import preprocess
 from vgg_jax.runtime.compiler import compiler_options
 from vgg_jax.weights import Weights
-from vgg_jax.weights.io import metadata_of
+from vgg_jax.weights.io import to_metadata
 
 SAVEDMODEL_METADATA = "assets.extra/vgg_jax.json"  # TF Serving and TensorFlow leave it alone
-EXTRAS = {
+REQUIRED_EXTRA = {
     "onnx": "onnx",
     "stablehlo": "stablehlo",
     "savedmodel": "train",
@@ -35,7 +35,7 @@ EXTRAS = {
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Artefact:
+class ExportSpec:
     """What is written: a net, and how it is to be asked.
 
     Images are (N, H, W, 3) RGB on the 0-255 scale: uint8, or float32 less `mean_rgb` if not `uint8`. The outputs: "logits", (N, K) of
@@ -49,8 +49,10 @@ class Artefact:
     bfloat16: bool = False  # the weights as they are stored; what is computed is float32
 
     def __post_init__(self) -> None:
-        if self.output not in OUTPUTS:
-            raise InputError(f"output is {self.output!r}: expected one of {', '.join(OUTPUTS)}")
+        if self.output not in EXPORT_OUTPUTS:
+            raise InputError(
+                f"output is {self.output!r}: expected one of {', '.join(EXPORT_OUTPUTS)}"
+            )
         if not self.weights.top:
             raise InputError(
                 "the fully connected layers are not there: expected a whole net; import a file with the top"
@@ -81,12 +83,14 @@ class Artefact:
 
     def described(self) -> dict[str, Any]:
         """All that is to be known of the file, as JSON, with the golden image and its answer."""
-        model, metadata = self.weights.model, metadata_of(self.weights)
+        model, metadata = self.weights.model, to_metadata(self.weights)
         size = model.image_size
         image = np.random.default_rng(0).integers(0, 256, (1, size, size, 3)).astype(np.uint8)
         ask = jax.jit(self, compiler_options=compiler_options())
         stored = jax.tree.map(lambda x: np.asarray(x).astype(self.dtype), self.weights.variables)
-        answer = np.asarray(ask(stored, prepared(image, self.uint8, self.mean_rgb)), np.float32)
+        answer = np.asarray(
+            ask(stored, prepare_images(image, self.uint8, self.mean_rgb)), np.float32
+        )
         return {
             "net": self.weights.net,
             "batch_norm": model.batch_norm,
@@ -100,17 +104,17 @@ class Artefact:
             "bfloat16": self.bfloat16,
             "scale": metadata["preprocessing"]["scale"],
             "flip": metadata["flip"],
-            "golden_image": encoded(image),
-            "golden_answer": encoded(answer),
+            "golden_image": array_to_json(image),
+            "golden_answer": array_to_json(answer),
         }
 
 
-def prepared(image: np.ndarray, uint8: bool, mean_rgb: tuple[float, ...]) -> np.ndarray:
+def prepare_images(image: np.ndarray, uint8: bool, mean_rgb: tuple[float, ...]) -> np.ndarray:
     """A uint8 image as a file takes it."""
     return image if uint8 else image.astype(np.float32) - np.array(mean_rgb, np.float32)
 
 
-def encoded(array: np.ndarray) -> dict[str, Any]:
+def array_to_json(array: np.ndarray) -> dict[str, Any]:
     return {
         "dtype": str(array.dtype),
         "shape": array.shape,
@@ -118,14 +122,14 @@ def encoded(array: np.ndarray) -> dict[str, Any]:
     }
 
 
-def decoded(entry: Mapping[str, Any]) -> np.ndarray:
-    """Raises ValueError, KeyError or TypeError for what `encoded` does not give."""
+def array_from_json(entry: Mapping[str, Any]) -> np.ndarray:
+    """Raises ValueError, KeyError or TypeError for what `array_to_json` does not give."""
     return np.frombuffer(base64.b64decode(entry["base64"]), np.dtype(entry["dtype"])).reshape(
         entry["shape"]
     )
 
 
-def with_folded_batch_norm(weights: Weights) -> Weights:
+def fold_batch_norm(weights: Weights) -> Weights:
     """The net without batch normalisation whose convolutions do what both did: scale · (k ∗ x + b - mean) / √(var + ε) + bias."""
     params: dict[str, Mapping[str, Any]] = {}
     for name, layer in weights.params.items():
@@ -146,10 +150,10 @@ def with_folded_batch_norm(weights: Weights) -> Weights:
     )
 
 
-def kind_of(out: str | os.PathLike) -> str:
+def format_of(out: str | os.PathLike) -> str:
     """By the name: .safetensors, .onnx, .stablehlo, or .savedmodel for a folder. Raises InputError for another."""
     kind = Path(out).suffix[1:]
-    if kind not in EXTRAS:
+    if kind not in REQUIRED_EXTRA:
         raise InputError(
             f"{out} ends in {Path(out).suffix!r}: expected .safetensors, .onnx, .stablehlo, or .savedmodel for a folder"
         )

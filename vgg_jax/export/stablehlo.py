@@ -12,12 +12,12 @@ import numpy as np
 from jax import export
 from safetensors.numpy import save
 
-from vgg_jax.export import Artefact
+from vgg_jax.export import ExportSpec
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-def write(path: Path, artefact: Artefact) -> None:
+def write(path: Path, artefact: ExportSpec) -> None:
     """A zip file: `program` (of weights {name: array} and images), `weights.safetensors`, `metadata.json`.
 
     bfloat16 weights lie there as uint16, which every reader of safetensors has a type for.

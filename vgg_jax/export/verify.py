@@ -10,30 +10,41 @@ from typing import Any
 import numpy as np
 
 from vgg_jax.errors import InputError
-from vgg_jax.export.spec import EXTRAS, SAVEDMODEL_METADATA, decoded, kind_of, prepared
-from vgg_jax.paths import of_this_machine
+from vgg_jax.export.spec import (
+    REQUIRED_EXTRA,
+    SAVEDMODEL_METADATA,
+    array_from_json,
+    format_of,
+    prepare_images,
+)
+from vgg_jax.paths import require_local
 
-BOUND = 1e-4  # of the largest value
+TOLERANCE = 1e-4  # of the largest value
 
 
 def verify(path: str | os.PathLike) -> tuple[str, float]:
-    """What the file says of itself, and how far its answer is from the golden one, relative to the largest value; `BOUND` is allowed.
+    """What the file says of itself, and how far its answer is from the golden one, relative to the largest value; `TOLERANCE` is allowed.
 
     Runs the file's program: ask only files that you trust. Raises InputError for a file that is damaged, not exported by `vgg-jax export`,
     or that needs a library that is not installed.
     """
-    path, kind = of_this_machine(path), kind_of(path)
+    path, kind = require_local(path), format_of(path)
     try:
         described, ask = _OPEN[kind](path)
-        image, answer = decoded(described["golden_image"]), decoded(described["golden_answer"])
-        images = prepared(image, described["input"].startswith("uint8"), described["mean_rgb"])
+        image, answer = (
+            array_from_json(described["golden_image"]),
+            array_from_json(described["golden_answer"]),
+        )
+        images = prepare_images(
+            image, described["input"].startswith("uint8"), described["mean_rgb"]
+        )
         found = ask(images)
         said = f"{described['net']}, {len(described['classes'])} classes, {described['output']}, images {described['input']}"
     except InputError:
         raise
     except ImportError as error:
         raise InputError(
-            f"asking {path} needs {error.name}: pip install 'vgg-jax[{EXTRAS[kind]}]'"
+            f"asking {path} needs {error.name}: pip install 'vgg-jax[{REQUIRED_EXTRA[kind]}]'"
         ) from error
     except Exception as error:  # each library has its own ways to say that a file is damaged
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -4,18 +4,18 @@ import os
 import shutil
 
 from vgg_jax.errors import InputError
-from vgg_jax.export.spec import EXTRAS, SAVEDMODEL_METADATA, Artefact, kind_of
-from vgg_jax.paths import of_this_machine
+from vgg_jax.export.spec import REQUIRED_EXTRA, SAVEDMODEL_METADATA, ExportSpec, format_of
+from vgg_jax.paths import require_local
 from vgg_jax.weights.io import save
 
 
-def write(out: str | os.PathLike, artefact: Artefact, layout: str = "vgg_jax") -> None:
+def write(out: str | os.PathLike, artefact: ExportSpec, layout: str = "vgg_jax") -> None:
     """Writes the file that `kind_of(out)` says, whole or not at all; a .safetensors file in a `layout`.
 
     Raises InputError where the library that it needs is not installed, for a folder in its place that is no earlier export, and for what
     the kind of file cannot hold: a program has no layout of weights, and weights no other output.
     """
-    out, kind = of_this_machine(out), kind_of(out)
+    out, kind = require_local(out), format_of(out)
     if kind == "safetensors" and (artefact.output, artefact.uint8) != ("logits", True):
         raise InputError(
             f"{out} holds weights only: expected the output logits of uint8 images with it; others are for .onnx and the others"
@@ -38,7 +38,7 @@ def write(out: str | os.PathLike, artefact: Artefact, layout: str = "vgg_jax") -
             from vgg_jax.export.savedmodel import write
     except ImportError as error:
         raise InputError(
-            f"writing {out} needs {error.name}: pip install 'vgg-jax[{EXTRAS[kind]}]'"
+            f"writing {out} needs {error.name}: pip install 'vgg-jax[{REQUIRED_EXTRA[kind]}]'"
         ) from error
     try:
         if kind == "safetensors":

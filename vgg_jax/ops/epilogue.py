@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from vgg_jax.ops.pooling import max_gradient, max_pool, maxima, relu, whole_windows
+from vgg_jax.ops.pooling import crop_to_even, max_pool, max_pool_bwd, max_pool_fwd, relu
 
 Then = Literal[
     "", "relu", "pool"
@@ -14,32 +14,32 @@ Then = Literal[
 THEN: tuple[Then, ...] = get_args(Then)
 
 
-def finish(y: Array, bias: Array, there: Array | None, then: Then) -> Array:
+def apply_epilogue(y: Array, bias: Array, there: Array | None, then: Then) -> Array:
     """The sums of a convolution (N, H, W, C), a bias (C,) -> what `convolution` returns of them."""
     if then == "pool":
-        return _add_bias_and_pool(whole_windows(y), bias)
+        return _add_bias_and_pool(crop_to_even(y), bias)
     y = add_bias(y, bias)
     y = relu(y) if then == "relu" else y
     return y if there is None else jnp.where(there, y, 0)
 
 
-def gradient_of_sums(then: Then, passed: Any, g: Array, shape: tuple[int, ...]) -> Array:
+def epilogue_grad(then: Then, passed: Any, g: Array, shape: tuple[int, ...]) -> Array:
     """The gradient of a convolution's sums, maps of `shape`, from that of what was made of them.
 
-    `passed` says where it went through: behind a ReLU what came out, behind a pooling the bytes of `maxima`.
+    `passed` says where it went through: behind a ReLU what came out, behind a pooling the bytes of `max_pool_fwd`.
     """
     if then == "pool":
-        (g,) = max_gradient(True, passed, g)
+        (g,) = max_pool_bwd(True, passed, g)
         return jnp.pad(g, ((0, 0), (0, shape[1] % 2), (0, shape[2] % 2), (0, 0)))
     return jnp.where(passed > 0, g, 0) if then == "relu" else g
 
 
-def computed_once(g: Array) -> Array:
+def materialize_on_cpu(g: Array) -> Array:
     """On a CPU what makes it is else fused into its readers, and computed again in each."""
     return lax.platform_dependent(g, cpu=lax.optimization_barrier, default=lambda g: g)
 
 
-def sum_over_positions(g: Array) -> Array:
+def sum_nhw(g: Array) -> Array:
     """The sum of (N, H, W, C), (C,): a CPU takes 2 to 7 times as long for it in XLA's way as by a product."""
 
     def by_product(g: Array) -> Array:
@@ -59,8 +59,8 @@ def _add_bias(x: Array, bias: Array) -> tuple[Array, None]:
 
 
 def _bias_gradient(_: None, g: Array) -> tuple[Array, Array]:
-    g = computed_once(g)
-    return g, sum_over_positions(g)
+    g = materialize_on_cpu(g)
+    return g, sum_nhw(g)
 
 
 add_bias.defvjp(_add_bias, _bias_gradient)
@@ -72,18 +72,18 @@ def _add_bias_and_pool(x: Array, bias: Array) -> Array:
     return max_pool(x + bias[None, None, None], rectify=True)
 
 
-def maxima_with_bias(x: Array, bias: Array) -> tuple[Array, Array]:
-    """The same, and the bytes of `maxima`."""
-    return maxima(x + bias[None, None, None], rectify=True)
+def bias_relu_pool_fwd(x: Array, bias: Array) -> tuple[Array, Array]:
+    """The same, and the bytes of `max_pool_fwd`."""
+    return max_pool_fwd(x + bias[None, None, None], rectify=True)
 
 
 def _add_bias_and_pool_backward(bits: Array, g: Array) -> tuple[Array, Array]:
-    return computed_once(*max_gradient(True, bits, g)), pooled_bias_gradient(bits, g)
+    return materialize_on_cpu(*max_pool_bwd(True, bits, g)), pooled_bias_grad(bits, g)
 
 
-def pooled_bias_gradient(bits: Array, g: Array) -> Array:
+def pooled_bias_grad(bits: Array, g: Array) -> Array:
     """From the gradient of the maxima, a quarter as many values as the map's: the shares of a window add up to it."""
-    return sum_over_positions(jnp.where(lax.stop_gradient(bits) > 0, g, 0))
+    return sum_nhw(jnp.where(lax.stop_gradient(bits) > 0, g, 0))
 
 
-_add_bias_and_pool.defvjp(maxima_with_bias, _add_bias_and_pool_backward)
+_add_bias_and_pool.defvjp(bias_relu_pool_fwd, _add_bias_and_pool_backward)

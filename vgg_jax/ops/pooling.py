@@ -48,10 +48,10 @@ def max_pool(x: Array, ceil: bool = False, rectify: bool = False) -> Array:
         x = jnp.pad(
             x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)), constant_values=-jnp.inf
         )
-    return _max_of_windows(whole_windows(x), rectify)
+    return _max_of_windows(crop_to_even(x), rectify)
 
 
-def whole_windows(x: Array) -> Array:
+def crop_to_even(x: Array) -> Array:
     """Without the last row or column of an odd side."""
     return x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2]
 
@@ -67,7 +67,7 @@ def _max_of_windows(x: Array, rectify: bool) -> Array:
     return (jnp.maximum(y, 0) if rectify else y).astype(x.dtype)
 
 
-def maxima(x: Array, rectify: bool) -> tuple[Array, Array]:
+def max_pool_fwd(x: Array, rectify: bool) -> tuple[Array, Array]:
     """The maxima, (N, H // 2, W // 2, C), and a byte for each: a bit is set where that pixel is it, and a ReLU lets it pass."""
     y = _max_of_windows(x, rectify)
     passes = (y > 0) | (not rectify)
@@ -77,8 +77,8 @@ def maxima(x: Array, rectify: bool) -> tuple[Array, Array]:
     return lax.optimization_barrier((y, functools.reduce(jnp.bitwise_or, bits)))
 
 
-def max_gradient(rectify: bool, bits: Array, g: Array) -> tuple[Array]:
-    """(N, h, w, C) -> (N, 2 h, 2 w, C), the gradient of `maxima`."""
+def max_pool_bwd(rectify: bool, bits: Array, g: Array) -> tuple[Array]:
+    """(N, h, w, C) -> (N, 2 h, 2 w, C), the gradient of `max_pool_fwd`."""
     bits = lax.stop_gradient(bits)  # for second derivatives: jax has none of whole numbers
     share = g / jnp.maximum(lax.population_count(bits), 1).astype(g.dtype)
     place = jnp.arange(4, dtype=jnp.uint8).reshape(1, 1, 2, 1, 2, 1)
@@ -87,16 +87,16 @@ def max_gradient(rectify: bool, bits: Array, g: Array) -> tuple[Array]:
     return (jnp.where(here == 1, share[:, :, None, :, None], 0).reshape(n, 2 * h, 2 * w, c),)
 
 
-_max_of_windows.defvjp(maxima, max_gradient)
+_max_of_windows.defvjp(max_pool_fwd, max_pool_bwd)
 
 
 def avg_pool(x: Array) -> Array:
     """(N, H, W, C) -> (N, H // 2, W // 2, C): the mean of each 2x2 window; of an odd side the last row or column is left out."""
     n, h, w, c = x.shape
-    return whole_windows(x).reshape(n, h // 2, 2, w // 2, 2, c).mean((2, 4))
+    return crop_to_even(x).reshape(n, h // 2, 2, w // 2, 2, c).mean((2, 4))
 
 
-def pooled(there: Array, ceil: bool = False) -> Array:
+def pool_mask(there: Array, ceil: bool = False) -> Array:
     """bool (N, H, W, 1) -> (N, H // 2, W // 2, 1): where an image, that fills an array only where it is `there`, has a value once pooled.
 
     That is where all of a 2x2 window is the image's, or with `ceil` any of it.

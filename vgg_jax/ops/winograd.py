@@ -55,7 +55,7 @@ def _blocks(shape: Sequence[int], tiles: int) -> _Blocks:
     return _Blocks(-(-n // groups), groups, -(-rows // strips), strips, columns)
 
 
-def _combine(matrix: np.ndarray, planes: Sequence[Array], axis: int) -> Array:
+def _apply_matrix(matrix: np.ndarray, planes: Sequence[Array], axis: int) -> Array:
     """Each row of a small matrix as a sum of scaled planes, stacked.
 
     Each with at most three axes: with four, LLVM takes ten times as long to compile some shapes.
@@ -79,27 +79,27 @@ def _input_tiles(x: Array) -> Array:
     """(n, 4 rows + 2, 4 columns + 2, C) -> (36, tiles, C): the 6x6 windows at every fourth pixel, transformed."""
     n, h, w, c = x.shape
     x = x.reshape(n, h, w * c)
-    x = _combine(_BT, [x[:, i : i + h - 5 : 4] for i in range(6)], 0).reshape(6, -1, w, c)
-    return _combine(_BT, [x[:, :, j : j + w - 5 : 4] for j in range(6)], 1).reshape(36, -1, c)
+    x = _apply_matrix(_BT, [x[:, i : i + h - 5 : 4] for i in range(6)], 0).reshape(6, -1, w, c)
+    return _apply_matrix(_BT, [x[:, :, j : j + w - 5 : 4] for j in range(6)], 1).reshape(36, -1, c)
 
 
 def _output_image(tiles: Array, n: int, rows: int, columns: int) -> Array:
     """(36, tiles, K) -> (n, 4 rows, 4 columns, K)"""
     k = tiles.shape[-1]
     tiles = tiles.reshape(6, 6, n * rows, columns * k)
-    y = _combine(_AT, list(tiles), 2).reshape(6, -1, columns, k)  # (6, n · 4 rows, columns, K)
-    return _combine(_AT, list(y), 2).reshape(n, 4 * rows, 4 * columns, k)
+    y = _apply_matrix(_AT, list(tiles), 2).reshape(6, -1, columns, k)  # (6, n · 4 rows, columns, K)
+    return _apply_matrix(_AT, list(y), 2).reshape(n, 4 * rows, 4 * columns, k)
 
 
 def _gradient_tiles(g: Array) -> Array:
     """(n, 4 rows, 4 columns, K) -> (36, tiles, K): the transpose of `_output_image`."""
     n, h, w, k = g.shape
     g = g.reshape(n * h // 4, 4, w * k)
-    g = _combine(_AT.T, [g[:, i] for i in range(4)], 0).reshape(6, -1, w // 4, 4, k)
-    return _combine(_AT.T, [g[:, :, :, j] for j in range(4)], 1).reshape(36, -1, k)
+    g = _apply_matrix(_AT.T, [g[:, i] for i in range(4)], 0).reshape(6, -1, w // 4, 4, k)
+    return _apply_matrix(_AT.T, [g[:, :, :, j] for j in range(4)], 1).reshape(36, -1, k)
 
 
-def _cut(x: Array, blocks: _Blocks, halo: int) -> Callable[[Array], Array]:
+def _block_reader(x: Array, blocks: _Blocks, halo: int) -> Callable[[Array], Array]:
     """A function from a block's number to it, (images, 4 rows + 2 halo, 4 columns + 2 halo, C), zeros where the maps (N, H, W, C) end."""
     images, groups, rows, strips, columns = blocks
     n, h, w, c = x.shape
@@ -145,7 +145,10 @@ def convolve(
     n, h, w, _ = x.shape
     blocks = _blocks(x.shape, _TILES)
     images, groups, rows, strips, columns = blocks
-    block, others = _cut(x, blocks, halo=1), [_cut(other, blocks, halo=0) for other in beside]
+    block, others = (
+        _block_reader(x, blocks, halo=1),
+        [_block_reader(other, blocks, halo=0) for other in beside],
+    )
 
     def one(number: Array) -> Any:
         y = _output_image(
@@ -166,7 +169,7 @@ def kernel_gradient(x: Array, g: Array) -> Array:
     """(N, H, W, C) and the gradient (N, H, W, K) of its convolution with a 3x3 kernel -> (3, 3, C, K), of at least float32."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
     blocks = _blocks(x.shape, max(_TILES, _GRADIENT_VALUES // 16 // x.shape[-1]))
-    inputs, gradients = _cut(x, blocks, halo=1), _cut(g, blocks, halo=0)
+    inputs, gradients = _block_reader(x, blocks, halo=1), _block_reader(g, blocks, halo=0)
 
     def add(total: Array, number: Array) -> tuple[Array, None]:
         tiles, gradient_tiles = _input_tiles(inputs(number)), _gradient_tiles(gradients(number))

@@ -21,11 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vgg_jax.errors import InputError, one_line
+from vgg_jax.errors import InputError, single_line
 from vgg_jax.model import VGG, build_model
-from vgg_jax.paths import is_remote, path_of
-from vgg_jax.runs.files import sync
-from vgg_jax.runs.metadata import read_run
+from vgg_jax.paths import is_remote, to_path
+from vgg_jax.runs.files import fsync
+from vgg_jax.runs.metadata import load_run
 
 try:
     import orbax.checkpoint as ocp
@@ -35,8 +35,8 @@ except ImportError as error:
     ) from error
 
 
-STORE_TRIES = 3  # to save in an object store, which fails at times
-KEPT = 2  # checkpoints: the one before the newest, should that one be damaged
+MAX_RETRIES = 3  # to save in an object store, which fails at times
+MAX_TO_KEEP = 2  # checkpoints: the one before the newest, should that one be damaged
 # What may be otherwise the next time, and says nothing about the files.
 _PASSING_ERRNOS = {
     errno.EACCES,
@@ -49,25 +49,25 @@ _PASSING_ERRNOS = {
 }
 
 
-class NotSavedError(Exception):
+class CheckpointSaveError(Exception):
     """A checkpoint could not be written; those before it are as they were."""
 
 
-def load(workdir: str | os.PathLike) -> tuple[VGG, dict[str, Any], dict[str, Any]]:
+def load_best(workdir: str | os.PathLike) -> tuple[VGG, dict[str, Any], dict[str, Any]]:
     """The network of a run at its best validation accuracy: `(model, variables, metadata)`.
 
     `model.apply(variables, images)` gives logits, for images as `metadata["preprocessing"]` says. `metadata` has the `config`, `net`,
     `flip` (whether it was trained with mirror images), `classes`, `preprocessing`, `epoch` (from 1) and `validation` (loss, errors,
     count). Raises InputError where there is no such run.
     """
-    run = read_run(path_of(workdir))
+    run = load_run(to_path(workdir))
     model = build_model(run.config, len(run.classes))
     images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), "float32")
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
-    folder = path_of(workdir) / "best"
+    folder = to_path(workdir) / "best"
     restored = None
     if folder.is_dir():
-        with Saved(folder, read_only=True) as best:
+        with CheckpointStore(folder, read_only=True) as best:
             restored = best.restore(dict(shapes))
     if restored is None:
         raise InputError(
@@ -95,11 +95,11 @@ def load(workdir: str | os.PathLike) -> tuple[VGG, dict[str, Any], dict[str, Any
     return model, variables, known | progress
 
 
-class DamageError(ValueError):
+class CorruptCheckpointError(ValueError):
     """What a checkpoint holds is not what was written."""
 
 
-class Saved:
+class CheckpointStore:
     """A folder of checkpoints, each a tree of arrays with a JSON object; the newest two are kept."""
 
     def __init__(self, folder: Path, read_only: bool = False) -> None:
@@ -123,7 +123,7 @@ class Saved:
                 else {}
             )
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=KEPT,
+                max_to_keep=MAX_TO_KEEP,
                 create=False,
                 enable_async_checkpointing=False,
                 read_only=read_only,
@@ -141,21 +141,21 @@ class Saved:
     def save(self, step: int, arrays: Any, progress: dict[str, Any]) -> None:
         """Saves what a run holds at a step, unless it is there: the same run came to the same step.
 
-        Raises NotSavedError where it cannot be written: the disk is full, for example.
+        Raises CheckpointSaveError where it cannot be written: the disk is full, for example.
         """
         if step in self._manager.all_steps():
             return
-        for _ in range(STORE_TRIES - 1 if is_remote(self._folder) else 0):
+        for _ in range(MAX_RETRIES - 1 if is_remote(self._folder) else 0):
             try:
                 return self._save(step, arrays, progress)
-            except NotSavedError:
+            except CheckpointSaveError:
                 time.sleep(1)
         self._save(step, arrays, progress)
 
     def _save(self, step: int, arrays: Any, progress: dict[str, Any]) -> None:
         items = ocp.args.Composite(
             arrays=ocp.args.StandardSave(arrays),
-            progress=ocp.args.JsonSave(_sealed(arrays, progress)),
+            progress=ocp.args.JsonSave(_with_checksums(arrays, progress)),
         )
         path = self._folder / str(step)
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
@@ -168,7 +168,7 @@ class Saved:
             self._manager.save(step, args=items, force=True)
             if not is_remote(path):
                 for each in (*path.rglob("*"), path, self._folder, self._folder.parent):
-                    sync(each)
+                    fsync(each)
         except Exception as error:
             told = isinstance(error, OSError) or "Error writing" in str(
                 error
@@ -186,7 +186,9 @@ class Saved:
                     else:
                         shutil.rmtree(part, ignore_errors=True)
                 self._manager.reload()
-            raise NotSavedError(f"cannot save to {self._folder} ({one_line(error)})") from error
+            raise CheckpointSaveError(
+                f"cannot save to {self._folder} ({single_line(error)})"
+            ) from error
 
     def restore(self, shapes: Any) -> tuple[Any, dict[str, Any]] | None:
         """The newest checkpoint that is whole, its arrays those of the shapes given, on the host, or None where there is none.
@@ -203,13 +205,13 @@ class Saved:
             try:
                 found = self._read(step, shapes)
             except Exception as error:  # of files that are cut, changed or missing orbax makes any, Exception itself among them
-                if _is_passing(error) or (
-                    is_remote(self._folder) and not isinstance(error, DamageError)
+                if _is_transient(error) or (
+                    is_remote(self._folder) and not isinstance(error, CorruptCheckpointError)
                 ):
                     raise InputError(
-                        f"the checkpoint {self._folder / str(step)} cannot be read now ({one_line(error)}): try again"
+                        f"the checkpoint {self._folder / str(step)} cannot be read now ({single_line(error)}): try again"
                     ) from error
-                damaged[step] = one_line(error)
+                damaged[step] = single_line(error)
                 continue
             for other, reason in damaged.items():
                 self._set_aside(other, reason, step)
@@ -230,10 +232,10 @@ class Saved:
         )
         restored = self._manager.restore(step, args=items)
         if "checksum" not in restored.progress:
-            raise DamageError("it has no checksums, as those of earlier versions")
+            raise CorruptCheckpointError("it has no checksums, as those of earlier versions")
         progress = restored.progress["progress"]
-        if restored.progress != _sealed(restored.arrays, progress):
-            raise DamageError("its checksums are not those of what it holds")
+        if restored.progress != _with_checksums(restored.arrays, progress):
+            raise CorruptCheckpointError("its checksums are not those of what it holds")
         return restored.arrays, progress
 
     def _set_aside(self, step: int, reason: str, instead: int) -> None:
@@ -253,7 +255,7 @@ class Saved:
         for later in [each for each in self._manager.all_steps() if each > step]:
             self._manager.delete(later)
 
-    def __enter__(self) -> "Saved":
+    def __enter__(self) -> "CheckpointStore":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -263,17 +265,17 @@ class Saved:
         self._manager.close()
 
 
-def _sealed(arrays: Any, progress: dict[str, Any]) -> dict[str, Any]:
+def _with_checksums(arrays: Any, progress: dict[str, Any]) -> dict[str, Any]:
     """`progress` with the type, the shape and the checksum of each array, and one of all that."""
     seals = {
-        jax.tree_util.keystr(path): _seal(leaf)
+        jax.tree_util.keystr(path): _checksum(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(arrays)
     }
     content = {"progress": progress, "arrays": seals}
     return content | {"checksum": zlib.crc32(json.dumps(content, sort_keys=True).encode())}
 
 
-def _seal(array: np.ndarray) -> list[Any]:
+def _checksum(array: np.ndarray) -> list[Any]:
     array = np.ascontiguousarray(array)
     return [str(array.dtype), list(array.shape), zlib.crc32(array.reshape(-1).view(np.uint8).data)]
 
@@ -294,7 +296,7 @@ def _unfinished_reads_ignored() -> Iterator[None]:
         sys.unraisablehook = before
 
 
-def _is_passing(error: BaseException) -> bool:
+def _is_transient(error: BaseException) -> bool:
     return (isinstance(error, OSError) and error.errno in _PASSING_ERRNOS) or any(
         each in str(error)
         for each in (

@@ -20,7 +20,7 @@ UNSUPPORTED_ERRNOS = {
 
 
 @contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[None]:
+def workdir_lock(workdir: Path) -> Iterator[None]:
     """The workdir, made if it is not there, for one process at a time.
 
     Raises InputError where another one has it, or it cannot be written to. The lock ends with its process, however that ends. In an object
@@ -31,7 +31,7 @@ def locked(workdir: Path) -> Iterator[None]:
         return
     made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
     path = workdir / "lock"
-    with _writing(workdir):
+    with translate_write_errors(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         file = path.open("w")
     with file:
@@ -71,7 +71,7 @@ def _lock(file: IO) -> None:
 
 
 @contextlib.contextmanager
-def _writing(workdir: Path) -> Iterator[None]:
+def translate_write_errors(workdir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -80,7 +80,7 @@ def _writing(workdir: Path) -> Iterator[None]:
         ) from error
 
 
-def sync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Has the system write a file, or a folder's list of files, to the disk."""
     if os.name != "posix" or is_remote(
         path
@@ -96,7 +96,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def atomic_write(path: Path, content: bytes) -> None:
     """Replaces a file in one step: a reader, or a killed writer, never leaves half of it."""
     if is_remote(path):  # an object appears when it is whole
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,4 +108,4 @@ def write_whole(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    sync(path.parent)
+    fsync(path.parent)

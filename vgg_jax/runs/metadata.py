@@ -5,26 +5,26 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vgg_jax.configs.colours import Statistics
+from vgg_jax.configs.colours import ColourStatistics
 from vgg_jax.configs.train import TrainConfig
 from vgg_jax.errors import InputError
-from vgg_jax.paths import is_remote, path_of
-from vgg_jax.runs.files import _writing, write_whole
+from vgg_jax.paths import is_remote, to_path
+from vgg_jax.runs.files import atomic_write, translate_write_errors
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class RunMetadata:
     """What a run is besides its parameters: all that using the net later needs to know, and all that its course depends on."""
 
     config: TrainConfig
     classes: tuple[str, ...]
-    colours: Statistics
+    colours: ColourStatistics
     storage: str  # of the training images
     train_size: int
     validation_size: int
 
 
-def begun_run(workdir: Path) -> Run | None:
+def load_existing_run(workdir: Path) -> RunMetadata | None:
     """The run that the workdir holds a checkpoint of, if any.
 
     Raises InputError for a run.json that cannot be read, and where epochs were done and there is nothing to go on from.
@@ -38,7 +38,7 @@ def begun_run(workdir: Path) -> Run | None:
         )
     # A run that was stopped, or ran out of memory, before its first checkpoint left nothing but its name.
     saved = last or has_checkpoint(workdir / "best")
-    run = read_run(workdir) if saved or (workdir / "run.json").exists() else None
+    run = load_run(workdir) if saved or (workdir / "run.json").exists() else None
     return run if saved else None
 
 
@@ -55,13 +55,13 @@ def has_checkpoint(folder: Path) -> bool:
     )
 
 
-def begin_run(workdir: Path, run: Run) -> None:
+def create_run(workdir: Path, run: RunMetadata) -> None:
     """Writes run.json. Raises InputError for a folder that cannot be written to."""
-    with _writing(workdir):
-        write_whole(workdir / "run.json", (json.dumps(as_json(run), indent=1) + "\n").encode())
+    with translate_write_errors(workdir):
+        atomic_write(workdir / "run.json", (json.dumps(as_json(run), indent=1) + "\n").encode())
 
 
-def refuse_another(workdir: Path, begun: Run, run: Run) -> None:
+def check_same_run(workdir: Path, begun: RunMetadata, run: RunMetadata) -> None:
     """Raises InputError, with the differences, where the run that was begun in the workdir is not this one."""
     old, new = _flat(as_json(begun)), _flat(as_json(run))
     differences = [
@@ -75,9 +75,9 @@ def refuse_another(workdir: Path, begun: Run, run: Run) -> None:
         )
 
 
-def read_run(workdir: Path) -> Run:
+def load_run(workdir: Path) -> RunMetadata:
     """Raises InputError where there is no run, or none that can be read."""
-    path = path_of(workdir) / "run.json"
+    path = to_path(workdir) / "run.json"
     try:
         return from_json(json.loads(path.read_text()))
     except FileNotFoundError as error:
@@ -91,21 +91,23 @@ def read_run(workdir: Path) -> Run:
         ) from error
 
 
-def from_json(content: dict[str, Any]) -> Run:
+def from_json(content: dict[str, Any]) -> RunMetadata:
     """The run that `as_json` made this JSON object of. Raises one of many errors for another."""
     rest = dict(content)
     config = TrainConfig(**{name: _tuples(value) for name, value in rest.pop("config").items()})
-    colours = Statistics(**{name: _tuples(value) for name, value in rest.pop("colours").items()})
-    run = Run(config, tuple(rest.pop("classes")), colours, **rest)
+    colours = ColourStatistics(
+        **{name: _tuples(value) for name, value in rest.pop("colours").items()}
+    )
+    run = RunMetadata(config, tuple(rest.pop("classes")), colours, **rest)
     _check_types(run)
     return run
 
 
-def as_json(run: Run) -> dict[str, Any]:
+def as_json(run: RunMetadata) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(run)))
 
 
-def _check_types(run: Run) -> None:
+def _check_types(run: RunMetadata) -> None:
     """Raises TypeError: what a stranger wrote may be anything."""
     colours = (run.colours.mean_rgb, run.colours.eigenvalues, *run.colours.eigenvectors)
     triples = len(colours) == 5 and all(isinstance(row, tuple) and len(row) == 3 for row in colours)

@@ -5,7 +5,7 @@ import platform
 import warnings
 
 
-def keep_compiled_programs() -> None:
+def enable_compilation_cache() -> None:
     """Lets the next start find what this one compiles, in $JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
     # jaxlib 0.10 writes an error of two kilobytes for each program that it finds, over a preference of LLVM's. What fails is raised.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

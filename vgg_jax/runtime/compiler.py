@@ -19,7 +19,7 @@ def compiler_options(
     long to compile, and faster by a tenth (dense evaluation with net A, 4 photos, AVX-512: 0.58 s -> 0.53 s). LLVM's expensive passes
     are a third of what would be left to compile, and gain nothing.
 
-    For a net that computes in the `dtype` bfloat16 convolutions and products are oneDNN's, where `convolves_bfloat16`. Such programs
+    For a net that computes in the `dtype` bfloat16 convolutions and products are oneDNN's, where `has_onednn_bfloat16`. Such programs
     jaxlib 0.12 cannot write to jax's compilation cache, which warns of it; so float32 has none of them.
     """
     if jax.default_backend() != "cpu":
@@ -29,19 +29,19 @@ def compiler_options(
         if thorough
         else {"xla_backend_optimization_level": 1}
     )
-    if dtype == jnp.bfloat16 and convolves_bfloat16():
-        return {**_ONEDNN, **llvm}
+    if dtype == jnp.bfloat16 and has_onednn_bfloat16():
+        return {**_ONEDNN_OPTIONS, **llvm}
     return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT", **llvm}
 
 
-_ONEDNN: dict[str, str | int | bool] = {
+_ONEDNN_OPTIONS: dict[str, str | int | bool] = {
     "xla_cpu_experimental_ynn_fusion_type": "",
     "xla_cpu_experimental_onednn_custom_call": True,
 }
 
 
 @functools.cache
-def convolves_bfloat16() -> bool:
+def has_onednn_bfloat16() -> bool:
     """Whether XLA gives a bfloat16 convolution to oneDNN here: jaxlib 0.12 does, on a CPU that has instructions for them.
 
     Tried by compiling one, once; the processes of a run have to answer alike, or to compute in float32.
@@ -56,5 +56,5 @@ def convolves_bfloat16() -> bool:
         layout = ("NHWC", "HWIO", "NHWC")
         return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=layout)
 
-    compiled = jax.jit(convolve, compiler_options=_ONEDNN).lower(x, kernel).compile()
+    compiled = jax.jit(convolve, compiler_options=_ONEDNN_OPTIONS).lower(x, kernel).compile()
     return "__onednn$convolution" in (compiled.as_text() or "")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[threading.Event]:
+def graceful_stop() -> Iterator[threading.Event]:
     """An event that the first SIGINT or SIGTERM sets; the second one acts as it always does."""
     stop = threading.Event()
     if (
@@ -37,7 +37,7 @@ def stop_signals() -> Iterator[threading.Event]:
         restore()
 
 
-def hear_second_signal() -> None:
+def exit_on_second_signal() -> None:
     """Ends this process at once by a second SIGINT or SIGTERM, whatever it is in.
 
     Python's own handlers wait for a call of XLA's to return, which may take minutes, and of two signals meanwhile hear one.

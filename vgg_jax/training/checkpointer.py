@@ -15,23 +15,27 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from vgg_jax.distributed.multihost import is_first, said_by_first, sent_by_first
-from vgg_jax.distributed.sharding import host_copy, place
-from vgg_jax.errors import one_line
+from vgg_jax.distributed.multihost import (
+    broadcast_from_main,
+    is_main_process,
+    run_on_main_and_broadcast,
+)
+from vgg_jax.distributed.sharding import put_global, to_host
+from vgg_jax.errors import single_line
 from vgg_jax.paths import is_remote
-from vgg_jax.runs.checkpoint import NotSavedError, Saved
-from vgg_jax.runs.files import write_whole
+from vgg_jax.runs.checkpoint import CheckpointSaveError, CheckpointStore
+from vgg_jax.runs.files import atomic_write
 from vgg_jax.training.step import TrainState
 
 
-class Best(NamedTuple):
+class BestInfo(NamedTuple):
     """What is to be known of a state that is the best so far, besides its variables."""
 
     epoch: int
     validation: dict[str, Any]
 
 
-class Saving:
+class Checkpointer:
     """Saves a run while it trains on: what is to be saved is copied, and a thread writes the copies, one save after the other.
 
     A save that fails is warned of and is in `failed` until another one succeeds; the best net is owed until then.
@@ -39,25 +43,27 @@ class Saving:
     """
 
     def __init__(self, workdir: Path) -> None:
-        self._files: tuple[Saved, ...] = (
-            (Saved(workdir / "last"), Saved(workdir / "best")) if is_first() else ()
+        self._files: tuple[CheckpointStore, ...] = (
+            (CheckpointStore(workdir / "last"), CheckpointStore(workdir / "best"))
+            if is_main_process()
+            else ()
         )
-        self.failed: NotSavedError | None = None
+        self.failed: CheckpointSaveError | None = None
         self._workdir = workdir
         self._owed: tuple[int, Any, dict[str, Any]] | None = None
         self._thread = ThreadPoolExecutor(1, "saving")
         self._writing: Future[None] | None = None
 
     def save(
-        self, step: int, state: TrainState, progress: dict[str, Any], best: Best | None = None
+        self, step: int, state: TrainState, progress: dict[str, Any], best: BestInfo | None = None
     ) -> None:
         """Of a state on the devices, a JSON object that begins with the `history`, and, if it is the best so far, what is known of it."""
         self.wait()  # one copy at a time
         copied = jax.tree.map(_to_host, state)
-        if not is_first():  # which has given its share
+        if not is_main_process():  # which has given its share
             return
         if best is not None:
-            self._owed = best.epoch, variables_of(copied), best._asdict()
+            self._owed = best.epoch, model_variables(copied), best._asdict()
         self._writing = self._thread.submit(self._write, step, copied, progress)
 
     def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
@@ -65,44 +71,46 @@ class Saving:
         found: list[Any] = []
 
         def read() -> dict[str, Any] | None:
-            found.extend(self._files[0].restore(shapes_of(state)) or (None, None))
+            found.extend(self._files[0].restore(abstract_state(state)) or (None, None))
             return found[1]
 
-        progress = said_by_first(read)
+        progress = run_on_main_and_broadcast(read)
         if progress is None:
             return None
         arrays = (
             found[0]
             if found
-            else jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes_of(state))
+            else jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract_state(state))
         )
         return jax.tree.map(
-            lambda array, like: _to_devices(sent_by_first(array), like), arrays, state
+            lambda array, like: _to_devices(broadcast_from_main(array), like), arrays, state
         ), progress
 
     def has_best(self, state: TrainState) -> bool:
         """Whether there is a best net that is whole."""
-        return said_by_first(lambda: self._files[1].restore(variables_of(state)) is not None)
+        return run_on_main_and_broadcast(
+            lambda: self._files[1].restore(model_variables(state)) is not None
+        )
 
     def forget_best_after(self, epoch: int) -> None:
-        if is_first():
+        if is_main_process():
             self._files[1].drop_after(epoch)
 
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
         """Where that fails the next save says so."""
-        if is_first():
-            with contextlib.suppress(NotSavedError):
+        if is_main_process():
+            with contextlib.suppress(CheckpointSaveError):
                 write_metrics(self._workdir, history)
 
     def finish(self) -> None:
-        """Waits until all is written. Raises NotSavedError in all processes where the end is not."""
+        """Waits until all is written. Raises CheckpointSaveError in all processes where the end is not."""
 
         def reason() -> str | None:
             self.wait()
             return str(self.failed) if self.failed else None
 
-        if failed := said_by_first(reason):
-            raise NotSavedError(failed)
+        if failed := run_on_main_and_broadcast(reason):
+            raise CheckpointSaveError(failed)
 
     def wait(self) -> None:
         """Until all is written that can be."""
@@ -116,7 +124,7 @@ class Saving:
             self._files[0].save(step, state, progress)
             write_metrics(self._workdir, progress["history"])
             self.failed = None
-        except NotSavedError as error:
+        except CheckpointSaveError as error:
             self.failed = error
             print(
                 f"warning: {error}; what was saved before is still there",
@@ -129,7 +137,7 @@ class Saving:
             self._files[1].save(*self._owed)
         self._owed = None
 
-    def __enter__(self) -> "Saving":
+    def __enter__(self) -> "Checkpointer":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -139,7 +147,7 @@ class Saving:
         try:
             self.wait()
             self._pay()
-        except NotSavedError as error:
+        except CheckpointSaveError as error:
             print(f"warning: {error}", file=sys.stderr, flush=True)
         finally:
             self._thread.shutdown()
@@ -148,38 +156,42 @@ class Saving:
 
 
 def write_metrics(workdir: Path, history: list[dict[str, Any]]) -> None:
-    """metrics.jsonl, a line an epoch, all anew. Raises NotSavedError."""
+    """metrics.jsonl, a line an epoch, all anew. Raises CheckpointSaveError."""
     path = workdir / "metrics.jsonl"
     try:
-        write_whole(path, "".join(json.dumps(record) + "\n" for record in history).encode())
+        atomic_write(path, "".join(json.dumps(record) + "\n" for record in history).encode())
     except Exception as error:
         if not (isinstance(error, OSError) or is_remote(path)):
             raise
-        raise NotSavedError(f"cannot write to {path} ({one_line(error)})") from error
+        raise CheckpointSaveError(f"cannot write to {path} ({single_line(error)})") from error
 
 
-def shapes_of(state: TrainState) -> Any:
+def abstract_state(state: TrainState) -> Any:
     """What is saved of a state: its key as plain numbers."""
     return jax.eval_shape(lambda: dataclasses.replace(state, key=jax.random.key_data(state.key)))
 
 
 def _to_host(array: jax.Array) -> np.ndarray | None:
     """In memory of its own, for the first process: the next step reuses the array's."""
-    return host_copy(jax.random.key_data(array) if _is_key(array) else array, wanted=is_first())
+    return to_host(
+        jax.random.key_data(array) if _is_key(array) else array, wanted=is_main_process()
+    )
 
 
 def _to_devices(array: np.ndarray, like: jax.Array) -> jax.Array:
     """The opposite, placed as `like` is."""
     if _is_key(like):
-        return jax.random.wrap_key_data(place(array, like.sharding), impl=jax.random.key_impl(like))
-    return place(array, like.sharding)
+        return jax.random.wrap_key_data(
+            put_global(array, like.sharding), impl=jax.random.key_impl(like)
+        )
+    return put_global(array, like.sharding)
 
 
 def _is_key(array: jax.Array) -> bool:
     return jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key)
 
 
-def variables_of(state: TrainState) -> dict[str, Any]:
+def model_variables(state: TrainState) -> dict[str, Any]:
     """What the net of a state is applied with: `params`, and with batch normalisation `batch_stats`."""
     return {"params": state.params} | (
         {"batch_stats": state.batch_stats} if state.batch_stats else {}

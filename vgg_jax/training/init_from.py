@@ -6,13 +6,13 @@ from typing import Any
 import jax
 
 from vgg_jax.configs.train import TrainConfig
-from vgg_jax.distributed.sharding import place
+from vgg_jax.distributed.sharding import put_global
 from vgg_jax.errors import InputError
-from vgg_jax.model import FROM_A, VGG, init_from
+from vgg_jax.model import PAPER_INIT_LAYERS, VGG, copy_matching_layers
 from vgg_jax.training.step import TrainState
 
 
-def start_from(
+def init_from_pretrained(
     source: tuple[VGG, dict[str, Any], dict[str, Any]],
     config: TrainConfig,
     state: TrainState,
@@ -24,14 +24,18 @@ def start_from(
     """
     model, variables, metadata = source
     same = model.config.stages == config.vgg.stages
-    layers = tuple(state.params) if same else FROM_A
-    params, copied = init_from(variables["params"], state.params, layers)
-    batch_stats, _ = init_from(variables.get("batch_stats", {}), state.batch_stats, copied)
+    layers = tuple(state.params) if same else PAPER_INIT_LAYERS
+    params, copied = copy_matching_layers(variables["params"], state.params, layers)
+    batch_stats, _ = copy_matching_layers(
+        variables.get("batch_stats", {}), state.batch_stats, copied
+    )
     if not copied:
         raise InputError(
             f"no layer of {config.init_from} fits {config.net}: expected layers of equal names and shapes; pass another --init-from"
         )
-    print(said_of_start(config.init_from, variables["params"], state.params, copied), flush=True)
+    print(
+        describe_transfer(config.init_from, variables["params"], state.params, copied), flush=True
+    )
     mean = metadata["preprocessing"]["mean_rgb"]
     if any(abs(theirs - ours) > 1 for theirs, ours in zip(mean, mean_rgb, strict=True)):
         means = [", ".join(f"{value:.2f}" for value in each) for each in (mean, mean_rgb)]
@@ -41,14 +45,14 @@ def start_from(
         )
     old_ones = {"params": state.params, "batch_stats": state.batch_stats}
     placed = jax.tree.map(
-        lambda new, old: new if new is old else place(new, old.sharding),
+        lambda new, old: new if new is old else put_global(new, old.sharding),
         {"params": params, "batch_stats": batch_stats},
         old_ones,
     )
     return dataclasses.replace(state, **placed)
 
 
-def said_of_start(source: str | None, there: Any, here: Any, copied: tuple[str, ...]) -> str:
+def describe_transfer(source: str | None, there: Any, here: Any, copied: tuple[str, ...]) -> str:
     """What came, what is new, with the shapes of a kernel that did not fit, and what was left."""
     new = []
     for name in (name for name in here if name not in copied):

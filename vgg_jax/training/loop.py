@@ -17,57 +17,57 @@ import numpy as np
 from tqdm import tqdm
 
 from vgg_jax.configs.colours import IMAGENET
-from vgg_jax.configs.presets import with_learning_rate
-from vgg_jax.configs.train import MOST_HALVINGS, ON_NAN, SAVE_SECONDS, TrainConfig
+from vgg_jax.configs.presets import resolve_learning_rate
+from vgg_jax.configs.train import MAX_LR_HALVINGS, ON_NAN, SAVE_SECONDS, TrainConfig
 from vgg_jax.data import (
-    Source,
-    batches_per_epoch,
-    cached,
+    DataSource,
+    cache_in_memory,
     eval_batches,
-    measure,
-    open_splits,
+    measure_colours,
+    open_train_val,
     split_names,
+    steps_per_epoch,
     train_batches,
 )
 from vgg_jax.distributed.multihost import (
-    Agreement,
-    Alarm,
-    any_of_all,
-    is_first,
-    lost_are_named,
-    refuse_differences,
-    said_by_first,
+    StepSynchronizer,
+    Watchdog,
+    any_process,
+    assert_same_on_all,
+    is_main_process,
+    run_on_main_and_broadcast,
+    translate_lost_peer,
 )
 from vgg_jax.distributed.sharding import (
     DATA,
     DATA_PARALLEL,
-    Layout,
+    MeshConfig,
+    local_rows,
     make_mesh,
-    put_batch,
-    rows_here,
+    shard_batch,
 )
 from vgg_jax.errors import InputError
-from vgg_jax.metrics import Sums, merge
+from vgg_jax.metrics import MetricSums, merge
 from vgg_jax.model import build_model
-from vgg_jax.paths import path_of
-from vgg_jax.runs.checkpoint import NotSavedError
-from vgg_jax.runs.files import locked
+from vgg_jax.paths import to_path
+from vgg_jax.runs.checkpoint import CheckpointSaveError
+from vgg_jax.runs.files import workdir_lock
 from vgg_jax.runs.metadata import (
-    Run,
+    RunMetadata,
     as_json,
-    begin_run,
-    begun_run,
+    check_same_run,
+    create_run,
     from_json,
     has_checkpoint,
-    refuse_another,
+    load_existing_run,
 )
-from vgg_jax.runtime.signals import stop_signals
-from vgg_jax.training.checkpointer import Best, Saving
-from vgg_jax.training.init_from import start_from
+from vgg_jax.runtime.signals import graceful_stop
+from vgg_jax.training.checkpointer import BestInfo, Checkpointer
+from vgg_jax.training.init_from import init_from_pretrained
 from vgg_jax.training.nan_check import first_nonfinite
-from vgg_jax.training.optimizer import learning_rate, set_learning_rate, sgd
-from vgg_jax.training.report import advice, epoch_record, line, stuck
-from vgg_jax.training.step import TrainState, compile_steps, init_state
+from vgg_jax.training.optimizer import next_epoch_lr, set_learning_rate, sgd
+from vgg_jax.training.report import at_chance_hint, epoch_record, format_epoch, is_at_chance
+from vgg_jax.training.step import TrainState, init_state, jit_steps
 from vgg_jax.weights import load
 
 
@@ -83,15 +83,15 @@ class DivergedError(Exception):
         self.stop = stop  # what a signal sets, also while what was to be saved is written
 
 
-class InFlight(NamedTuple):
+class PendingStep(NamedTuple):
     """A batch whose step is in progress: the host reads its sums when the next one is on its way."""
 
-    sums: Sums
+    sums: MetricSums
     number: int
     examples: np.ndarray  # their indices, int64 (N,)
 
 
-class Outcome(NamedTuple):
+class FitResult(NamedTuple):
     """How a run stands: a record for each epoch that is done, and whether it was stopped before its end."""
 
     history: list[dict[str, Any]]
@@ -99,14 +99,14 @@ class Outcome(NamedTuple):
 
 
 @dataclasses.dataclass
-class Progress:
+class LoopState:
     """How far a run has come: what a checkpoint says besides its arrays."""
 
     history: list[dict[str, Any]]
     batch: int = 0  # how many of this epoch are done, in how many seconds, and how many of them the input was waited for
     seconds: float = 0.0
     waited: float = 0.0
-    sums: Sums = dataclasses.field(default_factory=Sums)
+    sums: MetricSums = dataclasses.field(default_factory=MetricSums)
     halvings: int = 0  # of the learning rate, after a divergence
 
 
@@ -119,8 +119,8 @@ def fit(
     save_seconds: float = SAVE_SECONDS,
     on_nan: str = "stop",
     debug_nans: bool = False,
-    layout: Layout = DATA_PARALLEL,
-) -> Outcome:
+    layout: MeshConfig = DATA_PARALLEL,
+) -> FitResult:
     """Trains a network, or goes on with the training that the workdir holds; prints a line an epoch.
 
     Each epoch is one pass over all training images; then the validation images drive the learning rate and which state is the best
@@ -128,18 +128,18 @@ def fit(
     step in hand, saved; a second one at once. The `layout` says how it is spread over the devices of all processes.
 
     Where the loss or a parameter becomes infinite or NaN, DivergedError says so, with the layer if `debug_nans`; with `on_nan` "halve" the
-    run goes back to what was saved last, with half the rate, at most `MOST_HALVINGS` times. Raises InputError for anything wrong in the
-    input, DataError for an image that cannot be read, NotSavedError where the end could not be saved: a full disk before that is warned
-    of, and training goes on. Raises LostError where another process ends.
+    run goes back to what was saved last, with half the rate, at most `MAX_LR_HALVINGS` times. Raises InputError for anything wrong in the
+    input, DataError for an image that cannot be read, CheckpointSaveError where the end could not be saved: a full disk before that is warned
+    of, and training goes on. Raises ProcessLostError where another process ends.
     """
     if on_nan not in ON_NAN:
         raise InputError(f"on_nan is {on_nan!r}: expected one of {', '.join(ON_NAN)}")
     if not save_seconds >= 0:
         raise InputError(f"save_seconds is {save_seconds}: expected 0 or more")
-    folder, halvings = path_of(workdir), 0
-    with lost_are_named(folder), contextlib.ExitStack() as stack:
-        refuse_differences({"on_nan": on_nan, "debug_nans": debug_nans})
-        said_by_first(lambda: stack.enter_context(locked(folder)))
+    folder, halvings = to_path(workdir), 0
+    with translate_lost_peer(folder), contextlib.ExitStack() as stack:
+        assert_same_on_all({"on_nan": on_nan, "debug_nans": debug_nans})
+        run_on_main_and_broadcast(lambda: stack.enter_context(workdir_lock(folder)))
         while True:
             try:
                 return _fit(
@@ -148,8 +148,8 @@ def fit(
             except DivergedError as error:
                 if (
                     on_nan == "stop"
-                    or error.halvings == MOST_HALVINGS
-                    or any_of_all(error.stop.is_set())
+                    or error.halvings == MAX_LR_HALVINGS
+                    or any_process(error.stop.is_set())
                 ):
                     raise
                 halvings = error.halvings + 1
@@ -167,27 +167,27 @@ def _fit(
     download: bool,
     save_seconds: float,
     debug_nans: bool,
-    layout: Layout,
+    layout: MeshConfig,
     halvings: int,
-) -> Outcome:
+) -> FitResult:
     mesh = make_mesh(config.microbatch or config.batch_size, layout=layout)
     alone = jax.process_count() == 1
-    begun, resumes = begun_here(workdir)
+    begun, resumes = find_existing_run(workdir)
     if begun is not None:  # what can be said now is not said after the data are read
-        refuse_another(
+        check_same_run(
             workdir,
             begun,
-            dataclasses.replace(begun, config=with_learning_rate(config, len(begun.classes))),
+            dataclasses.replace(begun, config=resolve_learning_rate(config, len(begun.classes))),
         )
     source = load(config.init_from) if config.init_from is not None and not resumes else None
     data_dir = None if data_dir is None else str(data_dir)
     # One process at a time: they may share a disk.
-    said_by_first(
+    run_on_main_and_broadcast(
         lambda: (
             len(split_names(config.data, data_dir=data_dir, download=True)) if download else None
         )
     )
-    train, validation = open_splits(
+    train, validation = open_train_val(
         config.data,
         data_dir=data_dir,
         validation_fraction=config.validation_fraction,
@@ -205,8 +205,8 @@ def _fit(
             f"skipped {len(train.skipped)} training and {len(validation.skipped)} validation files that are no images",
             flush=True,
         )
-    config = with_learning_rate(config, len(train.classes))
-    run = Run(
+    config = resolve_learning_rate(config, len(train.classes))
+    run = RunMetadata(
         config,
         train.classes,
         begun.colours if begun else IMAGENET,
@@ -214,46 +214,46 @@ def _fit(
         train.size,
         validation.size,
     )
-    refuse_differences(
+    assert_same_on_all(
         as_json(run)["config"]
         | {"data": [run.storage, run.train_size, run.validation_size], "layout": layout}
     )
     if begun is not None:
-        refuse_another(workdir, begun, run)
+        check_same_run(workdir, begun, run)
     if config.cache:
-        train, validation = cached(train, config), cached(validation, config)
+        train, validation = cache_in_memory(train, config), cache_in_memory(validation, config)
     if begun is None:
         if config.statistics == "measure":
-            measured = partial(measure, train, skip_bad=config.skip_bad)
+            measured = partial(measure_colours, train, skip_bad=config.skip_bad)
             run = from_json(
-                said_by_first(
+                run_on_main_and_broadcast(
                     lambda: as_json(dataclasses.replace(run, colours=measured().statistics))
                 )
             )
-        said_by_first(lambda: begin_run(workdir, run))
+        run_on_main_and_broadcast(lambda: create_run(workdir, run))
     colours = run.colours
 
     # From here on: a KeyboardInterrupt that is raised while JAX traces or compiles may be lost, or end in a crash.
-    with stop_signals() as stop, Saving(workdir) as saving, Alarm() as alarm:
+    with graceful_stop() as stop, Checkpointer(workdir) as saving, Watchdog() as alarm:
         model = build_model(config, len(train.classes))
-        train_step, eval_step = compile_steps(
+        train_step, eval_step = jit_steps(
             config, model, colours.mean_rgb, mesh, layout, keep_state=debug_nans
         )
         state = init_state(model, sgd(config), config.seed, mesh, layout)
-        agreement = Agreement(mesh)
+        agreement = StepSynchronizer(mesh)
 
         def to_stop(wished: bool = False) -> tuple[bool, bool]:
             """Whether all processes are to stop, and whether to save, which the first one wishes."""
             alarm.goes_on()
             return agreement.ask(stop.is_set(), wished)
 
-        per_epoch = batches_per_epoch(train, config.batch_size)
+        per_epoch = steps_per_epoch(train, config.batch_size)
         groups = mesh.shape[DATA]
         at_once = min(
             config.microbatch or config.batch_size, -(-validation.size // groups) * groups
         )
-        validation_batches = eval_batches(validation, config, at_once, rows_here(mesh, at_once))
-        now = Progress([])
+        validation_batches = eval_batches(validation, config, at_once, local_rows(mesh, at_once))
+        now = LoopState([])
 
         restored = saving.restore(state) if begun else None
         net = begun is not None and saving.has_best(
@@ -266,7 +266,7 @@ def _fit(
             )
         if restored is not None:
             state, progress = restored
-            now = Progress(**progress | {"sums": Sums(**progress["sums"])})
+            now = LoopState(**progress | {"sums": MetricSums(**progress["sums"])})
             at = (
                 f"batch {now.batch + 1} of {per_epoch}"
                 if now.batch < per_epoch
@@ -274,7 +274,7 @@ def _fit(
             )
             print(f"{workdir}: going on at epoch {len(now.history) + 1}, {at}", flush=True)
         elif source is not None:
-            state = start_from(source, config, state, colours.mean_rgb)
+            state = init_from_pretrained(source, config, state, colours.mean_rgb)
             source = None  # half a gigabyte
         if begun is not None and restored is None:
             print(f"{workdir}: there is nothing to go on from, so it starts again", flush=True)
@@ -284,15 +284,15 @@ def _fit(
         saving.write_metrics(now.history)
 
         epoch, rate = len(now.history) + 1, 0.0
-        in_flight: InFlight | None = None
-        done: InFlight | None = None  # the batch before
+        in_flight: PendingStep | None = None
+        done: PendingStep | None = None  # the batch before
 
         def diverged(
-            what: str, during: InFlight | None = None, behind: InFlight | None = None
+            what: str, during: PendingStep | None = None, behind: PendingStep | None = None
         ) -> DivergedError:
             """During the step of one batch, or by the update behind that of another."""
             places = [
-                f"{word} batch {each.number} (of {said(train, each)})"
+                f"{word} batch {each.number} (of {file_names_of(train, each)})"
                 for word, each in (("in", during), ("by the update of", behind))
                 if each
             ]
@@ -300,9 +300,9 @@ def _fit(
             text = f"{what} is not finite in epoch {epoch}{place}, at learning rate {rate:g}"
             return DivergedError(text, rate, now.halvings, stop)
 
-        def save(best: Best | None = None) -> None:
+        def save(best: BestInfo | None = None) -> None:
             # The loss that a step reports is the one before its update.
-            if not finite((state.params, state.batch_stats)):
+            if not all_finite((state.params, state.batch_stats)):
                 raise diverged("a parameter", behind=done)
             saving.save(
                 len(now.history) * (per_epoch + 1) + now.batch, state, dataclasses.asdict(now), best
@@ -313,12 +313,12 @@ def _fit(
             nonlocal done, in_flight
             if in_flight is None:
                 return
-            now.sums = add(now.sums, in_flight.sums, bar)
+            now.sums = accumulate(now.sums, in_flight.sums, bar)
             if not math.isfinite(now.sums.loss):
                 raise diverged("the loss", in_flight, done)
             done, in_flight = in_flight, None
 
-        rows = rows_here(mesh, config.batch_size)
+        rows = local_rows(mesh, config.batch_size)
         batches = iter(
             train_batches(
                 train,
@@ -331,7 +331,7 @@ def _fit(
         )
         saved_at = time.monotonic()
         while (
-            planned := learning_rate(
+            planned := next_epoch_lr(
                 config, [record["validation"]["accuracy"] for record in now.history]
             )
         ) is not None:
@@ -349,20 +349,22 @@ def _fit(
                         unreadable = error
                         break
                     now.waited += time.monotonic() - asked
-                    placed, before = on_devices(batch, mesh), state
-                    if done is in_flight is None and not compiled(train_step, before, placed, stop):
+                    placed, before = batch_to_devices(batch, mesh), state
+                    if done is in_flight is None and not compile_unless_stopped(
+                        train_step, before, placed, stop
+                    ):
                         stopping = True
                         break
                     state, step_sums = train_step(before, placed)
                     now.batch += 1
-                    if debug_nans and not finite((step_sums, state.params, state.batch_stats)):
+                    if debug_nans and not all_finite((step_sums, state.params, state.batch_stats)):
                         layer = first_nonfinite(
                             before, placed, model=model, mean_rgb=colours.mean_rgb
                         )
-                        raise diverged(layer, InFlight(step_sums, now.batch, batch["index"]))
+                        raise diverged(layer, PendingStep(step_sums, now.batch, batch["index"]))
                     settle()
-                    in_flight = InFlight(step_sums, now.batch, batch["index"])
-                    wished = is_first() and time.monotonic() - saved_at > save_seconds
+                    in_flight = PendingStep(step_sums, now.batch, batch["index"])
+                    wished = is_main_process() and time.monotonic() - saved_at > save_seconds
                     saved_at = (
                         time.monotonic() if wished else saved_at
                     )  # it is asked once; the answer may come with the next step
@@ -378,7 +380,7 @@ def _fit(
             validated = None
             if not stopping and unreadable is None:
                 try:
-                    validated = evaluate_all(
+                    validated = validate(
                         eval_step, state, validation_batches, validation, mesh, to_stop
                     )
                 except InputError as error:
@@ -392,8 +394,8 @@ def _fit(
                     save()
                     try:
                         saving.finish()
-                    except NotSavedError as failed:
-                        raise NotSavedError(
+                    except CheckpointSaveError as failed:
+                        raise CheckpointSaveError(
                             f"{unreadable}; {failed}" if unreadable else str(failed)
                         ) from failed
                     print(
@@ -402,7 +404,7 @@ def _fit(
                     )
                 if unreadable is not None:
                     raise unreadable
-                return Outcome(now.history, stopped=True)
+                return FitResult(now.history, stopped=True)
             if not math.isfinite(validated.loss):
                 raise diverged("the validation's loss", behind=done)
 
@@ -417,12 +419,12 @@ def _fit(
                 record["validation"]["accuracy"] > old["validation"]["accuracy"]
                 for old in now.history
             )
-            now = Progress([*now.history, record], halvings=now.halvings)
-            save(Best(epoch, record["validation"]) if improved else None)
+            now = LoopState([*now.history, record], halvings=now.halvings)
+            save(BestInfo(epoch, record["validation"]) if improved else None)
             saved_at = time.monotonic()
-            print(line(record), flush=True)
-            if stuck(now.history, len(train.classes)):
-                print(advice(len(train.classes)), flush=True)
+            print(format_epoch(record), flush=True)
+            if is_at_chance(now.history, len(train.classes)):
+                print(at_chance_hint(len(train.classes)), flush=True)
 
         saving.finish()
 
@@ -431,25 +433,25 @@ def _fit(
         f"done: best validation accuracy {top['validation']['accuracy']:.2%} in epoch {top['epoch']}, {workdir / 'best'}",
         flush=True,
     )
-    return Outcome(now.history, stopped=False)
+    return FitResult(now.history, stopped=False)
 
 
-def begun_here(workdir: Path) -> tuple[Run | None, bool]:
+def find_existing_run(workdir: Path) -> tuple[RunMetadata | None, bool]:
     """The run that was begun, and whether there is a checkpoint of it to go on from, as the first process finds them."""
 
     def find() -> dict[str, Any]:
-        run = begun_run(workdir)
+        run = load_existing_run(workdir)
         # Killed, or out of room, behind the first best and before what it would go on from: it starts as it did.
         return {
             "run": run and as_json(run),
             "resumes": run is not None and has_checkpoint(workdir / "last"),
         }
 
-    begun = said_by_first(find)
+    begun = run_on_main_and_broadcast(find)
     return begun["run"] and from_json(begun["run"]), begun["resumes"]
 
 
-def compiled(
+def compile_unless_stopped(
     step: Any, state: TrainState, batch: dict[str, jax.Array], stop: threading.Event
 ) -> bool:
     """Whether the step was compiled before a signal came: in a thread, since the main one would hear of none until then.
@@ -473,40 +475,40 @@ def compiled(
     return not heard()
 
 
-def said(source: Source, batch: InFlight) -> str:
+def file_names_of(source: DataSource, batch: PendingStep) -> str:
     """The names of a batch's images, the first eight of them."""
     names = [source.file_name(int(index)) for index in batch.examples if index >= 0]
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def evaluate_all(
+def validate(
     eval_step: Any,
     state: TrainState,
     batches: Any,
-    source: Source,
+    source: DataSource,
     mesh: Any,
     to_stop: Callable[[], tuple[bool, bool]],
-) -> Sums | None:
+) -> MetricSums | None:
     """The sums over a whole source, or None where the run is to stop."""
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    sums, pending = Sums(), None
+    sums, pending = MetricSums(), None
     with progress_bar("validation", source.size) as bar:
         for batch in batches:
             if to_stop()[0]:
                 return None
-            step_sums = eval_step(variables, on_devices(batch, mesh))
-            sums, pending = add(sums, pending, bar), step_sums
-        sums = add(sums, pending, bar)
+            step_sums = eval_step(variables, batch_to_devices(batch, mesh))
+            sums, pending = accumulate(sums, pending, bar), step_sums
+        sums = accumulate(sums, pending, bar)
     return None if to_stop()[0] else sums
 
 
-def on_devices(batch: dict[str, Any], mesh: Any) -> dict[str, jax.Array]:
-    return put_batch(
+def batch_to_devices(batch: dict[str, Any], mesh: Any) -> dict[str, jax.Array]:
+    return shard_batch(
         {name: batch[name] for name in ("image", "colour_shift", "label", "mask")}, mesh
     )
 
 
-def add(sums: Sums, pending: Sums | None, bar: tqdm) -> Sums:
+def accumulate(sums: MetricSums, pending: MetricSums | None, bar: tqdm) -> MetricSums:
     """Waits for a step's sums and adds them, in double precision."""
     if pending is None:
         return sums
@@ -517,12 +519,12 @@ def add(sums: Sums, pending: Sums | None, bar: tqdm) -> Sums:
 
 
 def progress_bar(name: str, total: int, initial: int = 0) -> tqdm:
-    hidden = None if is_first() else True  # None: where there is no terminal
+    hidden = None if is_main_process() else True  # None: where there is no terminal
     return tqdm(
         desc=name, total=total, initial=initial, unit=" images", leave=False, disable=hidden
     )
 
 
 @jax.jit
-def finite(params: Any) -> jax.Array:
+def all_finite(params: Any) -> jax.Array:
     return jnp.all(jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(params)]))

@@ -6,28 +6,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vgg_jax.configs.presets import with_learning_rate
+from vgg_jax.configs.presets import resolve_learning_rate
 from vgg_jax.configs.train import TrainConfig
 from vgg_jax.distributed.sharding import make_mesh
 from vgg_jax.model import build_model
 from vgg_jax.runtime.compiler import compiler_options
 from vgg_jax.training.optimizer import sgd
-from vgg_jax.training.step import _state, _variables, compile_steps
+from vgg_jax.training.step import _init_state, _variables, jit_steps
 
-RUNTIME = 150_000_000  # bytes that XLA's runtime took besides, on a CPU: 37 to 162 million in 14 steps of A, D and E
+XLA_RUNTIME_BYTES = 150_000_000  # bytes that XLA's runtime took besides, on a CPU: 37 to 162 million in 14 steps of A, D and E
 
 
-def step_memory(config: TrainConfig, num_classes: int) -> dict[str, int]:
+def estimate_step_memory(config: TrainConfig, num_classes: int) -> dict[str, int]:
     """Bytes that training takes on one device: of its "state", and in "total", of a step or, if that takes more, of drawing the parameters.
 
     Compiles both and runs nothing. Within 6 % of what `experiments/benchmarks/check_memory.py` measured (2-core x86, jax 0.12, 32 to 224 pixels,
     batch 1 to 128).
     """
     mesh = make_mesh(1, jax.devices()[:1])
-    config = with_learning_rate(config, num_classes)
+    config = resolve_learning_rate(config, num_classes)
     model, size = build_model(config, num_classes), config.image_size
-    step, _ = compile_steps(config, model, (0.0, 0.0, 0.0), mesh)
-    state = jax.eval_shape(partial(_state, model, sgd(config)), jax.random.key(0))
+    step, _ = jit_steps(config, model, (0.0, 0.0, 0.0), mesh)
+    state = jax.eval_shape(partial(_init_state, model, sgd(config)), jax.random.key(0))
     batch = {
         "image": jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.uint8),
         "colour_shift": jax.ShapeDtypeStruct((config.batch_size, 3), jnp.float32),
@@ -36,7 +36,7 @@ def step_memory(config: TrainConfig, num_classes: int) -> dict[str, int]:
     }
     draw = jax.jit(partial(_variables, model), compiler_options=compiler_options())
     total = max(_memory(step.lower(state, batch)), _memory(draw.lower(jax.random.key(0))))
-    total += RUNTIME if jax.default_backend() == "cpu" else 0
+    total += XLA_RUNTIME_BYTES if jax.default_backend() == "cpu" else 0
     return {
         "state": sum(
             leaf.size * leaf.dtype.itemsize

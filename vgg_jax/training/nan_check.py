@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vgg_jax.configs.models import layer_table
-from vgg_jax.metrics import sums_of
+from vgg_jax.metrics import compute_sums
 from vgg_jax.model import VGG
 from vgg_jax.preprocessing import preprocess
 from vgg_jax.runtime.compiler import compiler_options
@@ -69,7 +69,7 @@ def _step(
             mutable=["batch_stats"],
             method="_run",
         )
-        total = sums_of(layers["fc8"][:, 0, 0], batch["label"], batch["mask"]).loss
+        total = compute_sums(layers["fc8"][:, 0, 0], batch["label"], batch["mask"]).loss
         return total, layers | {"loss": total}
 
     gradients, outputs = jax.grad(loss, has_aux=True)(state.params)

@@ -22,20 +22,20 @@ def sgd(config: TrainConfig) -> optax.GradientTransformation:
     def transformation(learning_rate: Array) -> optax.GradientTransformation:
         return optax.chain(
             optax.add_decayed_weights(
-                config.weight_decay, mask=functools.partial(_decayed, config)
+                config.weight_decay, mask=functools.partial(_decay_mask, config)
             ),
             optax.sgd(learning_rate, config.momentum),
         )
 
-    return transformation(learning_rate=jnp.float32(_first_rate(config)))
+    return transformation(learning_rate=jnp.float32(_initial_lr(config)))
 
 
-def _first_rate(config: TrainConfig) -> float:
+def _initial_lr(config: TrainConfig) -> float:
     assert config.learning_rate is not None, "fill it in by presets.with_learning_rate"
     return config.learning_rate
 
 
-def _decayed(config: TrainConfig, params: dict) -> dict:
+def _decay_mask(config: TrainConfig, params: dict) -> dict:
     """Which parameters decay; a frozen one does not, and has no gradient: its velocity stays 0, and it the same to the bit."""
     frozen = config.frozen
 
@@ -55,7 +55,7 @@ def set_learning_rate(
     return opt_state._replace(hyperparams={**opt_state.hyperparams, "learning_rate": new})
 
 
-def learning_rate(config: TrainConfig, accuracies: Sequence[float]) -> float | None:
+def next_epoch_lr(config: TrainConfig, accuracies: Sequence[float]) -> float | None:
     """The rate of the epoch after those with these validation accuracies, or None where the run ends.
 
     "plateau": a tenth of it each time that `patience` epochs bring no better accuracy, `drops` times, then the end (§3.1).
@@ -74,4 +74,4 @@ def learning_rate(config: TrainConfig, accuracies: Sequence[float]) -> float | N
                 drops, waited = drops + 1, 0
         if drops > config.drops:
             return None
-    return _first_rate(config) / 10**drops
+    return _initial_lr(config) / 10**drops

@@ -19,12 +19,12 @@ from vgg_jax.distributed.sharding import (
     DATA,
     DATA_PARALLEL,
     MODEL,
-    Layout,
-    data_spec,
+    MeshConfig,
+    data_axis_spec,
+    infer_shardings,
     replicated,
-    shardings,
 )
-from vgg_jax.metrics import Sums, sums_of
+from vgg_jax.metrics import MetricSums, compute_sums
 from vgg_jax.model import VGG
 from vgg_jax.preprocessing import preprocess
 from vgg_jax.runtime.compiler import compiler_options
@@ -49,18 +49,20 @@ def init_state(
     optimizer: optax.GradientTransformation,
     seed: int,
     mesh: Mesh,
-    layout: Layout = DATA_PARALLEL,
+    layout: MeshConfig = DATA_PARALLEL,
 ) -> TrainState:
     """A state at step 0, on the devices of the mesh, its parameters drawn from the seed: the same for any mesh and layout."""
     key = jax.random.key(seed)
     options: dict[str, Any] = {"compiler_options": compiler_options()}
-    places = shardings(jax.eval_shape(partial(_state, model, optimizer), key), mesh, layout)
+    places = infer_shardings(
+        jax.eval_shape(partial(_init_state, model, optimizer), key), mesh, layout
+    )
     drawn = {"params": places.params, "batch_stats": places.batch_stats}
     variables = jax.jit(partial(_variables, model), out_shardings=drawn, **options)(key)
     # Not in one program: the momentum would lie beside what drawing takes, and net A's start take more memory than a step (2.6, 2.2 GB).
-    return jax.jit(partial(_at_zero, optimizer), out_shardings=places, donate_argnums=0, **options)(
-        variables, key
-    )
+    return jax.jit(
+        partial(_new_state, optimizer), out_shardings=places, donate_argnums=0, **options
+    )(variables, key)
 
 
 def _variables(model: VGG, key: Array) -> dict[str, Any]:
@@ -68,7 +70,7 @@ def _variables(model: VGG, key: Array) -> dict[str, Any]:
     return {"batch_stats": {}, **model.lazy_init(key, images)}
 
 
-def _at_zero(
+def _new_state(
     optimizer: optax.GradientTransformation, variables: dict[str, Any], key: Array
 ) -> TrainState:
     return TrainState(
@@ -80,8 +82,8 @@ def _at_zero(
     )
 
 
-def _state(model: VGG, optimizer: optax.GradientTransformation, key: Array) -> TrainState:
-    return _at_zero(optimizer, _variables(model, key), key)
+def _init_state(model: VGG, optimizer: optax.GradientTransformation, key: Array) -> TrainState:
+    return _new_state(optimizer, _variables(model, key), key)
 
 
 def train_step(
@@ -92,16 +94,16 @@ def train_step(
     optimizer: optax.GradientTransformation,
     mean_rgb: tuple[float, float, float],
     mesh: Mesh,
-    layout: Layout = DATA_PARALLEL,
+    layout: MeshConfig = DATA_PARALLEL,
     microbatch: int | None = None,
-) -> tuple[TrainState, Sums]:
+) -> tuple[TrainState, MetricSums]:
     """One step of SGD on the mean loss of the batch's real examples, and their sums as they were seen in training.
 
     With `microbatch` that many examples at a time run forward and backward and their gradients are added: the same step but for
     batch normalisation, whose statistics are then a micro-batch's, and for what dropout draws.
     """
     key = jax.random.fold_in(state.key, state.step)
-    spread = jax.tree.map(data_spec, shardings(state.params, mesh, layout))
+    spread = jax.tree.map(data_axis_spec, infer_shardings(state.params, mesh, layout))
     parts = len(batch["label"]) // (microbatch or len(batch["label"]))
     model = model.clone(axis_name=DATA if mesh.shape[DATA] > 1 else None)
     share = partial(
@@ -117,7 +119,7 @@ def train_step(
         (spread, PartitionSpec(), PartitionSpec(DATA), PartitionSpec()),
         (spread, PartitionSpec(), PartitionSpec()),
     )
-    gradients, batch_stats, sums = _on_each_group(share, mesh, takes, gives)(
+    gradients, batch_stats, sums = _shard_map_data(share, mesh, takes, gives)(
         state.params, state.batch_stats, batch, key
     )
 
@@ -134,7 +136,7 @@ def train_step(
     ), sums
 
 
-def _on_each_group(function: Any, mesh: Mesh, takes: tuple, gives: Any) -> Any:
+def _shard_map_data(function: Any, mesh: Mesh, takes: tuple, gives: Any) -> Any:
     """A function of what each device has along "data", which says itself what is exchanged; along "model" XLA divides it."""
     if mesh.shape[DATA] == 1:  # nothing is; beside a "model" XLA refuses a sum over one
         return function
@@ -161,13 +163,13 @@ def _gradients(
     spread: Any,
     reduce: str,
     mesh: Mesh,
-) -> tuple[Any, Any, Sums]:
+) -> tuple[Any, Any, MetricSums]:
     """Of a device's share of the batch: the whole batch's gradients, running statistics and sums. They are exchanged once a step."""
-    params = jax.tree.map(_gathered, params, spread)
+    params = jax.tree.map(_all_gather, params, spread)
 
     def loss(
         params: Any, batch_stats: Any, part: Batch, key: Array
-    ) -> tuple[Array, tuple[Any, Sums]]:
+    ) -> tuple[Array, tuple[Any, MetricSums]]:
         images = preprocess(part["image"], mean_rgb, part["colour_shift"])
         params = {
             name: jax.lax.stop_gradient(layer) if name in model.frozen else layer
@@ -183,10 +185,10 @@ def _gradients(
             rngs={"dropout": key},
             mutable=["batch_stats"],
         )
-        sums = sums_of(logits, part["label"], part["mask"])
+        sums = compute_sums(logits, part["label"], part["mask"])
         return sums.loss, (updated.get("batch_stats", batch_stats), sums)
 
-    def add(carry: tuple, numbered_part: tuple[Array, Batch]) -> tuple[tuple, Sums]:
+    def add(carry: tuple, numbered_part: tuple[Array, Batch]) -> tuple[tuple, MetricSums]:
         gradients, batch_stats = carry
         number, part = numbered_part
         more, (batch_stats, sums) = jax.grad(loss, has_aux=True)(
@@ -207,11 +209,11 @@ def _gradients(
         (gradients, batch_stats), sums = jax.lax.scan(add, start, (jnp.arange(parts), split))
         sums = jax.tree.map(lambda x: x.sum(0), sums)
     if mesh.shape[DATA] > 1:
-        gradients = jax.tree.map(partial(_reduced, dtype=reduce), gradients, spread)
+        gradients = jax.tree.map(partial(_reduce_gradient, dtype=reduce), gradients, spread)
     return gradients, batch_stats, _total(sums, mesh)
 
 
-def _gathered(param: Array, spread: PartitionSpec) -> Array:
+def _all_gather(param: Array, spread: PartitionSpec) -> Array:
     """A parameter that lies spread over "data", in one piece."""
     return (
         jax.lax.all_gather(param, DATA, axis=tuple(spread).index(DATA), tiled=True)
@@ -220,7 +222,7 @@ def _gathered(param: Array, spread: PartitionSpec) -> Array:
     )
 
 
-def _reduced(gradient: Array, spread: PartitionSpec, dtype: str) -> Array:
+def _reduce_gradient(gradient: Array, spread: PartitionSpec, dtype: str) -> Array:
     """The sum of a gradient over "data", spread as its parameter is."""
     wide, gradient = gradient.dtype, gradient.astype(dtype) if dtype == "bfloat16" else gradient
     if DATA in spread:
@@ -239,37 +241,37 @@ def eval_step(
     model: VGG,
     mean_rgb: tuple[float, float, float],
     mesh: Mesh,
-    layout: Layout = DATA_PARALLEL,
-) -> Sums:
+    layout: MeshConfig = DATA_PARALLEL,
+) -> MetricSums:
     """The sums of a batch, in inference."""
-    spread = jax.tree.map(data_spec, shardings(variables, mesh, layout))
+    spread = jax.tree.map(data_axis_spec, infer_shardings(variables, mesh, layout))
 
-    def share(variables: dict[str, Any], batch: Batch) -> Sums:
-        variables = jax.tree.map(_gathered, variables, spread)
+    def share(variables: dict[str, Any], batch: Batch) -> MetricSums:
+        variables = jax.tree.map(_all_gather, variables, spread)
         logits: Any = model.apply(
             variables, preprocess(batch["image"], mean_rgb, batch["colour_shift"])
         )
-        return _total(sums_of(logits, batch["label"], batch["mask"]), mesh)
+        return _total(compute_sums(logits, batch["label"], batch["mask"]), mesh)
 
-    return _on_each_group(share, mesh, (spread, PartitionSpec(DATA)), PartitionSpec())(
+    return _shard_map_data(share, mesh, (spread, PartitionSpec(DATA)), PartitionSpec())(
         variables, batch
     )
 
 
-def compile_steps(
+def jit_steps(
     config: TrainConfig,
     model: VGG,
     mean_rgb: tuple[float, float, float],
     mesh: Mesh,
-    layout: Layout = DATA_PARALLEL,
+    layout: MeshConfig = DATA_PARALLEL,
     keep_state: bool = False,
 ) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped]:
     """`train_step(state, batch)`, which unless `keep_state` reuses the state's memory, and `eval_step(variables, batch)`, jitted."""
     static: dict[str, Any] = {"model": model, "mean_rgb": mean_rgb, "mesh": mesh, "layout": layout}
     optimizer = sgd(config)
     step = partial(train_step, optimizer=optimizer, microbatch=config.microbatch, **static)
-    places = shardings(
-        jax.eval_shape(partial(_state, model, optimizer), jax.random.key(0)), mesh, layout
+    places = infer_shardings(
+        jax.eval_shape(partial(_init_state, model, optimizer), jax.random.key(0)), mesh, layout
     )
     options: dict[str, Any] = {"compiler_options": compiler_options(dtype=model.dtype)}
     return (

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from vgg_jax.errors import InputError
-from vgg_jax.weights.tensor_file import MANY, Contents, Tensor
+from vgg_jax.weights.tensor_file import MAX_ENTRIES, Tensor, TensorFile
 
 
-def read(path: Path) -> Contents:
+def read(path: Path) -> TensorFile:
     """NetParameter, both of its encodings: `layers` (V1LayerParameter, field 2) and `layer` (LayerParameter, field 100)."""
     with path.open("rb") as file:
         data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
@@ -31,7 +31,7 @@ def read(path: Path) -> Contents:
         ]
         for i, blob in enumerate(blobs):
             tensors[f"{names[-1]}/{i}"] = _blob(blob, f"{path}: {names[-1]}")
-    return Contents(tensors, {})
+    return TensorFile(tensors, {})
 
 
 def _blob(data: memoryview, name: str) -> Tensor:
@@ -72,7 +72,7 @@ def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
     at = count = 0
     while at < len(data):
         count += 1
-        if count > MANY:
+        if count > MAX_ENTRIES:
             raise ValueError("more fields than a VGG has")
         key, at = _varint(data, at)
         kind = key & 7

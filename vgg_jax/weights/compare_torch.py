@@ -10,12 +10,12 @@ from vgg_jax.configs.models import layer_table
 from vgg_jax.errors import InputError
 from vgg_jax.runtime.compiler import compiler_options
 from vgg_jax.weights import Weights
-from vgg_jax.weights.layouts import LAYOUTS, rows
+from vgg_jax.weights.layouts import LAYOUTS, tensor_table
 
-BOUND = 1e-4
+TOLERANCE = 1e-4
 
 
-def against_torch(weights: Weights, seed: int = 0) -> dict[str, float]:
+def compare_with_torch(weights: Weights, seed: int = 0) -> dict[str, float]:
     """Of each layer's activations the largest difference, relative to the largest value, on one random image.
 
     PyTorch gets the tensors as `read` gives them and the image less the mean divided by the deviation; ours the variables of `load`, so
@@ -56,7 +56,7 @@ def against_torch(weights: Weights, seed: int = 0) -> dict[str, float]:
     layout = next(each for each in LAYOUTS if each.name == "torchvision")
     trees = {"params": weights.params, "batch_stats": weights.batch_stats}
     tensors: dict[tuple[str, str], torch.Tensor] = {}
-    for row in rows(
+    for row in tensor_table(
         layout, model.config, model.num_classes, model.batch_norm, model.image_size, weights.top
     ):
         group, layer, leaf = row.ours

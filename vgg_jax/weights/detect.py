@@ -6,25 +6,31 @@ from typing import NamedTuple
 
 from vgg_jax.configs.models import CONFIGS, VGGConfig, layer_table
 from vgg_jax.errors import InputError
-from vgg_jax.weights.layouts import LAYOUTS, Layout, Row, rows, window_and_width
+from vgg_jax.weights.layouts import (
+    LAYOUTS,
+    TensorMapping,
+    WeightLayout,
+    tensor_table,
+    window_and_width,
+)
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-class Recognized(NamedTuple):
+class DetectedModel(NamedTuple):
     """What a file holds."""
 
-    layout: Layout
+    layout: WeightLayout
     net: str
     config: VGGConfig
     num_classes: int
     batch_norm: bool
     image_size: int
     top: bool  # whether the fully connected layers are there
-    rows: list[Row]
+    rows: list[TensorMapping]
 
 
-def recognize(shapes: Shapes, net: str | None = None, image_size: int | None = None) -> Recognized:
+def detect(shapes: Shapes, net: str | None = None, image_size: int | None = None) -> DetectedModel:
     """The layout and net whose tensors these are. Raises InputError with what is missing, extra or misshapen of the nearest one.
 
     A-LRN has the tensors of A: it is only found where `net` says so. The side of the images is the smallest that gives fc6's window,
@@ -65,7 +71,7 @@ def recognize(shapes: Shapes, net: str | None = None, image_size: int | None = N
     return nearest._replace(image_size=image_size or nearest.image_size)
 
 
-def differences(shapes: Shapes, candidate: Recognized) -> list[str]:
+def differences(shapes: Shapes, candidate: DetectedModel) -> list[str]:
     """What is missing, misshapen and too much, each in a few words."""
     expected = {row.theirs: row.shape for row in candidate.rows}
     missing = [
@@ -84,7 +90,7 @@ def differences(shapes: Shapes, candidate: Recognized) -> list[str]:
     return missing + misshapen + extra
 
 
-def _candidate(shapes: Shapes, layout: Layout, net: str, batch_norm: bool) -> Recognized:
+def _candidate(shapes: Shapes, layout: WeightLayout, net: str, batch_norm: bool) -> DetectedModel:
     """A net in a layout with the widths that the file's fully connected layers have."""
     config = CONFIGS[net]
     modules = layout.modules(layer_table(config, batch_norm=batch_norm))
@@ -106,8 +112,8 @@ def _candidate(shapes: Shapes, layout: Layout, net: str, batch_norm: bool) -> Re
         inputs = widths[name]
     config = VGGConfig(config.stages, (widths["fc6"], widths["fc7"]), config.lrn)
     image_size = window * 2 ** len(config.stages)
-    found = rows(layout, config, widths["fc8"], batch_norm, image_size, top)
-    return Recognized(layout, net, config, widths["fc8"], batch_norm, image_size, top, found)
+    found = tensor_table(layout, config, widths["fc8"], batch_norm, image_size, top)
+    return DetectedModel(layout, net, config, widths["fc8"], batch_norm, image_size, top, found)
 
 
 # What a header may claim: fc8 of all 21,841 classes of ImageNet, and fc6 of images of 1,024 pixels.

@@ -19,12 +19,12 @@ import numpy as np
 
 from vgg_jax.errors import InputError
 from vgg_jax.weights import caffe, matconvnet
-from vgg_jax.weights.tensor_file import MANY, Contents, Tensor
+from vgg_jax.weights.tensor_file import MAX_ENTRIES, Tensor, TensorFile
 
 SAFE_TORCH = (2, 10)
 
 
-def open_file(path: Path) -> Contents:
+def open_file(path: Path) -> TensorFile:
     """Recognises the kind by the first bytes. Raises InputError for a file that is not there, of no known kind, or damaged."""
     try:
         with path.open("rb") as file:
@@ -48,14 +48,14 @@ def open_file(path: Path) -> Contents:
             f"{path} is of no known kind: expected .safetensors, .pth (PyTorch), .h5 (Keras, flaxmodels), .caffemodel, or .mat (MatConvNet)"
         )
     try:
-        with damage_named(path, kind):
+        with reraise_damaged(path, kind):
             return read(path)
     except ImportError as error:
         raise InputError(f"reading {path} needs {error.name}: {_INSTALL[kind]}") from error
 
 
 @contextlib.contextmanager
-def damage_named(path: Path, kind: str = "weights") -> Iterator[None]:
+def reraise_damaged(path: Path, kind: str = "weights") -> Iterator[None]:
     """Turns what a library says of a damaged file into InputError: each has its own ways to say it."""
     try:
         yield
@@ -80,7 +80,7 @@ _INSTALL = {
 }
 
 
-def _safetensors(path: Path) -> Contents:
+def _safetensors(path: Path) -> TensorFile:
     from safetensors import safe_open
 
     file = safe_open(path, framework="numpy")
@@ -97,10 +97,10 @@ def _safetensors(path: Path) -> Contents:
     notes = json.loads((file.metadata() or {}).get("vgg_jax", "{}"))
     if not isinstance(notes, dict):
         raise InputError(f"{path}: its metadata are {type(notes).__name__}: expected an object")
-    return Contents(tensors, notes)
+    return TensorFile(tensors, notes)
 
 
-def _pytorch(path: Path) -> Contents:
+def _pytorch(path: Path) -> TensorFile:
     import torch
 
     if (
@@ -141,7 +141,7 @@ def _pytorch(path: Path) -> Contents:
         tensors[str(name).removeprefix("module.")] = Tensor(
             tuple(value.shape), partial(_of_torch, value)
         )
-    return Contents(tensors, {})
+    return TensorFile(tensors, {})
 
 
 def _check_legacy(path: Path) -> None:
@@ -164,7 +164,7 @@ def _of_torch(value: Any) -> np.ndarray:
     return value.detach().float().numpy()
 
 
-def _hdf5(path: Path) -> Contents:
+def _hdf5(path: Path) -> TensorFile:
     import h5py
 
     tensors: dict[str, Tensor] = {}
@@ -175,7 +175,7 @@ def _hdf5(path: Path) -> Contents:
         nonlocal seen
         for name in group:
             seen += 1
-            if depth > 8 or seen > MANY:
+            if depth > 8 or seen > MAX_ENTRIES:
                 raise InputError(
                     f"{path} has more groups than a VGG: expected the weights of one net"
                 )
@@ -202,7 +202,7 @@ def _hdf5(path: Path) -> Contents:
 
     with h5py.File(path, "r") as file:
         walk(file, "", 0)
-    return Contents(tensors, {})
+    return TensorFile(tensors, {})
 
 
 def _keras_name(path: str) -> str:

@@ -11,15 +11,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from vgg_jax.configs.export import WRITTEN
+from vgg_jax.configs.export import SAVE_LAYOUTS
 from vgg_jax.configs.models import CONFIGS
 from vgg_jax.errors import InputError
 from vgg_jax.model import VGG
-from vgg_jax.paths import local_file, of_this_machine, path_of
-from vgg_jax.weights.detect import recognize
-from vgg_jax.weights.formats import damage_named, open_file
+from vgg_jax.paths import local_copy, require_local, to_path
+from vgg_jax.weights.detect import detect
+from vgg_jax.weights.formats import open_file, reraise_damaged
 from vgg_jax.weights.imagenet import CLASSES
-from vgg_jax.weights.layouts import FEATURES, LAYOUTS, NO_STD, Preprocessing, rows
+from vgg_jax.weights.layouts import FEATURES, LAYOUTS, UNIT_STD, Preprocessing, tensor_table
 
 Tree = Mapping[str, Mapping[str, Any]]
 
@@ -40,7 +40,7 @@ class Weights:
     @property
     def variables(self) -> dict[str, Any]:
         """What `model.apply` takes, for images that are not divided by a deviation."""
-        params = divided(self.params, self.preprocessing.std_rgb)
+        params = fold_std_into_conv1(self.params, self.preprocessing.std_rgb)
         return (
             {"params": params, "batch_stats": self.batch_stats}
             if self.model.batch_norm
@@ -57,7 +57,7 @@ class Weights:
             if any(layout.bgr for layout in LAYOUTS if layout.name == self.layout)
             else []
         )
-        if self.preprocessing.std_rgb != NO_STD:
+        if self.preprocessing.std_rgb != UNIT_STD:
             parts.append(
                 f"deviation ({', '.join(f'{std:.3f}' for std in self.preprocessing.std_rgb)}) to be divided into conv1_1"
             )
@@ -71,11 +71,11 @@ def read(path: str | os.PathLike, net: str | None = None) -> Weights:
     """
     if net is not None and net not in CONFIGS:
         raise InputError(f"net is {net!r}: expected one of {', '.join(CONFIGS)}")
-    if path_of(path).is_dir():
+    if to_path(path).is_dir():
         model, variables, metadata = load(path, net)
         known = metadata["preprocessing"]
         preprocessing = Preprocessing(
-            tuple(known["mean_rgb"]), NO_STD, known["scale"], metadata["flip"], known["exif"]
+            tuple(known["mean_rgb"]), UNIT_STD, known["scale"], metadata["flip"], known["exif"]
         )
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
         model = model.clone(dtype=jnp.float32)  # whatever it was trained in
@@ -89,7 +89,7 @@ def read(path: str | os.PathLike, net: str | None = None) -> Weights:
             preprocessing,
             metadata["classes"],
         )
-    with local_file(path) as file:
+    with local_copy(path) as file:
         return _read(file, net)
 
 
@@ -98,7 +98,7 @@ def _read(path: Path, net: str | None) -> Weights:
     try:
         notes = _notes(contents.notes)
         shapes = {name: tensor.shape for name, tensor in contents.tensors.items()}
-        found = recognize(shapes, net or notes.get("net"), notes.get("image_size"))
+        found = detect(shapes, net or notes.get("net"), notes.get("image_size"))
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     trees: dict[str, dict[str, dict[str, np.ndarray]]] = {"params": {}, "batch_stats": {}}
@@ -109,7 +109,7 @@ def _read(path: Path, net: str | None) -> Weights:
         raise InputError(
             f"{path} says that it holds {numbers:,} numbers in {path.stat().st_size:,} bytes: expected them all in the file"
         )
-    with damage_named(path):
+    with reraise_damaged(path):
         for row in found.rows:
             group, layer, leaf = row.ours
             trees[group].setdefault(layer, {})[leaf] = row.to_ours(
@@ -147,16 +147,16 @@ def _read(path: Path, net: str | None) -> Weights:
 def load(
     path: str | os.PathLike, net: str | None = None
 ) -> tuple[VGG, dict[str, Any], dict[str, Any]]:
-    """The network of a run's folder, by `vgg_jax.runs.checkpoint.load`, or in a file of weights, by `load_file`."""
-    if not path_of(path).is_dir():
+    """The network of a run's folder, by `vgg_jax.runs.checkpoint.load_best`, or in a file of weights, by `load_file`."""
+    if not to_path(path).is_dir():
         return load_file(path, net)
     if net is not None:
         raise InputError(
             f"net is {net!r} and {path} is a folder: expected a net for a file of weights only; a run knows its own"
         )
-    from vgg_jax.runs.checkpoint import load  # orbax comes with the extra `train`
+    from vgg_jax.runs.checkpoint import load_best  # orbax comes with the extra `train`
 
-    return load(path)
+    return load_best(path)
 
 
 def load_file(
@@ -168,11 +168,11 @@ def load_file(
     connected layers in the file, the model gives `features` up to pool5 only. Raises InputError as `read` does.
     """
     weights = read(path, net)
-    return weights.model, weights.variables, metadata_of(weights)
+    return weights.model, weights.variables, to_metadata(weights)
 
 
-def metadata_of(weights: Weights) -> dict[str, Any]:
-    """What is to be known besides the numbers, as `load` gives it."""
+def to_metadata(weights: Weights) -> dict[str, Any]:
+    """What is to be known besides the numbers, as `load_best` gives it."""
     size, known = weights.model.image_size, weights.preprocessing
     preprocessing = {
         "mean_rgb": known.mean_rgb,
@@ -195,7 +195,7 @@ def save(
     dtype: Any = np.float32,
     more: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a .safetensors file in a layout of `WRITTEN`, whole or not at all, with `more` in its metadata.
+    """Writes a .safetensors file in a layout of `SAVE_LAYOUTS`, whole or not at all, with `more` in its metadata.
 
     Ours says in its metadata all that `read` needs. The others' are for images as those libraries prepare them: RGB, less the mean that
     the metadata name, divided by their own deviation; a net of another deviation has that multiplied into conv1_1.
@@ -203,8 +203,8 @@ def save(
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    if layout not in WRITTEN:
-        raise InputError(f"layout is {layout!r}: expected one of {', '.join(WRITTEN)}")
+    if layout not in SAVE_LAYOUTS:
+        raise InputError(f"layout is {layout!r}: expected one of {', '.join(SAVE_LAYOUTS)}")
     if layout != "vgg_jax" and weights.net not in ("A", "B", "D", "E"):
         raise InputError(
             f"the net is {weights.net}, which {layout} does not have: expected A, B, D or E; pass the layout vgg_jax"
@@ -213,7 +213,7 @@ def save(
     std = weights.preprocessing.std_rgb if layout == "vgg_jax" else there.preprocessing.std_rgb
     params = weights.params
     if std != weights.preprocessing.std_rgb:
-        params = divided(
+        params = fold_std_into_conv1(
             params,
             tuple(
                 ours / theirs
@@ -222,20 +222,20 @@ def save(
         )
     trees, model = {"params": params, "batch_stats": weights.batch_stats}, weights.model
     tensors = {}
-    for row in rows(
+    for row in tensor_table(
         there, model.config, model.num_classes, model.batch_norm, model.image_size, weights.top
     ):
         group, layer, leaf = row.ours
         tensors[row.theirs] = row.to_theirs(np.asarray(trees[group][layer][leaf])).astype(dtype)
     known = weights.preprocessing._replace(
-        std_rgb=std, scale=metadata_of(weights)["preprocessing"]["scale"]
+        std_rgb=std, scale=to_metadata(weights)["preprocessing"]["scale"]
     )
     notes = {
         "net": weights.net,
         "image_size": model.image_size,
         "classes": weights.classes,
     } | known._asdict()
-    file = of_this_machine(path)
+    file = require_local(path)
     temporary = file.with_name(file.name + ".part")
     try:
         save_file(
@@ -257,9 +257,9 @@ def class_names(count: int) -> tuple[str, ...]:
     return CLASSES if count == len(CLASSES) else tuple(map(str, range(count)))
 
 
-def divided(params: Tree, std_rgb: tuple[float, ...]) -> Tree:
+def fold_std_into_conv1(params: Tree, std_rgb: tuple[float, ...]) -> Tree:
     """Parameters for images that are not divided by a deviation. Zero padding stays what it was: the mean colour."""
-    if std_rgb == NO_STD:
+    if std_rgb == UNIT_STD:
         return params
     first = params["conv1_1"]
     kernel = (

@@ -14,14 +14,14 @@ import numpy as np
 from vgg_jax.configs.colours import IMAGENET
 from vgg_jax.configs.models import Layer, VGGConfig, layer_table
 
-NO_STD = (1.0, 1.0, 1.0)
+UNIT_STD = (1.0, 1.0, 1.0)
 
 
 class Preprocessing(NamedTuple):
     """What a net's images are: RGB on the 0-255 scale, less a mean, divided by a deviation; and how it is to be tested."""
 
     mean_rgb: tuple[float, float, float]
-    std_rgb: tuple[float, float, float] = NO_STD
+    std_rgb: tuple[float, float, float] = UNIT_STD
     scale: int | None = (
         None  # Q, the shorter side; None: 256 for a net of 224 pixels, and in proportion
     )
@@ -39,7 +39,7 @@ FEATURES = Preprocessing(
 )  # of torchvision's IMAGENET1K_FEATURES, whose deviation is 1
 
 
-class Layout(NamedTuple):
+class WeightLayout(NamedTuple):
     """How one library names and orders the tensors of a VGG."""
 
     name: str
@@ -55,7 +55,7 @@ class Layout(NamedTuple):
     ignored: str = r"(?!)"  # names of tensors that are not parameters
 
 
-class Row(NamedTuple):
+class TensorMapping(NamedTuple):
     """One tensor, there and here."""
 
     theirs: str
@@ -78,14 +78,14 @@ class Row(NamedTuple):
         return np.ascontiguousarray(array).reshape(self.shape)
 
 
-def rows(
-    layout: Layout,
+def tensor_table(
+    layout: WeightLayout,
     config: VGGConfig,
     num_classes: int,
     batch_norm: bool,
     image_size: int,
     top: bool = True,
-) -> list[Row]:
+) -> list[TensorMapping]:
     """Every tensor of a net; without `top` the fully connected layers are left out."""
     table = [
         layer
@@ -111,7 +111,7 @@ def rows(
         )
         letters = pattern.replace(" ", "")
         found.append(
-            Row(
+            TensorMapping(
                 theirs=modules[name] + layout.leaves["kernel"],
                 ours=("params", name, "kernel"),
                 shape=_shape(pattern, sizes),
@@ -132,8 +132,8 @@ def _shape(pattern: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(math.prod(sizes[letter] for letter in word) for word in pattern.split())
 
 
-def _vector(theirs: str, ours: tuple[str, str, str], width: int) -> Row:
-    return Row(theirs, ours, (width,), (width,), (0,), (width,))
+def _vector(theirs: str, ours: tuple[str, str, str], width: int) -> TensorMapping:
+    return TensorMapping(theirs, ours, (width,), (width,), (0,), (width,))
 
 
 def window_and_width(pattern: str, shape: tuple[int, ...], inputs: int) -> tuple[int, int]:
@@ -206,8 +206,8 @@ _OURS = {leaf: f"/{leaf}" for leaf in ("kernel", "bias", "scale", "mean", "var")
 _KERAS_STATE = r"(optimizer|optimizer_weights|top_level_model_weights|metrics|vars)\b.*"  # of a model that was trained
 
 LAYOUTS = (
-    Layout("vgg_jax", _same_names, _OURS, {"conv": "H W I O", "fc": "HWI O"}, AUTHORS),
-    Layout(
+    WeightLayout("vgg_jax", _same_names, _OURS, {"conv": "H W I O", "fc": "HWI O"}, AUTHORS),
+    WeightLayout(
         "torchvision",
         _torchvision,
         _TORCH,
@@ -215,7 +215,7 @@ LAYOUTS = (
         TORCHVISION,
         ignored=r".*\.num_batches_tracked",
     ),
-    Layout(
+    WeightLayout(
         "timm",
         _timm,
         _TORCH,
@@ -223,7 +223,7 @@ LAYOUTS = (
         TORCHVISION,
         ignored=r".*\.num_batches_tracked",
     ),
-    Layout(
+    WeightLayout(
         "keras",
         _keras,
         _BLOBS,
@@ -232,7 +232,7 @@ LAYOUTS = (
         bgr=True,
         ignored=_KERAS_STATE,
     ),
-    Layout(
+    WeightLayout(
         "keras 3",
         _keras3,
         _VARS,
@@ -241,15 +241,17 @@ LAYOUTS = (
         bgr=True,
         ignored=_KERAS_STATE,
     ),
-    Layout("caffe", _same_names, _BLOBS, {"conv": "O I H W", "fc": "O IHW"}, AUTHORS, bgr=True),
-    Layout(
+    WeightLayout(
+        "caffe", _same_names, _BLOBS, {"conv": "O I H W", "fc": "O IHW"}, AUTHORS, bgr=True
+    ),
+    WeightLayout(
         "matconvnet",
         _same_names,
         {"kernel": "/filters", "bias": "/biases"},
         {"conv": "H W I O", "fc": "H W I O"},
         AUTHORS,
     ),
-    Layout(
+    WeightLayout(
         "flaxmodels",
         _same_names,
         {"kernel": "/weight", "bias": "/bias"},

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from vgg_jax.errors import InputError
-from vgg_jax.weights.tensor_file import LARGEST, MANY, Contents, Tensor
+from vgg_jax.weights.tensor_file import MAX_BYTES, MAX_ENTRIES, Tensor, TensorFile
 
 NUMBERS = {
     1: "i1",
@@ -47,7 +47,7 @@ DTYPES = {
     14: "i8",
     15: "u8",
 }
-WANTED = ("layers", "meta", "normalization")
+VARIABLES = ("layers", "meta", "normalization")
 DEEPEST = 12  # cells and structures within each other
 ARRAYS = 20_000  # in a file; a net of MatConvNet has some hundred, and 2,000 names of classes
 GROWTH = (
@@ -56,14 +56,14 @@ GROWTH = (
 SLACK = 2**20  # bytes that a file may unpack to, however small it is
 
 
-def read(path: Path) -> Contents:
+def read(path: Path) -> TensorFile:
     with path.open("rb") as file:
         data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     if data[126:128] != b"IM":
         raise InputError(f"{path} is big-endian: expected MatConvNet's net, which is little-endian")
     found = {}
     budget = iter(range(ARRAYS))
-    for part in _unpacked(data[128:], min(LARGEST, 4 * len(data) + SLACK)):
+    for part in _unpacked(data[128:], min(MAX_BYTES, 4 * len(data) + SLACK)):
         name, value = _array(part, 0, budget)
         found[name] = value
     tensors = {}
@@ -91,7 +91,7 @@ def read(path: Path) -> Contents:
                     array.shape + (1,) * (4 - array.ndim)
                 )  # MATLAB drops ones at the end
             tensors[f"{name}/{leaf}"] = Tensor(array.shape, partial(np.asarray, array))
-    return Contents(tensors, notes)
+    return TensorFile(tensors, notes)
 
 
 def _unpacked(data: memoryview, most: int) -> Iterator[memoryview]:
@@ -137,7 +137,7 @@ def _next(elements: Iterator[tuple[int, memoryview]]) -> tuple[int, memoryview]:
 def _array(data: memoryview, depth: int, budget: Iterator[int]) -> tuple[str, Any]:
     """An array's name, and its value: of cells a list, of structures a list of dicts, of text a str, of numbers an array, else None.
 
-    `budget` gives a number for each array that may still come. Variables that are not `WANTED` are not looked into.
+    `budget` gives a number for each array that may still come. Variables that are not `VARIABLES` are not looked into.
     """
     if depth > DEEPEST:
         raise ValueError(f"it is nested more than {DEEPEST} deep")
@@ -148,12 +148,12 @@ def _array(data: memoryview, depth: int, budget: Iterator[int]) -> tuple[str, An
     if kind not in (CELL, STRUCT, TEXT, *DTYPES):  # an object, a function: laid out in other ways
         return "", None
     sides, name = _numbers(_next(parts)), bytes(_next(parts)[1][:64]).decode("latin-1")
-    if depth == 0 and name not in WANTED:
+    if depth == 0 and name not in VARIABLES:
         return name, None
     if not 2 <= len(sides) <= 8 or min(sides) < 0:
         raise ValueError(f"an array of the sides {sides.tolist()[:9]}")
     count = math.prod(int(side) for side in sides)
-    if kind in (CELL, STRUCT, TEXT) and count > MANY:
+    if kind in (CELL, STRUCT, TEXT) and count > MAX_ENTRIES:
         raise ValueError(f"{count:,} cells, structures or letters")
     if kind == CELL:
         return name, [_inside(parts, depth, budget) for _ in range(count)]

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-LARGEST = 2**31  # bytes; E with ImageNet's classes has 575 MB
-MANY = 2000  # names, groups or fields: more than any VGG has
+MAX_BYTES = 2**31  # bytes; E with ImageNet's classes has 575 MB
+MAX_ENTRIES = 2000  # names, groups or fields: more than any VGG has
 
 
 class Tensor(NamedTuple):
@@ -16,7 +16,7 @@ class Tensor(NamedTuple):
     read: Callable[[], np.ndarray]
 
 
-class Contents(NamedTuple):
+class TensorFile(NamedTuple):
     """What a file holds: its tensors by name, and what it says of them."""
 
     tensors: dict[str, Tensor]
