@@ -48,7 +48,7 @@ __all__ = [
 # What needs jax is imported when it is asked for: `vgg-jax --help` answers in a tenth of a second.
 _LATER = {
     "compile_inference": "vgg_jax.inference",
-    "compiler_options": "vgg_jax.ops.convolution",
+    "compiler_options": "vgg_jax.runtime.compiler",
     **dict.fromkeys(
         ("VGG", "copy_matching_layers", "vgg11", "vgg11_lrn", "vgg13", "vgg16", "vgg16_c", "vgg19"),
         "vgg_jax.model",
