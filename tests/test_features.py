@@ -18,7 +18,7 @@ def narrow(name):
     """A net with channels few enough to run in the tests."""
     config = CONFIGS[name]
     stages = tuple(
-        tuple(conv._replace(width=4 * i) for conv in stage)
+        tuple(conv._replace(features=4 * i) for conv in stage)
         for i, stage in enumerate(config.stages, 1)
     )
     return dataclasses.replace(config, stages=stages, fc=(12, 8))

@@ -45,7 +45,7 @@ def test_kernels_are_transformed_once(monkeypatch):
         7,
     )  # a shape that no other test has compiled a convolution for
     (prepared_variables,) = prepared.args
-    assert prepared_variables["prepared"].keys() == variables["params"].keys() - {"conv1_1"}
+    assert prepared_variables["packed"].keys() == variables["params"].keys() - {"conv1_1"}
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_map_sizes_of_the_specification(size, expected):
     scores = jax.eval_shape(lambda v, x: model.apply(v, x, method="score_map"), variables, x)
     assert (
         scores.shape[1:3]
-        == model.map_size(*size)
+        == model.score_map_size(*size)
         == (expected if isinstance(expected, tuple) else (expected, expected))
     )
 

@@ -31,12 +31,12 @@ def test_a_wrong_operation_is_named(monkeypatch, capsys):
         lambda x: jnp.maximum(x, -0.5) if isinstance(x, jax.core.Tracer) else relu(x),
     )
     found = selfcheck.run_checks(jax.local_devices()[:1])
-    assert {each.what for each in found if not each.right} >= {
+    assert {each.what for each in found if not each.passed} >= {
         "forward, compiled",
         "gradient, compiled",
     }
     assert all(
-        each.right
+        each.passed
         for each in found
         if each.what in ("forward, op by op", "square of a product, compiled")
     )

@@ -51,7 +51,7 @@ def tensors(layout: str) -> dict[str, np.ndarray]:
     there = next(each for each in LAYOUTS if each.name == layout)
     rng = np.random.default_rng(0)
     return {
-        row.theirs: rng.normal(size=row.shape).astype(np.float32)
+        row.foreign_name: rng.normal(size=row.shape).astype(np.float32)
         for row in tensor_table(there, SMALL, 3, False, 8)
     }
 

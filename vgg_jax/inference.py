@@ -37,7 +37,7 @@ def pack_kernels(
 
     return {
         **variables,
-        "prepared": _prepared(
+        "packed": _prepared(
             {name: kernel for name, kernel in kernels.items() if gains(kernel)}, dtype
         ),
     }
@@ -84,6 +84,6 @@ def compile_inference(
         for name, layer in variables["params"].items()
     }
     return functools.partial(
-        jax.jit(run, compiler_options=compiler_options(thorough=True, dtype=net.dtype)),
+        jax.jit(run, compiler_options=compiler_options(optimize_runtime=True, dtype=net.dtype)),
         {**variables, "params": params},
     )

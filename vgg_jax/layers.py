@@ -26,8 +26,8 @@ def local_response_norm(
 class Conv(nn.Module):
     """`convolution`: (N, H, W, C) -> (N, H, W, width), or of half the sides if `then` it pools."""
 
-    width: int
-    side: int
+    features: int
+    kernel_size: int
     kernel_init: nn.initializers.Initializer
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
@@ -39,10 +39,10 @@ class Conv(nn.Module):
         kernel = self.param(
             "kernel",
             self.kernel_init,
-            (self.side, self.side, x.shape[-1], self.width),
+            (self.kernel_size, self.kernel_size, x.shape[-1], self.features),
             self.param_dtype,
         )
-        bias = self.param("bias", nn.initializers.zeros, (self.width,), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         # Outside of jit, as init often is, XLA's own convolution compiles in a tenth of the time.
         function = default_conv if self.is_initializing() else convolution
@@ -131,8 +131,8 @@ class FullyConnected(nn.Module):
     image 21 -> 16, of 8 46 -> 22, of 32 104 -> 37; in bfloat16 of one 31 -> 15, of 8 24 -> 13).
     """
 
-    width: int
-    side: int
+    features: int
+    kernel_size: int
     kernel_init: nn.initializers.Initializer
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
@@ -141,21 +141,24 @@ class FullyConnected(nn.Module):
     def __call__(self, x: Array, turned: Array | None = None) -> Array:
         n, h, w, c = x.shape
         kernel = self.param(
-            "kernel", self.kernel_init, (self.side * self.side * c, self.width), self.param_dtype
+            "kernel",
+            self.kernel_init,
+            (self.kernel_size * self.kernel_size * c, self.features),
+            self.param_dtype,
         )
-        bias = self.param("bias", nn.initializers.zeros, (self.width,), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         # On a CPU jax 0.12.0.1 puts a pooling and the products behind it in one library call, which makes NaN of three in bfloat16.
         x = lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
-        if h == w == self.side or self.side == 1:
-            x = x.reshape(n, h // self.side, w // self.side, len(kernel))
+        if h == w == self.kernel_size or self.kernel_size == 1:
+            x = x.reshape(n, h // self.kernel_size, w // self.kernel_size, len(kernel))
             y = (
                 pointwise_conv(x, kernel)
                 if turned is None
                 else _by_turned(x, turned.astype(x.dtype))
             )
         else:
-            window = kernel.reshape(self.side, self.side, c, self.width)
+            window = kernel.reshape(self.kernel_size, self.kernel_size, c, self.features)
             y = lax.conv_general_dilated(
                 x, window, (1, 1), "VALID", dimension_numbers=DIMENSION_NUMBERS
             )

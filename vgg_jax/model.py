@@ -71,37 +71,37 @@ class VGG(nn.Module):
                 f"the images are {images.shape[1]}x{images.shape[2]}: this net gives logits of {size}x{size} images; "
                 f'rescale and crop them, or use method="score_map" for larger ones'
             )
-        return self._run(images, ("fc8",), train, mask)["fc8"][:, 0, 0]
+        return self._forward(images, ("fc8",), train, mask)["fc8"][:, 0, 0]
 
     def score_map(self, images: Array, ceil: bool = False) -> Array:
         """The dense class-score map (N, h, w, K) of images of at least image_size (§3.2): the logits of every window, stride 32.
 
-        `map_size` are its sides; with `ceil` poolings round up, as Caffe's. Raises InputError for images smaller than image_size.
+        `score_map_size` are its sides; with `ceil` poolings round up, as Caffe's. Raises InputError for images smaller than image_size.
         """
-        return self._run(images, ("fc8",), ceil=ceil)["fc8"]
+        return self._forward(images, ("fc8",), ceil=ceil)["fc8"]
 
     @nn.nowrap
-    def map_size(self, h: int, w: int, ceil: bool = False) -> tuple[int, int]:
+    def score_map_size(self, h: int, w: int, ceil: bool = False) -> tuple[int, int]:
         """The sides of the score map of an image: h // 32 - image_size // 32 + 1 positions; with `ceil` h / 32 is rounded up."""
         stride = 2 ** len(self.config.stages)
         h, w = (-(-side // stride) if ceil else side // stride for side in (h, w))
         return h - self.image_size // stride + 1, w - self.image_size // stride + 1
 
-    def last_maps(self, images: Array, there: Array, ceil: bool = False) -> Array:
+    def trunk(self, images: Array, there: Array, ceil: bool = False) -> Array:
         """(N, h, w, C), what the last pooling reads, of arrays that hold several images each, and zeros.
 
         `there`, bool (N, H, W), says which pixels are an image's. Between two images there must be room, see `vgg_jax.evaluation.packing`: then
         each image's part of the map is what the image alone would give, with zeros around it.
         """
-        layer = self._last_layer()
-        return self._run(images, (layer,), there=there[..., None], ceil=ceil)[layer]
+        layer = self._trunk_end()
+        return self._forward(images, (layer,), there=there[..., None], ceil=ceil)[layer]
 
-    def logits_of_maps(self, maps: Array) -> Array:
-        """(N, K), of parts (N, h, w, C) of `last_maps` as large as those of an image of image_size."""
-        return self._run(maps, ("fc8",), behind=self._last_layer())["fc8"][:, 0, 0]
+    def head(self, maps: Array) -> Array:
+        """(N, K), of parts (N, h, w, C) of `trunk` as large as those of an image of image_size."""
+        return self._forward(maps, ("fc8",), start_after=self._trunk_end())["fc8"][:, 0, 0]
 
     @nn.nowrap
-    def _last_layer(self) -> str:
+    def _trunk_end(self) -> str:
         """The name of the layer that the last pooling reads."""
         names = [
             layer.name
@@ -117,10 +117,10 @@ class VGG(nn.Module):
         "conv3_3" and "fc7" are taken before their ReLU, "relu3_3" and "relu7" behind it. Raises InputError for an unknown layer
         (the message lists the layers there are) or an image too small (it names the smallest size).
         """
-        return self._run(images, tuple(layers))
+        return self._forward(images, tuple(layers))
 
     @nn.compact
-    def _run(
+    def _forward(
         self,
         x: Array,
         wanted: tuple[str, ...],
@@ -128,12 +128,14 @@ class VGG(nn.Module):
         mask: Array | None = None,
         there: Array | None = None,
         ceil: bool = False,
-        behind: str | None = None,
+        start_after: str | None = None,
     ) -> dict[str, Array]:
         table = layer_table(self.config, self.num_classes, self.batch_norm, self.image_size)
         names = [layer.name for layer in table]
-        table = table[names.index(behind) + 1 if behind else 0 : _deepest(wanted, names) + 1]
-        if behind is None:
+        table = table[
+            names.index(start_after) + 1 if start_after else 0 : _deepest(wanted, names) + 1
+        ]
+        if start_after is None:
             _check_shape(x)
         _check_min_size(x, table)
         for name, allowed in (("initializer", INITIALIZERS), ("pool", POOLS)):
@@ -166,7 +168,7 @@ class VGG(nn.Module):
                 )
                 layer = Conv(width, kernel, kernel_init=conv_init, name=name, **types)
                 x = layer(
-                    x, self.get_variable("prepared", name), there if along else None, THEN[along]
+                    x, self.get_variable("packed", name), there if along else None, THEN[along]
                 )
             elif kind == "bn":
                 x = BatchNorm(axis_name=self.axis_name, name=name, **types)(
@@ -181,7 +183,7 @@ class VGG(nn.Module):
                     x = avg_pool(x)
                 elif linear is not None and there is None:
                     x = max_pool(
-                        linear, ceil, rectify=True
+                        linear, ceil, fuse_relu=True
                     )  # ReLU and pooling in one: a gradient then keeps neither map
                 else:
                     x = max_pool(x, ceil)
@@ -189,7 +191,7 @@ class VGG(nn.Module):
                 x = clear(x)  # of an odd side the last row was pooled with a zero
             elif kind == "fc":
                 x = FullyConnected(width, kernel, kernel_init=fc_init, name=name, **types)(
-                    x, self.get_variable("prepared", name)
+                    x, self.get_variable("packed", name)
                 )
             elif kind == "drop":
                 x = Dropout(self.dropout_rate, self.axis_name, name=name)(x, train)
@@ -221,7 +223,7 @@ def _deepest(wanted: tuple[str, ...], names: list[str]) -> int:
 
 def _done_along(table: tuple[Layer, ...], wanted: tuple[str, ...], pools: bool) -> int:
     """How many of the layers behind the first, a convolution, are done with it: a ReLU, or a ReLU and a pooling, if nobody wants less."""
-    kinds, names = [layer.kind for layer in table], [layer.name for layer in table]
+    kinds, names = [layer.type for layer in table], [layer.name for layer in table]
     if kinds[1:2] != ["relu"] or names[0] in wanted:
         return 0
     return 2 if pools and kinds[2:3] == ["pool"] and names[1] not in wanted else 1
@@ -233,8 +235,8 @@ def _check_shape(x: Array) -> None:
 
 
 def _check_min_size(x: Array, table: tuple) -> None:
-    pools = sum(layer.kind == "pool" for layer in table)
-    smallest = max([1, *(layer.kernel for layer in table if layer.kind == "fc")]) * 2**pools
+    pools = sum(layer.type == "pool" for layer in table)
+    smallest = max([1, *(layer.kernel_size for layer in table if layer.type == "fc")]) * 2**pools
     if any(side < smallest for side in x.shape[1:3]):  # also decided for symbols of jax.export
         raise InputError(
             f"the images are {x.shape[1]}x{x.shape[2]}: {table[-1].name} needs at least {smallest}x{smallest}"

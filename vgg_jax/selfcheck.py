@@ -36,7 +36,7 @@ class CheckResult(NamedTuple):
     bound: float = BOUND
 
     @property
-    def right(self) -> bool:
+    def passed(self) -> bool:
         return self.difference < self.bound  # not so for NaN
 
 
@@ -164,7 +164,7 @@ def known_fault() -> str:
 def report(found: list[CheckResult]) -> str:
     """A line for each comparison, and at the end what to make of it."""
     lines = [
-        f"{each.device:<8}{each.what:<32}{each.difference:>9.1e}{'' if each.right else '  WRONG'}"
+        f"{each.device:<8}{each.what:<32}{each.difference:>9.1e}{'' if each.passed else '  WRONG'}"
         for each in found
     ]
     if known_fault():
@@ -175,7 +175,7 @@ def report(found: list[CheckResult]) -> str:
         lines.append(
             f"jax {jax.__version__} is known for this, which vgg_jax avoids: {WORKED_AROUND[jax.__version__]}"
         )
-    if not all(each.right for each in found):
+    if not all(each.passed for each in found):
         lines.append(
             f"jax {jax.__version__} computes wrongly here: install another release, and report this one to its developers"
         )

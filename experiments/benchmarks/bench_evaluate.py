@@ -36,7 +36,7 @@ class Compilations(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.count += record.getMessage().startswith(
-            ("Compiling jit(last_maps)", "Compiling jit(logits_at)")
+            ("Compiling jit(trunk_activations)", "Compiling jit(logits_at_positions)")
         )
 
 

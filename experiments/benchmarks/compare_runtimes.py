@@ -70,7 +70,7 @@ def engines(net: str, folder: Path) -> dict[str, Callable[[np.ndarray], np.ndarr
     variables = pack_kernels({"params": params, "batch_stats": batch_stats})
     forward = jax.jit(
         lambda variables, images: model.apply(variables, preprocess(images, IMAGENET.mean_rgb)),
-        compiler_options=compiler_options(thorough=True),
+        compiler_options=compiler_options(optimize_runtime=True),
     )
     fast = theirs.to(memory_format=torch.channels_last)
 

@@ -16,7 +16,7 @@ CONV_LAYERS = {"A": 8, "A-LRN": 8, "B": 10, "C": 13, "D": 13, "E": 16, "B-5x5": 
 def test_convolutions_of_table_1():
     assert CONFIGS.keys() == CONV_LAYERS.keys()
     for net, count in CONV_LAYERS.items():
-        assert sum(layer.kind == "conv" for layer in layer_table(CONFIGS[net])) == count
+        assert sum(layer.type == "conv" for layer in layer_table(CONFIGS[net])) == count
 
 
 def test_layers_are_named_as_in_the_released_models():
@@ -30,7 +30,7 @@ def test_only_c_has_1x1_convolutions_and_they_end_its_last_stages():
         net: [
             layer.name
             for layer in layer_table(config)
-            if layer.kind == "conv" and layer.kernel == 1
+            if layer.type == "conv" and layer.kernel_size == 1
         ]
         for net, config in CONFIGS.items()
     }

@@ -318,7 +318,7 @@ from vgg_jax.distributed.multihost import Alarm
 with Alarm(0.5) as alarm:
     for _ in range(8):
         time.sleep(0.1)
-        alarm.goes_on()
+        alarm.heartbeat()
     print("on", flush=True)
     time.sleep(60)
 """

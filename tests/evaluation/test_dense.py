@@ -85,7 +85,7 @@ def test_windows_in_a_film_are_what_each_is_alone(side, ceil):
     for row, image in zip(rows, found, strict=False):
         film[0, row : row + len(image), :13], there[0, row : row + len(image), :13] = image, True
     last_maps = jax.jit(
-        lambda film, there: model.apply(variables, film, there, ceil, method="last_maps")
+        lambda film, there: model.apply(variables, film, there, ceil, method="trunk")
     )
     maps = last_maps(film, there)[0]
     for row, image in zip(rows, found, strict=False):
@@ -185,7 +185,8 @@ def compilations(caplog):
     """How often a program was compiled."""
     jax.config.update("jax_log_compiles", True)
     yield lambda: sum(
-        record.getMessage().startswith("Compiling jit(last_maps)") for record in caplog.records
+        record.getMessage().startswith("Compiling jit(trunk_activations)")
+        for record in caplog.records
     )
     jax.config.update("jax_log_compiles", False)
 

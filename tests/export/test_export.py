@@ -202,12 +202,12 @@ def test_verify_asks_again(kind, bfloat16, tmp_path, capsys):
         dataclasses.replace(net, params=jax.tree.map(lambda x: x * more, net.params)),
         bfloat16=bfloat16,
     )
-    said = ExportSpec.described
+    said = ExportSpec.metadata
     try:
-        ExportSpec.described = lambda _: said(ExportSpec(net, bfloat16=bfloat16))
+        ExportSpec.metadata = lambda _: said(ExportSpec(net, bfloat16=bfloat16))
         write(tmp_path / f"other.{kind}", other)
     finally:
-        ExportSpec.described = said
+        ExportSpec.metadata = said
     assert cli.main(["verify", str(tmp_path / f"other.{kind}")]) == 1
 
 

@@ -9,7 +9,7 @@ from vgg_jax import CONFIGS, Conv, VGGConfig
 # A with an eighth of its widths and less: the same layers, one tenth of the time.
 TINY = VGGConfig(
     tuple(
-        tuple(c._replace(width=8 * i) for c in stage)
+        tuple(c._replace(features=8 * i) for c in stage)
         for i, stage in enumerate(CONFIGS["A"].stages, 1)
     ),
     fc=(24, 16),

@@ -21,9 +21,9 @@ def test_max_pool_leaves_an_odd_edge_out():
     np.testing.assert_array_equal(max_pool(x), np.reshape(expected, (2, 2, 3, 3)))
 
 
-@pytest.mark.parametrize("rectify", [False, True])
+@pytest.mark.parametrize("fuse_relu", [False, True])
 @pytest.mark.parametrize("ceil", [False, True])
-def test_max_pool_shares_the_gradient_among_equal_maxima(ceil, rectify):
+def test_max_pool_shares_the_gradient_among_equal_maxima(ceil, fuse_relu):
     rng = np.random.default_rng(0)
     x = rng.integers(-1, 2, size=(2, 5, 6, 3)).astype(np.float32)
     g = rng.normal(size=(2, 3 if ceil else 2, 3, 3)).astype(np.float32)
@@ -31,13 +31,13 @@ def test_max_pool_shares_the_gradient_among_equal_maxima(ceil, rectify):
     for n, i, j, c in np.ndindex(g.shape):
         window = x[n, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2, c]
         largest = window == window.max()
-        slope = window > 0 if rectify else 1
+        slope = window > 0 if fuse_relu else 1
         expected[n, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2, c] = (
             slope * largest * g[n, i, j, c] / largest.sum()
         )
-    y, pullback = jax.vjp(lambda x: max_pool(x, ceil, rectify), x)
+    y, pullback = jax.vjp(lambda x: max_pool(x, ceil, fuse_relu), x)
     np.testing.assert_allclose(pullback(g)[0], expected, rtol=1e-6)
-    np.testing.assert_array_equal(y, relu(max_pool(x, ceil)) if rectify else max_pool(x, ceil))
+    np.testing.assert_array_equal(y, relu(max_pool(x, ceil)) if fuse_relu else max_pool(x, ceil))
     assert (
         sum(leaf.nbytes for leaf in jax.tree.leaves(pullback) if leaf.ndim) == g.size
     )  # kept for it is a byte for each window

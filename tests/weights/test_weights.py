@@ -194,10 +194,12 @@ def rows_back(path, layout, written):
     found = tensor_table(there, weights.model.config, CLASSES, False, SIZE)
     assert len(found) == 2 * len(written)
     for row in found:
-        _, layer, leaf = row.ours
+        _, layer, leaf = row.path
         array = written[layer][("kernel", "bias").index(leaf)]
         np.testing.assert_array_equal(
-            row.to_theirs(weights.params[layer][leaf]), array.reshape(row.shape), err_msg=row.theirs
+            row.to_foreign(weights.params[layer][leaf]),
+            array.reshape(row.shape),
+            err_msg=row.foreign_name,
         )
 
 
@@ -451,9 +453,9 @@ def test_there_and_back_is_bit_equal(layout):
     """Every row of every table, each number at its place: an index goes in, is moved, and comes back."""
     for row in tensor_table(layout, CONFIGS["C"], CLASSES, False, SIZE):
         array = np.arange(np.prod(row.shape)).reshape(row.shape)
-        ours = row.to_ours(array)
+        ours = row.from_foreign(array)
         assert ours.shape == row.our_shape
-        np.testing.assert_array_equal(row.to_theirs(ours), array)
+        np.testing.assert_array_equal(row.to_foreign(ours), array)
 
 
 def test_all_differences_in_one_message(tmp_path):

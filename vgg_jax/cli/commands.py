@@ -205,7 +205,7 @@ def selfcheck() -> int:
 
     found = selfcheck.run_checks()
     print(selfcheck.report(found))
-    return 0 if all(each.right for each in found) and not selfcheck.known_fault() else 1
+    return 0 if all(each.passed for each in found) and not selfcheck.known_fault() else 1
 
 
 def predict(

@@ -14,13 +14,13 @@ class EvalProtocol:
 
     name: str = "dense"
     flip: bool | None = (
-        None  # the mean with the mirror image's posterior; None: where it is usual, see `mirrored`
+        None  # the mean with the mirror image's posterior; None: where it is usual, see `use_flip`
     )
     softmax_first: bool = False  # at every position of a map, before their mean; the paper does not say which comes first
     ceil: bool = False  # pooling as in Caffe, an odd side rounded up
 
     @property
-    def mirrored(self) -> bool:
+    def use_flip(self) -> bool:
         """Whether the mirror image counts: by default for all but one centre crop."""
         return self.name != "center" if self.flip is None else self.flip
 

@@ -9,8 +9,8 @@ from vgg_jax.errors import InputError
 class Conv(NamedTuple):
     """A convolution with stride 1 that keeps the size of its input; a ReLU follows it."""
 
-    width: int
-    kernel: int = 3
+    features: int
+    kernel_size: int = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,16 +22,16 @@ class VGGConfig:
     lrn: tuple[str, ...] = ()  # the convolutions whose ReLU a local response normalisation follows
 
 
-def c1(width: int) -> Conv:
-    return Conv(width, 1)
+def c1(features: int) -> Conv:
+    return Conv(features, 1)
 
 
-def c3(width: int) -> Conv:
-    return Conv(width, 3)
+def c3(features: int) -> Conv:
+    return Conv(features, 3)
 
 
-def c5(width: int) -> Conv:
-    return Conv(width, 5)
+def c5(features: int) -> Conv:
+    return Conv(features, 5)
 
 
 CONFIGS = {
@@ -60,9 +60,9 @@ class Layer(NamedTuple):
     """One step of the forward pass, by its name in the released models."""
 
     name: str  # conv3_1, bn3_1, relu3_1, lrn1_1, pool3, fc6, relu6, drop6
-    kind: str  # the name without its numbers
-    width: int = 0  # the channels that a conv or fc layer puts out
-    kernel: int = 0  # the side of the window that a conv or fc layer reads
+    type: str  # the name without its numbers
+    features: int = 0  # output channels of a conv or fc layer
+    kernel_size: int = 0  # the side of the window that a conv or fc layer reads
 
 
 def layer_table(
@@ -81,7 +81,7 @@ def layer_table(
     table = []
     for i, stage in enumerate(config.stages, 1):
         for j, conv in enumerate(stage, 1):
-            table.append(Layer(f"conv{i}_{j}", "conv", conv.width, conv.kernel))
+            table.append(Layer(f"conv{i}_{j}", "conv", conv.features, conv.kernel_size))
             if batch_norm:
                 table.append(Layer(f"bn{i}_{j}", "bn"))
             table.append(Layer(f"relu{i}_{j}", "relu"))

@@ -97,7 +97,7 @@ class TrainConfig:
         names = [
             layer.name
             for layer in self._table
-            if layer.kind in ("conv", "fc") and {layer.name, layer.kind} & set(self.freeze)
+            if layer.type in ("conv", "fc") and {layer.name, layer.type} & set(self.freeze)
         ]
         return (
             *names,
@@ -130,7 +130,7 @@ class TrainConfig:
         if len(self.fc) != 2 or min(self.fc) < 1:
             raise InputError(f"fc is {self.fc}: expected the two widths of fc6 and fc7")
         learned = [
-            layer.name for layer in self._table if layer.kind in ("conv", "fc")
+            layer.name for layer in self._table if layer.type in ("conv", "fc")
         ]  # raises for an image that is too small
         if unknown := [name for name in self.freeze if name not in ("conv", "fc", *learned)]:
             raise InputError(

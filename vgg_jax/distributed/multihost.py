@@ -212,7 +212,7 @@ class StepSynchronizer:
         self._asked: jax.Array | None = None
         self._any = jax.jit(lambda wishes: wishes.any(0), out_shardings=replicated(mesh))
 
-    def ask(self, stop: bool, save: bool) -> tuple[bool, bool]:
+    def any(self, stop: bool, save: bool) -> tuple[bool, bool]:
         if jax.process_count() == 1:
             return stop, save
         before, axes = self._asked, PartitionSpec(self._mesh.axis_names)
@@ -257,7 +257,7 @@ class Watchdog:
         if jax.process_count() > 1:
             threading.Thread(target=self._watch, daemon=True).start()
 
-    def goes_on(self) -> None:
+    def heartbeat(self) -> None:
         self._heard = time.monotonic()
 
     def _watch(self) -> None:

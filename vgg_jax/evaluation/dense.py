@@ -42,9 +42,7 @@ def trunk_activations(
 ) -> Array:
     """(N, h, w, C): what the last pooling reads, for films, uint8 (N, H, W, 3), whose rows hold `widths`, int (N, H), pixels of images."""
     there = jnp.arange(images.shape[2])[None, None] < widths[:, :, None]
-    found: Any = model.apply(
-        variables, preprocess(images, mean_rgb), there, ceil, method="last_maps"
-    )
+    found: Any = model.apply(variables, preprocess(images, mean_rgb), there, ceil, method="trunk")
     return found
 
 
@@ -61,7 +59,7 @@ def logits_at_positions(
     # Pooling that rounds up reads a row or column behind the last: no maximum is below 0 behind the ReLU.
     windows = maps.at[film, row, column].get(mode="fill", fill_value=0)
     windows = jnp.where(turned, windows.swapaxes(1, 2), windows)
-    logits: Any = model.apply(variables, windows, method="logits_of_maps")
+    logits: Any = model.apply(variables, windows, method="head")
     return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
@@ -71,7 +69,7 @@ def jitted_stages(
 ) -> tuple[Callable[..., Array], Callable[..., Array]]:
     """`trunk_activations` and `logits_at_positions`, jitted. The same for equal arguments, so that what they have compiled is used again."""
     options: Any = {
-        "compiler_options": compiler_options(thorough=True, dtype=model.dtype),
+        "compiler_options": compiler_options(optimize_runtime=True, dtype=model.dtype),
         "out_shardings": replicated(mesh),
     }
     return (
@@ -89,13 +87,13 @@ def iter_windows(
     """The windows of an image that is given rescaled to each test scale, uint8 (H, W, 3). Their weights add up to 1."""
     number = 0
     for pixels, weight in _parts(index, scales, crop, protocol):
-        for mirrored in (False, True)[: 1 + protocol.mirrored]:
+        for mirrored in (False, True)[: 1 + protocol.use_flip]:
             pixels = pixels[:, ::-1] if mirrored else pixels
             turned = pixels.shape[1] > pixels.shape[0]
             yield Window(
                 index,
                 number,
-                weight / (1 + protocol.mirrored),
+                weight / (1 + protocol.use_flip),
                 pixels.swapaxes(0, 1) if turned else pixels,
                 turned,
             )
@@ -232,7 +230,7 @@ def _positions(batch: Batch, model: VGG, ceil: bool) -> tuple[np.ndarray, list[i
     unit = 2 ** (len(model.config.stages) - 1)
     found, ends = [], []
     for window, film, row in batch.placed:
-        h, w = model.map_size(window.pixels.shape[0], window.pixels.shape[1], ceil)
+        h, w = model.score_map_size(window.pixels.shape[0], window.pixels.shape[1], ceil)
         found += [(film, row // unit + 2 * y, 2 * x) for y in range(h) for x in range(w)]
         ends.append(len(found))
     return np.array(found, np.int32), ends

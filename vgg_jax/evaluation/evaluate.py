@@ -152,7 +152,7 @@ def evaluate(
         "split": split,
         "net": metadata["net"],
         "scales": list(scales),
-        "protocol": dataclasses.asdict(protocol) | {"flip": protocol.mirrored},
+        "protocol": dataclasses.asdict(protocol) | {"flip": protocol.use_flip},
         **evaluation.errors(),
         "seconds": round(seconds, 3),
         "images_per_second": round(source.size / seconds, 2),

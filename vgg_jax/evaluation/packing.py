@@ -71,7 +71,7 @@ def row_extent(h: int, config: VGGConfig, ceil: bool = False) -> RowExtent:
     ]  # what the last pooling reads
     for number, stage in enumerate(config.stages):
         pooled = -(-h // 2**number) if ceil else h // 2**number
-        ends.append((pooled + max(conv.kernel // 2 for conv in stage)) * 2**number)
+        ends.append((pooled + max(conv.kernel_size // 2 for conv in stage)) * 2**number)
     return RowExtent(_up(h, unit), _up(max(ends), unit))
 
 

@@ -29,8 +29,8 @@ def graph(artefact: ExportSpec) -> Any:
     trees = artefact.weights.variables
     tensors: dict[str, np.ndarray] = {"mean_rgb": np.array(artefact.mean_rgb, np.float32)}
     for row in tensor_table(layout, net.config, net.num_classes, net.batch_norm, net.image_size):
-        group, layer, leaf = row.ours
-        array = row.to_theirs(np.asarray(trees[group][layer][leaf], np.float32))
+        group, layer, leaf = row.path
+        array = row.to_foreign(np.asarray(trees[group][layer][leaf], np.float32))
         tensors[f"{layer}/{leaf}"] = (
             array.reshape(*array.shape, 1, 1)
             if dense and layer == "fc8" and leaf == "kernel"
@@ -111,7 +111,7 @@ def graph(artefact: ExportSpec) -> Any:
     model = helper.make_model(
         made, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR, producer_name="vgg_jax"
     )
-    helper.set_model_props(model, {"vgg_jax": json.dumps(artefact.described())})
+    helper.set_model_props(model, {"vgg_jax": json.dumps(artefact.metadata())})
     return model
 
 

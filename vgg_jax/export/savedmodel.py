@@ -21,7 +21,7 @@ def write(path: Path, artefact: ExportSpec) -> None:
     )
     tf.saved_model.save(module, str(path), signatures=module.answer.get_concrete_function(images))
     (path / SAVEDMODEL_METADATA).parent.mkdir()
-    (path / SAVEDMODEL_METADATA).write_text(json.dumps(artefact.described()))
+    (path / SAVEDMODEL_METADATA).write_text(json.dumps(artefact.metadata()))
 
 
 class Module(tf.Module):

@@ -63,7 +63,7 @@ class ExportSpec:
         """The layers that run in inference."""
         model = self.weights.model
         table = layer_table(model.config, model.num_classes, model.batch_norm, model.image_size)
-        return tuple(layer for layer in table if layer.kind != "drop")
+        return tuple(layer for layer in table if layer.type != "drop")
 
     @property
     def mean_rgb(self) -> tuple[float, float, float]:
@@ -81,7 +81,7 @@ class ExportSpec:
         scores: Any = self.weights.model.apply(variables, x, method=method)
         return jax.nn.softmax(scores.mean((1, 2))) if self.output == "posteriors" else scores
 
-    def described(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """All that is to be known of the file, as JSON, with the golden image and its answer."""
         model, metadata = self.weights.model, to_metadata(self.weights)
         size = model.image_size

@@ -49,7 +49,7 @@ def write(path: Path, artefact: ExportSpec) -> None:
     weights = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in flat.items()}
     program = export.export(jax.jit(function), platforms=PLATFORMS)(weights, images).serialize()
     with zipfile.ZipFile(path, "w") as file:
-        file.writestr("metadata.json", json.dumps(artefact.described()))
+        file.writestr("metadata.json", json.dumps(artefact.metadata()))
         file.writestr("program", bytes(program))
         file.writestr("weights.safetensors", save(flat))
 

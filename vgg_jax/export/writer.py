@@ -42,7 +42,7 @@ def write(out: str | os.PathLike, artefact: ExportSpec, layout: str = "vgg_jax")
         ) from error
     try:
         if kind == "safetensors":
-            save(temporary, artefact.weights, layout, artefact.dtype, artefact.described())
+            save(temporary, artefact.weights, layout, artefact.dtype, artefact.metadata())
         else:
             write(temporary, artefact)
         if out.is_dir():

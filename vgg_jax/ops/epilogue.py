@@ -69,12 +69,12 @@ add_bias.defvjp(_add_bias, _bias_gradient)
 @jax.custom_vjp
 def _add_bias_and_pool(x: Array, bias: Array) -> Array:
     """(N, 2 h, 2 w, C), (C,) -> (N, h, w, C): the maxima of the ReLU of the sum."""
-    return max_pool(x + bias[None, None, None], rectify=True)
+    return max_pool(x + bias[None, None, None], fuse_relu=True)
 
 
 def bias_relu_pool_fwd(x: Array, bias: Array) -> tuple[Array, Array]:
     """The same, and the bytes of `max_pool_fwd`."""
-    return max_pool_fwd(x + bias[None, None, None], rectify=True)
+    return max_pool_fwd(x + bias[None, None, None], fuse_relu=True)
 
 
 def _add_bias_and_pool_backward(bits: Array, g: Array) -> tuple[Array, Array]:

@@ -37,8 +37,8 @@ def _relu_gradient(y: Array, g: Array) -> tuple[Array]:
 relu.defvjp(_relu, _relu_gradient)
 
 
-def max_pool(x: Array, ceil: bool = False, rectify: bool = False) -> Array:
-    """(N, H, W, C) -> (N, H // 2, W // 2, C): the maximum of each 2x2 window, with `rectify` of its ReLU.
+def max_pool(x: Array, ceil: bool = False, fuse_relu: bool = False) -> Array:
+    """(N, H, W, C) -> (N, H // 2, W // 2, C): the maximum of each 2x2 window, with `fuse_relu` of its ReLU.
 
     Of an odd side the last row or column is left out, or with `ceil`, as in Caffe, pooled by itself. Its gradient keeps a byte for each
     window, which says where the maxima are, and neither the map nor its ReLU. No select-and-scatter: that is 3 to 5 times slower on a
@@ -48,7 +48,7 @@ def max_pool(x: Array, ceil: bool = False, rectify: bool = False) -> Array:
         x = jnp.pad(
             x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)), constant_values=-jnp.inf
         )
-    return _max_of_windows(crop_to_even(x), rectify)
+    return _max_of_windows(crop_to_even(x), fuse_relu)
 
 
 def crop_to_even(x: Array) -> Array:
@@ -62,22 +62,22 @@ def _pixels(x: Array) -> list[Array]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _max_of_windows(x: Array, rectify: bool) -> Array:
+def _max_of_windows(x: Array, fuse_relu: bool) -> Array:
     y = functools.reduce(jnp.maximum, map(_wide, _pixels(x)))
-    return (jnp.maximum(y, 0) if rectify else y).astype(x.dtype)
+    return (jnp.maximum(y, 0) if fuse_relu else y).astype(x.dtype)
 
 
-def max_pool_fwd(x: Array, rectify: bool) -> tuple[Array, Array]:
+def max_pool_fwd(x: Array, fuse_relu: bool) -> tuple[Array, Array]:
     """The maxima, (N, H // 2, W // 2, C), and a byte for each: a bit is set where that pixel is it, and a ReLU lets it pass."""
-    y = _max_of_windows(x, rectify)
-    passes = (y > 0) | (not rectify)
+    y = _max_of_windows(x, fuse_relu)
+    passes = (y > 0) | (not fuse_relu)
     bits = [
         ((pixel == y) & passes).astype(jnp.uint8) << place for place, pixel in enumerate(_pixels(x))
     ]
     return lax.optimization_barrier((y, functools.reduce(jnp.bitwise_or, bits)))
 
 
-def max_pool_bwd(rectify: bool, bits: Array, g: Array) -> tuple[Array]:
+def max_pool_bwd(fuse_relu: bool, bits: Array, g: Array) -> tuple[Array]:
     """(N, h, w, C) -> (N, 2 h, 2 w, C), the gradient of `max_pool_fwd`."""
     bits = lax.stop_gradient(bits)  # for second derivatives: jax has none of whole numbers
     share = g / jnp.maximum(lax.population_count(bits), 1).astype(g.dtype)

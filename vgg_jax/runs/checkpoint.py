@@ -250,7 +250,7 @@ class CheckpointStore:
             said += f" and set aside as {aside.name}"
         print(f"{said}; {self._folder / str(instead)} is used", file=sys.stderr, flush=True)
 
-    def drop_after(self, step: int) -> None:
+    def delete_after(self, step: int) -> None:
         """Removes what was saved at later steps."""
         for later in [each for each in self._manager.all_steps() if each > step]:
             self._manager.delete(later)

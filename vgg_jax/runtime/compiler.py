@@ -9,13 +9,13 @@ from jax import lax
 
 
 def compiler_options(
-    thorough: bool = False, dtype: Any = jnp.float32
+    optimize_runtime: bool = False, dtype: Any = jnp.float32
 ) -> dict[str, str | int | bool]:
     """What to pass as `jax.jit(f, compiler_options=...)` for the best speed on the default backend; nothing but on a CPU.
 
     There XLA's YNN is for matrix products alone (a step of net A at 32 pixels, jax 0.12: 0.37 s, without it 0.41 s): the weight gradient
     of a convolution it makes 1.2 to 6 times as slow. And LLVM optimises less, which halves the time to compile a training step, and
-    that to compile an initialisation ten times, at the same speed. `thorough` is for inference that goes on for minutes: 1.5 times as
+    that to compile an initialisation ten times, at the same speed. `optimize_runtime` is for inference that goes on for minutes: 1.5 times as
     long to compile, and faster by a tenth (dense evaluation with net A, 4 photos, AVX-512: 0.58 s -> 0.53 s). LLVM's expensive passes
     are a third of what would be left to compile, and gain nothing.
 
@@ -26,7 +26,7 @@ def compiler_options(
         return {}
     llvm: dict[str, int | bool] = (
         {"xla_llvm_disable_expensive_passes": True}
-        if thorough
+        if optimize_runtime
         else {"xla_backend_optimization_level": 1}
     )
     if dtype == jnp.bfloat16 and has_onednn_bfloat16():

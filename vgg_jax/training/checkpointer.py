@@ -38,7 +38,7 @@ class BestInfo(NamedTuple):
 class Checkpointer:
     """Saves a run while it trains on: what is to be saved is copied, and a thread writes the copies, one save after the other.
 
-    A save that fails is warned of and is in `failed` until another one succeeds; the best net is owed until then.
+    A save that fails is warned of and is in `last_error` until another one succeeds; the best net is owed until then.
     Of several processes the first one writes, and the others help it to collect what it writes.
     """
 
@@ -48,7 +48,7 @@ class Checkpointer:
             if is_main_process()
             else ()
         )
-        self.failed: CheckpointSaveError | None = None
+        self.last_error: CheckpointSaveError | None = None
         self._workdir = workdir
         self._owed: tuple[int, Any, dict[str, Any]] | None = None
         self._thread = ThreadPoolExecutor(1, "saving")
@@ -92,9 +92,9 @@ class Checkpointer:
             lambda: self._files[1].restore(model_variables(state)) is not None
         )
 
-    def forget_best_after(self, epoch: int) -> None:
+    def delete_best_after(self, epoch: int) -> None:
         if is_main_process():
-            self._files[1].drop_after(epoch)
+            self._files[1].delete_after(epoch)
 
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
         """Where that fails the next save says so."""
@@ -102,12 +102,12 @@ class Checkpointer:
             with contextlib.suppress(CheckpointSaveError):
                 write_metrics(self._workdir, history)
 
-    def finish(self) -> None:
+    def wait_until_finished(self) -> None:
         """Waits until all is written. Raises CheckpointSaveError in all processes where the end is not."""
 
         def reason() -> str | None:
             self.wait()
-            return str(self.failed) if self.failed else None
+            return str(self.last_error) if self.last_error else None
 
         if failed := run_on_main_and_broadcast(reason):
             raise CheckpointSaveError(failed)
@@ -123,9 +123,9 @@ class Checkpointer:
             self._pay()
             self._files[0].save(step, state, progress)
             write_metrics(self._workdir, progress["history"])
-            self.failed = None
+            self.last_error = None
         except CheckpointSaveError as error:
-            self.failed = error
+            self.last_error = error
             print(
                 f"warning: {error}; what was saved before is still there",
                 file=sys.stderr,

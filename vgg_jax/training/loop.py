@@ -237,15 +237,15 @@ def _fit(
     with graceful_stop() as stop, Checkpointer(workdir) as saving, Watchdog() as alarm:
         model = build_model(config, len(train.classes))
         train_step, eval_step = jit_steps(
-            config, model, colours.mean_rgb, mesh, layout, keep_state=debug_nans
+            config, model, colours.mean_rgb, mesh, layout, donate=not debug_nans
         )
         state = init_state(model, sgd(config), config.seed, mesh, layout)
         agreement = StepSynchronizer(mesh)
 
         def to_stop(wished: bool = False) -> tuple[bool, bool]:
             """Whether all processes are to stop, and whether to save, which the first one wishes."""
-            alarm.goes_on()
-            return agreement.ask(stop.is_set(), wished)
+            alarm.heartbeat()
+            return agreement.any(stop.is_set(), wished)
 
         per_epoch = steps_per_epoch(train, config.batch_size)
         groups = mesh.shape[DATA]
@@ -280,7 +280,7 @@ def _fit(
             print(f"{workdir}: there is nothing to go on from, so it starts again", flush=True)
         if halvings > now.halvings:
             now.halvings = halvings
-            saving.forget_best_after(len(now.history))  # of the epochs that are not gone on from
+            saving.delete_best_after(len(now.history))  # of the epochs that are not gone on from
         saving.write_metrics(now.history)
 
         epoch, rate = len(now.history) + 1, 0.0
@@ -393,7 +393,7 @@ def _fit(
                 if unreadable is None or now.history or now.batch:
                     save()
                     try:
-                        saving.finish()
+                        saving.wait_until_finished()
                     except CheckpointSaveError as failed:
                         raise CheckpointSaveError(
                             f"{unreadable}; {failed}" if unreadable else str(failed)
@@ -426,7 +426,7 @@ def _fit(
             if is_at_chance(now.history, len(train.classes)):
                 print(at_chance_hint(len(train.classes)), flush=True)
 
-        saving.finish()
+        saving.wait_until_finished()
 
     top = max(now.history, key=lambda record: record["validation"]["accuracy"])
     print(

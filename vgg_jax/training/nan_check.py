@@ -67,7 +67,7 @@ def _step(
             mask=batch["mask"],
             rngs=rngs,
             mutable=["batch_stats"],
-            method="_run",
+            method="_forward",
         )
         total = compute_sums(layers["fc8"][:, 0, 0], batch["label"], batch["mask"]).loss
         return total, layers | {"loss": total}

@@ -264,9 +264,9 @@ def jit_steps(
     mean_rgb: tuple[float, float, float],
     mesh: Mesh,
     layout: MeshConfig = DATA_PARALLEL,
-    keep_state: bool = False,
+    donate: bool = True,
 ) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped]:
-    """`train_step(state, batch)`, which unless `keep_state` reuses the state's memory, and `eval_step(variables, batch)`, jitted."""
+    """`train_step(state, batch)`, which if `donate` reuses the state's memory, and `eval_step(variables, batch)`, jitted."""
     static: dict[str, Any] = {"model": model, "mean_rgb": mean_rgb, "mesh": mesh, "layout": layout}
     optimizer = sgd(config)
     step = partial(train_step, optimizer=optimizer, microbatch=config.microbatch, **static)
@@ -277,7 +277,7 @@ def jit_steps(
     return (
         jax.jit(
             step,
-            donate_argnums=() if keep_state else 0,
+            donate_argnums=0 if donate else (),
             out_shardings=(places, replicated(mesh)),
             **options,
         ),

@@ -34,9 +34,9 @@ def compare_with_torch(weights: Weights, seed: int = 0) -> dict[str, float]:
     end = (
         len(table)
         if weights.top
-        else next(i for i, layer in enumerate(table) if layer.kind == "fc")
+        else next(i for i, layer in enumerate(table) if layer.type == "fc")
     )
-    table = tuple(layer for layer in table[:end] if layer.kind != "drop")
+    table = tuple(layer for layer in table[:end] if layer.type != "drop")
     pixels = (
         np.random.default_rng(seed)
         .integers(0, 256, (1, model.image_size, model.image_size, 3))
@@ -59,8 +59,8 @@ def compare_with_torch(weights: Weights, seed: int = 0) -> dict[str, float]:
     for row in tensor_table(
         layout, model.config, model.num_classes, model.batch_norm, model.image_size, weights.top
     ):
-        group, layer, leaf = row.ours
-        tensors[layer, leaf] = torch.from_numpy(row.to_theirs(trees[group][layer][leaf]))
+        group, layer, leaf = row.path
+        tensors[layer, leaf] = torch.from_numpy(row.to_foreign(trees[group][layer][leaf]))
     x = torch.from_numpy((pixels - mean) / std).permute(0, 3, 1, 2)
     differences = {}
     with torch.inference_mode():

@@ -48,7 +48,7 @@ def detect(shapes: Shapes, net: str | None = None, image_size: int | None = None
         for name in nets
     ]
     nearest = min(candidates, key=lambda candidate: len(differences(shapes, candidate)))
-    if not any(row.theirs in shapes for row in nearest.rows):
+    if not any(row.foreign_name in shapes for row in nearest.rows):
         raise InputError(
             f"its names ({', '.join(sorted(shapes)[:5]) or 'none'}{', …' if len(shapes) > 5 else ''}) are of no known layout: "
             f"expected those of {', '.join(layout.name for layout in LAYOUTS)}"
@@ -73,7 +73,7 @@ def detect(shapes: Shapes, net: str | None = None, image_size: int | None = None
 
 def differences(shapes: Shapes, candidate: DetectedModel) -> list[str]:
     """What is missing, misshapen and too much, each in a few words."""
-    expected = {row.theirs: row.shape for row in candidate.rows}
+    expected = {row.foreign_name: row.shape for row in candidate.rows}
     missing = [
         f"{name} {shape} is missing" for name, shape in expected.items() if name not in shapes
     ]
@@ -96,7 +96,7 @@ def _candidate(shapes: Shapes, layout: WeightLayout, net: str, batch_norm: bool)
     modules = layout.modules(layer_table(config, batch_norm=batch_norm))
     widths, inputs, window = (
         {"fc6": config.fc[0], "fc7": config.fc[1], "fc8": 1000},
-        config.stages[-1][-1].width,
+        config.stages[-1][-1].features,
         7,
     )
     top = False

@@ -111,9 +111,9 @@ def _read(path: Path, net: str | None) -> Weights:
         )
     with reraise_damaged(path):
         for row in found.rows:
-            group, layer, leaf = row.ours
-            trees[group].setdefault(layer, {})[leaf] = row.to_ours(
-                contents.tensors[row.theirs].read().astype(np.float32)
+            group, layer, leaf = row.path
+            trees[group].setdefault(layer, {})[leaf] = row.from_foreign(
+                contents.tensors[row.foreign_name].read().astype(np.float32)
             )
     preprocessing, top = found.layout.preprocessing, found.top
     head = [name for name in trees["params"] if name.startswith("fc")]
@@ -225,8 +225,10 @@ def save(
     for row in tensor_table(
         there, model.config, model.num_classes, model.batch_norm, model.image_size, weights.top
     ):
-        group, layer, leaf = row.ours
-        tensors[row.theirs] = row.to_theirs(np.asarray(trees[group][layer][leaf])).astype(dtype)
+        group, layer, leaf = row.path
+        tensors[row.foreign_name] = row.to_foreign(np.asarray(trees[group][layer][leaf])).astype(
+            dtype
+        )
     known = weights.preprocessing._replace(
         std_rgb=std, scale=to_metadata(weights)["preprocessing"]["scale"]
     )

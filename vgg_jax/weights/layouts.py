@@ -58,21 +58,21 @@ class WeightLayout(NamedTuple):
 class TensorMapping(NamedTuple):
     """One tensor, there and here."""
 
-    theirs: str
-    ours: tuple[str, str, str]  # ("params", "conv1_1", "kernel")
+    foreign_name: str
+    path: tuple[str, str, str]  # ("params", "conv1_1", "kernel")
     shape: tuple[int, ...]  # there
     split: tuple[int, ...]  # there, each letter an axis
     axes: tuple[int, ...]  # of `split`, in our order
     our_shape: tuple[int, ...]
     bgr: bool = False
 
-    def to_ours(self, array: np.ndarray) -> np.ndarray:
+    def from_foreign(self, array: np.ndarray) -> np.ndarray:
         array = array.reshape(self.split).transpose(self.axes)
         return np.ascontiguousarray(array[:, :, ::-1] if self.bgr else array).reshape(
             self.our_shape
         )
 
-    def to_theirs(self, array: np.ndarray) -> np.ndarray:
+    def to_foreign(self, array: np.ndarray) -> np.ndarray:
         array = array.reshape([self.split[axis] for axis in self.axes])
         array = (array[:, :, ::-1] if self.bgr else array).transpose(np.argsort(self.axes))
         return np.ascontiguousarray(array).reshape(self.shape)
@@ -90,7 +90,7 @@ def tensor_table(
     table = [
         layer
         for layer in layer_table(config, num_classes, batch_norm, image_size)
-        if layer.kind in ("conv", "bn", "fc")
+        if layer.type in ("conv", "bn", "fc")
     ]
     modules = layout.modules(layer_table(config, num_classes, batch_norm, image_size))
     found, inputs = [], 3
@@ -112,8 +112,8 @@ def tensor_table(
         letters = pattern.replace(" ", "")
         found.append(
             TensorMapping(
-                theirs=modules[name] + layout.leaves["kernel"],
-                ours=("params", name, "kernel"),
+                foreign_name=modules[name] + layout.leaves["kernel"],
+                path=("params", name, "kernel"),
                 shape=_shape(pattern, sizes),
                 split=tuple(sizes[letter] for letter in letters),
                 axes=tuple(letters.index(letter) for letter in "HWIO"),
@@ -185,10 +185,10 @@ def _keras3(table: Iterable[Layer]) -> dict[str, str]:
     """By class and number, in the order in which the layers were made."""
     names = {}
     for kind, theirs in (("conv", "conv2d"), ("fc", "dense")):
-        for i, layer in enumerate(layer for layer in table if layer.kind == kind):
+        for i, layer in enumerate(layer for layer in table if layer.type == kind):
             names[layer.name] = f"layers/{theirs}_{i}" if i else f"layers/{theirs}"
     return names | {
-        layer.name: "layers/batch_normalization" for layer in table if layer.kind == "bn"
+        layer.name: "layers/batch_normalization" for layer in table if layer.type == "bn"
     }
 
 
