@@ -20,12 +20,13 @@ import jax
 import numpy as np
 
 from vgg_jax import CONFIGS, IMAGENET, VGG, TrainConfig
-from vgg_jax.configs.models import Protocol
-from vgg_jax.distributed.sharding import make_mesh, put_batch
-from vgg_jax.evaluation.dense import posteriors
-from vgg_jax.export import Artefact, write
+from vgg_jax.configs.evaluation import EvalProtocol
+from vgg_jax.distributed.sharding import make_mesh, shard_batch
+from vgg_jax.evaluation.dense import class_posteriors
+from vgg_jax.export import ExportSpec, write
+from vgg_jax.model import build_model
 from vgg_jax.training.optimizer import sgd
-from vgg_jax.training.step import build_model, compile_steps, init_state
+from vgg_jax.training.step import init_state, jit_steps
 from vgg_jax.weights import Weights
 from vgg_jax.weights.layouts import Preprocessing
 

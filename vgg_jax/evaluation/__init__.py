@@ -1,0 +1,1 @@
+"""The evaluation of the paper (§3.2) and predictions."""

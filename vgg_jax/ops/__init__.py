@@ -1,0 +1,1 @@
+"""The operations of the nets, fast on CPUs, GPUs and TPUs."""

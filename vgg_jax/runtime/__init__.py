@@ -1,0 +1,1 @@
+"""XLA, malloc and signals: the settings of the process."""

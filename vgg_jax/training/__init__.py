@@ -1,0 +1,1 @@
+"""Training (§3.1): the step, the loop and what they need."""
