@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -109,3 +110,30 @@ def atomic_write(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
     os.replace(temporary, path)
     fsync(path.parent)
+
+
+@contextlib.contextmanager
+def replace_atomically(path: Path) -> Iterator[Path]:
+    """Gives a temporary path whose file or folder replaces `path` when the block ends well.
+
+    Args:
+        path: A file or a folder on this machine. It keeps its content if the block raises.
+
+    Yields:
+        A path beside it at which nothing exists yet.
+    """
+    temporary = path.with_name(path.name + ".new")
+    _remove(temporary)
+    try:
+        yield temporary
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    finally:
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
