@@ -1,1 +1,1 @@
-"""Everything that a run, a net or an evaluation can be told, as frozen data."""
+"""Settings of nets, training runs, evaluations and exports, as frozen data."""

@@ -1,22 +1,26 @@
-"""The colours of a data set: what is subtracted from a pixel, and the basis of the colour shift."""
+"""Colour statistics of a data set, for the mean subtraction and the colour shift (§2.1, §3.1)."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class ColourStatistics:
-    """The colours of a training set, in the units of 0-255 pixels: what is subtracted, and the basis of the colour shift."""
+    """Colour statistics of a training set, of RGB pixels in 0-255.
+
+    Attributes:
+        mean_rgb: The mean pixel, which is subtracted from every image.
+        eigenvalues: Eigenvalues of the 3x3 covariance of RGB pixels, largest first.
+        eigenvectors: Its eigenvectors. The rows are R, G and B; column j belongs to eigenvalue j.
+    """
 
     mean_rgb: tuple[float, float, float]
-    eigenvalues: tuple[float, float, float]  # of the 3x3 covariance of RGB pixels, largest first
-    eigenvectors: tuple[
-        tuple[float, float, float], ...
-    ]  # rows R, G, B; column j belongs to eigenvalue j
+    eigenvalues: tuple[float, float, float]
+    eigenvectors: tuple[tuple[float, float, float], ...]
 
 
 IMAGENET = ColourStatistics(
     mean_rgb=(123.68, 116.779, 103.939),  # the mean pixel released with the authors' models
-    # fb.resnet.torch has the eigenvalues of pixels scaled to [0, 1].
+    # fb.resnet.torch gives the eigenvalues for pixels in [0, 1].
     eigenvalues=(0.2175 * 255**2, 0.0188 * 255**2, 0.0045 * 255**2),
     eigenvectors=(
         (-0.5675, 0.7192, 0.4009),

@@ -1,27 +1,41 @@
-"""How a trained net is evaluated (§3.2)."""
+"""Evaluation protocols and their memory limits (§3.2)."""
 
 import dataclasses
 
 from vgg_jax.errors import InputError
 
-# One crop; the corners and the centre; the whole image; a grid of 5x5 crops; the mean of the last two.
-PROTOCOLS = ("center", "ten-crop", "dense", "multi-crop", "both")
+PROTOCOLS = (
+    "center",  # one crop
+    "ten-crop",  # four corners and the centre, each with its mirror image
+    "dense",  # the whole image, fully convolutional
+    "multi-crop",  # a grid of 5x5 crops
+    "both",  # the mean of dense and multi-crop
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalProtocol:
-    """How the posteriors of an image are taken (§3.2); the defaults are dense, as in the paper. Raises InputError for another name."""
+    """The computation of an image's class posteriors (§3.2). The paper's default is dense.
+
+    Attributes:
+        name: One of `PROTOCOLS`.
+        flip: Averages with the posteriors of the mirror image. None: see `use_flip`.
+        softmax_first: Applies the soft-max at every position before averaging a dense score map.
+            The paper does not give the order.
+        ceil: Rounds an odd side up in a pooling, as Caffe does.
+
+    Raises:
+        InputError: If the name is unknown.
+    """
 
     name: str = "dense"
-    flip: bool | None = (
-        None  # the mean with the mirror image's posterior; None: where it is usual, see `use_flip`
-    )
-    softmax_first: bool = False  # at every position of a map, before their mean; the paper does not say which comes first
-    ceil: bool = False  # pooling as in Caffe, an odd side rounded up
+    flip: bool | None = None
+    softmax_first: bool = False
+    ceil: bool = False
 
     @property
     def use_flip(self) -> bool:
-        """Whether the mirror image counts: by default for all but one centre crop."""
+        """True if the mirror image counts: by default for all protocols except "center"."""
         return self.name != "center" if self.flip is None else self.flip
 
     def __post_init__(self) -> None:
@@ -31,8 +45,9 @@ class EvalProtocol:
 
 DENSE = EvalProtocol()
 
+# Pixels of the crops or images that are computed at once.
+MAX_PIXELS_PER_BATCH = 800_000
 
-MAX_PIXELS_PER_BATCH = 800_000  # of the windows that are computed at once in an evaluation
-
-
-MAX_IMAGE_PIXELS = 2_000_000  # pixels of one image at a test scale: they are computed at once, with net A in 1.7 GB, with D in 2.2, by XLA's plan
+# Pixels of one image at a test scale. An image is computed at once, so this bounds the memory
+# (docs/performance.md#largest-image).
+MAX_IMAGE_PIXELS = 2_000_000

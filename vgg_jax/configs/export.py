@@ -1,10 +1,4 @@
-"""What an exported file can hold."""
+"""Contents and layouts of exported files."""
 
-EXPORT_OUTPUTS = ("logits", "posteriors", "score_map")  # of an exported program
-
-
-SAVE_LAYOUTS = (
-    "vgg_jax",
-    "torchvision",
-    "timm",
-)  # whose names and order a .safetensors file can be written in
+EXPORT_OUTPUTS = ("logits", "posteriors", "score_map")  # outputs of an exported program
+SAVE_LAYOUTS = ("vgg_jax", "torchvision", "timm")  # tensor names and axis orders in .safetensors

@@ -1,11 +1,11 @@
-"""The configuration of a run from the flags that were given: by data set where images are small, by the number of classes the rate."""
+"""Presets for data sets of small images, and the default learning rate."""
 
 import dataclasses
+from typing import Any
 
 from vgg_jax.configs.train import TrainConfig
 from vgg_jax.errors import InputError
 
-# What differs from the paper where the images are small: a name is a data set, the values are TrainConfig's.
 _CIFAR = {
     "image_size": 32,
     "scale": (32, 40),
@@ -13,10 +13,13 @@ _CIFAR = {
     "batch_size": 128,
     "learning_rate": 1e-2,
 }
-PRESETS: dict[str, dict] = {
+
+# The values of TrainConfig that differ from the paper's, by data set.
+PRESETS: dict[str, dict[str, Any]] = {
     "digits": {
         "net": "A",
-        "batch_norm": True,  # the plain net needs twice the epochs
+        # The plain net needs more epochs (docs/performance.md#digits).
+        "batch_norm": True,
         "dropout_rate": 0.2,
         "image_size": 32,
         "scale": (32,),
@@ -33,8 +36,7 @@ PRESETS: dict[str, dict] = {
     "cifar100": _CIFAR,
 }
 
-
-# Flags that do nothing but where another one has this value.
+# A field has no effect unless another field has this value.
 _REQUIRES = {
     "patience": ("schedule", "plateau"),
     "drops": ("schedule", "plateau"),
@@ -43,34 +45,53 @@ _REQUIRES = {
 }
 
 
-def preset(data: str, **given) -> TrainConfig:
-    """The configuration for a data set: the values `given` (lists become tuples), else the data set's preset, else the paper's.
+def preset(data: str, **overrides: Any) -> TrainConfig:
+    """Builds the configuration for a data set.
 
-    Raises InputError for a value that no run can have, and for one that would have no effect.
+    Args:
+        data: A name such as "digits" or "cifar10:3.0.2", or an image folder.
+        **overrides: Fields of TrainConfig. They take precedence over the preset of the data set,
+            and that over the paper's values. Lists become tuples.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        InputError: If a value is invalid, or if an override would have no effect.
     """
-    given = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
+    overrides = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in overrides.items()
     }
-    chosen = PRESETS.get(data.split(":")[0], {})
-    if given.get("schedule", "step") != "step":  # the epochs go with the preset's own schedule
-        chosen = {
-            name: value for name, value in chosen.items() if name not in ("drop_epochs", "epochs")
-        }
-    config = TrainConfig(**{"data": data} | chosen | given)
-    for name, (other, value) in _REQUIRES.items():
-        if name in given and getattr(config, other) != value:
+    defaults = PRESETS.get(data.split(":")[0], {})
+    if overrides.get("schedule", "step") != "step":
+        # The preset's epochs belong to its own schedule.
+        schedule_fields = ("drop_epochs", "epochs")
+        defaults = {name: value for name, value in defaults.items() if name not in schedule_fields}
+    config = TrainConfig(**{"data": data} | defaults | overrides)
+    for name, (other, required) in _REQUIRES.items():
+        actual = getattr(config, other)
+        if name in overrides and actual != required:
             raise InputError(
-                f"{name} is {given[name]}, and {other} is {getattr(config, other)!r}: expected {value!r} with it"
+                f"{name} is {overrides[name]}, and {other} is {actual!r}: "
+                f"expected {required!r} with it"
             )
     return config
 
 
-def resolve_learning_rate(config: TrainConfig, classes: int) -> TrainConfig:
-    """The configuration with its learning rate filled in, if it has none: the paper's 1e-2, or 1e-3 for fewer than 100 classes.
+def resolve_learning_rate(config: TrainConfig, num_classes: int) -> TrainConfig:
+    """Fills in the default learning rate: the paper's 1e-2, or 1e-3 for fewer than 100 classes.
 
-    The fewer classes, the more of the images pull at the same logit. Net A from Glorot's initialisation at 224 pixels, batch 16, rate 1e-2:
-    with 2 and 10 classes the loss is NaN after three and five steps, with 100 and 1,000 it stays near ln(K); with 2 classes 1e-3 trains.
+    Few classes mean that many images pull at the same logit. A net then diverges at 1e-2
+    (docs/performance.md#learning-rate-and-classes).
+
+    Args:
+        config: A configuration.
+        num_classes: Number of classes of its data.
+
+    Returns:
+        The configuration itself if it has a learning rate, else a copy with the default.
     """
     if config.learning_rate is not None:
         return config
-    return dataclasses.replace(config, learning_rate=1e-2 if classes >= 100 else 1e-3)
+    return dataclasses.replace(config, learning_rate=1e-2 if num_classes >= 100 else 1e-3)

@@ -1,180 +1,309 @@
-"""All that a training run depends on (§3.1). Imports neither JAX nor TensorFlow."""
+"""Configuration of a training run (§3.1). Imports neither JAX nor TensorFlow."""
 
 import dataclasses
 import math
+from collections.abc import Collection
+from typing import Any, NamedTuple
 
 from vgg_jax.configs.models import CONFIGS, Layer, VGGConfig, layer_table
 from vgg_jax.errors import InputError
 
-CHOICES = {
-    "net": tuple(CONFIGS),
-    "initializer": ("glorot", "paper", "he"),
-    "dtype": ("float32", "bfloat16"),
-    "colour_convention": ("deviation", "variance"),
-    "statistics": ("imagenet", "measure"),
-    "schedule": ("plateau", "step", "constant"),
-}
-
-
-ON_NAN = ("stop", "halve")  # what a run does whose loss is not finite
-
-
-MAX_LR_HALVINGS = 5  # of a run's rate by "halve"
-
-
-DISTRIBUTED_MODES = ("auto", "on", "off")  # whether a run is one of several processes
-
-
-ALLREDUCE_DTYPES = ("float32", "bfloat16")  # how gradients travel between devices
-
-
+DTYPES = ("float32", "bfloat16")  # of the computation
+ON_NAN = ("stop", "halve")  # what a run does after a non-finite loss
+MAX_LR_HALVINGS = 5  # halvings of the learning rate in one run, with "halve"
+DISTRIBUTED_MODES = ("auto", "on", "off")  # joining the other processes of a run
+ALLREDUCE_DTYPES = ("float32", "bfloat16")  # of the gradients sent between devices
 SAVE_SECONDS = 600  # between two saves within an epoch
+
+
+class _Bounds(NamedTuple):
+    """Bounds of a number; None where there is none."""
+
+    above: float | None = None
+    at_least: float | None = None
+    below: float | None = None
+
+    def contain(self, value: float) -> bool:
+        """False for NaN, and for infinity even if there is no upper bound."""
+        return (
+            (self.above is None or value > self.above)
+            and (self.at_least is None or value >= self.at_least)
+            and value < (math.inf if self.below is None else self.below)
+        )
+
+    def __str__(self) -> str:
+        lower = f"at least {self.at_least}" if self.above is None else f"more than {self.above}"
+        return lower if self.below is None else f"{lower} and less than {self.below}"
+
+
+def _field(
+    default: Any,
+    group: str,
+    help: str,
+    *,
+    choices: Collection[str] | None = None,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    **flag: Any,
+) -> Any:
+    """Declares a field, its valid values, and its flag of `vgg-jax train`.
+
+    Args:
+        default: The default value, the paper's where it gives one.
+        group: Heading of the flag in `vgg-jax train --help`.
+        help: Help text of the flag.
+        choices: The valid values. They are read at each check, so a net added to CONFIGS is valid.
+        above: Exclusive lower bound.
+        at_least: Inclusive lower bound.
+        below: Exclusive upper bound.
+        **flag: Further arguments of `argparse.ArgumentParser.add_argument`. The type is the
+            default's unless `type` is given.
+    """
+    bounds = _Bounds(above, at_least, below)
+    metadata = {"group": group, "help": help, "choices": choices, "bounds": bounds, "flag": flag}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """All that a training run's result depends on. The defaults are the paper's (§3.1); `preset` adapts them to small images.
+    """Everything that the result of a training run depends on.
 
-    Raises InputError for a value that no run can have.
+    The defaults are the paper's (§3.1); `vgg_jax.configs.presets.preset` adapts them to small
+    images. The metadata of a field hold its valid values and its command line flag (`_field`).
+
+    Raises:
+        InputError: If a value is invalid.
     """
 
     data: str = "digits"
-    net: str = "D"
-    batch_norm: bool = False  # not in the paper
-    fc: tuple[int, int] = (4096, 4096)
-    dropout_rate: float = 0.5
-    initializer: str = (
-        "glorot"  # the paper's note after submission; see `vgg_jax.model.INITIALIZERS`
+
+    net: str = _field("D", "model", "column of Table 1", choices=CONFIGS)
+    # Not in the paper.
+    batch_norm: bool = _field(False, "model", "add batch normalisation after every convolution")
+    fc: tuple[int, int] = _field(
+        (4096, 4096), "model", "output features of fc6 and fc7", type=int, nargs=2
     )
-    initializer_std: float = (
-        0.01  # of "paper"; §3.1 prints a variance of 10⁻², with which every net explodes
+    dropout_rate: float = _field(
+        0.5, "model", "dropout rate after fc6 and fc7", at_least=0, below=1
     )
-    init_from: str | None = None  # the workdir of a finished run, or a file of weights
-    freeze: tuple[
-        str, ...
-    ] = ()  # layers that stay as they are, by name, or "conv" or "fc" for all of them
-    dtype: str = "float32"
-    image_size: int = 224
-    scale: tuple[int, ...] = (256,)  # S, or (S_min, S_max) of the scale jitter
-    flip: bool = True
-    colour_shift: float = 0.1  # the deviation of Krizhevsky's alpha; 0 turns it off
-    colour_convention: str = "deviation"  # times the deviation along a component, or times the variance (pixels in [0, 1])
-    exif: bool = True  # turn photos upright as their EXIF orientation says
-    statistics: str = "imagenet"
-    validation_fraction: float = (
-        0.1  # of the training split, where the data has no validation split
+    # "glorot" is the paper's note after its submission; see `vgg_jax.model.INITIALIZERS`.
+    initializer: str = _field(
+        "glorot", "model", "initialisation of the kernels", choices=("glorot", "paper", "he")
     )
-    skip_bad: bool = (
-        False  # an image that cannot be read counts for nothing, instead of ending the run
+    # §3.1 prints a variance of 10⁻². Every net diverges with it.
+    initializer_std: float = _field(
+        0.01, "model", "standard deviation for --initializer paper", above=0
     )
-    exclude: tuple[
-        str, ...
-    ] = ()  # images that are left out, by the names that `vgg-jax verify-data` gives them
-    cache: bool = False  # the encoded images in memory; of TFRecord files the order of an epoch is then another
-    batch_size: int = 256
-    microbatch: int | None = (
-        None  # examples whose activations are held at once; None: the whole batch
+    init_from: str | None = _field(
+        None,
+        "model",
+        "start from the layers of a finished run or a weight file",
+        type=str,
+        metavar="RUN_OR_WEIGHTS",
     )
-    learning_rate: float | None = None  # None: `presets.with_learning_rate` chooses
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    decay_biases: bool = False  # Caffe's recipes and MatConvNet's VGG do not; the paper is silent
-    schedule: str = "plateau"
-    patience: int = 5  # epochs without a better validation accuracy; the paper gives no number
-    drops: int = 3  # times the plateau divides the rate by 10; the run ends at the next plateau
-    drop_epochs: tuple[int, ...] = ()  # of the step schedule
-    epochs: int = 74
-    seed: int = 0
+    freeze: tuple[str, ...] = _field(
+        (),
+        "model",
+        "layers that training leaves unchanged: layer names, or conv or fc for all of a type",
+        type=str,
+        nargs="+",
+        metavar="LAYER",
+    )
+    dtype: str = _field(
+        "float32", "model", "dtype of the computation; parameters are float32", choices=DTYPES
+    )
+
+    image_size: int = _field(224, "augmentation", "side of the square crop that the net reads")
+    scale: tuple[int, ...] = _field(
+        (256,),
+        "augmentation",
+        "rescale the shorter side of each image to S, or to a random side from S_min to S_max",
+        type=int,
+        nargs="+",
+        metavar="S",
+    )
+    flip: bool = _field(True, "augmentation", "mirror a random half of the images")
+    # Krizhevsky's alpha.
+    colour_shift: float = _field(
+        0.1,
+        "augmentation",
+        "standard deviation of the random shift along the principal colours; 0 turns it off",
+        at_least=0,
+    )
+    # The variance is that of pixels in [0, 1].
+    colour_convention: str = _field(
+        "deviation",
+        "augmentation",
+        "unit of the colour shift: a principal colour's standard deviation, or its variance",
+        choices=("deviation", "variance"),
+    )
+    exif: bool = _field(True, "augmentation", "rotate photos upright by their EXIF orientation")
+
+    statistics: str = _field(
+        "imagenet",
+        "data",
+        "source of the mean RGB and the principal colours",
+        choices=("imagenet", "measure"),
+    )
+    validation_fraction: float = _field(
+        0.1,
+        "data",
+        "share of the training images to validate on if the data has no validation split",
+        above=0,
+        below=1,
+    )
+    skip_bad: bool = _field(
+        False,
+        "data",
+        "skip files that are no images, and at most one percent of unreadable images",
+    )
+    # The flag reads the names from a file, see `vgg_jax.data.read_exclude_list`.
+    exclude: tuple[str, ...] = _field(
+        (), "data", "leave out the images in a list from verify-data", type=str, metavar="LIST"
+    )
+    cache: bool = _field(
+        False,
+        "data",
+        "keep the encoded images in memory, or the pixels of small images; "
+        "changes the image order of TFRecord files",
+    )
+
+    batch_size: int = _field(256, "optimiser", "images per step", above=0)
+    microbatch: int | None = _field(
+        None,
+        "optimiser",
+        "images whose activations are held at once; a step adds up their gradients",
+        type=int,
+    )
+    # None: `vgg_jax.configs.presets.resolve_learning_rate` chooses.
+    learning_rate: float | None = _field(
+        None,
+        "optimiser",
+        "initial learning rate (default: 0.01, or 0.001 for fewer than 100 classes)",
+        type=float,
+        above=0,
+    )
+    momentum: float = _field(0.9, "optimiser", "momentum of SGD", at_least=0, below=1)
+    weight_decay: float = _field(5e-4, "optimiser", "factor of the L2 penalty", at_least=0)
+    # Caffe's recipes and MatConvNet's VGG do not decay biases. The paper does not say.
+    decay_biases: bool = _field(
+        False, "optimiser", "decay biases and batch normalisation parameters too"
+    )
+
+    schedule: str = _field(
+        "plateau",
+        "schedule",
+        "when the learning rate is divided by 10",
+        choices=("plateau", "step", "constant"),
+    )
+    # The paper gives no number.
+    patience: int = _field(
+        5, "schedule", "plateau: epochs without a better validation accuracy", above=0
+    )
+    drops: int = _field(
+        3,
+        "schedule",
+        "plateau: divisions of the learning rate; the next plateau ends the run",
+        at_least=0,
+    )
+    drop_epochs: tuple[int, ...] = _field(
+        (),
+        "schedule",
+        "step: epochs after which the learning rate is divided",
+        type=int,
+        nargs="+",
+        metavar="EPOCH",
+    )
+    epochs: int = _field(74, "schedule", "maximum number of epochs", above=0)
+
+    seed: int = _field(0, "run", "seed of every random number", at_least=0, below=2**32)
 
     @property
     def vgg(self) -> VGGConfig:
-        """The net's column of Table 1, with this run's widths of fc6 and fc7."""
+        """The net's column of Table 1, with this run's `fc`."""
         return dataclasses.replace(CONFIGS[self.net], fc=self.fc)
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """The layers that training leaves as they are: those of `freeze`, with the batch normalisation behind a convolution."""
-        names = [
-            layer.name
-            for layer in self._table
-            if layer.type in ("conv", "fc") and {layer.name, layer.type} & set(self.freeze)
-        ]
-        return (
-            *names,
-            *(
-                name.replace("conv", "bn")
-                for name in names
-                if self.batch_norm and name.startswith("conv")
-            ),
-        )
+        """Names of the layers that training leaves unchanged.
 
-    @property
-    def _table(self) -> tuple[Layer, ...]:
-        return layer_table(self.vgg, image_size=self.image_size)
+        The batch normalisation after a frozen convolution is frozen as well.
+        """
+        layers = [layer for layer in self._learned if {layer.name, layer.type} & set(self.freeze)]
+        convolutions = [layer.name for layer in layers if layer.type == "conv"]
+        batch_norms = [name.replace("conv", "bn") for name in convolutions if self.batch_norm]
+        return (*(layer.name for layer in layers), *batch_norms)
 
     @property
     def test_scale(self) -> int:
-        """Q = S, or the middle of the jitter's range (§4.1)."""
+        """The test scale Q: S, or the middle of the jitter's range (§4.1)."""
         return (self.scale[0] + self.scale[-1]) // 2
 
+    @property
+    def _learned(self) -> list[Layer]:
+        """The convolutions and fully connected layers. Raises InputError for too small an image."""
+        table = layer_table(self.vgg, image_size=self.image_size)
+        return [layer for layer in table if layer.type in ("conv", "fc")]
+
     def __post_init__(self) -> None:
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise InputError(
-                    f"{name} is {getattr(self, name)!r}: expected one of {', '.join(allowed)}"
-                )
-        if len(self.scale) not in (1, 2) or self.scale[0] > self.scale[-1]:
-            raise InputError(
-                f"scale is {self.scale}: expected one side S, or S_min and S_max with S_min <= S_max"
-            )
-        if len(self.fc) != 2 or min(self.fc) < 1:
-            raise InputError(f"fc is {self.fc}: expected the two widths of fc6 and fc7")
-        learned = [
-            layer.name for layer in self._table if layer.type in ("conv", "fc")
-        ]  # raises for an image that is too small
-        if unknown := [name for name in self.freeze if name not in ("conv", "fc", *learned)]:
-            raise InputError(
-                f"freeze is {self.freeze}, and {unknown[0]!r} is no layer: expected conv, fc, or some of {', '.join(learned)}"
-            )
-        if set(learned) <= set(self.frozen):
-            raise InputError(f"freeze is {self.freeze}: expected a layer that is left to train")
-        if self.scale[0] < self.image_size:
-            raise InputError(
-                f"scale is {self.scale}: expected at least the image size, {self.image_size}"
-            )
-        for name in ("batch_size", "epochs", "patience", "learning_rate", "initializer_std"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise InputError(f"{name} is {value}: expected more than 0")
-        for name in ("weight_decay", "colour_shift", "drops"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"{name} is {getattr(self, name)}: expected 0 or more")
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"seed is {self.seed}: expected at least 0 and less than 2**32")
-        if not 0 < self.validation_fraction < 1:
-            raise InputError(
-                f"validation_fraction is {self.validation_fraction}: expected more than 0 and less than 1"
-            )
-        for name in ("dropout_rate", "momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(
-                    f"{name} is {getattr(self, name)}: expected at least 0 and less than 1"
-                )
-        if self.microbatch is not None and (
-            self.microbatch < 1 or self.batch_size % self.microbatch
-        ):
-            raise InputError(
-                f"microbatch is {self.microbatch}: expected a divisor of the batch size, {self.batch_size}"
-            )
-        if (self.schedule == "step") != bool(self.drop_epochs):
-            raise InputError(
-                f"schedule is {self.schedule!r} and drop_epochs is {self.drop_epochs}: "
-                "expected both or neither, as in --schedule step --drop-epochs 30 60"
-            )
-        if (
-            list(self.drop_epochs) != sorted(set(self.drop_epochs))
-            or min(self.drop_epochs, default=1) < 1
-        ):
-            raise InputError(
-                f"drop_epochs is {self.drop_epochs}: expected rising numbers from 1 on"
-            )
+        for field in dataclasses.fields(self):
+            if field.metadata:
+                _check_value(field, getattr(self, field.name))
+        _check_sizes(self)
+        _check_freeze(self)
+        _check_microbatch(self)
+        _check_schedule(self)
+
+
+def _check_value(field: dataclasses.Field, value: Any) -> None:
+    """Raises InputError for a value outside the field's choices or bounds."""
+    choices, bounds = field.metadata["choices"], field.metadata["bounds"]
+    if choices is not None and value not in choices:
+        raise InputError(f"{field.name} is {value!r}: expected one of {', '.join(choices)}")
+    is_unset = value is None and field.default is None
+    if bounds != _Bounds() and not is_unset and not bounds.contain(value):
+        raise InputError(f"{field.name} is {value}: expected {bounds}")
+
+
+def _check_sizes(config: TrainConfig) -> None:
+    scale = config.scale
+    if len(scale) not in (1, 2) or scale[0] > scale[-1]:
+        raise InputError(
+            f"scale is {scale}: expected one side S, or S_min and S_max with S_min <= S_max"
+        )
+    if scale[0] < config.image_size:
+        raise InputError(f"scale is {scale}: expected at least the image size, {config.image_size}")
+    if len(config.fc) != 2 or min(config.fc) < 1:
+        raise InputError(f"fc is {config.fc}: expected the two widths of fc6 and fc7")
+
+
+def _check_freeze(config: TrainConfig) -> None:
+    learned = [layer.name for layer in config._learned]
+    unknown = [name for name in config.freeze if name not in ("conv", "fc", *learned)]
+    if unknown:
+        raise InputError(
+            f"freeze is {config.freeze}, and {unknown[0]!r} is no layer: "
+            f"expected conv, fc, or some of {', '.join(learned)}"
+        )
+    if set(learned) <= set(config.frozen):
+        raise InputError(f"freeze is {config.freeze}: expected a layer that is left to train")
+
+
+def _check_microbatch(config: TrainConfig) -> None:
+    microbatch = config.microbatch
+    if microbatch is not None and (microbatch < 1 or config.batch_size % microbatch):
+        raise InputError(
+            f"microbatch is {microbatch}: expected a divisor of the batch size, {config.batch_size}"
+        )
+
+
+def _check_schedule(config: TrainConfig) -> None:
+    epochs = config.drop_epochs
+    if (config.schedule == "step") != bool(epochs):
+        raise InputError(
+            f"schedule is {config.schedule!r} and drop_epochs is {epochs}: "
+            "expected both or neither, as in --schedule step --drop-epochs 30 60"
+        )
+    if list(epochs) != sorted(set(epochs)) or min(epochs, default=1) < 1:
+        raise InputError(f"drop_epochs is {epochs}: expected increasing numbers from 1 on")
