@@ -1,11 +1,14 @@
-"""The commands of the command line; each returns an exit code."""
+"""The commands of the command line. Each takes the parsed flags and returns an exit code."""
 
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+from vgg_jax.cli.exit_codes import ExitCode
 from vgg_jax.configs.evaluation import EvalProtocol
 from vgg_jax.configs.models import CONFIGS
 from vgg_jax.configs.presets import preset
@@ -14,62 +17,59 @@ from vgg_jax.errors import InputError
 from vgg_jax.paths import to_path
 from vgg_jax.runtime.memory import configure_malloc
 
+# Each command imports the rest of the package itself, so that `vgg-jax --help` needs no jax.
+
 
 def train(
-    data: str, workdir: str | None, data_dir: str | None, download: bool, **given: Any
-) -> int:
-    how = {
-        name: given.pop(name) for name in ("save_seconds", "on_nan", "debug_nans") if name in given
-    }
-    if "exclude" in given:
+    data: str, workdir: str | None, data_dir: str | None, download: bool, **flags: Any
+) -> ExitCode:
+    """Trains a net. Flags that were not passed are absent from `flags`: the preset decides."""
+    loop_options = _pop(flags, "save_seconds", "on_nan", "debug_nans")
+    mesh_options = flags.pop("mesh", {}) | _pop(flags, "fsdp", "reduce")
+    distributed = flags.pop("distributed", "auto")
+    if "exclude" in flags:
         from vgg_jax.data import read_exclude_list
 
-        given["exclude"] = read_exclude_list(given["exclude"])
-    distributed = given.pop("distributed", "auto")
-    spread = given.pop("mesh", {}) | {
-        name: given.pop(name) for name in ("fsdp", "reduce") if name in given
-    }
-    config = preset(data, **given)
+        flags["exclude"] = read_exclude_list(flags["exclude"])
+    config = preset(data, **flags)
     from vgg_jax.distributed import multihost
     from vgg_jax.distributed.sharding import MeshConfig
     from vgg_jax.training.report import divergence_hint
 
-    layout = MeshConfig(**spread)
-    if joined := multihost.initialize(distributed):
+    layout = MeshConfig(**mesh_options)
+    if message := multihost.initialize(distributed):
         if not multihost.is_main_process():
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # also what C++ prints
-        print(joined, flush=True)
+            # Replaces the file descriptor of stdout, since C++ prints to it as well.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        print(message, flush=True)
     from vgg_jax.training.loop import CheckpointSaveError, DivergedError, fit
 
+    workdir = workdir or f"runs/{slugify(data)}-{config.net}"
     try:
         with multihost.shutdown_on_exit():
-            outcome = fit(
-                config,
-                workdir or f"runs/{slugify(data)}-{config.net}",
-                data_dir,
-                download,
-                layout=layout,
-                **how,
-            )
+            result = fit(config, workdir, data_dir, download, layout=layout, **loop_options)
     except multihost.ProcessLostError as error:
         print(f"vgg-jax: {error}", file=sys.stderr)
-        return 76
+        return ExitCode.PROCESS_LOST
     except DivergedError as error:
         if multihost.is_main_process():
             print(f"vgg-jax: {error}: {divergence_hint(error.rate)}", file=sys.stderr)
-        return 4
+        return ExitCode.DIVERGED
     except CheckpointSaveError as error:
         if multihost.is_main_process():
-            print(
-                f"vgg-jax: {error}; make room, and the same command goes on from what was saved before",
-                file=sys.stderr,
-            )
-        return 74
-    return 75 if outcome.stopped else 0
+            remedy = "make room, and run the same command to resume from the last save"
+            print(f"vgg-jax: {error}; {remedy}", file=sys.stderr)
+        return ExitCode.NOT_SAVED
+    return ExitCode.STOPPED if result.stopped else ExitCode.DONE
+
+
+def _pop(flags: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Removes the flags of these names, if present, and returns them."""
+    return {name: flags.pop(name) for name in names if name in flags}
 
 
 def slugify(data: str) -> str:
-    """What data is called in the name of a folder."""
+    """Turns a data set's name or path into the name of a folder."""
     return data.rstrip("/").replace("/", "-").replace(":", "-").strip(".-") or "data"
 
 
@@ -79,81 +79,92 @@ def summary(
     batch_norm: bool,
     image_size: int,
     batch_size: int | None,
-    **step: Any,
-) -> int:
+    microbatch: int | None,
+    dtype: str,
+) -> ExitCode:
+    """Prints a net's layers and cost, and the memory of a training step if asked to."""
     from vgg_jax.summary import table
 
-    if batch_size is None and step["microbatch"] is not None:
-        raise InputError(f"microbatch is {step['microbatch']}: expected --batch-size beside it")
-    shape: dict[str, Any] = {
-        "image_size": image_size,
-        "scale": (image_size,),
-        "batch_size": batch_size,
-    }
-    config = (
-        None if batch_size is None else TrainConfig(net=net, batch_norm=batch_norm, **shape, **step)
-    )
+    config = None
+    if batch_size is not None:
+        config = TrainConfig(
+            net=net,
+            batch_norm=batch_norm,
+            image_size=image_size,
+            scale=(image_size,),
+            batch_size=batch_size,
+            microbatch=microbatch,
+            dtype=dtype,
+        )
+    elif microbatch is not None:
+        raise InputError(f"microbatch is {microbatch}: expected --batch-size with it")
     print(table(CONFIGS[net], num_classes, batch_norm, image_size))
     if config is not None:
         from vgg_jax.training.memory_estimate import estimate_step_memory
 
-        found = {
-            name: f"{size / 1e9:.2f} GB"
-            for name, size in estimate_step_memory(config, num_classes).items()
-        }
+        memory = estimate_step_memory(config, num_classes)
+        total, state = memory["total"] / 1e9, memory["state"] / 1e9
         print(
-            f"A training step of {batch_size} images takes {found['total']}: {found['state']} for parameters and momentum, the rest for"
+            f"A training step of {batch_size} images takes {total:.2f} GB: "
+            f"{state:.2f} GB for parameters and momentum, the rest for\n"
+            "activations, gradients and XLA, on one device like this; "
+            "what the process held before comes on top. Nothing was run."
         )
-        print(
-            "activations, gradients and XLA, on one device like this; what the process held before comes on top. Nothing was run."
-        )
-    return 0
+    return ExitCode.DONE
 
 
-def statistics(data: str, split: str, data_dir: str | None, download: bool, skip_bad: bool) -> int:
+def statistics(
+    data: str, split: str, data_dir: str | None, download: bool, skip_bad: bool
+) -> ExitCode:
+    """Prints the mean and standard deviation of a data set's colours."""
     from vgg_jax.data import measure_colours, open_split
 
     source = open_split(data, split, data_dir=data_dir, download=download, skip_bad=skip_bad)
-    measured = measure_colours(source, skip_bad=skip_bad)
-    print(f"{source.name}: {measured.count} images, RGB on the 0-255 scale")
+    colours = measure_colours(source, skip_bad=skip_bad)
+    print(f"{source.name}: {colours.count} images, RGB on the 0-255 scale")
     for label, values in (
-        ("mean over all pixels", measured.pixel_mean),
-        ("std over all pixels", measured.pixel_std),
-        ("mean of the images' means", measured.image_mean),
-        ("mean of the images' stds", measured.image_std),
+        ("mean over all pixels", colours.pixel_mean),
+        ("std over all pixels", colours.pixel_std),
+        ("mean of the images' means", colours.image_mean),
+        ("mean of the images' stds", colours.image_std),
     ):
         print(f"{label:<26}" + "".join(f"{value:>10.3f}" for value in values))
-    return 0
+    return ExitCode.DONE
 
 
-def verify_data(data: str, data_dir: str | None, download: bool, out: str) -> int:
+def verify_data(data: str, data_dir: str | None, download: bool, out: str) -> ExitCode:
+    """Reads every image once, and writes a list of the unreadable ones."""
     from vgg_jax.data import verify_images, write_exclude_list
 
-    found = []
+    all_bad = []
     try:
         for split, count, bad in verify_images(data, data_dir=data_dir, download=download):
             print(f"{data} {split}: {len(bad)} of {count} images cannot be read", flush=True)
-            for each in bad:
-                print(f"  {each.file!r}: {each.reason}", flush=True)
-            found += bad
-    finally:
-        if found:
-            write_exclude_list(out, found)
-    write_exclude_list(out, found)
-    if found:
-        print(f"{out}: their list; `vgg-jax train {data} --exclude {out}` leaves them out")
-    return 3 if found else 0
+            for image in bad:
+                print(f"  {image.file!r}: {image.reason}", flush=True)
+            all_bad += bad
+    except BaseException:
+        # An interrupted pass leaves what it found. It does not replace a list by an empty one.
+        if all_bad:
+            write_exclude_list(out, all_bad)
+        raise
+    write_exclude_list(out, all_bad)
+    if not all_bad:
+        return ExitCode.DONE
+    print(f"{out}: their list; `vgg-jax train {data} --exclude {out}` leaves them out")
+    return ExitCode.BAD_IMAGE
 
 
-def import_(file: str, out: str, net: str | None, check: str | None) -> int:
+def import_(file: str, out: str, net: str | None, check: str | None) -> ExitCode:
+    """Converts another library's weights, and compares them with PyTorch if asked to."""
     from vgg_jax.weights import read, save
 
     weights = read(file, net)
     save(out, weights)
     mean = ", ".join(f"{value:.3f}" for value in weights.preprocessing.mean_rgb)
-    print(f"{file}: {weights}; images are RGB, 0-255, less ({mean}); written to {out}")
+    print(f"{file}: {weights}; images are RGB, 0-255, minus ({mean}); written to {out}")
     if check is None:
-        return 0
+        return ExitCode.DONE
     from vgg_jax.weights.compare_torch import TOLERANCE, compare_with_torch
 
     differences = compare_with_torch(weights)
@@ -161,86 +172,87 @@ def import_(file: str, out: str, net: str | None, check: str | None) -> int:
         print(f"{layer:<10}{difference:>10.1e}")
     worst = max(differences, key=lambda layer: differences[layer])
     print(
-        f"largest difference from PyTorch: {differences[worst]:.1e} of the largest value, in {worst}; bound {TOLERANCE:.0e}"
+        f"largest difference from PyTorch: {differences[worst]:.1e} of the largest value, "
+        f"in {worst}; bound {TOLERANCE:.0e}"
     )
-    return 0 if differences[worst] < TOLERANCE else 1
+    return ExitCode.DONE if differences[worst] < TOLERANCE else ExitCode.CHECK_FAILED
 
 
 def export(
-    net: str,
+    path: str,
     out: str,
     layout: str,
     output: str,
     uint8: bool,
     fold_batch_norm: bool,
     bfloat16: bool,
-    arch: str | None,
-) -> int:
+    net: str | None,
+) -> ExitCode:
+    """Writes a net as a file for another program."""
     from vgg_jax.export import ExportSpec, write
-    from vgg_jax.export import fold_batch_norm as folded
+    from vgg_jax.export import fold_batch_norm as fold
     from vgg_jax.weights import read
 
-    weights = read(net, arch)
-    write(
-        out,
-        ExportSpec(folded(weights) if fold_batch_norm else weights, output, uint8, bfloat16),
-        layout,
-    )
-    print(f"{out}: written; `vgg-jax verify {out}` asks it again")
-    return 0
+    weights = read(path, net)
+    if fold_batch_norm:
+        weights = fold(weights)
+    write(out, ExportSpec(weights, output, uint8, bfloat16), layout)
+    print(f"{out}: written; `vgg-jax verify {out}` checks it again")
+    return ExitCode.DONE
 
 
-def verify(file: str) -> int:
-    from vgg_jax.export.verify import TOLERANCE, verify
+def verify(file: str) -> ExitCode:
+    """Runs an exported file, and compares its output with the one stored at export."""
+    from vgg_jax.export.verify import TOLERANCE
+    from vgg_jax.export.verify import verify as verify_file
 
-    said, difference = verify(file)
+    description, difference = verify_file(file)
     print(
-        f"{file}: {said}; largest difference from the answer at export: {difference:.1e} of the largest value; bound {TOLERANCE:.0e}"
+        f"{file}: {description}; largest difference from the answer at export: "
+        f"{difference:.1e} of the largest value; bound {TOLERANCE:.0e}"
     )
-    return 0 if difference < TOLERANCE else 1
+    return ExitCode.DONE if difference < TOLERANCE else ExitCode.CHECK_FAILED
 
 
-def selfcheck() -> int:
-    from vgg_jax import selfcheck
+def selfcheck() -> ExitCode:
+    """Compares a tiny net on the local devices with NumPy."""
+    from vgg_jax.selfcheck import known_fault, report, run_checks
 
-    found = selfcheck.run_checks()
-    print(selfcheck.report(found))
-    return 0 if all(each.passed for each in found) and not selfcheck.known_fault() else 1
+    results = run_checks()
+    print(report(results))
+    is_right = all(result.passed for result in results) and not known_fault()
+    return ExitCode.DONE if is_right else ExitCode.CHECK_FAILED
 
 
 def predict(
-    net: str, images: list[str], top: int, as_json: bool, protocol: str, scales: list[int]
-) -> int:
+    path: str, images: list[str], top: int, as_json: bool, protocol: str, scales: list[int]
+) -> ExitCode:
+    """Prints the most probable classes of images. An unreadable image gets an error instead."""
     configure_malloc()
-    from vgg_jax.evaluation.predict import predict
+    from vgg_jax.evaluation.predict import predict as iter_predictions
 
-    failed = False
-    for file, best, error in predict(
-        net, images, protocol=EvalProtocol(protocol), scales=scales, top=top
+    code = ExitCode.DONE
+    for file, best, error in iter_predictions(
+        path, images, protocol=EvalProtocol(protocol), scales=scales, top=top
     ):
-        failed = failed or error is not None
-        if as_json:
-            known = {
-                "top": [{"class": name, "probability": probability} for name, probability in best]
-            }
-            print(
-                json.dumps({"file": file} | (known if error is None else {"error": error})),
-                flush=True,
-            )
+        if error is not None:
+            code = ExitCode.BAD_IMAGE
+        if as_json and error is not None:
+            print(json.dumps({"file": file, "error": error}), flush=True)
+        elif as_json:
+            top_classes = [{"class": name, "probability": value} for name, value in best]
+            print(json.dumps({"file": file, "top": top_classes}), flush=True)
         elif error is not None:
-            print(
-                f"vgg-jax: {error}; expected a JPEG, PNG, WebP, BMP or GIF image", file=sys.stderr
-            )
+            expected = "expected a JPEG, PNG, WebP, BMP or GIF image"
+            print(f"vgg-jax: {error}; {expected}", file=sys.stderr)
         else:
-            print(
-                f"{file}: " + "; ".join(f"{name} {probability:.1%}" for name, probability in best),
-                flush=True,
-            )
-    return 3 if failed else 0
+            text = "; ".join(f"{name} {probability:.1%}" for name, probability in best)
+            print(f"{file}: {text}", flush=True)
+    return code
 
 
 def evaluate(
-    run: str,
+    path: str,
     data: str | None,
     split: str,
     scales: list[int],
@@ -249,66 +261,73 @@ def evaluate(
     softmax_first: bool,
     ceil: bool,
     out: str | None,
-    **where: Any,
-) -> int:
+    **source_options: Any,
+) -> ExitCode:
+    """Evaluates a net on a split, prints the errors, and writes them with the posteriors."""
     configure_malloc()
-    from vgg_jax.evaluation.evaluate import evaluate, format_errors, save_evaluation
+    from vgg_jax.evaluation.evaluate import evaluate as evaluate_split
+    from vgg_jax.evaluation.evaluate import format_errors, save_evaluation
 
-    chosen = EvalProtocol(protocol, flip, softmax_first, ceil)
-    beside = run if to_path(run).is_dir() else run + "-evaluated"
-    new = to_path(out or beside)
-    made = not new.is_dir() and (out is not None or to_path(run).is_file())
-    if made:
-        new.mkdir(parents=True)  # now rather than when all is computed
-    try:
-        evaluation, facts = evaluate(run, data, split, protocol=chosen, scales=scales, **where)
-    except BaseException:
-        if made:
-            new.rmdir()
-        raise
-    flags = [
-        name
-        for name, on in (
-            ("mirrored", facts["protocol"]["flip"]),
-            ("softmax-first", softmax_first),
-            ("ceil", ceil),
+    parent = path if to_path(path).is_dir() else path + "-evaluated"
+    target = to_path(out or parent)
+    is_new = not target.is_dir() and (out is not None or to_path(path).is_file())
+    with _new_folder(target) if is_new else contextlib.nullcontext():
+        evaluation, results = evaluate_split(
+            path,
+            data,
+            split,
+            protocol=EvalProtocol(protocol, flip, softmax_first, ceil),
+            scales=scales,
+            **source_options,
         )
-        if on
-    ]
-    folder = out or os.path.join(
-        beside,
-        "-".join(
-            [
-                *([slugify(data)] if data else []),
-                split,
-                protocol,
-                *map(str, facts["scales"]),
-                *flags,
-            ]
-        ),
-    )
-    save_evaluation(folder, evaluation, facts)
+    flags = {
+        "mirrored": results["protocol"]["flip"],
+        "softmax-first": softmax_first,
+        "ceil": ceil,
+    }
+    flag_names = [name for name, is_on in flags.items() if is_on]
+    scale_names = [str(scale) for scale in results["scales"]]
+    data_names = [slugify(data)] if data else []
+    name = "-".join([*data_names, split, protocol, *scale_names, *flag_names])
+    folder = out or os.path.join(parent, name)
+    save_evaluation(folder, evaluation, results)
+    settings = ", ".join([protocol, f"Q = {', '.join(scale_names)}", *flag_names])
+    print(f"{settings}: {format_errors(results)}")
     print(
-        f"{', '.join([protocol, 'Q = ' + ', '.join(map(str, facts['scales'])), *flags])}: {format_errors(facts)}"
+        f"{results['seconds']:.1f} s, {results['images_per_second']:.1f} images/s; "
+        f"{folder}/evaluation.json, {folder}/posteriors.npz"
     )
-    print(
-        f"{facts['seconds']:.1f} s, {facts['images_per_second']:.1f} images/s; {folder}/evaluation.json, {folder}/posteriors.npz"
-    )
-    return 0
+    return ExitCode.DONE
 
 
-def fuse(posteriors: list[str], out: str | None) -> int:
-    from vgg_jax.evaluation.evaluate import format_errors, fuse, save_evaluation
+@contextlib.contextmanager
+def _new_folder(path: Path) -> Iterator[None]:
+    """Creates a folder before the work begins, and removes it again if the work fails.
 
-    fused = fuse(posteriors)
-    facts = {"fused": posteriors} | fused.errors()
+    A folder that cannot be created is then reported at once, not after hours.
+    """
+    path.mkdir(parents=True)
+    try:
+        yield
+    except BaseException:
+        path.rmdir()
+        raise
+
+
+def fuse(posteriors: list[str], out: str | None) -> ExitCode:
+    """Averages the posteriors of several evaluations (§4.4)."""
+    from vgg_jax.evaluation.evaluate import format_errors, save_evaluation
+    from vgg_jax.evaluation.evaluate import fuse as fuse_files
+
+    evaluation = fuse_files(posteriors)
+    results = {"fused": posteriors} | evaluation.errors()
     if out is not None:
-        save_evaluation(out, fused, facts)
-    print(f"mean of {len(posteriors)} posteriors: {format_errors(facts)}")
-    return 0
+        save_evaluation(out, evaluation, results)
+    print(f"mean of {len(posteriors)} posteriors: {format_errors(results)}")
+    return ExitCode.DONE
 
 
-COMMANDS: dict[str, Callable[..., int]] = {
+COMMANDS: dict[str, Callable[..., ExitCode]] = {
     "train": train,
     "evaluate": evaluate,
     "fuse": fuse,

@@ -1,0 +1,31 @@
+"""Output of the package's log messages by the command line."""
+
+import logging
+import sys
+
+
+class _ConsoleHandler(logging.Handler):
+    """Prints INFO to stdout as it is, and WARNING and above to stderr as "warning: …".
+
+    The streams are looked up at each record, since tests and `os.dup2` replace them. An error of
+    a stream, such as a closed pipe, reaches the caller as it does from `print`.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = self.format(record)
+        if record.levelno >= logging.WARNING:
+            print(f"warning: {message}", file=sys.stderr, flush=True)
+        else:
+            print(message, flush=True)
+
+
+def configure_logging() -> None:
+    """Prints the log messages of `vgg_jax`. A second call changes nothing."""
+    logger = logging.getLogger("vgg_jax")
+    if any(isinstance(handler, _ConsoleHandler) for handler in logger.handlers):
+        return
+    logger.setLevel(logging.INFO)
+    logger.addHandler(_ConsoleHandler())
+    # orbax adds a handler to the root logger when it is imported, and each message would be
+    # printed twice. A root handler that exists already was added by the caller and is served.
+    logger.propagate = bool(logging.root.handlers)
