@@ -1,4 +1,4 @@
-"""`python -m vgg_jax` is `vgg-jax`."""
+"""Runs the command line: `python -m vgg_jax` is the same as `vgg-jax`."""
 
 import sys
 

@@ -1,6 +1,7 @@
-"""Whether jax computes a tiny net rightly on the devices at hand. Releases of jax and of XLA have silently miscompiled some.
+"""A check that jax computes a tiny net correctly on the local devices.
 
-Forward and gradient, compiled as one program and op by op, against NumPy in float64, which knows nothing of jax.
+Some releases of jax and of XLA have silently miscompiled one. The check compares the forward pass
+and the gradient with NumPy in float64: once compiled as one program, and once op by op.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,115 +15,163 @@ from vgg_jax.configs.models import Conv, VGGConfig
 from vgg_jax.model import VGG
 from vgg_jax.runtime.compiler import compiler_options
 
-BOUND = 1e-4  # of the largest value; float32 has 1e-6 here
-BFLOAT16_BOUND = 3e-2  # of the largest; bfloat16 has 1e-2 here
+# Allowed differences, relative to the largest value (docs/performance.md#self-check).
+TOLERANCE = 1e-4
+BFLOAT16_TOLERANCE = 3e-2
+
+# Faults of jax, by release.
 BROKEN_JAX_VERSIONS = {
-    "0.10.2": "a product of a matrix and a vector, squared and summed, is wrong under jit on CPUs (jax issue 39103)"
+    "0.10.2": "a product of a matrix and a vector, squared and summed, is wrong under jit on CPUs "
+    "(jax issue 39103)"
 }
+# Faults that `vgg_jax.layers.FullyConnected` works around.
 WORKED_AROUND = {
     "0.12.0.1": "a pooling and three products behind it, in bfloat16, give NaN on CPUs"
-}  # by `layers.FullyConnected`
+}
 
 NET = VGGConfig(((Conv(8),), (Conv(16), Conv(16))), fc=(16, 16))
-SIZE, CLASSES = 16, 5
+IMAGE_SIZE, NUM_CLASSES, BATCH_SIZE = 16, 5, 4
+
+
+class Case(NamedTuple):
+    """A function, its arguments, and the value that NumPy computes for them."""
+
+    name: str
+    function: Callable[..., jax.Array]
+    arguments: tuple[Any, ...]  # pytrees of float64 arrays
+    expected: np.ndarray
+    compiler_options: dict[str, str | int | bool]
+    tolerance: float
 
 
 class CheckResult(NamedTuple):
-    """How far a device is from NumPy, of the largest value."""
+    """The difference between a device and NumPy, relative to the largest value."""
 
-    device: str
-    what: str  # "forward, compiled"
+    device: str  # "cpu:0"
+    name: str  # "forward, compiled"
     difference: float
-    bound: float = BOUND
+    tolerance: float = TOLERANCE
 
     @property
     def passed(self) -> bool:
-        return self.difference < self.bound  # not so for NaN
+        """False for NaN as well."""
+        return self.difference < self.tolerance
 
 
 def run_checks(devices: list[jax.Device] | None = None) -> list[CheckResult]:
-    """All that is compared, on each device (all local ones, by default)."""
+    """Compares every case with NumPy, compiled and op by op.
+
+    Args:
+        devices: The devices to check; all local devices by default.
+
+    Returns:
+        Two results for each device and case.
+    """
+    cases = _build_cases()
+    devices = jax.local_devices() if devices is None else devices
+    return [result for device in devices for case in cases for result in _run_case(case, device)]
+
+
+def _build_cases() -> list[Case]:
     rng = np.random.default_rng(0)
-    images = rng.normal(size=(4, SIZE, SIZE, 3)) * 50
-    labels = rng.integers(CLASSES, size=4)
-    model = VGG(NET, CLASSES, image_size=SIZE)
+    images = rng.normal(size=(BATCH_SIZE, IMAGE_SIZE, IMAGE_SIZE, 3)) * 50
+    labels = rng.integers(NUM_CLASSES, size=BATCH_SIZE)
+    model = VGG(NET, NUM_CLASSES, image_size=IMAGE_SIZE)
     shapes = jax.eval_shape(
         model.lazy_init, jax.random.key(0), jax.ShapeDtypeStruct(images.shape, jnp.float32)
     )["params"]
-    params = jax.tree.map(
-        lambda leaf: rng.normal(size=leaf.shape) * np.sqrt(2 / max(1, leaf.size // leaf.shape[-1])),
-        shapes,
-    )
+
+    def draw(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        fan_in = max(1, leaf.size // leaf.shape[-1])
+        return rng.normal(size=leaf.shape) * np.sqrt(2 / fan_in)
+
+    params = jax.tree.map(draw, shapes)
     directions = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape), shapes)
     matrix, vector = rng.normal(size=(300, 70)), rng.normal(size=70)
 
-    def logits(params: Any, images: Any) -> Any:
+    def logits(params: Any, images: jax.Array) -> Any:
         return model.apply({"params": params}, images)
 
-    def narrow(params: Any, images: Any) -> Any:
+    def bfloat16_logits(params: Any, images: jax.Array) -> Any:
         return model.clone(dtype=jnp.bfloat16).apply({"params": params}, images)
 
-    def loss(params: Any, images: Any) -> Any:
-        return -jnp.take_along_axis(
-            jax.nn.log_softmax(logits(params, images)), jnp.asarray(labels)[:, None], 1
-        ).mean()
+    def loss(params: Any, images: jax.Array) -> jax.Array:
+        log_posteriors = jax.nn.log_softmax(logits(params, images))
+        return -jnp.take_along_axis(log_posteriors, jnp.asarray(labels)[:, None], 1).mean()
 
-    def slopes(params: Any, images: Any) -> Any:
+    def directional_derivatives(params: Any, images: jax.Array) -> jax.Array:
         """The gradient's component along one direction for each parameter."""
-        gradient = jax.grad(loss)(params, images)
-        return jnp.stack(
-            [
-                jnp.vdot(g, jnp.asarray(d, g.dtype))
-                for g, d in zip(*map(jax.tree.leaves, (gradient, directions)), strict=True)
-            ]
-        )
+        gradients = jax.tree.leaves(jax.grad(loss)(params, images))
+        pairs = zip(gradients, jax.tree.leaves(directions), strict=True)
+        return jnp.stack([jnp.vdot(g, jnp.asarray(d, g.dtype)) for g, d in pairs])
 
-    def square(matrix: Any, vector: Any) -> Any:
+    def square(matrix: jax.Array, vector: jax.Array) -> jax.Array:
         return ((matrix @ vector) ** 2).sum()
 
-    expected: dict[str, tuple[Callable, tuple, Any]] = {
-        "forward": (logits, (params, images), numpy_logits(params, images)),
-        "forward in bfloat16": (narrow, (params, images), numpy_logits(params, images)),
-        "gradient": (slopes, (params, images), numpy_slopes(params, directions, images, labels)),
-        "square of a product": (square, (matrix, vector), ((matrix @ vector) ** 2).sum()),
-    }
-    found = []
-    for device in jax.local_devices() if devices is None else devices:
-        for what, (function, arguments, right) in expected.items():
-            on_device = jax.device_put(jax.tree.map(np.float32, arguments), device)
-            with jax.default_matmul_precision("highest"):
-                ours = compiler_options(dtype=jnp.bfloat16 if function is narrow else jnp.float32)
-                options = {} if function is square else ours  # as those had it who found it wrong
-                compiled = jax.jit(function, compiler_options=options)(*on_device)
-                with jax.disable_jit():
-                    op_by_op = function(*on_device)
-            for how, value in (("compiled", compiled), ("op by op", op_by_op)):
-                difference = (
-                    np.abs(np.asarray(value, np.float64) - right).max() / np.abs(right).max()
-                )
-                bound = BFLOAT16_BOUND if function is narrow else BOUND
-                found.append(
-                    CheckResult(
-                        f"{device.platform}:{device.id}", f"{what}, {how}", float(difference), bound
-                    )
-                )
-    return found
+    inputs, expected_logits = (params, images), numpy_logits(params, images)
+    expected_derivatives = numpy_directional_derivatives(params, directions, images, labels)
+    expected_square = np.asarray(((matrix @ vector) ** 2).sum())
+    float32, bfloat16 = compiler_options(), compiler_options(dtype=jnp.bfloat16)
+    return [
+        Case("forward", logits, inputs, expected_logits, float32, TOLERANCE),
+        Case(
+            "forward in bfloat16",
+            bfloat16_logits,
+            inputs,
+            expected_logits,
+            bfloat16,
+            BFLOAT16_TOLERANCE,
+        ),
+        Case("gradient", directional_derivatives, inputs, expected_derivatives, float32, TOLERANCE),
+        # The fault was reported for jax's own options.
+        Case("square of a product", square, (matrix, vector), expected_square, {}, TOLERANCE),
+    ]
 
 
-def numpy_logits(params: Mapping[str, Any], x: np.ndarray) -> np.ndarray:
-    """The net of this check by its definition, float64."""
+def _run_case(case: Case, device: jax.Device) -> list[CheckResult]:
+    arguments = jax.device_put(jax.tree.map(np.float32, case.arguments), device)
+    with jax.default_matmul_precision("highest"):
+        function = jax.jit(case.function, compiler_options=case.compiler_options)
+        values = {"compiled": function(*arguments)}
+        with jax.disable_jit():
+            values["op by op"] = case.function(*arguments)
+    results = []
+    for mode, value in values.items():
+        error = np.abs(np.asarray(value, np.float64) - case.expected).max()
+        results.append(
+            CheckResult(
+                f"{device.platform}:{device.id}",
+                f"{case.name}, {mode}",
+                float(error / np.abs(case.expected).max()),
+                case.tolerance,
+            )
+        )
+    return results
+
+
+def numpy_logits(params: Mapping[str, Any], images: np.ndarray) -> np.ndarray:
+    """Computes the logits of `NET` from its definition.
+
+    Args:
+        params: Kernels and biases by layer, float64.
+        images: Images (N, H, W, 3), float64.
+
+    Returns:
+        Logits (N, K), float64.
+    """
+    x = images
     for i, stage in enumerate(NET.stages, 1):
         for j in range(1, len(stage) + 1):
             layer = params[f"conv{i}_{j}"]
             padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
             h, w = x.shape[1:3]
             x = sum(
-                padded[:, a : a + h, b : b + w] @ layer["kernel"][a, b]
-                for a in range(3)
-                for b in range(3)
+                padded[:, dy : dy + h, dx : dx + w] @ layer["kernel"][dy, dx]
+                for dy in range(3)
+                for dx in range(3)
             )
             x = np.maximum(x + layer["bias"], 0)
-        x = np.maximum.reduce([x[:, a::2, b::2] for a in (0, 1) for b in (0, 1)])
+        x = np.maximum.reduce([x[:, dy::2, dx::2] for dy in (0, 1) for dx in (0, 1)])
     x = x.reshape(len(x), -1)
     for name in ("fc6", "fc7", "fc8"):
         x = x @ params[name]["kernel"] + params[name]["bias"]
@@ -130,10 +179,21 @@ def numpy_logits(params: Mapping[str, Any], x: np.ndarray) -> np.ndarray:
     return x
 
 
-def numpy_slopes(
+def numpy_directional_derivatives(
     params: Any, directions: Any, images: np.ndarray, labels: np.ndarray, step: float = 1e-6
 ) -> np.ndarray:
-    """The loss's derivative along one direction for each parameter, by central differences."""
+    """Differentiates the loss along one direction for each parameter, by central differences.
+
+    Args:
+        params: Kernels and biases by layer, float64.
+        directions: A direction for each of them, of the same shape.
+        images: Images (N, H, W, 3), float64.
+        labels: Class indices (N,).
+        step: Distance from the parameters to each of the two points.
+
+    Returns:
+        A derivative for each leaf of `params`, float64.
+    """
 
     def loss(leaves: list[np.ndarray]) -> float:
         logits = numpy_logits(jax.tree.unflatten(structure, leaves), images)
@@ -144,43 +204,48 @@ def numpy_slopes(
 
     leaves, structure = jax.tree.flatten(params)
 
-    def slope(at: int, direction: np.ndarray) -> float:
-        moved = [
-            [*leaves[:at], leaves[at] + sign * step * direction, *leaves[at + 1 :]]
-            for sign in (1, -1)
-        ]
-        return (loss(moved[0]) - loss(moved[1])) / (2 * step)
+    def derivative(index: int, direction: np.ndarray) -> float:
+        upper, lower = list(leaves), list(leaves)
+        upper[index] = leaves[index] + step * direction
+        lower[index] = leaves[index] - step * direction
+        return (loss(upper) - loss(lower)) / (2 * step)
 
-    return np.array(
-        [slope(at, direction) for at, direction in enumerate(jax.tree.leaves(directions))]
-    )
+    return np.array([derivative(i, d) for i, d in enumerate(jax.tree.leaves(directions))])
 
 
 def known_fault() -> str:
-    """What this release of jax is known to compute wrongly, or nothing."""
+    """Describes the known fault of this release of jax; empty if there is none."""
     return BROKEN_JAX_VERSIONS.get(jax.__version__, "")
 
 
-def report(found: list[CheckResult]) -> str:
-    """A line for each comparison, and at the end what to make of it."""
+def report(results: list[CheckResult]) -> str:
+    """Formats the results, one line each, and ends with a conclusion.
+
+    Args:
+        results: The results of `run_checks`.
+
+    Returns:
+        The lines to print.
+    """
     lines = [
-        f"{each.device:<8}{each.what:<32}{each.difference:>9.1e}{'' if each.passed else '  WRONG'}"
-        for each in found
+        f"{result.device:<8}{result.name:<32}{result.difference:>9.1e}"
+        f"{'' if result.passed else '  WRONG'}"
+        for result in results
     ]
-    if known_fault():
-        lines.append(
-            f"jax {jax.__version__} is known for this: {known_fault()}; install another release"
-        )
+    release, fault = f"jax {jax.__version__}", known_fault()
+    if fault:
+        lines.append(f"{release} is known for this: {fault}; install another release")
     if jax.__version__ in WORKED_AROUND:
+        avoided = WORKED_AROUND[jax.__version__]
+        lines.append(f"{release} is known for this, which vgg_jax avoids: {avoided}")
+    if not all(result.passed for result in results):
         lines.append(
-            f"jax {jax.__version__} is known for this, which vgg_jax avoids: {WORKED_AROUND[jax.__version__]}"
+            f"{release} computes wrongly here: install another release, "
+            "and report this one to its developers"
         )
-    if not all(each.passed for each in found):
+    elif not fault:
         lines.append(
-            f"jax {jax.__version__} computes wrongly here: install another release, and report this one to its developers"
-        )
-    elif not known_fault():
-        lines.append(
-            f"jax {jax.__version__} computes rightly here: all within {BOUND:.0e} of NumPy's float64, bfloat16 within {BFLOAT16_BOUND:.0e}"
+            f"{release} computes rightly here: all within {TOLERANCE:.0e} of NumPy's float64, "
+            f"bfloat16 within {BFLOAT16_TOLERANCE:.0e}"
         )
     return "\n".join(lines)

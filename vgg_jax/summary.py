@@ -1,4 +1,7 @@
-"""What a network holds and costs, layer by layer: shapes, parameters, multiply-adds, receptive fields, torchsummary's totals."""
+"""Layer-by-layer summary of a net: shapes, parameters, multiply-adds and receptive fields.
+
+The totals and the printed table follow torchsummary.
+"""
 
 import math
 from typing import NamedTuple
@@ -8,73 +11,110 @@ from vgg_jax.configs.models import VGGConfig, layer_table
 MEGABYTE = 2**20
 
 
-class Row(NamedTuple):
-    """One layer of a network, for one image."""
+class LayerSummary(NamedTuple):
+    """Output and cost of one layer, for one image."""
 
     name: str
-    shape: tuple[int, ...]  # (H, W, C), or (width,) in the head
+    shape: tuple[int, ...]  # (H, W, C), or (features,) from fc6 on
     params: int
-    macs: int  # multiply-adds of convolutions and fully connected layers
-    receptive_field: int  # the side, in pixels of the image, of what one output sees
+    macs: int  # multiply-adds of a convolution or fully connected layer
+    receptive_field: int  # side of the image region that one output depends on, in pixels
 
 
 def summarize(
     config: VGGConfig, num_classes: int = 1000, batch_norm: bool = False, image_size: int = 224
-) -> list[Row]:
-    """The rows of a network, in order. The memory of running statistics is not among the parameters, as in torchsummary."""
-    rows: list[Row] = []
-    side, channels, field, stride = image_size, 3, 1, 1
-    for name, kind, width, kernel in layer_table(config, num_classes, batch_norm, image_size):
+) -> list[LayerSummary]:
+    """Computes the shape and cost of every layer.
+
+    Args:
+        config: A column of Table 1.
+        num_classes: Output features of fc8.
+        batch_norm: Adds batch normalisation after every convolution. Its running statistics are
+            not counted as parameters, as in torchsummary.
+        image_size: Side of the square images.
+
+    Returns:
+        The layers in the order of the forward pass.
+
+    Raises:
+        InputError: If the image is too small, or if there is no class.
+    """
+    layers: list[LayerSummary] = []
+    side, channels, receptive_field, stride = image_size, 3, 1, 1
+    in_head = False
+    for layer in layer_table(config, num_classes, batch_norm, image_size):
         params = macs = 0
-        if kind in ("conv", "fc"):
-            if kind == "fc":
-                side = side - kernel + 1
-            params = kernel * kernel * channels * width + width
-            macs = kernel * kernel * channels * width * side * side
-            field += (kernel - 1) * stride
-            channels = width
-        elif kind == "bn":
+        if layer.type in ("conv", "fc"):
+            if layer.type == "fc":
+                in_head = True
+                side = side - layer.kernel_size + 1
+            weights = layer.kernel_size**2 * channels * layer.features
+            params, macs = weights + layer.features, weights * side * side
+            receptive_field += (layer.kernel_size - 1) * stride
+            channels = layer.features
+        elif layer.type == "bn":
             params = 2 * channels
-        elif kind == "pool":
-            field, stride, side = field + stride, stride * 2, side // 2
-        head = rows and (kind == "fc" or len(rows[-1].shape) == 1)
-        rows.append(Row(name, (channels,) if head else (side, side, channels), params, macs, field))
-    return rows
+        elif layer.type == "pool":
+            receptive_field, stride, side = receptive_field + stride, stride * 2, side // 2
+        shape = (channels,) if in_head else (side, side, channels)
+        layers.append(LayerSummary(layer.name, shape, params, macs, receptive_field))
+    return layers
 
 
-def totals(rows: list[Row], image_size: int = 224) -> dict[str, float]:
-    """Parameters, multiply-adds, and torchsummary's megabytes (2^20 bytes, float32, one image; its activations count twice)."""
-    params = sum(row.params for row in rows)
+def totals(layers: list[LayerSummary], image_size: int = 224) -> dict[str, float]:
+    """Adds up parameters, multiply-adds and torchsummary's memory estimate.
+
+    Args:
+        layers: The layers of a net.
+        image_size: Side of the square images.
+
+    Returns:
+        "params", "macs", and for one float32 image in units of 2^20 bytes "input_mb",
+        "forward_backward_mb" (all outputs, twice), "params_mb" and "total_mb".
+    """
+    params = sum(layer.params for layer in layers)
     megabytes = {
         "input_mb": 3 * image_size**2 * 4 / MEGABYTE,
-        "forward_backward_mb": 2 * sum(math.prod(row.shape) for row in rows) * 4 / MEGABYTE,
+        "forward_backward_mb": 2 * sum(math.prod(layer.shape) for layer in layers) * 4 / MEGABYTE,
         "params_mb": params * 4 / MEGABYTE,
     }
-    return (
-        {"params": params, "macs": sum(row.macs for row in rows)}
-        | megabytes
-        | {"total_mb": sum(megabytes.values())}
-    )
+    counts = {"params": params, "macs": sum(layer.macs for layer in layers)}
+    return counts | megabytes | {"total_mb": sum(megabytes.values())}
 
 
 def table(
     config: VGGConfig, num_classes: int = 1000, batch_norm: bool = False, image_size: int = 224
 ) -> str:
-    """The summary as text, one line a layer, as torchsummary prints it, with multiply-adds and receptive fields beside it."""
-    rows = summarize(config, num_classes, batch_norm, image_size)
-    total = totals(rows, image_size)
-    line, double = "-" * 84, "=" * 84
+    """Formats the summary as torchsummary does, with multiply-adds and receptive fields added.
+
+    Args:
+        config: A column of Table 1.
+        num_classes: Output features of fc8.
+        batch_norm: Adds batch normalisation after every convolution.
+        image_size: Side of the square images.
+
+    Returns:
+        The lines to print, one for each layer and the totals.
+
+    Raises:
+        InputError: If the image is too small, or if there is no class.
+    """
+    layers = summarize(config, num_classes, batch_norm, image_size)
+    total = totals(layers, image_size)
+    line, double_line = "-" * 84, "=" * 84
     text = [
         line,
         f"{'Layer':<10}{'Output shape':>24}{'Param #':>16}{'MACs':>18}{'Receptive field':>16}",
-        double,
+        double_line,
     ]
-    for name, shape, params, macs, field in rows:
+    for layer in layers:
+        shape = [-1, *layer.shape]  # -1 for the batch
+        macs = f"{layer.macs:,}" if layer.macs else ""
         text.append(
-            f"{name:<10}{[-1, *shape]!s:>24}{params:>16,}{f'{macs:,}' if macs else '':>18}{field:>16}"
+            f"{layer.name:<10}{shape!s:>24}{layer.params:>16,}{macs:>18}{layer.receptive_field:>16}"
         )
     text += [
-        double,
+        double_line,
         f"Total params: {total['params']:,}",
         f"Trainable params: {total['params']:,}",
         "Non-trainable params: 0",

@@ -111,7 +111,7 @@ def _add_devices(group: Flags) -> None:
     group.add_argument(
         "--distributed",
         choices=DISTRIBUTED_MODES,
-        help="join other processes; auto does so under SLURM, Open MPI or Kubernetes, on a TPU pod, "
+        help="join other processes; auto does so under SLURM, Open MPI, Kubernetes, on a TPU pod, "
         "or if JAX_COORDINATOR_ADDRESS is set (default: auto)",
     )
 
