@@ -1,4 +1,8 @@
-"""Strict by default: warnings are errors (pyproject.toml), shapes broadcast only where the code says so; and two CPU devices."""
+"""Settings and fixtures of all tests.
+
+The tests are strict: warnings are errors (pyproject.toml), and shapes do not broadcast by accident.
+There are two CPU devices.
+"""
 
 import os
 import signal
@@ -11,20 +15,19 @@ import pytest
 
 from tests.helpers.tiny import DEEP, SHALLOW
 from vgg_jax import CONFIGS
-from vgg_jax.configs.train import CHOICES
 
-# For what tests compile by the way, without `compiler_options`: a quarter of the time.
+# Most programs that tests compile without `compiler_options` run once, so LLVM's passes do not pay.
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # a shell starts so what runs in its background, and the tests send it
+
+# A shell ignores SIGINT for its background jobs, and some tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Many tests compile the same programs, a run and the one that goes on with it for example; and so do processes that they start. Small ones
-# too, which jax would compile again: a fifth of the time of tests/test_train.py.
+# Many tests compile the same programs, and so do the processes that they start. The cache keeps
+# small programs too (docs/performance.md#tests).
 CACHE = tempfile.TemporaryDirectory()
 for name, value in (
     ("jax_compilation_cache_dir", CACHE.name),
@@ -33,26 +36,27 @@ for name, value in (
     jax.config.update(name, value)
     os.environ[name.upper()] = str(value)
 
-DATA = Path(
-    os.environ.get("VGG_JAX_DATA", "no data")
-)  # a folder of photos and weights that are not part of the project
+# Photos and weights that are not part of the project. Without them this is no folder.
+DATA = Path(os.environ.get("VGG_JAX_DATA", os.devnull))
 
 
 def pytest_report_header() -> str:
-    return f"real data: {DATA if DATA.is_dir() else 'none (VGG_JAX_DATA); weights are tried on random colours instead of photos'}"
+    if DATA.is_dir():
+        return f"real data: {DATA}"
+    return "real data: none (VGG_JAX_DATA); weights are tried on random colours instead of photos"
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real data sets that are not part of the project."""
+    """The folder of real data sets, which are not part of the project."""
     if not DATA.is_dir():
-        pytest.skip(f"no real data: {DATA} does not exist and VGG_JAX_DATA is not set")
+        pytest.skip("needs real data: set VGG_JAX_DATA to their folder")
     return DATA
 
 
 @pytest.fixture(scope="session")
-def prepared(tmp_path_factory):
-    """{"tfrecord": a data_dir with the data set "numbers", "array_record": one, too}"""
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A data_dir with the data set "numbers", by file format: "tfrecord" and "array_record"."""
     import tensorflow_datasets as tfds
 
     from tests.helpers.tiny_data import Numbers
@@ -69,9 +73,11 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small_nets() -> Iterator[None]:
-    """The nets "shallow" and "deep", for what trains: `pytestmark = pytest.mark.usefixtures("small_nets")`."""
+    """Registers the nets "shallow" and "deep" for a module.
+
+    Use: `pytestmark = pytest.mark.usefixtures("small_nets")`.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(CONFIGS, "shallow", SHALLOW)
         patch.setitem(CONFIGS, "deep", DEEP)
-        patch.setitem(CHOICES, "net", tuple(CONFIGS))
         yield

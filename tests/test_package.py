@@ -1,4 +1,4 @@
-"""What importing the package costs and starts."""
+"""The cost of importing the package, and its public names."""
 
 import json
 import subprocess
@@ -8,47 +8,41 @@ import pytest
 
 import vgg_jax
 
-IMPORT = """
-import json, sys, time
-start = time.perf_counter()
-import vgg_jax
-seconds = time.perf_counter() - start
-import jax
-print(json.dumps({"seconds": seconds, "modules": sorted(sys.modules), "backends": sorted(jax._src.xla_bridge._backends)}))
-"""
+
+def run_program(name):
+    command = [sys.executable, "-m", f"tests.programs.{name}"]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.integration
 def test_import_is_light_and_starts_nothing():
-    runs = [
-        json.loads(
-            subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, check=True).stdout
-        )
-        for _ in range(3)
-    ]
-    assert (
-        min(run["seconds"] for run in runs) < 2
-    )  # the best of three: other programs may hold the machine
-    assert not {"tensorflow", "tensorflow_datasets", "matplotlib", "sklearn", "PIL", "tqdm"} & set(
-        runs[0]["modules"]
-    )
-    assert runs[0]["backends"] == []
+    reports = [json.loads(run_program("import_cost").stdout) for _ in range(3)]
+    # The best of three counts, since other programs may use the machine.
+    assert min(report["seconds"] for report in reports) < 2
+    heavy = {"tensorflow", "tensorflow_datasets", "matplotlib", "sklearn", "PIL", "tqdm"}
+    assert not heavy & set(reports[0]["modules"])
+    assert reports[0]["backends"] == []
 
 
-def test_without_the_extra_the_modules_work_and_training_says_what_is_missing():
-    names = ("tensorflow", "tensorflow_datasets", "sklearn", "tqdm", "PIL", "optax", "orbax")
-    hide = f"import sys\nfor name in {names}: sys.modules[name] = None\n"
-    code = (
-        hide
-        + "import vgg_jax\nfrom vgg_jax.cli import main\nassert main(['summary', 'A']) == 0\nsys.exit(main(['train']))"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert run.returncode == 2
-    assert "Total params: 132,863,336" in run.stdout
-    assert run.stderr.count("\n") == 1
-    assert "pip install 'vgg-jax[train]'" in run.stderr
+@pytest.mark.integration
+def test_help_needs_no_jax():
+    """Importing jax alone takes longer than `vgg-jax --help`."""
+    result = run_program("light_imports")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith("\n0 []\n")
 
 
-def test_all_that_is_promised_is_there():
+@pytest.mark.integration
+def test_train_names_missing_extra():
+    """The net itself works without the packages of vgg-jax[train]."""
+    result = run_program("without_train_extra")
+    assert result.returncode == 2
+    assert "Total params: 132,863,336" in result.stdout
+    assert result.stderr.count("\n") == 1
+    assert "pip install 'vgg-jax[train]'" in result.stderr
+
+
+def test_public_names_exist():
     assert set(vgg_jax.__all__) <= set(dir(vgg_jax))
     for name in vgg_jax.__all__:
         assert getattr(vgg_jax, name) is not None

@@ -31,7 +31,6 @@ import numpy as np
 
 from tests.helpers.tiny import SHALLOW
 from vgg_jax import CONFIGS
-from vgg_jax.configs.train import CHOICES
 from vgg_jax.distributed.sharding import make_mesh
 from vgg_jax.model import build_model
 from vgg_jax.runs.checkpoint import CheckpointStore
@@ -56,7 +55,6 @@ sys.exit(main())
 
 def with_small_net() -> None:
     CONFIGS["shallow"] = SHALLOW
-    CHOICES["net"] = tuple(CONFIGS)
 
 
 def result(workdir: Path) -> tuple[Any, Any]:

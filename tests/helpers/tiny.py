@@ -1,4 +1,4 @@
-"""A small net, and what the tests do with it."""
+"""Small nets, their variables and images."""
 
 import jax
 import jax.numpy as jnp
@@ -6,39 +6,40 @@ import numpy as np
 
 from vgg_jax import CONFIGS, Conv, VGGConfig
 
-# A with an eighth of its widths and less: the same layers, one tenth of the time.
+# Net A with an eighth of its features or fewer: the same layers, but fast.
 TINY = VGGConfig(
     tuple(
-        tuple(c._replace(features=8 * i) for c in stage)
+        tuple(conv._replace(features=8 * i) for conv in stage)
         for i, stage in enumerate(CONFIGS["A"].stages, 1)
     ),
     fc=(24, 16),
 )
 
-# Two stages, of one layer and of two: what a training loop needs of a net, compiled in a few seconds.
+# The smallest nets that exercise a training loop. They have two stages and compile in seconds.
 SHALLOW = VGGConfig(((Conv(8),), (Conv(16),)), fc=(24, 16))
 DEEP = VGGConfig(((Conv(8), Conv(8)), (Conv(16), Conv(16))), fc=(24, 16))
 
 
 def init(model, seed=0):
-    """Drawn by NumPy, since a program that draws takes seconds to compile: by He, the FC layers' kernels with a deviation of 0.01."""
-    images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32)
+    """Variables of a model, drawn by NumPy: jax would compile for seconds.
+
+    Convolutions are initialised by He's rule, fully connected layers with a deviation of 0.01.
+    """
+    image = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32)
+    shapes = jax.eval_shape(model.lazy_init, jax.random.key(0), image)
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
         name = path[-1].key
         if name == "kernel":
-            return jnp.float32(
-                rng.normal(
-                    0, np.sqrt(2 / np.prod(leaf.shape[:-1])) if leaf.ndim == 4 else 0.01, leaf.shape
-                )
-            )
+            is_conv = leaf.ndim == 4
+            deviation = np.sqrt(2 / np.prod(leaf.shape[:-1])) if is_conv else 0.01
+            return jnp.float32(rng.normal(0, deviation, leaf.shape))
         return jnp.ones(leaf.shape) if name in ("scale", "var") else jnp.zeros(leaf.shape)
 
-    return jax.tree_util.tree_map_with_path(
-        draw, jax.eval_shape(model.lazy_init, jax.random.key(0), images)
-    )
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def images(*shape, seed=0):
+    """Normal random float32 images (*shape, 3)."""
     return jnp.float32(np.random.default_rng(seed).normal(size=(*shape, 3)))

@@ -4,10 +4,8 @@ import sys
 
 from tests.helpers.tiny import DEEP, SHALLOW
 from vgg_jax import CONFIGS
-from vgg_jax.configs.train import CHOICES
 
 CONFIGS |= {"shallow": SHALLOW, "deep": DEEP}
-CHOICES["net"] = tuple(CONFIGS)
 
 from vgg_jax.cli import main  # noqa: E402
 

@@ -1,0 +1,34 @@
+"""The handler that prints the package's log messages."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+
+from vgg_jax.cli.logs import configure_logging
+
+logger = logging.getLogger("vgg_jax.training.loop")
+
+
+def test_configure_logging_prints_once(capsys, caplog):
+    configure_logging()
+    configure_logging()
+    logger.debug("not shown")
+    logger.info("epoch 1")
+    logger.warning("cannot save")
+    out, err = capsys.readouterr()
+    assert out == "epoch 1\n"
+    assert err == "warning: cannot save\n"
+    assert caplog.messages == ["epoch 1", "cannot save"]
+
+
+@pytest.mark.integration
+def test_configure_logging_with_orbax():
+    """The root handler that orbax adds prints nothing a second time."""
+    program = [sys.executable, "-m", "tests.programs.log_lines"]
+    result = subprocess.run(program, capture_output=True, text=True, check=True)
+    assert result.stdout == "epoch 1\n"
+    assert result.stderr.count("cannot save") == 1
+    assert "warning: cannot save\n" in result.stderr
+    assert "epoch 1" not in result.stderr

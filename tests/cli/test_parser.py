@@ -1,0 +1,64 @@
+"""Flags of the command line."""
+
+import argparse
+import dataclasses
+
+import pytest
+
+from tests.helpers.tiny import SHALLOW
+from vgg_jax import CONFIGS, TrainConfig, preset
+from vgg_jax.cli.parser import TRAIN_GROUPS, parse_mesh, parser
+
+FLAGS = """--net E --batch-norm --fc 10 20 --dropout-rate 0.1 --initializer paper
+--initializer-std 0.1 --init-from r --freeze conv fc6 --dtype bfloat16 --cache --image-size 100
+--scale 300 400 --no-flip --colour-shift 0 --colour-convention variance --no-exif
+--statistics measure --validation-fraction 0.2 --skip-bad --batch-size 8 --microbatch 4
+--learning-rate 0.1 --momentum 0.8 --weight-decay 0 --decay-biases --schedule step --patience 1
+--drops 1 --drop-epochs 2 3 --epochs 4 --seed 7 --exclude list"""
+WITHOUT_EFFECT = {"patience", "drops"}  # with --schedule step
+COMMAND_FLAGS = {"command", "workdir", "data_dir", "download", "compilation_cache"}
+
+
+def test_train_has_flag_for_each_field():
+    flags = vars(parser().parse_args(["train", "d", *FLAGS.split()]))
+    fields = {name: value for name, value in flags.items() if name not in COMMAND_FLAGS}
+    assert fields.keys() == {field.name for field in dataclasses.fields(TrainConfig)}
+    fields = {name: value for name, value in fields.items() if name not in WITHOUT_EFFECT}
+    config = preset(**fields | {"exclude": ("a.jpg",)})
+    assert config.fc == (10, 20)
+    assert config.scale == (300, 400)
+    expected = {"flip": False, "exif": False, "batch_norm": True, "microbatch": 4, "seed": 7}
+    assert dataclasses.asdict(config).items() >= expected.items()
+
+
+def test_train_leaves_out_default_flags():
+    """The preset of the data set then decides."""
+    flags = vars(parser().parse_args(["train"]))
+    assert flags.keys() == {"data"} | COMMAND_FLAGS
+
+
+def test_train_help_has_headings_and_defaults(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        parser().parse_args(["train", "--help"])
+    text = capsys.readouterr().out
+    assert all(f"\n{group}:\n" in text for group in TRAIN_GROUPS)
+    assert "output features of fc6 and fc7 (default: 4096 4096)\n" in text
+    assert "standard deviation for --initializer paper (default: 0.01)\n" in text
+
+
+@pytest.mark.parametrize("argv", [["train", "--net"], ["summary"], ["import", "f", "o", "--net"]])
+def test_net_added_to_configs_is_accepted(argv, monkeypatch):
+    with pytest.raises(SystemExit):
+        parser().parse_args([*argv, "shallow"])
+    monkeypatch.setitem(CONFIGS, "shallow", SHALLOW)
+    assert parser().parse_args([*argv, "shallow"]).net == "shallow"
+    assert TrainConfig(net="shallow").vgg.stages == SHALLOW.stages
+
+
+def test_parse_mesh():
+    assert parse_mesh("data=4,model=2") == {"data": 4, "model": 2}
+    assert parse_mesh("model=2") == {"model": 2}
+    for text in ("", "data", "data=", "data=x", "data=-1", "rows=2", "data=2,data=3", "data=2,"):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected axes such as data=8"):
+            parse_mesh(text)
