@@ -1,4 +1,7 @@
-"""`vgg-jax train` with the tests' small nets, for processes of their own: python -m tests.programs.train_tiny DATA --net shallow …"""
+"""Runs `vgg-jax train` with the tests' small nets.
+
+python -m tests.programs.train_tiny DATA --net shallow …
+"""
 
 import sys
 

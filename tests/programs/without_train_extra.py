@@ -1,4 +1,4 @@
-"""Runs `vgg-jax summary A` and `vgg-jax train` as if the packages of vgg-jax[train] were missing."""
+"""Runs `summary A` and `train` as if the packages of vgg-jax[train] were missing."""
 
 import sys
 
