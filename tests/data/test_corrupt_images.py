@@ -16,7 +16,6 @@ from PIL import Image
 from tests.helpers.tiny import SHALLOW
 from tests.helpers.tiny_data import encode, noise
 from vgg_jax import CONFIGS, IMAGENET, InputError, TrainConfig, cli
-from vgg_jax.configs.train import CHOICES
 from vgg_jax.data import (
     decode,
     eval_batches,
@@ -422,7 +421,6 @@ def test_training_with_a_bad_image(skip, tmp_path, capsys, monkeypatch):
     with_bad(root / "train", "cut.jpg")
     with_bad(root / "val")
     monkeypatch.setitem(CONFIGS, "shallow", SHALLOW)
-    monkeypatch.setitem(CHOICES, "net", tuple(CONFIGS))
     argv = [
         "train",
         str(root),

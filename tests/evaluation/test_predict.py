@@ -10,7 +10,6 @@ from PIL import Image
 
 from tests.helpers.tiny import SHALLOW, init
 from vgg_jax import CONFIGS, IMAGENET, VGG, InputError, cli
-from vgg_jax.configs.train import CHOICES
 from vgg_jax.data import decode, resize_shorter_side
 from vgg_jax.evaluation.dense import class_posteriors
 from vgg_jax.evaluation.predict import expand_paths, predict
@@ -25,7 +24,6 @@ def net(tmp_path_factory):
     """A file of weights of a small net."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(CONFIGS, "shallow", SHALLOW)
-        patch.setitem(CHOICES, "net", tuple(CONFIGS))
         path = tmp_path_factory.mktemp("net") / "net.safetensors"
         model = VGG(SHALLOW, len(CLASSES), image_size=16)
         params = jax.tree.map(np.asarray, init(model)["params"])
