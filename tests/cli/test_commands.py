@@ -48,6 +48,21 @@ def test_summary_rejects_microbatch_without_batch(capsys):
     assert "microbatch is 3: expected --batch-size" in err
 
 
+def test_evaluate_removes_its_folder_after_error(capsys, tmp_path):
+    """A folder that existed before stays."""
+    path = tmp_path / "net.safetensors"
+    path.write_bytes(b"no weights")
+    out, existing = tmp_path / "out" / "one", tmp_path / "existing"
+    existing.mkdir()
+    for flags in ([], ["--out", str(out)], ["--out", str(existing)]):
+        code, _, err = run_cli(capsys, "evaluate", str(path), "digits", *flags)
+        assert code == 2
+        assert "net.safetensors" in err
+    assert not out.exists()
+    assert not path.with_name("net.safetensors-evaluated").exists()
+    assert existing.is_dir()
+
+
 @pytest.mark.parametrize(
     ("data", "slug"),
     [
