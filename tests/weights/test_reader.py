@@ -1,12 +1,11 @@
-"""What a file or a run says about its net."""
+"""Preprocessing and classes of files and runs."""
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from safetensors.numpy import save_file
 
 from tests.helpers.weights_files import random_tensors, torchvision_state
-from vgg_jax import InputError, load
+from vgg_jax import load
 from vgg_jax.weights import imagenet, read, save
 
 
@@ -46,18 +45,6 @@ def test_read_run_keeps_preprocessing(tmp_path, monkeypatch):
     _, _, saved = load(tmp_path / "run.safetensors")
     preprocessing = saved["preprocessing"]
     assert (preprocessing["scale"], saved["flip"], preprocessing["exif"]) == (70, False, False)
-
-
-def test_save_keeps_folder(tmp_path):
-    """A folder at the path is not replaced."""
-    save_file(torchvision_state(random_tensors("A"), "A"), tmp_path / "vgg.safetensors")
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    (folder / "file").write_text("content")
-    with pytest.raises(InputError, match=r"cannot write .*folder: it is a folder"):
-        save(folder, read(tmp_path / "vgg.safetensors"))
-    assert (folder / "file").read_text() == "content"
-    assert not list(tmp_path.glob("*.new"))
 
 
 def test_imagenet_class_order():

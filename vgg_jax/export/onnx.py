@@ -65,7 +65,7 @@ def graph(spec: ExportSpec) -> Any:
 
 
 def _is_dense(spec: ExportSpec) -> bool:
-    """Whether the fully connected layers run as convolutions (§3.2)."""
+    """True if the fully connected layers run as convolutions (§3.2)."""
     return spec.output != "logits"
 
 

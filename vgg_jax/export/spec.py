@@ -48,8 +48,8 @@ class ExportSpec:
             (N, K), for images of image_size or larger. They are those of the dense evaluation
             (§3.2) without the mirror image; at image_size, the softmax of the logits.
             "score_map": (N, h, w, K), for images of image_size or larger.
-        uint8: Whether images are uint8. Otherwise they are float32 minus `mean_rgb`.
-        bfloat16: Whether the weights are stored as bfloat16. The computation is in float32.
+        uint8: True for uint8 images, False for float32 images minus `mean_rgb`.
+        bfloat16: Store the weights as bfloat16. The computation is in float32.
 
     Raises:
         InputError: `output` is unknown, or the net has no fully connected layers.
@@ -139,7 +139,7 @@ def prepare_images(images: np.ndarray, uint8: bool, mean_rgb: tuple[float, ...])
 
     Args:
         images: uint8 (N, H, W, 3).
-        uint8: Whether the file reads uint8.
+        uint8: True if the file reads uint8.
         mean_rgb: Mean colour to subtract otherwise.
 
     Returns:

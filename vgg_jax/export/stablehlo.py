@@ -5,7 +5,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import flatbuffers  # noqa: F401 - jax.export needs it to write; without it, fail here
+import flatbuffers  # noqa: F401 - jax.export imports it too late for a clear error
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,9 +20,9 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 def write(path: Path, spec: ExportSpec) -> None:
     """Writes a zip file with the program and its weights.
 
-    The members are `program`, a function of weights {name: array} and images;
-    `weights.safetensors`; and `metadata.json`. bfloat16 weights are stored as uint16, a type that
-    every reader of safetensors has.
+    The member `program` is a function of weights {name: array} and images. The others are
+    `weights.safetensors` and `metadata.json`. bfloat16 weights are stored as uint16, because every
+    reader of safetensors has that type.
 
     Args:
         path: The file.

@@ -82,7 +82,7 @@ def _open_onnx(path: Path) -> OpenedFile:
 
 
 def _open_stablehlo(path: Path) -> OpenedFile:
-    import flatbuffers  # noqa: F401 - jax.export needs it to read
+    import flatbuffers  # noqa: F401 - jax.export imports it too late for a clear error
     from jax import export
     from safetensors.numpy import load
 

@@ -1,6 +1,6 @@
 """Opens weight files of any format as names with shapes.
 
-Where the format allows it, numbers are read only after the shapes are known to be those of a VGG.
+Most formats let us read the numbers later, once the shapes are known to be those of a VGG.
 
 No code from a file runs: pickles go through `torch.load(weights_only=True)` of releases without
 known holes in it. HDF5 links and external storage are refused.

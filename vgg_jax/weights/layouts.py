@@ -1,10 +1,10 @@
-"""How other libraries name and order the tensors of a VGG.
+"""Names and axis orders of other libraries for the tensors of a VGG.
 
-Each library has a `WeightLayout`. `tensor_table` lists the tensors of a net in a layout, one
-`TensorMapping` each, and a mapping converts in both directions.
+Each library has a `WeightLayout`. `tensor_table` lists the tensors of a net in a layout as
+`TensorMapping`s. A mapping converts in both directions.
 
-A pattern describes the axes of a kernel: O is outputs, I is inputs, H and W are the window, and
-each word is one axis. PyTorch's fc6 is "O IHW": two axes, (4096, 512 · 7 · 7). In vgg_jax,
+A pattern describes the axes of a kernel, one word an axis. O is outputs, I is inputs, H and W are
+the window. PyTorch's fc6 is "O IHW": two axes, (4096, 512 · 7 · 7). In vgg_jax,
 convolutions are "H W I O" and fully connected layers are "HWI O".
 """
 
@@ -51,7 +51,7 @@ class WeightLayout(NamedTuple):
             normalisation, of "scale", "mean" and "var".
         patterns: Axes of a kernel, by layer name or else by layer type ("conv", "fc").
         preprocessing: Images that the library's nets were trained with.
-        bgr: Whether conv1_1 reads blue first.
+        bgr: True if conv1_1 reads the channels as blue, green, red.
         ignored: Regular expression for names of tensors that are not parameters.
     """
 
@@ -74,7 +74,7 @@ class TensorMapping(NamedTuple):
         split_shape: `foreign_shape` with one axis for each letter of the pattern.
         axes: The axes of `split_shape` in the order of vgg_jax: H, W, I, O.
         shape: Shape in vgg_jax.
-        bgr: Whether the file has the input channels in the order blue, green, red.
+        bgr: True if the file has the input channels in the order blue, green, red.
     """
 
     foreign_name: str
@@ -115,9 +115,9 @@ def tensor_table(
         layout: Layout of the file.
         config: Column of Table 1.
         num_classes: Outputs of fc8.
-        batch_norm: Whether a batch normalisation follows each convolution.
+        batch_norm: True if a batch normalisation follows each convolution.
         image_size: Side of the images in pixels; it decides the window of fc6.
-        top: Whether to include the fully connected layers.
+        top: Include the fully connected layers.
 
     Returns:
         The mappings, in the order of the layers.

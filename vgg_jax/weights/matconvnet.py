@@ -1,9 +1,10 @@
 """Reads MatConvNet's .mat files (MATLAB 5 to 7).
 
-A file is a row of elements, and an element is a type, a size and so many bytes. An array is an
+A file is a row of elements. An element is a type, a size and so many bytes. An array is an
 element that consists of elements.
 
-scipy is not used: it looks types up in a table without a check, so a damaged file ends the process.
+scipy is not used, because a damaged file ends its process: it looks up types in a table without
+a check.
 """
 
 import math

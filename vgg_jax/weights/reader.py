@@ -186,8 +186,8 @@ def _check_metadata(raw: Mapping[str, Any]) -> dict[str, Any]:
         raw: The metadata of the file.
 
     Returns:
-        "net", "image_size" and "classes", if they are there, and "preprocessing": fields of
-        `Preprocessing`.
+        "net", "image_size" and "classes", as far as the file has them, and "preprocessing", a
+        dict of fields of `Preprocessing`.
 
     Raises:
         InputError: A value is not possible.

@@ -1,4 +1,4 @@
-"""The weights of a net in memory, with everything that is known of them."""
+"""The weights of a net in memory, with its model, preprocessing and classes."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ class Weights:
         model: The network.
         params: Parameters, before the std of the preprocessing is folded into conv1_1.
         batch_stats: Running mean and variance of the batch normalisations.
-        top: Whether there are fully connected layers.
+        top: True if there are fully connected layers.
         preprocessing: Images that `params` expects.
         classes: Class names, in the order of the outputs.
     """

@@ -27,9 +27,9 @@ def save(
 ) -> None:
     """Writes a .safetensors file; it is complete, or the target stays as it was.
 
-    The layout "vgg_jax" has all that `read` needs in its metadata. Other layouts assume that
-    library's preprocessing: RGB images minus the mean in the metadata, divided by the library's
-    std. If the net used another std, conv1_1 is rescaled to match.
+    The layout "vgg_jax" has all that `read` needs in its metadata. Other layouts assume the
+    preprocessing of their library: RGB images minus a mean, divided by the library's std. The mean
+    is in the metadata. If the net used another std, conv1_1 is rescaled to match.
 
     Args:
         path: The file, on this machine.
