@@ -1,10 +1,13 @@
-"""Changes valid files at random and reads them: each is read or refused in one sentence, in seconds, without much memory.
+"""Changes valid files at random and reads them.
 
     python -m tools.fuzz --seconds 600 --seed 0
 
-Prints a JSON line for each kind of file: how many inputs were tried, how many of them were read and how many refused; and of crashes (any
-other exception, or a process that died), of hangs (over HANG seconds), of inputs that took over MEMORY bytes. Those are kept. A worker
-process reads, so that one that dies is noticed.
+Each file must be read, or refused in one sentence, in seconds and without much memory.
+
+Prints a JSON line for each kind of file: the inputs that were tried, read and refused. "else"
+counts crashes (another exception, or the end of the process), hangs (over HANG seconds) and inputs
+that took over MEMORY bytes; --keep keeps these inputs. A worker process does the reading, so
+its end is noticed.
 """
 
 import argparse
@@ -26,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.helpers.weights_files import add_caffe_blob, caffe_messages
 from vgg_jax import CONFIGS, Conv, InputError, VGGConfig
 from vgg_jax.weights import read
 from vgg_jax.weights.layouts import LAYOUTS, tensor_table
@@ -44,70 +48,75 @@ WEIGHTS = (
     "V1.caffemodel",
 )
 HANG = 10  # seconds
-MEMORY = 1_000_000_000  # bytes that a worker may grow by; a valid file has thousands
+MEMORY = 1_000_000_000  # bytes that a worker may grow by; valid files have thousands
 
 
-def tensors(layout: str) -> dict[str, np.ndarray]:
-    there = next(each for each in LAYOUTS if each.name == layout)
+def random_tensors(layout: str) -> dict[str, np.ndarray]:
+    """Tensors of the net SMALL, by their names in a layout."""
     rng = np.random.default_rng(0)
     return {
-        row.foreign_name: rng.normal(size=row.shape).astype(np.float32)
-        for row in tensor_table(there, SMALL, 3, False, 8)
+        tensor.foreign_name: rng.normal(size=tensor.foreign_shape).astype(np.float32)
+        for tensor in tensor_table(LAYOUTS[layout], SMALL, 3, False, 8)
     }
 
 
 def weights_files() -> dict[str, bytes]:
-    """A net of kilobytes in each format that `vgg_jax.weights.read` takes, by what its name ends in."""
-    import h5py
+    """A net of kilobytes in each format that `vgg_jax.weights.read` reads, by file suffix."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {kind: Path(folder, f"valid.{kind}") for kind in WEIGHTS}
+        write_torchvision(paths["safetensors"], paths["pth"], paths["old.pth"])
+        write_hdf5(paths["h5"], paths["3.h5"], paths["flax.h5"])
+        write_matconvnet(paths["mat"], compressed=False)
+        write_matconvnet(paths["packed.mat"], compressed=True)
+        write_caffe(paths["caffemodel"], v1=False)
+        write_caffe(paths["V1.caffemodel"], v1=True)
+        return {kind: path.read_bytes() for kind, path in paths.items()}
+
+
+def write_torchvision(safetensors: Path, zipped: Path, legacy: Path) -> None:
     import torch
     from safetensors.numpy import save_file
+
+    tensors = random_tensors("torchvision")
+    save_file(tensors, safetensors, {"vgg_jax": json.dumps({"net": "small", "image_size": 8})})
+    state = {name: torch.from_numpy(array) for name, array in tensors.items()}
+    torch.save(state, zipped)
+    torch.save(state, legacy, _use_new_zipfile_serialization=False)
+
+
+def write_hdf5(keras: Path, keras3: Path, flaxmodels: Path) -> None:
+    import h5py
+
+    with h5py.File(keras, "w") as file:
+        for name, array in random_tensors("keras").items():
+            layer, _, index = name.partition("/")
+            file[f"{layer}/{layer}_{('W', 'b')[int(index)]}_1:0"] = array
+    for path, layout in ((keras3, "keras 3"), (flaxmodels, "flaxmodels")):
+        with h5py.File(path, "w") as file:
+            for name, array in random_tensors(layout).items():
+                file[name] = array
+
+
+def write_matconvnet(path: Path, compressed: bool) -> None:
     from scipy.io import savemat
 
-    from tests.weights.test_weights import caffe_messages
+    layers: dict[str, dict] = {}
+    for name, array in random_tensors("matconvnet").items():
+        layer, _, param = name.partition("/")
+        layers.setdefault(layer, {"name": layer, "type": "conv"})[param] = array
+    cells = np.empty((1, len(layers)), object)
+    cells[0] = list(layers.values())
+    savemat(path, {"layers": cells}, do_compression=compressed)
 
-    folder = Path(tempfile.mkdtemp())
-    paths = {name: folder / f"valid.{name}" for name in WEIGHTS}
-    save_file(
-        tensors("torchvision"),
-        paths["safetensors"],
-        {"vgg_jax": json.dumps({"net": "small", "image_size": 8})},
-    )
-    state = {name: torch.from_numpy(array) for name, array in tensors("torchvision").items()}
-    torch.save(state, paths["pth"])
-    torch.save(state, paths["old.pth"], _use_new_zipfile_serialization=False)
-    with h5py.File(paths["h5"], "w") as file:
-        for name, array in tensors("keras").items():
-            layer, _, number = name.partition("/")
-            file[f"{layer}/{layer}_{('W', 'b')[int(number)]}_1:0"] = array
-    for kind, layout in (("3.h5", "keras 3"), ("flax.h5", "flaxmodels")):
-        with h5py.File(paths[kind], "w") as file:
-            for name, array in tensors(layout).items():
-                file[name] = array
-    held: dict[str, dict] = {}
-    for name, array in tensors("matconvnet").items():
-        layer, _, leaf = name.partition("/")
-        held.setdefault(layer, {"name": layer, "type": "conv"})[leaf] = array
-    cells = np.empty((1, len(held)), object)
-    cells[0] = list(held.values())
-    for kind in ("mat", "packed.mat"):
-        savemat(paths[kind], {"layers": cells}, do_compression=kind == "packed.mat")
-    for kind in ("caffemodel", "V1.caffemodel"):
-        net, layers = caffe_messages()(), {}
-        for name, array in tensors("caffe").items():
-            layer, _, _ = name.partition("/")
-            if layer not in layers:
-                layers[layer] = (net.layer if kind == "caffemodel" else net.layers).add(name=layer)
-            blob = layers[layer].blobs.add(data=array.ravel())
-            if kind == "caffemodel":
-                blob.shape.dim.extend(array.shape)
-            else:
-                blob.num, blob.channels, blob.height, blob.width = (1,) * (
-                    4 - array.ndim
-                ) + array.shape
-        paths[kind].write_bytes(net.SerializeToString())
-    files = {kind: path.read_bytes() for kind, path in paths.items()}
-    shutil.rmtree(folder)
-    return files
+
+def write_caffe(path: Path, v1: bool) -> None:
+    net, layers = caffe_messages()(), {}
+    for name, array in random_tensors("caffe").items():
+        layer, _, _ = name.partition("/")
+        if layer not in layers:
+            layers[layer] = (net.layers if v1 else net.layer).add(name=layer)
+        add_caffe_blob(layers[layer], array, v1)
+    path.write_bytes(net.SerializeToString())
 
 
 def image_files() -> dict[str, bytes]:
@@ -132,7 +141,7 @@ def image_files() -> dict[str, bytes]:
 
 
 def other_files() -> dict[str, bytes]:
-    """What the program itself writes and reads again."""
+    """Files that the program writes and reads again."""
     buffer = io.BytesIO()
     np.savez(
         buffer,
@@ -141,7 +150,7 @@ def other_files() -> dict[str, bytes]:
         files=np.array(["a", "b", "c"]),
         classes=["x", "y"],
     )
-    run = {
+    metadata = {
         "config": {},
         "classes": ["a", "b"],
         "colours": {
@@ -149,15 +158,17 @@ def other_files() -> dict[str, bytes]:
             "eigenvalues": [3, 2, 1],
             "eigenvectors": [[1, 0, 0]] * 3,
         },
+        "storage": "digits",
+        "train_size": 3,
+        "validation_size": 2,
     }
-    run |= {"storage": "digits", "train_size": 3, "validation_size": 2}
-    listed = (
+    exclude_list = (
         '{"file": "train/ants/1.jpg", "reason": "cut"}\n{"file": "caf\\u00e9", "reason": "empty"}\n'
     )
     return {
         "npz": buffer.getvalue(),
-        "run.json": json.dumps(run).encode(),
-        "jsonl": listed.encode(),
+        "run.json": json.dumps(metadata).encode(),
+        "jsonl": exclude_list.encode(),
     }
 
 
@@ -213,37 +224,41 @@ NUMBERS = [
 
 
 def mutated(content: bytes, rng: random.Random) -> bytes:
-    """One to eight changes: a bit, a byte, a number of one to eight bytes, a piece that is cut, doubled, moved, or noise."""
+    """Makes one to eight changes.
+
+    Each changes a bit, a byte or a number of one to eight bytes, or cuts, doubles, copies or
+    inserts a piece.
+    """
     data = bytearray(content)
     for _ in range(rng.choice([1, 1, 1, 2, 3, 8])):
-        at, length = rng.randrange(len(data) + 1), rng.choice([1, 2, 4, 8, 64, 1024])
-        if rng.random() < 0.3:  # where names and sizes lie
-            at = rng.randrange(min(len(data), 2000) + 1)
+        start, length = rng.randrange(len(data) + 1), rng.choice([1, 2, 4, 8, 64, 1024])
+        if rng.random() < 0.3:  # the part with names and sizes
+            start = rng.randrange(min(len(data), 2000) + 1)
         match rng.randrange(8):
-            case 0 if at < len(data):
-                data[at] ^= 1 << rng.randrange(8)
-            case 1 if at < len(data):
-                data[at] = rng.randrange(256)
+            case 0 if start < len(data):
+                data[start] ^= 1 << rng.randrange(8)
+            case 1 if start < len(data):
+                data[start] = rng.randrange(256)
             case 2:
                 size = rng.choice([1, 2, 4, 8])
                 number = rng.choice(NUMBERS) % 256**size
-                data[at : at + size] = number.to_bytes(size, rng.choice(["little", "big"]))
+                data[start : start + size] = number.to_bytes(size, rng.choice(["little", "big"]))
             case 3:
-                del data[at : at + length]
+                del data[start : start + length]
             case 4:
-                data[at:at] = data[at : at + length]
+                data[start:start] = data[start : start + length]
             case 5:
                 other = rng.randrange(len(data) + 1)
-                data[at : at + length] = data[other : other + length]
+                data[start : start + length] = data[other : other + length]
             case 6:
-                data[at:at] = rng.randbytes(length)
+                data[start:start] = rng.randbytes(length)
             case 7:
-                del data[at:]
+                del data[start:]
     return bytes(data)
 
 
 class HangError(BaseException):
-    """Raised by an alarm. No Exception, since libraries turn those into errors of their own."""
+    """Raised by an alarm. It is no Exception, because libraries catch those."""
 
 
 def alarm(*_: object) -> None:
@@ -251,16 +266,14 @@ def alarm(*_: object) -> None:
 
 
 def outcome(kind: str, path: Path) -> str:
-    """ "read", "refused", or what else happened."""
+    """Reads a file. Returns "read", "refused", or a description of another outcome."""
     try:
         KINDS[kind][1](path)
     except InputError as error:
-        said = str(error)
-        return (
-            "refused"
-            if "\n" not in said and "Traceback" not in said
-            else f"said in lines: {said[:300]}"
-        )
+        message = str(error)
+        if "\n" in message or "Traceback" in message:
+            return f"several lines: {message[:300]}"
+        return "refused"
     except HangError:
         return "hang"
     except Exception as error:
@@ -273,13 +286,14 @@ def file_name(kind: str) -> str:
 
 
 def work(kind: str, folder: str, seed: int, seconds: float, pipe: Any) -> None:
-    """Sends what came of each input. The input in hand lies in the folder."""
+    """Reads changed files and sends the outcomes; the current file is in the folder."""
     rng, path = random.Random(seed), Path(folder, file_name(kind))
     CONFIGS["small"] = SMALL
     valid = KINDS[kind][0]()[kind]
     path.write_bytes(valid)
-    assert outcome(kind, path) == "read"
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what libraries say of it
+    if (valid_outcome := outcome(kind, path)) != "read":
+        raise RuntimeError(f"the valid {kind} file: {valid_outcome}")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # hide the messages of libraries
     signal.signal(signal.SIGALRM, alarm)
     pipe.send("ready")
     end = time.monotonic() + seconds
@@ -287,51 +301,52 @@ def work(kind: str, folder: str, seed: int, seconds: float, pipe: Any) -> None:
         path.write_bytes(mutated(valid, rng))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         signal.alarm(HANG)
-        said = outcome(kind, path)
+        result = outcome(kind, path)
         signal.alarm(0)
         if (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 > MEMORY:
-            said = "memory"
-        if said not in ("read", "refused"):
-            shutil.copy(
-                path,
-                f"{folder}/{said.split(':')[0].replace(' ', '-')}-{time.monotonic_ns()}.{kind}",
-            )
-        pipe.send(said)
+            result = "memory"
+        if result not in ("read", "refused"):
+            keep(path, result.split(":")[0].replace(" ", "-"), kind)
+        pipe.send(result)
     pipe.send(None)
 
 
+def keep(path: Path, prefix: str, kind: str) -> None:
+    shutil.copy(path, path.with_name(f"{prefix}-{time.monotonic_ns()}.{kind}"))
+
+
 def fuzz(kind: str, seed: int, seconds: float, folder: Path) -> Counter[str]:
-    """For so long, in one process after the other, should one die."""
-    found: Counter[str] = Counter()
+    """Counts the outcomes of one kind of file, in a new process whenever one dies."""
+    outcomes: Counter[str] = Counter()
+    path = folder / file_name(kind)
     end = time.monotonic() + seconds
     spawn = multiprocessing.get_context("spawn")
-    while (left := end - time.monotonic()) > 0:
-        ours, theirs = spawn.Pipe()
+    while (remaining := end - time.monotonic()) > 0:
+        receiver, sender = spawn.Pipe()
         worker = spawn.Process(
-            target=work, args=(kind, str(folder), seed, left, theirs), daemon=True
+            target=work, args=(kind, str(folder), seed, remaining, sender), daemon=True
         )
         worker.start()
-        theirs.close()
+        sender.close()
         try:
-            said: str | None = "ready" if ours.poll(120) and ours.recv() == "ready" else None
-            # An alarm does not reach a library that is in its own loop.
-            while said is not None:
-                if not ours.poll(2 * HANG):
-                    found["hang"] += 1
-                    shutil.copy(
-                        folder / file_name(kind), folder / f"hang-{time.monotonic_ns()}.{kind}"
-                    )
+            is_ready = receiver.poll(120) and receiver.recv() == "ready"
+            result: str | None = "ready" if is_ready else None
+            while result is not None:
+                # The worker's alarm does not interrupt a loop inside a library.
+                if not receiver.poll(2 * HANG):
+                    outcomes["hang"] += 1
+                    keep(path, "hang", kind)
                     break
-                said = ours.recv()
-                if said is not None:
-                    found[said] += 1
+                result = receiver.recv()
+                if result is not None:
+                    outcomes[result] += 1
         except (EOFError, pickle.UnpicklingError):
-            found["crash: the process died"] += 1
-            shutil.copy(folder / file_name(kind), folder / f"died-{time.monotonic_ns()}.{kind}")
+            outcomes["crash: the process died"] += 1
+            keep(path, "died", kind)
         worker.kill()
         worker.join()
         seed += 1
-    return found
+    return outcomes
 
 
 def main() -> None:
@@ -341,22 +356,22 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20, help="for each kind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
-    parser.add_argument("--keep", type=Path, help="where inputs that did harm are kept")
+    parser.add_argument("--keep", type=Path, help="folder to keep harmful inputs in")
     args = parser.parse_args()
     for kind in args.kinds:
         with tempfile.TemporaryDirectory() as temporary:
             folder = args.keep or Path(temporary)
             folder.mkdir(parents=True, exist_ok=True)
-            found = fuzz(kind, args.seed, args.seconds, folder)
-        fine = {name: found.pop(name, 0) for name in ("read", "refused")}
-        print(
-            json.dumps(
-                {"kind": kind, "seed": args.seed, "tried": sum(fine.values()) + sum(found.values())}
-                | fine
-                | {"else": found}
-            ),
-            flush=True,
-        )
+            outcomes = fuzz(kind, args.seed, args.seconds, folder)
+        counts = {
+            "kind": kind,
+            "seed": args.seed,
+            "tried": outcomes.total(),
+            "read": outcomes.pop("read", 0),
+            "refused": outcomes.pop("refused", 0),
+            "else": outcomes,
+        }
+        print(json.dumps(counts), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,21 @@
-"""Inference by ONNX Runtime (an exported .onnx file), by PyTorch and by vgg_jax: how far apart their answers are, and how fast they come.
+"""Compares inference in vgg_jax, ONNX Runtime (an exported .onnx file) and PyTorch.
 
-    python -m experiments.compare_runtimes PHOTOS --nets A D --images 50 --batch 10
+    python -m experiments.benchmarks.compare_runtimes PHOTOS --nets A D --images 50 --batch 10
 
-Centre crops of photos at S = 256 through equal random weights. The three take each batch in turn, so that all see the same machine.
-Needs torch, onnx and onnxruntime. Prints one JSON line a net: the largest difference of a logit from ours, relative to the largest
-logit, of all images, and the median of images a second over the first half of the batches, three times. About a minute a net on two
-cores; D: 10.1 images/s here, 7.2 in ONNX Runtime, 5.5 in PyTorch (results/compare_runtimes.json).
+The images are centre crops of photos at S = 256; the nets have equal random weights. The three
+runtimes process each batch in turn, so that all see the same state of the machine.
+
+Needs torch, onnx and onnxruntime. Prints one JSON line a net. "differences" has the largest
+difference from the logits of vgg_jax, relative to their largest value. "images_per_second" is the
+median over the first half of the batches, three times.
+
+Takes about a minute a net on two cores. For D, results/compare_runtimes.json has 10.1 images/s in
+vgg_jax, 7.2 in ONNX Runtime and 5.5 in PyTorch.
 """
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -38,7 +44,7 @@ REPEATS = 3
 
 
 def centre_crops(folder: str, count: int) -> np.ndarray:
-    """uint8 (count, 224, 224, 3)"""
+    """uint8 (count, 224, 224, 3)."""
     crops = []
     for example in rescaled_images(open_split(folder, "train"), (256,), True):
         (window,) = iter_windows(len(crops), [example["scaled"][0][0]], 224, EvalProtocol("center"))
@@ -48,21 +54,30 @@ def centre_crops(folder: str, count: int) -> np.ndarray:
     return np.stack(crops)
 
 
-def engines(net: str, folder: Path) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
-    """Functions from uint8 images (N, 224, 224, 3) to logits (N, 1000), all of one net."""
-    theirs = randomize(torch_vgg(net, (4096, 4096), 1000), seed=0).eval()
-    params, batch_stats = to_jax(theirs, 7)
+Runtime = Callable[[np.ndarray], np.ndarray]  # uint8 images (N, 224, 224, 3) -> logits (N, 1000)
+
+
+def load_runtimes(net: str, folder: Path) -> dict[str, Runtime]:
+    """The same net in each runtime, by the runtime's name."""
+    torch_net = randomize(torch_vgg(net, (4096, 4096), 1000), seed=0).eval()
+    params, batch_stats = to_jax(torch_net, 7)
     model = VGG(CONFIGS[net])
     mean = np.array(IMAGENET.mean_rgb, np.float32)
 
     weights = Weights(
-        net, "vgg_jax", model, params, batch_stats, True, Preprocessing(IMAGENET.mean_rgb), CLASSES
+        net=net,
+        layout="vgg_jax",
+        model=model,
+        params=params,
+        batch_stats=batch_stats,
+        top=True,
+        preprocessing=Preprocessing(IMAGENET.mean_rgb),
+        classes=CLASSES,
     )
     write(folder / f"{net}.onnx", ExportSpec(weights))
     options = onnxruntime.SessionOptions()
-    options.add_session_config_entry(
-        "session.intra_op.allow_spinning", "0"
-    )  # or its idle threads slow the others down
+    # Its idle threads would slow down the other runtimes.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(
         folder / f"{net}.onnx", options, providers=["CPUExecutionProvider"]
     )
@@ -72,16 +87,16 @@ def engines(net: str, folder: Path) -> dict[str, Callable[[np.ndarray], np.ndarr
         lambda variables, images: model.apply(variables, preprocess(images, IMAGENET.mean_rgb)),
         compiler_options=compiler_options(optimize_runtime=True),
     )
-    fast = theirs.to(memory_format=torch.channels_last)
+    torch_net = torch_net.to(memory_format=torch.channels_last)
 
-    def by_torch(images: np.ndarray) -> np.ndarray:
+    def run_torch(images: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
-            return fast(torch.from_numpy(images - mean).permute(0, 3, 1, 2)).numpy()
+            return torch_net(torch.from_numpy(images - mean).permute(0, 3, 1, 2)).numpy()
 
     return {
         "vgg_jax": lambda images: np.asarray(forward(variables, images)),
         "onnxruntime": lambda images: session.run(None, {"images": images})[0],
-        "torch": by_torch,
+        "torch": run_torch,
     }
 
 
@@ -105,32 +120,40 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as folder:
         for net in args.nets:
-            made = engines(net, Path(folder))
-            answers = {
-                name: np.concatenate([engine(batch) for batch in batches])
-                for name, engine in made.items()
-            }
-            rates: dict[str, list[float]] = {name: [] for name in made}
-            for batch in batches[: -(-len(batches) // 2)] * REPEATS:
-                for name, engine in made.items():
-                    started = time.perf_counter()
-                    engine(batch)
-                    rates[name].append(len(batch) / (time.perf_counter() - started))
-            ours = answers["vgg_jax"]
-            found = {
+            runtimes = load_runtimes(net, Path(folder))
+            result = {
                 "net": net,
                 "images": len(crops),
                 "batch": args.batch,
-                "images_per_second": {
-                    name: round(statistics.median(values), 2) for name, values in rates.items()
-                },
-                "differences": {
-                    name: float(np.abs(answers[name] - ours).max() / np.abs(ours).max())
-                    for name in list(made)[1:]
-                },
+                **compare(runtimes, batches),
                 **versions,
             }
-            print(json.dumps(found), flush=True)
+            print(json.dumps(result), flush=True)
+
+
+def compare(runtimes: dict[str, Runtime], batches: list[np.ndarray]) -> dict:
+    """Median speed of each runtime, and its largest difference from vgg_jax."""
+    logits = {
+        name: np.concatenate([runtime(batch) for batch in batches])
+        for name, runtime in runtimes.items()
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in runtimes}
+    first_half = batches[: math.ceil(len(batches) / 2)]
+    for batch in first_half * REPEATS:
+        for name, runtime in runtimes.items():
+            start = time.perf_counter()
+            runtime(batch)
+            speeds[name].append(len(batch) / (time.perf_counter() - start))
+    own = logits.pop("vgg_jax")
+    return {
+        "images_per_second": {
+            name: round(statistics.median(values), 2) for name, values in speeds.items()
+        },
+        "differences": {
+            name: float(np.abs(values - own).max() / np.abs(own).max())
+            for name, values in logits.items()
+        },
+    }
 
 
 if __name__ == "__main__":

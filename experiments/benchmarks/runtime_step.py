@@ -1,8 +1,10 @@
-"""One inference step of an exported .onnx file in ONNX Runtime or OpenVINO: a peer for `bench_step.py --mode infer --peer`.
+"""Times an inference step of an exported .onnx file in ONNX Runtime or OpenVINO.
 
-    python -m experiments.benchmarks.runtime_step --runtime openvino --net D --image-size 224 --batch 8 --hidden 4096 [--dtype bfloat16]
+    python -m experiments.benchmarks.runtime_step --runtime openvino \\
+        --net D --image-size 224 --batch 8 --hidden 4096 [--dtype bfloat16]
 
-Needs onnx, and onnxruntime or openvino. Prints one JSON line with "seconds", the median of --runs, warm. bfloat16 is OpenVINO's alone.
+It is a peer for `bench_step.py --mode infer --peer`. Needs onnx, and onnxruntime or openvino.
+Prints one JSON line with "seconds", the median of --runs, warm. Only OpenVINO has bfloat16.
 """
 
 import argparse
@@ -11,6 +13,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -24,23 +27,20 @@ from vgg_jax.weights import Weights
 from vgg_jax.weights.layouts import Preprocessing
 
 
-def session(runtime: str, file: Path, dtype: str):
+def load_session(runtime: str, file: Path, dtype: str) -> Callable[[np.ndarray], np.ndarray]:
     """A function from images (N, H, W, 3) to logits."""
     if runtime == "onnxruntime":
         import onnxruntime
 
-        loaded = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-        return lambda images: loaded.run(None, {"images": images})[0]
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        return lambda images: session.run(None, {"images": images})[0]
     import openvino
 
-    compiled = openvino.Core().compile_model(
-        file,
-        "CPU",
-        {
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": "bf16" if dtype == "bfloat16" else "f32",
-        },
-    )
+    options = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "bf16" if dtype == "bfloat16" else "f32",
+    }
+    compiled = openvino.Core().compile_model(file, "CPU", options)
     return lambda images: compiled([images])[0]
 
 
@@ -59,51 +59,38 @@ def main() -> None:
     args = parser.parse_args()
     if args.runtime == "onnxruntime" and args.dtype == "bfloat16":
         parser.error("ONNX Runtime has no bfloat16 on a CPU")
-    model = VGG(
-        dataclasses.replace(CONFIGS[args.net], fc=(args.hidden, args.hidden)),
-        10,
-        image_size=args.image_size,
-    )
+    size = args.image_size
+    config = dataclasses.replace(CONFIGS[args.net], fc=(args.hidden, args.hidden))
+    model = VGG(config, 10, image_size=size)
     init = jax.jit(model.lazy_init, compiler_options=compiler_options())
-    params = init(
-        jax.random.key(0),
-        jax.ShapeDtypeStruct((1, args.image_size, args.image_size, 3), jnp.float32),
-    )["params"]
+    params = init(jax.random.key(0), jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))[
+        "params"
+    ]
     weights = Weights(
-        args.net,
-        "vgg_jax",
-        model,
-        params,
-        {},
-        True,
-        Preprocessing(IMAGENET.mean_rgb),
-        tuple(map(str, range(10))),
+        net=args.net,
+        layout="vgg_jax",
+        model=model,
+        params=params,
+        batch_stats={},
+        top=True,
+        preprocessing=Preprocessing(IMAGENET.mean_rgb),
+        classes=tuple(map(str, range(10))),
     )
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "net.onnx"
         write(file, ExportSpec(weights, uint8=False))
-        once = session(args.runtime, file, args.dtype)
-    images = (
-        np.random.default_rng(0)
-        .normal(size=(args.batch, args.image_size, args.image_size, 3))
-        .astype(np.float32)
-        * 50
-    )
-    once(images)
+        step = load_session(args.runtime, file, args.dtype)
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(args.batch, size, size, 3)).astype(np.float32) * 50
+    step(images)
     seconds = []
     for _ in range(args.runs):
         start = time.perf_counter()
-        once(images)
+        step(images)
         seconds.append(time.perf_counter() - start)
-    print(
-        json.dumps(
-            vars(args)
-            | {
-                "seconds": statistics.median(seconds),
-                "images_per_second": args.batch / statistics.median(seconds),
-            }
-        )
-    )
+    median = statistics.median(seconds)
+    result = {"seconds": median, "images_per_second": args.batch / median}
+    print(json.dumps(vars(args) | result))
 
 
 if __name__ == "__main__":

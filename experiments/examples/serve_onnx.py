@@ -1,4 +1,9 @@
-"""Asks an exported .onnx file without vgg_jax: `python -m experiments.examples.serve_onnx net.onnx photo.jpg`. Takes a second."""
+"""Classifies a photo with an exported .onnx file, without vgg_jax.
+
+    python -m experiments.examples.serve_onnx net.onnx photo.jpg
+
+Takes a second.
+"""
 
 import json
 import sys
@@ -7,8 +12,8 @@ import numpy as np
 import onnxruntime
 from PIL import Image
 
-net = onnxruntime.InferenceSession(sys.argv[1])
-about = json.loads(net.get_modelmeta().custom_metadata_map["vgg_jax"])
-image = Image.open(sys.argv[2]).convert("RGB").resize([about["image_size"]] * 2)
-(answer,) = net.run(None, {"images": np.asarray(image)[None]})
-print(about["classes"][answer[0].argmax()])
+session = onnxruntime.InferenceSession(sys.argv[1])
+metadata = json.loads(session.get_modelmeta().custom_metadata_map["vgg_jax"])
+image = Image.open(sys.argv[2]).convert("RGB").resize([metadata["image_size"]] * 2)
+(logits,) = session.run(None, {"images": np.asarray(image)[None]})
+print(metadata["classes"][logits[0].argmax()])

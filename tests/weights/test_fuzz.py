@@ -1,4 +1,7 @@
-"""Files that are changed at random, and bytes of any kind, are read or refused in one sentence; `fuzz.py` tries more of them."""
+"""Randomly changed files, and any bytes, are read or refused in one sentence.
+
+`tools/fuzz.py` tries more of them.
+"""
 
 import contextlib
 import io
@@ -37,7 +40,7 @@ def files():
 
 
 @pytest.mark.parametrize("kind", fuzz.KINDS)
-def test_a_changed_file_is_read_or_refused(kind, files, tmp_path, monkeypatch):
+def test_changed_file_read_or_refused(kind, files, tmp_path, monkeypatch):
     monkeypatch.setitem(CONFIGS, "small", fuzz.SMALL)
     path = tmp_path / fuzz.file_name(kind)
     path.write_bytes(files[kind])
@@ -45,9 +48,9 @@ def test_a_changed_file_is_read_or_refused(kind, files, tmp_path, monkeypatch):
     rng = random.Random(0)
     for _ in range(TRIALS):
         path.write_bytes(fuzz.mutated(files[kind], rng))
-        started = time.monotonic()
+        start = time.monotonic()
         assert fuzz.outcome(kind, path) in ("read", "refused")
-        assert time.monotonic() - started < fuzz.HANG
+        assert time.monotonic() - start < fuzz.HANG
 
 
 HEADS = [
@@ -62,7 +65,7 @@ HEADS = [
 
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(HEADS), st.binary(max_size=300), st.sampled_from(["x.pth", "x.caffemodel"]))
-def test_any_bytes_are_read_or_refused(head, rest, name):
+def test_open_file_any_bytes(head, rest, name):
     pytest.importorskip("torch", reason="needs torch")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, name)
@@ -78,8 +81,8 @@ def test_any_bytes_are_read_or_refused(head, rest, name):
 @given(
     st.lists(st.text(st.characters(exclude_characters="/\0", exclude_categories=[]), min_size=1))
 )
-def test_a_list_keeps_every_name(names):
-    """Surrogates, as Python has for bytes that are no UTF-8, and line ends of every kind."""
+def test_exclude_list_keeps_any_name(names):
+    """Surrogates, which stand for bytes that are no UTF-8, and every kind of line end."""
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder, "list"))
         write_exclude_list(path, [BadImage(name, "cut") for name in names])
@@ -90,14 +93,14 @@ JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
 )
-RUN = json.loads(fuzz.other_files()["run.json"])
+RUN_METADATA = json.loads(fuzz.other_files()["run.json"])
 
 
 @settings(max_examples=200, deadline=None)
 @given(
     st.sampled_from(
         [
-            *RUN,
+            *RUN_METADATA,
             "config/net",
             "config/fc",
             "config/scale",
@@ -107,10 +110,10 @@ RUN = json.loads(fuzz.other_files()["run.json"])
     ),
     JSON,
 )
-def test_a_run_with_any_value_is_read_or_refused(place, value):
-    """What is read has the types that the rest of the program counts on."""
-    content = json.loads(json.dumps(RUN))
-    group, _, name = place.rpartition("/")
+def test_load_run_any_value(field, value):
+    """If it is read, the types are those that the rest of the program expects."""
+    content = json.loads(json.dumps(RUN_METADATA))
+    group, _, name = field.rpartition("/")
     (content[group] if group else content)[name] = value
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "run.json").write_text(json.dumps(content))
@@ -122,13 +125,13 @@ def test_a_run_with_any_value_is_read_or_refused(place, value):
             assert np.array(run.colours.eigenvectors, float).shape == (3, 3)
 
 
-def test_what_is_said_of_a_run_is_one_line(tmp_path):
-    (tmp_path / "run.json").write_text(json.dumps(RUN | {"train\nsize": 3}))
+def test_load_run_refuses_in_one_line(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps(RUN_METADATA | {"train\nsize": 3}))
     assert fuzz.outcome("run.json", tmp_path / "run.json") == "refused"
 
 
-def test_posteriors_of_which_a_part_is_no_array(files, tmp_path):
-    """NumPy gives the bytes of a member that does not begin as its arrays do."""
+def test_load_evaluation_member_not_array(files, tmp_path):
+    """NumPy returns the bytes of a member that is no array."""
     path = tmp_path / "file.npz"
     with zipfile.ZipFile(io.BytesIO(files["npz"])) as whole, zipfile.ZipFile(path, "w") as changed:
         for name in whole.namelist():
@@ -139,7 +142,7 @@ def test_posteriors_of_which_a_part_is_no_array(files, tmp_path):
 @pytest.mark.parametrize(
     "content", ["[" * 100_000, '{"config": ' * 50_000, '{"train_size": ' + "1" * 5000 + "}"]
 )
-def test_json_that_python_cannot_take(content, tmp_path):
+def test_load_run_rejects_extreme_json(content, tmp_path):
     (tmp_path / "run.json").write_text(content)
     (tmp_path / "list").write_text(content)
     with pytest.raises(InputError, match=r"run\.json cannot be read"):

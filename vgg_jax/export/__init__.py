@@ -1,4 +1,7 @@
-"""A net as a file that others run: safetensors, ONNX, StableHLO or a TensorFlow SavedModel."""
+"""Exports a net to a file that other programs run.
+
+The formats are safetensors, ONNX, StableHLO and TensorFlow's SavedModel.
+"""
 
 from vgg_jax.export.spec import ExportSpec, fold_batch_norm
 from vgg_jax.export.writer import write

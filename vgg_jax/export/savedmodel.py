@@ -1,4 +1,7 @@
-"""The net as a TensorFlow SavedModel of TensorFlow's own operations, which TF Serving loads and LiteRT converts."""
+"""Exports a net as a TensorFlow SavedModel, which TF Serving loads and LiteRT converts.
+
+It has TensorFlow's own operations only.
+"""
 
 import json
 from pathlib import Path
@@ -6,82 +9,85 @@ from typing import Any
 
 import numpy as np
 
-from vgg_jax.data import tf  # which sees no GPU
-from vgg_jax.export import ExportSpec
-from vgg_jax.export.spec import SAVEDMODEL_METADATA
+from vgg_jax.configs.models import Layer
+from vgg_jax.data import tf  # configured to use no GPU
+from vgg_jax.export.spec import SAVEDMODEL_METADATA, ExportSpec
 from vgg_jax.layers import BatchNorm
 
 
-def write(path: Path, artefact: ExportSpec) -> None:
-    """A SavedModel folder with one signature, `serving_default`: {"images": …} -> {output: …}; metadata in assets.extra."""
-    module = Module(artefact)
-    size = None if artefact.output != "logits" else artefact.weights.model.image_size
+def write(path: Path, spec: ExportSpec) -> None:
+    """Writes a SavedModel folder.
+
+    It has one signature, `serving_default`: {"images": …} -> {output: …}. The metadata are in
+    assets.extra.
+
+    Args:
+        path: The folder; it must not exist.
+        spec: The net, with its inputs and outputs.
+    """
+    module = Module(spec)
+    size = spec.weights.model.image_size if spec.output == "logits" else None
     images = tf.TensorSpec(
-        (None, size, size, 3), tf.uint8 if artefact.uint8 else tf.float32, name="images"
+        (None, size, size, 3), tf.uint8 if spec.uint8 else tf.float32, name="images"
     )
     tf.saved_model.save(module, str(path), signatures=module.answer.get_concrete_function(images))
     (path / SAVEDMODEL_METADATA).parent.mkdir()
-    (path / SAVEDMODEL_METADATA).write_text(json.dumps(artefact.metadata()))
+    (path / SAVEDMODEL_METADATA).write_text(json.dumps(spec.metadata()))
 
 
 class Module(tf.Module):
-    """The layers, applied one by one."""
+    """The layers of a net, applied one by one."""
 
-    def __init__(self, artefact: ExportSpec) -> None:
+    def __init__(self, spec: ExportSpec) -> None:
         super().__init__("vgg")
-        self._mean = tf.constant(artefact.mean_rgb, tf.float32)
-        self._table = artefact.table
-        self._output, self._uint8 = artefact.output, artefact.uint8
-        # The names of TensorFlow's attributes may have no slash.
+        self._mean = tf.constant(spec.mean_rgb, tf.float32)
+        self._table = spec.table
+        self._output, self._uint8 = spec.output, spec.uint8
+        # TensorFlow's attribute names must not have a slash.
         self._weights = {
-            f"{layer}_{leaf}": tf.Variable(
-                _tensor(np.asarray(array), artefact.bfloat16),
+            f"{layer}_{param}": tf.Variable(
+                _to_tensor(np.asarray(array), spec.bfloat16),
                 trainable=False,
-                name=f"{layer}/{leaf}",
+                name=f"{layer}/{param}",
             )
-            for layers in artefact.weights.variables.values()
-            for layer, leaves in layers.items()
-            for leaf, array in leaves.items()
+            for layers in spec.weights.variables.values()
+            for layer, params in layers.items()
+            for param, array in params.items()
         }
 
     @tf.function
     def answer(self, images: Any) -> Any:
+        """Computes the output for images (N, H, W, 3), as {output name: tensor}."""
         x = tf.cast(images, tf.float32) - self._mean if self._uint8 else images
-        for name, kind, width, kernel in self._table:
-            if kind == "conv":
-                x = tf.nn.conv2d(x, self._weight(name, "kernel"), 1, "SAME") + self._weight(
-                    name, "bias"
-                )
-            elif kind == "bn":
-                mean, var, bias, scale = (
-                    self._weight(name, leaf) for leaf in ("mean", "var", "bias", "scale")
-                )
-                x = tf.nn.batch_normalization(x, mean, var, bias, scale, BatchNorm.epsilon)
-            elif kind == "relu":
-                x = tf.nn.relu(x)
-            elif kind == "lrn":
-                x = tf.nn.local_response_normalization(
-                    x, depth_radius=2, bias=2.0, alpha=1e-4, beta=0.75
-                )
-            elif kind == "pool":
-                x = tf.nn.max_pool2d(x, 2, 2, "VALID")
-            else:
-                window = tf.reshape(
-                    self._weight(name, "kernel"), (kernel, kernel, x.shape[3], width)
-                )
-                x = tf.nn.conv2d(x, window, 1, "VALID") + self._weight(name, "bias")
+        for layer in self._table:
+            x = self._apply(layer, x)
         if self._output == "score_map":
             return {"score_map": x}
         x = tf.reduce_mean(x, (1, 2))
         return {"logits": x} if self._output == "logits" else {"posteriors": tf.nn.softmax(x)}
 
-    def _weight(self, layer: str, leaf: str) -> Any:
-        return tf.cast(self._weights[f"{layer}_{leaf}"], tf.float32)
+    def _apply(self, layer: Layer, x: Any) -> Any:
+        def param(name: str) -> Any:
+            return tf.cast(self._weights[f"{layer.name}_{name}"], tf.float32)
+
+        if layer.type == "conv":
+            return tf.nn.conv2d(x, param("kernel"), 1, "SAME") + param("bias")
+        if layer.type == "bn":
+            mean, var, bias, scale = (param(name) for name in ("mean", "var", "bias", "scale"))
+            return tf.nn.batch_normalization(x, mean, var, bias, scale, BatchNorm.epsilon)
+        if layer.type == "relu":
+            return tf.nn.relu(x)
+        if layer.type == "lrn":
+            return tf.nn.local_response_normalization(
+                x, depth_radius=2, bias=2.0, alpha=1e-4, beta=0.75
+            )
+        if layer.type == "pool":
+            return tf.nn.max_pool2d(x, 2, 2, "VALID")
+        kernel_size = layer.kernel_size
+        kernel = tf.reshape(param("kernel"), (kernel_size, kernel_size, x.shape[3], layer.features))
+        return tf.nn.conv2d(x, kernel, 1, "VALID") + param("bias")
 
 
-def _tensor(array: np.ndarray, bfloat16: bool) -> Any:
-    return (
-        tf.cast(tf.constant(array, tf.float32), tf.bfloat16)
-        if bfloat16
-        else tf.constant(array, tf.float32)
-    )
+def _to_tensor(array: np.ndarray, bfloat16: bool) -> Any:
+    tensor = tf.constant(array, tf.float32)
+    return tf.cast(tensor, tf.bfloat16) if bfloat16 else tensor

@@ -1,7 +1,7 @@
-"""A net as a file that others run: safetensors, ONNX, StableHLO or a TensorFlow SavedModel.
+"""Describes an exported file: the net, its inputs and outputs, and its metadata.
 
-Every file carries the net's configuration, class names and preprocessing, and a golden image with the answer that the net gave to it
-here, so that `verify` can ask the file again anywhere.
+Every file has the configuration, the class names and the preprocessing of its net. It also has a
+golden image and the output for it, so that `verify` can check the file on any machine.
 """
 
 import base64
@@ -23,30 +23,42 @@ from vgg_jax.layers import BatchNorm
 from vgg_jax.preprocessing import preprocess
 from vgg_jax.runtime.compiler import compiler_options
 from vgg_jax.weights import Weights
-from vgg_jax.weights.io import to_metadata
+from vgg_jax.weights.weights import to_metadata
 
-SAVEDMODEL_METADATA = "assets.extra/vgg_jax.json"  # TF Serving and TensorFlow leave it alone
+# The place of the metadata in a SavedModel; TensorFlow and TF Serving do not touch this folder.
+SAVEDMODEL_METADATA = "assets.extra/vgg_jax.json"
+# Format: extra of vgg-jax to install.
 REQUIRED_EXTRA = {
     "onnx": "onnx",
     "stablehlo": "stablehlo",
     "savedmodel": "train",
     "safetensors": "",
-}  # what is to be installed, by kind
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ExportSpec:
-    """What is written: a net, and how it is to be asked.
+    """The net in an exported file, with its inputs and outputs.
 
-    Images are (N, H, W, 3) RGB on the 0-255 scale: uint8, or float32 less `mean_rgb` if not `uint8`. The outputs: "logits", (N, K) of
-    images of image_size; "posteriors", (N, K) of images of any size from there on, the dense evaluation without the mirror image (§3.2),
-    which for image_size is the soft-max of the logits; "score_map", (N, h, w, K) of any size.
+    Images are RGB on the 0-255 scale, with the shape (N, H, W, 3).
+
+    Attributes:
+        weights: The net.
+        output: One of three outputs. "logits": (N, K), for images of image_size. "posteriors":
+            (N, K), for images of image_size or larger. They are those of the dense evaluation
+            (§3.2) without the mirror image; at image_size, the softmax of the logits.
+            "score_map": (N, h, w, K), for images of image_size or larger.
+        uint8: True for uint8 images, False for float32 images minus `mean_rgb`.
+        bfloat16: Store the weights as bfloat16. The computation is in float32.
+
+    Raises:
+        InputError: `output` is unknown, or the net has no fully connected layers.
     """
 
     weights: Weights
     output: str = "logits"
     uint8: bool = True
-    bfloat16: bool = False  # the weights as they are stored; what is computed is float32
+    bfloat16: bool = False
 
     def __post_init__(self) -> None:
         if self.output not in EXPORT_OUTPUTS:
@@ -55,7 +67,8 @@ class ExportSpec:
             )
         if not self.weights.top:
             raise InputError(
-                "the fully connected layers are not there: expected a whole net; import a file with the top"
+                "the net has no fully connected layers: "
+                "expected a whole net; import a file with the top"
             )
 
     @property
@@ -67,14 +80,24 @@ class ExportSpec:
 
     @property
     def mean_rgb(self) -> tuple[float, float, float]:
+        """Mean colour that is subtracted from images, on the 0-255 scale."""
         return self.weights.preprocessing.mean_rgb
 
     @property
     def dtype(self) -> Any:
+        """NumPy dtype of the stored weights."""
         return ml_dtypes.bfloat16 if self.bfloat16 else np.float32
 
     def __call__(self, variables: Any, images: jax.Array) -> jax.Array:
-        """What the file computes."""
+        """Computes the output of the file.
+
+        Args:
+            variables: Variables of the model, as `weights.variables` has them, of any dtype.
+            images: (N, H, W, 3), uint8 or float32 as the spec says.
+
+        Returns:
+            The output, float32.
+        """
         variables = jax.tree.map(lambda x: x.astype(jnp.float32), variables)
         x = preprocess(images, self.mean_rgb) if self.uint8 else images
         method = None if self.output == "logits" else "score_map"
@@ -82,15 +105,17 @@ class ExportSpec:
         return jax.nn.softmax(scores.mean((1, 2))) if self.output == "posteriors" else scores
 
     def metadata(self) -> dict[str, Any]:
-        """All that is to be known of the file, as JSON, with the golden image and its answer."""
+        """Describes the file.
+
+        Returns:
+            JSON values, with the golden image and its output (`array_from_json`).
+        """
         model, metadata = self.weights.model, to_metadata(self.weights)
         size = model.image_size
         image = np.random.default_rng(0).integers(0, 256, (1, size, size, 3)).astype(np.uint8)
-        ask = jax.jit(self, compiler_options=compiler_options())
+        forward = jax.jit(self, compiler_options=compiler_options())
         stored = jax.tree.map(lambda x: np.asarray(x).astype(self.dtype), self.weights.variables)
-        answer = np.asarray(
-            ask(stored, prepare_images(image, self.uint8, self.mean_rgb)), np.float32
-        )
+        golden_output = forward(stored, prepare_images(image, self.uint8, self.mean_rgb))
         return {
             "net": self.weights.net,
             "batch_norm": model.batch_norm,
@@ -105,16 +130,26 @@ class ExportSpec:
             "scale": metadata["preprocessing"]["scale"],
             "flip": metadata["flip"],
             "golden_image": array_to_json(image),
-            "golden_answer": array_to_json(answer),
+            "golden_answer": array_to_json(np.asarray(golden_output, np.float32)),
         }
 
 
-def prepare_images(image: np.ndarray, uint8: bool, mean_rgb: tuple[float, ...]) -> np.ndarray:
-    """A uint8 image as a file takes it."""
-    return image if uint8 else image.astype(np.float32) - np.array(mean_rgb, np.float32)
+def prepare_images(images: np.ndarray, uint8: bool, mean_rgb: tuple[float, ...]) -> np.ndarray:
+    """Converts uint8 images to the input of a file.
+
+    Args:
+        images: uint8 (N, H, W, 3).
+        uint8: True if the file reads uint8.
+        mean_rgb: Mean colour to subtract otherwise.
+
+    Returns:
+        The same images, or float32 minus the mean.
+    """
+    return images if uint8 else images.astype(np.float32) - np.array(mean_rgb, np.float32)
 
 
 def array_to_json(array: np.ndarray) -> dict[str, Any]:
+    """Encodes an array as JSON values: its dtype, its shape and its bytes in base64."""
     return {
         "dtype": str(array.dtype),
         "shape": array.shape,
@@ -123,26 +158,37 @@ def array_to_json(array: np.ndarray) -> dict[str, Any]:
 
 
 def array_from_json(entry: Mapping[str, Any]) -> np.ndarray:
-    """Raises ValueError, KeyError or TypeError for what `array_to_json` does not give."""
-    return np.frombuffer(base64.b64decode(entry["base64"]), np.dtype(entry["dtype"])).reshape(
-        entry["shape"]
-    )
+    """Decodes an array of `array_to_json`.
+
+    Args:
+        entry: The JSON values.
+
+    Returns:
+        The array.
+
+    Raises:
+        ValueError, KeyError, TypeError: `entry` is not from `array_to_json`.
+    """
+    content = base64.b64decode(entry["base64"])
+    return np.frombuffer(content, np.dtype(entry["dtype"])).reshape(entry["shape"])
 
 
 def fold_batch_norm(weights: Weights) -> Weights:
-    """The net without batch normalisation whose convolutions do what both did: scale · (k ∗ x + b - mean) / √(var + ε) + bias."""
+    """Folds each batch normalisation into the convolution before it.
+
+    The convolution computes scale · (k ∗ x + b - mean) / √(var + ε) + bias.
+
+    Args:
+        weights: A net, with or without batch normalisation.
+
+    Returns:
+        A net without batch normalisation and with the same outputs.
+    """
     params: dict[str, Mapping[str, Any]] = {}
     for name, layer in weights.params.items():
         norm = name.replace("conv", "bn")
         if norm != name and norm in weights.params:
-            scale, bias = (np.float64(weights.params[norm][leaf]) for leaf in ("scale", "bias"))
-            mean, var = (np.float64(weights.batch_stats[norm][leaf]) for leaf in ("mean", "var"))
-            factor = scale / np.sqrt(var + BatchNorm.epsilon)
-            kernel, offset = (
-                np.asarray(layer["kernel"]) * factor,
-                (np.asarray(layer["bias"]) - mean) * factor + bias,
-            )
-            params[name] = {"kernel": kernel.astype(np.float32), "bias": offset.astype(np.float32)}
+            params[name] = _fold(layer, weights.params[norm], weights.batch_stats[norm])
         elif not name.startswith("bn"):
             params[name] = layer
     return dataclasses.replace(
@@ -150,11 +196,34 @@ def fold_batch_norm(weights: Weights) -> Weights:
     )
 
 
+def _fold(
+    conv: Mapping[str, Any], norm: Mapping[str, Any], stats: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """Computes in float64, so that the result is rounded once."""
+    scale, bias = np.float64(norm["scale"]), np.float64(norm["bias"])
+    mean, var = np.float64(stats["mean"]), np.float64(stats["var"])
+    factor = scale / np.sqrt(var + BatchNorm.epsilon)
+    kernel = np.asarray(conv["kernel"]) * factor
+    offset = (np.asarray(conv["bias"]) - mean) * factor + bias
+    return {"kernel": kernel.astype(np.float32), "bias": offset.astype(np.float32)}
+
+
 def format_of(out: str | os.PathLike) -> str:
-    """By the name: .safetensors, .onnx, .stablehlo, or .savedmodel for a folder. Raises InputError for another."""
-    kind = Path(out).suffix[1:]
-    if kind not in REQUIRED_EXTRA:
+    """Tells the format of an export from its name.
+
+    Args:
+        out: Path that ends in .safetensors, .onnx, .stablehlo, or .savedmodel (a folder).
+
+    Returns:
+        A key of `REQUIRED_EXTRA`.
+
+    Raises:
+        InputError: The path ends in something else.
+    """
+    suffix = Path(out).suffix
+    if suffix[1:] not in REQUIRED_EXTRA:
         raise InputError(
-            f"{out} ends in {Path(out).suffix!r}: expected .safetensors, .onnx, .stablehlo, or .savedmodel for a folder"
+            f"{out} ends in {suffix!r}: "
+            "expected .safetensors, .onnx, .stablehlo, or .savedmodel for a folder"
         )
-    return kind
+    return suffix[1:]

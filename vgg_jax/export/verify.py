@@ -1,4 +1,4 @@
-"""An exported file, asked again for its golden answer by the library that runs such files."""
+"""Checks an exported file: runs its golden image with the library of its format."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vgg_jax.errors import InputError
+from vgg_jax.errors import InputError, single_line
 from vgg_jax.export.spec import (
     REQUIRED_EXTRA,
     SAVEDMODEL_METADATA,
@@ -19,96 +19,109 @@ from vgg_jax.export.spec import (
 )
 from vgg_jax.paths import require_local
 
-TOLERANCE = 1e-4  # of the largest value
+TOLERANCE = 1e-4  # relative to the largest value
 
 
 def verify(path: str | os.PathLike) -> tuple[str, float]:
-    """What the file says of itself, and how far its answer is from the golden one, relative to the largest value; `TOLERANCE` is allowed.
+    """Compares the output of a file with its golden output.
 
-    Runs the file's program: ask only files that you trust. Raises InputError for a file that is damaged, not exported by `vgg-jax export`,
-    or that needs a library that is not installed.
+    It runs the program in the file, so verify only files that you trust.
+
+    Args:
+        path: A file or folder that `vgg-jax export` wrote.
+
+    Returns:
+        A summary of the file, and the largest difference relative to the largest golden value.
+        A difference below `TOLERANCE` is fine.
+
+    Raises:
+        InputError: The file is damaged, was not written by `vgg-jax export`, or needs a library
+            that is not installed.
     """
-    path, kind = require_local(path), format_of(path)
+    path, file_format = require_local(path), format_of(path)
     try:
-        described, ask = _OPEN[kind](path)
-        image, answer = (
-            array_from_json(described["golden_image"]),
-            array_from_json(described["golden_answer"]),
+        metadata, forward = _OPENERS[file_format](path)
+        image = array_from_json(metadata["golden_image"])
+        expected = array_from_json(metadata["golden_answer"])
+        output = forward(
+            prepare_images(image, metadata["input"].startswith("uint8"), metadata["mean_rgb"])
         )
-        images = prepare_images(
-            image, described["input"].startswith("uint8"), described["mean_rgb"]
+        summary = (
+            f"{metadata['net']}, {len(metadata['classes'])} classes, {metadata['output']}, "
+            f"images {metadata['input']}"
         )
-        found = ask(images)
-        said = f"{described['net']}, {len(described['classes'])} classes, {described['output']}, images {described['input']}"
     except InputError:
         raise
     except ImportError as error:
         raise InputError(
-            f"asking {path} needs {error.name}: pip install 'vgg-jax[{REQUIRED_EXTRA[kind]}]'"
+            f"running {path} needs {error.name}: "
+            f"pip install 'vgg-jax[{REQUIRED_EXTRA[file_format]}]'"
         ) from error
-    except Exception as error:  # each library has its own ways to say that a file is damaged
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    except Exception as error:  # each library has errors of its own for a damaged file
         raise InputError(
-            f"{path} cannot be asked ({reason}): expected a whole file that `vgg-jax export` wrote"
+            f"{path} cannot be run ({type(error).__name__}: {single_line(error)}): "
+            "expected a whole file that `vgg-jax export` wrote"
         ) from error
-    if found.shape != answer.shape:
-        raise InputError(f"{path} answers {found.shape}: expected {answer.shape}, as at its export")
-    return said, float(np.abs(found - answer).max() / max(np.abs(answer).max(), 1e-30))
+    if output.shape != expected.shape:
+        raise InputError(
+            f"{path} has an output of {output.shape}: expected {expected.shape}, as at its export"
+        )
+    return summary, float(np.abs(output - expected).max() / max(np.abs(expected).max(), 1e-30))
 
 
-Opened = tuple[Mapping[str, Any], Callable[[np.ndarray], np.ndarray]]
+# The metadata of a file, and a function from images to the output.
+OpenedFile = tuple[Mapping[str, Any], Callable[[np.ndarray], np.ndarray]]
 
 
-def _onnx(path: Path) -> Opened:
+def _open_onnx(path: Path) -> OpenedFile:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    described = json.loads(session.get_modelmeta().custom_metadata_map["vgg_jax"])
-    return described, lambda images: session.run(None, {"images": images})[0]
+    metadata = json.loads(session.get_modelmeta().custom_metadata_map["vgg_jax"])
+    return metadata, lambda images: session.run(None, {"images": images})[0]
 
 
-def _stablehlo(path: Path) -> Opened:
-    import flatbuffers  # noqa: F401 - jax.export reads with it
+def _open_stablehlo(path: Path) -> OpenedFile:
+    import flatbuffers  # noqa: F401 - jax.export imports it too late for a clear error
     from jax import export
     from safetensors.numpy import load
 
     with zipfile.ZipFile(path) as file:
-        described = json.loads(file.read("metadata.json"))
-        program, weights = (
-            export.deserialize(bytearray(file.read("program"))),
-            load(file.read("weights.safetensors")),
-        )
-    return described, lambda images: np.asarray(program.call(weights, images))
+        metadata = json.loads(file.read("metadata.json"))
+        program = export.deserialize(bytearray(file.read("program")))
+        weights = load(file.read("weights.safetensors"))
+    return metadata, lambda images: np.asarray(program.call(weights, images))
 
 
-def _savedmodel(path: Path) -> Opened:
-    from vgg_jax.data import tf  # which sees no GPU
+def _open_savedmodel(path: Path) -> OpenedFile:
+    from vgg_jax.data import tf  # configured to use no GPU
 
-    described = json.loads((path / SAVEDMODEL_METADATA).read_text())
-    answer = tf.saved_model.load(str(path)).signatures["serving_default"]
-    return described, lambda images: answer(images=tf.constant(images))[described["output"]].numpy()
+    metadata = json.loads((path / SAVEDMODEL_METADATA).read_text())
+    signature = tf.saved_model.load(str(path)).signatures["serving_default"]
+    output = metadata["output"]
+    return metadata, lambda images: signature(images=tf.constant(images))[output].numpy()
 
 
-def _safetensors(path: Path) -> Opened:
+def _open_safetensors(path: Path) -> OpenedFile:
     import jax
     from safetensors import safe_open
 
     from vgg_jax.weights import load_file
 
     with safe_open(path, framework="numpy") as file:
-        described = json.loads(file.metadata()["vgg_jax"])
-    model, variables, metadata = load_file(path)
+        metadata = json.loads(file.metadata()["vgg_jax"])
+    model, variables, weights_metadata = load_file(path)
+    mean = np.array(weights_metadata["preprocessing"]["mean_rgb"], np.float32)
 
-    def ask(images: np.ndarray) -> np.ndarray:
-        x = images.astype(np.float32) - np.array(metadata["preprocessing"]["mean_rgb"], np.float32)
-        return np.asarray(jax.jit(model.apply)(variables, x))
+    def forward(images: np.ndarray) -> np.ndarray:
+        return np.asarray(jax.jit(model.apply)(variables, images.astype(np.float32) - mean))
 
-    return described, ask
+    return metadata, forward
 
 
-_OPEN: dict[str, Callable[[Path], Opened]] = {
-    "onnx": _onnx,
-    "stablehlo": _stablehlo,
-    "savedmodel": _savedmodel,
-    "safetensors": _safetensors,
+_OPENERS: dict[str, Callable[[Path], OpenedFile]] = {
+    "onnx": _open_onnx,
+    "stablehlo": _open_stablehlo,
+    "savedmodel": _open_savedmodel,
+    "safetensors": _open_safetensors,
 }

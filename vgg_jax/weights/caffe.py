@@ -1,4 +1,7 @@
-"""Caffe's .caffemodel files: protocol buffers, read field by field."""
+"""Reads Caffe's .caffemodel files: protocol buffers, field by field.
+
+The field numbers are those of caffe.proto.
+"""
 
 import math
 import mmap
@@ -10,104 +13,127 @@ import numpy as np
 from vgg_jax.errors import InputError
 from vgg_jax.weights.tensor_file import MAX_ENTRIES, Tensor, TensorFile
 
+# Field of NetParameter: (field of the layer's name, field of its blobs).
+_LAYER_FIELDS = {2: (4, 6), 100: (1, 7)}  # `layers` (V1LayerParameter), `layer` (LayerParameter)
+_MAX_AXES = 8
+# Wire types of protocol buffers.
+_VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
+
 
 def read(path: Path) -> TensorFile:
-    """NetParameter, both of its encodings: `layers` (V1LayerParameter, field 2) and `layer` (LayerParameter, field 100)."""
+    """Reads a NetParameter, in either encoding of its layers.
+
+    Args:
+        path: A .caffemodel file.
+
+    Returns:
+        Tensors named "conv1_1/0" (kernel) and "conv1_1/1" (bias); no metadata.
+
+    Raises:
+        InputError: A blob has another size than its shape says, or too many axes.
+        ValueError: The file is damaged.
+    """
     with path.open("rb") as file:
         data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     tensors = {}
     for number, message in _fields(data):
-        if number not in (2, 100) or isinstance(message, int):
+        if number not in _LAYER_FIELDS or isinstance(message, int):
             continue
-        name_field, blobs_field = {2: (4, 6), 100: (1, 7)}[number]
-        layer = list(_fields(message))
-        names = [
-            bytes(value).decode()
-            for field, value in layer
-            if field == name_field and not isinstance(value, int)
-        ]
-        blobs = [
-            value for field, value in layer if field == blobs_field and not isinstance(value, int)
-        ]
+        name_field, blobs_field = _LAYER_FIELDS[number]
+        layer = [(field, value) for field, value in _fields(message) if not isinstance(value, int)]
+        names = [bytes(value).decode() for field, value in layer if field == name_field]
+        blobs = [value for field, value in layer if field == blobs_field]
         for i, blob in enumerate(blobs):
-            tensors[f"{names[-1]}/{i}"] = _blob(blob, f"{path}: {names[-1]}")
+            tensors[f"{names[-1]}/{i}"] = _parse_blob(blob, f"{path}: {names[-1]}")
     return TensorFile(tensors, {})
 
 
-def _blob(data: memoryview, name: str) -> Tensor:
-    """BlobProto: num, channels, height and width, or shape; packed float or double data."""
-    legacy: dict[int, int] = {}
+def _parse_blob(data: memoryview, name: str) -> Tensor:
+    """Parses a BlobProto: num, channels, height, width, or shape; packed float or double data."""
+    legacy_shape: dict[int, int] = {}
     shape: list[int] | None = None
-    parts: list[tuple[memoryview, str]] = []
+    chunks: list[tuple[memoryview, str]] = []
     for field, value in _fields(data):
         if field <= 4 and isinstance(value, int):
-            legacy[field] = value
+            legacy_shape[field] = value
         elif field == 7 and not isinstance(value, int):
-            shape = [
-                number
-                for _, dims in _fields(value)
-                for number in ([dims] if isinstance(dims, int) else _varints(dims))
-            ][:9]
+            shape = _parse_shape(value)
         elif field in (5, 8) and not isinstance(value, int):
-            parts.append((value, {5: "<f4", 8: "<f8"}[field]))
+            chunks.append((value, "<f4" if field == 5 else "<f8"))
     if shape is None:
-        shape = [legacy.get(field, 1) for field in (1, 2, 3, 4)]
-        while len(shape) > 1 and shape[0] == 1:  # a matrix and a vector lie in the last axes
+        shape = [legacy_shape.get(field, 1) for field in (1, 2, 3, 4)]
+        while len(shape) > 1 and shape[0] == 1:  # matrices and vectors use the last axes
             shape = shape[1:]
-    if len(shape) > 8:
+    if len(shape) > _MAX_AXES:
         raise InputError(f"{name} has {len(shape)} or more axes: expected at most four")
-    stored = sum(len(part) // int(kind[2]) for part, kind in parts)
-    if stored != math.prod(shape):
+    size = sum(len(chunk) // np.dtype(dtype).itemsize for chunk, dtype in chunks)
+    if size != math.prod(shape):
         raise InputError(
-            f"{name} has the shape {tuple(shape)} and {stored} numbers: expected as many as the shape says"
+            f"{name} has the shape {tuple(shape)} and {size} numbers: "
+            "expected as many as the shape says"
         )
-    return Tensor(
-        tuple(shape),
-        lambda: np.concatenate([np.frombuffer(part, kind) for part, kind in parts]).reshape(shape),
-    )
+
+    def read_blob() -> np.ndarray:
+        return np.concatenate([np.frombuffer(*chunk) for chunk in chunks]).reshape(shape)
+
+    return Tensor(tuple(shape), read_blob)
+
+
+def _parse_shape(data: memoryview) -> list[int]:
+    """Parses a BlobShape, up to one axis more than `_MAX_AXES`."""
+    shape: list[int] = []
+    for _, sizes in _fields(data):
+        shape += [sizes] if isinstance(sizes, int) else _varints(sizes)
+    return shape[: _MAX_AXES + 1]
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """The fields of a protocol buffer message: numbers, and strings, messages and packed arrays as views of the file."""
-    at = count = 0
-    while at < len(data):
+    """Yields the fields of a message, each as (number, value).
+
+    Strings, messages and packed arrays are views of the file.
+    """
+    position = count = 0
+    while position < len(data):
         count += 1
         if count > MAX_ENTRIES:
             raise ValueError("more fields than a VGG has")
-        key, at = _varint(data, at)
-        kind = key & 7
-        if kind == 0:
-            value, at = _varint(data, at)
+        key, position = _varint(data, position)
+        wire_type = key & 7
+        if wire_type == _VARINT:
+            value, position = _varint(data, position)
             yield key >> 3, value
             continue
-        if kind == 2:
-            length, at = _varint(data, at)
-        elif kind in (1, 5):
-            length = {1: 8, 5: 4}[kind]
+        if wire_type == _LENGTH_DELIMITED:
+            length, position = _varint(data, position)
+        elif wire_type in (_FIXED64, _FIXED32):
+            length = 8 if wire_type == _FIXED64 else 4
         else:
-            raise ValueError(f"wire type {kind} at byte {at}")
-        if length > len(data) - at:
-            raise ValueError(f"a field of {length} bytes at byte {at} of {len(data)}")
-        yield key >> 3, data[at : at + length]
-        at += length
+            raise ValueError(f"wire type {wire_type} at byte {position}")
+        if length > len(data) - position:
+            raise ValueError(f"a field of {length} bytes at byte {position} of {len(data)}")
+        yield key >> 3, data[position : position + length]
+        position += length
 
 
-def _varint(data: memoryview, at: int) -> tuple[int, int]:
+def _varint(data: memoryview, position: int) -> tuple[int, int]:
+    """Returns a number and the position after it."""
     value = shift = 0
     while shift < 70:
-        if at >= len(data):
+        if position >= len(data):
             raise ValueError("cut short")
-        byte = data[at]
-        at += 1
+        byte = data[position]
+        position += 1
         value |= (byte & 127) << shift
         if byte < 128:
-            return value, at
+            return value, position
         shift += 7
-    raise ValueError(f"a number without end at byte {at}")
+    raise ValueError(f"a number without end at byte {position}")
 
 
-def _varints(data: memoryview) -> Iterator[int]:
-    at = 0
-    while at < min(len(data), 100):
-        value, at = _varint(data, at)
-        yield value
+def _varints(data: memoryview) -> list[int]:
+    """Parses packed numbers in the first 100 bytes, which are more than a shape has."""
+    values, position = [], 0
+    while position < min(len(data), 100):
+        value, position = _varint(data, position)
+        values.append(value)
+    return values

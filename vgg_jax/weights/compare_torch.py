@@ -1,90 +1,132 @@
-"""The net of a file, layer by layer, beside PyTorch's operations on the same numbers."""
+"""Compares the layers of a net with PyTorch's operations on the same numbers."""
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vgg_jax.configs.models import layer_table
+from vgg_jax.configs.models import Layer, layer_table
 from vgg_jax.errors import InputError
 from vgg_jax.runtime.compiler import compiler_options
-from vgg_jax.weights import Weights
 from vgg_jax.weights.layouts import LAYOUTS, tensor_table
+from vgg_jax.weights.weights import Weights
 
 TOLERANCE = 1e-4
 
 
 def compare_with_torch(weights: Weights, seed: int = 0) -> dict[str, float]:
-    """Of each layer's activations the largest difference, relative to the largest value, on one random image.
+    """Compares the activations of each layer with PyTorch's, on one random image.
 
-    PyTorch gets the tensors as `read` gives them and the image less the mean divided by the deviation; ours the variables of `load`, so
-    this checks the layers and the deviation in conv1_1, not the order of a file's axes. What is not a number is infinitely far. Raises
-    InputError where torch is not installed.
+    PyTorch gets the tensors of `read`, and the image minus the mean, divided by the std. The
+    model gets the variables of `load`, and the image minus the mean. So this checks the layers
+    and the std in conv1_1; it does not check the axis order of a file.
+
+    Args:
+        weights: The net.
+        seed: Seed of the image.
+
+    Returns:
+        For each layer the largest difference, relative to PyTorch's largest value. It is
+        infinite if an activation is not finite.
+
+    Raises:
+        InputError: torch is not installed.
     """
     try:
         import torch
-        from torch.nn import functional
     except ImportError as error:
         raise InputError(
             f"the check against PyTorch needs torch ({error}): pip install torch"
         ) from error
     model = weights.model
-    table = layer_table(model.config, model.num_classes, model.batch_norm, model.image_size)
-    end = (
-        len(table)
-        if weights.top
-        else next(i for i, layer in enumerate(table) if layer.type == "fc")
-    )
-    table = tuple(layer for layer in table[:end] if layer.type != "drop")
-    pixels = (
-        np.random.default_rng(seed)
-        .integers(0, 256, (1, model.image_size, model.image_size, 3))
-        .astype(np.float32)
-    )
+    table = _compared_layers(weights)
+    rng = np.random.default_rng(seed)
+    image = rng.integers(0, 256, (1, model.image_size, model.image_size, 3)).astype(np.float32)
     mean, std = (np.array(values, np.float32) for values in weights.preprocessing[:2])
     features = jax.jit(
         model.apply, static_argnames=("layers", "method"), compiler_options=compiler_options()
     )
-    ours = features(
+    activations = features(
         weights.variables,
-        jnp.asarray(pixels - mean),
+        jnp.asarray(image - mean),
         layers=tuple(layer.name for layer in table),
         method="features",
     )
-
-    layout = next(each for each in LAYOUTS if each.name == "torchvision")
-    trees = {"params": weights.params, "batch_stats": weights.batch_stats}
-    tensors: dict[tuple[str, str], torch.Tensor] = {}
-    for row in tensor_table(
-        layout, model.config, model.num_classes, model.batch_norm, model.image_size, weights.top
-    ):
-        group, layer, leaf = row.path
-        tensors[layer, leaf] = torch.from_numpy(row.to_foreign(trees[group][layer][leaf]))
-    x = torch.from_numpy((pixels - mean) / std).permute(0, 3, 1, 2)
     differences = {}
     with torch.inference_mode():
-        for name, kind, _, kernel in table:
-            if kind == "conv":
-                x = functional.conv2d(
-                    x, tensors[name, "kernel"], tensors[name, "bias"], padding=kernel // 2
-                )
-            elif kind == "bn":
-                mean_, var, scale, bias = (
-                    tensors[name, leaf] for leaf in ("mean", "var", "scale", "bias")
-                )
-                x = functional.batch_norm(x, mean_, var, scale, bias)
-            elif kind == "relu":
-                x = functional.relu(x)
-            elif kind == "lrn":
-                x = functional.local_response_norm(x, 5, alpha=5e-4, beta=0.75, k=2.0)
-            elif kind == "pool":
-                x = functional.max_pool2d(x, 2)
-            else:
-                x = functional.linear(x.flatten(1), tensors[name, "kernel"], tensors[name, "bias"])
-            theirs = x.numpy().transpose(0, 2, 3, 1) if x.ndim == 4 else x.numpy()[:, None, None]
-            difference = float(
-                np.abs(np.asarray(ours[name]) - theirs).max() / max(np.abs(theirs).max(), 1e-30)
-            )
+        for name, expected in _torch_activations(weights, table, (image - mean) / std):
+            scale = max(np.abs(expected).max(), 1e-30)
+            difference = float(np.abs(np.asarray(activations[name]) - expected).max() / scale)
             differences[name] = difference if math.isfinite(difference) else math.inf
     return differences
+
+
+def _compared_layers(weights: Weights) -> tuple[Layer, ...]:
+    """The layers of inference that the weights have parameters for."""
+    model = weights.model
+    table = layer_table(model.config, model.num_classes, model.batch_norm, model.image_size)
+    if not weights.top:
+        end = next(i for i, layer in enumerate(table) if layer.type == "fc")
+        table = table[:end]
+    return tuple(layer for layer in table if layer.type != "drop")
+
+
+def _torch_activations(
+    weights: Weights, table: tuple[Layer, ...], image: np.ndarray
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields each layer's name and PyTorch's activation (1, h, w, C)."""
+    import torch
+
+    tensors = _torch_tensors(weights)
+    x = torch.from_numpy(image).permute(0, 3, 1, 2)
+    for layer in table:
+        x = _apply_torch(layer, tensors, x)
+        array = x.numpy()
+        yield layer.name, array.transpose(0, 2, 3, 1) if x.ndim == 4 else array[:, None, None]
+
+
+def _torch_tensors(weights: Weights) -> dict[tuple[str, str], Any]:
+    """The tensors in torchvision's axis order, by layer and parameter."""
+    import torch
+
+    model = weights.model
+    trees = {"params": weights.params, "batch_stats": weights.batch_stats}
+    table = tensor_table(
+        LAYOUTS["torchvision"],
+        model.config,
+        model.num_classes,
+        model.batch_norm,
+        model.image_size,
+        weights.top,
+    )
+    tensors = {}
+    for tensor in table:
+        collection, layer, param = tensor.path
+        array = tensor.to_foreign(trees[collection][layer][param])
+        tensors[layer, param] = torch.from_numpy(array)
+    return tensors
+
+
+def _apply_torch(layer: Layer, tensors: dict[tuple[str, str], Any], x: Any) -> Any:
+    """Applies PyTorch's operation for one layer."""
+    from torch.nn import functional
+
+    def params(*names: str) -> list[Any]:
+        return [tensors[layer.name, name] for name in names]
+
+    match layer.type:
+        case "conv":
+            return functional.conv2d(x, *params("kernel", "bias"), padding=layer.kernel_size // 2)
+        case "bn":
+            return functional.batch_norm(x, *params("mean", "var", "scale", "bias"))
+        case "relu":
+            return functional.relu(x)
+        case "lrn":
+            return functional.local_response_norm(x, 5, alpha=5e-4, beta=0.75, k=2.0)
+        case "pool":
+            return functional.max_pool2d(x, 2)
+        case _:
+            return functional.linear(x.flatten(1), *params("kernel", "bias"))

@@ -1,4 +1,4 @@
-"""Which layout and which net a file of weights is, from its names and shapes; all the differences in one message."""
+"""Recognises the layout and the net of a weight file from its names and shapes."""
 
 import re
 from collections.abc import Mapping
@@ -10,15 +10,19 @@ from vgg_jax.weights.layouts import (
     LAYOUTS,
     TensorMapping,
     WeightLayout,
+    infer_fc_sizes,
     tensor_table,
-    window_and_width,
 )
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+# Limits for sizes that a header claims. fc8 of all of ImageNet has 21,841 classes.
+_MAX_FC_FEATURES = 32_768
+_MAX_FC6_WINDOW = 32  # for images of 1,024 pixels
+
 
 class DetectedModel(NamedTuple):
-    """What a file holds."""
+    """The net that a file holds, and the layout that it is in."""
 
     layout: WeightLayout
     net: str
@@ -26,54 +30,61 @@ class DetectedModel(NamedTuple):
     num_classes: int
     batch_norm: bool
     image_size: int
-    top: bool  # whether the fully connected layers are there
-    rows: list[TensorMapping]
+    top: bool  # the file has fully connected layers
+    tensors: list[TensorMapping]
+
+    def __str__(self) -> str:
+        suffix = " with batch normalisation" if self.batch_norm else ""
+        return f"{self.net}{suffix} as {self.layout.name} has it"
 
 
 def detect(shapes: Shapes, net: str | None = None, image_size: int | None = None) -> DetectedModel:
-    """The layout and net whose tensors these are. Raises InputError with what is missing, extra or misshapen of the nearest one.
+    """Finds the layout and the net whose tensors have these names and shapes.
 
-    A-LRN has the tensors of A: it is only found where `net` says so. The side of the images is the smallest that gives fc6's window,
-    unless `image_size` is another that does.
+    Args:
+        shapes: Shape of each tensor by its name in the file.
+        net: Name of the net, or None to try all but A-LRN. A-LRN has the tensors of A, so it
+            has to be named.
+        image_size: Side of the images in pixels, or None for the smallest that gives fc6's
+            window.
+
+    Returns:
+        The net and its layout.
+
+    Raises:
+        InputError: No layout has these tensors. The message lists every missing, unexpected or
+            misshapen tensor of the nearest net.
     """
     nets = [net] if net else [name for name, config in CONFIGS.items() if not config.lrn]
-    kinds = [
-        (layout, batch_norm)
-        for layout in LAYOUTS
-        for batch_norm in ((False, True) if "mean" in layout.leaves else (False,))
-    ]
     candidates = [
         _candidate(shapes, layout, name, batch_norm)
-        for layout, batch_norm in kinds
+        for layout in LAYOUTS.values()
+        for batch_norm in ((False, True) if "mean" in layout.param_names else (False,))
         for name in nets
     ]
     nearest = min(candidates, key=lambda candidate: len(differences(shapes, candidate)))
-    if not any(row.foreign_name in shapes for row in nearest.rows):
+    if not any(tensor.foreign_name in shapes for tensor in nearest.tensors):
+        names = ", ".join(sorted(shapes)[:5]) or "none"
+        more = ", …" if len(shapes) > 5 else ""
         raise InputError(
-            f"its names ({', '.join(sorted(shapes)[:5]) or 'none'}{', …' if len(shapes) > 5 else ''}) are of no known layout: "
-            f"expected those of {', '.join(layout.name for layout in LAYOUTS)}"
+            f"its names ({names}{more}) are of no known layout: "
+            f"expected those of {', '.join(LAYOUTS)}"
         )
-    found = differences(shapes, nearest)
-    poolings = 2 ** len(nearest.config.stages)
-    if (
-        image_size is not None
-        and nearest.top
-        and image_size // poolings != nearest.image_size // poolings
-    ):
-        found.append(
-            f"image_size is {image_size}, and fc6 has {nearest.image_size // poolings}² positions"
-        )
-    if found:
-        which = f"{nearest.net}{' with batch normalisation' if nearest.batch_norm else ''} as {nearest.layout.name} has it"
+    messages = differences(shapes, nearest)
+    stride = 2 ** len(nearest.config.stages)
+    window = nearest.image_size // stride
+    if image_size is not None and nearest.top and image_size // stride != window:
+        messages.append(f"image_size is {image_size}, and fc6 has {window}² positions")
+    if messages:
         raise InputError(
-            f"these are not the weights of a VGG; of {which}, which comes nearest: {'; '.join(found)}"
+            f"these are not the weights of a VGG; the nearest is {nearest}: {'; '.join(messages)}"
         )
     return nearest._replace(image_size=image_size or nearest.image_size)
 
 
 def differences(shapes: Shapes, candidate: DetectedModel) -> list[str]:
-    """What is missing, misshapen and too much, each in a few words."""
-    expected = {row.foreign_name: row.shape for row in candidate.rows}
+    """Lists the tensors that are missing, misshapen or unexpected, each in a few words."""
+    expected = {tensor.foreign_name: tensor.foreign_shape for tensor in candidate.tensors}
     missing = [
         f"{name} {shape} is missing" for name, shape in expected.items() if name not in shapes
     ]
@@ -82,39 +93,33 @@ def differences(shapes: Shapes, candidate: DetectedModel) -> list[str]:
         for name, shape in expected.items()
         if name in shapes and shapes[name] != shape
     ]
-    extra = [
-        f"{name} is too much"
+    unexpected = [
+        f"unexpected tensor {name}"
         for name in shapes
         if name not in expected and not re.fullmatch(candidate.layout.ignored, name)
     ]
-    return missing + misshapen + extra
+    return missing + misshapen + unexpected
 
 
 def _candidate(shapes: Shapes, layout: WeightLayout, net: str, batch_norm: bool) -> DetectedModel:
-    """A net in a layout with the widths that the file's fully connected layers have."""
+    """Builds a net whose fully connected layers have the sizes in the file."""
     config = CONFIGS[net]
     modules = layout.modules(layer_table(config, batch_norm=batch_norm))
-    widths, inputs, window = (
-        {"fc6": config.fc[0], "fc7": config.fc[1], "fc8": 1000},
-        config.stages[-1][-1].features,
-        7,
-    )
+    features = {"fc6": config.fc[0], "fc7": config.fc[1], "fc8": 1000}
+    in_features = config.stages[-1][-1].features
+    fc6_window = 7
     top = False
-    for name in widths:
-        shape = shapes.get(modules[name] + layout.leaves["kernel"])
+    for name in features:
+        shape = shapes.get(modules[name] + layout.param_names["kernel"])
         top = top or shape is not None
-        side, width = window_and_width(
-            layout.patterns.get(name) or layout.patterns["fc"], shape or (), inputs
-        )
-        if 0 < width <= _WIDEST and 0 < side <= _LARGEST_WINDOW:
-            widths[name] = width
-            window = side if name == "fc6" else window
-        inputs = widths[name]
-    config = VGGConfig(config.stages, (widths["fc6"], widths["fc7"]), config.lrn)
-    image_size = window * 2 ** len(config.stages)
-    found = tensor_table(layout, config, widths["fc8"], batch_norm, image_size, top)
-    return DetectedModel(layout, net, config, widths["fc8"], batch_norm, image_size, top, found)
-
-
-# What a header may claim: fc8 of all 21,841 classes of ImageNet, and fc6 of images of 1,024 pixels.
-_WIDEST, _LARGEST_WINDOW = 32_768, 32
+        pattern = layout.patterns.get(name) or layout.patterns["fc"]
+        window, out_features = infer_fc_sizes(pattern, shape or (), in_features)
+        if 0 < out_features <= _MAX_FC_FEATURES and 0 < window <= _MAX_FC6_WINDOW:
+            features[name] = out_features
+            fc6_window = window if name == "fc6" else fc6_window
+        in_features = features[name]
+    config = VGGConfig(config.stages, (features["fc6"], features["fc7"]), config.lrn)
+    image_size = fc6_window * 2 ** len(config.stages)
+    num_classes = features["fc8"]
+    tensors = tensor_table(layout, config, num_classes, batch_norm, image_size, top)
+    return DetectedModel(layout, net, config, num_classes, batch_norm, image_size, top, tensors)

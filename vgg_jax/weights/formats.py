@@ -1,7 +1,9 @@
-"""Weight files as names with shapes. Where the format allows it, the numbers are read once the shapes are known to be a VGG's.
+"""Opens weight files of any format as names with shapes.
 
-Nothing here runs code from a file: no pickle but by the `torch.load(weights_only=True)` of releases without known holes in it, no external
-storage of HDF5, no path out of a file.
+Most formats let us read the numbers later, once the shapes are known to be those of a VGG.
+
+No code from a file runs: pickles go through `torch.load(weights_only=True)` of releases without
+known holes in it. HDF5 links and external storage are refused.
 """
 
 import contextlib
@@ -10,53 +12,78 @@ import mmap
 import pickletools
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
 
 import numpy as np
 
-from vgg_jax.errors import InputError
+from vgg_jax.errors import InputError, single_line
 from vgg_jax.weights import caffe, matconvnet
 from vgg_jax.weights.tensor_file import MAX_ENTRIES, Tensor, TensorFile
 
-SAFE_TORCH = (2, 10)
+SAFE_TORCH = (2, 10)  # older releases have CVE-2025-32434 or CVE-2026-24747
+_MAX_HDF5_DEPTH = 8
 
 
 def open_file(path: Path) -> TensorFile:
-    """Recognises the kind by the first bytes. Raises InputError for a file that is not there, of no known kind, or damaged."""
+    """Opens a weight file; its first bytes decide the format.
+
+    Args:
+        path: A file on this machine.
+
+    Returns:
+        The tensors and the metadata of the file.
+
+    Raises:
+        InputError: The file does not exist, has an unknown format, or is damaged.
+    """
     try:
         with path.open("rb") as file:
             head = file.read(128)
     except OSError as error:
         raise InputError(
-            f"{path} cannot be read ({error.strerror}): expected a file of weights, or a run's folder"
+            f"{path} cannot be read ({error.strerror}): "
+            "expected a file of weights, or a run's folder"
         ) from error
-    if head.startswith(b"\x89HDF\r\n\x1a\n"):
-        kind, read = "HDF5", _hdf5
-    elif head.startswith(b"PK\x03\x04") or head[:1] == b"\x80":
-        kind, read = "PyTorch", _pytorch
-    elif head[:6] == b"MATLAB" and head[124:128] in (b"\x00\x01IM", b"\x01\x00MI"):
-        kind, read = "MATLAB", matconvnet.read
-    elif head[8:9] == b"{" and len(head) > 9:
-        kind, read = "safetensors", _safetensors
-    elif path.suffix == ".caffemodel":
-        kind, read = "Caffe", caffe.read
-    else:
+    file_format = _detect_format(path, head)
+    if file_format is None:
         raise InputError(
-            f"{path} is of no known kind: expected .safetensors, .pth (PyTorch), .h5 (Keras, flaxmodels), .caffemodel, or .mat (MatConvNet)"
+            f"{path} has an unknown format: expected .safetensors, .pth (PyTorch), "
+            ".h5 (Keras, flaxmodels), .caffemodel, or .mat (MatConvNet)"
         )
     try:
-        with reraise_damaged(path, kind):
-            return read(path)
+        with reraise_damaged(path, file_format):
+            return _READERS[file_format](path)
     except ImportError as error:
-        raise InputError(f"reading {path} needs {error.name}: {_INSTALL[kind]}") from error
+        raise InputError(f"reading {path} needs {error.name}: {_INSTALL[file_format]}") from error
+
+
+def _detect_format(path: Path, head: bytes) -> str | None:
+    """Returns a key of `_READERS`, or None."""
+    if head.startswith(b"\x89HDF\r\n\x1a\n"):
+        return "HDF5"
+    if head.startswith(b"PK\x03\x04") or head[:1] == b"\x80":
+        return "PyTorch"
+    if head[:6] == b"MATLAB" and head[124:128] in (b"\x00\x01IM", b"\x01\x00MI"):
+        return "MATLAB"
+    if head[8:9] == b"{" and len(head) > 9:
+        return "safetensors"
+    return "Caffe" if path.suffix == ".caffemodel" else None
 
 
 @contextlib.contextmanager
-def reraise_damaged(path: Path, kind: str = "weights") -> Iterator[None]:
-    """Turns what a library says of a damaged file into InputError: each has its own ways to say it."""
+def reraise_damaged(path: Path, file_format: str = "weights") -> Iterator[None]:
+    """Turns the errors of a reader into an InputError that names the file.
+
+    Args:
+        path: The file that is read in the block.
+        file_format: Name of the format for the message.
+
+    Raises:
+        InputError: Reading failed. Errors of a missing library pass as they are.
+    """
     try:
         yield
     except (InputError, ImportError):
@@ -65,28 +92,28 @@ def reraise_damaged(path: Path, kind: str = "weights") -> Iterator[None]:
         raise InputError(
             f"{path} says that it is larger than this machine's memory: expected a VGG's weights"
         ) from error
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    except Exception as error:  # each library has errors of its own for a damaged file
         raise InputError(
-            f"{path} cannot be read as a {kind} file ({reason}): expected it whole, as it was written"
+            f"{path} cannot be read as a {file_format} file "
+            f"({type(error).__name__}: {single_line(error)}): expected it whole, as it was written"
         ) from error
 
 
 _INSTALL = {
     "HDF5": "pip install 'vgg-jax[weights]'",
-    "PyTorch": "pip install torch, or convert it where torch is: "
+    "PyTorch": "pip install torch, or convert it on a machine with torch: "
     "safetensors.torch.save_file(torch.load('x.pth', weights_only=True), 'x.safetensors')",
     "safetensors": "pip install safetensors",
 }
 
 
-def _safetensors(path: Path) -> TensorFile:
+def _read_safetensors(path: Path) -> TensorFile:
     from safetensors import safe_open
 
     file = safe_open(path, framework="numpy")
 
     def read(name: str) -> np.ndarray:
-        if file.get_slice(name).get_dtype() == "BF16":  # NumPy has no such type, jax's arrays do
+        if file.get_slice(name).get_dtype() == "BF16":  # NumPy has no such type, JAX has
             return np.asarray(safe_open(path, framework="flax").get_tensor(name))
         return file.get_tensor(name)
 
@@ -94,35 +121,37 @@ def _safetensors(path: Path) -> TensorFile:
     tensors = {
         name: Tensor(tuple(file.get_slice(name).get_shape()), partial(read, name)) for name in names
     }
-    notes = json.loads((file.metadata() or {}).get("vgg_jax", "{}"))
-    if not isinstance(notes, dict):
-        raise InputError(f"{path}: its metadata are {type(notes).__name__}: expected an object")
-    return TensorFile(tensors, notes)
+    metadata = json.loads((file.metadata() or {}).get("vgg_jax", "{}"))
+    if not isinstance(metadata, dict):
+        raise InputError(
+            f"{path} has metadata of the type {type(metadata).__name__}: expected an object"
+        )
+    return TensorFile(tensors, metadata)
 
 
-def _pytorch(path: Path) -> TensorFile:
+def _read_pytorch(path: Path) -> TensorFile:
     import torch
 
-    if (
-        tuple(map(int, torch.__version__.split(".")[:2])) < SAFE_TORCH
-    ):  # CVE-2025-32434, CVE-2026-24747
+    if tuple(map(int, torch.__version__.split(".")[:2])) < SAFE_TORCH:
         raise InputError(
-            f"reading {path} needs torch {'.'.join(map(str, SAFE_TORCH))} or newer, and {torch.__version__} is installed, which a file can "
-            "make run code: pip install -U torch"
+            f"reading {path} needs torch {'.'.join(map(str, SAFE_TORCH))} or newer: "
+            f"torch {torch.__version__} is installed, and a file can make it run code; "
+            "pip install -U torch"
         )
     is_zip = zipfile.is_zipfile(path)
     if not is_zip:
         _check_legacy(path)
-    found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     for key in ("state_dict", "model"):
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    if not isinstance(found, dict):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict):
         raise InputError(
-            f"{path} holds {type(found).__name__}: expected a state_dict, as torch.save(model.state_dict(), …) writes"
+            f"{path} holds {type(state).__name__}: "
+            "expected a state_dict, as torch.save(model.state_dict(), …) writes"
         )
     tensors = {}
-    for name, value in found.items():
+    for name, value in state.items():
         if (
             not isinstance(value, torch.Tensor)
             or value.layout != torch.strided
@@ -130,73 +159,77 @@ def _pytorch(path: Path) -> TensorFile:
             or value.is_meta
         ):
             raise InputError(f"{path}: {name} is no plain tensor: expected a state_dict of arrays")
-        # A view may claim to be larger than what is stored.
-        if (
-            value.numel()
-            and value.numel() * value.element_size() > value.untyped_storage().nbytes()
-        ):
+        # A view may claim to be larger than its storage.
+        num_bytes = value.numel() * value.element_size()
+        if num_bytes and num_bytes > value.untyped_storage().nbytes():
             raise InputError(
-                f"{path}: {name} of the shape {tuple(value.shape)} is larger than what is stored of it"
+                f"{path}: {name} of the shape {tuple(value.shape)} is larger than its storage: "
+                "expected all of its numbers in the file"
             )
         tensors[str(name).removeprefix("module.")] = Tensor(
-            tuple(value.shape), partial(_of_torch, value)
+            tuple(value.shape), partial(_torch_to_numpy, value)
         )
     return TensorFile(tensors, {})
 
 
 def _check_legacy(path: Path) -> None:
-    """Raises InputError or ValueError for a file of before PyTorch 1.6 that names more than it has: PyTorch would ask for that memory."""
+    """Checks the sizes in a file of PyTorch before 1.6, without unpickling it.
+
+    PyTorch would allocate the memory that such a file claims.
+
+    Raises:
+        InputError: A storage has more numbers than the file has bytes.
+        ValueError: The pickle is damaged.
+    """
     size = path.stat().st_size
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        for part in range(
-            5
-        ):  # two numbers of its version, the machine's sizes, the state_dict, and the storages' names
-            for _, argument, _ in pickletools.genops(
-                cast(IO[bytes], data)
-            ):  # reads the instructions, and follows none
-                if part == 3 and isinstance(argument, int) and argument > size:
+        # Five pickles: a magic number, the version, the machine, the state_dict, storage names.
+        for pickle_index in range(5):
+            # `genops` parses the instructions and executes none.
+            for _, argument, _ in pickletools.genops(cast(IO[bytes], data)):
+                if pickle_index == 3 and isinstance(argument, int) and argument > size:
                     raise InputError(
-                        f"{path} names {argument:,} numbers in {size:,} bytes: expected them all in the file"
+                        f"{path} names {argument:,} numbers in {size:,} bytes: "
+                        "expected them all in the file"
                     )
 
 
-def _of_torch(value: Any) -> np.ndarray:
+def _torch_to_numpy(value: Any) -> np.ndarray:
     return value.detach().float().numpy()
 
 
-def _hdf5(path: Path) -> TensorFile:
+def _read_hdf5(path: Path) -> TensorFile:
     import h5py
 
     tensors: dict[str, Tensor] = {}
-
-    seen = 0
+    num_entries = 0
 
     def walk(group: Any, prefix: str, depth: int) -> None:
-        nonlocal seen
+        nonlocal num_entries
         for name in group:
-            seen += 1
-            if depth > 8 or seen > MAX_ENTRIES:
+            num_entries += 1
+            if depth > _MAX_HDF5_DEPTH or num_entries > MAX_ENTRIES:
                 raise InputError(
                     f"{path} has more groups than a VGG: expected the weights of one net"
                 )
+            full_name = prefix + name
             if not isinstance(group.get(name, getlink=True), h5py.HardLink):
                 raise InputError(
-                    f"{path}: {prefix}{name} is a link: expected the weights in the file itself"
+                    f"{path}: {full_name} is a link: expected the weights in the file itself"
                 )
             item = group[name]
             if isinstance(item, h5py.Group):
-                walk(item, f"{prefix}{name}/", depth + 1)
+                walk(item, f"{full_name}/", depth + 1)
             elif isinstance(item, h5py.Dataset):
                 if item.external or item.is_virtual:
                     raise InputError(
-                        f"{path}: {prefix}{name} is stored in another file: expected the weights in the file itself"
+                        f"{path}: {full_name} is stored in another file: "
+                        "expected the weights in the file itself"
                     )
                 if item.dtype.kind == "f":
-                    tensors[_keras_name(prefix + name)] = Tensor(
-                        item.shape, partial(reread, prefix + name)
-                    )
+                    tensors[_keras_name(full_name)] = Tensor(item.shape, partial(read, full_name))
 
-    def reread(name: str) -> np.ndarray:
+    def read(name: str) -> np.ndarray:
         with h5py.File(path, "r") as file:
             return file[name][()]
 
@@ -206,9 +239,24 @@ def _hdf5(path: Path) -> TensorFile:
 
 
 def _keras_name(path: str) -> str:
-    """`block1_conv1/0` for a kernel and `…/1` for a bias, however Keras before version 3 wrote it; other names as they are."""
-    found = re.fullmatch(
-        r"(?:model_weights/)?(block\d_conv\d|fc[12]|predictions)/(?:\w+/)*(?:\w+_)?(W|W_1|kernel|b|b_1|bias)(?::0)?",
+    """Shortens the names of all Keras versions before 3; other names stay.
+
+    A kernel becomes `block1_conv1/0` and a bias `block1_conv1/1`.
+    """
+    match = re.fullmatch(
+        r"(?:model_weights/)?(block\d_conv\d|fc[12]|predictions)/"
+        r"(?:\w+/)*(?:\w+_)?(W|W_1|kernel|b|b_1|bias)(?::0)?",
         path,
     )
-    return path if found is None else f"{found[1]}/{0 if found[2] in ('W', 'W_1', 'kernel') else 1}"
+    if match is None:
+        return path
+    return f"{match[1]}/{0 if match[2] in ('W', 'W_1', 'kernel') else 1}"
+
+
+_READERS: dict[str, Callable[[Path], TensorFile]] = {
+    "HDF5": _read_hdf5,
+    "PyTorch": _read_pytorch,
+    "MATLAB": matconvnet.read,
+    "safetensors": _read_safetensors,
+    "Caffe": caffe.read,
+}

@@ -1,7 +1,11 @@
-"""How others name and order the same tensors: one table of rows a layout, read in both directions.
+"""Names and axis orders of other libraries for the tensors of a VGG.
 
-A pattern says how a kernel lies there: letters O (outputs), I (inputs), H and W (the window), a word for each axis. PyTorch's fc6,
-"O IHW", has the axes (4096, 512 · 7 · 7). Here convolutions are "H W I O" and fully connected layers "HWI O".
+Each library has a `WeightLayout`. `tensor_table` lists the tensors of a net in a layout as
+`TensorMapping`s. A mapping converts in both directions.
+
+A pattern describes the axes of a kernel, one word an axis. O is outputs, I is inputs, H and W are
+the window. PyTorch's fc6 is "O IHW": two axes, (4096, 512 · 7 · 7). In vgg_jax,
+convolutions are "H W I O" and fully connected layers are "HWI O".
 """
 
 import math
@@ -18,64 +22,83 @@ UNIT_STD = (1.0, 1.0, 1.0)
 
 
 class Preprocessing(NamedTuple):
-    """What a net's images are: RGB on the 0-255 scale, less a mean, divided by a deviation; and how it is to be tested."""
+    """Images that a net expects, RGB on the 0-255 scale, and how it is tested."""
 
-    mean_rgb: tuple[float, float, float]
-    std_rgb: tuple[float, float, float] = UNIT_STD
-    scale: int | None = (
-        None  # Q, the shorter side; None: 256 for a net of 224 pixels, and in proportion
-    )
-    flip: bool = True  # whether a mirror image is of the same class
-    exif: bool = True  # whether photos are turned upright
+    mean_rgb: tuple[float, float, float]  # is subtracted
+    std_rgb: tuple[float, float, float] = UNIT_STD  # divides the rest
+    scale: int | None = None  # Q, the shorter side; None: image_size * 256 / 224
+    flip: bool = True  # a mirror image has the same class
+    exif: bool = True  # photos are turned upright by their EXIF orientation
 
 
-# The authors' mean pixel, and what torchvision's nets were trained with, on the 0-255 scale.
+# The mean pixel of the paper's authors.
 AUTHORS = Preprocessing(IMAGENET.mean_rgb)
+# torchvision's training, on the 0-255 scale.
 TORCHVISION = Preprocessing(
     (0.485 * 255, 0.456 * 255, 0.406 * 255), (0.229 * 255, 0.224 * 255, 0.225 * 255)
 )
-FEATURES = Preprocessing(
-    (0.48235 * 255, 0.45882 * 255, 0.40784 * 255)
-)  # of torchvision's IMAGENET1K_FEATURES, whose deviation is 1
+# torchvision's IMAGENET1K_FEATURES, whose std is 1.
+FEATURES = Preprocessing((0.48235 * 255, 0.45882 * 255, 0.40784 * 255))
 
 
 class WeightLayout(NamedTuple):
-    """How one library names and orders the tensors of a VGG."""
+    """Names, axis order and preprocessing that one library uses for a VGG.
+
+    Attributes:
+        name: Name of the layout, the key in `LAYOUTS`.
+        modules: Maps the layers of a net to {layer name: name in the file}.
+        param_names: Suffix in the file of "kernel" and "bias" and, if the library has batch
+            normalisation, of "scale", "mean" and "var".
+        patterns: Axes of a kernel, by layer name or else by layer type ("conv", "fc").
+        preprocessing: Images that the library's nets were trained with.
+        bgr: True if conv1_1 reads the channels as blue, green, red.
+        ignored: Regular expression for names of tensors that are not parameters.
+    """
 
     name: str
-    modules: Callable[
-        [Iterable[Layer]], Mapping[str, str]
-    ]  # of a net's layers to their names there
-    leaves: Mapping[
-        str, str
-    ]  # of "kernel", "bias" and, if there is any, batch normalisation's four to what follows a layer's name there
-    patterns: Mapping[str, str]  # of a kernel, by the layer's name or else its kind
+    modules: Callable[[Iterable[Layer]], Mapping[str, str]]
+    param_names: Mapping[str, str]
+    patterns: Mapping[str, str]
     preprocessing: Preprocessing
-    bgr: bool = False  # whether conv1_1 reads blue first
-    ignored: str = r"(?!)"  # names of tensors that are not parameters
+    bgr: bool = False
+    ignored: str = r"(?!)"
 
 
 class TensorMapping(NamedTuple):
-    """One tensor, there and here."""
+    """One tensor: its name and shape in a foreign file, and its place in vgg_jax.
+
+    Attributes:
+        foreign_name: Name in the file, for example "features.0.weight".
+        path: Collection, layer and parameter, for example ("params", "conv1_1", "kernel").
+        foreign_shape: Shape in the file.
+        split_shape: `foreign_shape` with one axis for each letter of the pattern.
+        axes: The axes of `split_shape` in the order of vgg_jax: H, W, I, O.
+        shape: Shape in vgg_jax.
+        bgr: True if the file has the input channels in the order blue, green, red.
+    """
 
     foreign_name: str
-    path: tuple[str, str, str]  # ("params", "conv1_1", "kernel")
-    shape: tuple[int, ...]  # there
-    split: tuple[int, ...]  # there, each letter an axis
-    axes: tuple[int, ...]  # of `split`, in our order
-    our_shape: tuple[int, ...]
+    path: tuple[str, str, str]
+    foreign_shape: tuple[int, ...]
+    split_shape: tuple[int, ...]
+    axes: tuple[int, ...]
+    shape: tuple[int, ...]
     bgr: bool = False
 
     def from_foreign(self, array: np.ndarray) -> np.ndarray:
-        array = array.reshape(self.split).transpose(self.axes)
-        return np.ascontiguousarray(array[:, :, ::-1] if self.bgr else array).reshape(
-            self.our_shape
-        )
+        """Reorders an array of `foreign_shape` to `shape`."""
+        array = array.reshape(self.split_shape).transpose(self.axes)
+        array = array[:, :, ::-1] if self.bgr else array
+        return np.ascontiguousarray(array).reshape(self.shape)
 
     def to_foreign(self, array: np.ndarray) -> np.ndarray:
-        array = array.reshape([self.split[axis] for axis in self.axes])
+        """Reorders an array of `shape` to `foreign_shape`."""
+        array = array.reshape([self.split_shape[axis] for axis in self.axes])
         array = (array[:, :, ::-1] if self.bgr else array).transpose(np.argsort(self.axes))
-        return np.ascontiguousarray(array).reshape(self.shape)
+        return np.ascontiguousarray(array).reshape(self.foreign_shape)
+
+
+_OWN_PATTERNS = {"conv": "H W I O", "fc": "HWI O"}
 
 
 def tensor_table(
@@ -86,176 +109,196 @@ def tensor_table(
     image_size: int,
     top: bool = True,
 ) -> list[TensorMapping]:
-    """Every tensor of a net; without `top` the fully connected layers are left out."""
-    table = [
-        layer
-        for layer in layer_table(config, num_classes, batch_norm, image_size)
-        if layer.type in ("conv", "bn", "fc")
-    ]
-    modules = layout.modules(layer_table(config, num_classes, batch_norm, image_size))
-    found, inputs = [], 3
-    for name, kind, width, window in table:
-        if kind == "fc" and not top:
-            break
-        if kind == "bn":
-            for leaf in ("scale", "bias", "mean", "var"):
-                group = "params" if leaf in ("scale", "bias") else "batch_stats"
-                found.append(
-                    _vector(modules[name] + layout.leaves[leaf], (group, name, leaf), inputs)
-                )
-            continue
-        sizes = {"O": width, "I": inputs, "H": window, "W": window}
-        pattern, ours = (
-            layout.patterns.get(name) or layout.patterns[kind],
-            {"conv": "H W I O", "fc": "HWI O"}[kind],
-        )
-        letters = pattern.replace(" ", "")
-        found.append(
-            TensorMapping(
-                foreign_name=modules[name] + layout.leaves["kernel"],
-                path=("params", name, "kernel"),
-                shape=_shape(pattern, sizes),
-                split=tuple(sizes[letter] for letter in letters),
-                axes=tuple(letters.index(letter) for letter in "HWIO"),
-                our_shape=_shape(ours, sizes),
-                bgr=layout.bgr and inputs == 3,
-            )
-        )
-        found.append(
-            _vector(modules[name] + layout.leaves["bias"], ("params", name, "bias"), width)
-        )
-        inputs = width
-    return found
+    """Lists every tensor of a net in a layout.
+
+    Args:
+        layout: Layout of the file.
+        config: Column of Table 1.
+        num_classes: Outputs of fc8.
+        batch_norm: True if a batch normalisation follows each convolution.
+        image_size: Side of the images in pixels; it decides the window of fc6.
+        top: Include the fully connected layers.
+
+    Returns:
+        The mappings, in the order of the layers.
+    """
+    table = layer_table(config, num_classes, batch_norm, image_size)
+    modules = layout.modules(table)
+    mappings, in_features = [], 3
+    for layer in table:
+        if layer.type == "bn":
+            for param in ("scale", "bias", "mean", "var"):
+                collection = "params" if param in ("scale", "bias") else "batch_stats"
+                foreign_name = modules[layer.name] + layout.param_names[param]
+                mappings.append(_vector(foreign_name, (collection, layer.name, param), in_features))
+        elif layer.type == "conv" or (layer.type == "fc" and top):
+            foreign_name = modules[layer.name] + layout.param_names["bias"]
+            mappings += [
+                _kernel(layout, layer, modules[layer.name], in_features),
+                _vector(foreign_name, ("params", layer.name, "bias"), layer.features),
+            ]
+            in_features = layer.features
+    return mappings
+
+
+def _kernel(layout: WeightLayout, layer: Layer, module: str, in_features: int) -> TensorMapping:
+    window = layer.kernel_size
+    sizes = {"O": layer.features, "I": in_features, "H": window, "W": window}
+    pattern = layout.patterns.get(layer.name) or layout.patterns[layer.type]
+    letters = pattern.replace(" ", "")
+    return TensorMapping(
+        foreign_name=module + layout.param_names["kernel"],
+        path=("params", layer.name, "kernel"),
+        foreign_shape=_shape(pattern, sizes),
+        split_shape=tuple(sizes[letter] for letter in letters),
+        axes=tuple(letters.index(letter) for letter in "HWIO"),
+        shape=_shape(_OWN_PATTERNS[layer.type], sizes),
+        bgr=layout.bgr and in_features == 3,
+    )
 
 
 def _shape(pattern: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(math.prod(sizes[letter] for letter in word) for word in pattern.split())
 
 
-def _vector(theirs: str, ours: tuple[str, str, str], width: int) -> TensorMapping:
-    return TensorMapping(theirs, ours, (width,), (width,), (0,), (width,))
+def _vector(foreign_name: str, path: tuple[str, str, str], size: int) -> TensorMapping:
+    return TensorMapping(foreign_name, path, (size,), (size,), (0,), (size,))
 
 
-def window_and_width(pattern: str, shape: tuple[int, ...], inputs: int) -> tuple[int, int]:
-    """The side of fc6's window and its outputs, from its kernel's shape there; (0, 0) for a shape that does not fit."""
+def infer_fc_sizes(pattern: str, shape: tuple[int, ...], in_features: int) -> tuple[int, int]:
+    """Infers the window and the outputs of a fully connected layer from its kernel.
+
+    Args:
+        pattern: Axes of the kernel.
+        shape: Shape of the kernel in the file.
+        in_features: Channels that the layer reads.
+
+    Returns:
+        Side of the window and number of outputs, or (0, 0) if the shape has other axes.
+    """
     words = pattern.split()
     if len(words) != len(shape):
         return 0, 0
-    area = math.prod(shape) // max(1, inputs * shape[words.index("O")])
-    return math.isqrt(area), shape[words.index("O")]
+    features = shape[words.index("O")]
+    area = math.prod(shape) // max(1, in_features * features)
+    return math.isqrt(area), features
 
 
 def _same_names(table: Iterable[Layer]) -> dict[str, str]:
     return {layer.name: layer.name for layer in table}
 
 
-def _torchvision(table: Iterable[Layer]) -> dict[str, str]:
-    in_features = [
-        layer
+def _torchvision_names(table: Iterable[Layer]) -> dict[str, str]:
+    """Numbers the layers of `features`, as nn.Sequential does."""
+    numbered = [
+        layer.name
         for layer in table
         if re.match(r"(conv|bn|relu|pool)\d(_|$)", layer.name)
         and layer.name not in ("relu6", "relu7")
     ]
-    return {layer.name: f"features.{i}" for i, layer in enumerate(in_features)} | {
-        "fc6": "classifier.0",
-        "fc7": "classifier.3",
-        "fc8": "classifier.6",
-    }
+    names = {name: f"features.{i}" for i, name in enumerate(numbered)}
+    return names | {"fc6": "classifier.0", "fc7": "classifier.3", "fc8": "classifier.6"}
 
 
-def _timm(table: Iterable[Layer]) -> dict[str, str]:
-    return _torchvision(table) | {
-        "fc6": "pre_logits.fc1",
-        "fc7": "pre_logits.fc2",
-        "fc8": "head.fc",
-    }
+def _timm_names(table: Iterable[Layer]) -> dict[str, str]:
+    names = {"fc6": "pre_logits.fc1", "fc7": "pre_logits.fc2", "fc8": "head.fc"}
+    return _torchvision_names(table) | names
 
 
-def _keras(table: Iterable[Layer]) -> dict[str, str]:
-    return {
-        layer.name: re.sub(r"conv(\d)_(\d)", r"block\1_conv\2", layer.name) for layer in table
-    } | {
-        "fc6": "fc1",
-        "fc7": "fc2",
-        "fc8": "predictions",
-    }
+def _keras_names(table: Iterable[Layer]) -> dict[str, str]:
+    names = {layer.name: re.sub(r"conv(\d)_(\d)", r"block\1_conv\2", layer.name) for layer in table}
+    return names | {"fc6": "fc1", "fc7": "fc2", "fc8": "predictions"}
 
 
-def _keras3(table: Iterable[Layer]) -> dict[str, str]:
-    """By class and number, in the order in which the layers were made."""
+def _keras3_names(table: Iterable[Layer]) -> dict[str, str]:
+    """Numbers the layers of each class in the order of their creation."""
     names = {}
-    for kind, theirs in (("conv", "conv2d"), ("fc", "dense")):
-        for i, layer in enumerate(layer for layer in table if layer.type == kind):
-            names[layer.name] = f"layers/{theirs}_{i}" if i else f"layers/{theirs}"
+    for layer_type, keras_class in (("conv", "conv2d"), ("fc", "dense")):
+        for i, layer in enumerate(layer for layer in table if layer.type == layer_type):
+            names[layer.name] = f"layers/{keras_class}_{i}" if i else f"layers/{keras_class}"
+    # No VGG with batch normalisation was published; `LAYOUTS` has no names for its parameters.
     return names | {
         layer.name: "layers/batch_normalization" for layer in table if layer.type == "bn"
     }
 
 
-_TORCH = {
+_TORCH_PARAMS = {
     "kernel": ".weight",
     "bias": ".bias",
     "scale": ".weight",
     "mean": ".running_mean",
     "var": ".running_var",
 }
-_BLOBS = {"kernel": "/0", "bias": "/1"}  # no batch normalisation was published
-_VARS = {"kernel": "/vars/0", "bias": "/vars/1"}
-_OURS = {leaf: f"/{leaf}" for leaf in ("kernel", "bias", "scale", "mean", "var")}
+_TORCH_IGNORED = r".*\.num_batches_tracked"
+# "/0" and "/1" number the blobs of a Caffe layer; `formats` gives Keras' tensors the same names.
+_BLOBS = {"kernel": "/0", "bias": "/1"}
+# State of a Keras model that was trained.
+_KERAS_IGNORED = r"(optimizer|optimizer_weights|top_level_model_weights|metrics|vars)\b.*"
 
-_KERAS_STATE = r"(optimizer|optimizer_weights|top_level_model_weights|metrics|vars)\b.*"  # of a model that was trained
-
-LAYOUTS = (
-    WeightLayout("vgg_jax", _same_names, _OURS, {"conv": "H W I O", "fc": "HWI O"}, AUTHORS),
+_LAYOUTS = (
+    WeightLayout(
+        "vgg_jax",
+        modules=_same_names,
+        param_names={param: f"/{param}" for param in ("kernel", "bias", "scale", "mean", "var")},
+        patterns=_OWN_PATTERNS,
+        preprocessing=AUTHORS,
+    ),
     WeightLayout(
         "torchvision",
-        _torchvision,
-        _TORCH,
-        {"conv": "O I H W", "fc": "O IHW"},
-        TORCHVISION,
-        ignored=r".*\.num_batches_tracked",
+        modules=_torchvision_names,
+        param_names=_TORCH_PARAMS,
+        patterns={"conv": "O I H W", "fc": "O IHW"},
+        preprocessing=TORCHVISION,
+        ignored=_TORCH_IGNORED,
     ),
     WeightLayout(
         "timm",
-        _timm,
-        _TORCH,
-        {"conv": "O I H W", "fc": "O I H W", "fc8": "O IHW"},
-        TORCHVISION,
-        ignored=r".*\.num_batches_tracked",
+        modules=_timm_names,
+        param_names=_TORCH_PARAMS,
+        patterns={"conv": "O I H W", "fc": "O I H W", "fc8": "O IHW"},
+        preprocessing=TORCHVISION,
+        ignored=_TORCH_IGNORED,
     ),
     WeightLayout(
         "keras",
-        _keras,
-        _BLOBS,
-        {"conv": "H W I O", "fc": "HWI O"},
-        AUTHORS,
+        modules=_keras_names,
+        param_names=_BLOBS,
+        patterns={"conv": "H W I O", "fc": "HWI O"},
+        preprocessing=AUTHORS,
         bgr=True,
-        ignored=_KERAS_STATE,
+        ignored=_KERAS_IGNORED,
     ),
     WeightLayout(
         "keras 3",
-        _keras3,
-        _VARS,
-        {"conv": "H W I O", "fc": "HWI O"},
-        AUTHORS,
+        modules=_keras3_names,
+        param_names={"kernel": "/vars/0", "bias": "/vars/1"},
+        patterns={"conv": "H W I O", "fc": "HWI O"},
+        preprocessing=AUTHORS,
         bgr=True,
-        ignored=_KERAS_STATE,
+        ignored=_KERAS_IGNORED,
     ),
     WeightLayout(
-        "caffe", _same_names, _BLOBS, {"conv": "O I H W", "fc": "O IHW"}, AUTHORS, bgr=True
+        "caffe",
+        modules=_same_names,
+        param_names=_BLOBS,
+        patterns={"conv": "O I H W", "fc": "O IHW"},
+        preprocessing=AUTHORS,
+        bgr=True,
     ),
     WeightLayout(
         "matconvnet",
-        _same_names,
-        {"kernel": "/filters", "bias": "/biases"},
-        {"conv": "H W I O", "fc": "H W I O"},
-        AUTHORS,
+        modules=_same_names,
+        param_names={"kernel": "/filters", "bias": "/biases"},
+        patterns={"conv": "H W I O", "fc": "H W I O"},
+        preprocessing=AUTHORS,
     ),
     WeightLayout(
         "flaxmodels",
-        _same_names,
-        {"kernel": "/weight", "bias": "/bias"},
-        {"conv": "H W I O", "fc": "IHW O"},
-        TORCHVISION,
+        modules=_same_names,
+        param_names={"kernel": "/weight", "bias": "/bias"},
+        patterns={"conv": "H W I O", "fc": "IHW O"},
+        preprocessing=TORCHVISION,
     ),
 )
+# The first layout wins if several fit a file equally well (`detect`).
+LAYOUTS: dict[str, WeightLayout] = {layout.name: layout for layout in _LAYOUTS}

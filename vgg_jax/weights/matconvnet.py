@@ -1,9 +1,12 @@
-"""MatConvNet's .mat files, of MATLAB 5 to 7: elements that are a type, a size and so many bytes, arrays within arrays.
+"""Reads MatConvNet's .mat files (MATLAB 5 to 7).
 
-Read here, because scipy looks types up in a table without asking whether they are there: a damaged file ends the process.
+A file is a row of elements. An element is a type, a size and so many bytes. An array is an
+element that consists of elements.
+
+scipy is not used, because a damaged file ends its process: it looks up types in a table without
+a check.
 """
 
-import itertools
 import math
 import mmap
 import zlib
@@ -17,7 +20,10 @@ import numpy as np
 from vgg_jax.errors import InputError
 from vgg_jax.weights.tensor_file import MAX_BYTES, MAX_ENTRIES, Tensor, TensorFile
 
-NUMBERS = {
+Element = tuple[int, memoryview]  # type and content
+
+# Element types.
+NUMBER_TYPES = {
     1: "i1",
     2: "u1",
     3: "<i2",
@@ -33,8 +39,8 @@ NUMBERS = {
     18: "<u4",
 }
 ARRAY, COMPRESSED = 14, 15
+# Classes of arrays. An array may be stored in a smaller type: a double that is whole, as a byte.
 CELL, STRUCT, TEXT = 1, 2, 4
-# Of the classes of numbers. A double that is a whole number may be stored as one.
 DTYPES = {
     6: "f8",
     7: "f4",
@@ -48,157 +54,219 @@ DTYPES = {
     15: "u8",
 }
 VARIABLES = ("layers", "meta", "normalization")
-DEEPEST = 12  # cells and structures within each other
-ARRAYS = 20_000  # in a file; a net of MatConvNet has some hundred, and 2,000 names of classes
-GROWTH = (
-    2**13
-)  # bytes by which numbers may grow, from a whole number of one byte to a double, at the price of an array
-SLACK = 2**20  # bytes that a file may unpack to, however small it is
+MAX_DEPTH = 12  # cells and structures within each other
+MAX_ARRAYS = 20_000  # in a file; MatConvNet's nets have some hundred, and 2,000 class names
+BYTES_PER_ARRAY = 2**13  # numbers that grow by so many bytes when read count as one more array
+UNPACK_SLACK = 2**20  # bytes that even the smallest file may unpack to
+
+
+class ArrayBudget:
+    """Number of arrays that a file may still have; it bounds the memory and the time."""
+
+    def __init__(self, arrays: int) -> None:
+        self.left = arrays
+
+    def spend(self, arrays: int) -> None:
+        """Counts arrays. Raises ValueError if more are spent than are left."""
+        if arrays > self.left:
+            raise ValueError("it has more arrays than a VGG")
+        self.left -= arrays
 
 
 def read(path: Path) -> TensorFile:
+    """Reads the layers of a net, and its mean colour.
+
+    Args:
+        path: A .mat file.
+
+    Returns:
+        Tensors named "conv1_1/filters" and "conv1_1/biases"; metadata with "mean_rgb" if the
+        file has an average image.
+
+    Raises:
+        InputError: The file is big-endian, or weights are not numbers.
+        ValueError: The file is damaged or too large; other errors if it is no net.
+    """
     with path.open("rb") as file:
         data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     if data[126:128] != b"IM":
         raise InputError(f"{path} is big-endian: expected MatConvNet's net, which is little-endian")
-    found = {}
-    budget = iter(range(ARRAYS))
-    for part in _unpacked(data[128:], min(MAX_BYTES, 4 * len(data) + SLACK)):
-        name, value = _array(part, 0, budget)
-        found[name] = value
-    tensors = {}
-    notes = {}
-    for place in (found, *found.get("meta", [])):
-        for normalization in place.get("normalization", []):
+    budget = ArrayBudget(MAX_ARRAYS)
+    max_bytes = min(MAX_BYTES, 4 * len(data) + UNPACK_SLACK)
+    variables = dict(
+        parse_array(content, 0, budget) for content in iter_arrays(data[128:], max_bytes)
+    )
+    metadata = {}
+    for struct in (variables, *variables.get("meta", [])):
+        for normalization in struct.get("normalization", []):
             mean = np.asarray(normalization.get("averageImage", ()), np.float64)
             if mean.size:
-                notes["mean_rgb"] = (
-                    mean.reshape(-1, 3).mean(0) if mean.shape[-1] == 3 else mean.ravel()
-                )
-    for (layer,) in found["layers"]:
+                is_image = mean.shape[-1] == 3
+                metadata["mean_rgb"] = mean.reshape(-1, 3).mean(0) if is_image else mean.ravel()
+    tensors = {}
+    for (layer,) in variables["layers"]:
         if len(layer.get("weights", [])):
             filters, biases = layer["weights"][:2]
         elif len(layer.get("filters", [])):  # before MatConvNet 1.0-beta12
             filters, biases = layer["filters"], layer["biases"]
         else:
             continue
-        name = layer["name"]
-        for leaf, array in (("filters", filters), ("biases", biases.ravel())):
+        name, biases = layer["name"], biases.ravel()
+        for array in (filters, biases):
             if array.dtype.kind != "f":
                 raise InputError(f"{path}: {name} has {array.dtype}: expected numbers")
-            if leaf == "filters":
-                array = array.reshape(
-                    array.shape + (1,) * (4 - array.ndim)
-                )  # MATLAB drops ones at the end
-            tensors[f"{name}/{leaf}"] = Tensor(array.shape, partial(np.asarray, array))
-    return TensorFile(tensors, notes)
+        # MATLAB drops trailing axes of size 1.
+        filters = filters.reshape(filters.shape + (1,) * (4 - filters.ndim))
+        tensors[f"{name}/filters"] = Tensor(filters.shape, partial(np.asarray, filters))
+        tensors[f"{name}/biases"] = Tensor(biases.shape, partial(np.asarray, biases))
+    return TensorFile(tensors, metadata)
 
 
-def _unpacked(data: memoryview, most: int) -> Iterator[memoryview]:
-    """The arrays of a file, of which `most` bytes may be unpacked: weights hardly compress."""
-    left = most
-    for kind, part in _elements(data):
-        if kind == COMPRESSED:
-            unpacker = zlib.decompressobj()
-            part = memoryview(unpacker.decompress(part, max(1, left)))
-            left -= len(part)
-            if unpacker.unconsumed_tail:
-                raise ValueError(f"it unpacks to more than {most:,} bytes")
-            kind, part = _next(_elements(part))
-        if kind != ARRAY:
-            raise ValueError(f"an element of the type {kind} where an array belongs")
-        yield part
+def iter_arrays(data: memoryview, max_bytes: int) -> Iterator[memoryview]:
+    """Yields the content of each array of a file, unpacked.
+
+    Args:
+        data: The file after its header.
+        max_bytes: Bytes that all arrays may unpack to. Weights hardly compress.
+
+    Yields:
+        The content of one array, for `parse_array`.
+
+    Raises:
+        ValueError: Arrays unpack to more, or the file is damaged.
+    """
+    left = max_bytes
+    for element_type, content in _elements(data):
+        if element_type == COMPRESSED:
+            decompressor = zlib.decompressobj()
+            content = memoryview(decompressor.decompress(content, max(1, left)))
+            left -= len(content)
+            if decompressor.unconsumed_tail:
+                raise ValueError(f"it unpacks to more than {max_bytes:,} bytes")
+            element_type, content = _next(_elements(content))
+        _require_array(element_type)
+        yield content
 
 
-def _elements(data: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """The types and the bytes of elements that follow each other."""
-    at = 0
-    while at + 8 <= len(data):
-        kind, size = (int.from_bytes(data[at + i : at + i + 4], "little") for i in (0, 4))
-        if kind >> 16:  # a small element: its bytes lie in the tag
-            kind, size, start, end = kind & 0xFFFF, kind >> 16, at + 4, at + 8
+def parse_array(data: memoryview, depth: int, budget: ArrayBudget) -> tuple[str, Any]:
+    """Parses an array, and the arrays within it.
+
+    Args:
+        data: The content of the array.
+        depth: Number of arrays around it. At depth 0, only `VARIABLES` are parsed.
+        budget: Arrays that the file may still have.
+
+    Returns:
+        The name and the value: a list for cells, a list of dicts for structures, a str for
+        text, a NumPy array for numbers, None for anything else.
+
+    Raises:
+        ValueError: The array is damaged or too large.
+    """
+    if depth > MAX_DEPTH:
+        raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+    budget.spend(1)
+    elements = _elements(data)
+    flags = int(_numbers(_next(elements))[0])
+    array_class, is_complex = flags & 0xFF, bool(flags & 0x800)
+    if array_class not in (CELL, STRUCT, TEXT, *DTYPES):  # objects and functions differ from here
+        return "", None
+    shape = _numbers(_next(elements))
+    name = bytes(_next(elements)[1][:64]).decode("latin-1")
+    if depth == 0 and name not in VARIABLES:
+        return name, None
+    if not 2 <= len(shape) <= 8 or min(shape) < 0:
+        raise ValueError(f"an array of the sides {shape.tolist()[:9]}")
+    count = math.prod(int(side) for side in shape)
+    if array_class in (CELL, STRUCT, TEXT) and count > MAX_ENTRIES:
+        raise ValueError(f"{count:,} cells, structures or letters")
+    if array_class == CELL:
+        return name, [_parse_inner(elements, depth, budget) for _ in range(count)]
+    if array_class == STRUCT:
+        return name, _parse_structs(elements, count, depth, budget)
+    if array_class == TEXT:
+        return name, _parse_text(elements, count)
+    if is_complex:
+        return name, None
+    numbers = _parse_numbers(elements, count, DTYPES[array_class], budget)
+    return name, numbers.reshape(shape, order="F")
+
+
+def _parse_structs(
+    elements: Iterator[Element], count: int, depth: int, budget: ArrayBudget
+) -> list[dict[str, Any]]:
+    length = int(_numbers(_next(elements))[0])
+    packed = bytes(_next(elements)[1])
+    if not 0 < length <= 64 or not 0 < len(packed) <= 100 * length:
+        raise ValueError(f"{len(packed)} bytes of names, each of {length}")
+    names = [
+        packed[start : start + length].split(b"\0")[0].decode("latin-1")
+        for start in range(0, len(packed), length)
+    ]
+    return [{name: _parse_inner(elements, depth, budget) for name in names} for _ in range(count)]
+
+
+def _parse_text(elements: Iterator[Element], count: int) -> str:
+    codes = _numbers(_next(elements)) if count else np.zeros(0, "u1")
+    if len(codes) > 4 * count:  # UTF-8 has at most 4 bytes for a letter
+        raise ValueError(f"{len(codes):,} bytes of {count:,} letters")
+    return "".join(map(chr, codes.tolist()))
+
+
+def _parse_numbers(
+    elements: Iterator[Element], count: int, dtype: str, budget: ArrayBudget
+) -> np.ndarray:
+    numbers = _numbers(_next(elements)) if count else np.zeros(0)
+    if len(numbers) != count:
+        raise ValueError(f"{len(numbers):,} numbers in an array of {count:,}")
+    growth = np.dtype(dtype).itemsize * count - numbers.nbytes
+    budget.spend(max(0, growth) // BYTES_PER_ARRAY)
+    return numbers.astype(dtype, copy=False)
+
+
+def _parse_inner(elements: Iterator[Element], depth: int, budget: ArrayBudget) -> Any:
+    """Parses the array in a cell or a field of a structure."""
+    element_type, content = _next(elements)
+    _require_array(element_type)
+    if not len(content):
+        budget.spend(1)
+        return np.zeros((0, 0))
+    return parse_array(content, depth + 1, budget)[1]
+
+
+def _require_array(element_type: int) -> None:
+    if element_type != ARRAY:
+        raise ValueError(f"an element of the type {element_type} where an array belongs")
+
+
+def _elements(data: memoryview) -> Iterator[Element]:
+    """Yields the elements that follow each other in `data`."""
+    position = 0
+    while position + 8 <= len(data):
+        tag = data[position : position + 8]
+        element_type, size = (int.from_bytes(tag[i : i + 4], "little") for i in (0, 4))
+        if element_type >> 16:  # a small element: its content is in the tag
+            element_type, size = element_type & 0xFFFF, element_type >> 16
+            start, end = position + 4, position + 8
             if size > 4:
                 raise ValueError(f"{size} bytes in the four of a small element")
         else:
-            start = at + 8
-            end = start + size + (0 if kind == COMPRESSED else -size % 8)
+            start = position + 8
+            end = start + size + (0 if element_type == COMPRESSED else -size % 8)
         if start + size > len(data):
             raise ValueError(f"{size:,} bytes are to come where {len(data) - start:,} are left")
-        yield kind, data[start : start + size]
-        at = end
+        yield element_type, data[start : start + size]
+        position = end
 
 
-def _next(elements: Iterator[tuple[int, memoryview]]) -> tuple[int, memoryview]:
+def _next(elements: Iterator[Element]) -> Element:
     for element in elements:
         return element
     raise ValueError("an array is cut short")
 
 
-def _array(data: memoryview, depth: int, budget: Iterator[int]) -> tuple[str, Any]:
-    """An array's name, and its value: of cells a list, of structures a list of dicts, of text a str, of numbers an array, else None.
-
-    `budget` gives a number for each array that may still come. Variables that are not `VARIABLES` are not looked into.
-    """
-    if depth > DEEPEST:
-        raise ValueError(f"it is nested more than {DEEPEST} deep")
-    _spend(budget, 1)
-    parts = _elements(data)
-    flags = _numbers(_next(parts))
-    kind, is_complex = int(flags[0]) & 0xFF, int(flags[0]) & 0x800
-    if kind not in (CELL, STRUCT, TEXT, *DTYPES):  # an object, a function: laid out in other ways
-        return "", None
-    sides, name = _numbers(_next(parts)), bytes(_next(parts)[1][:64]).decode("latin-1")
-    if depth == 0 and name not in VARIABLES:
-        return name, None
-    if not 2 <= len(sides) <= 8 or min(sides) < 0:
-        raise ValueError(f"an array of the sides {sides.tolist()[:9]}")
-    count = math.prod(int(side) for side in sides)
-    if kind in (CELL, STRUCT, TEXT) and count > MAX_ENTRIES:
-        raise ValueError(f"{count:,} cells, structures or letters")
-    if kind == CELL:
-        return name, [_inside(parts, depth, budget) for _ in range(count)]
-    if kind == STRUCT:
-        length, packed = int(_numbers(_next(parts))[0]), bytes(_next(parts)[1])
-        if not 0 < length <= 64 or not 0 < len(packed) <= 100 * length:
-            raise ValueError(f"{len(packed)} bytes of names, each of {length}")
-        fields = [
-            packed[at : at + length].split(b"\0")[0].decode("latin-1")
-            for at in range(0, len(packed), length)
-        ]
-        return name, [
-            {field: _inside(parts, depth, budget) for field in fields} for _ in range(count)
-        ]
-    if kind == TEXT:
-        codes = _numbers(_next(parts)) if count else np.zeros(0, "u1")
-        if len(codes) > 4 * count:  # bytes of UTF-8
-            raise ValueError(f"{len(codes):,} bytes of {count:,} letters")
-        return name, "".join(map(chr, codes.tolist()))
-    if is_complex:
-        return name, None
-    numbers = _numbers(_next(parts)) if count else np.zeros(0)
-    if len(numbers) != count:
-        raise ValueError(f"{len(numbers):,} numbers in an array of {count:,}")
-    _spend(budget, max(0, np.dtype(DTYPES[kind]).itemsize * count - numbers.nbytes) // GROWTH)
-    return name, numbers.astype(DTYPES[kind], copy=False).reshape(sides, order="F")
-
-
-def _inside(parts: Iterator[tuple[int, memoryview]], depth: int, budget: Iterator[int]) -> Any:
-    kind, part = _next(parts)
-    if kind != ARRAY:
-        raise ValueError(f"an element of the type {kind} where an array belongs")
-    if not len(part):
-        _spend(budget, 1)
-        return np.zeros((0, 0))
-    return _array(part, depth + 1, budget)[1]
-
-
-def _spend(budget: Iterator[int], count: int) -> None:
-    if sum(1 for _ in itertools.islice(budget, count)) < count:
-        raise ValueError("it has more arrays than a VGG")
-
-
-def _numbers(element: tuple[int, memoryview]) -> np.ndarray:
-    kind, part = element
-    if kind not in NUMBERS:
-        raise ValueError(f"an element of the type {kind} where numbers belong")
-    return np.frombuffer(part, NUMBERS[kind])
+def _numbers(element: Element) -> np.ndarray:
+    element_type, content = element
+    if element_type not in NUMBER_TYPES:
+        raise ValueError(f"an element of the type {element_type} where numbers belong")
+    return np.frombuffer(content, NUMBER_TYPES[element_type])

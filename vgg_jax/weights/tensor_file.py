@@ -1,12 +1,12 @@
-"""What a weight file holds, whatever its kind: names with shapes, and numbers that are read when they are asked for."""
+"""Content of a weight file of any format: tensors with shapes, read when they are needed."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
-MAX_BYTES = 2**31  # bytes; E with ImageNet's classes has 575 MB
-MAX_ENTRIES = 2000  # names, groups or fields: more than any VGG has
+MAX_BYTES = 2**31  # E with ImageNet's classes has 575 MB
+MAX_ENTRIES = 2000  # names, groups or fields; no VGG has as many
 
 
 class Tensor(NamedTuple):
@@ -17,7 +17,7 @@ class Tensor(NamedTuple):
 
 
 class TensorFile(NamedTuple):
-    """What a file holds: its tensors by name, and what it says of them."""
+    """The tensors of a file by name, and its metadata."""
 
     tensors: dict[str, Tensor]
-    notes: dict[str, Any]
+    metadata: dict[str, Any]

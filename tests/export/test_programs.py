@@ -1,0 +1,100 @@
+"""Exported programs: their own runtimes compute the outputs of the net."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.helpers.export_files import (
+    CLASSES,
+    RUNNERS,
+    assert_output_close,
+    own_output,
+    random_images,
+    random_weights,
+    require_onnx,
+    run_onnx,
+)
+from vgg_jax import IMAGENET
+from vgg_jax.export import ExportSpec, write
+
+
+@pytest.fixture(params=RUNNERS)
+def file_format(request):
+    if request.param == "onnx":
+        require_onnx()
+    return request.param
+
+
+@pytest.mark.parametrize(
+    "net", [*(pytest.param(net, marks=pytest.mark.slow) for net in "ABDE"), "A-LRN", "C"]
+)
+def test_onnx_every_net(net, tmp_path):
+    require_onnx()
+    spec, images = ExportSpec(random_weights(net)), random_images(3, 32, 32)
+    write(tmp_path / "net.onnx", spec)
+    assert_output_close(run_onnx(tmp_path / "net.onnx", images), own_output(spec, images))
+
+
+@pytest.mark.parametrize("output", ["posteriors", "score_map"])
+def test_program_any_size_and_batch(file_format, output, tmp_path):
+    spec = ExportSpec(random_weights("A", batch_norm=True), output)
+    path = tmp_path / f"net.{file_format}"
+    write(path, spec)
+    for shape in ((1, 32, 32), (2, 33, 70)):
+        images = random_images(*shape)
+        expected = own_output(spec, images)
+        assert expected.shape == (
+            (shape[0], 1, shape[2] // 32, 3) if output == "score_map" else (shape[0], 3)
+        )
+        assert_output_close(RUNNERS[file_format](path, images), expected)
+
+
+def float_images():
+    return random_images(2, 32, 32).astype(np.float32) - np.float32(IMAGENET.mean_rgb)
+
+
+def test_program_float_images(file_format, tmp_path):
+    spec, images = ExportSpec(random_weights("A-LRN"), uint8=False), float_images()
+    path = tmp_path / f"net.{file_format}"
+    write(path, spec)
+    assert_output_close(RUNNERS[file_format](path, images), own_output(spec, images))
+
+
+def test_program_bfloat16_weights(file_format, tmp_path):
+    """The output is that of rounded weights, and the file has half the size."""
+    spec = ExportSpec(random_weights("A-LRN"), uint8=False, bfloat16=True)
+    images, params = float_images(), spec.weights.params
+    path, full = tmp_path / f"net.{file_format}", tmp_path / f"full.{file_format}"
+    write(path, spec)
+    rounded = jax.tree.map(lambda x: x.astype(spec.dtype).astype(np.float32), params)
+    expected = np.asarray(spec.weights.model.apply({"params": rounded}, images))
+    assert_output_close(RUNNERS[file_format](path, images), expected)
+    write(full, dataclasses.replace(spec, bfloat16=False))
+    saved = size_on_disk(full) - size_on_disk(path)
+    assert saved > 0.8 * 2 * sum(array.size for array in jax.tree.leaves(params))
+
+
+def size_on_disk(path):
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
+
+
+@pytest.mark.integration
+def test_serve_script(file_format, tmp_path):
+    """The example script predicts the same class without importing vgg_jax."""
+    spec, image = ExportSpec(random_weights("A")), random_images(32, 32)
+    path = tmp_path / f"net.{file_format}"
+    write(path, spec)
+    Image.fromarray(image).save(tmp_path / "photo.png")
+    script = Path(__file__).parents[2] / "experiments" / "examples" / f"serve_{file_format}.py"
+    assert "vgg_jax import" not in script.read_text()
+    command = [sys.executable, str(script), str(path), str(tmp_path / "photo.png")]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    label = CLASSES[own_output(spec, image[None])[0].argmax()]
+    assert process.stdout.strip() == label, process.stderr

@@ -1,0 +1,96 @@
+"""Tiny nets to export, and the runtimes that run the files."""
+
+import dataclasses
+import zipfile
+
+import jax
+import numpy as np
+import pytest
+
+from tests.helpers.tiny import init
+from vgg_jax import CONFIGS, IMAGENET, VGG, compiler_options
+from vgg_jax.weights import Weights
+from vgg_jax.weights.layouts import Preprocessing
+
+CLASSES = ("ants", "bees", "wasps")
+FC = (12, 8)
+# `read` recognises a .safetensors file by its convolutions, so they have the paper's sizes.
+FULL_CONVS = dataclasses.replace(CONFIGS["A"], fc=FC)
+
+
+def narrow(net):
+    """A configuration with few channels, so that it runs fast."""
+    config = CONFIGS[net]
+    stages = tuple(
+        tuple(conv._replace(features=4 * i) for conv in stage)
+        for i, stage in enumerate(config.stages, 1)
+    )
+    return dataclasses.replace(config, stages=stages, fc=FC)
+
+
+def random_weights(net="D", batch_norm=False, size=32, config=None):
+    """A net with random weights; its activations have a useful size for 0-255 images."""
+    model = VGG(config or narrow(net), len(CLASSES), batch_norm, image_size=size)
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(
+        lambda x: np.asarray(x + np.float32(rng.uniform(0, 0.1, x.shape))), dict(init(model))
+    )
+    variables["params"]["conv1_1"]["kernel"] = variables["params"]["conv1_1"]["kernel"] / 50
+    return Weights(
+        net=net,
+        layout="vgg_jax",
+        model=model,
+        params=variables["params"],
+        batch_stats=variables.get("batch_stats", {}),
+        top=True,
+        preprocessing=Preprocessing(IMAGENET.mean_rgb),
+        classes=CLASSES,
+    )
+
+
+def random_images(*shape):
+    """uint8 (*shape, 3)."""
+    return np.random.default_rng(3).integers(0, 256, (*shape, 3)).astype(np.uint8)
+
+
+def own_output(spec, images):
+    """The output that a file of this spec must have."""
+    forward = jax.jit(spec, compiler_options=compiler_options())
+    return np.asarray(forward(spec.weights.variables, images))
+
+
+def assert_output_close(actual, expected):
+    """Allows a difference of 1e-4 of the largest value."""
+    assert actual.shape == expected.shape
+    assert np.abs(actual - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def require_onnx():
+    pytest.importorskip("onnx", reason="needs onnx: pip install 'vgg-jax[onnx]'")
+    return pytest.importorskip(
+        "onnxruntime", reason="needs onnxruntime: pip install 'vgg-jax[onnx]'"
+    )
+
+
+def run_onnx(path, images):
+    return require_onnx().InferenceSession(path).run(None, {"images": images})[0]
+
+
+def run_stablehlo(path, images):
+    from safetensors.numpy import load
+
+    with zipfile.ZipFile(path) as file:
+        program = jax.export.deserialize(bytearray(file.read("program")))
+        assert program.platforms == ("cpu", "cuda", "tpu")
+        return np.asarray(program.call(load(file.read("weights.safetensors")), images))
+
+
+def run_savedmodel(path, images):
+    import tensorflow as tf
+
+    signature = tf.saved_model.load(str(path)).signatures["serving_default"]
+    (output,) = signature(images=tf.constant(images)).values()
+    return output.numpy()
+
+
+RUNNERS = {"onnx": run_onnx, "stablehlo": run_stablehlo, "savedmodel": run_savedmodel}

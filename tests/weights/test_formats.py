@@ -1,0 +1,166 @@
+"""Damaged, hostile and unusual files in each format."""
+
+import itertools
+import json
+import re
+import struct
+import sys
+
+import h5py
+import numpy as np
+import pytest
+
+from tests.helpers.weights_files import FC, random_tensors, reorder_kernel, torchvision_state
+from vgg_jax import InputError
+from vgg_jax.weights import load, read
+
+
+class OpensFile:
+    """A pickled object that opens a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_pytorch_runs_no_code(tmp_path):
+    torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
+    torch.save({"features.0.weight": OpensFile(tmp_path / "ran")}, tmp_path / "evil.pth")
+    with pytest.raises(InputError, match=r"evil\.pth cannot be read as a PyTorch file"):
+        read(tmp_path / "evil.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pytorch_needs_torch(tmp_path, monkeypatch):
+    (tmp_path / "vgg.pth").write_bytes(b"PK\x03\x04")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(
+        InputError, match=r"reading .*vgg\.pth needs torch: pip install torch, or convert it"
+    ):
+        read(tmp_path / "vgg.pth")
+
+
+def test_pytorch_needs_new_torch(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch", reason="needs torch")
+    torch.save({"x": torch.zeros(1)}, tmp_path / "x.pth")
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    with pytest.raises(
+        InputError, match=r"needs torch 2\.10 or newer: torch 2\.9\.1\+cpu is installed"
+    ):
+        read(tmp_path / "x.pth")
+
+
+def test_pytorch_legacy_file(tmp_path):
+    """It is read, but not if it names more numbers than it has."""
+    torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
+    arrays = torchvision_state(random_tensors("A"), "A")
+    state = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    path = tmp_path / "old.pth"
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+    assert read(path).net == "A"
+    size = struct.pack("<cH", b"M", 3 * 64 * 9)
+    content = path.read_bytes()
+    assert size in content
+    path.write_bytes(content.replace(size, struct.pack("<ci", b"J", 2**31 - 1), 1))
+    with pytest.raises(InputError, match=r"names 2,147,483,647 numbers in [\d,]+ bytes"):
+        read(path)
+
+
+def test_pytorch_parameters_and_meta_tensors(tmp_path):
+    torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
+    state = torchvision_state(random_tensors("A"), "A")
+    torch.save(
+        {name: torch.nn.Parameter(torch.from_numpy(array)) for name, array in state.items()},
+        tmp_path / "vgg.pth",
+    )
+    assert read(tmp_path / "vgg.pth").net == "A"
+    torch.save(
+        {name: torch.empty(array.shape, device="meta") for name, array in state.items()},
+        tmp_path / "meta.pth",
+    )
+    with pytest.raises(InputError, match="is no plain tensor"):
+        read(tmp_path / "meta.pth")
+
+
+def test_hdf5_rejects_other_files(tmp_path):
+    """Links, external storage and virtual datasets."""
+    with h5py.File(tmp_path / "secret.h5", "w") as file:
+        file["kernel"] = np.zeros(3, np.float32)
+    with h5py.File(tmp_path / "link.h5", "w") as file:
+        file["conv1_1"] = h5py.ExternalLink("secret.h5", "/kernel")
+    with h5py.File(tmp_path / "soft.h5", "w") as file:
+        file["conv1_1"] = h5py.SoftLink("/elsewhere")
+    (tmp_path / "raw").write_bytes(bytes(12))
+    with h5py.File(tmp_path / "external.h5", "w") as file:
+        file.create_dataset("conv1_1", (3,), "f4", external=[(str(tmp_path / "raw"), 0, 12)])
+    layout = h5py.VirtualLayout((3,), "f4")
+    layout[:] = h5py.VirtualSource("secret.h5", "kernel", (3,))
+    with h5py.File(tmp_path / "virtual.h5", "w") as file:
+        file.create_virtual_dataset("conv1_1", layout)
+    for name, words in (
+        ("link", "is a link"),
+        ("soft", "is a link"),
+        ("external", "is stored in another file"),
+        ("virtual", "is stored in another file"),
+    ):
+        with pytest.raises(
+            InputError, match=rf"conv1_1 {words}: expected the weights in the file itself"
+        ):
+            read(tmp_path / f"{name}.h5")
+
+
+def test_hdf5_rejects_repeated_groups(tmp_path):
+    """Seven groups, each with 30 links to the next."""
+    with h5py.File(tmp_path / "loops.h5", "w") as file:
+        groups = [file.create_group(f"g{i}") for i in range(7)]
+        for group, linked in itertools.pairwise(groups):
+            for i in range(30):
+                group[f"l{i}"] = linked
+    with pytest.raises(InputError, match="more groups than a VGG"):
+        read(tmp_path / "loops.h5")
+
+
+def test_hdf5_rejects_absent_numbers(tmp_path):
+    """Chunked datasets of which no chunk is in the file."""
+    with h5py.File(tmp_path / "hollow.h5", "w") as file:
+        for name, (kernel, bias) in random_tensors("A").items():
+            kernel_shape = reorder_kernel(kernel, "HWIO", "HWI O").shape
+            bias_shape = bias.shape
+            if name == "fc6":
+                kernel_shape, bias_shape = (25088, 4096), (4096,)
+            elif name == "fc7":
+                kernel_shape = (4096, FC[1])
+            file.create_dataset(f"{name}/weight", kernel_shape, "f4", chunks=True)
+            file.create_dataset(f"{name}/bias", bias_shape, "f4", chunks=True)
+    with pytest.raises(InputError, match=r"says that it holds 112,\d{3},\d{3} numbers in"):
+        read(tmp_path / "hollow.h5")
+
+
+def test_safetensors_rejects_false_size(tmp_path):
+    entry = {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 4]}
+    header = json.dumps({"features.0.weight": entry}).encode()
+    (tmp_path / "lie.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    with pytest.raises(InputError, match=r"lie\.safetensors cannot be read as a safetensors file"):
+        read(tmp_path / "lie.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("empty.pth", b""),
+        ("text.pth", b"hello, world"),
+        ("cut.h5", b"\x89HDF\r\n\x1a\n"),
+        ("zip.pth", b"PK\x03\x04"),
+    ],
+)
+def test_open_file_rejects_damaged(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=re.escape(name)):
+        read(tmp_path / name)
+
+
+def test_open_file_rejects_missing(tmp_path):
+    with pytest.raises(InputError, match="expected a file of weights, or a run's folder"):
+        load(tmp_path / "nothing.pth")

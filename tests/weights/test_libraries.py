@@ -1,0 +1,101 @@
+"""Files that other libraries write themselves, and that they load back."""
+
+import h5py
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.helpers.weights_files import (
+    NUM_CLASSES,
+    TORCHVISION_MEAN,
+    TORCHVISION_STD,
+    assert_logits_close,
+    forward,
+    photos,
+)
+from vgg_jax import load
+from vgg_jax.weights import read, save
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # from Keras' own arrays
+@pytest.mark.parametrize("top", [True, False])
+def test_keras_files(top, tmp_path):
+    """Keras' VGG16 in its current and its legacy format."""
+    keras = pytest.importorskip("keras", reason="needs keras, which comes with TensorFlow")
+    from keras.src.legacy.saving import legacy_h5_format
+
+    images = photos(1)[:, :32, :32]
+    net = keras.applications.VGG16(
+        weights=None,
+        include_top=top,
+        input_shape=(32, 32, 3),
+        classes=10,
+        classifier_activation=None,
+    )
+    path, legacy = tmp_path / "vgg.weights.h5", tmp_path / "legacy.h5"
+    net.save_weights(path)
+    with h5py.File(legacy, "w") as file:
+        legacy_h5_format.save_weights_to_hdf5_group(file, net)
+    jax.tree.map(np.testing.assert_array_equal, read(path).params, read(legacy).params)
+    assert (read(path).layout, read(legacy).layout) == ("keras 3", "keras")
+    expected = net(keras.applications.vgg16.preprocess_input(images.copy()), training=False)
+    model, variables, metadata = load(path)
+    x = images - np.float32(metadata["preprocessing"]["mean_rgb"])
+    if top:
+        output = forward(model, variables, x)
+    else:
+        output = model.apply(variables, x, layers=("pool5",), method="features")["pool5"]
+        assert "without fully connected layers" in metadata["source"]
+    assert_logits_close(output, np.asarray(expected))
+
+
+@pytest.mark.parametrize(
+    "name", ["vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn"]
+)
+def test_torchvision_nets(name, tmp_path):
+    """All eight nets, with a head for 64 pixels."""
+    torchvision = pytest.importorskip(
+        "torchvision", reason="needs torchvision", exc_type=(ImportError, RuntimeError)
+    )
+    from torch import nn
+
+    net = getattr(torchvision.models, name)(weights=None, num_classes=NUM_CLASSES)
+    net.avgpool = nn.Identity()
+    net.classifier[0], net.classifier[3] = nn.Linear(512 * 4, 64), nn.Linear(64, 32)
+    net.classifier[6] = nn.Linear(32, NUM_CLASSES)
+    check_exchange("torchvision", net, photos(), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["vgg11_bn", "vgg16"])
+def test_timm_nets(name, tmp_path):
+    timm = pytest.importorskip("timm", reason="needs timm", exc_type=(ImportError, RuntimeError))
+    net = timm.create_model(name, pretrained=False, num_classes=NUM_CLASSES)
+    check_exchange("timm", net, photos(1, 224), tmp_path)
+
+
+def check_exchange(library, net, images, tmp_path):
+    """The library's file gives the library's logits; the library loads our file, bit-equal."""
+    import torch
+
+    net.eval()
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    torch.save(net.state_dict(), tmp_path / "vgg.pth")
+    model, variables, metadata = load(tmp_path / "vgg.pth")
+    output = forward(model, variables, images - np.float32(metadata["preprocessing"]["mean_rgb"]))
+    normalized = (images - np.float32(TORCHVISION_MEAN)) / np.float32(TORCHVISION_STD)
+    with torch.inference_mode():
+        expected = net(torch.from_numpy(normalized.transpose(0, 3, 1, 2).copy())).numpy()
+    assert_logits_close(output, expected)
+    save(tmp_path / "back.safetensors", read(tmp_path / "vgg.pth"), library)
+    back = {
+        key: torch.from_numpy(array)
+        for key, array in load_file(tmp_path / "back.safetensors").items()
+    }
+    for key, value in net.state_dict().items():
+        assert "num_batches_tracked" in key or torch.equal(back[key], value)
+    net.load_state_dict(back, strict=True)

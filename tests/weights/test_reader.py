@@ -1,0 +1,59 @@
+"""Preprocessing and classes of files and runs."""
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from tests.helpers.weights_files import random_tensors, torchvision_state
+from vgg_jax import load
+from vgg_jax.weights import imagenet, read, save
+
+
+def test_read_torchvision_features_only(tmp_path):
+    """IMAGENET1K_FEATURES: the authors' convolutions and preprocessing, a classifier of NaN."""
+    state = torchvision_state(random_tensors("D"), "D")
+    state |= {
+        name: np.full_like(array, np.nan)
+        for name, array in state.items()
+        if name.startswith("classifier")
+    }
+    save_file(state, tmp_path / "features.safetensors")
+    weights = read(tmp_path / "features.safetensors")
+    assert not weights.top
+    assert weights.params.keys() == {
+        name for name in random_tensors("D") if name.startswith("conv")
+    }
+    np.testing.assert_allclose(weights.preprocessing.mean_rgb, (123, 117, 104), atol=0.01)
+    np.testing.assert_array_equal(
+        weights.variables["params"]["conv1_1"]["kernel"],
+        state["features.0.weight"].transpose(2, 3, 1, 0),
+    )
+
+
+def test_read_run_keeps_preprocessing(tmp_path, monkeypatch):
+    """A file of a run keeps Q, flip and EXIF; its net is float32, in place of the run's dtype."""
+    save_file(torchvision_state(random_tensors("A"), "A"), tmp_path / "vgg.safetensors")
+    model, variables, metadata = load(tmp_path / "vgg.safetensors")
+    preprocessing = metadata["preprocessing"]
+    assert (preprocessing["scale"], metadata["flip"], preprocessing["exif"]) == (73, True, True)
+    preprocessing |= {"scale": 70, "exif": False}
+    trained = model.clone(dtype=jnp.bfloat16), variables, metadata | {"flip": False}
+    monkeypatch.setattr("vgg_jax.runs.checkpoint.load_best", lambda _: trained)
+    weights = read(tmp_path)
+    assert weights.model.dtype == np.float32
+    save(tmp_path / "run.safetensors", weights)
+    _, _, saved = load(tmp_path / "run.safetensors")
+    preprocessing = saved["preprocessing"]
+    assert (preprocessing["scale"], saved["flip"], preprocessing["exif"]) == (70, False, False)
+
+
+def test_imagenet_class_order():
+    """The order of the released models: by WordNet id."""
+    ids = [name.split()[0] for name in imagenet.CLASSES]
+    assert len(set(ids)) == 1000
+    assert ids == sorted(ids)
+    assert [imagenet.CLASSES[i] for i in (0, 207, 999)] == [
+        "n01440764 tench, Tinca tinca",
+        "n02099601 golden retriever",
+        "n15075141 toilet tissue, toilet paper, bathroom tissue",
+    ]

@@ -1,0 +1,224 @@
+"""Reads weights from a run's folder, or from a file of vgg_jax or another library."""
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from vgg_jax.configs.models import CONFIGS
+from vgg_jax.errors import InputError
+from vgg_jax.model import VGG
+from vgg_jax.paths import local_copy, to_path
+from vgg_jax.weights.detect import DetectedModel, detect
+from vgg_jax.weights.formats import open_file, reraise_damaged
+from vgg_jax.weights.imagenet import CLASSES
+from vgg_jax.weights.layouts import FEATURES, UNIT_STD, Preprocessing
+from vgg_jax.weights.tensor_file import TensorFile
+from vgg_jax.weights.weights import Weights, to_metadata
+
+Trees = dict[str, dict[str, dict[str, np.ndarray]]]  # collection -> layer -> parameter
+
+
+def read(path: str | os.PathLike, net: str | None = None) -> Weights:
+    """Reads the weights of a run's best epoch, or of a file.
+
+    Names and shapes decide the layout and the net of a file.
+
+    Args:
+        path: A run's folder or a weight file.
+        net: Name of the net, for a file whose tensors fit several nets (A and A-LRN).
+
+    Returns:
+        The weights, with the numbers of the file as float32.
+
+    Raises:
+        InputError: The file cannot be read or is not a VGG. The message lists every missing,
+            unexpected or misshapen tensor.
+    """
+    if net is not None and net not in CONFIGS:
+        raise InputError(f"net is {net!r}: expected one of {', '.join(CONFIGS)}")
+    if to_path(path).is_dir():
+        return _read_run(path, net)
+    with local_copy(path) as file:
+        return _read_file(file, net)
+
+
+def load(
+    path: str | os.PathLike, net: str | None = None
+) -> tuple[VGG, dict[str, Any], dict[str, Any]]:
+    """Loads the network of a run's folder or of a weight file.
+
+    Args:
+        path: A run's folder, for `vgg_jax.runs.checkpoint.load_best`, or a file, for `load_file`.
+        net: Name of the net, for a file only.
+
+    Returns:
+        `(model, variables, metadata)`, as those functions do.
+
+    Raises:
+        InputError: There is no network, or it cannot be read.
+    """
+    if not to_path(path).is_dir():
+        return load_file(path, net)
+    if net is not None:
+        raise InputError(
+            f"net is {net!r} and {path} is a folder: "
+            "expected a net for a file of weights only; a run knows its own"
+        )
+    from vgg_jax.runs.checkpoint import load_best  # orbax comes with the extra `train`
+
+    return load_best(path)
+
+
+def load_file(
+    path: str | os.PathLike, net: str | None = None
+) -> tuple[VGG, dict[str, Any], dict[str, Any]]:
+    """Loads the network of a weight file.
+
+    Args:
+        path: A weight file.
+        net: Name of the net, for a file whose tensors fit several nets.
+
+    Returns:
+        `(model, variables, metadata)`, for float RGB images (N, H, W, 3) on the 0-255 scale
+        minus `metadata["preprocessing"]["mean_rgb"]`. A std of the preprocessing is folded into
+        conv1_1; `metadata["source"]` names such changes. If the file has no fully connected
+        layers, the model gives `features` up to pool5 only.
+
+    Raises:
+        InputError: As `read` does.
+    """
+    weights = read(path, net)
+    return weights.model, weights.variables, to_metadata(weights)
+
+
+def _read_run(path: str | os.PathLike, net: str | None) -> Weights:
+    model, variables, metadata = load(path, net)
+    preprocessing = metadata["preprocessing"]
+    return Weights(
+        net=metadata["net"],
+        layout="vgg_jax",
+        model=model.clone(dtype=jnp.float32),  # in place of the run's dtype
+        params=variables["params"],
+        batch_stats=variables.get("batch_stats", {}),
+        top=True,
+        preprocessing=Preprocessing(
+            tuple(preprocessing["mean_rgb"]),
+            UNIT_STD,
+            preprocessing["scale"],
+            metadata["flip"],
+            preprocessing["exif"],
+        ),
+        classes=metadata["classes"],
+    )
+
+
+def _read_file(path: Path, net: str | None) -> Weights:
+    file = open_file(path)
+    try:
+        metadata = _check_metadata(file.metadata)
+        shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+        detected = detect(shapes, net or metadata.get("net"), metadata.get("image_size"))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    trees = _read_tensors(path, file, detected)
+    params, top, preprocessing = trees["params"], detected.top, detected.layout.preprocessing
+    head = [name for name in params if name.startswith("fc")]
+    if detected.layout.name == "torchvision" and any(
+        np.isnan(params[name]["kernel"]).all() for name in head
+    ):
+        # IMAGENET1K_FEATURES: the authors' convolutions for the authors' images, and a
+        # classifier of NaN.
+        top, preprocessing = False, FEATURES
+        params = {name: layer for name, layer in params.items() if name not in head}
+    classes = metadata.get("classes") or _class_names(detected.num_classes)
+    if top and len(classes) != detected.num_classes:
+        raise InputError(
+            f"{path} names {len(classes)} classes and fc8 has {detected.num_classes}: "
+            "expected a name for each"
+        )
+    return Weights(
+        net=detected.net,
+        layout=detected.layout.name,
+        model=VGG(
+            detected.config, len(classes), detected.batch_norm, image_size=detected.image_size
+        ),
+        params=params,
+        batch_stats=trees["batch_stats"],
+        top=top,
+        preprocessing=preprocessing._replace(**metadata["preprocessing"]),
+        classes=classes,
+    )
+
+
+def _read_tensors(path: Path, file: TensorFile, detected: DetectedModel) -> Trees:
+    """Reads the numbers into the names and axis order of vgg_jax, as float32."""
+    count = sum(math.prod(tensor.foreign_shape) for tensor in detected.tensors)
+    size = path.stat().st_size
+    # A number has at least 2 bytes, and weights compress by less than 8.
+    if count > 4 * size:
+        raise InputError(
+            f"{path} says that it holds {count:,} numbers in {size:,} bytes: "
+            "expected them all in the file"
+        )
+    trees: Trees = {"params": {}, "batch_stats": {}}
+    with reraise_damaged(path):
+        for tensor in detected.tensors:
+            collection, layer, param = tensor.path
+            array = file.tensors[tensor.foreign_name].read().astype(np.float32)
+            trees[collection].setdefault(layer, {})[param] = tensor.from_foreign(array)
+    return trees
+
+
+def _class_names(count: int) -> tuple[str, ...]:
+    """ImageNet's names for 1,000 classes, in the order of the released models; else numbers."""
+    return CLASSES if count == len(CLASSES) else tuple(map(str, range(count)))
+
+
+def _check_metadata(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Checks the metadata of vgg_jax's own files, and MatConvNet's mean.
+
+    Args:
+        raw: The metadata of the file.
+
+    Returns:
+        "net", "image_size" and "classes", as far as the file has them, and "preprocessing", a
+        dict of fields of `Preprocessing`.
+
+    Raises:
+        InputError: A value is not possible.
+    """
+    metadata: dict[str, Any] = {}
+    preprocessing: dict[str, Any] = {}
+    try:
+        if "net" in raw:
+            if raw["net"] not in CONFIGS:
+                raise KeyError(raw["net"])
+            metadata["net"] = raw["net"]
+        if "image_size" in raw:
+            metadata["image_size"] = int(raw["image_size"])
+        if "classes" in raw:
+            metadata["classes"] = tuple(str(name) for name in raw["classes"])
+        for name in ("mean_rgb", "std_rgb"):
+            if name in raw:
+                preprocessing[name] = _check_colour(name, raw[name])
+        if raw.get("scale") is not None:
+            preprocessing["scale"] = int(raw["scale"])
+        preprocessing |= {name: bool(raw[name]) for name in ("flip", "exif") if name in raw}
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise InputError(
+            f"its metadata cannot be read ({error}): expected the metadata that vgg_jax writes"
+        ) from error
+    return metadata | {"preprocessing": preprocessing}
+
+
+def _check_colour(name: str, values: Any) -> tuple[float, ...]:
+    colour = tuple(float(value) for value in values)
+    is_valid = len(colour) == 3 and np.isfinite(colour).all()
+    if not is_valid or (name == "std_rgb" and min(colour) <= 0):
+        raise ValueError(f"{name} is {colour}")
+    return colour
