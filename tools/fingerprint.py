@@ -124,6 +124,8 @@ def random_net(net: str, size: int, fc: int) -> tuple[VGG, dict[str, Any]]:
 
     def draw(leaf: Any) -> Any:
         fan_in = max(1, leaf.size // leaf.shape[-1])
+        if leaf.shape[:3] == (3, 3, 3):  # images are 0-255; posteriors of large logits are 0 or 1
+            fan_in *= 200**2
         return rng.normal(
             0, np.sqrt(2 / fan_in) if len(leaf.shape) > 1 else 0.01, leaf.shape
         ).astype(np.float32)
