@@ -40,6 +40,7 @@ def old_run(tmp_path):
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_results_equal_release_0_1_0(monkeypatch):
     monkeypatch.delenv("VGG_JAX_DATA", raising=False)
     with np.load(REFERENCE / "values-0.1.0.npz") as expected, jax.numpy_rank_promotion("allow"):
