@@ -1,8 +1,8 @@
 """ReLU and 2x2 pooling, with gradients that store less than XLA's own.
 
 The gradient of `relu` uses its output, which the next layer keeps anyway. The gradient of
-`max_pool` uses one byte for each window instead of the input, and needs no select-and-scatter:
-that is slow on a CPU, and XLA's deterministic mode refuses it on a GPU
+`max_pool` uses one byte for each window instead of the input. XLA's own uses select-and-scatter,
+which is slow on a CPU and refused by XLA's deterministic mode on a GPU
 (docs/performance.md#relu-and-pooling). Activations have the shape (N, H, W, C).
 """
 
