@@ -27,8 +27,8 @@ def tiny_net():
 def test_parameter_names(tiny_net):
     _, variables = tiny_net
     assert variables.keys() == {"params"}
-    convolutions = "conv1_1 conv2_1 conv3_1 conv3_2 conv4_1 conv4_2 conv5_1 conv5_2".split()
-    assert sorted(variables["params"]) == [*convolutions, "fc6", "fc7", "fc8"]
+    names = "conv1_1 conv2_1 conv3_1 conv3_2 conv4_1 conv4_2 conv5_1 conv5_2 fc6 fc7 fc8"
+    assert " ".join(sorted(variables["params"])) == names
     assert all(layer.keys() == {"kernel", "bias"} for layer in variables["params"].values())
 
 
@@ -139,7 +139,7 @@ def test_fuse_epilogues(net, batch_norm, targets, settings, expected):
         f"{layer.name}+{kind}" if kind else layer.name for layer, kind in plan if kind is not None
     ]
     assert computed[: len(expected.split())] == expected.split()
-    assert computed[-7:] == "fc6 relu6 drop6 fc7 relu7 drop7 fc8".split()
+    assert computed[-7:] == ["fc6", "relu6", "drop6", "fc7", "relu7", "drop7", "fc8"]
 
 
 def test_model_errors(tiny_net):

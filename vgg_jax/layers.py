@@ -123,10 +123,10 @@ class BatchNorm(nn.Module):
         if train and not self.is_initializing():
             mean, var, count = _masked_mean_and_var(x, mask, self.axis_name)
             keep = jnp.where(count > 0, self.momentum, 1.0)  # a micro-batch may be all padding
-            unbiased = var * count / jnp.maximum(count - 1, 1)
             new_mean = keep * running_mean.value + (1 - keep) * mean
-            new_var = keep * running_var.value + (1 - keep) * unbiased
             running_mean.value = new_mean.astype(self.param_dtype)
+            unbiased = var * count / jnp.maximum(count - 1, 1)
+            new_var = keep * running_var.value + (1 - keep) * unbiased
             running_var.value = new_var.astype(self.param_dtype)
         else:
             mean, var = running_mean.value, running_var.value
@@ -148,10 +148,9 @@ def _masked_mean_and_var(
 
     # As a float: the positions of 43,000 photos overflow int32.
     count = total(mask.sum().astype(x.dtype)) * (x.shape[1] * x.shape[2])
-    divisor = jnp.maximum(count, 1)
-    mean = total(jnp.where(where, x, 0).sum((0, 1, 2))) / divisor
+    mean = total(jnp.where(where, x, 0).sum((0, 1, 2))) / jnp.maximum(count, 1)
     squares = (x - mean[None, None, None]) ** 2
-    var = total(jnp.where(where, squares, 0).sum((0, 1, 2))) / divisor
+    var = total(jnp.where(where, squares, 0).sum((0, 1, 2))) / jnp.maximum(count, 1)
     return mean, var, count
 
 
