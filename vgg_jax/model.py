@@ -203,8 +203,8 @@ class VGG(nn.Module):
     ) -> dict[str, Array]:
         """Run the layers up to the deepest target, and return the targets by name.
 
-        `mask` (N,) marks real examples, `valid_mask` (N, H, W, 1) the pixels of images. With
-        `start_after`, x is the output of that layer instead of images.
+        `mask` (N,) marks real examples, `valid_mask` (N, H, W, 1) the pixels of images. If
+        `start_after` is set, x is the output of that layer instead of images.
         """
         layers = select_layers(self._layers(), targets, start_after)
         if start_after is None:
@@ -216,6 +216,7 @@ class VGG(nn.Module):
         )
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         conv_init, fc_init = INITIALIZERS[self.initializer](self.initializer_std)
+
         x = _apply_mask(x, valid_mask)
         relu_input = x
         outputs = {}
@@ -325,7 +326,7 @@ def _num_fused(layers: Sequence[Layer], targets: Sequence[str], fuse_pool: bool)
 
 
 def _ends_with_relu(plan: Sequence[PlannedLayer]) -> bool:
-    """Whether the plan ends with a ReLU that is a layer of its own."""
+    """True if the plan ends with a ReLU that is computed by itself."""
     return bool(plan) and plan[-1][0].type == "relu" and plan[-1][1] is not None
 
 
@@ -387,9 +388,9 @@ vgg16_c = functools.partial(VGG, CONFIGS["C"])
 vgg16 = functools.partial(VGG, CONFIGS["D"])
 vgg19 = functools.partial(VGG, CONFIGS["E"])
 
-# §3.1: "the first four convolutional layers and the last three fully-connected layers" of A. By
-# position they fit no deeper net, whose second convolution reads 64 channels instead of 128. By
-# name they fit all.
+# §3.1: "the first four convolutional layers and the last three fully-connected layers" of A. They
+# fit no deeper net by position, since its second convolution reads 64 channels instead of 128. They
+# fit all nets by name.
 PAPER_INIT_LAYERS = ("conv1_1", "conv2_1", "conv3_1", "conv3_2", "fc6", "fc7", "fc8")
 
 

@@ -1,8 +1,8 @@
 """The epilogue of a convolution (bias, ReLU, mask or pooling) and its gradients.
 
-An epilogue is cheap to compute, but its passes over a large activation are not. A convolution
-therefore takes its epilogue as an argument, and can apply it to each block of its output while the
-block is in cache. Activations have the shape (N, H, W, C).
+An epilogue is cheap to compute, but its passes over a large activation are not. So a convolution
+takes its epilogue as an argument. It can then apply the epilogue to each block of its output while
+the block is in cache. Activations have the shape (N, H, W, C).
 """
 
 import dataclasses

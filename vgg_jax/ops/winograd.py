@@ -1,10 +1,12 @@
 """3x3 convolution by Winograd's F(4x4, 3x3), made for CPUs.
 
 Y = Aᵀ[(G g Gᵀ) ⊙ (Bᵀ d B)]A, with the matrices of Lavin & Gray (arXiv 1509.09308). A 4x4 tile of
-outputs takes 36 products where the definition takes 144. The code is fast on a CPU for three
-reasons: the tile transforms are unrolled into additions, the 36 positions form one batched matrix
-product, and the work goes block by block. A block is a few images, or a strip of a large one, so
-that its 36 planes stay in cache from the padding to the epilogue (docs/performance.md#winograd).
+outputs takes 36 products where the definition takes 144. Three things make it fast on a CPU:
+
+- The tile transforms are unrolled into additions.
+- The 36 positions form one batched matrix product.
+- The work goes block by block: a few images, or a strip of a large one. The 36 planes of a block
+  stay in cache from the padding to the epilogue (docs/performance.md#winograd).
 
 The error is within 2e-5 of the largest value in float32; bfloat16 is too coarse for the transforms.
 """
@@ -34,8 +36,8 @@ _GG = np.kron(_G, _G)  # (36, 9)
 
 # Tiles of a block. The product reads the filters once for each block, whose planes stay in cache.
 _TILES = 256
-# Input values of a block of the kernel gradient, which adds to all its sums once for each block:
-# 4 MB (docs/performance.md#winograd).
+# Input values (4 MB) of a block of the kernel gradient. Each block adds to all sums, so these blocks
+# are larger (docs/performance.md#winograd).
 _GRADIENT_VALUES = 2**20
 
 

@@ -1,8 +1,10 @@
 """XLA's compiler options for this machine, and a probe of its fast bfloat16.
 
-Only a CPU needs options. YNN, a library that XLA can call, is limited to matrix products, because
-it slows down the kernel gradient of a convolution. LLVM optimises less, because that compiles much
-faster and runs as fast. A bfloat16 net goes to oneDNN, which has fast bfloat16 instructions.
+Only a CPU needs options:
+
+- The library YNN is limited to matrix products. It slows down the kernel gradient of a convolution.
+- LLVM optimises less. Programs compile much faster and run as fast.
+- A bfloat16 net goes to oneDNN, which uses the CPU's bfloat16 instructions.
 """
 
 import functools
