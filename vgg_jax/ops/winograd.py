@@ -36,8 +36,8 @@ _GG = np.kron(_G, _G)  # (36, 9)
 
 # Tiles of a block. The product reads the filters once for each block, whose planes stay in cache.
 _TILES = 256
-# Input values (4 MB) of a block of the kernel gradient. Each block adds to all sums, so these blocks
-# are larger (docs/performance.md#winograd).
+# Input values (4 MB) of a block of the kernel gradient. Each block adds to all sums, so a block is
+# larger here (docs/performance.md#winograd).
 _GRADIENT_VALUES = 2**20
 
 
