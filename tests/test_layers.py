@@ -1,4 +1,4 @@
-"""Batch normalisation, LRN and FC layers against formulas and loops written by hand."""
+"""Batch normalisation, LRN and fully connected layers against formulas and hand-written loops."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import pytest
 from vgg_jax.layers import BatchNorm, FullyConnected, local_response_norm
 
 
-def test_local_response_norm_is_krizhevskys_formula():
+def test_local_response_norm_formula():
     rng = np.random.default_rng(0)
     a = rng.normal(size=(2, 3, 2, 9)) * 100
     expected = np.zeros_like(a)
@@ -18,7 +18,7 @@ def test_local_response_norm_is_krizhevskys_formula():
     np.testing.assert_allclose(local_response_norm(jnp.float32(a)), expected, rtol=1e-5)
 
 
-def test_masked_examples_change_no_statistics():
+def test_batch_norm_ignores_masked_examples():
     rng = np.random.default_rng(0)
     x = jnp.float32(rng.normal(size=(6, 4, 4, 3)) * 5 + 2)
     mask = jnp.array([True, False, True, True, False, True])
@@ -31,17 +31,16 @@ def test_masked_examples_change_no_statistics():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), updated, expected_stats)
 
 
-def test_a_batch_of_nothing_keeps_the_running_statistics():
+def test_batch_norm_all_masked_keeps_statistics():
     norm = BatchNorm()
     x = jnp.ones((2, 4, 4, 3))
     variables = norm.init(jax.random.key(0), x)
-    _, updated = norm.apply(
-        variables, x, train=True, mask=jnp.zeros(2, bool), mutable=["batch_stats"]
-    )
+    mask = jnp.zeros(2, bool)
+    _, updated = norm.apply(variables, x, train=True, mask=mask, mutable=["batch_stats"])
     jax.tree.map(np.testing.assert_array_equal, updated["batch_stats"], variables["batch_stats"])
 
 
-def test_fully_connected_layer_on_a_map_is_its_matrix_on_every_window():
+def test_fully_connected_on_map_windows():
     rng = np.random.default_rng(0)
     x = jnp.float32(rng.normal(size=(2, 5, 4, 3)))
     layer = FullyConnected(7, 2, jax.nn.initializers.normal(1.0))
@@ -55,23 +54,23 @@ def test_fully_connected_layer_on_a_map_is_its_matrix_on_every_window():
             np.testing.assert_allclose(y[:, i, j], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("n", "h", "w", "side"), [(1, 2, 2, 2), (3, 2, 2, 2), (2, 3, 4, 1)])
-def test_gradients_of_a_fully_connected_layer(n, h, w, side):
-    """Each position's, added up by hand."""
+@pytest.mark.parametrize(("n", "h", "w", "size"), [(1, 2, 2, 2), (3, 2, 2, 2), (2, 3, 4, 1)])
+def test_fully_connected_gradients(n, h, w, size):
+    """Against the sum of outer products over positions."""
     rng = np.random.default_rng(0)
-    x, g = rng.normal(size=(n, h, w, 3)), rng.normal(size=(n, h // side, w // side, 7))
-    kernel, bias = rng.normal(size=(side * side * 3, 7)), rng.normal(size=7)
-    layer = FullyConnected(7, side, jax.nn.initializers.zeros)
-    arrays = (jnp.float32(array) for array in (kernel, bias, x))
-    _, pullback = jax.vjp(
-        lambda kernel, bias, x: layer.apply({"params": {"kernel": kernel, "bias": bias}}, x),
-        *arrays,
-    )
-    rows, slopes = x.reshape(-1, len(kernel)), g.reshape(-1, 7)
+    x, g = rng.normal(size=(n, h, w, 3)), rng.normal(size=(n, h // size, w // size, 7))
+    kernel, bias = rng.normal(size=(size * size * 3, 7)), rng.normal(size=7)
+    layer = FullyConnected(7, size, jax.nn.initializers.zeros)
+
+    def apply(kernel, bias, x):
+        return layer.apply({"params": {"kernel": kernel, "bias": bias}}, x)
+
+    _, pullback = jax.vjp(apply, *map(jnp.float32, (kernel, bias, x)))
+    inputs, output_gradients = x.reshape(-1, len(kernel)), g.reshape(-1, 7)
     expected = (
-        sum(np.outer(row, slope) for row, slope in zip(rows, slopes, strict=True)),
-        slopes.sum(0),
-        (slopes @ kernel.T).reshape(x.shape),
+        sum(np.outer(a, b) for a, b in zip(inputs, output_gradients, strict=True)),
+        output_gradients.sum(0),
+        (output_gradients @ kernel.T).reshape(x.shape),
     )
-    for ours, right in zip(pullback(jnp.float32(g)), expected, strict=True):
-        np.testing.assert_allclose(ours, right, rtol=1e-5, atol=1e-5)
+    for actual, exact in zip(pullback(jnp.float32(g)), expected, strict=True):
+        np.testing.assert_allclose(actual, exact, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""One parameter set, three readings; initialisation; copying from A."""
+"""The module VGG: parameters, logits, score maps, features, initialisation, copying of layers."""
 
 import dataclasses
 
@@ -11,46 +11,37 @@ import pytest
 import vgg_jax
 from tests.helpers.tiny import TINY, images, init
 from vgg_jax import CONFIGS, VGG, InputError, compiler_options, copy_matching_layers
-from vgg_jax.model import transpose_kernels
+from vgg_jax.configs.models import layer_table
+from vgg_jax.model import fuse_epilogues, select_layers, transpose_kernels
+
+PAPER_LAYERS = ("conv1_1", "conv2_1", "conv3_1", "conv3_2", "fc6", "fc7", "fc8")
 
 
 @pytest.fixture(scope="module")
-def net():
-    """A small net for images of 64 pixels, and variables with a signal in every layer."""
+def tiny_net():
+    """A tiny net for images of 64 pixels, and variables with a signal in every layer."""
     model = VGG(TINY, num_classes=7, image_size=64)
     return model, init(model)
 
 
-def test_parameters_have_the_released_names(net):
-    _, variables = net
+def test_parameter_names(tiny_net):
+    _, variables = tiny_net
     assert variables.keys() == {"params"}
-    names = [
-        "conv1_1",
-        "conv2_1",
-        "conv3_1",
-        "conv3_2",
-        "conv4_1",
-        "conv4_2",
-        "conv5_1",
-        "conv5_2",
-        "fc6",
-        "fc7",
-        "fc8",
-    ]
-    assert sorted(variables["params"]) == names
+    names = "conv1_1 conv2_1 conv3_1 conv3_2 conv4_1 conv4_2 conv5_1 conv5_2 fc6 fc7 fc8"
+    assert " ".join(sorted(variables["params"])) == names
     assert all(layer.keys() == {"kernel", "bias"} for layer in variables["params"].values())
 
 
-def test_score_map_at_the_nets_own_size_is_the_logits(net):
-    model, variables = net
+def test_score_map_of_image_size_is_logits(tiny_net):
+    model, variables = tiny_net
     x = images(2, 64, 64)
     scores = model.apply(variables, x, method="score_map")
     assert scores.shape == (2, 1, 1, 7)
     np.testing.assert_allclose(scores[:, 0, 0], model.apply(variables, x), rtol=1e-4, atol=1e-4)
 
 
-def test_score_map_is_the_three_matrices_on_every_window(net):
-    model, variables = net
+def test_score_map_is_fc_layers_on_windows(tiny_net):
+    model, variables = tiny_net
     x = images(2, 100, 165)
     pool5 = model.apply(variables, x, method="features", layers=("pool5",))["pool5"]
     scores = model.apply(variables, x, method="score_map")
@@ -65,62 +56,94 @@ def test_score_map_is_the_three_matrices_on_every_window(net):
             np.testing.assert_allclose(scores[:, i, j], y, rtol=1e-4, atol=1e-4)
 
 
-def test_a_transposed_net_answers_transposed_images(net):
-    model, variables = net
+def test_transpose_kernels_transposes_features(tiny_net):
+    model, variables = tiny_net
     x = images(2, 100, 165)
-    turned = model.apply(
+    transposed = model.apply(
         transpose_kernels(variables), x.swapaxes(1, 2), ("pool5",), method="features"
     )["pool5"]
     expected = model.apply(variables, x, ("pool5",), method="features")["pool5"]
-    assert turned.shape == (2, 5, 3, 40)
-    np.testing.assert_allclose(
-        turned.swapaxes(1, 2), expected, rtol=1e-4, atol=1e-4 * expected.max()
-    )
+    assert transposed.shape == (2, 5, 3, 40)
+    tolerance = 1e-4 * expected.max()
+    np.testing.assert_allclose(transposed.swapaxes(1, 2), expected, rtol=1e-4, atol=tolerance)
 
 
 @pytest.mark.parametrize(
     ("size", "expected"),
-    [((256, 256), 2), ((384, 384), 6), ((512, 512), 10), ((256, 341), (2, 4)), ((224, 224), 1)],
+    [
+        ((256, 256), (2, 2)),
+        ((384, 384), (6, 6)),
+        ((512, 512), (10, 10)),
+        ((256, 341), (2, 4)),
+        ((224, 224), (1, 1)),
+    ],
 )
-def test_map_sizes_of_the_specification(size, expected):
+def test_score_map_size(size, expected):
     model = VGG(CONFIGS["D"])
     x = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
-    variables = jax.eval_shape(
-        model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
-    )
+    image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), image)
     scores = jax.eval_shape(lambda v, x: model.apply(v, x, method="score_map"), variables, x)
-    assert (
-        scores.shape[1:3]
-        == model.score_map_size(*size)
-        == (expected if isinstance(expected, tuple) else (expected, expected))
-    )
+    assert scores.shape[1:3] == model.score_map_size(*size) == expected
 
 
-def test_features_are_what_the_names_say(net):
-    model, variables = net
-    x = images(1, 70, 66)
-    found = model.apply(
-        variables, x, method="features", layers=("conv3_1", "relu3_1", "pool3", "fc7", "relu7")
-    )
-    assert found.keys() == {"conv3_1", "relu3_1", "pool3", "fc7", "relu7"}
-    np.testing.assert_array_equal(found["relu3_1"], np.maximum(found["conv3_1"], 0))
-    assert (found["conv3_1"] < 0).any()
-    np.testing.assert_array_equal(found["relu7"], np.maximum(found["fc7"], 0))
-    assert found["pool3"].shape == (1, 8, 8, 24)
-    assert found["fc7"].shape == (1, 1, 1, 16)
+def test_features_before_and_after_relu(tiny_net):
+    model, variables = tiny_net
+    layers = ("conv3_1", "relu3_1", "pool3", "fc7", "relu7")
+    features = model.apply(variables, images(1, 70, 66), method="features", layers=layers)
+    assert features.keys() == set(layers)
+    np.testing.assert_array_equal(features["relu3_1"], np.maximum(features["conv3_1"], 0))
+    assert (features["conv3_1"] < 0).any()
+    np.testing.assert_array_equal(features["relu7"], np.maximum(features["fc7"], 0))
+    assert features["pool3"].shape == (1, 8, 8, 24)
+    assert features["fc7"].shape == (1, 1, 1, 16)
 
 
-def test_features_stop_at_the_deepest_layer(net):
-    model, variables = net
-    shallow = {
-        "params": {name: variables["params"][name] for name in ("conv1_1", "conv2_1")}
-    }  # the parameters behind are not even there
-    found = model.apply(shallow, images(1, 20, 20), method="features", layers=("relu2_1", "pool1"))
-    assert found.keys() == {"relu2_1", "pool1"}
+def test_features_need_no_deeper_parameters(tiny_net):
+    model, variables = tiny_net
+    shallow = {"params": {name: variables["params"][name] for name in ("conv1_1", "conv2_1")}}
+    layers = ("relu2_1", "pool1")
+    features = model.apply(shallow, images(1, 20, 20), method="features", layers=layers)
+    assert features.keys() == set(layers)
 
 
-def test_errors_name_the_layers_and_the_smallest_size(net):
-    model, variables = net
+def test_select_layers():
+    layers = layer_table(TINY, 7, image_size=64)
+    names = [layer.name for layer in select_layers(layers, ("relu2_1", "conv1_1"), "relu1_1")]
+    assert names == ["pool1", "conv2_1", "relu2_1"]
+    assert select_layers(layers, ("fc8", "conv1_1")) == layers
+    with pytest.raises(InputError, match=r"no layer given: this net has conv1_1, .*, fc8"):
+        select_layers(layers, ())
+
+
+@pytest.mark.parametrize(
+    ("net", "batch_norm", "targets", "settings", "expected"),
+    [
+        ("A", False, (), {}, "conv1_1+pool conv2_1+pool conv3_1+relu conv3_2+pool"),
+        ("A", False, ("relu3_2",), {}, "conv1_1+pool conv2_1+pool conv3_1+relu conv3_2+relu pool3"),
+        ("A", False, (), {"ceil": True}, "conv1_1+relu pool1 conv2_1+relu pool2"),
+        ("A", False, (), {"fuse_pool": False}, "conv1_1+relu pool1 conv2_1+relu pool2"),
+        ("A", False, ("conv1_1",), {}, "conv1_1 relu1_1 pool1+relu conv2_1+pool"),
+        ("A", False, ("conv1_1",), {"ceil": True}, "conv1_1 relu1_1 pool1+relu conv2_1+relu pool2"),
+        ("A", False, ("conv1_1",), {"fuse_pool": False}, "conv1_1 relu1_1 pool1 conv2_1+relu"),
+        ("A-LRN", False, (), {}, "conv1_1+relu lrn1_1 pool1 conv2_1+pool"),
+        ("C", True, (), {}, "conv1_1 bn1_1 relu1_1 conv1_2 bn1_2 relu1_2 pool1+relu conv2_1"),
+    ],
+)
+def test_fuse_epilogues(net, batch_norm, targets, settings, expected):
+    """Expected are the first layers of the plan that are not computed by another."""
+    layers = layer_table(CONFIGS[net], 7, batch_norm, 64)
+    plan = fuse_epilogues(layers, targets, **({"fuse_pool": True, "ceil": False} | settings))
+    assert tuple(layer for layer, _ in plan) == layers
+    computed = [
+        f"{layer.name}+{kind}" if kind else layer.name for layer, kind in plan if kind is not None
+    ]
+    assert computed[: len(expected.split())] == expected.split()
+    assert computed[-7:] == ["fc6", "relu6", "drop6", "fc7", "relu7", "drop7", "fc8"]
+
+
+def test_model_errors(tiny_net):
+    model, variables = tiny_net
     with pytest.raises(InputError, match=r"'relu9_9'.*conv1_1.*pool5.*fc8"):
         model.apply(variables, images(1, 64, 64), method="features", layers=("relu9_9",))
     with pytest.raises(InputError, match=r"63x80.*at least 64x64"):
@@ -135,8 +158,8 @@ def test_errors_name_the_layers_and_the_smallest_size(net):
         model.apply(variables, images(64, 64), method="score_map")
 
 
-def test_dropout_needs_a_rng_in_training_only(net):
-    model, variables = net
+def test_dropout_in_training_only(tiny_net):
+    model, variables = tiny_net
     x = images(4, 64, 64)
     np.testing.assert_array_equal(model.apply(variables, x), model.apply(variables, x))
     with pytest.raises(flax.errors.InvalidRngError):
@@ -147,7 +170,7 @@ def test_dropout_needs_a_rng_in_training_only(net):
     assert (a != b).any()
 
 
-def test_batch_norm_lies_beside_its_convolution():
+def test_batch_norm_variables():
     model = VGG(TINY, num_classes=7, batch_norm=True, image_size=32)
     variables = init(model)
     assert variables["params"]["bn3_2"].keys() == {"scale", "bias"}
@@ -170,7 +193,7 @@ def test_batch_norm_lies_beside_its_convolution():
         ("he", 0.01, (2 / (9 * 128)) ** 0.5, 0.01),
     ],
 )
-def test_initial_deviations(initializer, std, conv, fc):
+def test_initializer_deviation(initializer, std, conv, fc):
     config = dataclasses.replace(CONFIGS["A"], fc=(512, 512))
     model = VGG(config, 10, image_size=64, initializer=initializer, initializer_std=std)
     image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
@@ -191,29 +214,28 @@ def test_bfloat16_keeps_float32_parameters():
     assert model.apply(variables, images(1, 32, 32)).dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("net", ["B", "C", "D", "E"])
-def test_a_fits_the_deeper_nets_by_name_in_exactly_seven_layers(net):
+@pytest.mark.parametrize("name", ["B", "C", "D", "E"])
+def test_copy_matching_layers_from_a(name):
     x = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     source, params = (
-        jax.eval_shape(VGG(CONFIGS[name]).init, jax.random.key(0), x)["params"]
-        for name in ("A", net)
+        jax.eval_shape(VGG(CONFIGS[net]).init, jax.random.key(0), x)["params"]
+        for net in ("A", name)
     )
     merged, copied = copy_matching_layers(source, params)
-    assert set(copied) == {"conv1_1", "conv2_1", "conv3_1", "conv3_2", "fc6", "fc7", "fc8"}
-    assert all(
-        merged[name] is (source[name] if name in copied else params[name]) for name in params
-    )
+    assert sorted(copied) == sorted(PAPER_LAYERS)
     assert merged.keys() == params.keys()
+    for layer in params:
+        assert merged[layer] is (source if layer in copied else params)[layer]
 
 
-def test_a_head_of_another_size_is_not_copied():
+def test_copy_matching_layers_skips_other_shape():
     source, params = ({"fc8": {"kernel": np.zeros((4, k)), "bias": np.zeros(k)}} for k in (10, 5))
     merged, copied = copy_matching_layers(source, params)
     assert copied == ()
     assert merged == params
 
 
-def test_names_that_people_know():
+def test_published_names():
     names = {
         "vgg11": "A",
         "vgg11_lrn": "A-LRN",

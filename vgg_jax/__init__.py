@@ -1,6 +1,14 @@
-"""VGG (Simonyan & Zisserman, arXiv 1409.1556) in JAX/Flax."""
+"""VGG (Simonyan & Zisserman, arXiv 1409.1556) in JAX/Flax.
+
+    model, variables, metadata = vgg_jax.load("vgg16.safetensors")
+    logits = model.apply(variables, images)
+
+`VGG` is the module, and `vgg11` … `vgg19` are its published configurations. Training, evaluation
+and export are in the subpackages and in the command `vgg-jax`.
+"""
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from vgg_jax.configs.colours import IMAGENET, ColourStatistics
@@ -27,9 +35,9 @@ __all__ = [
     "CONFIGS",
     "IMAGENET",
     "VGG",
+    "ColourStatistics",
     "Conv",
     "InputError",
-    "ColourStatistics",
     "TrainConfig",
     "VGGConfig",
     "compile_inference",
@@ -45,8 +53,8 @@ __all__ = [
     "vgg19",
 ]
 
-# What needs jax is imported when it is asked for: `vgg-jax --help` answers in a tenth of a second.
-_LATER = {
+# Names that need jax are imported on first use, so that `vgg-jax --help` answers at once.
+_LAZY = {
     "compile_inference": "vgg_jax.inference",
     "compiler_options": "vgg_jax.runtime.compiler",
     **dict.fromkeys(
@@ -57,9 +65,9 @@ _LATER = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
+    if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = getattr(importlib.import_module(_LATER[name]), name)
+    globals()[name] = getattr(importlib.import_module(_LAZY[name]), name)
     return globals()[name]
 
 
@@ -67,10 +75,24 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def load(path, net=None):
-    """A network: `(model, variables, metadata)`, of a run's folder or of a file of weights, ours or another library's.
+def load(
+    path: str | os.PathLike, net: str | None = None
+) -> tuple["VGG", dict[str, Any], dict[str, Any]]:
+    """Load a trained net from a run's folder or from a weight file.
 
-    See `vgg_jax.runs.checkpoint.load_best` and `vgg_jax.weights.load_file`. `net` says which net a file holds where its shapes do not: "A-LRN".
+    Weight files may come from this package or from another library
+    (`vgg_jax.weights.load_file`). A run gives its best checkpoint
+    (`vgg_jax.runs.checkpoint.load_best`).
+
+    Args:
+        path: Folder of a run, or a weight file.
+        net: Name of the net in a weight file whose shapes do not determine it, such as "A-LRN".
+
+    Returns:
+        The model, its variables, and metadata such as `classes` and `preprocessing`.
+
+    Raises:
+        InputError: If there is no such run or file, or the file does not hold a VGG.
     """
     from vgg_jax.weights import load
 

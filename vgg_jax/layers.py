@@ -1,4 +1,9 @@
-"""The layers of the nets: convolution, batch normalisation, LRN, dropout, FC layers over maps. Shapes are (N, H, W, C)."""
+"""Layers of the nets: convolution, batch normalisation, LRN, dropout and fully connected layers.
+
+Activations have the shape (N, H, W, C). Fully connected layers apply to maps, as in §3.2.
+"""
+
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -6,16 +11,28 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jax import Array, lax
 
-from vgg_jax.ops.convolution import DIMENSION_NUMBERS, convolution, default_conv, pointwise_conv
-from vgg_jax.ops.epilogue import Then
+from vgg_jax.ops.convolution import convolution, default_conv, pointwise_conv
+from vgg_jax.ops.epilogue import NO_EPILOGUE, Epilogue, materialize_on_cpu
+from vgg_jax.ops.xla import DIMENSION_NUMBERS
 
 
 def local_response_norm(
     x: Array, k: float = 2.0, n: int = 5, alpha: float = 1e-4, beta: float = 0.75
 ) -> Array:
-    """(…, C) -> (…, C): x / (k + alpha · Σ x²)^beta, the sum over the n channels around each (Krizhevsky et al. 2012, §3.3).
+    """Local response normalisation (Krizhevsky et al. 2012, §3.3).
 
-    alpha multiplies the sum itself. Caffe and PyTorch divide it by n: their equal has alpha=5e-4.
+    Computes x / (k + alpha · Σ x²)^beta, where the sum is over the n neighbouring channels. Caffe
+    and PyTorch divide alpha by n: their alpha=5e-4 equals 1e-4 here.
+
+    Args:
+        x: Input (…, C).
+        k: Constant of the denominator.
+        n: Number of channels in the sum, centred on the channel.
+        alpha: Factor of the sum.
+        beta: Exponent of the denominator.
+
+    Returns:
+        Output (…, C).
     """
     channels = x.shape[-1]
     squares = jnp.pad(x * x, [(0, 0)] * (x.ndim - 1) + [(n // 2, n // 2)])
@@ -24,74 +41,93 @@ def local_response_norm(
 
 
 class Conv(nn.Module):
-    """`convolution`: (N, H, W, C) -> (N, H, W, width), or of half the sides if `then` it pools."""
+    """Convolution with stride 1 and zero padding that keeps the size, and its epilogue.
+
+    Attributes:
+        features: Output channels K.
+        kernel_size: Side k of the kernel, odd.
+        kernel_init: Initialiser of the kernel (k, k, C, K); the bias (K,) starts at 0.
+        dtype: Type of the computation.
+        param_dtype: Type of the parameters.
+    """
 
     features: int
     kernel_size: int
     kernel_init: nn.initializers.Initializer
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(
-        self, x: Array, filters: Array | None = None, there: Array | None = None, then: Then = ""
+        self, x: Array, epilogue: Epilogue = NO_EPILOGUE, filters: Array | None = None
     ) -> Array:
-        kernel = self.param(
-            "kernel",
-            self.kernel_init,
-            (self.kernel_size, self.kernel_size, x.shape[-1], self.features),
-            self.param_dtype,
-        )
+        """Convolve.
+
+        Args:
+            x: Input (N, H, W, C).
+            epilogue: What follows the bias: ReLU, mask or pooling.
+            filters: The kernel's Winograd filters, if computed in advance.
+
+        Returns:
+            (N, H, W, K), or (N, H // 2, W // 2, K) if the epilogue pools.
+        """
+        size = self.kernel_size
+        shape = (size, size, x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-        # Outside of jit, as init often is, XLA's own convolution compiles in a tenth of the time.
-        function = default_conv if self.is_initializing() else convolution
-        return function(x, kernel, bias, filters, there, then=then)
+        if self.is_initializing():
+            # `init` often runs outside of jit, where XLA's own convolution compiles much faster
+            # (docs/performance.md#compile-time-of-init).
+            return default_conv(x, kernel, bias, epilogue)
+        return convolution(x, kernel, bias, epilogue, filters)
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation over (N, H, W), with PyTorch's running statistics and a mask of the real examples.
+    """Batch normalisation over (N, H, W), with a mask of the real examples.
 
-    linen's own keeps the biased variance; PyTorch's running variance is the unbiased one. An example that a mask leaves out
-    changes neither the statistics nor, thereby, the others. Inside a `shard_map` the statistics are those over its axis `axis_name`.
+    Running statistics are PyTorch's: the running variance is unbiased, while linen's is biased.
+    Masked examples do not change the statistics.
+
+    Attributes:
+        momentum: Weight of the old running statistics. PyTorch's momentum is 1 minus this.
+        epsilon: Added to the variance.
+        dtype: Type of the output.
+        param_dtype: Type of the parameters and the running statistics.
+        axis_name: Axis of the surrounding `shard_map` over which the batch is split, if any.
     """
 
-    momentum: float = 0.9  # the weight of the past: PyTorch's 0.1, said the other way round
+    momentum: float = 0.9
     epsilon: float = 1e-5
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
     axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False, mask: Array | None = None) -> Array:
+        """Normalise.
+
+        Args:
+            x: Input (N, H, W, C).
+            train: Use the batch's statistics and update the running ones.
+            mask: bool (N,), True for real examples; None if all are.
+
+        Returns:
+            Output (N, H, W, C).
+        """
         channels = x.shape[-1:]
         scale = self.param("scale", nn.initializers.ones, channels, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, channels, self.param_dtype)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, self.param_dtype)
         running_var = self.variable("batch_stats", "var", jnp.ones, channels, self.param_dtype)
         if train and not self.is_initializing():
-            wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-            mask = jnp.ones(x.shape[0], bool) if mask is None else mask
-            where = mask[:, None, None, None]
-
-            def total(part: Array) -> Array:
-                return part if self.axis_name is None else lax.psum(part, self.axis_name)
-
-            count = total(mask.sum().astype(wide.dtype)) * (
-                x.shape[1] * x.shape[2]
-            )  # of 43,000 photos no int32
-            mean = total(jnp.where(where, wide, 0).sum((0, 1, 2))) / jnp.maximum(count, 1)
-            var = total(
-                jnp.where(where, (wide - mean[None, None, None]) ** 2, 0).sum((0, 1, 2))
-            ) / jnp.maximum(count, 1)
+            mean, var, count = _masked_mean_and_var(x, mask, self.axis_name)
             keep = jnp.where(count > 0, self.momentum, 1.0)  # a micro-batch may be all padding
-            running_mean.value = (keep * running_mean.value + (1 - keep) * mean).astype(
-                self.param_dtype
-            )
+            new_mean = keep * running_mean.value + (1 - keep) * mean
+            running_mean.value = new_mean.astype(self.param_dtype)
             unbiased = var * count / jnp.maximum(count - 1, 1)
-            running_var.value = (keep * running_var.value + (1 - keep) * unbiased).astype(
-                self.param_dtype
-            )
+            new_var = keep * running_var.value + (1 - keep) * unbiased
+            running_var.value = new_var.astype(self.param_dtype)
         else:
             mean, var = running_mean.value, running_var.value
         factor = scale * lax.rsqrt(var + self.epsilon)
@@ -99,12 +135,35 @@ class BatchNorm(nn.Module):
         return x * factor[None, None, None] + offset[None, None, None]
 
 
-class Dropout(nn.Module):
-    """Of each row of (N, …) a random share `rate` set to zero and the rest divided by 1 - rate; nothing unless `train`.
+def _masked_mean_and_var(
+    x: Array, mask: Array | None, axis_name: str | None
+) -> tuple[Array, Array, Array]:
+    """Mean (C,), biased variance (C,) and number of positions of the examples in the mask."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mask = jnp.ones(x.shape[0], bool) if mask is None else mask
+    where = mask[:, None, None, None]
 
-    What is drawn for a row depends on the "dropout" rng and on the row's number alone: with `axis_name`, an axis of a `shard_map`, on its
-    number in what lies along that axis. So a batch draws the same on any number of devices (2-core x86, 128 rows of 4096, ms: 7; as one
-    draw for all rows 7, by the generator "rbg" 18).
+    def total(values: Array) -> Array:
+        return values if axis_name is None else lax.psum(values, axis_name)
+
+    # As a float: the positions of 43,000 photos overflow int32.
+    count = total(mask.sum().astype(x.dtype)) * (x.shape[1] * x.shape[2])
+    mean = total(jnp.where(where, x, 0).sum((0, 1, 2))) / jnp.maximum(count, 1)
+    squares = (x - mean[None, None, None]) ** 2
+    var = total(jnp.where(where, squares, 0).sum((0, 1, 2))) / jnp.maximum(count, 1)
+    return mean, var, count
+
+
+class Dropout(nn.Module):
+    """Dropout with one random draw per example.
+
+    The draw of a row depends on the "dropout" rng and the row's index in the whole batch only. So a
+    batch gets the same dropout on any number of devices, at the cost of one draw
+    (docs/performance.md#dropout).
+
+    Attributes:
+        rate: Probability to set a value to zero; the others are divided by 1 - rate.
+        axis_name: Axis of the surrounding `shard_map` over which the batch is split, if any.
     """
 
     rate: float
@@ -112,60 +171,83 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
+        """Drop values in training, else return the input.
+
+        Args:
+            x: Input (N, …).
+            train: Drop values; needs a "dropout" rng.
+
+        Returns:
+            Output (N, …).
+        """
         if not train or self.rate == 0:
             return x
         key = self.make_rng("dropout")
-        first = 0 if self.axis_name is None else lax.axis_index(self.axis_name) * len(x)
+        first_row = 0 if self.axis_name is None else lax.axis_index(self.axis_name) * len(x)
 
         def keep(row: Array) -> Array:
             return jax.random.bernoulli(jax.random.fold_in(key, row), 1 - self.rate, x.shape[1:])
 
-        return jnp.where(jax.vmap(keep)(first + jnp.arange(len(x))), x / (1 - self.rate), 0)
+        return jnp.where(jax.vmap(keep)(first_row + jnp.arange(len(x))), x / (1 - self.rate), 0)
 
 
 class FullyConnected(nn.Module):
-    """A fully connected layer at every position of a map (§3.2): (N, h, w, C) -> (N, h - side + 1, w - side + 1, width).
+    """Fully connected layer, applied to every window of a map (§3.2).
 
-    The kernel is (side · side · C, width), its rows in the order y, x, channel. On a map of its own size it is a plain matrix product.
-    `turned` is the kernel transposed, for inference: a CPU then reads it faster where there are few images (fc6, 2-core x86, ms: of one
-    image 21 -> 16, of 8 46 -> 22, of 32 104 -> 37; in bfloat16 of one 31 -> 15, of 8 24 -> 13).
+    The kernel is (k · k · C, K), with rows in the order y, x, channel. On a map of k x k positions
+    it is a matrix product, else a convolution without padding.
+
+    Attributes:
+        features: Outputs K.
+        kernel_size: Side k of the window.
+        kernel_init: Initialiser of the kernel; the bias (K,) starts at 0.
+        dtype: Type of the computation.
+        param_dtype: Type of the parameters.
     """
 
     features: int
     kernel_size: int
     kernel_init: nn.initializers.Initializer
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, turned: Array | None = None) -> Array:
+    def __call__(self, x: Array, kernel_t: Array | None = None) -> Array:
+        """Apply the layer.
+
+        Args:
+            x: Input (N, h, w, C).
+            kernel_t: The transposed kernel (K, k · k · C), for inference. A CPU reads it faster
+                for a few images (docs/performance.md#transposed-fc-kernels).
+
+        Returns:
+            Output (N, h - k + 1, w - k + 1, K).
+        """
         n, h, w, c = x.shape
-        kernel = self.param(
-            "kernel",
-            self.kernel_init,
-            (self.kernel_size * self.kernel_size * c, self.features),
-            self.param_dtype,
-        )
+        size = self.kernel_size
+        shape = (size * size * c, self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-        # On a CPU jax 0.12.0.1 puts a pooling and the products behind it in one library call, which makes NaN of three in bfloat16.
-        x = lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
-        if h == w == self.kernel_size or self.kernel_size == 1:
-            x = x.reshape(n, h // self.kernel_size, w // self.kernel_size, len(kernel))
-            y = (
-                pointwise_conv(x, kernel)
-                if turned is None
-                else _by_turned(x, turned.astype(x.dtype))
-            )
+        # On a CPU, jax 0.12.0.1 puts a pooling and the products after it into one library call.
+        # Three such products in bfloat16 give NaN. The barrier prevents the call.
+        x = materialize_on_cpu(x)
+        if h == w == size or size == 1:
+            x = x.reshape(n, h // size, w // size, len(kernel))
+            if kernel_t is None:
+                y = pointwise_conv(x, kernel)
+            else:
+                y = _multiply_transposed(x, kernel_t.astype(x.dtype))
         else:
-            window = kernel.reshape(self.kernel_size, self.kernel_size, c, self.features)
+            window = kernel.reshape(size, size, c, self.features)
             y = lax.conv_general_dilated(
                 x, window, (1, 1), "VALID", dimension_numbers=DIMENSION_NUMBERS
             )
         return y + bias[None, None, None]
 
 
-def _by_turned(x: Array, turned: Array) -> Array:
-    """(…, C), (K, C) -> (…, K). Without the barriers XLA would turn it back."""
-    y = lax.optimization_barrier(turned @ lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T))
-    return y.T.reshape(*x.shape[:-1], len(turned))
+def _multiply_transposed(x: Array, kernel_t: Array) -> Array:
+    """(…, C), (K, C) -> (…, K). The barriers keep XLA from transposing the kernel back."""
+    columns = lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
+    y = lax.optimization_barrier(kernel_t @ columns)
+    return y.T.reshape(*x.shape[:-1], len(kernel_t))

@@ -1,7 +1,7 @@
-"""VGG as a Flax linen module: Table 1 of the paper, read layer by layer, and its initialisation (§3.1)."""
+"""VGG as a Flax linen module: Table 1 of the paper and its initialisation (§3.1)."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -13,19 +13,24 @@ from vgg_jax.configs.models import CONFIGS, Layer, VGGConfig, layer_table
 from vgg_jax.configs.train import TrainConfig
 from vgg_jax.errors import InputError
 from vgg_jax.layers import BatchNorm, Conv, Dropout, FullyConnected, local_response_norm
-from vgg_jax.ops.epilogue import THEN
+from vgg_jax.ops.epilogue import EPILOGUE_KINDS, Epilogue, EpilogueKind
 from vgg_jax.ops.pooling import avg_pool, max_pool, pool_mask, relu
 
-# Of the kernels, (convolutions', fully connected layers'); biases start at 0.
-INITIALIZERS: dict[
-    str, Callable[[float], tuple[nn.initializers.Initializer, nn.initializers.Initializer]]
-] = {
-    # §3.1: a normal of "variance 10⁻²". That explodes even in A (deviation 0.1 multiplies the signal by 6e5), while deviation 0.01 trains
-    # in A and vanishes in the deeper nets: the paper's story. So 10⁻² is read as the deviation, as Krizhevsky's is.
+Initializers = tuple[nn.initializers.Initializer, nn.initializers.Initializer]
+# A layer with the epilogue fused into it; None if another layer already computes it.
+PlannedLayer = tuple[Layer, EpilogueKind | None]
+
+# From a standard deviation to the initialisers of the convolutions' and the fully connected layers'
+# kernels. Biases start at 0.
+INITIALIZERS: dict[str, Callable[[float], Initializers]] = {
+    # §3.1: a normal of "variance 10⁻²". We read 10⁻² as the deviation, as in Krizhevsky's paper. A
+    # deviation of 0.1 explodes even in A: it multiplies the signal by 6e5. A deviation of 0.01
+    # trains in A, and the signal vanishes in the deeper nets, as the paper reports.
     "paper": lambda std: (nn.initializers.normal(std), nn.initializers.normal(std)),
     # The paper's note after submission: with this no net needs pre-training.
     "glorot": lambda std: (nn.initializers.glorot_uniform(), nn.initializers.glorot_uniform()),
-    # torchvision's: for inputs of unit variance. On 0-255 pixels it diverges at the paper's learning rate without batch normalisation.
+    # torchvision's, for inputs of unit variance. On 0-255 pixels it diverges at the paper's
+    # learning rate without batch normalisation.
     "he": lambda std: (
         nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
         nn.initializers.normal(0.01),
@@ -38,9 +43,25 @@ POOLS = ("max", "avg")
 class VGG(nn.Module):
     """The networks of Simonyan & Zisserman (arXiv 1409.1556), Table 1.
 
-    Images are float RGB on the 0-255 scale with the mean RGB value subtracted, (N, H, W, 3).
-    Parameters: `params/conv1_1/{kernel,bias}` … `params/fc8/{kernel,bias}`; with batch_norm also `params/bn1_1/{scale,bias}` and
-    `batch_stats/bn1_1/{mean,var}`. One parameter set serves `__call__`, `score_map` and `features`.
+    Images are float RGB (N, H, W, 3) on the 0-255 scale, minus the mean RGB value. Parameters are
+    `params/conv1_1/{kernel,bias}` … `params/fc8/{kernel,bias}`. Batch normalisation adds
+    `params/bn1_1/{scale,bias}` and `batch_stats/bn1_1/{mean,var}`. One parameter set serves
+    `__call__`, `score_map` and `features`.
+
+    Attributes:
+        config: Column of Table 1.
+        num_classes: Outputs K of fc8.
+        batch_norm: Add batch normalisation after each convolution.
+        dropout_rate: Dropout after fc6 and fc7 (§3.1).
+        dtype: Type of the computation.
+        param_dtype: Type of the parameters.
+        image_size: Side of the images that `__call__` takes; sets the window of fc6.
+        initializer: Key of `INITIALIZERS`.
+        initializer_std: Standard deviation of the initializer "paper".
+        frozen: Layers that training does not change.
+        pool: "max", or "avg" for smoother gradients of textures (Gatys et al., arXiv 1508.06576).
+        axis_name: Axis of the surrounding `shard_map` over which the batch is split, if any.
+            Training then acts on the whole batch.
     """
 
     config: VGGConfig = CONFIGS["D"]
@@ -52,181 +73,266 @@ class VGG(nn.Module):
     image_size: int = 224
     initializer: str = "glorot"
     initializer_std: float = 0.01
-    frozen: tuple[str, ...] = ()  # layers that training leaves as they are
-    pool: str = "max"  # or "avg", smoother gradients for textures (Gatys et al., arXiv 1508.06576)
-    axis_name: str | None = (
-        None  # of the shard_map around it that spreads the examples: training is then that of the whole batch
-    )
+    frozen: tuple[str, ...] = ()
+    pool: str = "max"
+    axis_name: str | None = None
 
     def __call__(self, images: Array, train: bool = False, mask: Array | None = None) -> Array:
-        """Logits (N, K) of images (N, image_size, image_size, 3).
+        """Compute logits of images of the net's own size.
 
-        With `train` dropout is on (needs a "dropout" rng) and batch normalisation uses the batch's statistics, those of the
-        examples where `mask` (N,) is true (needs `mutable=["batch_stats"]`). Raises InputError for images of another size.
+        Args:
+            images: (N, image_size, image_size, 3).
+            train: Turn dropout on (needs a "dropout" rng), and normalise by the batch's statistics
+                (needs `mutable=["batch_stats"]`).
+            mask: bool (N,), True for the examples that count in the batch's statistics.
+
+        Returns:
+            Logits (N, K).
+
+        Raises:
+            InputError: If the images have another size or shape.
         """
         size = self.image_size
         _check_shape(images)
         if images.shape[1:3] != (size, size):
             raise InputError(
-                f"the images are {images.shape[1]}x{images.shape[2]}: this net gives logits of {size}x{size} images; "
+                f"the images are {images.shape[1]}x{images.shape[2]}: expected {size}x{size}; "
                 f'rescale and crop them, or use method="score_map" for larger ones'
             )
         return self._forward(images, ("fc8",), train, mask)["fc8"][:, 0, 0]
 
     def score_map(self, images: Array, ceil: bool = False) -> Array:
-        """The dense class-score map (N, h, w, K) of images of at least image_size (§3.2): the logits of every window, stride 32.
+        """Compute the dense class-score map (§3.2): the logits of every window, with stride 32.
 
-        `score_map_size` are its sides; with `ceil` poolings round up, as Caffe's. Raises InputError for images smaller than image_size.
+        Args:
+            images: (N, H, W, 3), at least image_size on each side.
+            ceil: Round up the sizes of poolings, as Caffe does.
+
+        Returns:
+            Scores (N, h, w, K), where `score_map_size` gives h and w.
+
+        Raises:
+            InputError: If the images are smaller than image_size.
         """
         return self._forward(images, ("fc8",), ceil=ceil)["fc8"]
 
     @nn.nowrap
     def score_map_size(self, h: int, w: int, ceil: bool = False) -> tuple[int, int]:
-        """The sides of the score map of an image: h // 32 - image_size // 32 + 1 positions; with `ceil` h / 32 is rounded up."""
+        """Compute the size of the score map.
+
+        Args:
+            h: Height of the image.
+            w: Width of the image.
+            ceil: As in `score_map`.
+
+        Returns:
+            Height and width of the score map: h // 32 - image_size // 32 + 1, and likewise for w.
+            With `ceil`, h / 32 is rounded up.
+        """
         stride = 2 ** len(self.config.stages)
         h, w = (-(-side // stride) if ceil else side // stride for side in (h, w))
         return h - self.image_size // stride + 1, w - self.image_size // stride + 1
 
-    def trunk(self, images: Array, there: Array, ceil: bool = False) -> Array:
-        """(N, h, w, C), what the last pooling reads, of arrays that hold several images each, and zeros.
+    def trunk(self, images: Array, valid_mask: Array, ceil: bool = False) -> Array:
+        """Compute the input of the last pooling for canvases that pack several images.
 
-        `there`, bool (N, H, W), says which pixels are an image's. Between two images there must be room, see `vgg_jax.evaluation.packing`: then
-        each image's part of the map is what the image alone would give, with zeros around it.
+        Each image gets the activations it would get alone, surrounded by zeros. This needs enough
+        room between two images, see `vgg_jax.evaluation.packing`.
+
+        Args:
+            images: Canvases (N, H, W, 3).
+            valid_mask: bool (N, H, W), True where a pixel belongs to an image.
+            ceil: Round up the sizes of poolings, as Caffe does.
+
+        Returns:
+            Activations (N, h, w, C).
         """
         layer = self._trunk_end()
-        return self._forward(images, (layer,), there=there[..., None], ceil=ceil)[layer]
+        return self._forward(images, (layer,), valid_mask=valid_mask[..., None], ceil=ceil)[layer]
 
-    def head(self, maps: Array) -> Array:
-        """(N, K), of parts (N, h, w, C) of `trunk` as large as those of an image of image_size."""
-        return self._forward(maps, ("fc8",), start_after=self._trunk_end())["fc8"][:, 0, 0]
+    def head(self, activations: Array) -> Array:
+        """Compute logits from the output of `trunk`.
+
+        Args:
+            activations: Crops (N, h, w, C) of `trunk` activations, each as large as those of one
+                image of image_size.
+
+        Returns:
+            Logits (N, K).
+        """
+        return self._forward(activations, ("fc8",), start_after=self._trunk_end())["fc8"][:, 0, 0]
+
+    def features(self, images: Array, layers: Iterable[str]) -> dict[str, Array]:
+        """Compute activations by name. Nothing after the deepest layer is computed.
+
+        "conv3_3" and "fc7" are the values before the ReLU, "relu3_3" and "relu7" those after it.
+
+        Args:
+            images: (N, H, W, 3), large enough for the deepest layer.
+            layers: Names of layers.
+
+        Returns:
+            The activations (N, h, w, C) by name.
+
+        Raises:
+            InputError: If a layer is unknown (the message lists all layers), or an image is too
+                small (the message gives the smallest size).
+        """
+        return self._forward(images, tuple(layers))
+
+    @nn.nowrap
+    def _layers(self) -> tuple[Layer, ...]:
+        return layer_table(self.config, self.num_classes, self.batch_norm, self.image_size)
 
     @nn.nowrap
     def _trunk_end(self) -> str:
         """The name of the layer that the last pooling reads."""
-        names = [
-            layer.name
-            for layer in layer_table(
-                self.config, self.num_classes, self.batch_norm, self.image_size
-            )
-        ]
+        names = [layer.name for layer in self._layers()]
         return names[names.index(f"pool{len(self.config.stages)}") - 1]
-
-    def features(self, images: Array, layers: Iterable[str]) -> dict[str, Array]:
-        """The named activations, each a map (N, h, w, C), of images of any size that reaches the deepest one, where the net stops.
-
-        "conv3_3" and "fc7" are taken before their ReLU, "relu3_3" and "relu7" behind it. Raises InputError for an unknown layer
-        (the message lists the layers there are) or an image too small (it names the smallest size).
-        """
-        return self._forward(images, tuple(layers))
 
     @nn.compact
     def _forward(
         self,
         x: Array,
-        wanted: tuple[str, ...],
+        targets: tuple[str, ...],
         train: bool = False,
         mask: Array | None = None,
-        there: Array | None = None,
+        valid_mask: Array | None = None,
         ceil: bool = False,
         start_after: str | None = None,
     ) -> dict[str, Array]:
-        table = layer_table(self.config, self.num_classes, self.batch_norm, self.image_size)
-        names = [layer.name for layer in table]
-        table = table[
-            names.index(start_after) + 1 if start_after else 0 : _deepest(wanted, names) + 1
-        ]
+        """Run the layers up to the deepest target, and return the targets by name.
+
+        `mask` (N,) marks real examples, `valid_mask` (N, H, W, 1) the pixels of images. If
+        `start_after` is set, x is the output of that layer instead of images.
+        """
+        layers = select_layers(self._layers(), targets, start_after)
         if start_after is None:
             _check_shape(x)
-        _check_min_size(x, table)
-        for name, allowed in (("initializer", INITIALIZERS), ("pool", POOLS)):
-            if getattr(self, name) not in allowed:
-                raise InputError(
-                    f"{name} is {getattr(self, name)!r}: expected one of {', '.join(allowed)}"
-                )
-        if ceil and self.pool == "avg":
-            raise InputError(
-                "ceil is set and pool is 'avg': expected pool 'max', which alone Caffe's rounding is defined for here"
-            )
-        conv_init, fc_init = INITIALIZERS[self.initializer](self.initializer_std)
+        _check_min_size(x, layers)
+        _check_settings(self.initializer, self.pool, ceil)
+        plan = fuse_epilogues(
+            layers, targets, fuse_pool=self.pool == "max" and valid_mask is None, ceil=ceil
+        )
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        found = {}
+        conv_init, fc_init = INITIALIZERS[self.initializer](self.initializer_std)
 
-        def clear(x: Array) -> Array:
-            """Zeros around each image, as a convolution of the image alone would find there."""
-            return x if there is None else jnp.where(there, x, 0)
-
-        x, linear = clear(x), None  # what the ReLU just before has read
-        along = 0
-        for place, (name, kind, width, kernel) in enumerate(table):
-            if along:  # done with its convolution
-                along -= 1
-            elif kind == "conv":
-                along = _done_along(
-                    table[place : place + 3],
-                    wanted,
-                    pools=self.pool == "max" and there is None and not ceil,
-                )
-                layer = Conv(width, kernel, kernel_init=conv_init, name=name, **types)
-                x = layer(
-                    x, self.get_variable("packed", name), there if along else None, THEN[along]
-                )
-            elif kind == "bn":
-                x = BatchNorm(axis_name=self.axis_name, name=name, **types)(
-                    x, train and name not in self.frozen, mask
-                )
-            elif kind == "relu":
-                linear, x = x, clear(relu(x))
-            elif kind == "lrn":
+        x = _apply_mask(x, valid_mask)
+        relu_input = x
+        outputs = {}
+        for (name, layer_type, features, kernel_size), epilogue_kind in plan:
+            if epilogue_kind is None:
+                pass  # the convolution before it has computed it
+            elif layer_type == "conv":
+                epilogue = Epilogue(epilogue_kind, valid_mask if epilogue_kind else None)
+                conv = Conv(features, kernel_size, conv_init, name=name, **types)
+                x = conv(x, epilogue, self.get_variable("packed", name))
+            elif layer_type == "bn":
+                batch_norm = BatchNorm(axis_name=self.axis_name, name=name, **types)
+                x = batch_norm(x, train and name not in self.frozen, mask)
+            elif layer_type == "relu":
+                relu_input, x = x, _apply_mask(relu(x), valid_mask)
+            elif layer_type == "lrn":
                 x = local_response_norm(x)
-            elif kind == "pool":
-                if self.pool == "avg":
-                    x = avg_pool(x)
-                elif linear is not None and there is None:
-                    x = max_pool(
-                        linear, ceil, fuse_relu=True
-                    )  # ReLU and pooling in one: a gradient then keeps neither map
-                else:
-                    x = max_pool(x, ceil)
-                there = None if there is None else pool_mask(there, ceil)
-                x = clear(x)  # of an odd side the last row was pooled with a zero
-            elif kind == "fc":
-                x = FullyConnected(width, kernel, kernel_init=fc_init, name=name, **types)(
-                    x, self.get_variable("packed", name)
-                )
-            elif kind == "drop":
+            elif layer_type == "pool":
+                fuse_relu = epilogue_kind == "relu"
+                x = self._pool(relu_input if fuse_relu else x, ceil, fuse_relu)
+                valid_mask = None if valid_mask is None else pool_mask(valid_mask, ceil)
+                x = _apply_mask(x, valid_mask)  # an odd size's last row was pooled with a zero
+            elif layer_type == "fc":
+                fc = FullyConnected(features, kernel_size, fc_init, name=name, **types)
+                x = fc(x, self.get_variable("packed", name))
+            elif layer_type == "drop":
                 x = Dropout(self.dropout_rate, self.axis_name, name=name)(x, train)
-            if name in wanted:
-                found[name] = x
-            if kind != "relu":
-                linear = None
-        return found
+            if name in targets:
+                outputs[name] = x
+        return outputs
+
+    @nn.nowrap
+    def _pool(self, x: Array, ceil: bool, fuse_relu: bool) -> Array:
+        return avg_pool(x) if self.pool == "avg" else max_pool(x, ceil, fuse_relu)
 
 
-def transpose_kernels(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The variables with which the convolutions give for transposed images, (N, W, H, 3), the transposed maps."""
-    turned = {
-        name: {**layer, "kernel": layer["kernel"].swapaxes(0, 1)}
-        for name, layer in variables["params"].items()
-        if name.startswith("conv")
-    }
-    return {**variables, "params": {**variables["params"], **turned}}
+def select_layers(
+    layers: Sequence[Layer], targets: Sequence[str], start_after: str | None = None
+) -> tuple[Layer, ...]:
+    """Select the layers that lead to the targets.
 
+    Args:
+        layers: All layers of a net.
+        targets: Names of the layers whose output is requested.
+        start_after: Name of the layer whose output is the input; None for the whole net.
 
-def _deepest(wanted: tuple[str, ...], names: list[str]) -> int:
-    unknown = [name for name in wanted if name not in names]
-    if unknown or not wanted:
+    Returns:
+        The layers after `start_after` up to the deepest target.
+
+    Raises:
+        InputError: If a target is unknown, or there is none.
+    """
+    names = [layer.name for layer in layers]
+    unknown = [name for name in targets if name not in names]
+    if unknown or not targets:
         raise InputError(
             f"no layer {', '.join(map(repr, unknown)) or 'given'}: this net has {', '.join(names)}"
         )
-    return max(names.index(name) for name in wanted)
+    start = 0 if start_after is None else names.index(start_after) + 1
+    return tuple(layers[start : max(names.index(name) for name in targets) + 1])
 
 
-def _done_along(table: tuple[Layer, ...], wanted: tuple[str, ...], pools: bool) -> int:
-    """How many of the layers behind the first, a convolution, are done with it: a ReLU, or a ReLU and a pooling, if nobody wants less."""
-    kinds, names = [layer.type for layer in table], [layer.name for layer in table]
-    if kinds[1:2] != ["relu"] or names[0] in wanted:
+def fuse_epilogues(
+    layers: Sequence[Layer], targets: Sequence[str], *, fuse_pool: bool, ceil: bool
+) -> tuple[PlannedLayer, ...]:
+    """Plan which ReLUs and poolings are computed together with the layer before them.
+
+    A layer whose output is a target is not fused with the layer after it.
+
+    Args:
+        layers: The layers to run.
+        targets: Names of the layers whose output is requested.
+        fuse_pool: Poolings may be fused with a ReLU or a convolution.
+        ceil: Poolings round up their size; these are not fused into convolutions.
+
+    Returns:
+        A pair (layer, epilogue) for each layer:
+
+        - a convolution has the epilogue that it computes;
+        - a ReLU or pooling which a convolution computes has None;
+        - a pooling with "relu" reads the input of the ReLU before it, and applies that ReLU itself,
+          so that its gradient stores neither activation;
+        - all others have "".
+    """
+    plan: list[PlannedLayer] = []
+    num_fused = 0
+    for i, layer in enumerate(layers):
+        if num_fused:
+            num_fused -= 1
+            plan.append((layer, None))
+        elif layer.type == "conv":
+            num_fused = _num_fused(layers[i : i + 3], targets, fuse_pool and not ceil)
+            plan.append((layer, EPILOGUE_KINDS[num_fused]))
+        elif layer.type == "pool" and fuse_pool and _ends_with_relu(plan):
+            plan.append((layer, "relu"))
+        else:
+            plan.append((layer, ""))
+    return tuple(plan)
+
+
+def _num_fused(layers: Sequence[Layer], targets: Sequence[str], fuse_pool: bool) -> int:
+    """Number of layers after a convolution that it can compute: 0, 1 (ReLU) or 2 (and pooling)."""
+    types, names = [layer.type for layer in layers], [layer.name for layer in layers]
+    if types[1:2] != ["relu"] or names[0] in targets:
         return 0
-    return 2 if pools and kinds[2:3] == ["pool"] and names[1] not in wanted else 1
+    return 2 if fuse_pool and types[2:3] == ["pool"] and names[1] not in targets else 1
+
+
+def _ends_with_relu(plan: Sequence[PlannedLayer]) -> bool:
+    """True if the plan ends with a ReLU that is computed by itself."""
+    return bool(plan) and plan[-1][0].type == "relu" and plan[-1][1] is not None
+
+
+def _apply_mask(x: Array, valid_mask: Array | None) -> Array:
+    """Set padding to 0: a convolution must see zeros around each image of a canvas."""
+    return x if valid_mask is None else jnp.where(valid_mask, x, 0)
 
 
 def _check_shape(x: Array) -> None:
@@ -234,13 +340,45 @@ def _check_shape(x: Array) -> None:
         raise InputError(f"the images have the shape {x.shape}: expected (N, H, W, 3)")
 
 
-def _check_min_size(x: Array, table: tuple) -> None:
-    pools = sum(layer.type == "pool" for layer in table)
-    smallest = max([1, *(layer.kernel_size for layer in table if layer.type == "fc")]) * 2**pools
-    if any(side < smallest for side in x.shape[1:3]):  # also decided for symbols of jax.export
+def _check_min_size(x: Array, layers: Sequence[Layer]) -> None:
+    pools = sum(layer.type == "pool" for layer in layers)
+    window = max([1, *(layer.kernel_size for layer in layers if layer.type == "fc")])
+    smallest = window * 2**pools
+    if any(side < smallest for side in x.shape[1:3]):  # jax.export's symbols can be compared, too
         raise InputError(
-            f"the images are {x.shape[1]}x{x.shape[2]}: {table[-1].name} needs at least {smallest}x{smallest}"
+            f"the images are {x.shape[1]}x{x.shape[2]}: "
+            f"{layers[-1].name} needs at least {smallest}x{smallest}"
         )
+
+
+def _check_settings(initializer: str, pool: str, ceil: bool) -> None:
+    for name, value, allowed in (
+        ("initializer", initializer, INITIALIZERS),
+        ("pool", pool, POOLS),
+    ):
+        if value not in allowed:
+            raise InputError(f"{name} is {value!r}: expected one of {', '.join(allowed)}")
+    if ceil and pool == "avg":
+        raise InputError(
+            "ceil is set and pool is 'avg': expected pool 'max', the only one that can round up"
+        )
+
+
+def transpose_kernels(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Transpose the convolutions, for images that are transposed.
+
+    Args:
+        variables: Variables of a net.
+
+    Returns:
+        Variables that map transposed images (N, W, H, 3) to transposed activations.
+    """
+    transposed = {
+        name: {**layer, "kernel": layer["kernel"].swapaxes(0, 1)}
+        for name, layer in variables["params"].items()
+        if name.startswith("conv")
+    }
+    return {**variables, "params": {**variables["params"], **transposed}}
 
 
 vgg11 = functools.partial(VGG, CONFIGS["A"])
@@ -250,34 +388,41 @@ vgg16_c = functools.partial(VGG, CONFIGS["C"])
 vgg16 = functools.partial(VGG, CONFIGS["D"])
 vgg19 = functools.partial(VGG, CONFIGS["E"])
 
-# §3.1: "the first four convolutional layers and the last three fully-connected layers" of A. By position they fit no deeper net
-# (its second convolution reads 64 channels, not 128's); by name they fit all.
+# §3.1: "the first four convolutional layers and the last three fully-connected layers" of A. They
+# fit no deeper net by position, since its second convolution reads 64 channels instead of 128. They
+# fit all nets by name.
 PAPER_INIT_LAYERS = ("conv1_1", "conv2_1", "conv3_1", "conv3_2", "fc6", "fc7", "fc8")
 
 
 def copy_matching_layers(
     source: Mapping[str, Any], params: Mapping[str, Any], layers: Iterable[str] = PAPER_INIT_LAYERS
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """`params` with the named layers of `source` in place of their own, and the names of those that were copied (§3.1).
+    """Copy layers of one net into another, where names and shapes match (§3.1).
 
-    Copied is a layer that both have with equal shapes, with the batch normalisation behind it; another (an fc8 for other classes) stays.
-    Works for `params` and for `batch_stats`.
+    The batch normalisation after a convolution is copied with it. A layer of another shape, such as
+    an fc8 for other classes, is not copied. Works for `params` and for `batch_stats`.
+
+    Args:
+        source: Collection to copy from: arrays by layer and variable name.
+        params: Collection of the same kind to copy into; it is not modified.
+        layers: Names of the layers to copy.
+
+    Returns:
+        The merged collection, and the names of the copied layers.
     """
 
-    def fits(name: str) -> bool:
+    def matches(name: str) -> bool:
         return name in source and name in params and _shapes(source[name]) == _shapes(params[name])
 
-    # In batch_stats no convolution is a name: there the caller's word is taken.
-    wanted = {
+    # `batch_stats` has no convolutions to compare: all requested layers count as matching.
+    candidates = {
         name
         for layer in layers
-        if fits(layer) or layer not in params
+        if matches(layer) or layer not in params
         for name in (layer, layer.replace("conv", "bn"))
     }
-    copied = tuple(name for name in params if name in wanted and fits(name))
-    return {
-        name: source[name] if name in copied else value for name, value in params.items()
-    }, copied
+    copied = tuple(name for name in params if name in candidates and matches(name))
+    return {**params, **{name: source[name] for name in copied}}, copied
 
 
 def _shapes(layer: Mapping[str, Array] | FrozenDict) -> dict[str, tuple[int, ...]]:
@@ -285,6 +430,15 @@ def _shapes(layer: Mapping[str, Array] | FrozenDict) -> dict[str, tuple[int, ...
 
 
 def build_model(config: TrainConfig, num_classes: int) -> VGG:
+    """Build the net that a training configuration describes.
+
+    Args:
+        config: Training configuration.
+        num_classes: Number of classes.
+
+    Returns:
+        The module, without variables.
+    """
     return VGG(
         config=config.vgg,
         num_classes=num_classes,

@@ -1,6 +1,10 @@
-"""Losses on a VGG's activations: content and style (Johnson et al., arXiv 1603.08155), and the LPIPS distance (Zhang et al., 1801.03924).
+"""Perceptual losses on the activations of a VGG.
 
-They take what `model.apply(variables, images, layers=…, method="features")` gives, {name: (N, h, w, C)}, and are differentiable.
+- Content and style losses of Johnson et al. (arXiv 1603.08155).
+- The LPIPS distance of Zhang et al. (arXiv 1801.03924).
+
+The losses are differentiable. Content and style take the activations that
+`model.apply(variables, images, layers=…, method="features")` returns: {name: (N, h, w, C)}.
 """
 
 import os
@@ -16,70 +20,115 @@ from vgg_jax.errors import InputError
 from vgg_jax.model import VGG
 
 LPIPS_LAYERS = ("relu1_2", "relu2_2", "relu3_3", "relu4_3", "relu5_3")
+LPIPS_CHANNELS = (64, 128, 256, 512, 512)
 
 
-def content_loss(features: Mapping[str, Array], wanted: Mapping[str, Array]) -> Array:
-    """(N,): the mean squared difference of the activations, summed over the layers."""
-    return sum(
-        (jnp.mean((features[name] - wanted[name]) ** 2, (1, 2, 3)) for name in features),
-        jnp.float32(0),
-    )
+def content_loss(features: Mapping[str, Array], target: Mapping[str, Array]) -> Array:
+    """Mean squared difference of activations, summed over layers.
+
+    Args:
+        features: Activations (N, h, w, C) by layer.
+        target: Activations of the content images, of the same shapes.
+
+    Returns:
+        Loss (N,).
+    """
+    losses = (jnp.mean((features[name] - target[name]) ** 2, (1, 2, 3)) for name in features)
+    return sum(losses, jnp.float32(0))
 
 
 def gram_matrix(features: Array) -> Array:
-    """(N, h, w, C) -> (N, C, C): how the channels go together, divided by h · w · C."""
+    """Compute the Gram matrix of the channels, divided by h · w · C.
+
+    Args:
+        features: Activations (N, h, w, C).
+
+    Returns:
+        Matrices (N, C, C).
+    """
     n, h, w, c = features.shape
     positions = features.reshape(n, h * w, c)
     return jnp.einsum("npc,npd->ncd", positions, positions) / (h * w * c)
 
 
-def style_loss(features: Mapping[str, Array], wanted: Mapping[str, Array]) -> Array:
-    """(N,): the squared Frobenius norm of the difference of the Gram matrices, summed over the layers. The sizes may differ."""
-    return sum(
-        (
-            jnp.sum((gram_matrix(features[name]) - gram_matrix(wanted[name])) ** 2, (1, 2))
-            for name in features
-        ),
-        jnp.float32(0),
-    )
+def style_loss(features: Mapping[str, Array], target: Mapping[str, Array]) -> Array:
+    """Squared Frobenius distance of Gram matrices, summed over layers.
+
+    Args:
+        features: Activations (N, h, w, C) by layer.
+        target: Activations of the style images; h and w may differ.
+
+    Returns:
+        Loss (N,).
+    """
+    differences = (gram_matrix(features[name]) - gram_matrix(target[name]) for name in features)
+    losses = (jnp.sum(difference**2, (1, 2)) for difference in differences)
+    return sum(losses, jnp.float32(0))
 
 
 def lpips(
-    model: VGG, variables: Any, heads: Mapping[str, Array], images: Array, others: Array
+    model: VGG,
+    variables: Any,
+    lpips_weights: Mapping[str, Array],
+    images: Array,
+    other_images: Array,
 ) -> Array:
-    """(N,): the LPIPS distance, version 0.1, of images (N, H, W, 3) that are prepared for the net, as in `model.apply(variables, images)`.
+    """LPIPS distance, version 0.1, between pairs of images.
 
-    The net is D; the published heads go with torchvision's weights, whose mean and deviation are LPIPS' own.
+    The published weights belong to net D with torchvision's weights. LPIPS uses the mean and the
+    standard deviation of torchvision.
+
+    Args:
+        model: Net D.
+        variables: Its variables.
+        lpips_weights: Weight (C,) of each channel, by layer (`load_lpips_weights`).
+        images: (N, H, W, 3), prepared as for `model.apply(variables, images)`.
+        other_images: The same shape.
+
+    Returns:
+        Distances (N,).
     """
-    layers = tuple(heads)
-    found: Any = [
-        model.apply(variables, each, layers=layers, method="features") for each in (images, others)
-    ]
-    ours, theirs = found
-    differences = ((_unit(ours[name]) - _unit(theirs[name])) ** 2 @ heads[name] for name in layers)
+    layers = tuple(lpips_weights)
+    a: Any = model.apply(variables, images, layers=layers, method="features")
+    b: Any = model.apply(variables, other_images, layers=layers, method="features")
+    differences = (
+        (_normalize_channels(a[name]) - _normalize_channels(b[name])) ** 2 @ lpips_weights[name]
+        for name in layers
+    )
     return sum((jnp.mean(difference, (1, 2)) for difference in differences), jnp.float32(0))
 
 
-def _unit(x: Array) -> Array:
-    """Each position's channels as a vector of length 1, or 0: at 0 the gradient is 0, where that of a norm is not a number."""
+def _normalize_channels(x: Array) -> Array:
+    """Scale the channels of each position to length 1; zeros stay zeros.
+
+    The gradient at zeros is 0, where the gradient of a norm is NaN.
+    """
     squares = jnp.sum(x * x, -1, keepdims=True)
     return jnp.where(squares > 0, x / (jnp.sqrt(jnp.where(squares > 0, squares, 1)) + 1e-10), 0)
 
 
 def load_lpips_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The published heads, {layer: (C,)}, from `lpips/weights/v0.1/vgg.pth` of the package lpips.
+    """Read the published weights of LPIPS for VGG.
 
-    Raises InputError for another file, and where torch, which reads it, is not installed.
+    Args:
+        path: `lpips/weights/v0.1/vgg.pth` of the package lpips.
+
+    Returns:
+        Weights (C,) by layer.
+
+    Raises:
+        InputError: If it is another file, or torch, which reads it, is not installed.
     """
     from vgg_jax.weights.formats import open_file
 
     tensors = open_file(Path(path)).tensors
-    heads = {}
-    for i, (name, channels) in enumerate(zip(LPIPS_LAYERS, (64, 128, 256, 512, 512), strict=True)):
-        tensor = tensors.get(f"lin{i}.model.1.weight")
-        if tensor is None or tensor.shape != (1, channels, 1, 1):
+    weights = {}
+    for i, (layer, channels) in enumerate(zip(LPIPS_LAYERS, LPIPS_CHANNELS, strict=True)):
+        name, shape = f"lin{i}.model.1.weight", (1, channels, 1, 1)
+        tensor = tensors.get(name)
+        if tensor is None or tensor.shape != shape:
             raise InputError(
-                f"{path} has no lin{i}.model.1.weight of the shape (1, {channels}, 1, 1): expected lpips' heads for VGG"
+                f"{path} has no {name} of the shape {shape}: expected the weights of lpips for VGG"
             )
-        heads[name] = tensor.read().reshape(channels)
-    return heads
+        weights[layer] = tensor.read().reshape(channels)
+    return weights

@@ -1,5 +1,7 @@
 """Small nets, their variables and images."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +20,16 @@ TINY = VGGConfig(
 # The smallest nets that exercise a training loop. They have two stages and compile in seconds.
 SHALLOW = VGGConfig(((Conv(8),), (Conv(16),)), fc=(24, 16))
 DEEP = VGGConfig(((Conv(8), Conv(8)), (Conv(16), Conv(16))), fc=(24, 16))
+
+
+def narrow(name):
+    """A published configuration with few channels."""
+    config = CONFIGS[name]
+    stages = tuple(
+        tuple(conv._replace(features=4 * i) for conv in stage)
+        for i, stage in enumerate(config.stages, 1)
+    )
+    return dataclasses.replace(config, stages=stages, fc=(12, 8))
 
 
 def init(model, seed=0):

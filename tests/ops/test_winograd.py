@@ -1,4 +1,4 @@
-"""What `test_convolution` does not show through `convolution`: the transforms themselves, second derivatives, batching."""
+"""Winograd's transforms and blocks; second derivatives and batching of `convolution`."""
 
 import functools
 
@@ -7,47 +7,44 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.ops.test_convolution import in_steps
+from tests.helpers.convolution import assert_all_close, reference_conv, value_and_grads
 from vgg_jax.ops import winograd
 from vgg_jax.ops.convolution import convolution
-from vgg_jax.ops.epilogue import THEN
+from vgg_jax.ops.epilogue import EPILOGUE_KINDS, Epilogue
 from vgg_jax.ops.winograd import _AT, _BT, _G
 
 
-def test_the_matrices_multiply_polynomials():
-    """F(4, 3) in one dimension, exact in whole numbers of 1/24: Aᵀ[(G g) ⊙ (Bᵀ d)] is the correlation of d with g."""
+def test_winograd_matrices():
+    """F(4, 3) in one dimension: Aᵀ[(G g) ⊙ (Bᵀ d)] is the correlation of d with g."""
     rng = np.random.default_rng(0)
     d, g = rng.integers(-9, 10, 6), rng.integers(-9, 10, 3)
-    np.testing.assert_allclose(
-        _AT @ ((_G @ g) * (_BT @ d)), np.correlate(d, g, "valid"), atol=1e-12
-    )
+    expected = np.correlate(d, g, "valid")
+    np.testing.assert_allclose(_AT @ ((_G @ g) * (_BT @ d)), expected, atol=1e-12)
 
 
-@pytest.mark.parametrize("then", THEN)
-@pytest.mark.parametrize(("channels", "side"), [(8, 3), (3, 3), (8, 1)])
-def test_second_derivatives_and_a_batching_rule(channels, side, then):
-    """Of Winograd's convolution, of that of few channels, and of a product."""
+@pytest.mark.parametrize("kind", EPILOGUE_KINDS)
+@pytest.mark.parametrize(("channels", "size"), [(8, 3), (3, 3), (8, 1)])
+def test_convolution_second_derivative_and_vmap(channels, size, kind):
+    """By Winograd, by few channels and by a matrix product."""
     rng = np.random.default_rng(2)
-    x, kernel, bias = (
-        jnp.float32(rng.normal(size=shape))
-        for shape in ((2, 6, 6, channels), (side, side, channels, 4), (4,))
+    shapes = (2, 6, 6, channels), (size, size, channels, 4), (4,)
+    x, kernel, bias = (jnp.float32(rng.normal(size=shape)) for shape in shapes)
+    conv, reference = (
+        functools.partial(f, bias=bias, epilogue=Epilogue(kind))
+        for f in (convolution, reference_conv)
     )
 
     def penalty(f):
-        return lambda x: (
-            jax.grad(lambda x: (f(x, kernel, bias, then=then) ** 3).sum())(x) ** 2
-        ).sum()
+        return lambda x: (jax.grad(lambda x: (f(x, kernel) ** 3).sum())(x) ** 2).sum()
 
-    ours, theirs = jax.grad(penalty(convolution))(x), jax.grad(penalty(in_steps))(x)
-    assert jnp.abs(ours - theirs).max() < 1e-4 * jnp.abs(theirs).max()
-    twice = jax.vmap(lambda kernel: convolution(x, kernel, bias, then=then))(
-        jnp.stack([kernel, 2 * kernel])
-    )
-    np.testing.assert_allclose(twice[1], in_steps(x, 2 * kernel, bias, then=then), atol=1e-4)
+    actual, expected = jax.grad(penalty(conv))(x), jax.grad(penalty(reference))(x)
+    assert jnp.abs(actual - expected).max() < 1e-4 * jnp.abs(expected).max()
+    batched = jax.vmap(lambda kernel: conv(x, kernel))(jnp.stack([kernel, 2 * kernel]))
+    np.testing.assert_allclose(batched[1], reference(x, 2 * kernel), atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("tiles", "height", "blocks", "then", "holes"),
+    ("tiles", "height", "num_blocks", "kind", "masked"),
     [
         (5, 18, 3 * 5, "", False),
         (5, 18, 3 * 5, "relu", True),
@@ -58,24 +55,21 @@ def test_second_derivatives_and_a_batching_rule(channels, side, then):
         (50, 16, 2, "pool", False),
     ],
 )
-def test_strips_of_a_large_map_and_groups_of_images_meet_without_a_seam(
-    tiles, height, blocks, then, holes, monkeypatch
-):
-    """Strips of one and of two rows of tiles, and two images at a time, of three that end with a tile or within one."""
+def test_winograd_blocks(tiles, height, num_blocks, kind, masked, monkeypatch):
+    """Strips of one or two rows of tiles, and two of three images at a time."""
     monkeypatch.setattr(winograd, "_TILES", tiles)
     monkeypatch.setattr(winograd, "_GRADIENT_VALUES", 1)
-    jax.clear_caches()  # what was traced knows the other size
+    jax.clear_caches()  # traces of other tests used other block sizes
     rng = np.random.default_rng(3)
-    shapes = (3, height, 17, 8), (3, 3, 8, 4), (4,)
-    cut = winograd._blocks(shapes[0], tiles)
-    assert cut.groups * cut.strips == blocks
-    there = jnp.asarray(rng.random((3, height, 17, 1)) < 0.7) if holes else None
+    blocks = winograd._blocks((3, height, 17, 8), tiles)
+    assert blocks.groups * blocks.strips == num_blocks
+    mask = jnp.asarray(rng.random((3, height, 17, 1)) < 0.7) if masked else None
+    out = (3, height // 2, 8, 4) if kind == "pool" else (3, height, 17, 4)
     with jax.enable_x64(True):
+        shapes = (3, height, 17, 8), (3, 3, 8, 4), (4,), out
         arrays = [jnp.asarray(rng.normal(size=shape)) for shape in shapes]
-        ours, theirs = (
-            jax.vjp(functools.partial(f, there=there, then=then), *arrays)
-            for f in (convolution, in_steps)
+        actual, expected = (
+            value_and_grads(functools.partial(f, epilogue=Epilogue(kind, mask)), *arrays)
+            for f in (convolution, reference_conv)
         )
-        g = jnp.asarray(rng.normal(size=theirs[0].shape))
-        for mine, his in zip((ours[0], *ours[1](g)), (theirs[0], *theirs[1](g)), strict=True):
-            assert jnp.abs(mine - his).max() < 1e-12 * jnp.abs(his).max()
+        assert_all_close(actual, expected, 1e-12)

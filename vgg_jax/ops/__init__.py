@@ -1,1 +1,1 @@
-"""The operations of the nets, fast on CPUs, GPUs and TPUs."""
+"""Convolution, ReLU and pooling, fast on CPUs, GPUs and TPUs."""

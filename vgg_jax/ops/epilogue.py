@@ -1,5 +1,11 @@
-"""What is done behind a convolution, its bias, ReLU and pooling, and the gradients of it. Shapes are (N, H, W, C)."""
+"""The epilogue of a convolution (bias, ReLU, mask or pooling) and its gradients.
 
+An epilogue is cheap to compute, but its passes over a large activation are not. So a convolution
+takes its epilogue as an argument. It can then apply the epilogue to each block of its output while
+the block is in cache. Activations have the shape (N, H, W, C).
+"""
+
+import dataclasses
 from typing import Any, Literal, get_args
 
 import jax
@@ -8,82 +14,164 @@ from jax import Array, lax
 
 from vgg_jax.ops.pooling import crop_to_even, max_pool, max_pool_bwd, max_pool_fwd, relu
 
-Then = Literal[
-    "", "relu", "pool"
-]  # what is done behind the bias: nothing, ReLU, or ReLU and max-pooling
-THEN: tuple[Then, ...] = get_args(Then)
+# After the bias: nothing, a ReLU, or a ReLU and 2x2 max-pooling.
+EpilogueKind = Literal["", "relu", "pool"]
+EPILOGUE_KINDS: tuple[EpilogueKind, ...] = get_args(EpilogueKind)
 
 
-def apply_epilogue(y: Array, bias: Array, there: Array | None, then: Then) -> Array:
-    """The sums of a convolution (N, H, W, C), a bias (C,) -> what `convolution` returns of them."""
-    if then == "pool":
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Epilogue:
+    """What follows a convolution and its bias. A pytree; `kind` is static."""
+
+    kind: EpilogueKind = dataclasses.field(default="", metadata={"static": True})
+    mask: Array | None = None  # bool (N, H, W, 1); the output is 0 where it is False
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EpilogueResiduals:
+    """What the gradient of an epilogue needs. A pytree; `kind` is static."""
+
+    kind: EpilogueKind = dataclasses.field(default="", metadata={"static": True})
+    # After a ReLU its output, after a pooling the byte mask of `max_pool_fwd`.
+    relu_or_pool_mask: Any = None
+
+
+NO_EPILOGUE = Epilogue()  # the bias only
+
+
+def apply_epilogue(y: Array, bias: Array, epilogue: Epilogue) -> Array:
+    """Apply bias, ReLU, mask or pooling to the output of a convolution.
+
+    Args:
+        y: Convolution output (N, H, W, C).
+        bias: Bias (C,).
+        epilogue: What to apply.
+
+    Returns:
+        (N, H, W, C), or (N, H // 2, W // 2, C) after a pooling.
+    """
+    if epilogue.kind == "pool":
         return _add_bias_and_pool(crop_to_even(y), bias)
     y = add_bias(y, bias)
-    y = relu(y) if then == "relu" else y
-    return y if there is None else jnp.where(there, y, 0)
+    y = relu(y) if epilogue.kind == "relu" else y
+    return y if epilogue.mask is None else jnp.where(epilogue.mask, y, 0)
 
 
-def epilogue_grad(then: Then, passed: Any, g: Array, shape: tuple[int, ...]) -> Array:
-    """The gradient of a convolution's sums, maps of `shape`, from that of what was made of them.
+def epilogue_grad(res: EpilogueResiduals, g: Array, shape: tuple[int, ...]) -> Array:
+    """Gradient with respect to the convolution output.
 
-    `passed` says where it went through: behind a ReLU what came out, behind a pooling the bytes of `max_pool_fwd`.
+    Args:
+        res: Residuals of the epilogue.
+        g: Gradient with respect to the epilogue's output.
+        shape: Shape (N, H, W, …) of the convolution output.
+
+    Returns:
+        Gradient (N, H, W, C).
     """
-    if then == "pool":
-        (g,) = max_pool_bwd(True, passed, g)
+    if res.kind == "pool":
+        (g,) = max_pool_bwd(True, res.relu_or_pool_mask, g)
         return jnp.pad(g, ((0, 0), (0, shape[1] % 2), (0, shape[2] % 2), (0, 0)))
-    return jnp.where(passed > 0, g, 0) if then == "relu" else g
+    return jnp.where(res.relu_or_pool_mask > 0, g, 0) if res.kind == "relu" else g
 
 
-def materialize_on_cpu(g: Array) -> Array:
-    """On a CPU what makes it is else fused into its readers, and computed again in each."""
-    return lax.platform_dependent(g, cpu=lax.optimization_barrier, default=lambda g: g)
+def materialize_on_cpu(tree: Any) -> Any:
+    """Compute the arrays of a pytree once on a CPU, instead of in every reader.
+
+    XLA's CPU backend fuses cheap operations into each of their readers and repeats them there.
+
+    Args:
+        tree: A pytree of arrays.
+
+    Returns:
+        The same tree. It passes an optimization barrier on a CPU, and nothing elsewhere.
+    """
+    return lax.platform_dependent(tree, cpu=lax.optimization_barrier, default=lambda tree: tree)
 
 
 def sum_nhw(g: Array) -> Array:
-    """The sum of (N, H, W, C), (C,): a CPU takes 2 to 7 times as long for it in XLA's way as by a product."""
+    """Sum over all positions: (N, H, W, C) -> (C,).
 
-    def by_product(g: Array) -> Array:
+    On a CPU a matrix product does it faster than XLA's reduction
+    (docs/performance.md#bias-gradient).
+
+    Args:
+        g: Array (N, H, W, C).
+
+    Returns:
+        Sums (C,).
+    """
+
+    def matrix_product(g: Array) -> Array:
         return (jnp.ones((1, g.size // g.shape[-1]), g.dtype) @ g.reshape(-1, g.shape[-1]))[0]
 
-    return lax.platform_dependent(g, cpu=by_product, default=lambda g: g.sum((0, 1, 2)))
+    return lax.platform_dependent(g, cpu=matrix_product, default=lambda g: g.sum((0, 1, 2)))
 
 
 @jax.custom_vjp
 def add_bias(x: Array, bias: Array) -> Array:
-    """(N, H, W, C) + (C,)"""
+    """Add a bias (C,) to an array (N, H, W, C), with a fast bias gradient.
+
+    Args:
+        x: Array (N, H, W, C).
+        bias: Bias (C,).
+
+    Returns:
+        The sum (N, H, W, C).
+    """
     return x + bias[None, None, None]
 
 
-def _add_bias(x: Array, bias: Array) -> tuple[Array, None]:
+def _add_bias_fwd(x: Array, bias: Array) -> tuple[Array, None]:
     return add_bias(x, bias), None
 
 
-def _bias_gradient(_: None, g: Array) -> tuple[Array, Array]:
+def _add_bias_bwd(res: None, g: Array) -> tuple[Array, Array]:
     g = materialize_on_cpu(g)
     return g, sum_nhw(g)
 
 
-add_bias.defvjp(_add_bias, _bias_gradient)
+add_bias.defvjp(_add_bias_fwd, _add_bias_bwd)
 
 
 @jax.custom_vjp
 def _add_bias_and_pool(x: Array, bias: Array) -> Array:
-    """(N, 2 h, 2 w, C), (C,) -> (N, h, w, C): the maxima of the ReLU of the sum."""
+    """Bias, ReLU and max-pooling: (N, 2 h, 2 w, C), (C,) -> (N, h, w, C)."""
     return max_pool(x + bias[None, None, None], fuse_relu=True)
 
 
 def bias_relu_pool_fwd(x: Array, bias: Array) -> tuple[Array, Array]:
-    """The same, and the bytes of `max_pool_fwd`."""
+    """Bias, ReLU and max-pooling, with the residual for their gradient.
+
+    Args:
+        x: Convolution output (N, 2 h, 2 w, C).
+        bias: Bias (C,).
+
+    Returns:
+        The pooled output (N, h, w, C) and the byte mask of `max_pool_fwd`, of the same shape.
+    """
     return max_pool_fwd(x + bias[None, None, None], fuse_relu=True)
 
 
-def _add_bias_and_pool_backward(bits: Array, g: Array) -> tuple[Array, Array]:
-    return materialize_on_cpu(*max_pool_bwd(True, bits, g)), pooled_bias_grad(bits, g)
+def _add_bias_and_pool_bwd(res: Array, g: Array) -> tuple[Array, Array]:
+    return materialize_on_cpu(*max_pool_bwd(True, res, g)), pooled_bias_grad(res, g)
 
 
-def pooled_bias_grad(bits: Array, g: Array) -> Array:
-    """From the gradient of the maxima, a quarter as many values as the map's: the shares of a window add up to it."""
-    return sum_nhw(jnp.where(lax.stop_gradient(bits) > 0, g, 0))
+def pooled_bias_grad(pool_bits: Array, g: Array) -> Array:
+    """Bias gradient after a ReLU and pooling.
+
+    The gradients of a window's pixels add up to the gradient of its maximum. So this sums a quarter
+    of the values that the gradient before the pooling has.
+
+    Args:
+        pool_bits: Byte mask (N, h, w, C) of `bias_relu_pool_fwd`.
+        g: Gradient (N, h, w, C) with respect to the pooled output.
+
+    Returns:
+        Gradient (C,).
+    """
+    return sum_nhw(jnp.where(lax.stop_gradient(pool_bits) > 0, g, 0))
 
 
-_add_bias_and_pool.defvjp(bias_relu_pool_fwd, _add_bias_and_pool_backward)
+_add_bias_and_pool.defvjp(bias_relu_pool_fwd, _add_bias_and_pool_bwd)

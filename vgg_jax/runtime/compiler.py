@@ -1,4 +1,11 @@
-"""What XLA is told, and what it can do, on this machine."""
+"""XLA's compiler options for this machine, and a probe of its fast bfloat16.
+
+Only a CPU needs options:
+
+- The library YNN is limited to matrix products. It slows down the kernel gradient of a convolution.
+- LLVM optimises less. Programs compile much faster and run as fast.
+- A bfloat16 net goes to oneDNN, which uses the CPU's bfloat16 instructions.
+"""
 
 import functools
 from typing import Any
@@ -7,23 +14,37 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+_ONEDNN_OPTIONS: dict[str, str | int | bool] = {
+    "xla_cpu_experimental_ynn_fusion_type": "",
+    "xla_cpu_experimental_onednn_custom_call": True,
+}
+# YNN for matrix products only (docs/performance.md#ynn).
+_YNN_OPTIONS: dict[str, str | int | bool] = {
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"
+}
+
 
 def compiler_options(
     optimize_runtime: bool = False, dtype: Any = jnp.float32
 ) -> dict[str, str | int | bool]:
-    """What to pass as `jax.jit(f, compiler_options=...)` for the best speed on the default backend; nothing but on a CPU.
+    """Choose XLA's options for the best speed on the default backend.
 
-    There XLA's YNN is for matrix products alone (a step of net A at 32 pixels, jax 0.12: 0.37 s, without it 0.41 s): the weight gradient
-    of a convolution it makes 1.2 to 6 times as slow. And LLVM optimises less, which halves the time to compile a training step, and
-    that to compile an initialisation ten times, at the same speed. `optimize_runtime` is for inference that goes on for minutes: 1.5 times as
-    long to compile, and faster by a tenth (dense evaluation with net A, 4 photos, AVX-512: 0.58 s -> 0.53 s). LLVM's expensive passes
-    are a third of what would be left to compile, and gain nothing.
+    Programs with oneDNN calls cannot be stored in jax's compilation cache by jaxlib 0.12, which
+    logs a warning. Float32 programs therefore use no oneDNN.
 
-    For a net that computes in the `dtype` bfloat16 convolutions and products are oneDNN's, where `has_onednn_bfloat16`. Such programs
-    jaxlib 0.12 cannot write to jax's compilation cache, which warns of it; so float32 has none of them.
+    Args:
+        optimize_runtime: Optimise more. Compiling takes longer, which pays off in minutes of
+            inference (docs/performance.md#llvm-optimisation-level).
+        dtype: Type in which the net computes. bfloat16 uses oneDNN where
+            `has_onednn_bfloat16()`.
+
+    Returns:
+        Options for `jax.jit(f, compiler_options=...)`; none on an accelerator.
     """
     if jax.default_backend() != "cpu":
         return {}
+    # LLVM's expensive passes take long and gain nothing; the level is lower still for training
+    # (docs/performance.md#llvm-optimisation-level).
     llvm: dict[str, int | bool] = (
         {"xla_llvm_disable_expensive_passes": True}
         if optimize_runtime
@@ -31,26 +52,23 @@ def compiler_options(
     )
     if dtype == jnp.bfloat16 and has_onednn_bfloat16():
         return {**_ONEDNN_OPTIONS, **llvm}
-    return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT", **llvm}
-
-
-_ONEDNN_OPTIONS: dict[str, str | int | bool] = {
-    "xla_cpu_experimental_ynn_fusion_type": "",
-    "xla_cpu_experimental_onednn_custom_call": True,
-}
+    return {**_YNN_OPTIONS, **llvm}
 
 
 @functools.cache
 def has_onednn_bfloat16() -> bool:
-    """Whether XLA gives a bfloat16 convolution to oneDNN here: jaxlib 0.12 does, on a CPU that has instructions for them.
+    """Probe whether XLA hands a bfloat16 convolution to oneDNN here.
 
-    Tried by compiling one, once; the processes of a run have to answer alike, or to compute in float32.
+    jaxlib 0.12 does on a CPU with instructions for bfloat16. The probe compiles one convolution,
+    once. All processes of a run must get the same answer, or else compute in float32.
+
+    Returns:
+        True if bfloat16 convolutions run by oneDNN on the default backend.
     """
     if jax.default_backend() != "cpu":
         return False
-    x, kernel = (
-        jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1, 8, 8, 16), (3, 3, 16, 16))
-    )
+    x = jax.ShapeDtypeStruct((1, 8, 8, 16), jnp.bfloat16)
+    kernel = jax.ShapeDtypeStruct((3, 3, 16, 16), jnp.bfloat16)
 
     def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
         layout = ("NHWC", "HWIO", "NHWC")

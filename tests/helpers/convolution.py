@@ -1,0 +1,38 @@
+"""A reference for convolutions, and comparisons of values and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from vgg_jax.ops.epilogue import NO_EPILOGUE
+from vgg_jax.ops.pooling import max_pool, relu
+
+
+def direct_conv(x, kernel):
+    """XLA's convolution, called without `vgg_jax.ops`."""
+    return lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def reference_conv(x, kernel, bias, epilogue=NO_EPILOGUE):
+    """Convolution, bias, ReLU, pooling and mask, one after the other."""
+    y = direct_conv(x, kernel) + bias[None, None, None]
+    y = relu(y) if epilogue.kind else y
+    y = max_pool(y) if epilogue.kind == "pool" else y
+    return y if epilogue.mask is None else jnp.where(epilogue.mask, y, 0)
+
+
+def value_and_grads(function, *arrays):
+    """Output and gradients of a function of all arrays but the last, the output's gradient."""
+    y, pullback = jax.vjp(function, *arrays[:-1])
+    return y, *pullback(arrays[-1])
+
+
+def assert_all_close(actual, expected, tolerance):
+    """Compare arrays pair by pair, relative to the largest expected value."""
+    for a, e in zip(actual, expected, strict=True):
+        a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
+        assert a.shape == e.shape
+        assert np.abs(a - e).max(initial=0) <= tolerance * np.abs(e).max(initial=0)
