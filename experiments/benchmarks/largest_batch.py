@@ -55,10 +55,10 @@ def search(first: int, unit: int, flags: list[str]) -> dict[str, Any]:
             refused = batch
         else:
             result = latest
-        fits = result["batch"] if result else 0
-        if fits and refused and refused - fits <= max(unit, fits // 16):
+        accepted = result["batch"] if result else 0
+        if accepted and refused and refused - accepted <= max(unit, accepted // 16):
             return {**result, "refused": refused}
-        batch = (fits + (refused or 4 * batch)) // 2 // unit * unit
+        batch = (accepted + (refused or 4 * batch)) // 2 // unit * unit
 
 
 def main() -> None:
