@@ -1,4 +1,4 @@
-"""What the scripts beside it share: how they end on a bad input, and how they read what another one prints."""
+"""Functions that all scripts share: one runs `main`, and two read what a command prints."""
 
 import json
 import subprocess
@@ -6,12 +6,13 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from vgg_jax.errors import InputError
 
 
 def run(main: Callable[[], None]) -> None:
-    """On a bad input one sentence and exit code 2, as `vgg-jax` has it."""
+    """Runs `main`. A bad input prints one sentence and exits with code 2, as in `vgg-jax`."""
     try:
         main()
     except InputError as error:
@@ -21,31 +22,45 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-def output_of(command: list[str], **options) -> str:
-    """What a command prints; what it says besides is shown. Raises InputError where it fails."""
+def stdout_of(command: list[str], **options: Any) -> str:
+    """Runs a command and returns its stdout. Its stderr is shown.
+
+    Args:
+        command: The program and its arguments.
+        **options: Passed on to `subprocess.run`, for example `env`.
+
+    Raises:
+        InputError: The command cannot be started, or its exit code is not 0.
+    """
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, **options)
+        process = subprocess.run(command, stdout=subprocess.PIPE, text=True, **options)
     except OSError as error:
         raise InputError(
             f"{command[0]!r} cannot be started: {error.strerror}; expected a command"
         ) from error
-    if done.returncode:
+    if process.returncode:
         raise InputError(
-            f"`{_shown(command)}` ended with exit code {done.returncode}: expected 0; see what it says above"
+            f"`{_shorten(command)}` ended with exit code {process.returncode}: expected 0; "
+            "its messages are above"
         )
-    return done.stdout
+    return process.stdout
 
 
-def figure(command: list[str], name: str) -> float:
-    """A figure of the JSON object that is the last line of what a command prints. Raises InputError where there is none."""
-    last = output_of(command).strip().rpartition("\n")[2]
+def json_result(command: list[str], key: str) -> Any:
+    """Runs a command and returns one value of the JSON object on the last line of its stdout.
+
+    Raises:
+        InputError: The command fails, or its last line is not a JSON object with this key.
+    """
+    last_line = stdout_of(command).strip().rpartition("\n")[2]
     try:
-        return json.loads(last)[name]
+        return json.loads(last_line)[key]
     except (ValueError, LookupError, TypeError) as error:
         raise InputError(
-            f"`{_shown(command)}` printed {last[:80]!r} last: expected a JSON object with {name!r}"
+            f"`{_shorten(command)}` printed {last_line[:80]!r} last: "
+            f"expected a JSON object with {key!r}"
         ) from error
 
 
-def _shown(command: list[str]) -> str:
+def _shorten(command: list[str]) -> str:
     return textwrap.shorten(" ".join(command), 200)

@@ -22,7 +22,7 @@ import time
 import jax
 import numpy as np
 
-from experiments.script import figure, run
+from experiments.script import json_result, run
 from vgg_jax import CONFIGS, VGG, compiler_options
 from vgg_jax.configs.evaluation import MAX_PIXELS_PER_BATCH, PROTOCOLS, EvalProtocol
 from vgg_jax.data import open_split, rescaled_images
@@ -129,7 +129,7 @@ def main() -> None:
     ours += ["--cache", args.cache] if args.cache else []
     peer = [*shlex.split(args.peer), *shared]
     pairs = [
-        (figure(ours, "images_per_second"), figure(peer, "images_per_second"))
+        (json_result(ours, "images_per_second"), json_result(peer, "images_per_second"))
         for _ in range(args.pairs)
     ]
     ratios = [mine / peers for mine, peers in pairs]

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.script import figure, run
+from experiments.script import json_result, run
 from vgg_jax import IMAGENET, TrainConfig
 from vgg_jax.data import (
     BatchIterator,
@@ -176,7 +176,7 @@ def main() -> None:
         "1",
     ]
     pairs = [
-        (figure(ours, "images_per_second"), figure(peer, "images_per_second"))
+        (json_result(ours, "images_per_second"), json_result(peer, "images_per_second"))
         for _ in range(args.pairs)
     ]
     ratios = [mine / peers for mine, peers in pairs]

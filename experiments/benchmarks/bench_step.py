@@ -1,16 +1,25 @@
-"""How long one step takes, beside a peer's script in turn with ours.
+"""Times one training step or one inference batch, and a peer's in turn with it.
 
-    python -m experiments.benchmarks.bench_step --net A --image-size 32 --batch 128 --fc 512 [--mode infer] [--dtype bfloat16]
-    python -m experiments.benchmarks.bench_step … --peer "python PEER.py"     # runs that command with the same flags after each run of ours
-    python -m experiments.benchmarks.bench_step --net D --image-size 224 --batch 256 --fc 4096 --dtype bfloat16 --peak-teraflops 989    # on an H100
+    python -m experiments.benchmarks.bench_step --net A --image-size 32 --batch 128 --fc 512
+    python -m experiments.benchmarks.bench_step --mode infer --dtype bfloat16
+    python -m experiments.benchmarks.bench_step --peer "python PEER.py"
+    python -m experiments.benchmarks.bench_step --net D --image-size 224 --batch 256 --fc 4096 \\
+        --dtype bfloat16 --peak-teraflops 989    # on an H100
 
-It needs no TensorFlow. On a GPU float32 products are TF32's, jax's default (JAX_DEFAULT_MATMUL_PRECISION=float32 for all digits).
-Net A at its defaults, 2 cores of a Xeon, jax 0.12: 0.33 to 0.37 s a step, PyTorch 0.65 to 0.70 (results/steps.json). Ours trains in huge
-pages and infers with keep_memory, as the command line does; the peer has its defaults.
+Half a minute for net A at the defaults on two cores of a Xeon with jax 0.12: 0.33 to 0.37 s a step,
+PyTorch 0.65 to 0.70 (results/steps.json).
 
-Prints one JSON line: the seconds of a step, warm (the median of --runs), the definition's operations a second (Winograd makes do with
-fewer), on an accelerator the most memory that was taken, and with --peer the ratios, peer's seconds over ours, pair by pair. The peer's
-command must take --net, --image-size, --batch, --hidden, --dtype, --mode and print a JSON line with "seconds".
+Prints one JSON line. "seconds" is the median of --runs warm steps. "teraflops" counts the
+operations of the definition; Winograd needs fewer. "device_memory" is the peak on an accelerator.
+
+With --peer, each pair of runs is this script's and then the peer's, each in its own process. The
+line then has the pairs and their ratios: the peer's seconds divided by ours. The peer's command
+gets --net, --image-size, --batch, --hidden, --dtype, --mode and --runs. It prints a JSON line with
+"seconds".
+
+Training uses huge pages and inference `configure_malloc`, as the command line does. The peer keeps
+its defaults. On a GPU jax computes float32 products in TF32 by default; set
+JAX_DEFAULT_MATMUL_PRECISION=float32 for full precision. The script needs no TensorFlow.
 """
 
 import argparse
@@ -20,12 +29,14 @@ import shlex
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.script import figure, run
+from experiments.script import json_result, run
 from vgg_jax import CONFIGS, IMAGENET, VGG, TrainConfig, compile_inference
 from vgg_jax.distributed.sharding import make_mesh, shard_batch
 from vgg_jax.preprocessing import preprocess
@@ -37,7 +48,30 @@ from vgg_jax.training.step import init_state, jit_steps
 CLASSES = 10
 
 
-def seconds_of_steps(args: argparse.Namespace) -> dict[str, float | None]:
+def random_batch(batch_size: int, image_size: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {
+        "image": rng.integers(256, size=(batch_size, image_size, image_size, 3), dtype=np.uint8),
+        "colour_shift": np.zeros((batch_size, 3), np.float32),
+        "label": rng.integers(CLASSES, size=batch_size).astype(np.int32),
+        "mask": np.ones(batch_size, bool),
+    }
+
+
+def elapsed(function: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def count_operations(args: argparse.Namespace, model: VGG) -> int:
+    """Operations of one image. A multiply-add is two; each of the two gradients costs as many."""
+    layers = summarize(model.config, CLASSES, image_size=args.image_size)
+    return sum(layer.macs for layer in layers) * (6 if args.mode == "train" else 2)
+
+
+def time_steps(args: argparse.Namespace) -> dict[str, float | None]:
+    """Times the first call, which compiles, and then `args.runs` warm steps."""
     config = TrainConfig(
         net=args.net,
         fc=(args.fc, args.fc),
@@ -56,62 +90,57 @@ def seconds_of_steps(args: argparse.Namespace) -> dict[str, float | None]:
     )
     mesh = make_mesh(args.batch)
     state = init_state(model, sgd(config), 0, mesh)
-    rng = np.random.default_rng(0)
-    batch = {
-        "image": rng.integers(
-            256, size=(args.batch, args.image_size, args.image_size, 3), dtype=np.uint8
-        ),
-        "colour_shift": np.zeros((args.batch, 3), np.float32),
-        "label": rng.integers(CLASSES, size=args.batch).astype(np.int32),
-        "mask": np.ones(args.batch, bool),
-    }
-    on_device = shard_batch(batch, mesh)
+    batch = shard_batch(random_batch(args.batch, args.image_size), mesh)
     if args.mode == "train":
-        step, _ = jit_steps(config, model, IMAGENET.mean_rgb, mesh)
+        train_step, _ = jit_steps(config, model, IMAGENET.mean_rgb, mesh)
 
-        def once() -> None:
+        def run_step() -> None:
             nonlocal state
-            state, _ = jax.block_until_ready(step(state, on_device))
+            state, _ = jax.block_until_ready(train_step(state, batch))
     else:
-        images = preprocess(on_device["image"], IMAGENET.mean_rgb)
+        images = preprocess(batch["image"], IMAGENET.mean_rgb)
         infer = compile_inference(model, {"params": state.params})
 
-        def once() -> None:
+        def run_step() -> None:
             jax.block_until_ready(infer(images))
 
-    first = timed(once)
-    seconds = [timed(once) for _ in range(args.runs)]
-    rate = args.batch / statistics.median(seconds)
-    # A multiply-add is two operations; both gradients of a layer take as many as its output.
-    macs = sum(row.macs for row in summarize(model.config, CLASSES, image_size=args.image_size))
-    teraflops = macs * (6 if args.mode == "train" else 2) * rate / 1e12
+    first = elapsed(run_step)
+    seconds = [elapsed(run_step) for _ in range(args.runs)]
+    images_per_second = args.batch / statistics.median(seconds)
+    teraflops = count_operations(args, model) * images_per_second / 1e12
     return {
         "seconds": statistics.median(seconds),
         "min": min(seconds),
         "max": max(seconds),
         "first_call_seconds": first,
-        "images_per_second": rate,
+        "images_per_second": images_per_second,
         "teraflops": teraflops,
         "share_of_peak": args.peak_teraflops and teraflops / args.peak_teraflops,
         "device_memory": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
     }
 
 
-def timed(once) -> float:
-    start = time.perf_counter()
-    once()
-    return time.perf_counter() - start
-
-
-def seconds_of_peer(args: argparse.Namespace) -> float:
-    flags = f"--net {args.net} --image-size {args.image_size} --batch {args.batch} --hidden {args.fc} --dtype {args.dtype} --mode {args.mode}"
-    command = [*shlex.split(args.peer), *flags.split(), "--runs", str(args.runs)]
-    return figure(command, "seconds")
-
-
-def seconds_of_ours(argv: list[str]) -> float:
-    """In a process of its own, as the peer's is."""
-    return figure([sys.executable, "-m", "experiments.benchmarks.bench_step", *argv], "seconds")
+def compare_with_peer(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
+    """Runs this script and the peer in turn, each in its own process."""
+    script = [sys.executable, "-m", "experiments.benchmarks.bench_step"]
+    for name, value in settings.items():
+        if value is not None:
+            script.append(f"--{name.replace('_', '-')}={value}")
+    flags = (
+        f"--net {args.net} --image-size {args.image_size} --batch {args.batch} --hidden {args.fc} "
+        f"--dtype {args.dtype} --mode {args.mode} --runs {args.runs}"
+    )
+    peer = [*shlex.split(args.peer), *flags.split()]
+    pairs = [
+        (json_result(script, "seconds"), json_result(peer, "seconds")) for _ in range(args.pairs)
+    ]
+    ratios = [peer_seconds / seconds for seconds, peer_seconds in pairs]
+    return {
+        "peer": args.peer,
+        "pairs": pairs,
+        "ratios": ratios,
+        "median_ratio": statistics.median(ratios),
+    }
 
 
 def main() -> None:
@@ -119,50 +148,32 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--net", default="A", choices=CONFIGS)
-    parser.add_argument("--image-size", type=int, default=32)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--microbatch", type=int, help="examples at a time, in training")
-    parser.add_argument("--fc", type=int, default=512)
+    parser.add_argument("--image-size", type=int, default=32, help="pixels of a side")
+    parser.add_argument("--batch", type=int, default=128, help="images of a step")
+    parser.add_argument("--microbatch", type=int, help="images at a time, in training")
+    parser.add_argument("--fc", type=int, default=512, help="features of fc6 and of fc7")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--mode", default="train", choices=["train", "infer"])
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=5, help="warm steps that are timed")
     parser.add_argument(
         "--peak-teraflops",
         type=float,
-        help="of the device, for the share of it (989 of an H100 in bfloat16)",
+        help="the device's peak, to print the share of it (an H100 in bfloat16: 989)",
     )
-    parser.add_argument("--peer", help="a command to run in turn with ours")
-    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--peer", help="a command to run in turn with this script")
+    parser.add_argument("--pairs", type=int, default=3, help="pairs of runs with --peer")
     args = parser.parse_args()
-    what = {name: value for name, value in vars(args).items() if name not in ("peer", "pairs")}
-    if args.peer is None:
-        (
-            use_huge_pages if args.mode == "train" else configure_malloc
-        )()  # as `vgg-jax train` and `vgg-jax predict` do
-        print(
-            json.dumps(
-                what
-                | {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
-                | seconds_of_steps(args)
-            )
-        )
+    settings = {name: value for name, value in vars(args).items() if name not in ("peer", "pairs")}
+    if args.peer is not None:
+        print(json.dumps(settings | compare_with_peer(args, settings)))
         return
-    argv = [
-        f"--{name.replace('_', '-')}={value}" for name, value in what.items() if value is not None
-    ]
-    pairs = [(seconds_of_ours(argv), seconds_of_peer(args)) for _ in range(args.pairs)]
-    ratios = [peer / ours for ours, peer in pairs]
-    print(
-        json.dumps(
-            what
-            | {
-                "peer": args.peer,
-                "pairs": pairs,
-                "ratios": ratios,
-                "median_ratio": statistics.median(ratios),
-            }
-        )
-    )
+    # As `vgg-jax train` and `vgg-jax predict` do.
+    if args.mode == "train":
+        use_huge_pages()
+    else:
+        configure_malloc()
+    device = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
+    print(json.dumps(settings | device | time_steps(args)))
 
 
 if __name__ == "__main__":

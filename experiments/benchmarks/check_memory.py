@@ -20,7 +20,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from experiments.script import output_of, run
+from experiments.script import run, stdout_of
 from vgg_jax import IMAGENET, TrainConfig
 from vgg_jax.distributed.sharding import make_mesh, replicated, shard_batch
 from vgg_jax.model import build_model
@@ -72,7 +72,7 @@ def peak_of(command: list[str]) -> int:
     """Bytes, the most that a command's process has held."""
     code = "import resource, subprocess, sys; done = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL); "
     code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024); sys.exit(done.returncode)"
-    return int(output_of([sys.executable, "-c", code, *command]))
+    return int(stdout_of([sys.executable, "-c", code, *command]))
 
 
 def main() -> None:

