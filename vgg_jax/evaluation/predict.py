@@ -99,8 +99,8 @@ def expand_paths(images: Sequence[str]) -> list[str]:
             object store must be files.
 
     Returns:
-        The files. A name that matches no local file stays in the list: it may be in an object store,
-        and otherwise reading reports it.
+        The files. A name that matches no local file stays in the list. It may be in an object
+        store; otherwise reading reports it.
 
     Raises:
         InputError: There are no files.
