@@ -77,23 +77,39 @@ def test_dense_posteriors_match_torch(kind, batch_norm, ceil, monkeypatch):
         assert np.abs(np.diff(actual, axis=0)).max() > 1e-3  # the images differ
 
 
+def numpy_trunk(config, params, image, ceil):
+    """The convolutions, ReLUs and poolings of one image, without the last pooling."""
+    x = np.float64(image)
+    for number, stage in enumerate(config.stages, 1):
+        if number > 1:
+            h, w, channels = x.shape
+            if ceil:
+                x = np.pad(x, ((0, h % 2), (0, w % 2), (0, 0)))
+            h, w = x.shape[0] // 2, x.shape[1] // 2
+            x = x[: 2 * h, : 2 * w].reshape(h, 2, w, 2, channels).max((1, 3))
+        for i, conv in enumerate(stage, 1):
+            layer = params[f"conv{number}_{i}"]
+            side = conv.kernel_size
+            padded = np.pad(x, ((side // 2, side // 2), (side // 2, side // 2), (0, 0)))
+            windows = np.lib.stride_tricks.sliding_window_view(padded, (side, side), (0, 1))
+            x = np.einsum("hwcij,ijcf->hwf", windows, np.float64(layer["kernel"]))
+            x = np.maximum(x + np.float64(layer["bias"]), 0)
+    return x
+
+
 @pytest.mark.parametrize("ceil", [False, True], ids=["floor", "ceil"])
 @pytest.mark.parametrize("side", [1, 3, 5])
 def test_trunk_isolates_windows(side, ceil):
     """Windows of every height in one canvas, with the fewest rows between them.
 
-    The trunk's stride is 4. Heights modulo 4 cover all cases, and modulo 8 if poolings round up.
     The padding pixels hold numbers, which must not matter.
     """
     config = VGGConfig(((Conv(8),), (Conv(8), Conv(8, side)), (Conv(8, side),)), fc=(8, 8))
     model = VGG(config, num_classes=3, image_size=8)
-    variables = init(model)
-    # Compiled once per height, so compilation must be fast.
-    trunk = jax.jit(
-        lambda *args: model.apply(variables, *args, ceil, method="trunk"),
-        compiler_options={"xla_backend_optimization_level": 0},
-    )
-    heights = range(9, 17) if ceil else range(9, 13)
+    # With a bias, padding that is not masked becomes positive.
+    variables = jax.tree.map(lambda x: x if x.ndim > 1 else x + 5, init(model))
+    trunk = jax.jit(lambda *args: model.apply(variables, *args, ceil, method="trunk"))
+    heights = range(9, 17)
     rows = np.cumsum([0] + [row_extent(h, config, ceil).stride for h in heights])
     images = photos([(h, 13) for h in heights])
     canvas = np.full((1, rows[-1], 16, 3), 99.0, np.float32)
@@ -103,7 +119,7 @@ def test_trunk_isolates_windows(side, ceil):
         valid_mask[0, row : row + len(image), :13] = True
     activations = trunk(canvas, valid_mask)[0]
     for row, image in zip(rows, images, strict=False):
-        expected = trunk(image[None].astype(np.float32), np.ones((1, len(image), 13), bool))[0]
+        expected = numpy_trunk(config, variables["params"], image, ceil)
         h, w = expected.shape[:2]
         first = row // 4
         tolerance = 1e-4 * np.abs(expected).max()
@@ -201,7 +217,7 @@ def test_iter_posteriors_shares_programs(
 ):
     """On two devices, 40 images of 40 sizes give the same as each by itself, twice."""
     monkeypatch.setattr("vgg_jax.evaluation.packing.MIN_PIXELS_PER_SHAPE", min_pixels_per_shape)
-    sizes = [(16 + i % 7, 30 + i % 16) for i in range(40)]
+    sizes = [(16 + i % 7, 30 + i % 6) for i in range(40)]
     sizes = [size[::-1] if i % 2 else size for i, size in enumerate(sizes)]
     assert len(set(sizes)) == 40
     images = photos(sizes)
