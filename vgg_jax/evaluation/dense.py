@@ -236,7 +236,7 @@ def iter_posteriors(
     """Computes the class posteriors of a stream of images.
 
     The memory does not depend on the number of images. It depends on `pixels` and on the number of
-    different widths, because the windows of a width wait for others
+    different widths: the windows of each width wait until they fill a batch
     (docs/performance.md#canvas-shapes). The first image that is wider than tall adds a second copy
     of the convolutions' kernels.
 

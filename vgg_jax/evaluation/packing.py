@@ -103,7 +103,7 @@ def pack_windows(
     The batches depend on the sizes and the order of the windows only.
 
     Args:
-        windows: The windows, which are read as batches are asked for.
+        windows: The windows. They are read only as far as the next batch needs.
         config: The net, as for `row_extent`.
         ceil: True if poolings round an odd side up.
         pixels: Most pixels of a batch. A batch of one canvas per device may exceed it.
@@ -112,7 +112,7 @@ def pack_windows(
     Yields:
         The batches. Every window is in exactly one of them.
     """
-    packer = Packer(config, ceil=ceil, pixels=pixels, devices=devices)
+    packer = _Packer(config, ceil=ceil, pixels=pixels, devices=devices)
     for window in windows:
         yield from packer.add(window)
     yield from packer.finish()
@@ -168,7 +168,7 @@ class _Queues:
         return self.upright.rows + self.transposed.rows
 
 
-class Packer:
+class _Packer:
     """Queues windows until they fill batches; see `pack_windows`.
 
     A window that fits a canvas shape of its width joins the queue of that shape. Other windows
