@@ -1,12 +1,18 @@
-"""Evaluation of a folder of photos, end to end: files read, decoded, rescaled, evaluated with their mirror images.
+"""Measures the evaluation of a folder of photos from the first file to the last posterior.
 
-    python -m experiments.benchmarks.bench_evaluate PHOTOS --net A --scale 256 --images 500 [--cache DIR]
-    python -m experiments.benchmarks.bench_evaluate … --peer "python PEER.py"     # runs that command with the same flags after each run of ours
-    python -m experiments.benchmarks.bench_evaluate … --protocol multi-crop --scale 256 384 512 --peer "python -m experiments.benchmarks.torch_crops"
+    python -m experiments.benchmarks.bench_evaluate PHOTOS --net A --scale 256 --images 500 \\
+        [--cache DIR]
+    python -m experiments.benchmarks.bench_evaluate … --peer "python PEER.py"
+    python -m experiments.benchmarks.bench_evaluate … --protocol multi-crop --scale 256 384 512 \\
+        --peer "python -m experiments.benchmarks.torch_crops"
 
-Prints one JSON line: images a second from the first file to the last posterior, compilation included, and how many programs were
-compiled. With --cache compiled programs are kept in DIR, and a second run finds them there. Weights are random: they do not matter here.
-On two cores 200 photos: 4.3 a second with nothing compiled, then 4.7 and 4.9, PyTorch 1.8 (results/evaluate_A_256.json).
+The time includes reading, decoding, rescaling and compilation. Mirror images are evaluated too.
+Weights are random, because they do not change the time. Prints one JSON line with the images per
+second and the number of compiled programs. --cache keeps compiled programs in DIR for the next run.
+--peer runs that command after each own run, with the same flags.
+
+On two cores, 200 photos: 4.3 images per second with nothing compiled, then 4.7 and 4.9; PyTorch 1.8
+(experiments/results/evaluate_A_256.json).
 """
 
 import argparse
@@ -18,6 +24,7 @@ import shlex
 import statistics
 import sys
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,7 +38,9 @@ from vgg_jax.evaluation.dense import iter_posteriors
 from vgg_jax.runtime.memory import configure_malloc
 
 
-class Compilations(logging.Handler):
+class CompilationCounter(logging.Handler):
+    """Counts the compilations of the two jitted stages in JAX's log."""
+
     count = 0
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -40,43 +49,52 @@ class Compilations(logging.Handler):
         )
 
 
-def measured(args: argparse.Namespace) -> dict:
+def count_compilations() -> CompilationCounter:
+    counter = CompilationCounter()
+    logging.getLogger("jax").addHandler(counter)
+    logging.getLogger("jax").propagate = False  # hundreds of lines
+    jax.config.update("jax_log_compiles", True)
+    return counter
+
+
+def first_images(source: Any, count: int) -> Any:
+    """Returns the source with its first images only."""
+    size = min(source.size, count)
+    return dataclasses.replace(
+        source,
+        size=size,
+        examples=lambda seed, start=0: source.examples(seed, start).take(size),
+    )
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.cache:
         jax.config.update("jax_compilation_cache_dir", args.cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     model = VGG(CONFIGS[args.net])
     init = jax.jit(model.lazy_init, compiler_options=compiler_options())
-    variables = jax.block_until_ready(
-        init(jax.random.key(0), np.zeros((1, 224, 224, 3), np.float32))
-    )
-    compilations = Compilations()
-    logging.getLogger("jax").addHandler(compilations)
-    logging.getLogger("jax").propagate = False  # hundreds of lines
-    importlib.import_module(
-        "tensorflow"
-    )  # the peers import their libraries before the clock starts, too
+    image = np.zeros((1, 224, 224, 3), np.float32)
+    variables = jax.block_until_ready(init(jax.random.key(0), image))
+    # The peers import their libraries before their clocks start, too.
+    importlib.import_module("tensorflow")
+    compilations = count_compilations()
 
     started = time.perf_counter()
-    source = open_split(args.folder, "train")
-    source = dataclasses.replace(source, size=min(source.size, args.images))
-    jax.config.update("jax_log_compiles", True)
-    examples = rescaled_images(
-        dataclasses.replace(source, examples=first(source)), tuple(args.scale), True
-    )
-    images = ([image[0] for image in example["scaled"]] for example in examples)
-    mesh = make_mesh(1, jax.devices()[:1])
-    found = dict(
+    source = first_images(open_split(args.folder, "train"), args.images)
+    examples = rescaled_images(source, tuple(args.scale), True)
+    posteriors = dict(
         iter_posteriors(
             model,
             variables,
-            images,
-            mesh=mesh,
+            ([image[0] for image in example["scaled"]] for example in examples),
+            mesh=make_mesh(1, jax.devices()[:1]),
             protocol=EvalProtocol(args.protocol),
             pixels=args.pixels,
         )
     )
     seconds = time.perf_counter() - started
-    assert len(found) == source.size
+    if len(posteriors) != source.size:
+        raise RuntimeError(f"{len(posteriors)} of {source.size} images were evaluated")
     return {
         "images_per_second": source.size / seconds,
         "seconds": seconds,
@@ -84,8 +102,25 @@ def measured(args: argparse.Namespace) -> dict:
     }
 
 
-def first(source):
-    return lambda seed, start=0: source.examples(seed, start).take(source.size)
+def compare(args: argparse.Namespace) -> dict[str, Any]:
+    """Runs this script and the peer in turn, each in a process of its own."""
+    scales = ["--scale", *map(str, args.scale)]
+    shared = [args.folder, "--net", args.net, *scales, "--images", str(args.images)]
+    own = [sys.executable, "-m", "experiments.benchmarks.bench_evaluate", *shared]
+    own += ["--protocol", args.protocol, "--pixels", str(args.pixels)]
+    own += ["--cache", args.cache] if args.cache else []
+    peer = [*shlex.split(args.peer), *shared]
+    pairs = [
+        (json_result(own, "images_per_second"), json_result(peer, "images_per_second"))
+        for _ in range(args.pairs)
+    ]
+    ratios = [own_rate / peer_rate for own_rate, peer_rate in pairs]
+    return {
+        "peer": args.peer,
+        "images_per_second": pairs,
+        "ratios": ratios,
+        "median_ratio": statistics.median(ratios),
+    }
 
 
 def main() -> None:
@@ -99,51 +134,16 @@ def main() -> None:
     parser.add_argument("--protocol", default="dense", choices=PROTOCOLS)
     parser.add_argument("--pixels", type=int, default=MAX_PIXELS_PER_BATCH)
     parser.add_argument("--cache")
-    parser.add_argument("--peer", help="a command to run in turn with ours")
+    parser.add_argument("--peer", help="a command to run in turn with this script")
     parser.add_argument("--pairs", type=int, default=1)
     args = parser.parse_args()
-    what = {name: value for name, value in vars(args).items() if name not in ("peer", "pairs")}
+    settings = {name: value for name, value in vars(args).items() if name not in ("peer", "pairs")}
     if args.peer is None:
         configure_malloc()  # as `vgg-jax evaluate` does
-        print(json.dumps(what | {"jax": jax.__version__} | measured(args)))
-        return
-    shared = [
-        args.folder,
-        "--net",
-        args.net,
-        "--scale",
-        *map(str, args.scale),
-        "--images",
-        str(args.images),
-    ]
-    ours = [
-        sys.executable,
-        "-m",
-        "experiments.benchmarks.bench_evaluate",
-        *shared,
-        "--protocol",
-        args.protocol,
-        "--pixels",
-        str(args.pixels),
-    ]
-    ours += ["--cache", args.cache] if args.cache else []
-    peer = [*shlex.split(args.peer), *shared]
-    pairs = [
-        (json_result(ours, "images_per_second"), json_result(peer, "images_per_second"))
-        for _ in range(args.pairs)
-    ]
-    ratios = [mine / peers for mine, peers in pairs]
-    print(
-        json.dumps(
-            what
-            | {
-                "peer": args.peer,
-                "images_per_second": pairs,
-                "ratios": ratios,
-                "median_ratio": statistics.median(ratios),
-            }
-        )
-    )
+        result = {"jax": jax.__version__} | measure(args)
+    else:
+        result = compare(args)
+    print(json.dumps(settings | result))
 
 
 if __name__ == "__main__":

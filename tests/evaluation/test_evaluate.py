@@ -1,4 +1,4 @@
-"""From a run and a folder of photos to errors and files; what is computed is compared in `test_posteriors`."""
+"""Errors and files of evaluations on a folder of photos. `test_dense` checks the posteriors."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.helpers.tiny import init
-from vgg_jax import IMAGENET, InputError, TrainConfig, cli
+from vgg_jax import IMAGENET, InputError, TrainConfig, cli, load
 from vgg_jax.configs.evaluation import EvalProtocol
 from vgg_jax.data import decode, open_train_val, resize_shorter_side
 from vgg_jax.evaluation.dense import class_posteriors
@@ -18,11 +18,11 @@ from vgg_jax.metrics import wilson_interval
 from vgg_jax.model import build_model
 from vgg_jax.runs.checkpoint import CheckpointStore
 from vgg_jax.runs.metadata import RunMetadata, create_run
-from vgg_jax.weights import read as weights_of
+from vgg_jax.weights import read as read_weights
 from vgg_jax.weights import save as save_weights
 
-COUNT = 7
-
+COUNT = 7  # photos per split
+CENTER = EvalProtocol("center")
 
 pytestmark = pytest.mark.usefixtures("small_nets")
 
@@ -34,14 +34,15 @@ def photos(tmp_path_factory):
         for split in ("train", "val"):
             path = root / split / ("blue", "red")[i % 2] / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(rng.integers(0, 256, (20 + 3 * i, 30, 3)).astype(np.uint8)).save(path)
+            pixels = rng.integers(0, 256, (20 + 3 * i, 30, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(path)
     return root
 
 
 @pytest.fixture(scope="module")
-def run(photos, tmp_path_factory):
-    """The workdir of a run that has saved its net once."""
-    workdir = tmp_path_factory.mktemp("run")
+def workdir(photos, tmp_path_factory):
+    """The folder of a run that has saved its net once."""
+    folder = tmp_path_factory.mktemp("run")
     config = TrainConfig(
         data=str(photos),
         net="shallow",
@@ -50,19 +51,24 @@ def run(photos, tmp_path_factory):
         scale=(16, 24),
         learning_rate=0.1,
     )
-    create_run(
-        workdir,
-        RunMetadata(
-            config, ("blue", "red"), IMAGENET, open_train_val(str(photos))[0].storage, COUNT, COUNT
-        ),
-    )
-    with CheckpointStore(workdir / "best") as best:
+    storage = open_train_val(str(photos))[0].storage
+    create_run(folder, RunMetadata(config, ("blue", "red"), IMAGENET, storage, COUNT, COUNT))
+    with CheckpointStore(folder / "best") as best:
         best.save(1, init(build_model(config, 2)), {"epoch": 1, "validation": {}})
-    return workdir
+    return folder
 
 
-def test_posteriors_labels_and_names_are_in_the_order_of_the_data(run, photos):
-    evaluation, facts = evaluate(run, scales=(18, 24))
+def copy_run(workdir, target, old, new):
+    """Copies a run's folder and edits its run.json."""
+    shutil.copytree(workdir, target)
+    text = (target / "run.json").read_text()
+    assert old in text
+    (target / "run.json").write_text(text.replace(old, new))
+    return target
+
+
+def test_evaluate_keeps_order_of_data(workdir, photos):
+    evaluation, results = evaluate(workdir, scales=(18, 24))
     files = [
         photos / "val" / label / f"{i}.png"
         for label, start in (("blue", 0), ("red", 1))
@@ -71,98 +77,113 @@ def test_posteriors_labels_and_names_are_in_the_order_of_the_data(run, photos):
     assert evaluation.files.tolist() == [str(file) for file in files]
     assert evaluation.labels.tolist() == [0, 0, 0, 0, 1, 1, 1]
     assert evaluation.classes.tolist() == ["blue", "red"]
-    from vgg_jax import load
-
-    model, variables, _ = load(run)
+    model, variables, _ = load(workdir)
     images = [
         [resize_shorter_side(decode(file.read_bytes()), scale).numpy() for scale in (18, 24)]
         for file in files
     ]
-    np.testing.assert_allclose(
-        evaluation.posteriors, class_posteriors(model, variables, images), atol=1e-6
-    )
-    wrong = (evaluation.posteriors.argmax(1) != evaluation.labels).mean()
-    assert facts["top1_error"] == pytest.approx(wrong)
-    assert (facts["top5_error"], facts["count"], facts["scales"]) == (0, COUNT, [18, 24])
+    expected = class_posteriors(model, variables, images)
+    np.testing.assert_allclose(evaluation.posteriors, expected, atol=1e-6)
+    error_rate = (evaluation.posteriors.argmax(1) != evaluation.labels).mean()
+    assert results["top1_error"] == pytest.approx(error_rate)
+    assert (results["top5_error"], results["count"], results["scales"]) == (0, COUNT, [18, 24])
 
 
-def test_a_file_of_weights_on_some_of_its_classes_in_another_order(
-    run, photos, tmp_path, monkeypatch, capsys
-):
-    """Exported, it gives what the run gives; "n00000001" is the net's "n00000001 blue things"."""
-    weights = weights_of(run)
-    params = {
-        **weights.params,
-        "fc8": {
-            leaf: np.roll(np.asarray(array), 1, -1) for leaf, array in weights.params["fc8"].items()
-        },
-    }
-    classes = ("n00000002 red things", "n00000001 blue things")
-    save_weights(
-        tmp_path / "net.safetensors", dataclasses.replace(weights, params=params, classes=classes)
+@pytest.fixture
+def exported(workdir, photos, tmp_path):
+    """The run's weights with the classes in another order, and photos named by WordNet id."""
+    weights = read_weights(workdir)
+    fc8 = {name: np.roll(np.asarray(array), 1, -1) for name, array in weights.params["fc8"].items()}
+    weights = dataclasses.replace(
+        weights,
+        params={**weights.params, "fc8": fc8},
+        classes=("n00000002 red things", "n00000001 blue things"),
     )
+    save_weights(tmp_path / "net.safetensors", weights)
     shutil.copytree(photos, tmp_path / "photos")
     for split in ("train", "val"):
-        for name, synset in (("blue", "n00000001"), ("red", "n00000002")):
-            (tmp_path / "photos" / split / name).rename(tmp_path / "photos" / split / synset)
-    ours, facts = evaluate(run)
-    found, _ = evaluate(tmp_path / "net.safetensors", str(tmp_path / "photos"))
-    np.testing.assert_allclose(found.posteriors[:, ::-1], ours.posteriors, atol=1e-6)
-    np.testing.assert_array_equal(found.labels, 1 - ours.labels)
-    assert found.errors()["top1_error"] == facts["top1_error"]
+        for name, wordnet_id in (("blue", "n00000001"), ("red", "n00000002")):
+            (tmp_path / "photos" / split / name).rename(tmp_path / "photos" / split / wordnet_id)
+    return tmp_path / "net.safetensors", str(tmp_path / "photos")
+
+
+def test_evaluate_weight_file_matches_run(workdir, exported):
+    file, data = exported
+    expected, results = evaluate(workdir)
+    actual, _ = evaluate(file, data)
+    np.testing.assert_allclose(actual.posteriors[:, ::-1], expected.posteriors, atol=1e-6)
+    np.testing.assert_array_equal(actual.labels, 1 - expected.labels)
+    assert actual.errors()["top1_error"] == results["top1_error"]
     with pytest.raises(InputError, match="is a file of weights and DATA is not given"):
-        evaluate(tmp_path / "net.safetensors")
-    monkeypatch.chdir(tmp_path)
+        evaluate(file)
+
+
+def test_evaluate_command_on_weight_file(exported, monkeypatch, capsys):
+    folder = exported[0].parent
+    monkeypatch.chdir(folder)
     assert cli.main(["evaluate", "net.safetensors", "photos", "--protocol", "center"]) == 0
-    assert (
-        tmp_path / "net.safetensors-evaluated" / "photos-val-center-20" / "posteriors.npz"
-    ).exists()
-    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "net.safetensors").read_bytes()[:100])
+    results = folder / "net.safetensors-evaluated" / "photos-val-center-20"
+    assert (results / "posteriors.npz").exists()
+    (folder / "cut.safetensors").write_bytes(exported[0].read_bytes()[:100])
     assert cli.main(["evaluate", "cut.safetensors", "photos"]) == 2
-    assert not (tmp_path / "cut.safetensors-evaluated").exists()
+    assert not (folder / "cut.safetensors-evaluated").exists()
     capsys.readouterr()
 
 
-def test_the_command_prints_and_writes(run, photos, capsys):
-    assert cli.main(["evaluate", str(run), "--protocol", "center"]) == 0
-    assert cli.main(["evaluate", str(run), "--protocol", "center", "--flip", "--ceil"]) == 0
+def test_evaluate_command_prints_and_writes(workdir, photos, capsys):
+    command = ["evaluate", str(workdir), "--protocol", "center"]
+    assert cli.main(command) == 0
+    assert cli.main([*command, "--flip", "--ceil"]) == 0
     out = capsys.readouterr().out
     assert "center, Q = 20: top-1 error" in out  # the middle of the jitter
     assert f"{COUNT} images" in out
-    facts = json.loads((run / "val-center-20" / "evaluation.json").read_text())
-    assert facts["protocol"] == {
-        "name": "center",
-        "flip": False,
-        "softmax_first": False,
-        "ceil": False,
-    }
-    assert facts["data"] == str(photos)
-    assert load_evaluation(run / "val-center-20" / "posteriors.npz").posteriors.shape == (COUNT, 2)
-    assert (run / "val-center-20-mirrored-ceil" / "posteriors.npz").exists()
+    results = json.loads((workdir / "val-center-20" / "evaluation.json").read_text())
+    protocol = {"name": "center", "flip": False, "softmax_first": False, "ceil": False}
+    assert results["protocol"] == protocol
+    assert results["data"] == str(photos)
+    evaluation = load_evaluation(workdir / "val-center-20" / "posteriors.npz")
+    assert evaluation.posteriors.shape == (COUNT, 2)
+    assert (workdir / "val-center-20-mirrored-ceil" / "posteriors.npz").exists()
 
 
-def test_mirror_images_count_where_the_run_was_trained_with_them(run, tmp_path):
-    assert evaluate(run)[1]["protocol"]["flip"]
-    shutil.copytree(run, tmp_path / "run")
-    text = (tmp_path / "run" / "run.json").read_text()
-    (tmp_path / "run" / "run.json").write_text(text.replace('"flip": true', '"flip": false'))
-    assert not evaluate(tmp_path / "run")[1]["protocol"]["flip"]
-    assert evaluate(tmp_path / "run", protocol=EvalProtocol(flip=True))[1]["protocol"]["flip"]
+def test_evaluate_flips_if_run_did(workdir, tmp_path):
+    def uses_flip(path, **settings):
+        return evaluate(path, **settings)[1]["protocol"]["flip"]
+
+    assert uses_flip(workdir)
+    unflipped = copy_run(workdir, tmp_path / "run", '"flip": true', '"flip": false')
+    assert not uses_flip(unflipped)
+    assert uses_flip(unflipped, protocol=EvalProtocol(flip=True))
 
 
-def test_fusion_is_the_mean(run, tmp_path, capsys):
-    folders = []
+def test_evaluate_rejects_changed_validation_data(workdir, photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "photos")
+    moved = copy_run(workdir, tmp_path / "run", str(photos), str(tmp_path / "photos"))
+    evaluate(moved, protocol=CENTER)
+    photo = tmp_path / "photos" / "train" / "blue" / "0.png"
+    photo.rename(photo.with_name("00.png"))
+    message = r"is not what .*run was trained on: storage and sizes were \('folder, names"
+    with pytest.raises(InputError, match=message):
+        evaluate(moved, protocol=CENTER)
+
+
+def test_evaluate_rejects_missing_images(workdir, monkeypatch):
+    monkeypatch.setattr("vgg_jax.evaluation.evaluate.iter_posteriors", lambda *_, **__: iter([]))
+    with pytest.raises(RuntimeError, match=f"0 of {COUNT} images were evaluated"):
+        evaluate(workdir, protocol=CENTER)
+
+
+def test_fuse_command_averages(workdir, tmp_path, capsys):
+    files = []
     for scale in ("16", "24"):
-        assert (
-            cli.main(["evaluate", str(run), "--scales", scale, "--out", str(tmp_path / scale)]) == 0
-        )
-        folders.append(str(tmp_path / scale / "posteriors.npz"))
-    assert cli.main(["fuse", *folders, "--out", str(tmp_path / "fused")]) == 0
+        out = tmp_path / scale
+        assert cli.main(["evaluate", str(workdir), "--scales", scale, "--out", str(out)]) == 0
+        files.append(str(out / "posteriors.npz"))
+    assert cli.main(["fuse", *files, "--out", str(tmp_path / "fused")]) == 0
     assert "mean of 2 posteriors: top-1 error" in capsys.readouterr().out
-    one, other, fused = (
-        load_evaluation(path) for path in (*folders, tmp_path / "fused" / "posteriors.npz")
-    )
-    np.testing.assert_allclose(fused.posteriors, (one.posteriors + other.posteriors) / 2, atol=1e-7)
+    first, second = (load_evaluation(file).posteriors for file in files)
+    fused = load_evaluation(tmp_path / "fused" / "posteriors.npz").posteriors
+    np.testing.assert_allclose(fused, (first + second) / 2, atol=1e-7)
 
 
 EVALUATION = Evaluation(
@@ -174,65 +195,50 @@ EVALUATION = Evaluation(
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"files": np.array(["a.png", "c.png"])}, r"image 1 is 'c.png' and 'two\nlines.png'"),
         ({"classes": np.array(["bees", "ants"])}, "class 0 is 'bees' and 'ants'"),
         ({"labels": np.int32([0, 1])}, "label of image 1 is '1' and '0'"),
     ],
+    ids=["files", "classes", "labels"],
 )
-def test_what_does_not_fit_is_not_fused(change, words, tmp_path):
+def test_fuse_rejects_other_data(change, message, tmp_path):
     save_evaluation(tmp_path / "a", EVALUATION, {})
     save_evaluation(tmp_path / "b", dataclasses.replace(EVALUATION, **change), {})
     with pytest.raises(InputError) as error:
         fuse([tmp_path / "a" / "posteriors.npz", tmp_path / "b" / "posteriors.npz"])
-    assert words in str(error.value)
+    assert message in str(error.value)
 
 
-def test_what_a_run_validated_on_must_be_there_unchanged(run, photos, tmp_path):
-    shutil.copytree(photos, tmp_path / "photos")
-    shutil.copytree(run, tmp_path / "run")
-    text = (tmp_path / "run" / "run.json").read_text()
-    (tmp_path / "run" / "run.json").write_text(text.replace(str(photos), str(tmp_path / "photos")))
-    evaluate(tmp_path / "run", protocol=EvalProtocol("center"))
-    (tmp_path / "photos" / "train" / "blue" / "0.png").rename(
-        tmp_path / "photos" / "train" / "blue" / "00.png"
-    )
-    with pytest.raises(
-        InputError,
-        match=r"is not what .*run was trained on: storage and sizes were \('folder, names",
-    ):
-        evaluate(tmp_path / "run", protocol=EvalProtocol("center"))
-
-
-def test_a_file_that_is_cut_or_foreign(tmp_path):
+def test_load_evaluation_rejects_damaged_files(tmp_path):
     save_evaluation(tmp_path, EVALUATION, {})
-    whole = (tmp_path / "posteriors.npz").read_bytes()
-    for content in (whole[: len(whole) // 2], b"", b"no archive", whole[:-1]):
-        (tmp_path / "cut.npz").write_bytes(content)
+    content = (tmp_path / "posteriors.npz").read_bytes()
+    for damaged in (content[: len(content) // 2], b"", b"no archive", content[:-1]):
+        (tmp_path / "cut.npz").write_bytes(damaged)
         with pytest.raises(InputError, match=r"cut\.npz cannot be read"):
             load_evaluation(tmp_path / "cut.npz")
-    np.savez(
-        tmp_path / "pickled.npz",
-        **dataclasses.asdict(EVALUATION) | {"files": np.array([{}, {}], object)},
-    )
+
+
+def test_load_evaluation_rejects_foreign_arrays(tmp_path):
+    arrays = dataclasses.asdict(EVALUATION)
+    np.savez(tmp_path / "pickled.npz", **arrays | {"files": np.array([{}, {}], object)})
     with pytest.raises(InputError, match=r"pickled\.npz cannot be read"):
         load_evaluation(tmp_path / "pickled.npz")
-    np.savez(tmp_path / "short.npz", **dataclasses.asdict(EVALUATION) | {"labels": np.int32([0])})
-    with pytest.raises(
-        InputError, match=r"short\.npz cannot be read \(its arrays do not fit together\)"
-    ):
+    np.savez(tmp_path / "short.npz", **arrays | {"labels": np.int32([0])})
+    message = r"short\.npz cannot be read \(its arrays do not fit together\)"
+    with pytest.raises(InputError, match=message):
         load_evaluation(tmp_path / "short.npz")
 
 
-def test_errors_by_hand():
-    errors = dataclasses.replace(EVALUATION, labels=np.int32([0, 0])).errors()
+def test_errors_match_hand_computation():
+    errors = EVALUATION.errors()
     assert errors["top1_error"] == 0.5
     assert errors["loss"] == pytest.approx(-(np.log(0.9) + np.log(0.4)) / 2)
 
 
-def test_wilsons_interval():
-    """Against the roots of the quadratic it solves: (p - observed)² = z² p (1 - p) / n."""
+def test_wilson_interval_solves_its_quadratic():
+    """The bounds p are the roots of (p - observed)² = z² p (1 - p) / n."""
     for observed, n in ((0.25, 500), (0.0, 10), (1.0, 7)):
         z2 = 1.959964**2
         low, high = np.sort(np.roots([1 + z2 / n, -2 * observed - z2 / n, observed**2]))
@@ -240,7 +246,7 @@ def test_wilsons_interval():
 
 
 @pytest.mark.parametrize(
-    ("argv", "words"),
+    ("arguments", "words"),
     [
         (["--scales", "15"], ("scales", "15", "16")),
         (["--split", "test"], ("test", "train, val")),
@@ -251,11 +257,15 @@ def test_wilsons_interval():
         (["no/such/folder"], ("no/such/folder",)),
         (["--protocol", "sparse"], ("sparse", "multi-crop")),
     ],
+    ids=["scale", "split", "classes", "folder", "protocol"],
 )
-def test_bad_input_gets_one_sentence(argv, words, run, capsys, tmp_path, monkeypatch):
+def test_evaluate_command_rejects_bad_input(
+    arguments, words, workdir, capsys, tmp_path, monkeypatch
+):
+    """The last line of stderr names the value and what was expected."""
     monkeypatch.chdir(tmp_path)
     try:
-        code = cli.main(["evaluate", str(run), *argv])
+        code = cli.main(["evaluate", str(workdir), *arguments])
     except SystemExit as error:
         code = error.code
     err = capsys.readouterr().err

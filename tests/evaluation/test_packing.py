@@ -1,4 +1,4 @@
-"""How windows share films: every window once, nothing overlapping, few kinds of films, little of them empty."""
+"""Windows share canvases: each lies in one, none overlap, few shapes occur, and little is empty."""
 
 import itertools
 import time
@@ -19,119 +19,125 @@ from vgg_jax.evaluation.packing import (
 A = CONFIGS["A"]
 
 
-def plan(sizes, pixels=400_000, devices=1, ceil=False):
-    """The batches of windows of these sizes, of no pixels."""
-    found = [
-        Window(i, 0, 1.0, np.broadcast_to(np.uint8(0), (*sorted(size)[::-1], 3)), size[1] > size[0])
-        for i, size in enumerate(sizes)
+def pack(sizes, pixels=400_000, devices=1, ceil=False):
+    """Packs windows cut from images of these sizes. Their pixels take no memory."""
+    windows = [
+        Window(i, 0, 1.0, np.broadcast_to(np.uint8(0), (max(h, w), min(h, w), 3)), w > h)
+        for i, (h, w) in enumerate(sizes)
     ]
-    return list(pack_windows(found, A, ceil=ceil, pixels=pixels, devices=devices))
+    return list(pack_windows(windows, A, ceil=ceil, pixels=pixels, devices=devices))
 
 
-def share_used(found):
-    """Of the films' area."""
-    used = sum(placed.window.pixels[..., 0].size for batch in found for placed in batch.placed)
-    return used / sum(np.prod(batch.films) for batch in found)
+def shapes(batches):
+    return {batch.shape for batch in batches}
 
 
-def photos(n, seed=0):
-    """Sizes of photos at Q = 256: many of 4:3 and 3:2, others between, a few panoramas, some upright."""
+def used_share(batches):
+    """Share of the canvases' area that windows cover."""
+    placements = [placement for batch in batches for placement in batch.placements]
+    used = sum(placement.window.pixels[..., 0].size for placement in placements)
+    return used / sum(np.prod(batch.shape) for batch in batches)
+
+
+def photo_sizes(n, seed=0):
+    """Sizes of photos at Q = 256: mostly 4:3 and 3:2, a few panoramas, some upright."""
     rng = np.random.default_rng(seed)
     long = np.where(rng.random(n) < 0.7, rng.choice([341, 384], n), rng.integers(256, 500, n))
     long = np.where(rng.random(n) < 0.02, rng.integers(500, 2000, n), long)
+    is_landscape = rng.random(n) < 0.7
     return [
-        (256, int(side)) if wide else (int(side), 256)
-        for side, wide in zip(long, rng.random(n) < 0.7, strict=True)
+        (256, int(side)) if landscape else (int(side), 256)
+        for side, landscape in zip(long, is_landscape, strict=True)
     ]
 
 
 @pytest.mark.parametrize("ceil", [False, True], ids=["floor", "ceil"])
 @pytest.mark.parametrize("devices", [1, 3])
-def test_every_window_lies_once_in_a_film_and_apart_from_the_others(devices, ceil):
-    sizes = photos(300)
-    found = plan(sizes, devices=devices, ceil=ceil)
-    assert sorted(placed.window.image for batch in found for placed in batch.placed) == list(
-        range(300)
-    )
-    for batch in found:
-        assert batch.films.n % devices == 0
-        assert np.prod(batch.films) <= 400_000 or batch.films.n == devices
-        free = [0] * batch.films.n  # the first row of each film that the next window may take
-        for window, film, row in batch.placed:
-            assert (
-                batch.turned == window.turned == (sizes[window.image][1] > sizes[window.image][0])
-            )
+def test_pack_windows_places_each_window_once(devices, ceil):
+    sizes = photo_sizes(300)
+    batches = pack(sizes, devices=devices, ceil=ceil)
+    images = [placement.window.image for batch in batches for placement in batch.placements]
+    assert sorted(images) == list(range(300))
+    for batch in batches:
+        assert batch.shape.n % devices == 0
+        assert np.prod(batch.shape) <= 400_000 or batch.shape.n == devices
+        next_row = [0] * batch.shape.n  # the first free row of each canvas
+        for window, canvas, row in batch.placements:
+            height, width = sizes[window.image]
+            assert batch.transposed == window.transposed == (width > height)
             h, w = window.pixels.shape[:2]
-            assert row == free[film]
-            assert row + h <= batch.films.h
-            assert w <= batch.films.w
-            free[film] += row_extent(h, A, ceil).apart
-    assert len({batch.films for batch in found}) <= 4
+            assert row == next_row[canvas]
+            assert row + h <= batch.shape.h
+            assert w <= batch.shape.w
+            next_row[canvas] += row_extent(h, A, ceil).stride
+    assert len(shapes(batches)) <= 4
 
 
-def test_few_kinds_of_films_are_nearly_full():
-    found = plan(photos(500), pixels=800_000)
-    assert len({batch.films for batch in found}) <= 3
-    assert share_used(found) > 0.93
+def test_pack_windows_fills_few_shapes():
+    batches = pack(photo_sizes(500), pixels=800_000)
+    assert len(shapes(batches)) <= 3
+    assert used_share(batches) > 0.93
 
 
-def test_a_width_has_films_only_where_that_is_worth_it():
-    usual = plan([(341, 256)] * 60)
-    assert {batch.films for batch in usual} == {
-        CanvasShape(1, 1408, 256)
-    }  # four windows of 352 rows
-    assert [len(batch.placed) for batch in usual] == [4] * 15
-    assert share_used(usual) == pytest.approx(341 / 352)
-    both = plan([(341, 256)] * 60 + [(256, 341)] * 2)
-    assert {batch.films for batch in both} == {CanvasShape(1, 1408, 256)}  # the same for both
-    narrow = plan([(341, 256)] * 60 + [(300, 240)] * 3)
-    assert {batch.films for batch in narrow} == {CanvasShape(1, 1408, 256)}
-    tall = plan([(341, 256)] * 60 + [(2000, 256)])
-    assert {batch.films for batch in tall} == {CanvasShape(1, 1408, 256), CanvasShape(1, 2000, 256)}
-    apart = plan([(512, 512)] * 100 + [(256, 256)] * 100)
-    assert {batch.films.w for batch in apart} == {512, 256}
-    alone = plan([(300, 256)] * 2)
-    assert [batch.films for batch in alone] == [CanvasShape(1, 768, 256)]
+def test_pack_windows_of_one_size():
+    batches = pack([(341, 256)] * 60)
+    assert shapes(batches) == {CanvasShape(1, 1408, 256)}  # four windows of 352 rows
+    assert [len(batch.placements) for batch in batches] == [4] * 15
+    assert used_share(batches) == pytest.approx(341 / 352)
+    assert shapes(pack([(300, 256)] * 2)) == {CanvasShape(1, 768, 256)}
 
 
-def test_crops_have_a_film_each():
-    found = plan([(224, 224)] * 100)
-    assert {batch.films for batch in found} == {CanvasShape(7, 224, 224)}
-    assert [len(batch.placed) for batch in found] == [7] * 14 + [2]
+def test_pack_windows_adds_shapes_that_pay():
+    usual = [(341, 256)] * 60
+    shape = CanvasShape(1, 1408, 256)
+    assert shapes(pack(usual + [(256, 341)] * 2)) == {shape}  # transposed windows share it
+    assert shapes(pack(usual + [(300, 240)] * 3)) == {shape}
+    assert shapes(pack([*usual, (2000, 256)])) == {shape, CanvasShape(1, 2000, 256)}
+    batches = pack([(512, 512)] * 100 + [(256, 256)] * 100)
+    assert {batch.shape.w for batch in batches} == {512, 256}
 
 
-def test_thousands_of_small_windows_are_planned_at_once():
-    """As of CIFAR-10: each has a film of its own, and what waits is not gone through again for each."""
+def test_pack_windows_gives_each_crop_a_canvas():
+    batches = pack([(224, 224)] * 100)
+    assert shapes(batches) == {CanvasShape(7, 224, 224)}
+    assert [len(batch.placements) for batch in batches] == [7] * 14 + [2]
+
+
+def test_pack_windows_is_fast_for_small_windows():
+    """The time per window does not grow with the number of queued windows."""
     started = time.perf_counter()
-    found = plan([(32, 32)] * 20_000, pixels=800_000)
+    batches = pack([(32, 32)] * 20_000, pixels=800_000)
     assert time.perf_counter() - started < 10
-    assert {batch.films for batch in found} == {CanvasShape(781, 32, 32)}
-    assert len(found) == 26
-    mixed = plan([(48, 48), (48, 57), (61, 48)] * 3_000, pixels=800_000)
+    assert shapes(batches) == {CanvasShape(781, 32, 32)}
+    assert len(batches) == 26
+    mixed = pack([(48, 48), (48, 57), (61, 48)] * 3_000, pixels=800_000)
     assert time.perf_counter() - started < 20
-    assert sum(len(batch.placed) for batch in mixed) == 9_000
-    assert share_used(mixed) > 0.6
+    assert sum(len(batch.placements) for batch in mixed) == 9_000
+    assert used_share(mixed) > 0.6
 
 
-def test_rows_of_a_window():
+def test_row_extent():
     assert row_extent(341, A) == (352, 352)
     assert row_extent(341, A, ceil=True) == (352, 368)
     assert row_extent(384, A) == (384, 400)
     assert row_extent(224, A) == (224, 240)
 
 
-def test_a_film_is_filled_as_well_as_it_can_be():
+def test_select_subset_is_optimal():
+    """Compares with all subsets."""
     rng = np.random.default_rng(0)
     for _ in range(200):
         heights = [int(h) for h in rng.integers(3, 40, 8)]
-        chosen = select_subset([RowExtent(h, h) for h in heights], 70)
-        assert chosen[0] == 0
-        assert chosen == sorted(set(chosen))
-        rest = itertools.chain.from_iterable(
+        indices = select_subset([RowExtent(h, h) for h in heights], 70)
+        assert indices[0] == 0
+        assert indices == sorted(set(indices))
+        subsets = itertools.chain.from_iterable(
             itertools.combinations(heights[1:], n) for n in range(8)
         )
-        assert sum(heights[i] for i in chosen) == max(
-            total for each in rest if (total := heights[0] + sum(each)) <= 70
-        )
+        totals = [heights[0] + sum(subset) for subset in subsets]
+        assert sum(heights[i] for i in indices) == max(total for total in totals if total <= 70)
+
+
+def test_select_subset_edge_cases():
     assert select_subset([], 70) == []
     assert select_subset([RowExtent(64, 80), RowExtent(3, 4)], 70) == [0]

@@ -1,4 +1,4 @@
-"""Image files to classes: what is read, what is reported, and the same answer as by hand."""
+"""Predictions for image files: the classes, and the reports of unreadable files."""
 
 import dataclasses
 import json
@@ -20,27 +20,25 @@ CLASSES = ("ants", "bees", "wasps", "flies", "bugs", "moths")
 
 
 @pytest.fixture(scope="module")
-def net(tmp_path_factory):
-    """A file of weights of a small net."""
+def weight_file(tmp_path_factory):
+    """A weight file of a small net."""
+    model = VGG(SHALLOW, len(CLASSES), image_size=16)
+    params = jax.tree.map(np.asarray, init(model)["params"])
+    params["fc8"]["kernel"] = params["fc8"]["kernel"] * 0.2
+    weights = Weights(
+        net="shallow",
+        layout="vgg_jax",
+        model=model,
+        params=params,
+        batch_stats={},
+        top=True,
+        preprocessing=Preprocessing(IMAGENET.mean_rgb),
+        classes=CLASSES,
+    )
+    path = tmp_path_factory.mktemp("weights") / "net.safetensors"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(CONFIGS, "shallow", SHALLOW)
-        path = tmp_path_factory.mktemp("net") / "net.safetensors"
-        model = VGG(SHALLOW, len(CLASSES), image_size=16)
-        params = jax.tree.map(np.asarray, init(model)["params"])
-        params["fc8"]["kernel"] = params["fc8"]["kernel"] * 0.2
-        save(
-            path,
-            Weights(
-                "shallow",
-                "vgg_jax",
-                model,
-                params,
-                {},
-                True,
-                Preprocessing(IMAGENET.mean_rgb),
-                CLASSES,
-            ),
-        )
+        save(path, weights)
         yield str(path)
 
 
@@ -55,103 +53,77 @@ def photos(tmp_path_factory):
     return root
 
 
-def test_the_answers_are_those_by_hand(net, photos):
-    found = sorted(predict(net, [str(photos / "b.png"), str(photos / "deep")], top=2))
+def test_predict_matches_class_posteriors(weight_file, photos):
+    paths = [str(photos / "b.png"), str(photos / "deep")]
+    predictions = sorted(predict(weight_file, paths, top=2))
     files = [photos / "b.png", photos / "deep/er/c.jpeg"]
-    assert [prediction.file for prediction in found] == list(map(str, files))
-    model, variables, metadata = load(net)
-    images = [
-        resize_shorter_side(decode(file.read_bytes()), metadata["preprocessing"]["scale"]).numpy()
-        for file in files
-    ]
-    expected = class_posteriors(model, variables, images)
-    for prediction, posterior in zip(found, expected, strict=True):
-        assert [name for name, _ in prediction.top] == [
-            CLASSES[i] for i in posterior.argsort()[::-1][:2]
-        ]
-        assert [probability for _, probability in prediction.top] == pytest.approx(
-            np.sort(posterior)[::-1][:2], abs=1e-6
-        )
+    assert [prediction.file for prediction in predictions] == list(map(str, files))
+    model, variables, metadata = load(weight_file)
+    scale = metadata["preprocessing"]["scale"]
+    images = [resize_shorter_side(decode(file.read_bytes()), scale).numpy() for file in files]
+    posteriors = class_posteriors(model, variables, images)
+    for prediction, posterior in zip(predictions, posteriors, strict=True):
+        names, probabilities = zip(*prediction.top, strict=True)
+        assert list(names) == [CLASSES[i] for i in posterior.argsort()[::-1][:2]]
+        assert list(probabilities) == pytest.approx(np.sort(posterior)[::-1][:2], abs=1e-6)
 
 
-def test_files_folders_and_patterns(photos):
-    every = [
-        str(photos / name)
-        for name in ("a.jpg", "b.png", "broken.jpg", "d [1].webp", "deep/er/c.jpeg")
-    ]
-    assert sorted(expand_paths([str(photos)])) == every
-    assert expand_paths(
-        [str(photos / "*.png"), str(photos / "d [1].webp"), str(photos / "no*.gif")]
-    ) == [
-        every[1],
-        every[3],
-        str(photos / "no*.gif"),
-    ]
-    assert expand_paths([str(photos / "**" / "*.jpeg")]) == [every[4]]
+def test_expand_paths(photos):
+    names = ("a.jpg", "b.png", "broken.jpg", "d [1].webp", "deep/er/c.jpeg")
+    a, b, broken, d, c = (str(photos / name) for name in names)
+    assert sorted(expand_paths([str(photos)])) == [a, b, broken, d, c]
+    unmatched = str(photos / "no*.gif")
+    assert expand_paths([str(photos / "*.png"), d, unmatched]) == [b, d, unmatched]
+    assert expand_paths([str(photos / "**" / "*.jpeg")]) == [c]
+    remote = "gs://bucket/photo [1].jpg"
+    assert expand_paths([remote]) == [remote]
 
 
-def test_an_unreadable_file_is_reported_and_the_others_answered(net, photos, capsys):
-    Image.new("L", (12_500, 1)).save(photos / "line.png")
-    argv = [
-        "predict",
-        net,
-        *(
-            str(photos / name)
-            for name in ("broken.jpg", "line.png", "b.png", "missing.jpg", "notes.txt")
-        ),
-    ]
-    assert cli.main([*argv, "--json"]) == 3
-    lines = {
-        line["file"].rpartition("/")[2]: line
-        for line in map(json.loads, capsys.readouterr().out.splitlines())
-    }
-    assert {name: len(line.get("top", ())) for name, line in lines.items()} == {
+def test_predict_command_reports_unreadable_files(weight_file, photos, tmp_path, capsys):
+    Image.new("L", (12_500, 1)).save(tmp_path / "line.png")
+    names = ("broken.jpg", "b.png", "missing.jpg", "notes.txt")
+    files = [*(str(photos / name) for name in names), str(tmp_path / "line.png")]
+    command = ["predict", weight_file, *files]
+    assert cli.main([*command, "--json"]) == 3
+    lines = map(json.loads, capsys.readouterr().out.splitlines())
+    predictions = {line["file"].rpartition("/")[2]: line for line in lines}
+    assert {name: len(line.get("top", ())) for name, line in predictions.items()} == {
         "broken.jpg": 0,
         "b.png": 5,
         "missing.jpg": 0,
         "notes.txt": 0,
         "line.png": 0,
     }
-    assert "cannot decode" in lines["broken.jpg"]["error"]
-    assert "No such file" in lines["missing.jpg"]["error"]
-    assert (
-        "line.png': at the test scale it has more than 2,000,000 pixels"
-        in lines["line.png"]["error"]
-    )
-    assert cli.main(argv) == 3
+    assert "cannot decode" in predictions["broken.jpg"]["error"]
+    assert "No such file" in predictions["missing.jpg"]["error"]
+    message = "line.png': at the test scale it has more than 2,000,000 pixels"
+    assert message in predictions["line.png"]["error"]
+    assert cli.main(command) == 3
     out, err = capsys.readouterr()
     assert "%" in out.splitlines()[0]
     assert len(out.splitlines()) == 1
     assert sum("expected a JPEG" in line for line in err.splitlines()) == 4
-    (photos / "line.png").unlink()
-    assert (
-        cli.main(
-            [
-                "predict",
-                net,
-                str(photos / "b.png"),
-                "--protocol",
-                "ten-crop",
-                "--scales",
-                "16",
-                "20",
-            ]
-        )
-        == 0
-    )
 
 
-def test_nothing_to_predict(net, tmp_path, photos):
+def test_predict_command_with_crops_and_scales(weight_file, photos):
+    options = ["--protocol", "ten-crop", "--scales", "16", "20"]
+    assert cli.main(["predict", weight_file, str(photos / "b.png"), *options]) == 0
+
+
+def test_predict_rejects_bad_input(weight_file, tmp_path, photos):
+    images = [str(photos / "b.png")]
     with pytest.raises(InputError, match="no images in"):
-        list(predict(net, [str(tmp_path)]))
+        list(predict(weight_file, [str(tmp_path)]))
     with pytest.raises(InputError, match="top is 0: expected at least 1"):
-        list(predict(net, [str(photos / "b.png")], top=0))
-    weights = read(net)
-    headless = {name: layer for name, layer in weights.params.items() if name.startswith("conv")}
-    save(
-        tmp_path / "headless.safetensors", dataclasses.replace(weights, params=headless, top=False)
-    )
-    with pytest.raises(InputError, match=r"headless\.safetensors has no fully connected layers"):
-        list(predict(tmp_path / "headless.safetensors", [str(photos / "b.png")]))
+        list(predict(weight_file, images, top=0))
     with pytest.raises(InputError, match=r"scales is \(15,\): expected at least .* 16"):
-        list(predict(net, [str(photos / "b.png")], scales=(15,)))
+        list(predict(weight_file, images, scales=(15,)))
+
+
+def test_predict_rejects_net_without_head(weight_file, tmp_path, photos):
+    weights = read(weight_file)
+    params = {name: layer for name, layer in weights.params.items() if name.startswith("conv")}
+    headless = tmp_path / "headless.safetensors"
+    save(headless, dataclasses.replace(weights, params=params, top=False))
+    with pytest.raises(InputError, match=r"headless\.safetensors has no fully connected layers"):
+        list(predict(headless, [str(photos / "b.png")]))

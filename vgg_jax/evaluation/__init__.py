@@ -1,1 +1,1 @@
-"""The evaluation of the paper (§3.2) and predictions."""
+"""Evaluation as in the paper (§3.2), and predictions."""

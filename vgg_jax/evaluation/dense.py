@@ -1,8 +1,9 @@
-"""The paper's evaluation (§3.2): class posteriors of images of any size, from dense score maps, from crops, or from both.
+"""Class posteriors from dense score maps, from crops, or from both (§3.2).
 
-Knows neither files nor TensorFlow. All that is evaluated is a window: the whole rescaled image, or a crop of it, or the mirror image of
-either. Windows are computed in films, several in one array, up to the last pooling; from there on each position of their score maps
-is a small map of its own.
+Everything evaluated is a window: a whole rescaled image, a crop of it, or the mirror image of
+either. Windows of any size share canvases up to the last pooling. From there on, each position of
+their score maps is computed as a small map of its own. This module reads no files and never
+imports TensorFlow.
 """
 
 import dataclasses
@@ -26,9 +27,14 @@ from vgg_jax.model import VGG, transpose_kernels
 from vgg_jax.preprocessing import preprocess
 from vgg_jax.runtime.compiler import compiler_options
 
-# Of score maps so many positions, or a multiple of it, are computed together, and at most so many: few multiples are compiled, and what
-# neighbours read overlaps, 100 kB each before fc6 and four times that before the last pooling.
-POSITIONS, MAX_POSITIONS = 16, 256
+# Positions of score maps that are computed together, per device. They are padded to a multiple of
+# the step, so that few shapes are compiled. The maximum bounds the memory, because neighbouring
+# positions read overlapping activations (docs/performance.md#score-map-positions).
+POSITIONS_STEP = 16
+MAX_POSITIONS = 256
+
+# Crops along each side of an image, by protocol.
+_CROPS_PER_SIDE = {"center": 1, "ten-crop": 2, "multi-crop": 5, "both": 5}
 
 
 def trunk_activations(
@@ -40,26 +46,49 @@ def trunk_activations(
     mean_rgb: tuple[float, float, float],
     ceil: bool,
 ) -> Array:
-    """(N, h, w, C): what the last pooling reads, for films, uint8 (N, H, W, 3), whose rows hold `widths`, int (N, H), pixels of images."""
-    there = jnp.arange(images.shape[2])[None, None] < widths[:, :, None]
-    found: Any = model.apply(variables, preprocess(images, mean_rgb), there, ceil, method="trunk")
-    return found
+    """Computes the input of the last pooling for canvases that hold several windows.
+
+    Args:
+        variables: The variables of the model.
+        images: Canvases, uint8 (N, H, W, 3).
+        widths: Number of valid pixels in each row, int (N, H). The others are padding.
+        model: The net.
+        mean_rgb: Mean that is subtracted from the pixels.
+        ceil: True if poolings round an odd side up.
+
+    Returns:
+        Activations (N, h, w, C).
+    """
+    valid_mask = jnp.arange(images.shape[2])[None, None] < widths[:, :, None]
+    activations: Any = model.apply(
+        variables, preprocess(images, mean_rgb), valid_mask, ceil, method="trunk"
+    )
+    return activations
 
 
 def logits_at_positions(
-    variables: Any, maps: Array, positions: Array, turned: Array, *, model: VGG
+    variables: Any, activations: Array, positions: Array, transposed: Array, *, model: VGG
 ) -> Array:
-    """float32 (P, K): the logits at positions of the score map, int (P, 3): a film, and the first row and column of its map.
+    """Computes the logits at positions of score maps.
 
-    What a position reads is transposed if it is `turned`, a bool ().
+    Args:
+        variables: The variables of the model.
+        activations: The result of `trunk_activations`, (N, h, w, C).
+        positions: The canvas, first row and first column that each position reads, int (P, 3).
+        transposed: True if the windows are transposed, bool ().
+        model: The net.
+
+    Returns:
+        Logits (P, K), at least float32.
     """
     side = 2 * (model.image_size // 2 ** len(model.config.stages))
-    film, row, column = (positions[:, i, None, None] for i in range(3))
+    canvas, row, column = (positions[:, i, None, None] for i in range(3))
     row, column = row + jnp.arange(side)[None, :, None], column + jnp.arange(side)[None, None]
-    # Pooling that rounds up reads a row or column behind the last: no maximum is below 0 behind the ReLU.
-    windows = maps.at[film, row, column].get(mode="fill", fill_value=0)
-    windows = jnp.where(turned, windows.swapaxes(1, 2), windows)
-    logits: Any = model.apply(variables, windows, method="head")
+    # A pooling that rounds up reads a row or column past the end. A zero there changes no maximum,
+    # because no activation is negative after the ReLU.
+    crops = activations.at[canvas, row, column].get(mode="fill", fill_value=0)
+    crops = jnp.where(transposed, crops.swapaxes(1, 2), crops)
+    logits: Any = model.apply(variables, crops, method="head")
     return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
@@ -67,88 +96,131 @@ def logits_at_positions(
 def jitted_stages(
     model: VGG, mean_rgb: tuple[float, float, float], ceil: bool, mesh: jax.sharding.Mesh
 ) -> tuple[Callable[..., Array], Callable[..., Array]]:
-    """`trunk_activations` and `logits_at_positions`, jitted. The same for equal arguments, so that what they have compiled is used again."""
+    """Jits `trunk_activations` and `logits_at_positions`.
+
+    Equal arguments get the same two functions, so that compiled programs are reused.
+
+    Args:
+        model: The net.
+        mean_rgb: Mean that is subtracted from the pixels.
+        ceil: True if poolings round an odd side up.
+        mesh: The devices. Results are replicated over them.
+
+    Returns:
+        The two jitted functions, without the arguments given here.
+    """
     options: Any = {
         "compiler_options": compiler_options(optimize_runtime=True, dtype=model.dtype),
         "out_shardings": replicated(mesh),
     }
-    return (
-        jax.jit(
-            functools.partial(trunk_activations, model=model, mean_rgb=mean_rgb, ceil=ceil),
-            **options,
-        ),
-        jax.jit(functools.partial(logits_at_positions, model=model), **options),
-    )
+    trunk = functools.partial(trunk_activations, model=model, mean_rgb=mean_rgb, ceil=ceil)
+    head = functools.partial(logits_at_positions, model=model)
+    return jax.jit(trunk, **options), jax.jit(head, **options)
 
 
 def iter_windows(
-    index: int, scales: Sequence[np.ndarray], crop: int, protocol: EvalProtocol
+    index: int, images: Sequence[np.ndarray], crop_size: int, protocol: EvalProtocol
 ) -> Iterator[Window]:
-    """The windows of an image that is given rescaled to each test scale, uint8 (H, W, 3). Their weights add up to 1."""
+    """Cuts the windows of one image.
+
+    Args:
+        index: Index of the image.
+        images: The image, rescaled to each test scale, uint8 (H, W, 3).
+        crop_size: Side of a crop, which is the side of the net's training images.
+        protocol: The evaluation protocol.
+
+    Yields:
+        The windows, none of them wider than tall. Their weights add up to 1.
+
+    Raises:
+        InputError: There is no image, or one has the wrong type, shape or size.
+    """
     number = 0
-    for pixels, weight in _parts(index, scales, crop, protocol):
-        for mirrored in (False, True)[: 1 + protocol.use_flip]:
-            pixels = pixels[:, ::-1] if mirrored else pixels
-            turned = pixels.shape[1] > pixels.shape[0]
-            yield Window(
-                index,
-                number,
-                weight / (1 + protocol.use_flip),
-                pixels.swapaxes(0, 1) if turned else pixels,
-                turned,
-            )
+    for part, weight in _iter_parts(index, images, crop_size, protocol):
+        versions = [part, part[:, ::-1]] if protocol.use_flip else [part]
+        for pixels in versions:
+            h, w = pixels.shape[:2]
+            transposed = w > h
+            upright = pixels.swapaxes(0, 1) if transposed else pixels
+            yield Window(index, number, weight / len(versions), upright, transposed)
             number += 1
 
 
-def _parts(
-    index: int, scales: Sequence[np.ndarray], crop: int, protocol: EvalProtocol
+def _iter_parts(
+    index: int, images: Sequence[np.ndarray], crop_size: int, protocol: EvalProtocol
 ) -> Iterator[tuple[np.ndarray, float]]:
-    """The same before mirroring and turning: pixels (h, w, 3) and their weight."""
-    if not scales:
+    """Yields the whole images and crops that the protocol asks for, and the weight of each."""
+    if not images:
         raise InputError(f"image {index} is given at no test scale: expected at least one array")
-    for image in scales:
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise InputError(
-                f"image {index} is {image.dtype} {image.shape}: expected uint8 RGB, (H, W, 3), the mean not subtracted"
-            )
-        h, w = image.shape[:2]
-        if h * w > MAX_IMAGE_PIXELS and protocol.name in ("dense", "both"):
-            raise InputError(
-                f"image {index} is {h}x{w} at its test scale: expected at most {MAX_IMAGE_PIXELS:,} pixels; crop it, or leave it out"
-            )
-        if min(h, w) < crop:
-            raise InputError(
-                f"image {index} is {h}x{w}: expected both sides to be at least the net's, {crop}; pass larger test scales"
-            )
-        share = (0.5 if protocol.name == "both" else 1.0) / len(scales)
+    weight = (0.5 if protocol.name == "both" else 1.0) / len(images)
+    for image in images:
+        _check_image(index, image, crop_size, protocol)
         if protocol.name in ("dense", "both"):
-            yield image, share
-        if protocol.name == "dense":
-            continue
-        count = {"center": 1, "ten-crop": 2, "multi-crop": 5, "both": 5}[protocol.name]
-        offsets = [
-            (y, x) for y in crop_offsets(h, crop, count) for x in crop_offsets(w, crop, count)
-        ]
-        if protocol.name == "ten-crop":
-            offsets += [(crop_offsets(h, crop, 1)[0], crop_offsets(w, crop, 1)[0])]
-        for (y, x), times in Counter(
-            offsets
-        ).items():  # where a side is the crop's, five crops are one
-            yield image[y : y + crop, x : x + crop], share * times / len(offsets)
+            yield image, weight
+        if protocol.name != "dense":
+            corners = _crop_corners(image, crop_size, protocol)
+            # Crops coincide if a side equals the crop's.
+            for (y, x), times in Counter(corners).items():
+                crop = image[y : y + crop_size, x : x + crop_size]
+                yield crop, weight * times / len(corners)
 
 
-def crop_offsets(side: int, crop: int, count: int) -> tuple[int, ...]:
-    """`count` evenly spaced offsets of a crop in a side, from first to last (§3.2): crop_offsets(256, 224, 5) is (0, 8, 16, 24, 32).
-
-    One offset is the centre's, as validation in training has it. Raises InputError for a crop that does not fit.
-    """
-    if crop > side:
+def _check_image(index: int, image: np.ndarray, crop_size: int, protocol: EvalProtocol) -> None:
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise InputError(
-            f"the crop is {crop} pixels and the image side {side}: expected at most the side; pass a larger test scale"
+            f"image {index} is {image.dtype} {image.shape}: "
+            "expected uint8 RGB, (H, W, 3), the mean not subtracted"
+        )
+    h, w = image.shape[:2]
+    if h * w > MAX_IMAGE_PIXELS and protocol.name in ("dense", "both"):
+        raise InputError(
+            f"image {index} is {h}x{w} at its test scale: "
+            f"expected at most {MAX_IMAGE_PIXELS:,} pixels; crop it, or leave it out"
+        )
+    if min(h, w) < crop_size:
+        raise InputError(
+            f"image {index} is {h}x{w}: expected both sides to be at least the net's, "
+            f"{crop_size}; pass larger test scales"
+        )
+
+
+def _crop_corners(
+    image: np.ndarray, crop_size: int, protocol: EvalProtocol
+) -> list[tuple[int, int]]:
+    """Returns the upper left corners (y, x) of all crops of an image."""
+    h, w = image.shape[:2]
+    count = _CROPS_PER_SIDE[protocol.name]
+    rows, columns = crop_offsets(h, crop_size, count), crop_offsets(w, crop_size, count)
+    corners = [(y, x) for y in rows for x in columns]
+    if protocol.name == "ten-crop":
+        corners.append((crop_offsets(h, crop_size, 1)[0], crop_offsets(w, crop_size, 1)[0]))
+    return corners
+
+
+def crop_offsets(side: int, crop_size: int, count: int) -> tuple[int, ...]:
+    """Computes evenly spaced offsets of crops along a side, from first to last (§3.2).
+
+    `crop_offsets(256, 224, 5)` is (0, 8, 16, 24, 32).
+
+    Args:
+        side: Side of the image.
+        crop_size: Side of the crop.
+        count: Number of offsets. A single one is the centre's, as in validation during training.
+
+    Returns:
+        The offsets, in increasing order.
+
+    Raises:
+        InputError: The crop does not fit.
+    """
+    if crop_size > side:
+        raise InputError(
+            f"the crop is {crop_size} pixels and the image side {side}: "
+            "expected at most the side; pass a larger test scale"
         )
     if count == 1:
-        return ((side - crop + 1) // 2,)
-    return tuple(int(offset) for offset in np.round(np.linspace(0, side - crop, count)))
+        return ((side - crop_size + 1) // 2,)
+    return tuple(int(offset) for offset in np.round(np.linspace(0, side - crop_size, count)))
 
 
 def iter_posteriors(
@@ -161,79 +233,101 @@ def iter_posteriors(
     mean_rgb: tuple[float, float, float] = IMAGENET.mean_rgb,
     pixels: int = MAX_PIXELS_PER_BATCH,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(index, posterior (K,)) of each image, in the order in which they are done; each is given at all test scales.
+    """Computes the class posteriors of a stream of images.
 
-    Memory depends on `pixels`, those of the windows that are computed at once, and on the number of widths (the shorter sides, in steps
-    of 16): the windows of one wait until they are worth a program, 12 MB at most. It does not depend on the number of images. The first
-    image that is wider than tall takes a second copy of the convolutions' kernels. Raises InputError for an image that is smaller than
-    the net's, or larger than `MAX_IMAGE_PIXELS`.
+    The memory does not depend on the number of images. It depends on `pixels` and on the number of
+    different widths: the windows of each width wait until they fill a batch
+    (docs/performance.md#canvas-shapes). The first image that is wider than tall adds a second copy
+    of the convolutions' kernels.
+
+    Args:
+        model: The net.
+        variables: Its variables.
+        images: Each image as a sequence of arrays, one per test scale, uint8 RGB (H, W, 3).
+        mesh: The devices to compute on.
+        protocol: The evaluation protocol.
+        mean_rgb: Mean that is subtracted from the pixels.
+        pixels: Most pixels of the windows that are computed at once.
+
+    Yields:
+        `(index, posterior)` of each image as soon as it is done; the posterior is float64 (K,).
+
+    Raises:
+        InputError: An image is smaller than the net's, or larger than `MAX_IMAGE_PIXELS`, or
+            `pixels` is not positive.
     """
     if pixels < 1:
         raise InputError(f"pixels is {pixels}: expected at least 1")
-    maps_of, logits_of = jitted_stages(model, tuple(mean_rgb), protocol.ceil, mesh)
-    placed = jax.device_put(dict(variables), replicated(mesh))
-    parts: dict[int, list[Any]] = {}  # of each image that is not done, its windows' shares
+    trunk, head = jitted_stages(model, tuple(mean_rgb), protocol.ceil, mesh)
+    head_variables = jax.device_put(dict(variables), replicated(mesh))
+    # Weighted posteriors of the windows of each image that is not done yet.
+    pending: dict[int, list[Any]] = {}
 
     @functools.cache
-    def net(turned: bool) -> dict[str, Any]:
-        # Of hundreds of positions at once a turned FC kernel is no faster.
-        return jax.device_put(
-            pack_kernels(
-                transpose_kernels(placed) if turned else placed, model.dtype, kinds=("conv",)
-            ),
-            replicated(mesh),
-        )
+    def trunk_variables(transposed: bool) -> dict[str, Any]:
+        oriented = transpose_kernels(head_variables) if transposed else head_variables
+        # Packed FC kernels are no faster for hundreds of positions at once.
+        packed = pack_kernels(oriented, model.dtype, kinds=("conv",))
+        return jax.device_put(packed, replicated(mesh))
 
     def all_windows() -> Iterator[Window]:
-        for index, scales in enumerate(images):
-            of_image = list(iter_windows(index, scales, model.image_size, protocol))
-            parts[index] = [None] * len(of_image)
-            yield from of_image
+        for index, scaled_images in enumerate(images):
+            windows = list(iter_windows(index, scaled_images, model.image_size, protocol))
+            pending[index] = [None] * len(windows)
+            yield from windows
 
     for batch in pack_windows(
         all_windows(), model.config, ceil=protocol.ceil, pixels=pixels, devices=mesh.size
     ):
-        maps = maps_of(net(batch.turned), **shard_batch(_films(batch), mesh))
-        positions, ends = _positions(batch, model, protocol.ceil)
+        canvases = shard_batch(_draw_canvases(batch), mesh)
+        activations = trunk(trunk_variables(batch.transposed), **canvases)
+        positions, ends = _score_map_positions(batch, model, protocol.ceil)
         logits = np.zeros((len(positions), model.num_classes))
         for start in range(0, len(positions), MAX_POSITIONS * mesh.size):
-            some = positions[start : start + MAX_POSITIONS * mesh.size]
-            filled = shard_batch(
-                {"positions": np.pad(some, ((0, -len(some) % (POSITIONS * mesh.size)), (0, 0)))},
-                mesh,
-            )
-            logits[start : start + len(some)] = logits_of(
-                placed, maps, **filled, turned=batch.turned
-            )[: len(some)]
-        for (window, *_), scores in zip(batch.placed, np.split(logits, ends[:-1]), strict=True):
-            posterior = (
-                _softmax(scores).mean(0) if protocol.softmax_first else _softmax(scores.mean(0))
-            )
-            of_image = parts[window.image]
-            of_image[window.number] = window.weight * posterior
-            if not any(part is None for part in of_image):
-                yield window.image, np.sum(parts.pop(window.image), 0)
+            chunk = positions[start : start + MAX_POSITIONS * mesh.size]
+            padding = -len(chunk) % (POSITIONS_STEP * mesh.size)
+            padded = shard_batch({"positions": np.pad(chunk, ((0, padding), (0, 0)))}, mesh)
+            outputs = head(head_variables, activations, **padded, transposed=batch.transposed)
+            logits[start : start + len(chunk)] = outputs[: len(chunk)]
+        window_logits = np.split(logits, ends[:-1])
+        for (window, *_), scores in zip(batch.placements, window_logits, strict=True):
+            posteriors = pending[window.image]
+            posteriors[window.number] = window.weight * _mean_posterior(scores, protocol)
+            if all(posterior is not None for posterior in posteriors):
+                yield window.image, np.sum(pending.pop(window.image), 0)
 
 
-def _films(batch: Batch) -> dict[str, np.ndarray]:
-    """The films, and how many pixels of each of their rows are an image's."""
-    images, widths = np.zeros((*batch.films, 3), np.uint8), np.zeros(batch.films[:2], np.int32)
-    for window, film, row in batch.placed:
+def _draw_canvases(batch: Batch) -> dict[str, np.ndarray]:
+    """Copies the windows into canvases, and counts the valid pixels of each row."""
+    images = np.zeros((*batch.shape, 3), np.uint8)
+    widths = np.zeros(batch.shape[:2], np.int32)
+    for window, canvas, row in batch.placements:
         h, w = window.pixels.shape[:2]
-        images[film, row : row + h, :w] = window.pixels
-        widths[film, row : row + h] = w
+        images[canvas, row : row + h, :w] = window.pixels
+        widths[canvas, row : row + h] = w
     return {"images": images, "widths": widths}
 
 
-def _positions(batch: Batch, model: VGG, ceil: bool) -> tuple[np.ndarray, list[int]]:
-    """The positions of all windows' score maps, int (P, 3) as `logits_at_positions` takes them, and the end of each window's."""
-    unit = 2 ** (len(model.config.stages) - 1)
-    found, ends = [], []
-    for window, film, row in batch.placed:
+def _score_map_positions(batch: Batch, model: VGG, ceil: bool) -> tuple[np.ndarray, list[int]]:
+    """Lists the positions of all windows' score maps, for `logits_at_positions`.
+
+    Returns:
+        The positions, int32 (P, 3), and the end of each window's in them.
+    """
+    trunk_stride = 2 ** (len(model.config.stages) - 1)
+    positions: list[tuple[int, int, int]] = []
+    ends = []
+    for window, canvas, row in batch.placements:
         h, w = model.score_map_size(window.pixels.shape[0], window.pixels.shape[1], ceil)
-        found += [(film, row // unit + 2 * y, 2 * x) for y in range(h) for x in range(w)]
-        ends.append(len(found))
-    return np.array(found, np.int32), ends
+        first_row = row // trunk_stride
+        positions += [(canvas, first_row + 2 * y, 2 * x) for y in range(h) for x in range(w)]
+        ends.append(len(positions))
+    return np.array(positions, np.int32), ends
+
+
+def _mean_posterior(scores: np.ndarray, protocol: EvalProtocol) -> np.ndarray:
+    """Averages the score map (P, K) of a window into a posterior (K,)."""
+    return _softmax(scores).mean(0) if protocol.softmax_first else _softmax(scores.mean(0))
 
 
 def _softmax(scores: np.ndarray) -> np.ndarray:
@@ -248,22 +342,34 @@ def resolve_protocol(
     metadata: Mapping[str, Any],
     path: Any,
 ) -> tuple[EvalProtocol, tuple[int, ...]]:
-    """The protocol and the test scales for a net, `metadata` as `vgg_jax.load` gives it, with what was not said filled in.
+    """Fills in the defaults of the protocol and the test scales.
 
-    Raises InputError for a scale below the net's size, and for a net without fully connected layers.
+    Args:
+        protocol: The evaluation protocol.
+        scales: Test scales; empty for the one in the metadata.
+        model: The net.
+        metadata: Its metadata, as `vgg_jax.load` returns them.
+        path: Origin of the net, for messages.
+
+    Returns:
+        The protocol and the test scales.
+
+    Raises:
+        InputError: A scale is below the size of the net's images, or the net has no fully connected
+            layers.
     """
     if not metadata["top"]:
         raise InputError(
             f"{path} has no fully connected layers: expected a whole net; it gives features only"
         )
-    if (
-        protocol.flip is None and not metadata["flip"]
-    ):  # as for digits: their mirror images are none
+    # Some data has no meaningful mirror images: digits, for example.
+    if protocol.flip is None and not metadata["flip"]:
         protocol = dataclasses.replace(protocol, flip=False)
     scales = tuple(scales) or (metadata["preprocessing"]["scale"],)
     if min(scales) < model.image_size:
         raise InputError(
-            f"scales is {scales}: expected at least the size of the net's images, {model.image_size}"
+            f"scales is {scales}: "
+            f"expected at least the size of the net's images, {model.image_size}"
         )
     return protocol, scales
 
@@ -274,14 +380,26 @@ def class_posteriors(
     images: Sequence[np.ndarray] | Sequence[Sequence[np.ndarray]],
     **settings: Any,
 ) -> np.ndarray:
-    """float64 (N, K): the class posteriors of images, uint8 RGB (H, W, 3) at a test scale each, or sequences of them, one for each scale.
+    """Computes the class posteriors of images in memory.
 
-    Settings are those of `iter_posteriors`. Raises InputError for an image that is smaller than the net's, or larger than `MAX_IMAGE_PIXELS`.
+    Args:
+        model: The net.
+        variables: Its variables.
+        images: uint8 RGB arrays (H, W, 3), each at its test scale; or sequences of them, one array
+            per test scale.
+        **settings: Keyword arguments of `iter_posteriors`. The mesh is the first device by default.
+
+    Returns:
+        Posteriors, float64 (N, K).
+
+    Raises:
+        InputError: As `iter_posteriors` does.
     """
-    scaled = [
+    scaled_images = [
         [np.asarray(image)] if hasattr(image, "shape") else [*map(np.asarray, image)]
         for image in images
     ]
     mesh = settings.pop("mesh", None) or make_mesh(1, jax.devices()[:1])
-    found = dict(iter_posteriors(model, variables, scaled, mesh=mesh, **settings))
-    return np.array([found[index] for index in range(len(scaled))]).reshape(-1, model.num_classes)
+    posteriors = dict(iter_posteriors(model, variables, scaled_images, mesh=mesh, **settings))
+    ordered = [posteriors[index] for index in range(len(scaled_images))]
+    return np.array(ordered).reshape(-1, model.num_classes)

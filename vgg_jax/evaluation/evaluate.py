@@ -1,4 +1,4 @@
-"""From a trained net and a data set to class posteriors, errors and the files that keep both; fusion of such files (§3.2, §4)."""
+"""Evaluates a net on a data set (§4), saves posteriors and errors, and fuses saved posteriors."""
 
 import dataclasses
 import io
@@ -7,7 +7,7 @@ import re
 import time
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vgg_jax.configs.evaluation import DENSE, MAX_PIXELS_PER_BATCH, EvalProtocol
+from vgg_jax.configs.train import TrainConfig
 from vgg_jax.distributed.sharding import make_mesh
 from vgg_jax.errors import InputError
 from vgg_jax.evaluation.dense import iter_posteriors, resolve_protocol
@@ -24,6 +25,19 @@ from vgg_jax.paths import to_path
 from vgg_jax.runs.files import atomic_write
 from vgg_jax.runs.metadata import load_run
 from vgg_jax.weights import load
+
+# Errors that np.load and zipfile raise for damaged or foreign files.
+_READ_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    TypeError,
+    RuntimeError,
+    MemoryError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,19 +50,21 @@ class Evaluation:
     classes: np.ndarray  # str (K,)
 
     def errors(self) -> dict[str, Any]:
-        """Top-1 and top-5 error in [0, 1], each with its 95 % interval, the mean of -log of the right class's posterior, and the count."""
+        """Computes the errors.
+
+        Returns:
+            "top1_error" and "top5_error" in [0, 1], each with its 95 % interval
+            ("top1_error_interval"), the mean cross-entropy "loss", and the "count" of images.
+        """
         logits = jnp.log(jnp.maximum(self.posteriors, np.finfo(np.float32).tiny))
-        found = finalize(
-            jax.tree.map(
-                float,
-                compute_sums(logits, jnp.asarray(self.labels), jnp.ones(len(self.labels), bool)),
-            )
-        )
+        count = len(self.labels)
+        sums = compute_sums(logits, jnp.asarray(self.labels), jnp.ones(count, bool))
+        errors = finalize(jax.tree.map(float, sums))
         intervals = {
-            f"{name}_interval": wilson_interval(found[name], len(self.labels))
+            f"{name}_interval": wilson_interval(errors[name], count)
             for name in ("top1_error", "top5_error")
         }
-        return found | intervals
+        return errors | intervals
 
 
 def evaluate(
@@ -63,89 +79,59 @@ def evaluate(
     skip_bad: bool = False,
     pixels: int = MAX_PIXELS_PER_BATCH,
 ) -> tuple[Evaluation, dict[str, Any]]:
-    """The best net of a run, or the net in a file of weights, on every image of a split: the evaluation and what is to be said of it.
+    """Evaluates a run's best checkpoint, or a weight file, on a whole split.
 
-    `data` is the run's own if none is given; of that, "val" is what the run validated on. Its classes are the net's or some of them, in
-    any order; ImageNet's go by their WordNet ids. Test scales Q are by default the training scale S, or the middle of its jitter (§4.1),
-    and 256 for a file of a 224-pixel net. Mirror images count by default unless the run was trained without them. Raises InputError
-    for anything wrong in the input.
+    Args:
+        path: A run's folder or a weight file.
+        data: An image folder or a name of TensorFlow Datasets; the run's own by default. Its
+            classes are some of the net's, in any order. ImageNet's are matched by WordNet id.
+        split: Name of the split. For the run's own data, "val" is the run's validation split.
+        protocol: The evaluation protocol. Mirror images count by default, unless the run was
+            trained without them.
+        scales: Test scales Q. The default is the training scale S, the middle of its jitter (§4.1),
+            or 256 for a weight file of a 224-pixel net.
+        data_dir: Folder of the downloaded data sets.
+        download: Downloads the data set if it is missing.
+        skip_bad: Skips unreadable images, as in `TrainConfig`.
+        pixels: Most pixels of the windows that are computed at once.
+
+    Returns:
+        The evaluation, and the results: its errors and everything that they depend on.
+
+    Raises:
+        InputError: The net, the data or a setting is invalid.
     """
     model, variables, metadata = load(path)
-    config: Any = metadata.get("config")  # of a run
     protocol, scales = resolve_protocol(protocol, scales, model, metadata, path)
-    from tqdm import tqdm
-
-    from vgg_jax.data import (  # TensorFlow is for those who read files
-        VALIDATION,
-        open_split,
-        open_train_val,
-        rescaled_images,
+    data, source = _open_source(
+        path,
+        metadata.get("config"),
+        data,
+        split,
+        data_dir=data_dir,
+        download=download,
+        skip_bad=skip_bad,
     )
-
-    if data is None and config is None:
-        raise InputError(
-            f"{path} is a file of weights and DATA is not given: expected an image folder or a name of TensorFlow Datasets"
-        )
-    data = config.data if data is None else data
-    own = config is not None and data == config.data
-    where: dict[str, Any] = {
-        "data_dir": data_dir,
-        "download": download,
-        "skip_bad": skip_bad or (own and config.skip_bad),
-    }
-    where["exclude"] = config.exclude if own else ()
-    if own and split in VALIDATION:
-        train, source = open_train_val(
-            data, validation_fraction=config.validation_fraction, seed=config.seed, **where
-        )
-        run = load_run(to_path(path))
-        there, here = (
-            (run.storage, run.train_size, run.validation_size),
-            (train.storage, train.size, source.size),
-        )
-        if there != here:
-            raise InputError(
-                f"{data} is not what {path} was trained on: storage and sizes were {there} and are {here}, so what it "
-                "validated on is not known; pass another --split, or the data as they were"
-            )
-    else:
-        source = open_split(data, split, **where)
-    positions = map_class_indices(
+    class_indices = map_class_indices(
         source.classes, metadata["classes"], f"{source.name} has classes that {path} does not know"
     )
-
-    labels, files = np.zeros(source.size, np.int32), []
-
-    def images():
-        for index, example in enumerate(
-            rescaled_images(source, scales, metadata["preprocessing"]["exif"])
-        ):
-            labels[index] = positions[example["label"][0]]
-            files.append(source.file_name(int(example["index"][0])))
-            yield [image[0] for image in example["scaled"]]
-
+    images = _Images(source, scales, metadata["preprocessing"]["exif"], class_indices)
     stream = iter_posteriors(
         model,
         variables,
-        images(),
+        iter(images),
         mesh=make_mesh(len(jax.local_devices()), jax.local_devices()),
         protocol=protocol,
         mean_rgb=metadata["preprocessing"]["mean_rgb"],
         pixels=pixels,
     )
-    found = np.full((source.size, model.num_classes), np.nan, np.float32)
-    started, done = time.monotonic(), 0
-    with tqdm(
-        desc="evaluation", total=source.size, unit=" images", leave=False, disable=None
-    ) as bar:
-        for index, posterior in stream:
-            found[index] = posterior
-            done += 1
-            bar.update()
+    started = time.monotonic()
+    posteriors = _collect(stream, source.size, model.num_classes)
     seconds = time.monotonic() - started
-    assert done == source.size == len(files), f"{done} of {source.size} images were evaluated"
-    evaluation = Evaluation(found, labels, np.array(files, str), np.array(metadata["classes"], str))
-    facts = {
+    evaluation = Evaluation(
+        posteriors, images.labels, np.array(images.files, str), np.array(metadata["classes"], str)
+    )
+    results = {
         "run": str(path),
         "epoch": metadata.get("epoch"),
         "data": data,
@@ -157,93 +143,241 @@ def evaluate(
         "seconds": round(seconds, 3),
         "images_per_second": round(source.size / seconds, 2),
     }
-    return evaluation, facts
+    return evaluation, results
 
 
-def map_class_indices(names: Sequence[str], known: Sequence[str], otherwise: str) -> np.ndarray:
-    """int (n,): where a net has the classes of a data set. "n01440764" is also "n01440764 tench, Tinca tinca"."""
-    places = {name.split()[0]: i for i, name in enumerate(known) if re.match(r"n\d{8} ", name)} | {
-        name: i for i, name in enumerate(known)
+def _open_source(
+    path: str | Path,
+    config: TrainConfig | None,
+    data: str | None,
+    split: str,
+    *,
+    data_dir: str | None,
+    download: bool,
+    skip_bad: bool,
+) -> tuple[str, Any]:
+    """Opens a split.
+
+    Args:
+        path: A run's folder or a weight file.
+        config: The run's configuration; None for a weight file.
+        data: The data, or None for the run's own.
+        split: Name of the split.
+        data_dir: As in `evaluate`.
+        download: As in `evaluate`.
+        skip_bad: As in `evaluate`.
+
+    Returns:
+        The name of the data, and its `vgg_jax.data.Source`.
+    """
+    from vgg_jax.data import VALIDATION, open_split, open_train_val  # imports TensorFlow
+
+    if data is None:
+        if config is None:
+            raise InputError(
+                f"{path} is a file of weights and DATA is not given: "
+                "expected an image folder or a name of TensorFlow Datasets"
+            )
+        data = config.data
+    if config is None or data != config.data:
+        return data, open_split(
+            data, split, data_dir=data_dir, download=download, skip_bad=skip_bad, exclude=()
+        )
+    options: dict[str, Any] = {
+        "data_dir": data_dir,
+        "download": download,
+        "skip_bad": skip_bad or config.skip_bad,
+        "exclude": config.exclude,
     }
-    unknown = [name for name in names if name not in places]
+    if split not in VALIDATION:
+        return data, open_split(data, split, **options)
+    train, validation = open_train_val(
+        data, validation_fraction=config.validation_fraction, seed=config.seed, **options
+    )
+    run = load_run(to_path(path))
+    expected = (run.storage, run.train_size, run.validation_size)
+    actual = (train.storage, train.size, validation.size)
+    if actual != expected:
+        raise InputError(
+            f"{data} is not what {path} was trained on: storage and sizes were {expected} and are "
+            f"{actual}, so the run's validation images are unknown; "
+            "pass another --split, or restore the data"
+        )
+    return data, validation
+
+
+class _Images:
+    """Iterates over the rescaled images of a source, and keeps their labels and file names.
+
+    Attributes:
+        labels: Class indices of the net, int32 (N,).
+        files: Names of the files read so far.
+    """
+
+    def __init__(
+        self, source: Any, scales: tuple[int, ...], exif: bool, class_indices: np.ndarray
+    ) -> None:
+        self.labels = np.zeros(source.size, np.int32)
+        self.files: list[str] = []
+        self._source, self._scales, self._exif = source, scales, exif
+        self._class_indices = class_indices
+
+    def __iter__(self) -> Iterator[list[np.ndarray]]:
+        from vgg_jax.data import rescaled_images  # imports TensorFlow
+
+        examples = rescaled_images(self._source, self._scales, self._exif)
+        for index, example in enumerate(examples):
+            self.labels[index] = self._class_indices[example["label"][0]]
+            self.files.append(self._source.file_name(int(example["index"][0])))
+            yield [image[0] for image in example["scaled"]]
+
+
+def _collect(stream: Iterable[tuple[int, np.ndarray]], size: int, num_classes: int) -> np.ndarray:
+    """Collects the posteriors of all images, float32 (N, K), and shows a progress bar."""
+    from tqdm import tqdm  # comes with the extra `train`
+
+    posteriors = np.full((size, num_classes), np.nan, np.float32)
+    count = 0
+    with tqdm(desc="evaluation", total=size, unit=" images", leave=False, disable=None) as bar:
+        for index, posterior in stream:
+            posteriors[index] = posterior
+            count += 1
+            bar.update()
+    if count != size:
+        raise RuntimeError(f"{count} of {size} images were evaluated")
+    return posteriors
+
+
+def map_class_indices(names: Sequence[str], net_classes: Sequence[str], message: str) -> np.ndarray:
+    """Finds the classes of a data set among those of a net.
+
+    A WordNet id alone, "n01440764", matches "n01440764 tench, Tinca tinca".
+
+    Args:
+        names: The classes of the data set.
+        net_classes: The classes of the net.
+        message: Start of the error message.
+
+    Returns:
+        The index of each name in `net_classes`, int (n,).
+
+    Raises:
+        InputError: The net lacks a class. The message lists up to five of each.
+    """
+    wordnet_ids = {
+        name.split()[0]: i for i, name in enumerate(net_classes) if re.match(r"n\d{8} ", name)
+    }
+    indices = wordnet_ids | {name: i for i, name in enumerate(net_classes)}
+    unknown = [name for name in names if name not in indices]
     if unknown:
-        few = [
-            ", ".join(map(repr, some[:5])) + (", …" if len(some) > 5 else "")
-            for some in (unknown, known)
-        ]
-        raise InputError(f"{otherwise}: {few[0]}; expected some of its {len(known)}: {few[1]}")
-    return np.array([places[name] for name in names])
+        raise InputError(
+            f"{message}: {_first_few(unknown)}; "
+            f"expected some of its {len(net_classes)}: {_first_few(net_classes)}"
+        )
+    return np.array([indices[name] for name in names])
 
 
-def save_evaluation(out: str | Path, evaluation: Evaluation, facts: dict[str, Any]) -> None:
-    """Writes posteriors.npz and evaluation.json into the folder, each whole or not at all."""
+def _first_few(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:5])) + (", …" if len(names) > 5 else "")
+
+
+def save_evaluation(out: str | Path, evaluation: Evaluation, results: dict[str, Any]) -> None:
+    """Writes posteriors.npz and evaluation.json into a folder.
+
+    Each file is replaced atomically.
+
+    Args:
+        out: The folder, which is created if needed.
+        evaluation: The content of posteriors.npz.
+        results: The content of evaluation.json.
+    """
     folder, content = to_path(out), io.BytesIO()
     folder.mkdir(parents=True, exist_ok=True)
     np.savez(content, **dataclasses.asdict(evaluation))
     atomic_write(folder / "posteriors.npz", content.getvalue())
-    atomic_write(folder / "evaluation.json", (json.dumps(facts, indent=1) + "\n").encode())
+    atomic_write(folder / "evaluation.json", (json.dumps(results, indent=1) + "\n").encode())
 
 
 def load_evaluation(path: str | Path) -> Evaluation:
-    """Raises InputError for a file that `save_evaluation` did not write."""
+    """Reads a posteriors.npz.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The evaluation.
+
+    Raises:
+        InputError: `save_evaluation` did not write the file, or it is damaged.
+    """
+    names = [field.name for field in dataclasses.fields(Evaluation)]
     try:
         with to_path(path).open("rb") as file, np.load(file, allow_pickle=False) as content:
-            evaluation = Evaluation(
-                **{field.name: content[field.name] for field in dataclasses.fields(Evaluation)}
-            )
-        if not all(isinstance(array, np.ndarray) for array in vars(evaluation).values()):
-            raise ValueError("a part of it is no array")
-        n, k = evaluation.posteriors.shape
-        if (evaluation.labels.shape, evaluation.files.shape, evaluation.classes.shape) != (
-            (n,),
-            (n,),
-            (k,),
-        ):
-            raise ValueError("its arrays do not fit together")
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        EOFError,
-        TypeError,
-        RuntimeError,
-        MemoryError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+            evaluation = Evaluation(**{name: content[name] for name in names})
+        _check_arrays(evaluation)
+    except _READ_ERRORS as error:
         raise InputError(
-            f"{path} cannot be read ({error}): expected a posteriors.npz as `vgg-jax evaluate` writes it"
+            f"{path} cannot be read ({error}): "
+            "expected a posteriors.npz as `vgg-jax evaluate` writes it"
         ) from error
     return evaluation
 
 
+def _check_arrays(evaluation: Evaluation) -> None:
+    if not all(isinstance(array, np.ndarray) for array in vars(evaluation).values()):
+        raise ValueError("a part of it is no array")
+    n, k = evaluation.posteriors.shape
+    shapes = (evaluation.labels.shape, evaluation.files.shape, evaluation.classes.shape)
+    if shapes != ((n,), (n,), (k,)):
+        raise ValueError("its arrays do not fit together")
+
+
 def fuse(paths: Sequence[str | Path]) -> Evaluation:
-    """The mean of the posteriors in some files (§4.4). Raises InputError where their images, labels or classes differ."""
+    """Averages the posteriors of several files (§4.4).
+
+    Args:
+        paths: The posteriors.npz files; at least one.
+
+    Returns:
+        The first evaluation, with the mean posteriors.
+
+    Raises:
+        InputError: The images, labels or classes differ, or a file cannot be read.
+    """
     first = load_evaluation(paths[0])
     total = np.zeros(first.posteriors.shape)
     for path in paths:
         other = load_evaluation(path)
-        for name, what in (("classes", "class"), ("files", "image"), ("labels", "label of image")):
-            one, two = getattr(first, name), getattr(other, name)
-            if not np.array_equal(one, two):
+        for name, noun in (("classes", "class"), ("files", "image"), ("labels", "label of image")):
+            expected, actual = getattr(first, name), getattr(other, name)
+            if not np.array_equal(expected, actual):
                 raise InputError(
-                    f"{path} does not fit {paths[0]}: {what} {_first_difference(two, one)}; evaluate both on the same split"
+                    f"{path} does not fit {paths[0]}: {noun} "
+                    f"{_first_difference(actual, expected)}; evaluate both on the same split"
                 )
         total += other.posteriors
     return dataclasses.replace(first, posteriors=(total / len(paths)).astype(np.float32))
 
 
-def format_errors(facts: dict[str, Any]) -> str:
-    """The errors in one line, with all that they depend on."""
+def format_errors(results: dict[str, Any]) -> str:
+    """Formats the errors, their intervals and the number of images in one line.
+
+    Args:
+        results: The results of `evaluate` or `Evaluation.errors`.
+
+    Returns:
+        The line, without a newline.
+    """
     parts = []
     for k in (1, 5):
-        low, high = facts[f"top{k}_error_interval"]
-        parts.append(f"top-{k} error {facts[f'top{k}_error']:.2%} ({low:.2%} to {high:.2%})")
-    return f"{', '.join(parts)}; 95 % intervals, {facts['count']} images"
+        low, high = results[f"top{k}_error_interval"]
+        parts.append(f"top-{k} error {results[f'top{k}_error']:.2%} ({low:.2%} to {high:.2%})")
+    return f"{', '.join(parts)}; 95 % intervals, {results['count']} images"
 
 
-def _first_difference(here: Sequence, there: Sequence) -> str:
-    if len(here) != len(there):
-        return f"count is {len(here)} and {len(there)}"
-    at = next(i for i, (one, two) in enumerate(zip(here, there, strict=True)) if one != two)
-    return f"{at} is {str(here[at])!r} and {str(there[at])!r}"
+def _first_difference(actual: Sequence, expected: Sequence) -> str:
+    if len(actual) != len(expected):
+        return f"count is {len(actual)} and {len(expected)}"
+    pairs = enumerate(zip(actual, expected, strict=True))
+    index = next(i for i, (one, other) in pairs if one != other)
+    return f"{index} is {str(actual[index])!r} and {str(expected[index])!r}"

@@ -1,4 +1,4 @@
-"""From a trained net and image files to the most probable classes of each."""
+"""Predicts the most probable classes of image files."""
 
 import glob
 import os
@@ -13,17 +13,16 @@ from vgg_jax.configs.evaluation import DENSE, EvalProtocol
 from vgg_jax.distributed.sharding import make_mesh
 from vgg_jax.errors import InputError
 from vgg_jax.evaluation.dense import iter_posteriors, resolve_protocol
-from vgg_jax.paths import is_remote
 from vgg_jax.weights import load
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")  # of what is looked at in a folder
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")  # of the images in a folder
 
 
 class Prediction(NamedTuple):
-    """What is to be said of one file: its most probable classes, or why it has none."""
+    """The most probable classes of a file, or the reason why there are none."""
 
     file: str
-    top: list[tuple[str, float]]
+    top: list[tuple[str, float]]  # (class, probability), most probable first
     error: str | None = None
 
 
@@ -35,72 +34,93 @@ def predict(
     scales: Sequence[int] = (),
     top: int = 5,
 ) -> Iterator[Prediction]:
-    """Each image's `top` classes by the net of a run or of a file of weights, in the order in which they are known.
+    """Predicts the classes of image files.
 
-    `images` are files, folders, in which every image at any depth counts, and patterns such as "photos/*.jpg". A file that cannot be read
-    has an error instead; the others are answered. Raises InputError for a net that cannot be read, and where there is no file at all.
+    Args:
+        path: A run's folder or a weight file.
+        images: Files, folders and patterns such as "photos/*.jpg", as for `expand_paths`.
+        protocol: The evaluation protocol.
+        scales: Test scales; empty for the net's own.
+        top: Number of classes per image.
+
+    Yields:
+        A prediction per file, as soon as it is computed. An unreadable file has an error instead of
+        classes, and does not stop the others.
+
+    Raises:
+        InputError: The net cannot be read, a setting is invalid, or there are no files.
     """
     if top < 1:
         raise InputError(f"top is {top}: expected at least 1")
     files = expand_paths(images)
     model, variables, metadata = load(path)
     protocol, scales = resolve_protocol(protocol, scales, model, metadata, path)
-    from vgg_jax.data import load_resized  # TensorFlow is for those who read files
+    from vgg_jax.data import load_resized  # imports TensorFlow
 
     readable: list[str] = []
-    failed: list[Prediction] = []
+    failures: list[Prediction] = []
+    exif = metadata["preprocessing"]["exif"]
 
-    def scaled() -> Iterator[list[Any]]:
-        # Not in the caller's thread: a KeyboardInterrupt within TensorFlow's call corrupts its memory.
+    def scaled_images() -> Iterator[list[Any]]:
+        # A KeyboardInterrupt inside a TensorFlow call corrupts its memory. Only the main thread
+        # receives the interrupt, so another thread makes the call.
         with ThreadPoolExecutor(1, "reader") as reader:
             for file in files:
                 try:
-                    image = reader.submit(
-                        load_resized, file, scales, metadata["preprocessing"]["exif"]
-                    ).result()
+                    image = reader.submit(load_resized, file, scales, exif).result()
                 except InputError as error:
-                    failed.append(Prediction(file, [], str(error)))
+                    failures.append(Prediction(file, [], str(error)))
                     continue
                 readable.append(file)
                 yield image
 
-    mesh = make_mesh(1, jax.devices()[:1])
-    mean_rgb = metadata["preprocessing"]["mean_rgb"]
-    for number, posterior in iter_posteriors(
-        model, variables, scaled(), mesh=mesh, protocol=protocol, mean_rgb=mean_rgb
-    ):
-        while failed:
-            yield failed.pop(0)
-        yield Prediction(
-            readable[number],
-            [
-                (metadata["classes"][i], float(posterior[i]))
-                for i in posterior.argsort()[::-1][:top]
-            ],
-        )
-    yield from failed
+    posteriors = iter_posteriors(
+        model,
+        variables,
+        scaled_images(),
+        mesh=make_mesh(1, jax.devices()[:1]),
+        protocol=protocol,
+        mean_rgb=metadata["preprocessing"]["mean_rgb"],
+    )
+    classes = metadata["classes"]
+    for index, posterior in posteriors:
+        while failures:
+            yield failures.pop(0)
+        best = posterior.argsort()[::-1][:top]
+        yield Prediction(readable[index], [(classes[i], float(posterior[i])) for i in best])
+    yield from failures
 
 
 def expand_paths(images: Sequence[str]) -> list[str]:
-    """The files that these names mean. One that names nothing stays, to be reported. Raises InputError where there is none."""
+    """Expands folders and patterns into files.
+
+    Args:
+        images: Files, folders, whose images at any depth count, and glob patterns. Paths in an
+            object store must be files.
+
+    Returns:
+        The files. A name that matches no local file stays in the list. It may be in an object
+        store; otherwise reading reports it.
+
+    Raises:
+        InputError: There are no files.
+    """
     files: list[str] = []
     for name in images:
-        if is_remote(name):
+        if os.path.isdir(name):
+            files += _images_under(name)
+        elif os.path.lexists(name):
             files.append(name)
-        elif os.path.isdir(name):
-            files += sorted(
-                str(file)
-                for file in Path(name).rglob("*")
-                if file.suffix.lower() in SUFFIXES and file.is_file()
-            )
         else:
-            files += (
-                [name]
-                if os.path.lexists(name)
-                else sorted(glob.glob(name, recursive=True)) or [name]
-            )
+            files += sorted(glob.glob(name, recursive=True)) or [name]
     if not files:
         raise InputError(
-            f"no images in {', '.join(map(repr, images))}: expected files ending in {', '.join(SUFFIXES)}"
+            f"no images in {', '.join(map(repr, images))}: "
+            f"expected files ending in {', '.join(SUFFIXES)}"
         )
     return files
+
+
+def _images_under(folder: str) -> list[str]:
+    paths = Path(folder).rglob("*")
+    return sorted(str(path) for path in paths if path.suffix.lower() in SUFFIXES and path.is_file())
