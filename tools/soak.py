@@ -19,6 +19,7 @@ import json
 import os
 import random
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -44,11 +45,11 @@ from vgg_jax.training.step import init_state
 
 TIME_FIELDS = ("time", "seconds", "images_per_second", "input_wait_seconds")
 BATCH_SIZE, EPOCHS, TRAIN_SIZE = 16, 100, 1617
-FLAGS = (
+FLAGS = shlex.split(
     "digits --net shallow --image-size 16 --scale 16 18 --fc 24 16 --dropout-rate 0.5 "
     f"--colour-shift 0.1 --batch-size {BATCH_SIZE} --microbatch 8 --epochs {EPOCHS} "
     "--schedule step --drop-epochs 50 --save-seconds 2"
-).split()
+)
 
 
 class Fault(NamedTuple):

@@ -172,6 +172,7 @@ def test_read_only_store_moves_nothing(checkpoints, tmp_path, caplog):
         assert best.restore(SHAPES)[1]["epoch"] == 1
     assert sorted(folder.rglob("*")) == before
     assert "best/2 is damaged" in caplog.text
+    assert "read_only=True" not in caplog.text  # orbax warns that such a manager never saves
 
 
 def test_save_on_full_disk_keeps_checkpoints(tmp_path):

@@ -316,19 +316,19 @@ def _open_manager(folder: Path, read_only: bool) -> ocp.CheckpointManager:
             "active_processes": {index},
             "barrier_sync_key_prefix": f"process_{index}",
         }
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=MAX_TO_KEEP,
-        create=False,
-        # On a CPU, orbax's own thread would read arrays that were donated to the next step.
-        enable_async_checkpointing=False,
-        read_only=read_only,
-        cleanup_tmp_directories=not read_only,
-        multiprocessing_options=ocp.options.MultiprocessingOptions(**multiprocessing),
-    )
     # A path in a store is absolute already, and `absolute` would put the current folder before it.
     path = folder if is_remote(folder) else folder.absolute()
-    # A read-only manager warns that it neither saves nor creates.
+    # orbax warns that a read-only manager neither saves nor creates.
     with _absl_errors_only() if read_only else contextlib.nullcontext():
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=MAX_TO_KEEP,
+            create=False,
+            # On a CPU, orbax's own thread would read arrays that were donated to the next step.
+            enable_async_checkpointing=False,
+            read_only=read_only,
+            cleanup_tmp_directories=not read_only,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(**multiprocessing),
+        )
         return ocp.CheckpointManager(path, options=options)
 
 
