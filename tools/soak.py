@@ -1,36 +1,40 @@
-"""Trains again and again while it is killed, stopped, starved and refused, and compares each run with a quiet one, to the bit.
+"""Checks that faults do not change a training run: kills, signals, full disks, damaged files.
 
     python -m tools.soak --minutes 60 --seed 0 > soak.json
 
-A run is 100 epochs of a tiny net on the digits: 10,200 steps, 100 evaluations, saved every two seconds and behind each epoch. The quiet one
-is watched: its resident memory, what of it malloc has given out and not got back, and its open files. The others go through one fault at
-random moments, from the first import on, and are started again by the same command until they are done. Prints one JSON document: for each
-fault how often it struck, how many runs came of that, how many of those ended otherwise than the quiet one (a step that is lost, or done
-twice, would show), and the longest time from a signal to the process's end.
+A run trains a tiny net on the digits for 100 epochs: 10,200 steps, 100 evaluations, and a save
+every two seconds and after each epoch. One run is undisturbed. Its resident memory, the memory
+that malloc has allocated, and its open files are logged. Each other run suffers one kind of fault
+at random moments, from the first import on. The same command restarts it until it ends. Then its
+checkpoints and records are compared with those of the undisturbed run, to the bit. A step that was
+lost, or done twice, would show.
+
+The result is one JSON document. For each fault it has the number of strikes, of runs, and of runs
+that differ from the undisturbed one. `slowest_end_s` is the longest time from a signal to the end
+of the process.
 """
 
 import argparse
-import ctypes
 import json
 import os
 import random
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from tests.helpers.tiny import SHALLOW
-from vgg_jax import CONFIGS
+from tests.programs.soak_train import RESOURCE_LOG
+from tests.programs.train_tiny import register_nets
 from vgg_jax.distributed.sharding import make_mesh
 from vgg_jax.model import build_model
 from vgg_jax.runs.checkpoint import CheckpointStore
@@ -39,177 +43,131 @@ from vgg_jax.training.checkpointer import abstract_state, model_variables
 from vgg_jax.training.optimizer import sgd
 from vgg_jax.training.step import init_state
 
-CLOCK = ("time", "seconds", "images_per_second", "input_wait_seconds")
-BATCH, EPOCHS = 16, 100
-SEEN = "VGG_JAX_SOAK_SEEN"  # the file that a watched process writes
-# As the command line would, had it this net.
-COMMAND = """
-import sys
-from tools.soak import watch, with_small_net
-with_small_net()
-watch()
-from vgg_jax.cli import main
-sys.exit(main())
-"""
+TIME_FIELDS = ("time", "seconds", "images_per_second", "input_wait_seconds")
+BATCH_SIZE, EPOCHS, TRAIN_SIZE = 16, 100, 1617
+FLAGS = shlex.split(
+    "digits --net shallow --image-size 16 --scale 16 18 --fc 24 16 --dropout-rate 0.5 "
+    f"--colour-shift 0.1 --batch-size {BATCH_SIZE} --microbatch 8 --epochs {EPOCHS} "
+    "--schedule step --drop-epochs 50 --save-seconds 2"
+)
 
 
-def with_small_net() -> None:
-    CONFIGS["shallow"] = SHALLOW
+class Fault(NamedTuple):
+    """A kind of fault."""
+
+    name: str
+    signal: signal.Signals
+    damages_checkpoint: bool = False
+    fills_disk: bool = False
+
+
+FAULTS = (
+    Fault("kill -9", signal.SIGKILL),
+    Fault("SIGTERM", signal.SIGTERM),
+    Fault("SIGINT", signal.SIGINT),
+    Fault("kill -9, and the newest checkpoint damaged", signal.SIGKILL, damages_checkpoint=True),
+    Fault("disk full, then kill -9", signal.SIGKILL, fills_disk=True),
+)
+# 75 is a stop that can be resumed. A signal may come before Python handles it.
+EXIT_CODES = {0, 75, 130, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT}
+DISK_FULL = 74
 
 
 def result(workdir: Path) -> tuple[Any, Any]:
-    """All that lasts of a run: the arrays of its last and its best checkpoint; its records but for the clock, and the rest of both."""
+    """Loads the lasting result of a run.
+
+    Args:
+        workdir: The folder of a run that ended.
+
+    Returns:
+        `(arrays, values)`: the arrays of the last and the best checkpoint, and the rest. The rest
+        is `(records, history, batch, best_progress)`, without the times.
+
+    Raises:
+        ValueError: The last or the best checkpoint is missing.
+    """
     run = load_run(workdir)
-    state = init_state(
-        build_model(run.config, len(run.classes)),
-        sgd(run.config),
-        0,
-        make_mesh(1, jax.devices()[:1]),
-    )
+    model = build_model(run.config, len(run.classes))
+    state = init_state(model, sgd(run.config), 0, make_mesh(1, jax.devices()[:1]))
     with (
         CheckpointStore(workdir / "last", read_only=True) as last,
         CheckpointStore(workdir / "best", read_only=True) as best,
     ):
-        found, net = last.restore(abstract_state(state)), best.restore(model_variables(state))
-    assert found is not None and net is not None
-    (restored, progress), (variables, known) = found, net
+        last_restored = last.restore(abstract_state(state))
+        best_restored = best.restore(model_variables(state))
+    if last_restored is None or best_restored is None:
+        raise ValueError(f"{workdir} has no last or no best checkpoint: expected a run that ended")
+    (last_arrays, progress), (best_arrays, best_progress) = last_restored, best_restored
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     for record in (*records, *progress["history"]):
-        for name in CLOCK:
+        for name in TIME_FIELDS:
             record.pop(name)
-    return (restored, variables), (records, progress["history"], progress["batch"], known)
+    values = (records, progress["history"], progress["batch"], best_progress)
+    return (last_arrays, best_arrays), values
 
 
-def equal(one: Path, other: Path) -> bool:
-    (arrays, said), (same_arrays, same_said) = result(one), result(other)
-    return said == same_said and all(
-        jax.tree.leaves(jax.tree.map(np.array_equal, arrays, same_arrays))
+def is_equal(workdir: Path, other: Path) -> bool:
+    """Tells if two runs have the same result, to the bit."""
+    (arrays, values), (other_arrays, other_values) = result(workdir), result(other)
+    return values == other_values and all(
+        jax.tree.leaves(jax.tree.map(np.array_equal, arrays, other_arrays))
     )
 
 
-def started(
+def start(
     workdir: Path,
     cache: Path,
     log: Path,
     preexec: Callable[[], None] | None = None,
-    seen: Path | None = None,
+    resource_log: Path | None = None,
 ) -> subprocess.Popen:
-    argv = [
-        "train",
-        "digits",
-        "--net",
-        "shallow",
-        "--image-size",
-        "16",
-        "--scale",
-        "16",
-        "18",
-        "--fc",
-        "24",
-        "16",
-        "--dropout-rate",
-        "0.5",
-    ]
-    argv += [
-        "--colour-shift",
-        "0.1",
-        "--batch-size",
-        str(BATCH),
-        "--microbatch",
-        "8",
-        "--epochs",
-        str(EPOCHS),
-    ]
-    argv += [
-        "--schedule",
-        "step",
-        "--drop-epochs",
-        "50",
-        "--save-seconds",
-        "2",
-        "--workdir",
-        str(workdir),
-    ]
-    environment = (
-        os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)} | ({SEEN: str(seen)} if seen else {})
-    )
-    with (
-        Path(os.devnull).open("a") if preexec else log.open("a") as file
-    ):  # the limit on the size of files is the log's, too
+    """Starts or resumes a run in a process.
+
+    Args:
+        workdir: The folder of the run.
+        cache: The folder of compiled programs.
+        log: The file for its output.
+        preexec: Called in the process before it starts.
+        resource_log: The file for the memory and files that it uses.
+    """
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
+    if resource_log:
+        environment[RESOURCE_LOG] = str(resource_log)
+    command = [sys.executable, "-m", "tests.programs.soak_train", *FLAGS, "--workdir", str(workdir)]
+    # `limit_file_size` would limit the log, too.
+    with Path(os.devnull if preexec else log).open("a") as file:
         return subprocess.Popen(
-            [sys.executable, "-c", COMMAND, *argv],
-            stdout=file,
-            stderr=file,
-            env=environment,
-            preexec_fn=preexec,
+            command, stdout=file, stderr=file, env=environment, preexec_fn=preexec
         )
 
 
-class MallInfo(ctypes.Structure):
-    """What glibc's mallinfo2 returns, of all arenas."""
-
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in (
-            "arena",
-            "ordblks",
-            "smblks",
-            "hblks",
-            "hblkhd",
-            "usmblks",
-            "fsmblks",
-            "uordblks",
-            "fordblks",
-            "keepcost",
-        )
-    ]
-
-
-def watch() -> None:
-    """If asked for by the environment, writes a line five times a second: resident MB, MB given out by malloc, open files."""
-    if SEEN not in os.environ:
-        return
-    libc = ctypes.CDLL(None)
-    libc.mallinfo2.restype = MallInfo
-
-    def write() -> None:
-        with Path(os.environ[SEEN]).open("w") as file:
-            while True:
-                resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf(
-                    "SC_PAGE_SIZE"
-                )
-                info = libc.mallinfo2()
-                print(
-                    resident / 1e6,
-                    (info.uordblks + info.hblkhd) / 1e6,
-                    len(os.listdir("/proc/self/fd")),
-                    file=file,
-                    flush=True,
-                )
-                time.sleep(0.2)
-
-    threading.Thread(target=write, daemon=True).start()
-
-
-def watched(seen: Path) -> dict[str, Any]:
-    """What `watch` wrote, at a tenth, three, five, seven and nine tenths of the process's life."""
-    lines = [line.split() for line in seen.read_text().splitlines()]
-    places = [lines[int(len(lines) * share)] for share in (0.1, 0.3, 0.5, 0.7, 0.9)]
-    resident, given_out, files = zip(*places, strict=True)
+def summarize_resources(resource_log: Path) -> dict[str, Any]:
+    """Summarizes a resource log at five moments: 10, 30, 50, 70 and 90 % of the process's life."""
+    lines = [line.split() for line in resource_log.read_text().splitlines()]
+    samples = [lines[int(len(lines) * fraction)] for fraction in (0.1, 0.3, 0.5, 0.7, 0.9)]
+    resident, allocated, files = zip(*samples, strict=True)
     return {
-        "resident_mb": [round(float(each)) for each in resident],
-        "given_out_mb": [round(float(each), 1) for each in given_out],
-        "open_files": [int(each) for each in files],
+        "resident_mb": [round(float(value)) for value in resident],
+        "given_out_mb": [round(float(value), 1) for value in allocated],
+        "open_files": [int(value) for value in files],
     }
 
 
-def full_disk() -> None:
-    """No file grows beyond 20 kB: writing a checkpoint fails, as on a full disk, in the middle."""
+def limit_file_size() -> None:
+    """Limits this process's files to 20 kB, so that saving fails midway, as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 
 
-def damage(workdir: Path, rng: random.Random) -> bool:
-    """Of the newest checkpoint, if there is one before it, one file is cut, emptied, removed, or has a bit changed."""
+def damage_newest_checkpoint(workdir: Path, rng: random.Random) -> bool:
+    """Cuts, empties, removes or changes a random file of the newest checkpoint.
+
+    Args:
+        workdir: The folder of a run.
+        rng: The source of the choices.
+
+    Returns:
+        True if a file was damaged. A checkpoint without a previous one is left alone.
+    """
     steps = sorted(
         (path for path in (workdir / "last").glob("*") if path.name.isdigit()),
         key=lambda path: int(path.name),
@@ -234,94 +192,88 @@ def damage(workdir: Path, rng: random.Random) -> bool:
     return True
 
 
-FAULTS = (
-    "kill -9",
-    "SIGTERM",
-    "SIGINT",
-    "kill -9, and the newest checkpoint damaged",
-    "disk full, then kill -9",
-)
-ENDS = {
-    0,
-    75,
-    -signal.SIGKILL,
-    -signal.SIGTERM,
-    -signal.SIGINT,
-    130,
-}  # a signal may come before Python listens
-
-
-def disturbed(
-    fault: str, workdir: Path, cache: Path, log: Path, longest: float, rng: random.Random
+def run_with_fault(
+    fault: Fault, workdir: Path, cache: Path, log: Path, max_wait: float, rng: random.Random
 ) -> tuple[int, float]:
-    """How often the fault struck until the run was done, and the longest time that a signal took to end the process."""
-    struck, slowest = 0, 0.0
+    """Trains a run to its end, and lets a fault strike again and again.
+
+    Args:
+        fault: The kind of fault.
+        workdir: The folder of the run.
+        cache: The folder of compiled programs.
+        log: The file for the output.
+        max_wait: The longest time in seconds until the fault strikes.
+        rng: The source of the moments.
+
+    Returns:
+        The number of strikes, and the longest time in seconds from a signal to the process's end.
+
+    Raises:
+        RuntimeError: A process ended with an unexpected exit code.
+    """
+    strikes, slowest_end = 0, 0.0
     while True:
-        process = started(
-            workdir,
-            cache,
-            log,
-            full_disk if fault.startswith("disk") and rng.random() < 0.5 else None,
-        )
+        preexec = limit_file_size if fault.fills_disk and rng.random() < 0.5 else None
+        process = start(workdir, cache, log, preexec)
         try:
-            code = process.wait(rng.uniform(0.5, longest))
+            code = process.wait(rng.uniform(0.5, max_wait))
         except subprocess.TimeoutExpired:
-            sent = time.monotonic()
-            process.send_signal(
-                {"SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}.get(fault, signal.SIGKILL)
-            )
+            signal_time = time.monotonic()
+            process.send_signal(fault.signal)
             code = process.wait(60)
-            slowest = max(slowest, time.monotonic() - sent)
-            struck += damage(workdir, rng) if "damaged" in fault else 1
-        if code not in ENDS and not (code == 74 and fault.startswith("disk")):
-            raise RuntimeError(f"{fault}: the run ended with {code}, see {log}")
+            slowest_end = max(slowest_end, time.monotonic() - signal_time)
+            if not fault.damages_checkpoint or damage_newest_checkpoint(workdir, rng):
+                strikes += 1
+        if code not in EXIT_CODES and not (code == DISK_FULL and fault.fills_disk):
+            raise RuntimeError(f"{fault.name}: the run ended with {code}, see {log}")
         if code == 0:
-            return struck, slowest
+            return strikes, slowest_end
 
 
 def main() -> None:
+    """Runs the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    with_small_net()
-    rng, end = random.Random(args.seed), time.monotonic() + 60 * args.minutes
+    register_nets()
+    rng, deadline = random.Random(args.seed), time.monotonic() + 60 * args.minutes
     folder = Path(tempfile.mkdtemp())
     cache, log = folder / "cache", folder / "log"
-    started(folder / "warm-up", cache, log).wait()
-    begun = time.monotonic()
-    started(folder / "quiet", cache, log, seen=folder / "seen").wait()
-    seconds, quiet = time.monotonic() - begun, watched(folder / "seen")
-    assert equal(folder / "quiet", folder / "warm-up")
-    found = {
-        fault: {"struck": 0, "runs": 0, "runs_that_differ": 0, "slowest_end_s": 0.0}
+    start(folder / "warm-up", cache, log).wait()
+    start_time = time.monotonic()
+    start(folder / "quiet", cache, log, resource_log=folder / "resources").wait()
+    quiet_seconds = time.monotonic() - start_time
+    quiet = summarize_resources(folder / "resources")
+    if not is_equal(folder / "quiet", folder / "warm-up"):
+        raise RuntimeError(f"two undisturbed runs in {folder} differ: expected them to be equal")
+    results = {
+        fault.name: {"struck": 0, "runs": 0, "runs_that_differ": 0, "slowest_end_s": 0.0}
         for fault in FAULTS
     }
-    while time.monotonic() < end:
+    while time.monotonic() < deadline:
         for fault in FAULTS:
-            struck, slowest = disturbed(fault, folder / "run", cache, log, seconds / 2, rng)
-            row = found[fault]
-            row["struck"] += struck
+            workdir = folder / "run"
+            strikes, slowest_end = run_with_fault(
+                fault, workdir, cache, log, quiet_seconds / 2, rng
+            )
+            row = results[fault.name]
+            row["struck"] += strikes
             row["runs"] += 1
-            row["runs_that_differ"] += not equal(folder / "run", folder / "quiet")
-            row["slowest_end_s"] = round(max(row["slowest_end_s"], slowest), 1)
-            shutil.rmtree(folder / "run")
-            print(fault, row, file=sys.stderr, flush=True)
-    steps = EPOCHS * -(-1617 // BATCH)
-    print(
-        json.dumps(
-            {
-                "steps": steps,
-                "evaluations": EPOCHS,
-                "quiet_seconds": round(seconds),
-                "quiet": quiet,
-                "faults": found,
-            },
-            indent=1,
-        )
-    )
+            row["runs_that_differ"] += not is_equal(workdir, folder / "quiet")
+            row["slowest_end_s"] = round(max(row["slowest_end_s"], slowest_end), 1)
+            shutil.rmtree(workdir)
+            print(fault.name, row, file=sys.stderr, flush=True)
+    document = {
+        "steps": EPOCHS * -(-TRAIN_SIZE // BATCH_SIZE),
+        "evaluations": EPOCHS,
+        "quiet_seconds": round(quiet_seconds),
+        "quiet": quiet,
+        "faults": results,
+    }
+    print(json.dumps(document, indent=1))
     shutil.rmtree(folder)
 
 

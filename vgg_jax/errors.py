@@ -1,13 +1,25 @@
-"""The exceptions that are meant for the person at the keyboard."""
+"""Exceptions whose message is meant for the user."""
 
 
 class InputError(ValueError):
-    """A bad input. The message is one sentence: what, which value, what was expected, what to do."""
+    """An invalid input.
+
+    The message is one sentence. It names the problem, the value, what was expected and the remedy.
+    """
 
 
 class DataError(InputError):
-    """An image, or what holds the images, that cannot be read."""
+    """An image, or a file that holds images, cannot be read."""
 
 
-def single_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def single_line(error: BaseException, max_length: int = 200) -> str:
+    """Returns an exception's message on one line, cut to a length, for use inside another message.
+
+    Args:
+        error: The exception.
+        max_length: Characters that are kept. Some libraries put a whole stack into a message.
+
+    Returns:
+        The message with single spaces. It is the class's name if the message is empty.
+    """
+    return " ".join(str(error).split())[:max_length] or type(error).__name__

@@ -1,4 +1,7 @@
-"""A user's paths: of this machine, or of Google's object store (gs://), which etils' epath, TensorFlow and orbax reach."""
+"""Paths that a user passes: local ones, and gs:// ones in Google's object store.
+
+etils' epath, TensorFlow and orbax read and write both kinds. Other libraries need a local file.
+"""
 
 import contextlib
 import os
@@ -12,33 +15,60 @@ from vgg_jax.errors import InputError
 
 
 def is_remote(path: str | os.PathLike) -> bool:
+    """Tells if a path has a scheme such as gs://, so that it lies in an object store."""
     return "://" in os.fspath(path)
 
 
 def to_path(path: str | os.PathLike) -> Any:
-    """A pathlib.Path, or, of the object store, what behaves as one. Raises InputError for another store."""
+    """Converts a user's path to an object with the methods of `pathlib.Path`.
+
+    Args:
+        path: A local path, or one that begins with gs://.
+
+    Returns:
+        A `pathlib.Path` for a local path. An `etils.epath.Path`, which has the same methods, for a
+        path in the store.
+
+    Raises:
+        InputError: The path lies in another store.
+    """
     if not is_remote(path):
         return Path(path)
     if not os.fspath(path).startswith("gs://"):
-        raise InputError(
-            f"{path} is in a store that is not known: expected gs:// or a path of this machine"
-        )
-    from etils import epath
+        raise InputError(f"{path} is in an unknown store: expected gs:// or a local path")
+    from etils import epath  # not at the top: `vgg-jax --help` should not wait for it
 
     return epath.Path(path)
 
 
 def require_local(path: str | os.PathLike) -> Path:
-    """For what is written by libraries that know no store. Raises InputError for a path in one."""
+    """Checks a path for libraries that read and write local files only.
+
+    Args:
+        path: Any path.
+
+    Returns:
+        The same path.
+
+    Raises:
+        InputError: The path lies in an object store.
+    """
     if is_remote(path):
         raise InputError(
-            f"{path} is in an object store: expected a path of this machine; copy it there afterwards"
+            f"{path} is in an object store: expected a local path; copy the file there afterwards"
         )
     return Path(path)
 
 
 def is_store_error(error: BaseException) -> bool:
-    """Whether a library that reaches the store has raised it: TensorFlow, gcsfs or Google's own."""
+    """Tells if an exception comes from a library that reaches the object store.
+
+    Args:
+        error: The exception.
+
+    Returns:
+        True for exceptions of TensorFlow, gcsfs, Google's libraries and aiohttp.
+    """
     return type(error).__module__.startswith(
         ("tensorflow.python.framework.errors", "gcsfs", "google", "aiohttp")
     )
@@ -46,15 +76,25 @@ def is_store_error(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def local_copy(path: str | os.PathLike) -> Iterator[Path]:
-    """A file on this machine, for libraries that read no other: the one given, or a copy while the block lasts. Raises InputError."""
+    """Provides a local file for libraries that read no other.
+
+    Args:
+        path: A file, local or in the object store.
+
+    Yields:
+        The path itself if it is local. Otherwise a copy that exists while the block lasts.
+
+    Raises:
+        InputError: The file in the store cannot be read.
+    """
     if not is_remote(path):
         yield Path(path)
         return
-    there = to_path(path)
+    remote = to_path(path)
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / there.name
+        copy = Path(folder) / remote.name
         try:
-            with there.open("rb") as source, copy.open("wb") as target:
+            with remote.open("rb") as source, copy.open("wb") as target:
                 shutil.copyfileobj(source, target)
         except Exception as error:
             if not (isinstance(error, OSError) or is_store_error(error)):

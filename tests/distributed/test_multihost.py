@@ -1,7 +1,8 @@
-"""Several processes over loopback beside one: the same run, however it is divided, stopped, killed and gone on with."""
+"""Several processes over loopback: the same run as one process, also when stopped or killed."""
 
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -22,20 +24,20 @@ from vgg_jax.errors import InputError
 pytestmark = pytest.mark.usefixtures("small_nets")
 
 ROOT = Path(__file__).parents[2]
-FLAGS = [
-    "--net", "shallow", "--fc", "1024", "64", "--image-size", "32", "--scale", "32", "40", "--batch-norm", "--dropout-rate", "0.5",
-    "--colour-shift", "0.1", "--batch-size", "16", "--microbatch", "8", "--schedule", "plateau", "--patience", "1",
-    "--learning-rate", "0.001",
-]  # fmt: skip
-CACHE = (
-    tempfile.TemporaryDirectory()
-)  # not pytest's own: processes are killed here while they write to it
-LIMIT = 120  # seconds that a test waits for a process
+FLAGS = shlex.split(
+    "--net shallow --fc 1024 64 --image-size 32 --scale 32 40 --batch-norm --dropout-rate 0.5 "
+    "--colour-shift 0.1 --batch-size 16 --microbatch 8 --schedule plateau --patience 1 "
+    "--learning-rate 0.001"
+)
+# Not the cache of the other tests: processes are killed here while they write to it.
+CACHE = tempfile.TemporaryDirectory()
+TIMEOUT = 120  # seconds that a test waits for a process
+RESUMED = re.compile(r" at epoch (\d+), batch 1 ")  # in the line of a run that resumes
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """37 for training, 17 for validation: no number of processes divides either."""
+    """37 images for training, 17 for validation: the numbers of processes divide neither."""
     root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
     for split, counts in (("train", (19, 18)), ("val", (9, 8))):
         for count, label in zip(counts, ("blue", "red"), strict=True):
@@ -47,248 +49,222 @@ def photos(tmp_path_factory):
     return root
 
 
-def started(
-    count: int,
-    photos: Path,
-    workdir: Path,
-    *flags: str,
-    devices: int = 1,
-    own: dict[int, list[str]] | None = None,
-) -> list:
-    """`vgg-jax train` in so many processes, each with so many devices; `own` are more flags of single ones."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    found = []
-    for number in range(count):
-        several = {
+def start(count, photos, workdir, *flags, devices=1, last_process_flags=()):
+    """Starts `vgg-jax train` in `count` processes with `devices` devices each."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    environment = os.environ | {
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "PYTHONPATH": str(ROOT),
+        "JAX_COMPILATION_CACHE_DIR": CACHE.name,
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+    command = [sys.executable, "-m", "tests.programs.train_tiny", str(photos)]
+    command += ["--workdir", str(workdir), *FLAGS, *flags]
+    processes = []
+    for index in range(count):
+        cluster = {
             "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
             "JAX_NUM_PROCESSES": str(count),
-            "JAX_PROCESS_ID": str(number),
+            "JAX_PROCESS_ID": str(index),
         }
-        environment = os.environ | {
-            "JAX_NUM_CPU_DEVICES": str(devices),
-            "PYTHONPATH": str(ROOT),
-            "JAX_COMPILATION_CACHE_DIR": CACHE.name,
-            "TF_CPP_MIN_LOG_LEVEL": "3",
-        }
-        environment |= several if count > 1 else {}
-        command = [
-            sys.executable,
-            "-m",
-            "tests.programs.train_tiny",
-            str(photos),
-            "--workdir",
-            str(workdir),
-            *FLAGS,
-            *flags,
-            *(own or {}).get(number, ()),
-        ]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        found.append(subprocess.Popen(command, env=environment, cwd=ROOT, **pipes))
-    return found
+        processes.append(
+            subprocess.Popen(
+                [*command, *(last_process_flags if index == count - 1 else ())],
+                env=environment | (cluster if count > 1 else {}),
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return processes
 
 
-def ended(group: list) -> list[tuple[int, str, str]]:
-    """The exit code, stdout and stderr of each."""
+def wait_all(processes):
+    """Waits, and returns each process's exit code, stdout and stderr."""
     try:
-        return [(process.wait(LIMIT), *process.communicate()) for process in group]
+        return [(process.wait(TIMEOUT), *process.communicate()) for process in processes]
     finally:
-        for process in group:
+        for process in processes:
             process.kill()
 
 
-def trained(count: int, photos: Path, workdir: Path, *flags: str, devices: int = 1) -> Path:
-    found = ended(started(count, photos, workdir, *flags, devices=devices))
-    assert [code for code, _, _ in found] == [0] * count, found
-    assert all(out == "" for _, out, _ in found[1:])  # the first one alone prints
+def train(count, photos, workdir, *flags, devices=1):
+    """Trains a run to its end, and returns its workdir."""
+    outputs = wait_all(start(count, photos, workdir, *flags, devices=devices))
+    assert [code for code, _, _ in outputs] == [0] * count, outputs
+    assert all(stdout == "" for _, stdout, _ in outputs[1:])  # only the main process prints
     return workdir
 
 
-def check_same(one: Path, other: Path, rtol: float = 1e-4) -> None:
-    """Equal to rounding: the records, but for what counts whole numbers exactly, and every array that is saved."""
-    (arrays, (records, *_)), (others, (other_records, *_)) = result(one), result(other)
-    assert len(records) == len(other_records)
-    for mine, theirs in zip(records, other_records, strict=True):
-        assert mine["learning_rate"] == theirs["learning_rate"]
+def count_epochs(workdir):
+    metrics = workdir / "metrics.jsonl"
+    return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+
+def wait_for_epochs(processes, workdir, count):
+    """Waits until the run has finished `count` epochs."""
+    deadline = time.monotonic() + TIMEOUT
+    while count_epochs(workdir) < count:
+        is_alive = all(process.poll() is None for process in processes)
+        assert is_alive and time.monotonic() < deadline, wait_all(processes)
+        time.sleep(0.05)
+
+
+def assert_same_run(workdir, expected, rtol=1e-4):
+    """Compares the records and all saved arrays: counts exactly, floats up to rounding."""
+    arrays, (records, *_) = result(workdir)
+    expected_arrays, (expected_records, *_) = result(expected)
+    assert len(records) == len(expected_records)
+    for record, expected_record in zip(records, expected_records, strict=True):
+        assert record["learning_rate"] == expected_record["learning_rate"]
         for split in ("train", "validation"):
-            assert {name: mine[split][name] for name in mine[split] if name != "loss"} == {
-                name: theirs[split][name] for name in theirs[split] if name != "loss"
-            }
-            assert mine[split]["loss"] == pytest.approx(theirs[split]["loss"], rel=rtol)
-    flat, other_flat = (dict(leaves(tree)) for tree in (arrays, others))
-    assert flat.keys() == other_flat.keys()
-    for name, array in flat.items():
+            metrics, expected_metrics = record[split], expected_record[split]
+            loss, expected_loss = metrics.pop("loss"), expected_metrics.pop("loss")
+            assert loss == pytest.approx(expected_loss, rel=rtol)
+            assert metrics == expected_metrics
+
+    def assert_close(path, array, expected_array):
+        atol = 10 * rtol * max(np.abs(expected_array).max(), 1e-3)
         np.testing.assert_allclose(
-            other_flat[name],
-            array,
-            rtol=0,
-            atol=10 * rtol * max(np.abs(array).max(), 1e-3),
-            err_msg=name,
+            array, expected_array, rtol=0, atol=atol, err_msg=jax.tree_util.keystr(path)
         )
 
-
-def leaves(tree):
-    import jax
-
-    return [
-        (jax.tree_util.keystr(path), np.asarray(leaf))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    ]
+    jax.tree_util.tree_map_with_path(assert_close, arrays, expected_arrays)
 
 
 @pytest.fixture(scope="module")
-def alone(photos, tmp_path_factory):
-    """Four epochs, twelve steps, by one process with one device."""
-    return trained(1, photos, tmp_path_factory.mktemp("run") / "alone", "--epochs", "4")
+def one_process_run(photos, tmp_path_factory):
+    """A run of four epochs, twelve steps, by one process with one device."""
+    return train(1, photos, tmp_path_factory.mktemp("runs") / "one", "--epochs", "4")
 
 
-def test_two_processes_do_what_one_does(alone, photos, tmp_path):
-    check_same(alone, trained(2, photos, tmp_path / "two", "--epochs", "4", "--fsdp"))
+@pytest.mark.integration
+def test_two_processes_match_one(one_process_run, photos, tmp_path):
+    workdir = train(2, photos, tmp_path / "two", "--epochs", "4", "--fsdp")
+    assert_same_run(workdir, one_process_run)
 
 
 @pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("count", "devices", "flags"),
     [
         (1, 8, ["--mesh", "data=4,model=2", "--fsdp"]),
-        (2, 1, ["--mesh", "model=2", "--cache"]),  # both feed the same images
+        # Both processes feed the same images.
+        (2, 1, ["--mesh", "model=2", "--cache"]),
         (4, 1, ["--mesh", "data=2,model=2"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
-def test_every_mesh_does_what_one_device_does(count, devices, flags, alone, photos, tmp_path):
-    check_same(
-        alone, trained(count, photos, tmp_path / "run", "--epochs", "4", *flags, devices=devices)
-    )
-
-
-def in_training(group: list, workdir: Path) -> None:
-    """Waits until an epoch is done."""
-    limit = time.monotonic() + LIMIT
-    while not (workdir / "metrics.jsonl").exists() or not (workdir / "metrics.jsonl").read_text():
-        assert time.monotonic() < limit and all(process.poll() is None for process in group), ended(
-            group
-        )
-        time.sleep(0.05)
+def test_mesh_matches_one_device(count, devices, flags, one_process_run, photos, tmp_path):
+    workdir = train(count, photos, tmp_path / "run", "--epochs", "4", *flags, devices=devices)
+    assert_same_run(workdir, one_process_run)
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_stops_all_at_the_same_step_and_any_number_goes_on(photos, tmp_path):
-    """Two processes, stopped by a SIGTERM to the second; then four, then one, to the end that one undisturbed process comes to."""
+@pytest.mark.integration
+def test_signal_to_one_process_stops_all(photos, tmp_path):
+    """Two processes, then four, are stopped. One resumes to the end of an undisturbed run."""
     workdir = tmp_path / "run"
     for count, flags in ((2, ["--fsdp"]), (4, ["--mesh", "data=2,model=2"])):
-        done = len((workdir / "metrics.jsonl").read_text().splitlines()) if workdir.exists() else 0
-        group = started(count, photos, workdir, "--epochs", "30", *flags)
-        limit = time.monotonic() + LIMIT
-        while (
-            len(
-                (workdir / "metrics.jsonl").read_text().splitlines()
-                if (workdir / "metrics.jsonl").exists()
-                else ()
-            )
-            <= done
-        ):
-            assert time.monotonic() < limit and all(process.poll() is None for process in group), (
-                ended(group)
-            )
-            time.sleep(0.05)
-        group[1].send_signal(signal.SIGTERM)
-        sent = time.monotonic()
-        found = ended(group)
-        assert [code for code, _, _ in found] == [75] * count, found
-        assert time.monotonic() - sent < 30
-        assert re.search(r"stopped in epoch \d+ and saved in", found[0][1])
-    trained(1, photos, workdir, "--epochs", "30")
-    check_same(
-        trained(1, photos, tmp_path / "alone", "--epochs", "30"), workdir, rtol=1e-2
-    )  # of ninety steps
+        epochs = count_epochs(workdir)
+        processes = start(count, photos, workdir, "--epochs", "30", *flags)
+        wait_for_epochs(processes, workdir, epochs + 1)
+        processes[1].send_signal(signal.SIGTERM)
+        signal_time = time.monotonic()
+        outputs = wait_all(processes)
+        assert [code for code, _, _ in outputs] == [75] * count, outputs
+        assert time.monotonic() - signal_time < 30
+        assert re.search(r"stopped in epoch \d+ and saved in", outputs[0][1])
+    train(1, photos, workdir, "--epochs", "30")
+    undisturbed = train(1, photos, tmp_path / "undisturbed", "--epochs", "30")
+    # Rounding grows over ninety steps.
+    assert_same_run(workdir, undisturbed, rtol=1e-2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("victim", "then"), [(0, 2), (1, 1)])
-def test_where_one_is_killed_the_other_says_so_and_the_run_goes_on(victim, then, photos, tmp_path):
-    """At once, not after jax's own minute; what is gone on from is the last save."""
-    group = started(2, photos, tmp_path / "run", "--epochs", "1000")
-    in_training(group, tmp_path / "run")
-    group[victim].kill()
-    struck = time.monotonic()
-    code, _, error = ended(group)[1 - victim]
-    assert time.monotonic() - struck < 30
-    assert (code == 76 and "another process of this run has ended" in error) or (
-        code == -signal.SIGABRT and "another task died" in error
+@pytest.mark.integration
+@pytest.mark.parametrize(("victim", "resuming_count"), [(0, 2), (1, 1)])
+def test_killed_process_ends_peer(victim, resuming_count, photos, tmp_path):
+    """The peer ends at once, not after jax's own minute. The run resumes from the last save."""
+    workdir = tmp_path / "run"
+    processes = start(2, photos, workdir, "--epochs", "1000")
+    wait_for_epochs(processes, workdir, 1)
+    processes[victim].kill()
+    kill_time = time.monotonic()
+    code, _, stderr = wait_all(processes)[1 - victim]
+    assert time.monotonic() - kill_time < 30
+    # Either this package or jax notices first.
+    assert (code == 76 and "another process of this run has ended" in stderr) or (
+        code == -signal.SIGABRT and "another task died" in stderr
     )
-    done = len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
-    group = started(then, photos, tmp_path / "run", "--epochs", "1000")
-    limit = threading.Timer(LIMIT, lambda: [process.kill() for process in group])
-    limit.start()
+    epochs = count_epochs(workdir)
+    processes = start(resuming_count, photos, workdir, "--epochs", "1000")
+    timer = threading.Timer(TIMEOUT, lambda: [process.kill() for process in processes])
+    timer.start()
     try:
-        out = next(line for line in group[0].stdout if "going on" in line)
+        match = next(filter(None, map(RESUMED.search, processes[0].stdout)))
     finally:
-        limit.cancel()
-        for process in group:
+        timer.cancel()
+        for process in processes:
             process.kill()
             process.communicate()
-    assert int(re.search(r"going on at epoch (\d+), batch 1 ", out)[1]) in (
-        done,
-        done + 1,
-        done + 2,
-    )
+    assert int(match[1]) in (epochs, epochs + 1, epochs + 2)
 
 
 @pytest.mark.slow
-def test_what_differs_between_processes_is_said_by_each(photos, tmp_path):
-    found = ended(
-        started(2, photos, tmp_path / "run", "--epochs", "1", own={1: ["--weight-decay", "0.1"]})
-    )
-    for code, _, error in found:
-        assert code == 2 and error.count("\n") == 1
-        assert re.search(r"in process \d weight_decay is 0\.\d+; expected", error)
+@pytest.mark.integration
+def test_different_settings_are_rejected(photos, tmp_path):
+    flags = ["--weight-decay", "0.1"]
+    processes = start(2, photos, tmp_path / "run", "--epochs", "1", last_process_flags=flags)
+    for code, _, stderr in wait_all(processes):
+        assert code == 2 and stderr.count("\n") == 1
+        assert re.search(r"in process \d weight_decay is 0\.\d+; expected", stderr)
 
 
 @pytest.mark.slow
-def test_what_the_first_finds_wrong_ends_all(photos, tmp_path):
+@pytest.mark.integration
+def test_input_error_of_main_process_ends_all(photos, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{")
-    found = ended(started(2, photos, tmp_path / "run", "--epochs", "1"))
-    assert [code for code, _, _ in found] == [2, 2], found
-    assert all("run.json cannot be read" in error for _, _, error in found)
+    outputs = wait_all(start(2, photos, tmp_path / "run", "--epochs", "1"))
+    assert [code for code, _, _ in outputs] == [2, 2], outputs
+    assert all("run.json cannot be read" in stderr for _, _, stderr in outputs)
 
 
-HAND = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+JAX = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
 SLURM = {
     "SLURM_JOB_ID": "7",
     "SLURM_STEP_NODELIST": "n[1-2]",
     "SLURM_PROCID": "1",
     "SLURM_LOCALID": "0",
     "SLURM_NTASKS": "2",
+    "SLURM_STEP_NUM_TASKS": "2",
 }
-SLURM["SLURM_STEP_NUM_TASKS"] = "2"
-OPEN_MPI = {
-    "OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:1",
-    "OMPI_COMM_WORLD_RANK": "0",
-    "OMPI_COMM_WORLD_SIZE": "2",
-}
-
-
 OPEN_MPI_5 = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}
+OPEN_MPI = OPEN_MPI_5 | {"OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:1"}
 
 
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
         ({}, None),
-        (HAND, "JAX_COORDINATOR_ADDRESS=10.0.0.1:1234"),
-        (HAND | SLURM, "JAX_COORDINATOR_ADDRESS=10.0.0.1:1234"),
+        (JAX, "JAX_COORDINATOR_ADDRESS=10.0.0.1:1234"),
+        (JAX | SLURM, "JAX_COORDINATOR_ADDRESS=10.0.0.1:1234"),
         ({"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234"}, None),
         (SLURM, "SLURM"),
-        (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, None),  # one task, or a shell that salloc gave
+        # One task, or the shell that salloc opens.
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, None),
         (OPEN_MPI, "Open MPI"),
         (OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1"}, None),
-        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),  # a notebook in a cluster
+        # A notebook in a cluster.
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),
     ],
 )
-def test_engines_are_found_by_what_they_set(environment, expected):
+def test_detect_cluster(environment, expected):
     assert multihost.detect_cluster(environment) == expected
 
 
@@ -296,34 +272,44 @@ def test_engines_are_found_by_what_they_set(environment, expected):
     ("mode", "environment"),
     [
         ("on", {}),
-        ("auto", HAND | {"JAX_NUM_PROCESSES": "two"}),
+        ("auto", JAX | {"JAX_NUM_PROCESSES": "two"}),
         ("perhaps", {}),
         ("auto", OPEN_MPI_5),
     ],
 )
-def test_what_cannot_be_joined_is_said(mode, environment):
+def test_initialize_rejects(mode, environment):
     with pytest.raises(InputError, match="expected"):
         multihost.initialize(mode, environment)
 
 
-def test_nothing_is_joined_where_nothing_is_found():
-    assert multihost.initialize("auto", {}) is multihost.initialize("off", HAND) is None
+def test_initialize_without_cluster():
+    assert multihost.initialize("auto", {}) is None
+    assert multihost.initialize("off", JAX) is None
 
 
-def test_a_stuck_process_ends_itself():
-    program = """
-import time, jax
-jax.process_count = lambda: 2
-from vgg_jax.distributed.multihost import Alarm
-with Alarm(0.5) as alarm:
-    for _ in range(8):
-        time.sleep(0.1)
-        alarm.heartbeat()
-    print("on", flush=True)
-    time.sleep(60)
-"""
-    found = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=50, cwd=ROOT
+@pytest.mark.parametrize("error", [multihost.DataError("no image"), InputError("no folder")])
+def test_run_on_main_and_broadcast_raises(error, monkeypatch):
+    """Two processes are simulated, of which this one is the main one."""
+
+    def fail():
+        raise error
+
+    monkeypatch.setattr(multihost, "broadcast_from_main", lambda array: array)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert multihost.run_on_main_and_broadcast(lambda: {"é": 1}) == {"é": 1}
+    with pytest.raises(InputError, match=str(error)) as raised:
+        multihost.run_on_main_and_broadcast(fail)
+    assert type(raised.value) is type(error)
+
+
+@pytest.mark.integration
+def test_watchdog_ends_stuck_process():
+    process = subprocess.run(
+        [sys.executable, "-m", "tests.programs.hang"],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        cwd=ROOT,
     )
-    assert (found.returncode, found.stdout) == (76, "on\n")
-    assert "process 0 did no step in 0 s" in found.stderr and found.stderr.count("\n") == 1
+    assert (process.returncode, process.stdout) == (76, "running\n")
+    assert "process 0 did no step in 0 s" in process.stderr and process.stderr.count("\n") == 1

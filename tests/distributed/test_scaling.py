@@ -1,4 +1,4 @@
-"""The training step on two devices, by every layout, beside one device; and what its compiled program exchanges."""
+"""The training step on two devices, for every layout: its results, and what it exchanges."""
 
 import collections
 import dataclasses
@@ -27,11 +27,13 @@ from vgg_jax.distributed.sharding import (
     to_host,
 )
 from vgg_jax.training.optimizer import sgd
-from vgg_jax.training.step import init_state, jit_steps
+from vgg_jax.training.step import TrainState, init_state, jit_steps
 
-SIZE, WIDTHS = 32, (1024, 64)  # of fc6's 1024 x 1024 parameters `fsdp` takes notice
+ROOT = Path(__file__).parents[2]
+# fc6's kernel has 1024 x 1024 parameters, enough for `fsdp` to shard it.
+SIZE, FC = 32, (1024, 64)
 CONFIG = TrainConfig(
-    image_size=SIZE, scale=(SIZE,), fc=WIDTHS, batch_size=8, learning_rate=1e-3, dropout_rate=0.5
+    image_size=SIZE, scale=(SIZE,), fc=FC, batch_size=8, learning_rate=1e-3, dropout_rate=0.5
 )
 LAYOUTS = {
     "data": MeshConfig(data=2),
@@ -40,53 +42,61 @@ LAYOUTS = {
     "bfloat16": MeshConfig(reduce="bfloat16"),
     "fsdp-bfloat16": MeshConfig(fsdp=True, reduce="bfloat16"),
 }
+NUM_METRIC_SUMS = 4
 
 
-def model_of(batch_norm: bool) -> VGG:
-    return VGG(
-        dataclasses.replace(SHALLOW, fc=WIDTHS),
-        5,
-        batch_norm,
-        dropout_rate=CONFIG.dropout_rate,
-        image_size=SIZE,
-    )
+def make_model(batch_norm):
+    config = dataclasses.replace(SHALLOW, fc=FC)
+    return VGG(config, 5, batch_norm, dropout_rate=CONFIG.dropout_rate, image_size=SIZE)
 
 
-def batch(seed: int) -> dict[str, np.ndarray]:
+def make_config(batch_norm, microbatch):
+    return TrainConfig(**vars(CONFIG) | {"batch_norm": batch_norm, "microbatch": microbatch})
+
+
+def make_batch(seed):
     rng = np.random.default_rng(seed)
     return {
         "image": rng.integers(0, 256, (8, SIZE, SIZE, 3), np.uint8),
         "colour_shift": rng.normal(0, 5, (8, 3)).astype(np.float32),
         "label": rng.integers(0, 5, 8).astype(np.int32),
-        "mask": np.arange(8) < 8 - seed % 4,  # up to three are padding
+        "mask": np.arange(8) < 8 - seed % 4,  # up to three examples are padding
     }
 
 
-def ten_steps(
-    layout: MeshConfig, devices: int, batch_norm: bool, microbatch: int | None
-) -> tuple[list, dict, dict, list]:
-    """The losses, the gradients of the first step, the variables behind the last, and what is counted with them."""
-    config = TrainConfig(**vars(CONFIG) | {"batch_norm": batch_norm, "microbatch": microbatch})
-    model, mesh = model_of(batch_norm), make_mesh(microbatch or 8, jax.devices()[:devices], layout)
+def ten_steps(layout, num_devices, batch_norm, microbatch):
+    """Trains ten steps and evaluates two batches.
+
+    Returns the losses, the gradients of the first step, the last variables, and the metric sums.
+    """
+    config, model = make_config(batch_norm, microbatch), make_model(batch_norm)
+    mesh = make_mesh(microbatch or 8, jax.devices()[:num_devices], layout)
     step, evaluate = jit_steps(config, model, IMAGENET.mean_rgb, mesh, layout)
     state, losses = init_state(model, sgd(config), 0, mesh, layout), []
     for number in range(10):
-        state, sums = step(state, shard_batch(batch(number), mesh))
+        state, sums = step(state, shard_batch(make_batch(number), mesh))
         losses.append(float(sums.loss))
         if number == 0:
-            gradients = jax.tree.map(
-                to_host, state.opt_state.inner_state[1][0].trace
-            )  # momentum, which began at 0
+            # The first momentum is the gradient.
+            gradients = jax.tree.map(to_host, state.opt_state.inner_state[1][0].trace)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    found = [
-        jax.tree.map(float, evaluate(variables, shard_batch(batch(number), mesh)))
+    evaluations = [
+        jax.tree.map(float, evaluate(variables, shard_batch(make_batch(number), mesh)))
         for number in (10, 11)
     ]
-    return losses, gradients, jax.tree.map(to_host, variables), found
+    return losses, gradients, jax.tree.map(to_host, variables), evaluations
+
+
+@pytest.fixture
+def compiled_programs(caplog):
+    """The messages about each program that jax compiles."""
+    jax.config.update("jax_log_compiles", True)
+    yield lambda: [record.getMessage() for record in caplog.records]
+    jax.config.update("jax_log_compiles", False)
 
 
 @pytest.mark.parametrize(
-    ("batch_norm", "microbatch", "layouts"),
+    ("batch_norm", "microbatch", "names"),
     [
         (True, 4, ("fsdp",)),
         pytest.param(True, None, LAYOUTS, marks=pytest.mark.slow),
@@ -94,49 +104,55 @@ def ten_steps(
     ],
     ids=["fsdp", "all-batch_norm", "all-microbatch"],
 )
-def test_ten_steps_of_a_layout_are_those_of_one_device(batch_norm, microbatch, layouts, caplog):
-    """With dropout and masked examples, and what `evaluate` counts then is the same. Each compiles its step once."""
-    jax.config.update("jax_log_compiles", True)
-    try:
-        compare(batch_norm, microbatch, layouts)
-    finally:
-        jax.config.update("jax_log_compiles", False)
-    assert sum(
-        record.getMessage().startswith("Compiling jit(train_step)") for record in caplog.records
-    ) == 1 + len(layouts)
+def test_layout_matches_one_device(batch_norm, microbatch, names, compiled_programs):
+    """With dropout and masked examples. Each layout compiles its step once."""
+    expected = ten_steps(MeshConfig(), 1, batch_norm, microbatch)
+    for name in names:
+        outputs = ten_steps(LAYOUTS[name], 2, batch_norm, microbatch)
+        if LAYOUTS[name].reduce == "bfloat16":
+            assert_near_in_bfloat16(outputs, expected, name)
+        else:
+            assert_equal_up_to_rounding(outputs, expected, name)
+    prefix = "Compiling jit(train_step)"
+    num_steps = sum(message.startswith(prefix) for message in compiled_programs())
+    assert num_steps == 1 + len(names)
 
 
-def compare(batch_norm, microbatch, layouts):
-    expected, gradients, variables, counts = ten_steps(MeshConfig(), 1, batch_norm, microbatch)
-    for name in layouts:
-        layout = LAYOUTS[name]
-        losses, other_gradients, others, found = ten_steps(layout, 2, batch_norm, microbatch)
-        if (
-            layout.reduce == "bfloat16"
-        ):  # three digits of each gradient come through, and ten steps multiply the rest
-            check_close(other_gradients, gradients, 1e-2, name, 0.1)
-            assert losses[:2] == pytest.approx(expected[:2], rel=1e-2) and losses[
-                1
-            ] != pytest.approx(expected[1], rel=1e-6)
-            continue
-        np.testing.assert_allclose(losses, expected, rtol=1e-5, err_msg=name)
-        check_close(other_gradients, gradients, 1e-5, name, 0.1)
-        check_close(others, variables, 1e-5, name, CONFIG.learning_rate)
-        for one, other in zip(counts, found, strict=True):
-            assert (other.top1, other.top5, other.count) == (one.top1, one.top5, one.count)
-            assert other.loss == pytest.approx(one.loss, rel=1e-5)
+def assert_equal_up_to_rounding(outputs, expected, name):
+    losses, gradients, variables, evaluations = outputs
+    expected_losses, expected_gradients, expected_variables, expected_evaluations = expected
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5, err_msg=name)
+    assert_trees_close(gradients, expected_gradients, 1e-5, 0.1, name)
+    assert_trees_close(variables, expected_variables, 1e-5, CONFIG.learning_rate, name)
+    for sums, expected_sums in zip(evaluations, expected_evaluations, strict=True):
+        assert sums.loss == pytest.approx(expected_sums.loss, rel=1e-5)
+        counts = (sums.top1, sums.top5, sums.count)
+        assert counts == (expected_sums.top1, expected_sums.top5, expected_sums.count)
 
 
-def check_close(tree, expected, rtol, name, least):
-    """To so much of each array's largest value, or of `least`: the bias before a batch normalisation has no gradient but rounding."""
-    for path, one in jax.tree_util.tree_leaves_with_path(expected):
-        other = tree
-        for key in path:
-            other = other[key.key]
-        scale = max(np.abs(one).max(), least)
+def assert_near_in_bfloat16(outputs, expected, name):
+    """Each gradient keeps three digits. Later steps amplify the rounding, so only two count."""
+    losses, gradients, *_ = outputs
+    expected_losses, expected_gradients, *_ = expected
+    assert_trees_close(gradients, expected_gradients, 1e-2, 0.1, name)
+    assert losses[:2] == pytest.approx(expected_losses[:2], rel=1e-2)
+    assert losses[1] != pytest.approx(expected_losses[1], rel=1e-6)
+
+
+def assert_trees_close(tree, expected, rtol, min_scale, name):
+    """Compares relative to each array's largest value, which counts as `min_scale` at least.
+
+    The bias before a batch normalisation has no gradient but rounding.
+    """
+
+    def assert_close(path, expected_array, array):
+        scale = max(np.abs(expected_array).max(), min_scale)
+        message = f"{name} {jax.tree_util.keystr(path)}"
         np.testing.assert_allclose(
-            other, one, rtol=0, atol=rtol * scale, err_msg=f"{name} {jax.tree_util.keystr(path)}"
+            array, expected_array, rtol=0, atol=rtol * scale, err_msg=message
         )
+
+    jax.tree_util.tree_map_with_path(assert_close, expected, tree)
 
 
 COLLECTIVE = re.compile(
@@ -144,127 +160,159 @@ COLLECTIVE = re.compile(
 )
 
 
-def exchanged(
-    layout: MeshConfig, batch_norm: bool = False, microbatch: int | None = None
-) -> list[tuple[str, int]]:
-    """Each exchange in a compiled step, by its kind and the number of values that it gives."""
-    config = TrainConfig(**vars(CONFIG) | {"batch_norm": batch_norm, "microbatch": microbatch})
-    model, mesh = model_of(batch_norm), make_mesh(4, jax.devices(), layout)
+def collectives(layout, batch_norm=False, microbatch=None):
+    """Lists the collectives of a compiled step: the kind, and the number of values it returns."""
+    config, model = make_config(batch_norm, microbatch), make_model(batch_norm)
+    mesh = make_mesh(4, jax.devices(), layout)
     step, _ = jit_steps(config, model, IMAGENET.mean_rgb, mesh, layout)
-    state = init_state(model, sgd(config), 0, mesh, layout)
-    text = step.lower(state, shard_batch(batch(0), mesh)).compile().as_text()
-    found = [match.groups() for match in map(COLLECTIVE.search, text.splitlines()) if match]
-    shapes = [(kind, re.findall(r"\w+\[([\d,]*)\]", shape)) for shape, kind in found]
+    # Shapes suffice, so the initialisation is not compiled.
+    shapes = abstract_state(model, sgd(config))
+    state = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        infer_shardings(shapes, mesh, layout),
+    )
+    text = step.lower(state, shard_batch(make_batch(0), mesh)).compile().as_text()
     return [
-        (kind, sum(math.prod(map(int, filter(None, each.split(",")))) for each in some))
-        for kind, some in shapes
+        (match[2], sum(map(num_values, re.findall(r"\w+\[([\d,]*)\]", match[1]))))
+        for match in map(COLLECTIVE.search, text.splitlines())
+        if match
     ]
 
 
-def parameters(batch_norm: bool = False) -> dict[str, int]:
+def abstract_state(model, optimizer):
+    """The shapes of a training state."""
+
+    def new_state(key):
+        variables = {"batch_stats": {}, **model.init(key, jnp.zeros((1, SIZE, SIZE, 3)))}
+        return TrainState(
+            step=jnp.int32(0),
+            params=variables["params"],
+            batch_stats=variables["batch_stats"],
+            opt_state=optimizer.init(variables["params"]),
+            key=key,
+        )
+
+    return jax.eval_shape(new_state, jax.random.key(0))
+
+
+def num_values(shape):
+    """The number of values in a shape such as "3,3,8", or "" for a scalar."""
+    return math.prod(int(size) for size in shape.split(",") if size)
+
+
+def parameter_sizes(batch_norm=False):
     shapes = jax.eval_shape(
-        lambda key: model_of(batch_norm).init(key, jnp.zeros((1, SIZE, SIZE, 3)))["params"],
+        lambda key: make_model(batch_norm).init(key, jnp.zeros((1, SIZE, SIZE, 3)))["params"],
         jax.random.key(0),
     )
-    return {f"{layer}/{name}": x.size for layer, each in shapes.items() for name, x in each.items()}
-
-
-SUMS = 4
+    return {
+        f"{layer}/{name}": x.size for layer, params in shapes.items() for name, x in params.items()
+    }
 
 
 @pytest.mark.parametrize("microbatch", [None, 4])
-def test_data_parallel_exchanges_each_gradient_once(microbatch):
-    """One sum of all gradients and the four sums, whatever the number of micro-batches."""
-    assert exchanged(MeshConfig(), microbatch=microbatch) == [
-        ("all-reduce", sum(parameters().values()) + SUMS)
+def test_data_axis_sums_gradients_once(microbatch):
+    """One sum holds all gradients and the metric sums, for any number of micro-batches."""
+    assert collectives(MeshConfig(), microbatch=microbatch) == [
+        ("all-reduce", sum(parameter_sizes().values()) + NUM_METRIC_SUMS)
     ]
 
 
-def test_batch_norm_exchanges_its_statistics():
-    """Forward the count, the mean and the variance of each layer; backward the gradients of the last two, some of them with the others."""
-    found = exchanged(MeshConfig(), batch_norm=True)
-    assert {kind for kind, _ in found} == {"all-reduce"}
-    extra = sum(size for _, size in found) - sum(parameters(True).values()) - SUMS
-    assert extra == 2 * 2 * (8 + 16) + 1  # the count of examples is the same for all layers
+def test_batch_norm_exchanges_statistics():
+    """Forward: the count, the means and the variances. Backward: gradients of the last two."""
+    exchanges = collectives(MeshConfig(), batch_norm=True)
+    assert {kind for kind, _ in exchanges} == {"all-reduce"}
+    num_gradients = sum(parameter_sizes(batch_norm=True).values())
+    num_statistics = sum(size for _, size in exchanges) - num_gradients - NUM_METRIC_SUMS
+    # All layers have the same count of examples.
+    assert num_statistics == 2 * 2 * (8 + 16) + 1
 
 
-def test_a_model_axis_exchanges_activations_and_no_parameter_of_fc6():
-    """Forward fc7's output (N, 64), backward the gradient of fc6's input (N, 1024): its rows on the way, no kernel."""
-    found = exchanged(MeshConfig(model=2))
-    assert {kind for kind, _ in found} == {"all-reduce"}
-    assert sorted(size for _, size in found) == [8 * 64, 8 * 1024]
+def test_model_axis_exchanges_activations_only():
+    """Forward: fc7's output (N, 64). Backward: the gradient of fc6's input (N, 1024)."""
+    exchanges = collectives(MeshConfig(model=2))
+    assert sorted(exchanges) == [("all-reduce", 8 * 64), ("all-reduce", 8 * 1024)]
 
 
-def test_a_model_axis_beside_data_exchanges_no_whole_parameter_of_fc6():
-    """On four devices: the same rows between two of them, and of each device's half of the gradients one sum over the other two."""
-    program = """
-import json, jax
-jax.config.update("jax_num_cpu_devices", 4)
-from tests.distributed.test_scaling import exchanged, parameters
-from vgg_jax.distributed.sharding import MeshConfig
-print(json.dumps([exchanged(MeshConfig(data=2, model=2)), parameters()]))
-"""
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": str(root)}
-    ran = subprocess.run(
-        [sys.executable, "-c", program],
+@pytest.mark.integration
+def test_data_and_model_axes_exchange_no_whole_fc6():
+    """On four devices, each sums its half of the sharded gradients with one other device."""
+    process = subprocess.run(
+        [sys.executable, "-m", "tests.programs.count_collectives"],
         capture_output=True,
         text=True,
         timeout=120,
-        env=environment,
-        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
     )
-    assert ran.returncode == 0, ran.stderr
-    found, sizes = json.loads(ran.stdout.splitlines()[-1])
-    halves = sum(size / 2 if name in MODEL_PARALLEL_SPECS else size for name, size in sizes.items())
-    assert sorted(found) == [
+    assert process.returncode == 0, process.stderr
+    exchanges, sizes = json.loads(process.stdout.splitlines()[-1])
+    num_gradients = sum(
+        size / 2 if name in MODEL_PARALLEL_SPECS else size for name, size in sizes.items()
+    )
+    assert sorted(exchanges) == [
         ["all-reduce", 4 * 64],
         ["all-reduce", 4 * 1024],
-        ["all-reduce", halves + SUMS],
+        ["all-reduce", num_gradients + NUM_METRIC_SUMS],
     ]
 
 
-def test_fsdp_puts_fc6_together_once_and_leaves_its_gradient_spread():
-    kernel = parameters()["fc6/kernel"]
-    found = collections.Counter(exchanged(MeshConfig(fsdp=True)))
-    assert found == {
-        ("all-gather", kernel): 1,
-        ("reduce-scatter", kernel // 2): 1,
-        ("all-reduce", sum(parameters().values()) - kernel + SUMS): 1,
+def test_fsdp_gathers_fc6_once():
+    """Its gradient stays sharded."""
+    kernel_size = parameter_sizes()["fc6/kernel"]
+    exchanges = collections.Counter(collectives(MeshConfig(fsdp=True)))
+    assert exchanges == {
+        ("all-gather", kernel_size): 1,
+        ("reduce-scatter", kernel_size // 2): 1,
+        ("all-reduce", sum(parameter_sizes().values()) - kernel_size + NUM_METRIC_SUMS): 1,
     }
 
 
 @pytest.mark.parametrize(
     "layout", [MeshConfig(fsdp=True), MeshConfig(model=2)], ids=["fsdp", "model"]
 )
-def test_a_spread_parameter_takes_its_share_of_memory_and_so_does_its_momentum(layout):
-    mesh = make_mesh(8, layout=layout)
-    state = init_state(model_of(False), sgd(CONFIG), 0, mesh, layout)
+def test_init_state_shards_params_and_momentum(layout):
+    mesh, model = make_mesh(8, layout=layout), make_model(batch_norm=False)
+    state = init_state(model, sgd(CONFIG), 0, mesh, layout)
     for tree in (state.params, state.opt_state.inner_state[1][0].trace):
         kernel = tree["fc6"]["kernel"]
         assert [shard.data.size for shard in kernel.addressable_shards] == [kernel.size // 2] * 2
         assert tree["conv1_1"]["kernel"].sharding.is_fully_replicated
-    alone = init_state(model_of(False), sgd(CONFIG), 0, make_mesh(8, jax.devices()[:1]))
+    one_device = init_state(model, sgd(CONFIG), 0, make_mesh(8, jax.devices()[:1]))
     np.testing.assert_array_equal(
-        to_host(state.params["fc6"]["kernel"]), to_host(alone.params["fc6"]["kernel"])
+        to_host(state.params["fc6"]["kernel"]), to_host(one_device.params["fc6"]["kernel"])
     )
 
 
-def test_what_cannot_be_laid_out_is_said():
-    for given, message in (
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
         ({"data": 0}, "data=0"),
         ({"model": -1}, "model=-1"),
         ({"reduce": "float16"}, "'float16'.*float32, bfloat16"),
-    ):
-        with pytest.raises(InputError, match=message):
-            MeshConfig(**given)
-    with pytest.raises(InputError, match="data=4, model=1, of 4 devices: expected all of the 2"):
-        make_mesh(8, layout=MeshConfig(data=4))
-    with pytest.raises(InputError, match="on CPUs expected one of the two alone"):
-        make_mesh(8, layout=MeshConfig(model=2, reduce="bfloat16"))
+    ],
+)
+def test_mesh_config_rejects(fields, message):
+    with pytest.raises(InputError, match=message):
+        MeshConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (MeshConfig(data=4), "data=4, model=1, of 4 devices: expected all of the 2"),
+        (MeshConfig(model=2, reduce="bfloat16"), "on CPUs expected only one of them"),
+    ],
+)
+def test_make_mesh_rejects_layout(layout, message):
+    with pytest.raises(InputError, match=message):
+        make_mesh(8, layout=layout)
+
+
+def test_infer_shardings_rejects_indivisible_layer():
+    layout = MeshConfig(model=2)
     shapes = {"fc6": {"kernel": jax.ShapeDtypeStruct((12, 3), jnp.float32)}}
-    with pytest.raises(
-        InputError,
-        match=r"fc6/kernel is \(12, 3\), and the mesh has model=2: expected a divisor of 3",
-    ):
-        infer_shardings(shapes, make_mesh(8, layout=MeshConfig(model=2)), MeshConfig(model=2))
+    message = r"fc6/kernel is \(12, 3\), and the mesh has model=2: expected a divisor of 3"
+    with pytest.raises(InputError, match=message):
+        infer_shardings(shapes, make_mesh(8, layout=layout), layout)

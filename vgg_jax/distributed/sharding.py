@@ -1,7 +1,8 @@
-"""Where arrays lie: a mesh of the devices of all processes, with the axes "data" and "model".
+"""Shardings: a mesh of the devices of all processes, with the axes "data" and "model".
 
-Examples are spread over "data". Parameters are everywhere, or `MODEL_PARALLEL_SPECS` over "model" (Krizhevsky, arXiv 1404.5997), or with `fsdp` over
-"data".
+The examples of a batch are sharded over "data". The parameters are replicated by default.
+`MODEL_PARALLEL_SPECS` shard some of them over "model" (Krizhevsky, arXiv 1404.5997), and `fsdp`
+shards the large ones over "data".
 """
 
 import dataclasses
@@ -18,31 +19,37 @@ from vgg_jax.errors import InputError
 
 DATA, MODEL = "data", "model"
 
-# fc6 by what it gives, fc7 by what it reads: between the two nothing is exchanged, and behind fc7 a sum of (N, width). Convolutions have a
-# tenth of the parameters and nine tenths of the work: "model" repeats them, so it is for memory and for slow networks, see the README.
+# fc6 is sharded by its outputs and fc7 by its inputs. So nothing is exchanged between the two, and
+# after fc7 one sum of shape (N, features). Convolutions have a tenth of the parameters and nine
+# tenths of the work. The devices along "model" repeat them, so the axis saves memory and
+# communication, not time.
 MODEL_PARALLEL_SPECS = {
     "fc6/kernel": PartitionSpec(None, MODEL),
     "fc6/bias": PartitionSpec(MODEL),
     "fc7/kernel": PartitionSpec(MODEL, None),
 }
-FSDP_MIN_BYTES = 4_000_000  # bytes of an array that `fsdp` spreads: of smaller ones the exchange costs more than the memory is worth
+# `fsdp` shards larger arrays only. For smaller ones, the exchange costs more than it saves.
+FSDP_MIN_BYTES = 4_000_000
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How a run is spread over its devices. It changes results by rounding alone, and from one part of a run to the next it may change.
+    """The parallelism of a run. It changes results by rounding only, and may change on resuming.
 
-    Raises InputError for what no run can have.
+    Attributes:
+        data: Groups of devices that share the examples. None: all devices, divided by `model`.
+        model: Devices in such a group. They share fc6 and fc7.
+        fsdp: Parameters and momentum are sharded over "data", and gathered for each step.
+        reduce: The dtype in which gradients are summed. "bfloat16" halves the communication.
+
+    Raises:
+        InputError: A value is invalid for every run.
     """
 
-    data: int | None = (
-        None  # groups of devices that share the examples; None: all devices, divided by `model`
-    )
-    model: int = 1  # devices of such a group, which share fc6 and fc7
-    fsdp: bool = (
-        False  # parameters and momentum are spread over "data", and put together for each step
-    )
-    reduce: str = "float32"  # "bfloat16": gradients are added up in half the bytes
+    data: int | None = None
+    model: int = 1
+    fsdp: bool = False
+    reduce: str = "float32"
 
     def __post_init__(self) -> None:
         for name in ("data", "model"):
@@ -61,130 +68,188 @@ DATA_PARALLEL = MeshConfig()
 def make_mesh(
     examples: int, devices: list[jax.Device] | None = None, layout: MeshConfig = DATA_PARALLEL
 ) -> Mesh:
-    """A mesh of the devices (all of all processes, by default).
+    """Creates the mesh of a run.
 
-    Raises InputError where they are not as many as the layout says, or where its groups do not share so many examples evenly.
+    Args:
+        examples: The number of examples that are computed at once.
+        devices: The devices. By default all devices of all processes.
+        layout: The sizes of the axes.
+
+    Returns:
+        A mesh with the axes "data" and "model".
+
+    Raises:
+        InputError: The layout needs another number of devices, or the groups along "data" cannot
+            share the examples evenly.
     """
     devices = jax.devices() if devices is None else devices
     data = layout.data or len(devices) // layout.model
     if data * layout.model != len(devices):
         raise InputError(
-            f"the mesh is data={data}, model={layout.model}, of {data * layout.model} devices: expected all of the {len(devices)} there "
-            "are; pass another --mesh"
+            f"the mesh is data={data}, model={layout.model}, of {data * layout.model} devices: "
+            f"expected all of the {len(devices)} devices; pass another --mesh"
         )
     if examples % data:
         raise InputError(
-            f"{examples} examples are computed at once: expected a multiple of the {data} devices that share them; "
-            "pass another --batch-size or --microbatch"
+            f"{examples} examples are computed at once: expected a multiple of the {data} devices "
+            "that share them; pass another --batch-size or --microbatch"
         )
-    if (
-        layout.reduce == "bfloat16" and layout.model > 1 and devices[0].platform == "cpu"
-    ):  # jaxlib 0.10.1 to 0.12.0.1 abort on it
+    is_cpu = devices[0].platform == "cpu"
+    if layout.reduce == "bfloat16" and layout.model > 1 and is_cpu:
+        # jaxlib 0.10.1 to 0.12.0.1 abort.
         raise InputError(
-            "reduce is 'bfloat16' and the mesh has a model axis: on CPUs expected one of the two alone"
+            "reduce is 'bfloat16' and the mesh has a model axis: on CPUs expected only one of them"
         )
-    # Explicit axes, the default since jax 0.9, are refused by linen's Conv.
+    # linen's Conv refuses explicit axes, the default since jax 0.9.
     return jax.make_mesh(
         (data, layout.model), (DATA, MODEL), axis_types=(AxisType.Auto,) * 2, devices=devices
     )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array that every device holds as a whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def infer_shardings(arrays: Any, mesh: Mesh, layout: MeshConfig) -> Any:
-    """Where each array of a tree lies that holds parameters by their names, such as a whole training state (arrays, or their shapes).
+    """Chooses the sharding of each array in a tree.
 
-    Raises InputError for a width that "model" does not divide.
+    Args:
+        arrays: A tree, such as a whole training state, in which the parameters have their names.
+            The leaves are arrays or their shapes.
+        mesh: The mesh of the run.
+        layout: The parallelism of the run.
+
+    Returns:
+        The same tree of `NamedSharding`s.
+
+    Raises:
+        InputError: "model" does not divide the features of a layer.
     """
 
     def sharding(path: tuple, array: Any) -> NamedSharding:
-        return NamedSharding(
-            mesh,
-            _spec(
-                "/".join(str(getattr(key, "key", key)) for key in path[-2:]), array, mesh, layout
-            ),
-        )
+        name = "/".join(str(getattr(key, "key", key)) for key in path[-2:])
+        return NamedSharding(mesh, _infer_spec(name, array, mesh, layout))
 
     return jax.tree_util.tree_map_with_path(sharding, arrays)
 
 
-def _spec(name: str, array: Any, mesh: Mesh, layout: MeshConfig) -> PartitionSpec:
+def _infer_spec(name: str, array: Any, mesh: Mesh, layout: MeshConfig) -> PartitionSpec:
     axes = [*MODEL_PARALLEL_SPECS.get(name, ())] if mesh.shape[MODEL] > 1 else []
     axes += [None] * (array.ndim - len(axes))
     for size, axis in zip(array.shape, axes, strict=True):
         if axis == MODEL and size % mesh.shape[MODEL]:
             raise InputError(
-                f"{name} is {array.shape}, and the mesh has model={mesh.shape[MODEL]}: expected a divisor of {size}; pass another --mesh"
+                f"{name} is {array.shape}, and the mesh has model={mesh.shape[MODEL]}: "
+                f"expected a divisor of {size}; pass another --mesh"
             )
-    if (
-        layout.fsdp
-        and mesh.shape[DATA] > 1
-        and math.prod(array.shape) * array.dtype.itemsize > FSDP_MIN_BYTES
-    ):
-        free = [
+    num_bytes = math.prod(array.shape) * array.dtype.itemsize
+    if layout.fsdp and mesh.shape[DATA] > 1 and num_bytes > FSDP_MIN_BYTES:
+        divisible = [
             i
-            for i, axis in enumerate(axes)
-            if axis is None and array.shape[i] % mesh.shape[DATA] == 0
+            for i, (size, axis) in enumerate(zip(array.shape, axes, strict=True))
+            if axis is None and size % mesh.shape[DATA] == 0
         ]
-        if free:
-            axes[max(free, key=lambda i: array.shape[i])] = DATA
+        if divisible:
+            axes[max(divisible, key=lambda i: array.shape[i])] = DATA
     return PartitionSpec(*axes)
 
 
 def data_axis_spec(sharding: NamedSharding) -> PartitionSpec:
-    """What of a sharding is about "data"."""
+    """The spec of a sharding with its "data" axis only."""
     return PartitionSpec(*(axis if axis == DATA else None for axis in sharding.spec))
 
 
 def put_global(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-    """A whole array, equal in all processes, on the devices: each process puts there what its devices hold."""
+    """Copies an array to the devices of all processes.
+
+    Collective: every process must call it.
+
+    Args:
+        array: The whole array, equal in all processes.
+        sharding: The sharding of the result. Each process fills its own devices.
+
+    Returns:
+        The global array.
+    """
     array = np.asarray(array)
-    # A copy, since on a CPU a device may use the memory of the array itself, which a step then reuses for its result.
+    # Each part is a copy. A CPU device may use the host's memory directly, and a step would later
+    # overwrite it with its result.
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index].copy())
 
 
-def to_host(array: jax.Array, wanted: bool = True) -> np.ndarray | None:
-    """An array as one piece of host memory of its own. All processes ask for it together, those that do not want it too: they get None."""
+def to_host(array: jax.Array, keep: bool = True) -> np.ndarray | None:
+    """Copies a (possibly sharded) array to host memory.
+
+    Collective: every process must call it.
+
+    Args:
+        array: The array. If it spans several processes, it has a `NamedSharding`.
+        keep: Return the copy. Otherwise this process only sends its part to the others.
+
+    Returns:
+        The whole array in memory of its own, or None without `keep`.
+
+    Raises:
+        TypeError: The array spans several processes and has no mesh.
+    """
     if not array.is_fully_addressable and not array.is_fully_replicated:
-        assert isinstance(array.sharding, NamedSharding) and isinstance(array.sharding.mesh, Mesh)
-        array = _put_together(array.sharding.mesh)(array)
-    return (
-        np.array(array if array.is_fully_addressable else array.addressable_data(0))
-        if wanted
-        else None
-    )
+        sharding = array.sharding
+        if not (isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)):
+            raise TypeError(f"an array has the sharding {sharding}: expected one with a mesh")
+        array = _all_gather(sharding.mesh)(array)
+    if not keep:
+        return None
+    return np.array(array if array.is_fully_addressable else array.addressable_data(0))
 
 
 @functools.cache
-def _put_together(mesh: Mesh) -> jax.stages.Wrapped:
+def _all_gather(mesh: Mesh) -> jax.stages.Wrapped:
     return jax.jit(lambda x: x, out_shardings=replicated(mesh))
 
 
 def local_rows(mesh: Mesh, size: int) -> np.ndarray:
-    """int (n,): which rows of a batch of `size` this process feeds, rising. Where a model axis crosses processes, several feed the same."""
+    """Lists the rows of a batch that this process feeds.
+
+    If a model axis crosses processes, several processes feed the same rows.
+
+    Args:
+        mesh: The mesh of the run.
+        size: The number of examples in the batch.
+
+    Returns:
+        int (n,): row indices in ascending order.
+    """
     rows = np.arange(size)
-    parts = (
-        NamedSharding(mesh, PartitionSpec(DATA)).addressable_devices_indices_map((size,)).values()
-    )
-    return np.unique(np.concatenate([rows[part] for part in parts if part is not None]))
+    sharding = NamedSharding(mesh, PartitionSpec(DATA))
+    indices = sharding.addressable_devices_indices_map((size,)).values()
+    return np.unique(np.concatenate([rows[index] for index in indices if index is not None]))
 
 
 def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """What this process has of a batch, its `local_rows`, on its devices, as a part of the whole."""
+    """Copies the rows of a batch that this process feeds to its devices.
+
+    Collective: every process must call it.
+
+    Args:
+        batch: Arrays (n, ...) with the `local_rows` of this process.
+        mesh: The mesh of the run.
+
+    Returns:
+        Global arrays (N, ...), sharded over "data".
+    """
     sharding = NamedSharding(mesh, PartitionSpec(DATA))
-    groups = len(local_rows(mesh, mesh.shape[DATA]))
+    num_local_groups = len(local_rows(mesh, mesh.shape[DATA]))
 
     def put(array: np.ndarray) -> jax.Array:
-        size = len(array) * mesh.shape[DATA] // groups
+        size = len(array) * mesh.shape[DATA] // num_local_groups
         rows = local_rows(mesh, size)
 
-        def part(index: Any) -> np.ndarray:
-            first, last, _ = index[0].indices(size)
-            at = int(np.searchsorted(rows, first))
-            return array[at : at + last - first]
+        def shard(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(size)
+            offset = int(np.searchsorted(rows, start))
+            return array[offset : offset + stop - start]
 
-        return jax.make_array_from_callback((size, *array.shape[1:]), sharding, part)
+        return jax.make_array_from_callback((size, *array.shape[1:]), sharding, shard)
 
     return {name: put(array) for name, array in batch.items()}

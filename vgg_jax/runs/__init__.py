@@ -1,1 +1,1 @@
-"""The folder of a training run: what is in it, and how it is written."""
+"""The folder of a training run: its metadata, its checkpoints, and how files are written."""

@@ -1,7 +1,8 @@
-"""The checkpoints of a run: `last/` (to go on) and `best/` (to use); all that knows orbax.
+"""Checkpoints of a run: `last/` resumes the training, `best/` holds the network to use.
 
-A step folder becomes visible by one rename when it is whole (in an object store by a mark), and the one before it stays: a process killed
-in between leaves a readable run, and so does a disk that loses what was written last. Each carries the checksum of all that it holds.
+Only this module imports orbax. A checkpoint is committed atomically: by a rename on a disk, by a
+marker in an object store. The previous one is kept, so a crash, or a disk that loses the newest
+writes, leaves a readable run. Each checkpoint carries the checksums of its content.
 """
 
 import contextlib
@@ -25,20 +26,22 @@ from vgg_jax.errors import InputError, single_line
 from vgg_jax.model import VGG, build_model
 from vgg_jax.paths import is_remote, to_path
 from vgg_jax.runs.files import fsync
-from vgg_jax.runs.metadata import load_run
+from vgg_jax.runs.metadata import RunMetadata, load_run
 
 try:
     import orbax.checkpoint as ocp
+    from etils import epath
 except ImportError as error:
     raise InputError(
         "reading and writing runs needs orbax-checkpoint: pip install 'vgg-jax[train]'"
     ) from error
 
+logger = logging.getLogger(__name__)
 
-MAX_RETRIES = 3  # to save in an object store, which fails at times
-MAX_TO_KEEP = 2  # checkpoints: the one before the newest, should that one be damaged
-# What may be otherwise the next time, and says nothing about the files.
-_PASSING_ERRNOS = {
+MAX_RETRIES = 3  # attempts to save in an object store, which fails at times
+MAX_TO_KEEP = 2  # checkpoints: the previous one replaces the newest if that is damaged
+# These errors may be gone at the next attempt, so they do not prove that a file is damaged.
+_TRANSIENT_ERRNOS = {
     errno.EACCES,
     errno.EPERM,
     errno.EMFILE,
@@ -47,18 +50,37 @@ _PASSING_ERRNOS = {
     errno.EIO,
     errno.ESTALE,
 }
+_TRANSIENT_STATUSES = (
+    "PERMISSION_DENIED",
+    "RESOURCE_EXHAUSTED",
+    "UNAVAILABLE",
+    "DEADLINE_EXCEEDED",
+    "UNAUTHENTICATED",
+)
 
 
 class CheckpointSaveError(Exception):
-    """A checkpoint could not be written; those before it are as they were."""
+    """A checkpoint could not be written. The earlier ones are unchanged."""
+
+
+class CorruptCheckpointError(ValueError):
+    """The content of a checkpoint differs from the content that was written."""
 
 
 def load_best(workdir: str | os.PathLike) -> tuple[VGG, dict[str, Any], dict[str, Any]]:
-    """The network of a run at its best validation accuracy: `(model, variables, metadata)`.
+    """Loads the network of a run at its best validation accuracy.
 
-    `model.apply(variables, images)` gives logits, for images as `metadata["preprocessing"]` says. `metadata` has the `config`, `net`,
-    `flip` (whether it was trained with mirror images), `classes`, `preprocessing`, `epoch` (from 1) and `validation` (loss, errors,
-    count). Raises InputError where there is no such run.
+    Args:
+        workdir: The folder of a run, local or in an object store.
+
+    Returns:
+        `(model, variables, metadata)`. `model.apply(variables, images)` gives logits for images
+        prepared as `metadata["preprocessing"]` says. The other keys of `metadata` are `config`,
+        `net`, `flip` (trained with mirror images), `top`, `classes`, `epoch` (from 1) and
+        `validation` (loss, errors, count).
+
+    Raises:
+        InputError: The workdir holds no run, or the run has no readable network yet.
     """
     run = load_run(to_path(workdir))
     model = build_model(run.config, len(run.classes))
@@ -71,188 +93,206 @@ def load_best(workdir: str | os.PathLike) -> tuple[VGG, dict[str, Any], dict[str
             restored = best.restore(dict(shapes))
     if restored is None:
         raise InputError(
-            f"no trained net in {folder}: expected one after the first epoch; run the same `vgg-jax train` again to go on"
+            f"no trained network in {folder}: expected one after the first epoch; "
+            "run the same `vgg-jax train` again to resume"
         )
     arrays, progress = restored
-    variables = jax.tree.map(jnp.array, arrays)
-    preprocessing = {
-        "mean_rgb": run.colours.mean_rgb,
-        "range": (0, 255),
-        "channels": "RGB",
-        "image_size": run.config.image_size,
-        "scale": run.config.test_scale,  # Q, the shorter side; the centre crop is read
-        "interpolation": "bilinear, antialiased",
-        "exif": run.config.exif,
-    }
-    known = {
+    return model, jax.tree.map(jnp.array, arrays), _network_metadata(run) | progress
+
+
+def _network_metadata(run: RunMetadata) -> dict[str, Any]:
+    return {
         "config": run.config,
         "net": run.config.net,
         "flip": run.config.flip,
         "top": True,
         "classes": run.classes,
-        "preprocessing": preprocessing,
+        "preprocessing": {
+            "mean_rgb": run.colours.mean_rgb,
+            "range": (0, 255),
+            "channels": "RGB",
+            "image_size": run.config.image_size,
+            "scale": run.config.test_scale,  # Q, the shorter side; the centre crop is read
+            "interpolation": "bilinear, antialiased",
+            "exif": run.config.exif,
+        },
     }
-    return model, variables, known | progress
-
-
-class CorruptCheckpointError(ValueError):
-    """What a checkpoint holds is not what was written."""
 
 
 class CheckpointStore:
-    """A folder of checkpoints, each a tree of arrays with a JSON object; the newest two are kept."""
+    """A folder of checkpoints, of which the newest two are kept.
+
+    A checkpoint is a tree of arrays and a JSON object, the progress. The store is a context
+    manager, which closes it.
+
+    Args:
+        folder: The folder, local or in an object store. It is created unless `read_only`.
+        read_only: Never writes to the folder, so that another process may use it.
+    """
 
     def __init__(self, folder: Path, read_only: bool = False) -> None:
         if not read_only:
             folder.mkdir(parents=True, exist_ok=True)
-        absl = logging.getLogger("absl")
-        level = absl.level
-        if read_only:  # orbax warns that it then neither saves nor creates
-            absl.setLevel(logging.ERROR)
-        try:
-            # Not orbax's own thread: on a CPU it would read the very arrays that are donated to the next step.
-            # Of several processes this one alone: by default orbax asks them all, by an exchange of its own.
-            me, several = jax.process_index(), jax.process_count() > 1
-            who = (
-                {
-                    "primary_host": me,
-                    "active_processes": {me},
-                    "barrier_sync_key_prefix": f"process_{me}",
-                }
-                if several
-                else {}
-            )
-            options = ocp.CheckpointManagerOptions(
-                max_to_keep=MAX_TO_KEEP,
-                create=False,
-                enable_async_checkpointing=False,
-                read_only=read_only,
-                cleanup_tmp_directories=not read_only,
-                multiprocessing_options=ocp.options.MultiprocessingOptions(**who),
-            )
-            self._manager = ocp.CheckpointManager(
-                folder if is_remote(folder) else folder.absolute(), options=options
-            )
-        finally:
-            absl.setLevel(level)
         self._folder = folder
         self._read_only = read_only
+        self._is_remote = is_remote(folder)
+        self._manager = _open_manager(folder, read_only)
 
     def save(self, step: int, arrays: Any, progress: dict[str, Any]) -> None:
-        """Saves what a run holds at a step, unless it is there: the same run came to the same step.
+        """Saves a checkpoint, unless the step has one, which a resumed run may reach again.
 
-        Raises CheckpointSaveError where it cannot be written: the disk is full, for example.
+        Args:
+            step: The step's number. Checkpoints are ordered by it.
+            arrays: A tree of NumPy arrays.
+            progress: A JSON object.
+
+        Raises:
+            CheckpointSaveError: The checkpoint cannot be written, for example on a full disk.
         """
         if step in self._manager.all_steps():
             return
-        for _ in range(MAX_RETRIES - 1 if is_remote(self._folder) else 0):
+        attempts = MAX_RETRIES if self._is_remote else 1
+        for attempt in range(1, attempts + 1):
             try:
-                return self._save(step, arrays, progress)
+                self._save_once(step, arrays, progress)
+                return
             except CheckpointSaveError:
+                if attempt == attempts:
+                    raise
                 time.sleep(1)
-        self._save(step, arrays, progress)
 
-    def _save(self, step: int, arrays: Any, progress: dict[str, Any]) -> None:
+    def _save_once(self, step: int, arrays: Any, progress: dict[str, Any]) -> None:
         items = ocp.args.Composite(
             arrays=ocp.args.StandardSave(arrays),
             progress=ocp.args.JsonSave(_with_checksums(arrays, progress)),
         )
-        path = self._folder / str(step)
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
         try:
-            free = float("inf") if is_remote(self._folder) else shutil.disk_usage(self._folder).free
-            if (
-                needed > free
-            ):  # with less a hundred threads of orbax's each write what became of them
-                raise OSError(f"{needed / 1e6:.0f} MB are needed, and {free / 1e6:.0f} MB free")
+            self._check_free_space(arrays)
             self._manager.save(step, args=items, force=True)
-            if not is_remote(path):
-                for each in (*path.rglob("*"), path, self._folder, self._folder.parent):
-                    fsync(each)
+            self._sync(step)
         except Exception as error:
-            told = isinstance(error, OSError) or "Error writing" in str(
-                error
-            )  # the latter tensorstore says of a disk
-            if not (told or is_remote(path)):  # of stores each library has errors of its own
+            # tensorstore reports a failing disk by a ValueError. Each library of an object store
+            # has exceptions of its own.
+            is_write_error = isinstance(error, OSError) or "Error writing" in str(error)
+            if not (is_write_error or self._is_remote):
                 raise
-            # What there is of it would take the room of the next one.
-            with (
-                contextlib.suppress(Exception) if is_remote(path) else contextlib.nullcontext()
-            ):  # a store that fails may fail again
-                parts: list[Any] = [path, *self._folder.glob("*.orbax-checkpoint-tmp*")]
-                for part in parts:
-                    if is_remote(part):
-                        part.rmtree(missing_ok=True)
-                    else:
-                        shutil.rmtree(part, ignore_errors=True)
-                self._manager.reload()
+            self._remove_partial(step)
             raise CheckpointSaveError(
                 f"cannot save to {self._folder} ({single_line(error)})"
             ) from error
 
-    def restore(self, shapes: Any) -> tuple[Any, dict[str, Any]] | None:
-        """The newest checkpoint that is whole, its arrays those of the shapes given, on the host, or None where there is none.
+    def _check_free_space(self, arrays: Any) -> None:
+        """Raises OSError if the disk is too full.
 
-        Those that are newer and not whole are set aside, with a warning; in an object store only those whose checksums are wrong, since
-        what cannot be read there may be read later. Raises InputError where none of them is whole.
+        On a full disk, each of orbax's threads, about a hundred, would log an error.
         """
-        with _unfinished_reads_ignored():
-            return self._newest_whole(shapes)
+        if self._is_remote:  # a store has no free space to ask for
+            return
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
+        free = shutil.disk_usage(self._folder).free
+        if needed > free:
+            raise OSError(f"{needed / 1e6:.0f} MB are needed, and {free / 1e6:.0f} MB free")
 
-    def _newest_whole(self, shapes: Any) -> tuple[Any, dict[str, Any]] | None:
+    def _sync(self, step: int) -> None:
+        """Makes the system write a checkpoint to the disk."""
+        if self._is_remote:  # the store keeps each object that it has accepted
+            return
+        path = self._folder / str(step)
+        for entry in (*path.rglob("*"), path, self._folder, self._folder.parent):
+            fsync(entry)
+
+    def _remove_partial(self, step: int) -> None:
+        """Removes the remains of a failed save, which would take up the space of the next one."""
+        partial = [self._folder / str(step), *self._folder.glob("*.orbax-checkpoint-tmp*")]
+        for path in partial:
+            # Removing may fail for the reason that saving failed.
+            with contextlib.suppress(Exception):
+                epath.Path(path).rmtree(missing_ok=True)
+        with contextlib.suppress(Exception):
+            self._manager.reload()
+
+    def restore(self, shapes: Any) -> tuple[Any, dict[str, Any]] | None:
+        """Restores the newest checkpoint that is valid.
+
+        Newer ones that are damaged are set aside, with a warning. In an object store, only wrong
+        checksums count as damage, since a file that cannot be read now may be readable later.
+
+        Args:
+            shapes: The tree of the arrays, or of their `jax.ShapeDtypeStruct`s.
+
+        Returns:
+            `(arrays, progress)`, with NumPy arrays, or None if there is no checkpoint.
+
+        Raises:
+            InputError: There are checkpoints, and none of them is valid, or the newest cannot be
+                read at the moment.
+        """
+        with _ignore_unfinished_reads():
+            return self._restore_latest_valid(shapes)
+
+    def _restore_latest_valid(self, shapes: Any) -> tuple[Any, dict[str, Any]] | None:
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                found = self._read(step, shapes)
-            except Exception as error:  # of files that are cut, changed or missing orbax makes any, Exception itself among them
-                if _is_transient(error) or (
-                    is_remote(self._folder) and not isinstance(error, CorruptCheckpointError)
-                ):
+                restored = self._read(step, shapes)
+            # For damaged files, orbax raises errors of any type, even a plain Exception.
+            except Exception as error:
+                if self._may_be_transient(error):
                     raise InputError(
-                        f"the checkpoint {self._folder / str(step)} cannot be read now ({single_line(error)}): try again"
+                        f"the checkpoint {self._folder / str(step)} cannot be read now "
+                        f"({single_line(error)}): try again"
                     ) from error
                 damaged[step] = single_line(error)
                 continue
-            for other, reason in damaged.items():
-                self._set_aside(other, reason, step)
-            return found
+            # Only now, so that nothing is moved if no checkpoint is valid.
+            for damaged_step, reason in damaged.items():
+                self._quarantine(damaged_step, reason, replacement=step)
+            return restored
         if damaged:
             newest = max(damaged)
             raise InputError(
-                f"the checkpoint {self._folder / str(newest)} cannot be read ({damaged[newest]}), and no other is there that can: expected "
-                "one as it was written; restore that folder, or train again into another --workdir"
+                f"the checkpoint {self._folder / str(newest)} cannot be read ({damaged[newest]}), "
+                "and there is no other valid one: expected it unchanged; restore that folder, "
+                "or train again into another --workdir"
             )
         return None
 
+    def _may_be_transient(self, error: Exception) -> bool:
+        if self._is_remote and not isinstance(error, CorruptCheckpointError):
+            return True
+        return _is_transient(error)
+
     def _read(self, step: int, shapes: Any) -> tuple[Any, dict[str, Any]]:
-        # Into numpy's arrays: jax's own orbax refuses where several processes have devices and one of them reads.
-        hosts = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), shapes)
+        # orbax restores jax arrays only if every process takes part, and here one process reads.
+        # So it restores NumPy arrays.
+        templates = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), shapes)
         items = ocp.args.Composite(
-            arrays=ocp.args.StandardRestore(hosts), progress=ocp.args.JsonRestore()
+            arrays=ocp.args.StandardRestore(templates), progress=ocp.args.JsonRestore()
         )
         restored = self._manager.restore(step, args=items)
         if "checksum" not in restored.progress:
-            raise CorruptCheckpointError("it has no checksums, as those of earlier versions")
+            raise CorruptCheckpointError("it has no checksums, like those of early versions")
         progress = restored.progress["progress"]
         if restored.progress != _with_checksums(restored.arrays, progress):
-            raise CorruptCheckpointError("its checksums are not those of what it holds")
+            raise CorruptCheckpointError("its checksums do not match its content")
         return restored.arrays, progress
 
-    def _set_aside(self, step: int, reason: str, instead: int) -> None:
+    def _quarantine(self, step: int, reason: str, replacement: int) -> None:
+        """Renames a damaged checkpoint, unless the store is read-only, and logs a warning."""
         path = self._folder / str(step)
-        said = f"warning: the checkpoint {path} is damaged ({reason})"
+        message = f"the checkpoint {path} is damaged ({reason})"
         if not self._read_only:
-            aside = path.with_name(f"{path.name}.damaged")
-            while aside.exists():
-                aside = aside.with_name(aside.name + "-again")
-            path.rename(aside)
+            target = path.with_name(f"{path.name}.damaged")
+            while target.exists():
+                target = target.with_name(target.name + "-again")
+            path.rename(target)
             self._manager.reload()
-            said += f" and set aside as {aside.name}"
-        print(f"{said}; {self._folder / str(instead)} is used", file=sys.stderr, flush=True)
+            message += f" and set aside as {target.name}"
+        logger.warning(f"{message}; {self._folder / str(replacement)} is used")
 
     def delete_after(self, step: int) -> None:
-        """Removes what was saved at later steps."""
-        for later in [each for each in self._manager.all_steps() if each > step]:
+        """Deletes the checkpoints of later steps."""
+        for later in [saved for saved in self._manager.all_steps() if saved > step]:
             self._manager.delete(later)
 
     def __enter__(self) -> "CheckpointStore":
@@ -262,16 +302,56 @@ class CheckpointStore:
         self.close()
 
     def close(self) -> None:
+        """Closes the store. It cannot be used afterwards."""
         self._manager.close()
 
 
+def _open_manager(folder: Path, read_only: bool) -> ocp.CheckpointManager:
+    multiprocessing: dict[str, Any] = {}
+    if jax.process_count() > 1:
+        # Only this process uses the store. By default, orbax would wait for all the others.
+        index = jax.process_index()
+        multiprocessing = {
+            "primary_host": index,
+            "active_processes": {index},
+            "barrier_sync_key_prefix": f"process_{index}",
+        }
+    # A path in a store is absolute already, and `absolute` would put the current folder before it.
+    path = folder if is_remote(folder) else folder.absolute()
+    # orbax warns that a read-only manager neither saves nor creates.
+    with _absl_errors_only() if read_only else contextlib.nullcontext():
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=MAX_TO_KEEP,
+            create=False,
+            # On a CPU, orbax's own thread would read arrays that were donated to the next step.
+            enable_async_checkpointing=False,
+            read_only=read_only,
+            cleanup_tmp_directories=not read_only,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(**multiprocessing),
+        )
+        return ocp.CheckpointManager(path, options=options)
+
+
+@contextlib.contextmanager
+def _absl_errors_only() -> Iterator[None]:
+    absl = logging.getLogger("absl")
+    level = absl.level
+    absl.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        absl.setLevel(level)
+
+
 def _with_checksums(arrays: Any, progress: dict[str, Any]) -> dict[str, Any]:
-    """`progress` with the type, the shape and the checksum of each array, and one of all that."""
-    seals = {
-        jax.tree_util.keystr(path): _checksum(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(arrays)
+    """Adds the dtype, shape and checksum of each array, and a checksum of all of that."""
+    content = {
+        "progress": progress,
+        "arrays": {
+            jax.tree_util.keystr(path): _checksum(leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(arrays)
+        },
     }
-    content = {"progress": progress, "arrays": seals}
     return content | {"checksum": zlib.crc32(json.dumps(content, sort_keys=True).encode())}
 
 
@@ -281,29 +361,25 @@ def _checksum(array: np.ndarray) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _unfinished_reads_ignored() -> Iterator[None]:
-    """What orbax was still reading when a file turned out to be damaged has nowhere to go, and each says so by a traceback."""
-    before = sys.unraisablehook
+def _ignore_unfinished_reads() -> Iterator[None]:
+    """Silences orbax's reads that are still running once one file proved damaged.
 
-    def hook(found: Any) -> None:
-        if "Event loop is closed" not in str(found.exc_value):
-            before(found)
+    Python would print a traceback for each of them, since nothing waits for their results.
+    """
+    previous_hook = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            previous_hook(unraisable)
 
     sys.unraisablehook = hook
     try:
         yield
     finally:
-        sys.unraisablehook = before
+        sys.unraisablehook = previous_hook
 
 
 def _is_transient(error: BaseException) -> bool:
-    return (isinstance(error, OSError) and error.errno in _PASSING_ERRNOS) or any(
-        each in str(error)
-        for each in (
-            "PERMISSION_DENIED",
-            "RESOURCE_EXHAUSTED",
-            "UNAVAILABLE",
-            "DEADLINE_EXCEEDED",
-            "UNAUTHENTICATED",
-        )
-    )
+    if isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNOS:
+        return True
+    return any(status in str(error) for status in _TRANSIENT_STATUSES)

@@ -1,4 +1,4 @@
-"""The files of a workdir: a lock for one process at a time, and writes that are whole or not there."""
+"""Files of a workdir: the lock for one process at a time, and atomic writes."""
 
 import contextlib
 import errno
@@ -11,53 +11,63 @@ from typing import IO
 from vgg_jax.errors import InputError
 from vgg_jax.paths import is_remote
 
+# Some network file systems answer a lock, or the fsync of a folder, with one of these.
 UNSUPPORTED_ERRNOS = {
     errno.EINVAL,
     errno.ENOSYS,
     errno.ENOTSUP,
     errno.EOPNOTSUPP,
     errno.ENOLCK,
-}  # of some network file systems
+}
 
 
 @contextlib.contextmanager
 def workdir_lock(workdir: Path) -> Iterator[None]:
-    """The workdir, made if it is not there, for one process at a time.
+    """Creates a workdir if necessary, and locks it for one process at a time.
 
-    Raises InputError where another one has it, or it cannot be written to. The lock ends with its process, however that ends. In an object
-    store there is none.
+    The lock ends with its process, however the process ends. If the block leaves nothing in a
+    workdir that was created here, the workdir and its created parents are removed again.
+
+    Args:
+        workdir: The folder of a run. An object store has no locks, so nothing happens there.
+
+    Raises:
+        InputError: Another process holds the lock, or the workdir cannot be written to.
     """
-    if is_remote(workdir):  # a store of objects has no locks
+    if is_remote(workdir):
         yield
         return
-    made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
+    created = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
     path = workdir / "lock"
     with translate_write_errors(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         file = path.open("w")
     with file:
         try:
-            _lock(file)
-            if (
-                os.fstat(file.fileno()).st_ino != path.stat().st_ino
-            ):  # who held it has removed it, see below
+            _acquire_lock(file)
+            # The process that held the lock may have removed the file, see below.
+            if os.fstat(file.fileno()).st_ino != path.stat().st_ino:
                 raise BlockingIOError
         except (BlockingIOError, FileNotFoundError) as error:
             raise InputError(
-                f"another process trains in {workdir}: expected one at a time; wait for it, or pass another --workdir"
+                f"another process trains in {workdir}: expected one at a time; wait until it ends, "
+                "or pass another --workdir"
             ) from error
         try:
             yield
         finally:
             with contextlib.suppress(OSError):
-                if made and os.listdir(workdir) == ["lock"]:  # nothing was begun: nothing is left
+                if created and os.listdir(workdir) == ["lock"]:
                     path.unlink()
-                    for folder in made:
+                    for folder in created:
                         folder.rmdir()
 
 
-def _lock(file: IO) -> None:
-    """Raises BlockingIOError where another process has it. Does nothing on Windows and on file systems that know no locks."""
+def _acquire_lock(file: IO) -> None:
+    """Locks an open file, or raises BlockingIOError if another process holds its lock.
+
+    Does nothing on Windows, and on file systems without locks.
+    """
     try:
         import fcntl
     except ImportError:
@@ -73,19 +83,24 @@ def _lock(file: IO) -> None:
 
 @contextlib.contextmanager
 def translate_write_errors(workdir: Path) -> Iterator[None]:
+    """Turns an OSError of the block into an InputError that names the workdir."""
     try:
         yield
     except OSError as error:
         raise InputError(
-            f"cannot write to {workdir} ({error.strerror}): expected a folder of the run; pass another --workdir"
+            f"cannot write to {workdir} ({error.strerror}): expected a folder for the run; "
+            "pass another --workdir"
         ) from error
 
 
 def fsync(path: Path) -> None:
-    """Has the system write a file, or a folder's list of files, to the disk."""
-    if os.name != "posix" or is_remote(
-        path
-    ):  # elsewhere a folder cannot be opened; what a store has taken it keeps
+    """Makes the system write a file, or the list of a folder's entries, to the disk.
+
+    Args:
+        path: A file or a folder. Nothing happens for a path in an object store, which keeps each
+            object that it has accepted, and on Windows, which cannot open a folder.
+    """
+    if os.name != "posix" or is_remote(path):
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -98,35 +113,43 @@ def fsync(path: Path) -> None:
 
 
 def atomic_write(path: Path, content: bytes) -> None:
-    """Replaces a file in one step: a reader, or a killed writer, never leaves half of it."""
-    if is_remote(path):  # an object appears when it is whole
+    """Replaces a file in one step, so that neither a reader nor a crash sees half of it.
+
+    Args:
+        path: The file, local or in an object store.
+        content: All of its new bytes.
+    """
+    if is_remote(path):  # an object appears once it is complete
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
         return
-    temporary = path.with_name(path.name + ".new")
-    with temporary.open("wb") as file:
+    with replace_atomically(path) as temporary, temporary.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
     fsync(path.parent)
 
 
 @contextlib.contextmanager
 def replace_atomically(path: Path) -> Iterator[Path]:
-    """Gives a temporary path whose file or folder replaces `path` when the block ends well.
+    """Provides a temporary path whose file or folder then replaces `path`.
+
+    A file is replaced in one step. A folder is removed first, since no system call replaces a
+    folder that has content.
 
     Args:
-        path: A file or a folder on this machine. It keeps its content if the block raises.
+        path: A local file or folder. It keeps its content if the block raises.
 
     Yields:
-        A path beside it at which nothing exists yet.
+        The sibling with ".new" at the end of its name. Nothing exists there: the leftover of a
+        process that was killed is removed.
     """
     temporary = path.with_name(path.name + ".new")
     _remove(temporary)
     try:
         yield temporary
-        if path.is_dir():
+        # A file never replaces a folder: the folder may hold something else of the user's.
+        if temporary.is_dir() and path.is_dir():
             shutil.rmtree(path)
         os.replace(temporary, path)
     finally:
@@ -134,6 +157,8 @@ def replace_atomically(path: Path) -> Iterator[Path]:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    """Removes a file, a link or a folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
-    path.unlink(missing_ok=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What a run is: its `run.json`, and its folder, which one process at a time has."""
+"""The metadata of a run, `run.json`, and the decision between a new run and a resumed one."""
 
 import dataclasses
 import json
@@ -7,126 +7,185 @@ from typing import Any
 
 from vgg_jax.configs.colours import ColourStatistics
 from vgg_jax.configs.train import TrainConfig
-from vgg_jax.errors import InputError
+from vgg_jax.errors import InputError, single_line
 from vgg_jax.paths import is_remote, to_path
 from vgg_jax.runs.files import atomic_write, translate_write_errors
 
 
 @dataclasses.dataclass(frozen=True)
 class RunMetadata:
-    """What a run is besides its parameters: all that using the net later needs to know, and all that its course depends on."""
+    """The facts about a run that resuming it, or using its network, depends on.
+
+    The parameters of the network are in its checkpoints.
+    """
 
     config: TrainConfig
     classes: tuple[str, ...]
     colours: ColourStatistics
-    storage: str  # of the training images
-    train_size: int
-    validation_size: int
+    storage: str  # how the training images are stored, such as "folder, names <digest>"
+    train_size: int  # images
+    validation_size: int  # images
 
 
 def load_existing_run(workdir: Path) -> RunMetadata | None:
-    """The run that the workdir holds a checkpoint of, if any.
+    """Loads the run of a workdir if the workdir holds one of its checkpoints.
 
-    Raises InputError for a run.json that cannot be read, and where epochs were done and there is nothing to go on from.
+    Args:
+        workdir: The folder of a run. It need not exist.
+
+    Returns:
+        The run, or None if no checkpoint was saved, so that a new run may use the workdir.
+
+    Raises:
+        InputError: `run.json` cannot be read, or epochs were finished and their checkpoint is gone.
     """
-    last = has_checkpoint(workdir / "last")
+    has_last = has_checkpoint(workdir / "last")
     metrics = workdir / "metrics.jsonl"
-    if not last and metrics.exists() and metrics.read_text():
+    if not has_last and metrics.exists() and metrics.read_text():
         raise InputError(
-            f"{workdir / 'last'} holds no checkpoint, and {metrics} tells of epochs that were done: expected one; restore that folder, "
-            "pass another --workdir, or remove this one to begin again"
+            f"{workdir / 'last'} holds no checkpoint, and {metrics} lists finished epochs: "
+            "expected the checkpoint of the last one; restore that folder, pass another --workdir, "
+            "or remove this one to start again"
         )
-    # A run that was stopped, or ran out of memory, before its first checkpoint left nothing but its name.
-    saved = last or has_checkpoint(workdir / "best")
-    run = load_run(workdir) if saved or (workdir / "run.json").exists() else None
-    return run if saved else None
+    # A run that stopped, or ran out of memory, before its first checkpoint left only run.json.
+    has_any = has_last or has_checkpoint(workdir / "best")
+    # A run.json without a checkpoint is read too, so that a damaged one is reported.
+    run = load_run(workdir) if has_any or (workdir / "run.json").exists() else None
+    return run if has_any else None
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether `last/` or `best/` holds a step, damaged or not, that was not set aside.
+    """Tells if `last/` or `best/` holds a complete step, which may be damaged.
 
-    On a disk a step appears when it is whole; in an object store orbax marks it when it is.
+    Args:
+        folder: The folder of the steps. A step that was set aside does not count.
+
+    Returns:
+        True if there is a step. On a disk, a step's folder appears once it is complete. In an
+        object store, orbax marks a complete step by a file.
     """
-    steps = [step for step in folder.glob("*") if step.name.isdigit()]
-    return (
-        any((step / "commit_success.txt").exists() for step in steps)
-        if is_remote(folder)
-        else bool(steps)
-    )
+    steps = [path for path in folder.glob("*") if path.name.isdigit()]
+    if is_remote(folder):
+        return any((step / "commit_success.txt").exists() for step in steps)
+    return bool(steps)
 
 
 def create_run(workdir: Path, run: RunMetadata) -> None:
-    """Writes run.json. Raises InputError for a folder that cannot be written to."""
+    """Writes `run.json`.
+
+    Args:
+        workdir: The folder of the run. It exists, except in an object store.
+        run: The metadata.
+
+    Raises:
+        InputError: The workdir cannot be written to.
+    """
     with translate_write_errors(workdir):
         atomic_write(workdir / "run.json", (json.dumps(as_json(run), indent=1) + "\n").encode())
 
 
-def check_same_run(workdir: Path, begun: RunMetadata, run: RunMetadata) -> None:
-    """Raises InputError, with the differences, where the run that was begun in the workdir is not this one."""
-    old, new = _flat(as_json(begun)), _flat(as_json(run))
+def check_same_run(workdir: Path, existing: RunMetadata, run: RunMetadata) -> None:
+    """Checks that a run is the one that its workdir holds already.
+
+    Args:
+        workdir: The folder of the run, for the message.
+        existing: The run in the workdir.
+        run: The run that is about to resume it.
+
+    Raises:
+        InputError: The two differ. The message lists every difference.
+    """
+    old, new = _flatten(as_json(existing)), _flatten(as_json(run))
     differences = [
-        f"{name} is {_shown(old[name])} there and {_shown(new[name])} here"
+        f"{name} is {_shorten(old[name])} there and {_shorten(new[name])} here"
         for name in new
         if old[name] != new[name]
     ]
     if differences:
         raise InputError(
-            f"{workdir} holds another run: {'; '.join(differences)}; pass another --workdir, or the same flags to go on with that run"
+            f"{workdir} holds another run: {'; '.join(differences)}; "
+            "pass another --workdir, or the same flags to resume that run"
         )
 
 
 def load_run(workdir: Path) -> RunMetadata:
-    """Raises InputError where there is no run, or none that can be read."""
+    """Reads `run.json`.
+
+    Args:
+        workdir: The folder of a run.
+
+    Returns:
+        The metadata of the run.
+
+    Raises:
+        InputError: There is no run in the workdir, or its `run.json` cannot be read.
+    """
     path = to_path(workdir) / "run.json"
     try:
         return from_json(json.loads(path.read_text()))
     except FileNotFoundError as error:
         raise InputError(
-            f"no run in {workdir}: expected {path}, which `vgg-jax train` writes; pass the workdir of a run"
+            f"no run in {workdir}: expected {path}, which `vgg-jax train` writes; "
+            "pass the workdir of a run"
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise InputError(
-            f"{path} cannot be read ({' '.join(str(error).split())[:200]}): expected what `vgg-jax train` wrote; "
-            "train again into another --workdir"
+            f"{path} cannot be read ({single_line(error)}): expected the file that "
+            "`vgg-jax train` wrote; train again into another --workdir"
         ) from error
 
 
 def from_json(content: dict[str, Any]) -> RunMetadata:
-    """The run that `as_json` made this JSON object of. Raises one of many errors for another."""
-    rest = dict(content)
-    config = TrainConfig(**{name: _tuples(value) for name, value in rest.pop("config").items()})
-    colours = ColourStatistics(
-        **{name: _tuples(value) for name, value in rest.pop("colours").items()}
-    )
-    run = RunMetadata(config, tuple(rest.pop("classes")), colours, **rest)
+    """Converts the JSON object of `as_json` back to the metadata.
+
+    Args:
+        content: The JSON object.
+
+    Returns:
+        The metadata of the run.
+
+    Raises:
+        Exception: One of the types that `load_run` catches, if the object is something else.
+    """
+    fields = dict(content)
+    config = TrainConfig(**_lists_to_tuples(fields.pop("config")))
+    colours = ColourStatistics(**_lists_to_tuples(fields.pop("colours")))
+    run = RunMetadata(config, tuple(fields.pop("classes")), colours, **fields)
     _check_types(run)
     return run
 
 
 def as_json(run: RunMetadata) -> dict[str, Any]:
+    """Converts the metadata of a run to a JSON object, the content of `run.json`."""
     return json.loads(json.dumps(dataclasses.asdict(run)))
 
 
 def _check_types(run: RunMetadata) -> None:
-    """Raises TypeError: what a stranger wrote may be anything."""
+    """Raises TypeError for values of the wrong type, since anyone may have written the file."""
     colours = (run.colours.mean_rgb, run.colours.eigenvalues, *run.colours.eigenvectors)
     triples = len(colours) == 5 and all(isinstance(row, tuple) and len(row) == 3 for row in colours)
     if not triples or not all(isinstance(value, int | float) for row in colours for value in row):
-        raise TypeError("its colours are no numbers, three by three")
+        raise TypeError("its colours are not five rows of three numbers")
     if not run.classes or not all(isinstance(name, str) for name in (*run.classes, run.storage)):
-        raise TypeError("its classes and its storage are no names")
+        raise TypeError("its classes and its storage are not names")
     if not all(isinstance(size, int) for size in (run.train_size, run.validation_size)):
-        raise TypeError("its sizes are no numbers")
+        raise TypeError("its sizes are not integers")
 
 
-def _flat(run: dict[str, Any]) -> dict[str, Any]:
+def _flatten(run: dict[str, Any]) -> dict[str, Any]:
+    """Moves the fields of the config to the top level."""
     return {name: value for name, value in run.items() if name != "config"} | run["config"]
 
 
-def _shown(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 200 else f"{shown[:200]}…"
+def _shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+def _lists_to_tuples(value: Any) -> Any:
+    """Converts the lists of a JSON value, at any depth, but leaves the keys of an object."""
+    if isinstance(value, dict):
+        return {name: _lists_to_tuples(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return tuple(map(_lists_to_tuples, value))
+    return value

@@ -1,4 +1,4 @@
-"""The cache of compiled programs."""
+"""The persistent cache of compiled programs."""
 
 import os
 import platform
@@ -6,17 +6,22 @@ import warnings
 
 
 def enable_compilation_cache() -> None:
-    """Lets the next start find what this one compiles, in $JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
-    # jaxlib 0.10 writes an error of two kilobytes for each program that it finds, over a preference of LLVM's. What fails is raised.
+    """Keeps compiled programs on disk, so that the next start need not compile them again.
+
+    The folder is $JAX_COMPILATION_CACHE_DIR, or one in the user's cache folder.
+    """
+    # For each program in the cache, jaxlib 0.10 logs a long error about a preference of LLVM's.
+    # Real failures are raised, so nothing is lost.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    # Of programs with oneDNN's convolutions, in bfloat16: jaxlib 0.12 cannot write those.
+    # jaxlib 0.12 cannot write programs that contain oneDNN's bfloat16 convolutions.
     warnings.filterwarnings(
         "ignore", r"(?s)Error writing persistent compilation cache entry.*std::bad_alloc"
     )
-    import jax
+    import jax  # not at the top: `vgg-jax --help` should not wait for it
 
     if not jax.config.values["jax_compilation_cache_dir"]:
-        # A folder for each machine, since a home may be shared by several and a program for one processor need not run on another.
+        # Machines may share a home, and a program for one processor may not run on another. So
+        # each machine has its own folder.
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
         jax.config.update(
             "jax_compilation_cache_dir",

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the first lets a run save what it has, the second ends it at once."""
+"""SIGINT and SIGTERM: the first one lets a run save, the second one ends it at once."""
 
 import contextlib
 import os
@@ -11,25 +11,35 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def graceful_stop() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets; the second one acts as it always does."""
+    """Provides an event that the first SIGINT or SIGTERM sets.
+
+    The second signal does what it did before the block. Python handles signals in the main thread
+    only, so in another thread the event is never set.
+
+    Yields:
+        The event.
+    """
     stop = threading.Event()
-    if (
-        threading.current_thread() is not threading.main_thread()
-    ):  # only the main thread may handle signals
+    if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def restore() -> None:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
     def handle(number: int, frame: object) -> None:
         stop.set()
         restore()
-        print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+        # Not by logging: the signal may have interrupted the code that holds a handler's lock.
+        print(
+            "stopping after this step; send the signal again to stop at once",
+            file=sys.stderr,
+            flush=True,
+        )
 
-    for number in before:
+    for number in previous:
         signal.signal(number, handle)
     try:
         yield stop
@@ -38,20 +48,22 @@ def graceful_stop() -> Iterator[threading.Event]:
 
 
 def exit_on_second_signal() -> None:
-    """Ends this process at once by a second SIGINT or SIGTERM, whatever it is in.
+    """Ends this process at the second SIGINT or SIGTERM, whatever it is doing.
 
-    Python's own handlers wait for a call of XLA's to return, which may take minutes, and of two signals meanwhile hear one.
+    Python's own handlers run only once a call into XLA returns, which may take minutes. Two signals
+    during the call reach them as one. So a thread reads the signals from a socket.
     """
-    read, write = socket.socketpair()
-    write.setblocking(False)
-    signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
 
-    def watch(_: socket.socket) -> None:  # which is closed when nobody has it
-        heard = 0
+    # The thread keeps `writer` alive: a socket without a reference is closed.
+    def watch(writer: socket.socket) -> None:
+        count = 0
         while True:
-            for number in read.recv(16):
-                heard += number in (signal.SIGINT, signal.SIGTERM)
-                if heard == 2:
+            for number in reader.recv(16):
+                count += number in (signal.SIGINT, signal.SIGTERM)
+                if count == 2:
                     os._exit(128 + number)
 
-    threading.Thread(target=watch, args=(write,), daemon=True).start()
+    threading.Thread(target=watch, args=(writer,), daemon=True).start()

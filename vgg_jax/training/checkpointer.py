@@ -174,7 +174,7 @@ def abstract_state(state: TrainState) -> Any:
 def _to_host(array: jax.Array) -> np.ndarray | None:
     """In memory of its own, for the first process: the next step reuses the array's."""
     return to_host(
-        jax.random.key_data(array) if _is_key(array) else array, wanted=is_main_process()
+        jax.random.key_data(array) if _is_key(array) else array, keep=is_main_process()
     )
 
 
