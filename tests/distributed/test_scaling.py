@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers.compare import assert_trees_close, log_compiles
 from tests.helpers.tiny import SHALLOW
 from vgg_jax import IMAGENET, VGG, InputError
 from vgg_jax.configs.train import TrainConfig
@@ -87,14 +88,6 @@ def ten_steps(layout, num_devices, batch_norm, microbatch):
     return losses, gradients, jax.tree.map(to_host, variables), evaluations
 
 
-@pytest.fixture
-def compiled_programs(caplog):
-    """The messages about each program that jax compiles."""
-    jax.config.update("jax_log_compiles", True)
-    yield lambda: [record.getMessage() for record in caplog.records]
-    jax.config.update("jax_log_compiles", False)
-
-
 @pytest.mark.parametrize(
     ("batch_norm", "microbatch", "names"),
     [
@@ -104,26 +97,27 @@ def compiled_programs(caplog):
     ],
     ids=["fsdp", "all-batch_norm", "all-microbatch"],
 )
-def test_layout_matches_one_device(batch_norm, microbatch, names, compiled_programs):
+def test_layout_matches_one_device(batch_norm, microbatch, names, caplog):
     """With dropout and masked examples. Each layout compiles its step once."""
-    expected = ten_steps(MeshConfig(), 1, batch_norm, microbatch)
-    for name in names:
-        outputs = ten_steps(LAYOUTS[name], 2, batch_norm, microbatch)
-        if LAYOUTS[name].reduce == "bfloat16":
-            assert_near_in_bfloat16(outputs, expected, name)
-        else:
-            assert_equal_up_to_rounding(outputs, expected, name)
-    prefix = "Compiling jit(train_step)"
-    num_steps = sum(message.startswith(prefix) for message in compiled_programs())
-    assert num_steps == 1 + len(names)
+    with log_compiles(caplog) as count:
+        expected = ten_steps(MeshConfig(), 1, batch_norm, microbatch)
+        for name in names:
+            outputs = ten_steps(LAYOUTS[name], 2, batch_norm, microbatch)
+            if LAYOUTS[name].reduce == "bfloat16":
+                assert_near_in_bfloat16(outputs, expected, name)
+            else:
+                assert_equal_up_to_rounding(outputs, expected, name)
+        assert count("train_step") == 1 + len(names)
 
 
 def assert_equal_up_to_rounding(outputs, expected, name):
     losses, gradients, variables, evaluations = outputs
     expected_losses, expected_gradients, expected_variables, expected_evaluations = expected
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-5, err_msg=name)
-    assert_trees_close(gradients, expected_gradients, 1e-5, 0.1, name)
-    assert_trees_close(variables, expected_variables, 1e-5, CONFIG.learning_rate, name)
+    # The bias before a batch normalisation has no gradient but rounding.
+    assert_trees_close(gradients, expected_gradients, 1e-5, floor=0.1, name=name)
+    floor = CONFIG.learning_rate
+    assert_trees_close(variables, expected_variables, 1e-5, floor=floor, name=name)
     for sums, expected_sums in zip(evaluations, expected_evaluations, strict=True):
         assert sums.loss == pytest.approx(expected_sums.loss, rel=1e-5)
         counts = (sums.top1, sums.top5, sums.count)
@@ -134,25 +128,9 @@ def assert_near_in_bfloat16(outputs, expected, name):
     """Each gradient keeps three digits. Later steps amplify the rounding, so only two count."""
     losses, gradients, *_ = outputs
     expected_losses, expected_gradients, *_ = expected
-    assert_trees_close(gradients, expected_gradients, 1e-2, 0.1, name)
+    assert_trees_close(gradients, expected_gradients, 1e-2, floor=0.1, name=name)
     assert losses[:2] == pytest.approx(expected_losses[:2], rel=1e-2)
     assert losses[1] != pytest.approx(expected_losses[1], rel=1e-6)
-
-
-def assert_trees_close(tree, expected, rtol, min_scale, name):
-    """Compares relative to each array's largest value, which counts as `min_scale` at least.
-
-    The bias before a batch normalisation has no gradient but rounding.
-    """
-
-    def assert_close(path, expected_array, array):
-        scale = max(np.abs(expected_array).max(), min_scale)
-        message = f"{name} {jax.tree_util.keystr(path)}"
-        np.testing.assert_allclose(
-            array, expected_array, rtol=0, atol=rtol * scale, err_msg=message
-        )
-
-    jax.tree_util.tree_map_with_path(assert_close, expected, tree)
 
 
 COLLECTIVE = re.compile(

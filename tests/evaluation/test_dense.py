@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers.compare import log_compiles
 from tests.helpers.tiny import init
 from vgg_jax import IMAGENET, VGG, Conv, InputError, VGGConfig
 from vgg_jax.configs.evaluation import DENSE, PROTOCOLS, EvalProtocol
@@ -194,17 +195,6 @@ def test_iter_windows_merges_equal_crops(small_net):
     np.testing.assert_allclose(posteriors[0], expected, atol=1e-5)
 
 
-@pytest.fixture
-def count_compilations(caplog):
-    """Returns a function that counts the trunk's compilations so far."""
-    jax.config.update("jax_log_compiles", True)
-    yield lambda: sum(
-        record.getMessage().startswith("Compiling jit(trunk_activations)")
-        for record in caplog.records
-    )
-    jax.config.update("jax_log_compiles", False)
-
-
 @pytest.mark.parametrize(
     ("min_pixels_per_shape", "max_compilations"),
     [
@@ -213,7 +203,7 @@ def count_compilations(caplog):
     ],
 )
 def test_iter_posteriors_shares_programs(
-    small_net, caplog, count_compilations, min_pixels_per_shape, max_compilations, monkeypatch
+    small_net, caplog, min_pixels_per_shape, max_compilations, monkeypatch
 ):
     """On two devices, 40 images of 40 sizes give the same as each by itself, twice."""
     monkeypatch.setattr("vgg_jax.evaluation.packing.MIN_PIXELS_PER_SHAPE", min_pixels_per_shape)
@@ -222,12 +212,13 @@ def test_iter_posteriors_shares_programs(
     assert len(set(sizes)) == 40
     images = photos(sizes)
     settings = {"mesh": make_mesh(2), "protocol": DENSE, "pixels": 16_000}
-    first = dict(iter_posteriors(*small_net, ([image] for image in images), **settings))
-    assert first.keys() == set(range(40))
-    assert 0 < count_compilations() <= max_compilations
-    caplog.clear()
-    second = dict(iter_posteriors(*small_net, ([image] for image in images), **settings))
-    assert count_compilations() == 0
+    with log_compiles(caplog) as count:
+        first = dict(iter_posteriors(*small_net, ([image] for image in images), **settings))
+        assert first.keys() == set(range(40))
+        assert 0 < count("trunk_activations") <= max_compilations
+    with log_compiles(caplog) as count:
+        second = dict(iter_posteriors(*small_net, ([image] for image in images), **settings))
+        assert count("trunk_activations") == 0
     for index, posterior in first.items():
         np.testing.assert_array_equal(second[index], posterior)
         expected = class_posteriors(*small_net, [images[index]])[0]

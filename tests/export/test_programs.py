@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.helpers.compare import assert_close_to_largest
 from tests.helpers.export_files import (
     CLASSES,
     RUNNERS,
-    assert_output_close,
     own_output,
     random_images,
     random_weights,
@@ -38,7 +38,7 @@ def test_onnx_every_net(net, tmp_path):
     require_onnx()
     spec, images = ExportSpec(random_weights(net)), random_images(3, 32, 32)
     write(tmp_path / "net.onnx", spec)
-    assert_output_close(run_onnx(tmp_path / "net.onnx", images), own_output(spec, images))
+    assert_close_to_largest(run_onnx(tmp_path / "net.onnx", images), own_output(spec, images))
 
 
 @pytest.mark.parametrize("output", ["posteriors", "score_map"])
@@ -52,7 +52,7 @@ def test_program_any_size_and_batch(file_format, output, tmp_path):
         assert expected.shape == (
             (shape[0], 1, shape[2] // 32, 3) if output == "score_map" else (shape[0], 3)
         )
-        assert_output_close(RUNNERS[file_format](path, images), expected)
+        assert_close_to_largest(RUNNERS[file_format](path, images), expected)
 
 
 def float_images():
@@ -63,7 +63,7 @@ def test_program_float_images(file_format, tmp_path):
     spec, images = ExportSpec(random_weights("A-LRN"), uint8=False), float_images()
     path = tmp_path / f"net.{file_format}"
     write(path, spec)
-    assert_output_close(RUNNERS[file_format](path, images), own_output(spec, images))
+    assert_close_to_largest(RUNNERS[file_format](path, images), own_output(spec, images))
 
 
 def test_program_bfloat16_weights(file_format, tmp_path):
@@ -74,7 +74,7 @@ def test_program_bfloat16_weights(file_format, tmp_path):
     write(path, spec)
     rounded = jax.tree.map(lambda x: x.astype(spec.dtype).astype(np.float32), params)
     expected = np.asarray(spec.weights.model.apply({"params": rounded}, images))
-    assert_output_close(RUNNERS[file_format](path, images), expected)
+    assert_close_to_largest(RUNNERS[file_format](path, images), expected)
     write(full, dataclasses.replace(spec, bfloat16=False))
     saved = size_on_disk(full) - size_on_disk(path)
     assert saved > 0.8 * 2 * sum(array.size for array in jax.tree.leaves(params))

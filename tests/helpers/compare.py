@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 
 def assert_close_to_largest(
-    actual: ArrayLike, expected: ArrayLike, tolerance: float, floor: float = 0.0
+    actual: ArrayLike, expected: ArrayLike, tolerance: float = 1e-4, floor: float = 0.0
 ) -> None:
     """Asserts that no value differs by `tolerance` or more, relative to the largest value.
 
@@ -28,7 +28,7 @@ def assert_close_to_largest(
 
 
 def assert_trees_close(
-    actual: Any, expected: Any, tolerance: float, floor: float = 0.0, name: str = ""
+    actual: Any, expected: Any, tolerance: float = 1e-4, floor: float = 0.0, name: str = ""
 ) -> None:
     """Asserts `assert_close_to_largest` for each array of a tree, and the same paths in both.
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.helpers.tiny import init
+from tests.helpers.tiny import init, narrow
 from vgg_jax import CONFIGS, IMAGENET, VGG, compiler_options
 from vgg_jax.weights import Weights
 from vgg_jax.weights.layouts import Preprocessing
@@ -16,16 +16,6 @@ CLASSES = ("ants", "bees", "wasps")
 FC = (12, 8)
 # `read` recognises a .safetensors file by its convolutions, so they have the paper's sizes.
 FULL_CONVS = dataclasses.replace(CONFIGS["A"], fc=FC)
-
-
-def narrow(net):
-    """A configuration with few channels, so that it runs fast."""
-    config = CONFIGS[net]
-    stages = tuple(
-        tuple(conv._replace(features=4 * i) for conv in stage)
-        for i, stage in enumerate(config.stages, 1)
-    )
-    return dataclasses.replace(config, stages=stages, fc=FC)
 
 
 def random_weights(net="D", batch_norm=False, size=32, config=None):
@@ -57,12 +47,6 @@ def own_output(spec, images):
     """The output that a file of this spec must have."""
     forward = jax.jit(spec, compiler_options=compiler_options())
     return np.asarray(forward(spec.weights.variables, images))
-
-
-def assert_output_close(actual, expected):
-    """Allows a difference of 1e-4 of the largest value."""
-    assert actual.shape == expected.shape
-    assert np.abs(actual - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 def require_onnx():

@@ -228,11 +228,6 @@ def torch_logits(tensors, mean, std=(1, 1, 1), bgr=False):
     return x.numpy()
 
 
-def assert_logits_close(actual, expected):
-    """Allows a difference of 1e-4 of the largest logit."""
-    np.testing.assert_allclose(actual, expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
-
-
 def assert_round_trip(path, state, layout, tmp_path):
     """Reads a file, saves it as vgg_jax's own, and saves that in its first layout: bit-equal."""
     save(tmp_path / "own.safetensors", read(path))

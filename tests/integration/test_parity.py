@@ -16,26 +16,13 @@ from vgg_jax.training.optimizer import sgd
 from vgg_jax.training.step import TrainState, jit_steps
 
 torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
+from tests.helpers.compare import assert_trees_close  # noqa: E402
 from tests.helpers.tiny import TINY  # noqa: E402
 from tests.helpers.torch_vgg import STAGES, randomize, to_jax, torch_vgg  # noqa: E402
 
 FC, CLASSES = (48, 32), 10
 # The rest is slow; batch normalisation is compared by the twenty steps below.
 QUICK = (("A-LRN", False), ("C", False))
-
-
-def assert_close(actual, expected, tolerance=1e-4):
-    """Compare trees by the largest difference of each array, relative to its largest value."""
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    differences = jax.tree.map(
-        lambda a, e: float(np.abs(a - e).max() / np.abs(e).max()), actual, expected
-    )
-    too_large = {
-        jax.tree_util.keystr(path): difference
-        for path, difference in jax.tree_util.tree_leaves_with_path(differences)
-        if not difference < tolerance
-    }
-    assert not too_large
 
 
 def to_torch(images):
@@ -106,15 +93,15 @@ def test_logits_and_gradients_equal_pytorch(net, batch_norm):
                 largest = np.abs(grad_params[name]["kernel"]).max()
                 assert np.abs(grad_params[name].pop("bias")).max() < 1e-9 * largest
                 del expected[name]["bias"]
-            assert_close(updated["batch_stats"], expected_stats, 1e-9)
-        assert_close(logits, expected_logits.detach().numpy(), 1e-9)
-        assert_close(grad_images, inputs.grad.numpy().transpose(0, 2, 3, 1), 1e-9)
-        assert_close(grad_params, expected, 1e-9)
+            assert_trees_close(updated["batch_stats"], expected_stats, 1e-9)
+        assert_trees_close(logits, expected_logits.detach().numpy(), 1e-9)
+        assert_trees_close(grad_images, inputs.grad.numpy().transpose(0, 2, 3, 1), 1e-9)
+        assert_trees_close(grad_params, expected, 1e-9)
 
     single = jax.tree.map(np.float32, {"params": params, "batch_stats": expected_stats})
     logits = VGG(config, CLASSES, batch_norm, image_size=size).apply(single, images)
     assert logits.dtype == jnp.float32
-    assert_close(logits, expected_inference)
+    assert_trees_close(logits, expected_inference)
 
 
 @pytest.mark.slow
@@ -125,7 +112,7 @@ def test_logits_of_full_net_d():
     apply = jax.jit(VGG(CONFIGS["D"]).apply, compiler_options=compiler_options())
     logits = apply({"params": params}, images)
     with torch.inference_mode():
-        assert_close(logits, reference(to_torch(images)).numpy())
+        assert_trees_close(logits, reference(to_torch(images)).numpy())
 
 
 def tiny_torch_vgg(batch_norm):
@@ -209,6 +196,6 @@ def test_twenty_steps_equal_pytorch(batch_norm, decay_biases, devices, microbatc
             assert float(sums.loss) / mask.sum() == pytest.approx(loss.item(), rel=1e-6)
 
         expected, expected_stats = to_jax(reference, 1)
-        assert_close(state.params, expected, 1e-6)
+        assert_trees_close(state.params, expected, 1e-6)
         if batch_norm:
-            assert_close(state.batch_stats, expected_stats, 1e-6)
+            assert_trees_close(state.batch_stats, expected_stats, 1e-6)
