@@ -1,6 +1,7 @@
 """From image files to batches of numpy arrays.
 
-TensorFlow is imported here, also for `vgg_jax.export`; it never sees a GPU, and computes each of its operations on one core.
+TensorFlow is imported here, also for `vgg_jax.export`. It sees no GPU. It computes each of its
+operations on one core.
 """
 
 import contextlib
@@ -8,8 +9,8 @@ import os
 
 from vgg_jax.errors import InputError
 
-# TensorFlow reads these while it is imported. oneDNN's allocator often gives memory that is in no cache: in half of all runs the input took
-# 1.35 times as long as in the others, whose time is that without it.
+# TensorFlow reads these while it is imported. The allocator of oneDNN slows down the input in
+# some runs (docs/performance.md#onednns-allocator).
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
@@ -17,14 +18,15 @@ try:
     import tensorflow as tf
 except ImportError as error:
     raise InputError(
-        f"the data pipeline needs TensorFlow, which cannot be imported ({error}): pip install 'vgg-jax[train]'"
+        f"the data pipeline needs TensorFlow, which cannot be imported ({error}): "
+        "pip install 'vgg-jax[train]'"
     ) from error
 
-with contextlib.suppress(
-    RuntimeError
-):  # a notebook that used TensorFlow before has decided already
+# TensorFlow refuses if it was used before, for example in a notebook.
+with contextlib.suppress(RuntimeError):
     tf.config.set_visible_devices([], "GPU")
-    # A core an image, and no second pool of threads that look for work while the first one has it: photos are 1.3 times as fast.
+    # Each image has one core. A second pool of threads would take cores from the first
+    # (docs/performance.md#threads-of-the-input).
     tf.config.threading.set_intra_op_parallelism_threads(1)
 
 from vgg_jax.data.batches import BatchIterator, load_resized
@@ -42,19 +44,19 @@ __all__ = [
     "BatchIterator",
     "ColourMeasurements",
     "DataSource",
-    "steps_per_epoch",
     "cache_in_memory",
-    "resize_and_crop",
     "decode",
     "eval_batches",
+    "load_resized",
     "measure_colours",
     "open_split",
     "open_train_val",
     "read_exclude_list",
-    "load_resized",
-    "resize_shorter_side",
     "rescaled_images",
+    "resize_and_crop",
+    "resize_shorter_side",
     "split_names",
+    "steps_per_epoch",
     "tf",
     "train_batches",
     "verify_images",

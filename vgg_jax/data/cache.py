@@ -1,4 +1,7 @@
-"""A source in memory: read once, its encoded images kept, and of small ones the pixels."""
+"""A source in memory.
+
+It is read once. The encoded images stay in memory, and the pixels of small images, too.
+"""
 
 import contextlib
 import dataclasses
@@ -15,112 +18,140 @@ from vgg_jax.data.decode import decode
 from vgg_jax.data.splits import CORES, DataSource, DecodedImages, random_access
 from vgg_jax.errors import DataError, InputError
 
-AT_ONCE = 64  # images that are read, or decoded, in one piece: enough to hide the cost of a call
-SHARE = 0.8  # of the free memory that a cache may take while it is made: the rest is the training's
-COPIES = 2  # of everything at that time: as it is read, and in one piece
+IMAGES_PER_BATCH = 64  # read or decoded by one call; enough to hide the cost of the call
+MAX_MEMORY_FRACTION = 0.8  # of the free memory; training needs the rest
+COPIES = 2  # of all images while they are joined: in parts, and in one piece
 
 
 def cache_in_memory(source: DataSource, config: TrainConfig) -> DataSource:
-    """The source with all its encoded images in memory; where they are small and of one size, as CIFAR's, with their pixels too.
+    """Reads a source into memory.
 
-    An epoch's order is then that of storage that finds an example by its index. Raises InputError for what cannot be read, and where
-    memory would run out.
+    The encoded images are kept. If they are small and of one size, as CIFAR's, their pixels are
+    kept, too. The order of an epoch becomes that of `random_access`.
+
+    Args:
+        source: The source to read.
+        config: The training configuration, which tells how the pixels are used.
+
+    Returns:
+        The source in memory.
+
+    Raises:
+        InputError: The images do not fit into memory, or cannot be read.
     """
     if not source.size:
         return source
-    held, count, room = 0, 0, free_memory()
-    read: dict[str, list[np.ndarray]] = {"index": [], "encoded": [], "label": []}
-    stream = BatchIterator(source, lambda at: source.examples(None, at * AT_ONCE), dict, AT_ONCE)
-    with tqdm(
+    indices, encoded, labels = _read_all(source)
+
+    def read(positions: tf.data.Dataset) -> tf.data.Dataset:
+        def read_one(i: tf.Tensor) -> dict[str, tf.Tensor]:
+            return {"index": indices[i], "encoded": encoded[i], "label": labels[i]}
+
+        return positions.unbatch().map(read_one, num_parallel_calls=CORES, deterministic=True)
+
+    cached = dataclasses.replace(source, examples=random_access(np.arange(source.size), read))
+    images = _decode_all(cached, encoded[0], config)
+    if images is None:
+        return cached
+    return dataclasses.replace(cached, pixels=DecodedImages(images, labels, indices))
+
+
+def _read_all(source: DataSource) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Reads the indices, the encoded images and the labels of all examples."""
+    num_bytes, count, free = 0, 0, free_memory()
+    columns: dict[str, list[np.ndarray]] = {"index": [], "encoded": [], "label": []}
+    batches = BatchIterator(
+        source,
+        lambda number: source.examples(None, number * IMAGES_PER_BATCH),
+        dict,
+        IMAGES_PER_BATCH,
+    )
+    bar = tqdm(
         total=source.size,
         desc=f"reading {source.name} into memory",
         unit="image",
         disable=None,
         delay=2,
-    ) as bar:
-        for batch in stream:
-            for name, parts in read.items():
+    )
+    with bar:
+        for batch in batches:
+            for name, parts in columns.items():
                 parts.append(batch[name])
-            held += sum(map(len, batch["encoded"]))
+            num_bytes += sum(map(len, batch["encoded"]))
             count += len(batch["label"])
             bar.update(len(batch["label"]))
-            if COPIES * held > SHARE * room:
+            if COPIES * num_bytes > MAX_MEMORY_FRACTION * free:
                 raise InputError(
-                    f"{source.name} does not fit into memory: {count} of its {source.size} images take {COPIES} times {held / 1e9:.1f} GB "
-                    f"of {room / 1e9:.1f} GB that were free; leave out --cache, or free memory if a run is to go on"
+                    f"{source.name} does not fit into memory: {count} of its {source.size} images "
+                    f"take {COPIES} times {num_bytes / 1e9:.1f} GB of the {free / 1e9:.1f} GB that "
+                    "were free; leave out --cache, or free memory to resume a run"
                 )
     if count != source.size:
         raise DataError(
-            f"{source.name} says that it has {source.size} images, and has {count}: prepare it again"
+            f"{source.name} should have {source.size} images, but has {count}: prepare it again"
         )
-    indices, encoded, labels = (tf.constant(np.concatenate(read.pop(name))) for name in tuple(read))
-
-    def at(positions: tf.data.Dataset) -> tf.data.Dataset:
-        def one(i: tf.Tensor) -> dict[str, tf.Tensor]:
-            return {"index": indices[i], "encoded": encoded[i], "label": labels[i]}
-
-        return positions.unbatch().map(one, num_parallel_calls=CORES, deterministic=True)
-
-    whole = dataclasses.replace(source, examples=random_access(np.arange(source.size), at))
-    return dataclasses.replace(whole, pixels=_pixels(whole, encoded, labels, indices, config))
+    # Each column is dropped as soon as it is joined.
+    indices, encoded, labels = (
+        tf.constant(np.concatenate(columns.pop(name))) for name in ("index", "encoded", "label")
+    )
+    return indices, encoded, labels
 
 
-def _pixels(
-    source: DataSource,
-    encoded: tf.Tensor,
-    labels: tf.Tensor,
-    indices: tf.Tensor,
-    config: TrainConfig,
-) -> DecodedImages | None:
-    """What `Source.pixels` is, or None where the images are not small, or not of one size."""
+def _decode_all(source: DataSource, first: tf.Tensor, config: TrainConfig) -> tf.Tensor | None:
+    """Decodes all images, uint8 (n, H, W, 3), unless they are large or their sizes differ."""
     try:
-        height, width, _ = decode(encoded[0], config.exif).shape
+        height, width, _ = decode(first, config.exif).shape
     except (tf.errors.OpError, ValueError):  # the stream names the file
         return None
-    size = source.size * height * width * 3
-    if (
-        not in_memory.is_small_enough((height, width), config.scale, config.image_size)
-        or COPIES * size > SHARE * free_memory()
-    ):
+    if not in_memory.is_small_enough((height, width), config.scale, config.image_size):
+        return None
+    num_bytes = source.size * height * width * 3
+    if COPIES * num_bytes > MAX_MEMORY_FRACTION * free_memory():
         return None
 
     def prepare(example: dict) -> dict:
         image = decode(example["encoded"], config.exif)
-        equal = tf.reduce_all(tf.shape(image)[:2] == [height, width])
-        return {
-            "equal": equal,
-            "image": tf.cond(equal, lambda: image, lambda: tf.zeros((height, width, 3), tf.uint8)),
-        }
+        is_same_size = tf.reduce_all(tf.shape(image)[:2] == [height, width])
+        pixels = tf.cond(
+            is_same_size, lambda: image, lambda: tf.zeros((height, width, 3), tf.uint8)
+        )
+        return {"is_same_size": is_same_size, "image": pixels}
 
+    batches = BatchIterator(
+        source,
+        lambda number: source.examples(None, number * IMAGES_PER_BATCH),
+        prepare,
+        IMAGES_PER_BATCH,
+    )
     images = np.empty((source.size, height, width, 3), np.uint8)
+    start = 0
     try:
-        for number, batch in enumerate(
-            BatchIterator(source, lambda at: source.examples(None, at * AT_ONCE), prepare, AT_ONCE)
-        ):
-            if not batch["equal"].all():
+        for batch in batches:
+            if not batch["is_same_size"].all():
                 return None
-            images[number * AT_ONCE :][: len(batch["image"])] = batch["image"]
+            stop = start + len(batch["image"])
+            images[start:stop] = batch["image"]
+            start = stop
     except DataError:
-        if config.skip_bad:  # they are left out one by one
+        if config.skip_bad:  # the stream leaves them out one by one
             return None
         raise
-    return DecodedImages(tf.constant(images), labels, indices)
+    return tf.constant(images)
 
 
 def free_memory() -> float:
-    """Bytes that Linux can give without swapping, in a container those below its limit; elsewhere, where nobody says, without a bound."""
-    bounds = [float("inf")]
+    """Bytes of memory that a process can still get; infinite if unknown."""
+    limits = [float("inf")]
+    # Linux: what it can give without swapping.
     with contextlib.suppress(OSError, StopIteration, ValueError, IndexError):
         lines = Path("/proc/meminfo").read_text().splitlines()
-        bounds.append(
-            next(
-                int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemAvailable:")
-            )
-        )
-    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+        line = next(line for line in lines if line.startswith("MemAvailable:"))
+        limits.append(int(line.split()[1]) * 1024.0)
+    # A container: what remains below its limit. The file may be missing, or say "max".
+    with contextlib.suppress(OSError, ValueError):
         limit, used = (
             int(Path("/sys/fs/cgroup", name).read_text())
             for name in ("memory.max", "memory.current")
         )
-        bounds.append(float(limit - used))
-    return min(bounds)
+        limits.append(float(limit - used))
+    return min(limits)

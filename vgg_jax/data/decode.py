@@ -7,125 +7,178 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image
 
-# What Pillow and torchvision decode: pixels are equal to theirs. TensorFlow's default differs by up to 21 levels, 1.2 on average.
+# Pillow and torchvision decode JPEG with this method, so the pixels equal theirs. TensorFlow's
+# default differs (docs/performance.md#jpeg-decoding).
 DCT = "INTEGER_ACCURATE"
 
+# Pillow has the same limit. A file of a few kilobytes can decode to gigabytes of pixels.
+MAX_DECODED_PIXELS = 178_956_970
 
-MAX_DECODED_PIXELS = 178_956_970  # pixels of a file's image, Pillow's own bound; one of 20,000 x 20,000 takes 1.2 GB, a kilobyte as a file
-
-
-EXIF_HEAD = 4096  # bytes; EXIF belongs behind the start of a JPEG, or behind the 18 bytes of JFIF
+EXIF_HEAD = 4096  # bytes; EXIF is at the start of a JPEG, or after the 18 bytes of JFIF
+_ORIENTATION_TAG = 0x112
+_LONG = 4  # EXIF's number for the type "32-bit integer"
 
 
 def decode(encoded: tf.Tensor, exif: bool = True) -> tf.Tensor:
-    """uint8 (H, W, 3) RGB of a JPEG, PNG, WebP or BMP image or the first frame of a GIF; alpha is dropped, 16 bits become 8.
+    """Decodes an image file.
 
-    Turned as the EXIF orientation of a JPEG says if `exif`. Raises tf.errors.InvalidArgumentError for what cannot be decoded and for more
-    than `MAX_DECODED_PIXELS` pixels, or ValueError if Pillow is asked eagerly (for anything but JPEG and PNG).
+    JPEG, PNG, WebP, BMP, and the first frame of a GIF are decoded. An alpha channel is dropped, and
+    16 bits become 8.
+
+    Args:
+        encoded: Content of the file, a scalar string.
+        exif: Turn and mirror a JPEG as its EXIF orientation says.
+
+    Returns:
+        RGB pixels, uint8 (H, W, 3).
+
+    Raises:
+        tf.errors.InvalidArgumentError: The image cannot be decoded, or has more than
+            `MAX_DECODED_PIXELS` pixels.
+        ValueError: Instead of it, if called eagerly for any format but JPEG and PNG.
     """
     image = decode_pixels(encoded)
     return apply_orientation(image, exif_orientation(encoded)) if exif else image
 
 
 def decode_pixels(encoded: tf.Tensor) -> tf.Tensor:
-    def other() -> tf.Tensor:
-        return tf.ensure_shape(
-            tf.numpy_function(_decode_by_pillow, [encoded], tf.uint8), (None, None, 3)
-        )
+    """Decodes an image as `decode` does, but ignores its EXIF orientation."""
 
     def jpeg() -> tf.Tensor:
-        return tf.io.decode_jpeg(
-            check_pixel_limit(encoded, tf.io.extract_jpeg_shape(encoded)[:2]),
-            channels=3,
-            dct_method=DCT,
-        )
+        sides = tf.io.extract_jpeg_shape(encoded)[:2]
+        checked = check_pixel_limit(encoded, sides)
+        return tf.io.decode_jpeg(checked, channels=3, dct_method=DCT)
 
     def png() -> tf.Tensor:
         sides = tf.io.decode_raw(tf.strings.substr(encoded, 16, 8), tf.int32, little_endian=False)
         return tf.io.decode_png(check_pixel_limit(encoded, sides), channels=3)
 
+    def other() -> tf.Tensor:
+        image = tf.numpy_function(_decode_by_pillow, [encoded], tf.uint8)
+        return tf.ensure_shape(image, (None, None, 3))
+
     is_png = tf.strings.substr(encoded, 0, 4) == b"\x89PNG"
-    return tf.cond(
-        is_jpeg(encoded),
-        jpeg,
-        lambda: tf.cond(is_png, png, other),
-    )
+    return tf.cond(is_jpeg(encoded), jpeg, lambda: tf.cond(is_png, png, other))
 
 
 def check_pixel_limit(encoded: tf.Tensor, sides: tf.Tensor) -> tf.Tensor:
-    pixels = tf.reduce_prod(tf.cast(sides, tf.float64))
-    return assert_then(
-        pixels > MAX_DECODED_PIXELS, f"it has more than {MAX_DECODED_PIXELS:,} pixels", encoded
-    )
+    """Returns `encoded` unless the image has more than `MAX_DECODED_PIXELS` pixels.
+
+    Args:
+        encoded: Content of the file, a scalar string.
+        sides: Height and width, int32 (2,).
+
+    Returns:
+        `encoded`.
+
+    Raises:
+        tf.errors.InvalidArgumentError: The image has too many pixels.
+    """
+    too_many = tf.reduce_prod(tf.cast(sides, tf.float64)) > MAX_DECODED_PIXELS
+    return assert_then(too_many, f"it has more than {MAX_DECODED_PIXELS:,} pixels", encoded)
 
 
-def assert_then(wrong: tf.Tensor, told: str, tensor: tf.Tensor) -> tf.Tensor:
-    """The tensor, but in a graph not before that is known: by itself an assertion holds nothing up. Raises InvalidArgumentError."""
-    asserted = tf.raw_ops.Assert(condition=~wrong, data=[told])
-    with tf.control_dependencies([] if asserted is None else [asserted]):
+def assert_then(wrong: tf.Tensor, message: str, tensor: tf.Tensor) -> tf.Tensor:
+    """Returns `tensor` unless `wrong`.
+
+    In a graph, the tensor waits for the assertion. A plain assertion would run beside the
+    operations that it should prevent.
+
+    Args:
+        wrong: Condition of the error, a scalar bool.
+        message: Message of the error.
+        tensor: Any tensor.
+
+    Returns:
+        `tensor`.
+
+    Raises:
+        tf.errors.InvalidArgumentError: `wrong` is true.
+    """
+    assertion = tf.raw_ops.Assert(condition=~wrong, data=[message])
+    with tf.control_dependencies([] if assertion is None else [assertion]):
         return tf.identity(tensor)
 
 
-def _decode_by_pillow(encoded: bytes | np.ndarray) -> np.ndarray:
-    """For what TensorFlow decodes only in part: it refuses a BMP with a palette, and WebP before version 2.19."""
-    try:
-        with Image.open(io.BytesIO(_bytes(encoded))) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise ValueError(
-            "not an image that Pillow can decode"
-            if isinstance(error, Image.UnidentifiedImageError)
-            else str(error)
-        ) from error
-
-
 def is_jpeg(encoded: tf.Tensor) -> tf.Tensor:
+    """Tells whether a file begins as a JPEG does, as a scalar bool."""
     return tf.strings.substr(encoded, 0, 3) == b"\xff\xd8\xff"
 
 
 def exif_orientation(encoded: tf.Tensor) -> tf.Tensor:
-    """int32, 1 to 8: how EXIF says that the pixels of a JPEG lie; 1, upright, where it says nothing."""
+    """Reads the EXIF orientation of a JPEG.
+
+    Args:
+        encoded: Content of the file, a scalar string.
+
+    Returns:
+        int32 scalar, 1 to 8. Without an orientation it is 1, upright.
+    """
 
     def read() -> tf.Tensor:
         return tf.ensure_shape(tf.numpy_function(_read_orientation, [head], tf.int32), ())
 
     head = tf.strings.substr(encoded, 0, EXIF_HEAD)
-    # \C is any byte; "." would stop at one that is not UTF-8. Few photos have EXIF, and Python is asked for those only.
-    marked = is_jpeg(encoded) & tf.strings.regex_full_match(head, r"\C*Exif\x00\x00\C*")
-    return tf.cond(marked, read, lambda: tf.constant(1))
+    # "\C" is any byte, while "." stops at bytes that are not UTF-8. Few photos have EXIF, and only
+    # those are worth a call of Python.
+    has_exif = is_jpeg(encoded) & tf.strings.regex_full_match(head, r"\C*Exif\x00\x00\C*")
+    return tf.cond(has_exif, read, lambda: tf.constant(1))
+
+
+def apply_orientation(image: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
+    """Turns and mirrors an image so that it is upright.
+
+    Args:
+        image: Stored pixels, (H, W, 3).
+        orientation: EXIF orientation of the stored pixels, int32 scalar.
+
+    Returns:
+        Upright pixels, (H, W, 3) or (W, H, 3).
+    """
+
+    def is_one_of(*numbers: int) -> tf.Tensor:
+        return tf.reduce_any(orientation == tf.constant(numbers))
+
+    image = tf.cond(orientation >= 5, lambda: tf.transpose(image, (1, 0, 2)), lambda: image)
+    image = tf.cond(is_one_of(3, 4, 7, 8), lambda: image[::-1], lambda: image)
+    return tf.cond(is_one_of(2, 3, 6, 7), lambda: image[:, ::-1], lambda: image)
+
+
+def _decode_by_pillow(encoded: bytes | np.ndarray) -> np.ndarray:
+    """Decodes formats that TensorFlow lacks: a BMP with a palette, and WebP before version 2.19."""
+    try:
+        with Image.open(io.BytesIO(_to_bytes(encoded))) as image:
+            return np.asarray(image.convert("RGB"))
+    except Image.UnidentifiedImageError as error:
+        raise ValueError("not an image that Pillow can decode") from error
+    except (OSError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise ValueError(str(error)) from error
 
 
 def _read_orientation(head: bytes | np.ndarray) -> np.int32:
-    """Tag 0x112 of the first directory. Not by Pillow, which warns or raises in many ways about the broken EXIF that cameras write."""
-    head = _bytes(head)
+    """Reads the orientation tag in the first directory of EXIF, or returns 1."""
+    # Pillow's `Image.getexif` is no substitute. In damaged EXIF it loses orientations that are
+    # intact, or raises. It also warns, and `warnings.catch_warnings` is not safe in the threads
+    # that decode.
+    head = _to_bytes(head)
     start = head.find(b"Exif\0\0") + 6
-    order = {b"II": "<", b"MM": ">"}.get(head[start : start + 2])
-    if order is None:
+    byte_order = {b"II": "<", b"MM": ">"}.get(head[start : start + 2])
+    if byte_order is None:
         return np.int32(1)
     try:
-        directory = start + struct.unpack_from(f"{order}I", head, start + 4)[0]
-        for entry in range(struct.unpack_from(f"{order}H", head, directory)[0]):
-            at = directory + 2 + 12 * entry
-            tag, kind = struct.unpack_from(f"{order}HH", head, at)
-            if tag == 0x112:
-                value = struct.unpack_from(order + ("I" if kind == 4 else "H"), head, at + 8)[0]
+        directory = start + struct.unpack_from(f"{byte_order}I", head, start + 4)[0]
+        for entry in range(struct.unpack_from(f"{byte_order}H", head, directory)[0]):
+            offset = directory + 2 + 12 * entry
+            tag, value_type = struct.unpack_from(f"{byte_order}HH", head, offset)
+            if tag == _ORIENTATION_TAG:
+                value_format = byte_order + ("I" if value_type == _LONG else "H")
+                value = struct.unpack_from(value_format, head, offset + 8)[0]
                 return np.int32(value if 1 <= value <= 8 else 1)
-    except struct.error:  # the directory lies outside the file
+    except struct.error:  # the directory lies outside of `head`
         pass
     return np.int32(1)
 
 
-def _bytes(string: bytes | np.ndarray) -> bytes:
-    """`tf.numpy_function` hands over a string as bytes in a graph, but as an array of shape () eagerly."""
+def _to_bytes(string: bytes | np.ndarray) -> bytes:
+    """Converts a string from `tf.numpy_function`: bytes in a graph, an array () if eager."""
     return np.asarray(string, object).item()
-
-
-def apply_orientation(image: tf.Tensor, turn: tf.Tensor) -> tf.Tensor:
-    """(H, W, 3) whose pixels lie as EXIF orientation `turn` says -> (H, W, 3) or (W, H, 3), upright."""
-    image = tf.cond(turn >= 5, lambda: tf.transpose(image, (1, 0, 2)), lambda: image)
-    image = tf.cond(
-        (turn == 3) | (turn == 4) | (turn == 7) | (turn == 8), lambda: image[::-1], lambda: image
-    )
-    return tf.cond(
-        (turn == 2) | (turn == 3) | (turn == 6) | (turn == 7), lambda: image[:, ::-1], lambda: image
-    )

@@ -1,4 +1,9 @@
-"""What the sources ask of a file system: this machine's by Python, an object store's by TensorFlow, which reads the images there."""
+"""Folders and files of this machine, and of the stores that TensorFlow reaches.
+
+Python reads this machine, since TensorFlow fails at names that are not Unicode and waits for ever
+at named pipes. `etils.epath` has one interface for both, but it knows fewer stores than TensorFlow,
+which reads the images, and it hides names that end with "~".
+"""
 
 import os
 import stat
@@ -7,28 +12,28 @@ import tensorflow as tf
 
 from vgg_jax.paths import is_remote
 
-HEAD = 16  # bytes that tell the kind of an image
+HEADER_BYTES = 16  # enough to recognise the format of an image
 
 
 def is_dir(path: str) -> bool:
+    """Tells whether a path is a folder."""
     return tf.io.gfile.isdir(path) if is_remote(path) else os.path.isdir(path)
 
 
 def exists(path: str | os.PathLike) -> bool:
+    """Tells whether a path exists."""
     return tf.io.gfile.exists(path) if is_remote(path) else os.path.exists(path)
 
 
 def listdir(folder: str) -> list[str]:
-    """The names in a folder; of this machine's, one that is no Unicode as `os.fsdecode` gives it."""
-    return (
-        [name.rstrip("/") for name in tf.io.gfile.listdir(folder)]
-        if is_remote(folder)
-        else os.listdir(folder)
-    )
+    """Lists the names in a folder. Names that are not Unicode are as from `os.fsdecode`."""
+    if is_remote(folder):
+        return [name.rstrip("/") for name in tf.io.gfile.listdir(folder)]
+    return os.listdir(folder)
 
 
 def list_subfolders(folder: str) -> list[str]:
-    """The names of the folders in a folder."""
+    """Lists the names of the folders in a folder."""
     if is_remote(folder):
         return [name for name in listdir(folder) if is_dir(os.path.join(folder, name))]
     with os.scandir(folder) as entries:
@@ -36,19 +41,26 @@ def list_subfolders(folder: str) -> list[str]:
 
 
 def read_header(path: bytes) -> bytes:
-    """The first bytes of a file, or of what a link leads to; none where it cannot be opened."""
+    """Reads the first bytes of a file.
+
+    Args:
+        path: Path of the file, or of a link to it.
+
+    Returns:
+        At most `HEADER_BYTES` bytes; none if this is no file or it cannot be opened.
+    """
     if is_remote(os.fsdecode(path)):
         try:
             with tf.io.gfile.GFile(path, "rb") as file:
-                return file.read(HEAD)
+                return file.read(HEADER_BYTES)
         except tf.errors.OpError:
             return b""
     try:
-        descriptor = os.open(
-            path, os.O_RDONLY | os.O_NONBLOCK
-        )  # a named pipe would wait for a writer
+        # Without O_NONBLOCK, opening a named pipe would wait for a writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
-            return os.read(descriptor, HEAD) if stat.S_ISREG(os.fstat(descriptor).st_mode) else b""
+            is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
+            return os.read(descriptor, HEADER_BYTES) if is_file else b""
         finally:
             os.close(descriptor)
     except OSError:

@@ -1,4 +1,7 @@
-"""Batches of small images that lie in memory, a whole batch by a few operations: one by one, calling these takes longer than their work."""
+"""Batched crops of small images in memory.
+
+A few operations make a whole batch. Calls for single images would take longer than their work.
+"""
 
 from typing import NamedTuple
 
@@ -25,79 +28,106 @@ from vgg_jax.data.transforms import (
     to_uint8,
 )
 
-SMALL = 64 * 64  # pixels of an image, and of a crop, at most
-OFFSETS = 600  # of all scales, at most; making the matrices of so many takes two seconds
+MAX_PIXELS = 64 * 64  # of an image, and of a crop
+# Offsets of all scales. More matrices would delay the start (docs/performance.md#crop-matrices).
+MAX_OFFSETS = 600
 
 
 class CropMatrices(NamedTuple):
-    """Each crop that a range of scales has, as the matrices that resample an image along y and along x (and there mirrored)."""
+    """Matrices that resample an image to each of its crops, for a range of scales.
 
-    along_y: tf.Tensor  # float32 (k, size, H)
-    along_x: tf.Tensor  # float32 (2 k, size, W), the mirrored ones behind the others
-    first: tf.Tensor  # int32, by scale: where its offsets begin, (scales,)
-    count: tf.Tensor  # int32, by scale: of its offsets along y and along x, (scales, 2)
+    The matrices of a scale follow those of the scale before, one an offset.
+    """
+
+    y: tf.Tensor  # float32 (k, size, H), resample along y
+    x: tf.Tensor  # float32 (2 k, size, W), along x; the second half also mirrors
+    first: tf.Tensor  # int32 (scales,), position of the matrices of each scale
+    count: tf.Tensor  # int32 (scales, 2), offsets of each scale along y and x
 
 
 def is_small_enough(sides: tuple[int, int], scales: tuple[int, ...], size: int) -> bool:
-    """Whether images of these sides are small enough, and their crops few enough."""
+    """Tells whether images and crops are small, and the crops are few.
+
+    Args:
+        sides: Height and width of the images.
+        scales: The training scale S, or its smallest and largest value.
+        size: Side of a crop.
+
+    Returns:
+        Whether the batches of this module suit the images.
+    """
     offsets = sum(
         round(scale * max(sides) / min(sides)) - size + 1
         for scale in range(scales[0], scales[-1] + 1)
     )
-    return max(sides[0] * sides[1], size * size) <= SMALL and offsets <= OFFSETS
+    return max(sides[0] * sides[1], size * size) <= MAX_PIXELS and offsets <= MAX_OFFSETS
 
 
 def crop_matrices(sides: tuple[int, int], scales: tuple[int, ...], size: int) -> CropMatrices:
-    along: tuple[list, list] = [], []
+    """Makes the matrices of all crops of images of one size.
+
+    Args:
+        sides: Height and width of the images.
+        scales: The training scale S, or its smallest and largest value.
+        size: Side of a crop.
+
+    Returns:
+        The matrices.
+    """
+    matrices: tuple[list, list] = [], []  # along y and along x
     first, count = [], []
     for scale in range(scales[0], scales[-1] + 1):
-        offsets = (rescaled_sides(tf.constant(sides, tf.float64), scale).numpy() - size + 1).astype(
-            np.int32
-        )
-        first.append(len(along[0]))
+        rescaled = rescaled_sides(tf.constant(sides, tf.float64), scale).numpy()
+        offsets = (rescaled - size + 1).astype(np.int32)
+        first.append(len(matrices[0]))
         count.append(offsets)
         for offset in range(offsets.max()):
-            part = source_window(
-                tf.constant(sides), scale, size, tf.constant((offset + 0.5) / offsets)
-            )
-            for axis, rows in enumerate(along):
+            fractions = tf.constant((offset + 0.5) / offsets)
+            window = source_window(tf.constant(sides), scale, size, fractions)
+            for axis, axis_matrices in enumerate(matrices):
+                length = int(window.sides[axis])
                 matrix = resample_rows(
-                    tf.eye(int(part.sides[axis])), size, part.zoom[axis], part.translation[axis]
+                    tf.eye(length), size, window.zoom[axis], window.translation[axis]
                 )
-                before = int(part.first[axis])
-                rows.append(
-                    tf.pad(matrix, [[0, 0], [before, sides[axis] - before - int(part.sides[axis])]])
-                )
-    along_x = tf.stack(along[1])
+                before = int(window.first[axis])
+                after = sides[axis] - before - length
+                axis_matrices.append(tf.pad(matrix, [[0, 0], [before, after]]))
+    y, x = tf.stack(matrices[0]), tf.stack(matrices[1])
     return CropMatrices(
-        tf.stack(along[0]),
-        tf.concat([along_x, along_x[:, ::-1]], 0),
-        tf.constant(first),
-        tf.constant(np.stack(count)),
+        y, tf.concat([x, x[:, ::-1]], 0), tf.constant(first), tf.constant(np.stack(count))
     )
 
 
 def crop_batch(
-    images: tf.Tensor, drawn: AugmentParams, matrices: CropMatrices, smallest: int
+    images: tf.Tensor, params: AugmentParams, matrices: CropMatrices, min_scale: int
 ) -> tf.Tensor:
-    """uint8 (b, H, W, 3) -> uint8 (b, size, size, 3): for each image what `crop_resized` and `flip` would give of its draw.
+    """Resizes, crops and mirrors a batch of images.
 
-    `smallest` is the scale that `matrices` begins with. Equal but for a level where two orders of additions fall on the two sides of a
-    half, in 3 of a million values of CIFAR-10.
+    The result is that of `resize_and_crop` and `flip`, except for rounding: two orders of additions
+    may end on two sides of a half (docs/performance.md#crop-matrices).
+
+    Args:
+        images: Decoded images, uint8 (b, H, W, 3).
+        params: Crops of the images, each of shape (b,).
+        matrices: Matrices for images of this size.
+        min_scale: Smallest scale of `matrices`.
+
+    Returns:
+        Crops, uint8 (b, size, size, 3).
     """
-    fractions = tf.stack([drawn.y_fraction, drawn.x_fraction], -1)
-    count = tf.gather(matrices.count, drawn.scale - smallest)
-    offsets = tf.minimum(
-        tf.cast(tf.floor(fractions * tf.cast(count, tf.float64)), tf.int32), count - 1
-    )
-    at = tf.gather(matrices.first, drawn.scale - smallest)[:, None] + offsets
-    along_y = tf.gather(matrices.along_y, at[:, 0])
-    along_x = tf.gather(matrices.along_x, at[:, 1] + tf.where(drawn.flip, len(matrices.along_y), 0))
+    fractions = tf.stack([params.y_fraction, params.x_fraction], -1)
+    count = tf.gather(matrices.count, params.scale - min_scale)
+    offsets = tf.cast(tf.floor(fractions * tf.cast(count, tf.float64)), tf.int32)
+    first = tf.gather(matrices.first, params.scale - min_scale)
+    positions = first[:, None] + tf.minimum(offsets, count - 1)
+    mirrored = tf.where(params.flip, len(matrices.y), 0)
+    y = tf.gather(matrices.y, positions[:, 0])
+    x = tf.gather(matrices.x, positions[:, 1] + mirrored)
     b, height, width, _ = tf.unstack(tf.shape(images))
-    size = matrices.along_y.shape[1]
-    rows = along_y @ tf.reshape(tf.cast(images, tf.float32), (b, height, width * 3))
+    size = matrices.y.shape[1]
+    rows = y @ tf.reshape(tf.cast(images, tf.float32), (b, height, width * 3))
     columns = tf.transpose(tf.reshape(rows, (b, size, width, 3)), (0, 2, 1, 3))
-    columns = along_x @ tf.reshape(columns, (b, width, size * 3))
+    columns = x @ tf.reshape(columns, (b, width, size * 3))
     return to_uint8(tf.transpose(tf.reshape(columns, (b, size, size, 3)), (0, 2, 1, 3)))
 
 
@@ -108,35 +138,44 @@ def train_batches(
     statistics: ColourStatistics,
     first_epoch: int,
     first_batch: int,
-    share: HostShard | None = None,
+    shard: HostShard | None = None,
 ) -> BatchIterator:
-    """As `vgg_jax.data.train_batches`."""
+    """Makes training batches of images in memory.
+
+    Args:
+        source: The source of the images.
+        pixels: Its decoded images.
+        config: Augmentation, batch size, number of epochs and seed.
+        statistics: Colours of the data set, for the colour shift.
+        first_epoch: Epoch to start in, counted from 0.
+        first_batch: Batch of this epoch to start with, counted from 0.
+        shard: Rows of each batch to make, or None for all.
+
+    Returns:
+        Batches as those of `vgg_jax.data.train_batches`.
+    """
     per_epoch = steps_per_epoch(source, config.batch_size)
     matrices = crop_matrices(_sides(pixels), config.scale, config.image_size)
+    shard = shard or _whole_batch(config.batch_size)
 
-    def examples(batch: int) -> tf.data.Dataset:
-        first, at = divmod(first_epoch * per_epoch + first_batch + batch, per_epoch)
+    def examples(number: int) -> tf.data.Dataset:
+        first, position = divmod(first_epoch * per_epoch + first_batch + number, per_epoch)
 
-        def epoch(number: tf.Tensor) -> tf.data.Dataset:
-            start = tf.where(number == first, tf.constant(at, tf.int64), 0)
-            return tf.data.Dataset.range(start, per_epoch).map(
-                lambda batch: {"batch": batch, "epoch": number}
-            )
+        def epoch_batches(epoch: tf.Tensor) -> tf.data.Dataset:
+            start = tf.where(epoch == first, tf.constant(position, tf.int64), 0)
+            numbers = tf.data.Dataset.range(start, per_epoch)
+            return numbers.map(lambda batch: {"batch": batch, "epoch": epoch})
 
-        return tf.data.Dataset.range(first, config.epochs).flat_map(
-            tf.autograph.experimental.do_not_convert(epoch)
-        )
+        epochs = tf.data.Dataset.range(first, config.epochs)
+        return epochs.flat_map(tf.autograph.experimental.do_not_convert(epoch_batches))
 
     def prepare(example: dict) -> dict:
-        order, draws = epoch_seeds(config.seed, example["epoch"])
-        positions, mask = _positions(
-            example["batch"], share or _all(config.batch_size), source.size
-        )
-        positions = permute_indices(positions, order, source.size)
-        drawn = sample_augmentation(
-            draws, tf.where(mask, tf.gather(pixels.indices, positions), 0), config, statistics
-        )
-        return _batch(pixels, positions, mask, drawn, matrices, config.scale[0])
+        order_seed, draw_seed = epoch_seeds(config.seed, example["epoch"])
+        positions, mask = _positions(example["batch"], shard, source.size)
+        positions = permute_indices(positions, order_seed, source.size)
+        indices = tf.where(mask, tf.gather(pixels.indices, positions), 0)
+        params = sample_augmentation(draw_seed, indices, config, statistics)
+        return _make_batch(pixels, positions, mask, params, matrices, config.scale[0])
 
     return BatchIterator(source, examples, prepare, None)
 
@@ -146,31 +185,40 @@ def eval_batches(
     pixels: DecodedImages,
     config: TrainConfig,
     batch_size: int,
-    share: HostShard | None = None,
+    shard: HostShard | None = None,
 ) -> BatchIterator:
-    """As `vgg_jax.data.eval_batches`."""
-    share = share or _all(batch_size)
-    count = len(share.rows)
+    """Makes evaluation batches of images in memory.
+
+    Args:
+        source: The source of the images.
+        pixels: Its decoded images.
+        config: Test scale and image size.
+        batch_size: Number of examples in a batch.
+        shard: Rows of each batch to make, or None for all.
+
+    Returns:
+        Batches as those of `vgg_jax.data.eval_batches`.
+    """
+    shard = shard or _whole_batch(batch_size)
     matrices = crop_matrices(_sides(pixels), (config.test_scale,), config.image_size)
+    count = len(shard.rows)
+
+    def examples(number: int) -> tf.data.Dataset:
+        return tf.data.Dataset.range(number, steps_per_epoch(source, batch_size))
 
     def prepare(batch: tf.Tensor) -> dict:
-        positions, mask = _positions(batch, share, source.size)
+        positions, mask = _positions(batch, shard, source.size)
         half = tf.fill((count,), tf.constant(0.5, tf.float64))
-        drawn = AugmentParams(
-            tf.fill((count,), config.test_scale),
-            half,
-            half,
-            tf.zeros(count, tf.bool),
-            tf.zeros((count, 3)),
+        params = AugmentParams(
+            scale=tf.fill((count,), config.test_scale),
+            y_fraction=half,
+            x_fraction=half,
+            flip=tf.zeros(count, tf.bool),
+            colour_shift=tf.zeros((count, 3)),
         )
-        return _batch(pixels, positions, mask, drawn, matrices, config.test_scale)
+        return _make_batch(pixels, positions, mask, params, matrices, config.test_scale)
 
-    return BatchIterator(
-        source,
-        lambda at: tf.data.Dataset.range(at, steps_per_epoch(source, batch_size)),
-        prepare,
-        None,
-    )
+    return BatchIterator(source, examples, prepare, None)
 
 
 def _sides(pixels: DecodedImages) -> tuple[int, int]:
@@ -178,29 +226,32 @@ def _sides(pixels: DecodedImages) -> tuple[int, int]:
     return height, width
 
 
-def _all(batch_size: int) -> HostShard:
+def _whole_batch(batch_size: int) -> HostShard:
     return HostShard(batch_size, np.arange(batch_size))
 
 
-def _positions(batch: tf.Tensor, share: HostShard, size: int) -> tuple[tf.Tensor, tf.Tensor]:
-    """int64 (b,) of a batch by its number, and bool (b,): which of them there are; the last one stands for those that are not."""
-    positions = batch * share.batch_size + tf.constant(share.rows, tf.int64)
+def _positions(batch: tf.Tensor, shard: HostShard, size: int) -> tuple[tf.Tensor, tf.Tensor]:
+    """Positions of a batch's examples in an epoch, int64 (b,), and their mask, bool (b,).
+
+    Masked examples have the last position of the epoch.
+    """
+    positions = batch * shard.batch_size + tf.constant(shard.rows, tf.int64)
     return tf.minimum(positions, size - 1), positions < size
 
 
-def _batch(
+def _make_batch(
     pixels: DecodedImages,
     positions: tf.Tensor,
     mask: tf.Tensor,
-    drawn: AugmentParams,
+    params: AugmentParams,
     matrices: CropMatrices,
-    smallest: int,
+    min_scale: int,
 ) -> dict:
-    images = crop_batch(tf.gather(pixels.images, positions), drawn, matrices, smallest)
+    images = crop_batch(tf.gather(pixels.images, positions), params, matrices, min_scale)
     return {
         "index": tf.where(mask, tf.gather(pixels.indices, positions), -1),
         "label": tf.where(mask, tf.gather(pixels.labels, positions), 0),
         "mask": mask,
         "image": tf.where(mask[:, None, None, None], images, 0),
-        "colour_shift": drawn.colour_shift,
+        "colour_shift": params.colour_shift,
     }

@@ -1,11 +1,20 @@
-"""Batches for training and evaluation: {"image", "colour_shift", "label", "mask", "index"}, seeded, padded, resumable.
+"""Batches for training and evaluation: seeded, padded and resumable.
 
-uint8 image (B, size, size, 3), float32 colour_shift (B, 3), int32 label (B,), bool mask (B,), int64 index (B,). No example is dropped: the
-last batch of an epoch is filled up with black images whose mask is False and whose index is -1. With `config.skip_bad` an image that cannot
-be read is such a one, with its own index.
+A batch has these arrays:
 
-Every draw is a pure function of (seed, epoch, index), and the order one of (seed, epoch): what a batch holds does not depend on where
-the run was started, nor on how many processes feed it. Each of several reads the `rows` of a batch that it feeds, int64 (n,), rising.
+    image: uint8 (B, size, size, 3), RGB
+    colour_shift: float32 (B, 3)
+    label: int32 (B,)
+    mask: bool (B,)
+    index: int64 (B,)
+
+No example is dropped. Black images fill up the last batch of an epoch; their mask is False and
+their index is -1. With `config.skip_bad`, an image that cannot be read becomes a black one, too,
+and keeps its index.
+
+Every draw is a pure function of (seed, epoch, index), and the order is one of (seed, epoch). So
+a batch depends neither on where a run was resumed nor on how many processes feed it. Each process
+makes the `rows` of a batch that it feeds.
 """
 
 import functools
@@ -26,7 +35,7 @@ from vgg_jax.data.transforms import (
     train_example,
 )
 
-EXAMPLE = ("index", "encoded", "label", "mask")
+EXAMPLE_KEYS = ("index", "encoded", "label", "mask")
 
 
 def train_batches(
@@ -38,94 +47,117 @@ def train_batches(
     first_batch: int = 0,
     rows: np.ndarray | None = None,
 ) -> BatchIterator:
-    """The batches of the epochs up to `config.epochs`, in one stream, from batch `first_batch` of epoch `first_epoch` on (both from 0)."""
-    share = _share(config.batch_size, rows)
+    """Makes the training batches of all epochs up to `config.epochs`, in one stream.
+
+    Args:
+        source: The training images.
+        config: Augmentation, batch size, number of epochs and seed.
+        statistics: Colours of the data set, for the colour shift.
+        first_epoch: Epoch to start in, counted from 0.
+        first_batch: Batch of this epoch to start with, counted from 0.
+        rows: Rows of each batch to make, int64 (n,), rising; None for all.
+
+    Returns:
+        The batches.
+    """
+    shard = _host_shard(config.batch_size, rows)
     if source.pixels is not None:
         return in_memory.train_batches(
-            source, source.pixels, config, statistics, first_epoch, first_batch, share
+            source, source.pixels, config, statistics, first_epoch, first_batch, shard
         )
-    per_epoch = steps_per_epoch(source, config.batch_size)
+    batch_size = config.batch_size
+    per_epoch = steps_per_epoch(source, batch_size)
 
-    def examples(batch: int) -> tf.data.Dataset:
-        first, at = divmod(first_epoch * per_epoch + first_batch + batch, per_epoch)
+    def examples(number: int) -> tf.data.Dataset:
+        first, position = divmod(first_epoch * per_epoch + first_batch + number, per_epoch)
 
-        def epoch(number: tf.Tensor) -> tf.data.Dataset:
-            start = tf.where(number == first, tf.constant(at * config.batch_size, tf.int64), 0)
-            order, draws = epoch_seeds(config.seed, number)
-            return _padded(
-                source.examples(order, start, share),
-                source.size,
-                config.batch_size,
-                share,
-                epoch_seed=draws,
-            )
+        def epoch_examples(epoch: tf.Tensor) -> tf.data.Dataset:
+            start = tf.where(epoch == first, tf.constant(position * batch_size, tf.int64), 0)
+            order_seed, draw_seed = epoch_seeds(config.seed, epoch)
+            ordered = source.examples(order_seed, start, shard)
+            return _pad(ordered, source.size, batch_size, shard, epoch_seed=draw_seed)
 
-        return tf.data.Dataset.range(first, config.epochs).flat_map(
-            tf.autograph.experimental.do_not_convert(epoch)
-        )
+        epochs = tf.data.Dataset.range(first, config.epochs)
+        return epochs.flat_map(tf.autograph.experimental.do_not_convert(epoch_examples))
 
     def prepare(example: dict) -> dict:
-        drawn = sample_augmentation(
-            example["epoch_seed"], tf.maximum(example["index"], 0), config, statistics
-        )
-        return train_example({key: example[key] for key in EXAMPLE}, config, drawn)
+        index = tf.maximum(example["index"], 0)
+        params = sample_augmentation(example["epoch_seed"], index, config, statistics)
+        return train_example({key: example[key] for key in EXAMPLE_KEYS}, config, params)
 
-    return BatchIterator(
-        source, examples, prepare, len(share.rows) if share else config.batch_size, config.skip_bad
-    )
+    num_rows = len(shard.rows) if shard else batch_size
+    return BatchIterator(source, examples, prepare, num_rows, config.skip_bad)
 
 
 def eval_batches(
     source: DataSource, config: TrainConfig, batch_size: int, rows: np.ndarray | None = None
 ) -> BatchIterator:
-    """One pass over the source, in its own order."""
-    share = _share(batch_size, rows)
-    if source.pixels is not None:
-        return in_memory.eval_batches(source, source.pixels, config, batch_size, share)
+    """Makes the batches of one pass over a source, in its own order.
 
-    def examples(batch: int) -> tf.data.Dataset:
-        return _padded(
-            source.examples(None, batch * batch_size, share), source.size, batch_size, share
-        )
+    Args:
+        source: The images to evaluate.
+        config: Test scale and image size.
+        batch_size: Number of examples in a batch.
+        rows: Rows of each batch to make, int64 (n,), rising; None for all.
+
+    Returns:
+        The batches.
+    """
+    shard = _host_shard(batch_size, rows)
+    if source.pixels is not None:
+        return in_memory.eval_batches(source, source.pixels, config, batch_size, shard)
+
+    def examples(number: int) -> tf.data.Dataset:
+        ordered = source.examples(None, number * batch_size, shard)
+        return _pad(ordered, source.size, batch_size, shard)
 
     prepare = functools.partial(eval_example, config=config)
-    return BatchIterator(
-        source, examples, prepare, len(share.rows) if share else batch_size, config.skip_bad
-    )
-
-
-def _share(batch_size: int, rows: np.ndarray | None) -> HostShard | None:
-    return None if rows is None or len(rows) == batch_size else HostShard(batch_size, rows)
+    num_rows = len(shard.rows) if shard else batch_size
+    return BatchIterator(source, examples, prepare, num_rows, config.skip_bad)
 
 
 def rescaled_images(source: DataSource, scales: tuple[int, ...], exif: bool) -> BatchIterator:
-    """The whole images of a source, one by one in its order: {"scaled": a tuple of uint8 (1, H, W, 3), one a scale, "label", "index"}."""
+    """Makes batches of one whole image each, in the order of the source.
+
+    Args:
+        source: The images.
+        scales: Lengths of the shorter side.
+        exif: Turn and mirror a JPEG as its EXIF orientation says.
+
+    Returns:
+        Batches {"scaled": uint8 (1, H, W, 3) for each scale, "label": int32 (1,),
+        "index": int64 (1,)}.
+    """
 
     def prepare(example: dict) -> dict:
         image = decode(example["encoded"], exif)
-        rest = {key: value for key, value in example.items() if key != "encoded"}
-        return rest | {"scaled": tuple(resize_shorter_side(image, scale) for scale in scales)}
+        others = {key: value for key, value in example.items() if key != "encoded"}
+        return others | {"scaled": tuple(resize_shorter_side(image, scale) for scale in scales)}
 
-    return BatchIterator(source, lambda at: source.examples(None, at), prepare, 1)
+    return BatchIterator(source, lambda number: source.examples(None, number), prepare, 1)
 
 
-def _padded(
+def _host_shard(batch_size: int, rows: np.ndarray | None) -> HostShard | None:
+    return None if rows is None or len(rows) == batch_size else HostShard(batch_size, rows)
+
+
+def _pad(
     examples: tf.data.Dataset,
     size: int,
     batch_size: int,
-    share: HostShard | None,
+    shard: HostShard | None,
     **constants: tf.Tensor,
 ) -> tf.data.Dataset:
-    """Examples with a mask and the `constants`, followed by as many masked ones as fill up the last batch."""
-    lacking = (
-        -size % batch_size
-        if share is None
-        else int(np.sum(share.rows >= (size % batch_size or batch_size)))
-    )
+    """Adds a mask and constants to examples, and masked examples that fill up the last batch."""
+    if shard is None:
+        num_masked = -size % batch_size
+    else:
+        last_batch = size % batch_size or batch_size
+        num_masked = int(np.sum(shard.rows >= last_batch))
     black = {
         "index": np.int64(-1),
         "encoded": tf.io.encode_png(np.zeros((1, 1, 3), np.uint8)),
         "label": np.int32(0),
     }
-    padding = tf.data.Dataset.from_tensors(black | {"mask": False} | constants).repeat(lacking)
+    padding = tf.data.Dataset.from_tensors(black | {"mask": False} | constants).repeat(num_masked)
     return examples.map(lambda example: example | {"mask": True} | constants).concatenate(padding)

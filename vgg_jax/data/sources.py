@@ -1,4 +1,4 @@
-"""Where examples come from: the digits that scikit-learn brings, a folder of images, or a TensorFlow Datasets name."""
+"""Sources of examples: scikit-learn's digits, an image folder, or TensorFlow Datasets."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ from vgg_jax.data.tfds import record_splits
 from vgg_jax.errors import InputError
 from vgg_jax.paths import is_remote
 
-VALIDATION = ("validation", "val", "valid")  # one split under the names that it goes by
+VALIDATION = ("validation", "val", "valid")  # names of the validation split
 
 
 def open_train_val(
@@ -36,34 +36,47 @@ def open_train_val(
     exclude: Collection[str] = (),
     download: bool = False,
 ) -> tuple[DataSource, DataSource]:
-    """The training and the validation split of "digits", an image folder or a TensorFlow Datasets name. Never looks at a test split.
+    """Opens the training and the validation split of a data set, but never a test split.
 
-    Without a validation split, a seeded `validation_fraction` of the training split takes its place: at least one image, and none
-    only if the fraction is 0. Files that are no images are refused, or left out if `skip_bad`, and so are those to `exclude`, which
-    `read_list` gives. Raises InputError for data that is not there or not usable.
+    Without a validation split, a part of the training split is held out.
+
+    Args:
+        data: "digits", an image folder, or a name of TensorFlow Datasets.
+        data_dir: Folder of the prepared data sets of TensorFlow Datasets.
+        validation_fraction: Fraction of the training split to hold out, if there is no validation
+            split. At least one image is held out, unless it is 0.
+        seed: Seed of the choice of images to hold out.
+        skip_bad: Leave out files that are not images. Otherwise they are an error.
+        exclude: Names of images to leave out, as from `read_exclude_list`.
+        download: Download a data set that is not prepared.
+
+    Returns:
+        The training and the validation source.
+
+    Raises:
+        InputError: The data is missing or cannot be used.
     """
     exclude = frozenset(exclude)
-    splits = _splits(data, data_dir, skip_bad, exclude, download)
+    splits = _find_splits(data, data_dir, skip_bad, exclude, download)
     train = _pick(splits, ("train",), data)()
     for name in VALIDATION:
         if name in splits:
             validation = splits[name]()
-            _refuse_foreign(exclude, train.excluded + validation.excluded, data, splits)
+            _check_exclude_list(exclude, train.excluded + validation.excluded, data, splits)
             return full(train), full(validation)
-    _refuse_foreign(exclude, train.excluded, data, splits)
+    _check_exclude_list(exclude, train.excluded, data, splits)
     kept, held_out = (
         train.usable[positions]
         for positions in train_val_split(len(train.usable), validation_fraction, seed)
     )
     if not len(kept):
         raise InputError(
-            f"{train.name} has {len(train.usable)} image(s) and validation takes {len(held_out)}: no image is left to train on; "
-            "pass a smaller --validation-fraction"
+            f"{train.name} has {len(train.usable)} image(s) and validation takes {len(held_out)}: "
+            "no image is left to train on; pass a smaller --validation-fraction"
         )
-    held = dataclasses.replace(
-        subset(train, held_out, f"{train.name} (held out)"), skipped=()
-    )  # they are counted with the others
-    return subset(train, kept, train.name), held
+    # The skipped files are counted with the training source.
+    held_out_source = subset(train, held_out, f"{train.name} (held out)")
+    return subset(train, kept, train.name), dataclasses.replace(held_out_source, skipped=())
 
 
 def open_split(
@@ -75,30 +88,54 @@ def open_split(
     exclude: Collection[str] = (),
     download: bool = False,
 ) -> DataSource:
-    """One split, whole: "train", "validation" under any of its names, "test", or what else TensorFlow Datasets has.
+    """Opens a whole split of a data set.
 
-    Raises InputError for data that is not there or not usable, and for a split that it does not have.
+    Args:
+        data: "digits", an image folder, or a name of TensorFlow Datasets.
+        split: "train", "test", any name of the validation split, or another split that
+            TensorFlow Datasets has.
+        data_dir: Folder of the prepared data sets of TensorFlow Datasets.
+        skip_bad: Leave out files that are not images. Otherwise they are an error.
+        exclude: Names of images to leave out, as from `read_exclude_list`.
+        download: Download a data set that is not prepared.
+
+    Returns:
+        The source.
+
+    Raises:
+        InputError: The data or the split is missing or cannot be used.
     """
     names = VALIDATION if split in VALIDATION else (split,)
-    return full(
-        _pick(_splits(data, data_dir, skip_bad, frozenset(exclude), download), names, data)()
-    )
+    splits = _find_splits(data, data_dir, skip_bad, frozenset(exclude), download)
+    return full(_pick(splits, names, data)())
 
 
 def split_names(
     data: str, *, data_dir: str | None = None, download: bool = False
 ) -> tuple[str, ...]:
-    """The splits that `open_split` knows. Raises InputError for data that is not there."""
-    return tuple(_splits(data, data_dir, True, (), download))
+    """Lists the splits that `open_split` can open.
+
+    Args:
+        data: "digits", an image folder, or a name of TensorFlow Datasets.
+        data_dir: Folder of the prepared data sets of TensorFlow Datasets.
+        download: Download a data set that is not prepared.
+
+    Returns:
+        The names.
+
+    Raises:
+        InputError: The data is missing.
+    """
+    return tuple(_find_splits(data, data_dir, True, (), download))
 
 
-def _splits(
+def _find_splits(
     data: str, data_dir: str | None, skip_bad: bool, exclude: Collection[str], download: bool
 ) -> dict[str, Callable[[], StoredSplit]]:
     if data == "digits":
         return {"train": functools.partial(_digits, exclude)}
     folder = data if is_remote(data) else os.path.expanduser(data)
-    # "imagenette/320px" may be a data set, so one separator inside a name does not make it a path.
+    # One separator inside a name does not make it a path: "imagenette/320px" may be a data set.
     if (
         is_remote(data)
         or os.path.isdir(folder)
@@ -117,44 +154,56 @@ def _pick(
         if name in splits:
             return splits[name]
     raise InputError(
-        f"{data!r} has no split {' or '.join(map(repr, names))}: expected one of {', '.join(splits)}"
+        f"{data!r} has no split {' or '.join(map(repr, names))}: "
+        f"expected one of {', '.join(splits)}"
     )
 
 
-def _refuse_foreign(exclude: Collection[str], found: int, data: str, splits: Iterable[str]) -> None:
-    """Raises InputError for a list none of whose images is in what was read, or in another split."""
-    here = tuple(f"{split}/" for split in splits) + tuple(
-        f"{data} {split} record " for split in splits
-    )
-    if exclude and not found and not any(name.startswith(here) for name in exclude):
+def _check_exclude_list(
+    exclude: Collection[str], num_excluded: int, data: str, splits: Iterable[str]
+) -> None:
+    """Raises InputError for a list of images that are in no split of this data."""
+    folders = tuple(f"{split}/" for split in splits)
+    records = tuple(f"{data} {split} record " for split in splits)
+    if (
+        exclude
+        and not num_excluded
+        and not any(name.startswith(folders + records) for name in exclude)
+    ):
         raise InputError(
-            f"none of the {len(exclude)} images to exclude, {min(exclude)!r} for one, is in {data}: expected a list that "
-            f"`vgg-jax verify-data {data}` wrote; pass that to --exclude"
+            f"none of the {len(exclude)} images to exclude, for example {min(exclude)!r}, is in "
+            f"{data}: expected a list that `vgg-jax verify-data {data}` wrote; "
+            "pass that to --exclude"
         )
 
 
 def _digits(exclude: Collection[str]) -> StoredSplit:
-    """The 1,797 handwritten digits of the UCI test set, 8x8 with values 0-16, as greyscale PNG files in memory."""
+    """The 1,797 handwritten digits of the UCI test set, as grey 8x8 PNG files in memory."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise InputError(
             f"the data 'digits' needs scikit-learn ({error}): pip install 'vgg-jax[train]'"
         ) from error
-    bunch = load_digits()
-    pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
+    digits = load_digits()
+    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]  # values are 0-16
     encoded = tf.stack([tf.io.encode_png(image) for image in pixels])
-    labels = tf.constant(bunch.target, tf.int32)
+    labels = tf.constant(digits.target, tf.int32)
+
+    def read_batch(indices: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {
+            "index": indices,
+            "encoded": tf.gather(encoded, indices),
+            "label": tf.gather(labels, indices),
+        }
 
     def read(indices: tf.data.Dataset) -> tf.data.Dataset:
-        return indices.map(
-            lambda i: {"index": i, "encoded": tf.gather(encoded, i), "label": tf.gather(labels, i)}
-        ).unbatch()
+        return indices.map(read_batch).unbatch()
 
     return StoredSplit(
         name="digits train",
-        classes=tuple(map(str, bunch.target_names)),
-        order=functools.partial(random_access, read=read),
+        classes=tuple(map(str, digits.target_names)),
+        select=functools.partial(random_access, read=read),
         file_name=functools.partial(record_name, "digits train"),
         **exclude_records("digits train", "digits", len(labels), exclude),
     )

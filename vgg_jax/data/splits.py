@@ -1,34 +1,53 @@
-"""What a split is, whatever it is stored in: examples in a seeded order that can start anywhere."""
+"""Splits of a data set, independent of their storage.
+
+A split gives its examples in a seeded order that can start anywhere.
+"""
 
 import dataclasses
 import hashlib
 import os
 from collections.abc import Callable, Collection
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import tensorflow as tf
 
 CORES = getattr(os, "process_cpu_count", os.cpu_count)() or 1
-CHUNK = 64  # indices that are looked up by one call; enough to hide the cost of the call, 7 MB of ImageNet photos
-IN_FLIGHT = (
-    2 * CORES
-)  # images that are prepared at once: with no more than cores, one that takes long holds up the others
-SHUFFLE_BUFFER = (
-    8192  # records of a sequential file held encoded: 0.9 GB of ImageNet photos, 10 MB of CIFAR
-)
+# Indices that one call looks up. These are enough to hide the cost of the call
+# (docs/performance.md#memory-of-the-input).
+INDICES_PER_CALL = 64
+# Examples that are prepared at the same time. With one a core, a slow one would hold up the others.
+PARALLEL_EXAMPLES = 2 * CORES
+# Encoded records of a sequential file in memory (docs/performance.md#memory-of-the-input).
+SHUFFLE_BUFFER = 8192
 
 
 class HostShard(NamedTuple):
-    """Which rows of each batch of an order are wanted: those that one of several processes feeds."""
+    """Rows of each batch that one of several processes feeds."""
 
-    batch_size: int
+    batch_size: int  # of the whole batch
     rows: np.ndarray  # int64 (n,), rising
 
 
-# (seed of this epoch's order, int64 (2,), or None: in order; position to start at, the first of a batch where there is a share; what is
-# wanted, or None: all) -> {"index": int64, "encoded": string, "label": int32}
-Examples = Callable[..., tf.data.Dataset]
+class ExampleReader(Protocol):
+    """Reads the encoded examples of a split, in order or shuffled, from any position on."""
+
+    def __call__(
+        self,
+        seed: tf.Tensor | None,
+        start: tf.Tensor | int = 0,
+        shard: HostShard | None = None,
+    ) -> tf.data.Dataset:
+        """Reads one epoch.
+
+        Args:
+            seed: Seed of the order, int64 (2,), or None to read in the order of the storage.
+            start: Position in the order to start at. With a shard, it is the first one of a batch.
+            shard: Rows to read of each batch, or None for all.
+
+        Returns:
+            Examples {"index": int64, "encoded": string, "label": int32}.
+        """
 
 
 class DecodedImages(NamedTuple):
@@ -41,62 +60,102 @@ class DecodedImages(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class DataSource:
-    """The examples of one split, or of a part of one, as encoded bytes and a label."""
+    """The examples of one split, or of a part of it, as encoded bytes and a label.
 
-    name: str  # for messages: "cifar10 train"
-    storage: str  # what the order of an epoch depends on besides the seed: "folder, names <digest>", "cifar10/3.0.2 tfrecord"
-    classes: tuple[str, ...]
-    size: int
-    examples: Examples
-    file_name: Callable[
-        [int], str
-    ]  # what an example's "index" is called in a message or a table: its path, or "cifar10 train record 17"
-    skipped: tuple[str, ...] = ()  # files that are not images and were left out
-    pixels: DecodedImages | None = None  # of small images in memory
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredSplit:
-    """A whole split as it is stored. `order` takes the sorted indices that are wanted, int64 (n,), and reads those."""
+    Attributes:
+        name: Name for messages: "cifar10 train".
+        storage: All that the order of an epoch depends on, except for the seed:
+            "folder, names <digest>", "cifar10/3.0.2 tfrecord".
+        classes: Names of the classes. A label is an index into them.
+        size: Number of examples.
+        examples: Reads the examples.
+        file_name: Maps the "index" of an example to its name: its path, or
+            "cifar10 train record 17".
+        skipped: Files that were left out because they are not images.
+        pixels: Decoded images, if they are small and in memory.
+    """
 
     name: str
     storage: str
     classes: tuple[str, ...]
-    usable: np.ndarray  # int64 (n,), sorted: the indices of all but what is excluded or no image
-    order: Callable[[np.ndarray], Examples]
+    size: int
+    examples: ExampleReader
     file_name: Callable[[int], str]
     skipped: tuple[str, ...] = ()
-    excluded: int = 0  # how many of those to exclude are here
+    pixels: DecodedImages | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredSplit:
+    """A whole split as it is stored.
+
+    Attributes:
+        name: As in `DataSource`, as are `storage`, `classes`, `file_name` and `skipped`.
+        usable: Indices of the examples that are images and are not excluded, int64 (n,), sorted.
+        select: Makes the reader of the examples at some indices, int64 (n,), sorted.
+        excluded: Number of examples that are left out because they were to be excluded.
+    """
+
+    name: str
+    storage: str
+    classes: tuple[str, ...]
+    usable: np.ndarray
+    select: Callable[[np.ndarray], ExampleReader]
+    file_name: Callable[[int], str]
+    skipped: tuple[str, ...] = ()
+    excluded: int = 0
 
 
 def steps_per_epoch(source: DataSource, batch_size: int) -> int:
+    """Number of batches of an epoch, the last of which may be padded."""
     return -(-source.size // batch_size)
 
 
-def subset(records: StoredSplit, kept: np.ndarray, name: str) -> DataSource:
-    """The examples at the sorted indices `kept`, int64 (n,). An example keeps the index and the file name it has in the whole."""
+def subset(split: StoredSplit, indices: np.ndarray, name: str) -> DataSource:
+    """Selects some examples of a split.
+
+    Args:
+        split: The whole split.
+        indices: Indices of the examples, int64 (n,), sorted.
+        name: Name of the source.
+
+    Returns:
+        A source whose examples keep the index and the file name that they have in the split.
+    """
     return DataSource(
-        name,
-        records.storage,
-        records.classes,
-        len(kept),
-        records.order(kept),
-        records.file_name,
-        records.skipped,
+        name=name,
+        storage=split.storage,
+        classes=split.classes,
+        size=len(indices),
+        examples=split.select(indices),
+        file_name=split.file_name,
+        skipped=split.skipped,
     )
 
 
-def full(records: StoredSplit) -> DataSource:
-    return subset(records, records.usable, records.name)
+def full(split: StoredSplit) -> DataSource:
+    """Selects all usable examples of a split."""
+    return subset(split, split.usable, split.name)
 
 
 def exclude_records(name: str, storage: str, size: int, exclude: Collection[str]) -> dict[str, Any]:
-    """`usable`, `excluded` and `storage` of records that have no name but the split's and their number."""
-    excluded = (
-        [index for index in range(size) if record_name(name, index) in exclude] if exclude else []
-    )
+    """Leaves out records, which are named after their split and their number.
+
+    Args:
+        name: Name of the split.
+        storage: Storage of the whole split.
+        size: Number of records.
+        exclude: Names of the records to leave out, as from `record_name`.
+
+    Returns:
+        The fields `usable`, `excluded` and `storage` of a `StoredSplit`.
+    """
+    excluded = []
+    if exclude:
+        excluded = [index for index in range(size) if record_name(name, index) in exclude]
     if excluded:
-        storage += f", without {len(excluded)} ({hashlib.sha256(repr(excluded).encode()).hexdigest()[:16]})"
+        digest = hashlib.sha256(repr(excluded).encode()).hexdigest()[:16]
+        storage += f", without {len(excluded)} ({digest})"
     return {
         "usable": np.delete(np.arange(size), excluded),
         "excluded": len(excluded),
@@ -105,43 +164,71 @@ def exclude_records(name: str, storage: str, size: int, exclude: Collection[str]
 
 
 def record_name(name: str, index: int) -> str:
+    """Name of a record in a split that has no file names."""
     return f"{name} record {index}"
 
 
 def map_with_fallback(
     examples: tf.data.Dataset,
     function: Callable[[Any], Any],
-    otherwise: Callable[[Any], Any],
-    at_once: int,
+    fallback: Callable[[Any], Any],
+    num_parallel: int,
 ) -> tf.data.Dataset:
-    """`function` of each example, or `otherwise` of one with which it fails, in order."""
+    """Maps a function over examples, and another one over those for which it fails.
 
-    def one(*example: Any) -> tf.data.Dataset:
+    Args:
+        examples: The examples.
+        function: Function of an example, which may raise an error of TensorFlow.
+        fallback: Function of an example with a result of the same type.
+        num_parallel: Number of examples that are mapped at the same time.
+
+    Returns:
+        The results, in the order of the examples.
+    """
+
+    def map_one(*example: Any) -> tf.data.Dataset:
         single = tf.data.Dataset.from_tensors(example[0] if len(example) == 1 else example)
-        return (
-            single.map(function)
-            .ignore_errors(log_warning=False)
-            .concatenate(single.map(otherwise))
-            .take(1)
-        )
+        results = single.map(function).ignore_errors(log_warning=False)
+        return results.concatenate(single.map(fallback)).take(1)
 
     return examples.interleave(
-        one, cycle_length=at_once, block_length=1, num_parallel_calls=at_once, deterministic=True
+        map_one,
+        cycle_length=num_parallel,
+        block_length=1,
+        num_parallel_calls=num_parallel,
+        deterministic=True,
     )
 
 
 def train_val_split(size: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted indices for training and, a seeded `fraction` but at least one if it is not 0, for validation."""
-    # RandomState's stream is frozen: another numpy must not move training images into the validation part of a resumed run.
+    """Divides examples at random into a training and a validation part.
+
+    Args:
+        size: Number of examples.
+        fraction: Fraction for validation, which gets at least one example unless it is 0.
+        seed: Seed of the division.
+
+    Returns:
+        Indices for training and for validation, both int64 and sorted.
+    """
+    # RandomState's stream is frozen. A new numpy must not move training images into the validation
+    # part of a resumed run.
     permutation = np.random.RandomState(np.random.MT19937(seed)).permutation(size)
     count = max(1, round(size * fraction)) if fraction else 0
-    return np.sort(permutation[count:]).astype(np.int64), np.sort(permutation[:count]).astype(
-        np.int64
-    )
+    train, validation = np.sort(permutation[count:]), np.sort(permutation[:count])
+    return train.astype(np.int64), validation.astype(np.int64)
 
 
 def epoch_seeds(seed: int, epoch: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """An epoch's seeds of its order and of its draws, int64 (2,), pure functions of the two."""
+    """Derives the seeds of an epoch.
+
+    Args:
+        seed: Seed of the run.
+        epoch: Number of the epoch, int64.
+
+    Returns:
+        Seeds of the order and of the augmentation, both int64 (2,).
+    """
     order, draws = (
         tf.random.experimental.stateless_fold_in(tf.constant([seed, stream], tf.int64), epoch)
         for stream in (0, 1)
@@ -152,11 +239,20 @@ def epoch_seeds(seed: int, epoch: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
 def permute_indices(
     positions: tf.Tensor, seed: tf.Tensor, size: int, rounds: int = 16
 ) -> tf.Tensor:
-    """int64 positions -> what is there after a permutation of 0 … size - 1 by `seed`, int64 (2,). Nothing of that size is held.
+    """Permutes 0 … size - 1 by a cipher, without an array of that size.
 
-    `tf.random.experimental.index_shuffle` is this operation with 4 rounds and the seed as its key. Measured over epochs, that repeats after
-    256 of them, and of 45,000 images the orders of two epochs correlate by 0.67, neighbours within one by 0.10. With 16 rounds and a
-    key that is drawn from the seed, both are those of numpy's permutations.
+    `tf.random.experimental.index_shuffle` is the same operation with 4 rounds, and its key is the
+    seed. Its orders repeat and correlate. With 16 rounds and a key that is drawn from the seed, the
+    orders are as good as numpy's (docs/performance.md#orders-of-an-epoch).
+
+    Args:
+        positions: Positions in the permuted sequence, int64 (n,).
+        seed: Seed of the permutation, int64 (2,).
+        size: Length of the sequence.
+        rounds: Rounds of the cipher.
+
+    Returns:
+        Elements at these positions, int64 (n,).
     """
     key = tf.random.stateless_uniform((3,), seed, minval=None, maxval=None, dtype=tf.int32)
     return tf.raw_ops.RandomIndexShuffle(
@@ -167,59 +263,80 @@ def permute_indices(
     )
 
 
-def random_access(kept: np.ndarray, read: Callable[[tf.data.Dataset], tf.data.Dataset]) -> Examples:
-    """For storage that finds an example by its index. `read` takes vectors of at most CHUNK indices and gives examples one by one.
+def random_access(
+    indices: np.ndarray, read: Callable[[tf.data.Dataset], tf.data.Dataset]
+) -> ExampleReader:
+    """Makes a reader for storage that finds an example by its index.
 
-    Starting anywhere costs nothing, and the permutation is never held in memory.
+    Any start costs the same, and no permutation is held in memory.
+
+    Args:
+        indices: Indices of the examples to read, int64 (n,), sorted.
+        read: Maps a dataset of vectors of at most `INDICES_PER_CALL` indices to a dataset of
+            examples, one by one.
+
+    Returns:
+        The reader.
     """
-    size = len(kept)
-    lookup = tf.constant(kept, tf.int64)
+    size = len(indices)
+    lookup = tf.constant(indices, tf.int64)
 
     def examples(
-        seed: tf.Tensor | None, start: tf.Tensor | int = 0, share: HostShard | None = None
+        seed: tf.Tensor | None, start: tf.Tensor | int = 0, shard: HostShard | None = None
     ) -> tf.data.Dataset:
-        def indices(positions: tf.Tensor) -> tf.Tensor:
+        def to_indices(positions: tf.Tensor) -> tf.Tensor:
             if seed is not None:
                 positions = permute_indices(positions, seed, size)
             return tf.gather(lookup, positions)
 
-        positions = tf.data.Dataset.range(start, size)
-        if share is not None:
-            batches = tf.data.Dataset.range(start, size, share.batch_size)
+        if shard is None:
+            positions = tf.data.Dataset.range(start, size)
+        else:
+            batches = tf.data.Dataset.range(start, size, shard.batch_size)
             positions = batches.flat_map(
-                lambda first: tf.data.Dataset.from_tensor_slices(first + share.rows)
-            ).filter(lambda at: at < size)
-        return read(positions.batch(CHUNK).map(indices))
+                lambda first: tf.data.Dataset.from_tensor_slices(first + shard.rows)
+            ).filter(lambda position: position < size)
+        return read(positions.batch(INDICES_PER_CALL).map(to_indices))
 
     return examples
 
 
 def sequential(
-    kept: np.ndarray,
+    indices: np.ndarray,
     size: int,
     scan: Callable[[tf.Tensor | None], tf.data.Dataset],
     parse: Callable[[dict], dict],
-) -> Examples:
-    """For storage that is read from its beginning. `scan` gives {"index", "record"}, files in a seeded order; `parse` makes an example.
+) -> ExampleReader:
+    """Makes a reader for storage that is read from its beginning.
 
-    Starting elsewhere reads, but does not parse, what lies before; a share reads, but does not parse, what others feed.
+    Records before the start, and records of other shards, are read but not parsed.
+
+    Args:
+        indices: Indices of the examples to read, int64 (n,), sorted.
+        size: Number of all records.
+        scan: Reads all records {"index", "record"}, and takes the files in a seeded order.
+        parse: Makes an example of a record.
+
+    Returns:
+        The reader.
     """
-    wanted = tf.constant(np.isin(np.arange(size), kept))
+    is_selected = tf.constant(np.isin(np.arange(size), indices))
 
     def examples(
-        seed: tf.Tensor | None, start: tf.Tensor | int = 0, share: HostShard | None = None
+        seed: tf.Tensor | None, start: tf.Tensor | int = 0, shard: HostShard | None = None
     ) -> tf.data.Dataset:
         records = scan(seed)
-        if len(kept) < size:
-            records = records.filter(lambda record: wanted[record["index"]])
+        if len(indices) < size:
+            records = records.filter(lambda record: is_selected[record["index"]])
         if seed is not None:
             # The second number of a folded seed is the epoch itself, so draw one from both.
             number = tf.random.stateless_uniform((), seed, minval=None, maxval=None, dtype=tf.int64)
             records = records.shuffle(SHUFFLE_BUFFER, seed=number, reshuffle_each_iteration=False)
         records = records.skip(start)
-        if share is not None:
-            mine = tf.constant(np.isin(np.arange(share.batch_size), share.rows))
-            numbered = records.enumerate().filter(lambda number, _: mine[number % share.batch_size])
+        if shard is not None:
+            batch_size = shard.batch_size
+            in_shard = tf.constant(np.isin(np.arange(batch_size), shard.rows))
+            numbered = records.enumerate().filter(lambda number, _: in_shard[number % batch_size])
             records = numbered.map(lambda _, record: record)
         return records.map(parse, num_parallel_calls=CORES, deterministic=True)
 

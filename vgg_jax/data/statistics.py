@@ -1,4 +1,4 @@
-"""The colours of a data set: what is subtracted from a pixel, and the basis of the colour shift (§2.1, §3.1)."""
+"""Colours of a data set: the mean to subtract, and the basis of the colour shift (§2.1, §3.1)."""
 
 import dataclasses
 
@@ -12,46 +12,64 @@ from vgg_jax.data.decode import decode
 from vgg_jax.data.splits import DataSource
 from vgg_jax.errors import InputError
 
-BATCH = 64
+IMAGES_PER_BATCH = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class ColourMeasurements:
-    """Colours over all pixels, each counted once (`pixel_*`), and averages of what single images have (`image_*`). RGB, 0-255.
+    """Colours of a data set, RGB, 0-255.
 
-    `image_std` is the smaller one: the variance of the images' means is missing in it. The PyTorch baseline normalises by `image_*`.
+    `pixel_*` count each pixel once. `image_*` are averages over the images; the PyTorch baseline
+    normalises by them. `image_std` is smaller than `pixel_std`, because it does not contain the
+    variance of the images' means.
+
+    Attributes:
+        count: Number of images.
+        pixel_mean: Mean of all pixels, float64 (3,), as are the next four.
+        pixel_std: Standard deviation of all pixels.
+        image_mean: Average of the images' means.
+        image_std: Average of the images' standard deviations.
+        eigenvalues: Eigenvalues of the covariance of all pixels, largest first.
+        eigenvectors: float64 (3, 3); column j belongs to eigenvalue j, and its largest entry is
+            positive.
     """
 
-    count: int  # images
-    pixel_mean: np.ndarray  # float64 (3,)
+    count: int
+    pixel_mean: np.ndarray
     pixel_std: np.ndarray
     image_mean: np.ndarray
     image_std: np.ndarray
-    eigenvalues: np.ndarray  # of the covariance of pixels, largest first
-    eigenvectors: (
-        np.ndarray
-    )  # float64 (3, 3); column j belongs to eigenvalue j, its largest entry is positive
+    eigenvalues: np.ndarray
+    eigenvectors: np.ndarray
 
     @property
     def statistics(self) -> ColourStatistics:
-        """What the training configuration takes."""
-        mean, values, vectors = (
-            self.pixel_mean.tolist(),
-            self.eigenvalues.tolist(),
-            self.eigenvectors.tolist(),
-        )
+        """The mean, eigenvalues and eigenvectors as plain numbers, for training."""
         return ColourStatistics(
-            mean_rgb=tuple(mean), eigenvalues=tuple(values), eigenvectors=tuple(map(tuple, vectors))
+            mean_rgb=tuple(self.pixel_mean.tolist()),
+            eigenvalues=tuple(self.eigenvalues.tolist()),
+            eigenvectors=tuple(map(tuple, self.eigenvectors.tolist())),
         )
 
 
 def measure_colours(
     source: DataSource, progress: bool = True, skip_bad: bool = False
 ) -> ColourMeasurements:
-    """One pass over the whole images of a source, in constant memory. How EXIF turns them does not matter to their colours.
+    """Measures the colours of the whole images of a source, in one pass and constant memory.
 
-    With `skip_bad` an image that cannot be decoded does not count, within the limit of `BatchIterator`. Raises InputError for an empty source,
-    and DataError for such an image.
+    EXIF is ignored, since an orientation changes no colour.
+
+    Args:
+        source: The images.
+        progress: Show a progress bar on a terminal.
+        skip_bad: Leave out images that cannot be decoded, within the limit of `BatchIterator`.
+
+    Returns:
+        The measurements.
+
+    Raises:
+        InputError: The source is empty.
+        DataError: An image cannot be decoded.
     """
     if not source.size:
         raise InputError(
@@ -59,22 +77,27 @@ def measure_colours(
         )
     sums, count = np.zeros((5, 3, 3)), 0
     batches = BatchIterator(
-        source, lambda batch: source.examples(None, batch * BATCH), _sums, BATCH, skip_bad
+        source,
+        lambda number: source.examples(None, number * IMAGES_PER_BATCH),
+        _sums,
+        IMAGES_PER_BATCH,
+        skip_bad,
     )
-    with tqdm(
+    bar = tqdm(
         total=source.size,
         desc=f"colours of {source.name}",
         unit="image",
         disable=None if progress else True,
         delay=2,
-    ) as bar:
+    )
+    with bar:
         for batch in batches:
             sums += batch["sums"].sum(0)
             count += int(batch["mask"].sum())
             bar.update(len(batch["sums"]))
-    pixels = sums[0, 0, 0]
-    mean = sums[1, 0] / pixels
-    covariance = sums[2] / pixels - np.outer(mean, mean)
+    num_pixels = sums[0, 0, 0]
+    mean = sums[1, 0] / num_pixels
+    covariance = sums[2] / num_pixels - np.outer(mean, mean)
     eigenvalues, eigenvectors = np.linalg.eigh(covariance)
     eigenvalues, eigenvectors = np.maximum(eigenvalues[::-1], 0), eigenvectors[:, ::-1]
     largest = np.take_along_axis(eigenvectors, np.abs(eigenvectors).argmax(0)[None], 0)
@@ -90,15 +113,18 @@ def measure_colours(
 
 
 def _sums(example: dict) -> dict:
-    """float64 (5, 3, 3): of one image the number of pixels, their sum, the sum of their outer products, their mean, their deviation.
+    """Sums of one image: pixels, their sum, their outer products, their mean, their deviation.
 
-    The first three are whole numbers, so adding them up is exact, in any order, below 2**53: some 700,000 ImageNet photos.
+    They are stacked to a float64 (5, 3, 3). The first three are whole numbers, so their sums over
+    images are exact in any order below 2**53 (docs/performance.md#sums-of-colours).
     """
     pixels = tf.cast(tf.reshape(decode(example["encoded"], exif=False), (-1, 3)), tf.float64)
     count = tf.cast(tf.shape(pixels)[0], tf.float64)
     total = tf.reduce_sum(pixels, 0)
     products = tf.matmul(pixels, pixels, transpose_a=True)
     mean = total / count
-    deviation = tf.sqrt(tf.maximum(tf.linalg.diag_part(products) / count - mean**2, 0.0))
-    rows = [tf.broadcast_to(each, (3, 3)) for each in (count, total, products, mean, deviation)]
-    return {"index": example["index"], "mask": True, "sums": tf.stack(rows)}
+    variance = tf.linalg.diag_part(products) / count - mean**2
+    deviation = tf.sqrt(tf.maximum(variance, 0.0))
+    rows = (count, total, products, mean, deviation)
+    sums = tf.stack([tf.broadcast_to(row, (3, 3)) for row in rows])
+    return {"index": example["index"], "mask": True, "sums": sums}

@@ -1,4 +1,4 @@
-"""A data set that TensorFlow Datasets has prepared, as TFRecord or as ArrayRecord files."""
+"""Data sets that TensorFlow Datasets has prepared as TFRecord or ArrayRecord files."""
 
 import functools
 import os
@@ -19,57 +19,72 @@ from vgg_jax.data.splits import (
     record_name,
     sequential,
 )
-from vgg_jax.errors import InputError
+from vgg_jax.errors import InputError, single_line
 from vgg_jax.paths import is_remote
 
 NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[\w.+-]+))?(:(?P<version>\d+\.\d+\.\d+))?")
 VERSION = re.compile(r"\d+\.\d+\.\d+")
-FILES_AT_ONCE = (
-    16  # TFRecord files read in turns, so that what lies in one file does not come in one piece
-)
+# TFRecord files that are read in turns, so that the records of one file do not come together.
+FILES_IN_TURNS = 16
 
 
 def record_splits(
     data: str, data_dir: str | None, exclude: Collection[str], download: bool
 ) -> dict[str, Callable[[], StoredSplit]]:
-    """The splits of a TensorFlow Datasets name: "cifar10", "cifar10:3.0.2", "imagenette/320px". Nothing is fetched unless `download`.
+    """Finds the splits of a data set of TensorFlow Datasets.
 
-    Raises InputError if the name is not prepared under `data_dir`, cannot be downloaded, or has no single image and label.
+    Args:
+        data: A name: "cifar10", "cifar10:3.0.2", "imagenette/320px".
+        data_dir: Folder of the prepared data sets.
+        exclude: Names of records to leave out.
+        download: Download and prepare the data set if it is not prepared.
+
+    Returns:
+        For each split, a function that opens it. It raises InputError if files are missing.
+
+    Raises:
+        InputError: The data set is not prepared under `data_dir`, cannot be downloaded, or does
+            not have exactly one image and one label.
     """
-    tfds = _tfds()
+    tfds = _import_tfds()
     root = data_dir or os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets")
     root = root if is_remote(root) else os.path.expanduser(root)
-    folder = _prepared(data, root)
+    folder = find_prepared(data, root)
     if folder is None and download:
         folder = _download(tfds, data, root)
     if folder is None:
-        found = (
-            ", ".join(sorted(listdir(root))[:10]) or "nothing" if is_dir(root) else "no such folder"
-        )
+        content = "no such folder"
+        if is_dir(root):
+            content = ", ".join(sorted(listdir(root))[:10]) or "nothing"
         raise InputError(
-            f"no folder {data!r} and no prepared data set {data!r} under {root!r} (found there: {found}): "
-            "pass --download, or --data-dir with the folder that has it"
+            f"no folder {data!r} and no prepared data set {data!r} under {root!r} "
+            f"(found there: {content}): pass --download, or --data-dir with the folder that has it"
         )
-    info = _info(tfds, folder)
+    info = _load_info(tfds, folder)
     image, label = _image_and_label(tfds, info, data)
     return {
-        name: functools.partial(_records, tfds, info, f"{data} {name}", name, image, label, exclude)
+        name: functools.partial(
+            _open_split, tfds, info, f"{data} {name}", name, image, label, exclude
+        )
         for name in info.splits
     }
 
 
-def _tfds() -> Any:
-    try:
-        import tensorflow_datasets
-    except ImportError as error:
-        raise InputError(
-            f"reading a TensorFlow Datasets name needs tensorflow-datasets ({error}): pip install 'vgg-jax[train]'"
-        ) from error
-    return tensorflow_datasets
+def find_prepared(data: str, root: str) -> str | None:
+    """Finds the folder of a prepared data set.
 
+    It looks at folders only, since `tfds.builder` may use the network.
 
-def _prepared(data: str, root: str) -> str | None:
-    """The newest version's folder for a name, or None. Looks at folders only: `tfds.builder` may ask the network."""
+    Args:
+        data: Name of the data set, as for `record_splits`.
+        root: Folder of the prepared data sets.
+
+    Returns:
+        The folder of the newest version, or None.
+
+    Raises:
+        InputError: This is no name, or several configurations are prepared.
+    """
     match = NAME.fullmatch(data)
     if match is None:
         raise InputError(
@@ -77,34 +92,47 @@ def _prepared(data: str, root: str) -> str | None:
             "such as cifar10, cifar10:3.0.2 or imagenette/320px"
         )
     folder = os.path.join(root, match["name"], match["config"] or "")
-    versions = _versions(folder)
+    versions = _prepared_versions(folder)
     if not versions and not match["config"] and is_dir(folder):
         configs = [
-            each for each in sorted(listdir(folder)) if _versions(os.path.join(folder, each))
+            name
+            for name in sorted(listdir(folder))
+            if _prepared_versions(os.path.join(folder, name))
         ]
         if len(configs) > 1:
             raise InputError(
-                f"{data!r} is prepared in several configurations under {root!r} ({', '.join(configs)}): "
-                f"pick one, as in {match['name']}/{configs[0]}"
+                f"{data!r} is prepared in several configurations under {root!r} "
+                f"({', '.join(configs)}): pick one, as in {match['name']}/{configs[0]}"
             )
         if configs:
             folder = os.path.join(folder, configs[0])
-            versions = _versions(folder)
+            versions = _prepared_versions(folder)
     if match["version"]:
-        versions = [each for each in versions if each == match["version"]]
+        versions = [version for version in versions if version == match["version"]]
     return os.path.join(folder, versions[-1]) if versions else None
 
 
-def _versions(folder: str) -> list[str]:
-    """The versions that are prepared in a folder, oldest first."""
+def _import_tfds() -> Any:
+    try:
+        import tensorflow_datasets
+    except ImportError as error:
+        raise InputError(
+            f"reading a TensorFlow Datasets name needs tensorflow-datasets ({error}): "
+            "pip install 'vgg-jax[train]'"
+        ) from error
+    return tensorflow_datasets
+
+
+def _prepared_versions(folder: str) -> list[str]:
+    """Lists the versions that are prepared in a folder, oldest first."""
     if not is_dir(folder):
         return []
-    found = [
-        each
-        for each in listdir(folder)
-        if VERSION.fullmatch(each) and exists(os.path.join(folder, each, "dataset_info.json"))
+    versions = [
+        name
+        for name in listdir(folder)
+        if VERSION.fullmatch(name) and exists(os.path.join(folder, name, "dataset_info.json"))
     ]
-    return sorted(found, key=lambda each: tuple(map(int, each.split("."))))
+    return sorted(versions, key=lambda version: tuple(map(int, version.split("."))))
 
 
 def _download(tfds: Any, data: str, root: str) -> str:
@@ -113,9 +141,11 @@ def _download(tfds: Any, data: str, root: str) -> str:
         builder.download_and_prepare()
     except tfds.core.DatasetNotFoundError as error:
         raise InputError(
-            f"data is {data!r}: TensorFlow Datasets knows no such name; expected one of https://www.tensorflow.org/datasets/catalog"
+            f"data is {data!r}: TensorFlow Datasets knows no such name; "
+            "expected one of https://www.tensorflow.org/datasets/catalog"
         ) from error
-    # An unknown configuration, no network, a wrong checksum, a missing parser, files to be fetched by hand: each has its own class.
+    # Each has its own class: an unknown configuration, no network, a wrong checksum, a missing
+    # parser, files that must be downloaded by hand.
     except Exception as error:
         raise InputError(
             f"{data!r} cannot be downloaded to {root!r}: {' '.join(str(error).split())[:300]}"
@@ -123,40 +153,46 @@ def _download(tfds: Any, data: str, root: str) -> str:
     return os.fspath(builder.data_dir)
 
 
-def _info(tfds: Any, folder: str) -> Any:
+def _load_info(tfds: Any, folder: str) -> Any:
     try:
         return tfds.builder_from_directory(folder).info
-    # What a cut or foreign dataset_info.json makes of TFDS: its parser's errors are ValueErrors.
+    # TFDS raises any of these for a truncated or foreign dataset_info.json. Its parser raises
+    # ValueErrors.
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"{folder!r} cannot be read as a prepared data set ({reason}): prepare it again"
+            f"{folder!r} cannot be read as a prepared data set ({single_line(error)}): "
+            "prepare it again"
         ) from error
 
 
 def _image_and_label(tfds: Any, info: Any, data: str) -> tuple[str, str]:
-    """The names of the image and of the label: the data set's own supervised keys, else its only image and its only label."""
+    """Finds the keys of the image and of the label.
+
+    These are the supervised keys of the data set, or else its only image and its only label.
+    """
     features = dict(info.features)
-    images = [key for key, each in features.items() if isinstance(each, tfds.features.Image)]
-    labels = [key for key, each in features.items() if isinstance(each, tfds.features.ClassLabel)]
+    images = [key for key, value in features.items() if isinstance(value, tfds.features.Image)]
+    labels = [key for key, value in features.items() if isinstance(value, tfds.features.ClassLabel)]
     keys: tuple[str, ...] = info.supervised_keys or ()
     if len(keys) == 2 and keys[0] in images and keys[1] in labels:
         return keys[0], keys[1]
     if len(images) != 1 or len(labels) != 1:
         raise InputError(
-            f"{data!r} has the features {', '.join(features)}: expected one image and one class label; pick a classification data set"
+            f"{data!r} has the features {', '.join(features)}: "
+            "expected one image and one class label; pick a classification data set"
         )
     return images[0], labels[0]
 
 
-def _records(
+def _open_split(
     tfds: Any, info: Any, name: str, split: str, image: str, label: str, exclude: Collection[str]
 ) -> StoredSplit:
     features = tfds.features.FeaturesDict({key: info.features[key] for key in (image, label)})
     files = info.splits[split]
     if missing := [os.fspath(path) for path in files.filepaths if not exists(path)]:
         raise InputError(
-            f"{len(missing)} of {len(files.filepaths)} files of {name} are missing, the first is {missing[0]!r}: prepare the data set again"
+            f"{len(missing)} of {len(files.filepaths)} files of {name} are missing, the first is "
+            f"{missing[0]!r}: prepare the data set again"
         )
 
     def parse(record: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
@@ -169,49 +205,50 @@ def _records(
             "label": tf.cast(example[label], tf.int32),
         }
 
-    formats = tfds.core.FileFormat
-    if info.file_format == formats.TFRECORD:
-        order = functools.partial(
-            sequential, size=files.num_examples, scan=functools.partial(_scan, files), parse=parse
-        )
-    elif info.file_format == formats.ARRAY_RECORD:
-        order = functools.partial(
-            random_access, read=functools.partial(_read, _array_records(files), parse)
-        )
+    size, file_format = files.num_examples, info.file_format
+    if file_format == tfds.core.FileFormat.TFRECORD:
+        scan = functools.partial(_scan, files)
+        select = functools.partial(sequential, size=size, scan=scan, parse=parse)
+    elif file_format == tfds.core.FileFormat.ARRAY_RECORD:
+        read = functools.partial(_read, _open_array_records(files), parse)
+        select = functools.partial(random_access, read=read)
     else:
         raise InputError(
-            f"{name} is stored as {info.file_format.value}: expected tfrecord or array_record; prepare it as one of these"
+            f"{name} is stored as {file_format.value}: "
+            "expected tfrecord or array_record; prepare it as one of these"
         )
     return StoredSplit(
         name=name,
         classes=tuple(info.features[label].names),
-        order=order,
+        select=select,
         file_name=functools.partial(record_name, name),
-        **exclude_records(
-            name, f"{info.full_name} {info.file_format.value}", files.num_examples, exclude
-        ),
+        **exclude_records(name, f"{info.full_name} {file_format.value}", size, exclude),
     )
 
 
 def _scan(files: Any, seed: tf.Tensor | None) -> tf.data.Dataset:
-    """{"index", "record"} of all the TFRecord files of a split, file by file if there is no seed."""
+    """Reads {"index", "record"} of all TFRecord files of a split.
+
+    Without a seed, one file follows the other. With a seed, the files are shuffled and read in
+    turns.
+    """
     paths = tf.constant([os.fspath(path) for path in files.filepaths])
     first = tf.constant(np.cumsum([0, *files.shard_lengths])[:-1], tf.int64)
 
-    def one(file: tf.Tensor) -> tf.data.Dataset:
+    def read_file(file: tf.Tensor) -> tf.data.Dataset:
         if seed is not None:
             file = permute_indices(file, seed, len(files.filepaths))
         return tf.data.TFRecordDataset(paths[file]).enumerate(first[file])
 
-    turns = 1 if seed is None else min(FILES_AT_ONCE, len(files.filepaths))
-    numbered = tf.data.Dataset.range(len(files.filepaths)).interleave(
-        one, turns, num_parallel_calls=min(turns, CORES), deterministic=True
+    in_turns = 1 if seed is None else min(FILES_IN_TURNS, len(files.filepaths))
+    records = tf.data.Dataset.range(len(files.filepaths)).interleave(
+        read_file, in_turns, num_parallel_calls=min(in_turns, CORES), deterministic=True
     )
-    return numbered.map(lambda index, record: {"index": index, "record": record})
+    return records.map(lambda index, record: {"index": index, "record": record})
 
 
-def _array_records(files: Any) -> Any:
-    """The raw records of all the ArrayRecord files of a split, found by their index."""
+def _open_array_records(files: Any) -> Any:
+    """Opens all ArrayRecord files of a split as one sequence of raw records."""
     try:
         from array_record.python.array_record_data_source import ArrayRecordDataSource
     except ImportError as error:
@@ -222,14 +259,15 @@ def _array_records(files: Any) -> Any:
 
 
 def _read(stored: Any, parse: Callable[[dict], dict], indices: tf.data.Dataset) -> tf.data.Dataset:
-    def fetch(keys: np.ndarray) -> np.ndarray:
-        return np.array(
-            stored.__getitems__(keys.tolist()), object
-        )  # as "S" numpy would cut the zeros at the end
+    """Reads the records at batches of indices, and gives their examples one by one."""
 
-    def records(keys: tf.Tensor) -> dict[str, tf.Tensor]:
-        fetched = tf.numpy_function(fetch, [keys], tf.string)
-        return {"index": keys, "record": tf.ensure_shape(fetched, keys.shape)}
+    def fetch(batch: np.ndarray) -> np.ndarray:
+        # As objects, since NumPy's byte strings lose the zeros at their end.
+        return np.array(stored.__getitems__(batch.tolist()), object)
 
-    fetched = indices.map(records, num_parallel_calls=CORES, deterministic=True)
-    return fetched.unbatch().map(parse, num_parallel_calls=CORES, deterministic=True)
+    def to_records(batch: tf.Tensor) -> dict[str, tf.Tensor]:
+        records = tf.numpy_function(fetch, [batch], tf.string)
+        return {"index": batch, "record": tf.ensure_shape(records, batch.shape)}
+
+    batches = indices.map(to_records, num_parallel_calls=CORES, deterministic=True)
+    return batches.unbatch().map(parse, num_parallel_calls=CORES, deterministic=True)

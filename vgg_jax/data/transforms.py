@@ -1,4 +1,7 @@
-"""What happens to one image, in TensorFlow operations: eagerly and inside `Dataset.map` alike. Sides are (height, width) in pixels."""
+"""Transforms of one image, in TensorFlow operations.
+
+They work eagerly and inside `Dataset.map`. Sides are (height, width) in pixels.
+"""
 
 from typing import NamedTuple
 
@@ -19,72 +22,98 @@ from vgg_jax.data.decode import (
 )
 from vgg_jax.data.splits import permute_indices
 
-DRAWS = 7  # random numbers of an image: S, two offsets, the mirror's, three of the colour shift
+NUM_DRAWS = 7  # random numbers of an image: S, two offsets, the flip, three of the colour shift
 
 
 class AugmentParams(NamedTuple):
-    """The random draws of one use of one training image, or of several, one along the first axis (§3.1)."""
+    """Random draws for one training image, or for several along the first axis (§3.1)."""
 
     scale: tf.Tensor  # int32, S
     y_fraction: tf.Tensor  # float64 in [0, 1)
-    x_fraction: tf.Tensor
+    x_fraction: tf.Tensor  # float64 in [0, 1)
     flip: tf.Tensor  # bool
     colour_shift: tf.Tensor  # float32 (…, 3), RGB, in the units of 0-255 pixels
 
 
 class SourceWindow(NamedTuple):
-    """Which pixels of an image a crop of the rescaled image needs, and how they map to it. All (2,), along y and x."""
+    """Source pixels that a crop of the resized image needs. All (2,), along y and x."""
 
-    first: tf.Tensor  # int32
-    sides: tf.Tensor  # int32
+    first: tf.Tensor  # int32, first pixel
+    sides: tf.Tensor  # int32, number of pixels
     zoom: tf.Tensor  # float32, pixels of the crop per source pixel
-    translation: tf.Tensor  # float32, of the window's corner, in pixels of the crop
+    translation: tf.Tensor  # float32, position of the window in the crop, in pixels of the crop
 
 
-def train_example(example: dict, config: TrainConfig, drawn: AugmentParams) -> dict:
-    """`example` with "image", uint8 (size, size, 3), and "colour_shift", float32 (3,), in the place of "encoded"."""
+def train_example(example: dict, config: TrainConfig, params: AugmentParams) -> dict:
+    """Decodes and augments a training image (§3.1).
+
+    Args:
+        example: A dict with "encoded".
+        config: Image size and EXIF.
+        params: Random draws for this image.
+
+    Returns:
+        The example with "image", uint8 (size, size, 3), and "colour_shift", float32 (3,), instead
+        of "encoded".
+    """
     image = resize_and_crop(
         example["encoded"],
-        drawn.scale,
+        params.scale,
         config.image_size,
-        drawn.y_fraction,
-        drawn.x_fraction,
+        params.y_fraction,
+        params.x_fraction,
         config.exif,
     )
-    rest = {key: value for key, value in example.items() if key != "encoded"}
-    return rest | {"image": flip(image, drawn.flip), "colour_shift": drawn.colour_shift}
+    others = {key: value for key, value in example.items() if key != "encoded"}
+    return others | {"image": flip(image, params.flip), "colour_shift": params.colour_shift}
 
 
 def eval_example(example: dict, config: TrainConfig) -> dict:
-    """As `train_example`, but the centre crop at Q = `config.test_scale`, not flipped, with a colour shift of zeros."""
+    """Decodes an image and crops its centre at the scale Q.
+
+    Args:
+        example: A dict with "encoded".
+        config: Test scale, image size and EXIF.
+
+    Returns:
+        The example as from `train_example`, with a colour shift of zeros.
+    """
     image = resize_and_crop(
         example["encoded"], config.test_scale, config.image_size, 0.5, 0.5, config.exif
     )
-    rest = {key: value for key, value in example.items() if key != "encoded"}
-    return rest | {"image": image, "colour_shift": tf.zeros(3)}
+    others = {key: value for key, value in example.items() if key != "encoded"}
+    return others | {"image": image, "colour_shift": tf.zeros(3)}
 
 
 def sample_augmentation(
     seed: tf.Tensor, index: tf.Tensor, config: TrainConfig, statistics: ColourStatistics
 ) -> AugmentParams:
-    """For each `index`, int64 >= 0, a pure function of it and of `seed`, int64 (2,). S is uniform over the integers of `config.scale`.
+    """Draws the augmentation of images, as a pure function of (seed, index) (§3.1).
 
-    A counter-based generator: a keyed permutation of the whole numbers below 2^52, by the cipher that also shuffles an epoch. It draws
-    for a whole batch at once; `tf.random`'s stateless functions take one seed a call, and on a 32-pixel image as long as the pixels do.
-    From 16 rounds on the chi-squared of 350,000 draws, of neighbours and of pairs, are those of independent numbers; 8 are too few.
+    S is uniform over the integers of `config.scale`. The generator is counter-based: it permutes
+    the integers below 2^52 by the cipher that also shuffles an epoch. It draws for a whole batch
+    at once. The stateless functions of `tf.random` take one seed a call, and are slow
+    (docs/performance.md#random-draws).
+
+    Args:
+        seed: Seed of the epoch, int64 (2,).
+        index: Indices of the images, int64 (…), not negative.
+        config: Scales, flip and colour shift.
+        statistics: Colours of the data set.
+
+    Returns:
+        The draws, one for each index.
     """
-    counters = index[..., None] * DRAWS + tf.range(DRAWS, dtype=tf.int64)
-    numbers = tf.reshape(
-        permute_indices(tf.reshape(counters, [-1]), seed, 2**52, rounds=32), tf.shape(counters)
-    )
+    counters = index[..., None] * NUM_DRAWS + tf.range(NUM_DRAWS, dtype=tf.int64)
+    numbers = permute_indices(tf.reshape(counters, [-1]), seed, 2**52, rounds=32)
+    numbers = tf.reshape(numbers, tf.shape(counters))
     uniform = tf.unstack((tf.cast(numbers, tf.float64) + 0.5) / 2.0**52, axis=-1)
     alpha = tf.cast(tf.math.ndtri(tf.stack(uniform[4:], -1)), tf.float32) * config.colour_shift
     smallest, largest = config.scale[0], config.scale[-1]
+    scale = smallest + tf.cast(uniform[0] * (largest - smallest + 1), tf.int32)
     components = _components(config.colour_convention, statistics)
     return AugmentParams(
-        scale=tf.minimum(
-            smallest + tf.cast(uniform[0] * (largest - smallest + 1), tf.int32), largest
-        ),
+        scale=tf.minimum(scale, largest),
         y_fraction=uniform[1],
         x_fraction=uniform[2],
         flip=uniform[3] < (0.5 if config.flip else 0.0),
@@ -93,19 +122,31 @@ def sample_augmentation(
 
 
 def _components(convention: str, statistics: ColourStatistics) -> np.ndarray:
-    """float32 (3, 3): the columns that the three alphas are multiplied by, RGB in the units of 0-255 pixels.
+    """Scaled eigenvectors, which the three alphas are multiplied by.
 
-    The formula as printed multiplies an eigenvector by its variance; with the variance of 0-255 pixels it would drown the image.
+    They are the columns of a float32 (3, 3): RGB, in the units of 0-255 pixels. The printed
+    formula multiplies an eigenvector by its variance. The variance of 0-255 pixels would be far
+    too large for that.
     """
     eigenvalues = np.array(statistics.eigenvalues)
-    # "deviation": Krizhevsky's own code and MatConvNet. "variance": fb.resnet.torch, pixels in [0, 1]: / 255², then times 255.
-    spread = np.sqrt(eigenvalues) if convention == "deviation" else eigenvalues / 255
-    return (np.array(statistics.eigenvectors) * spread).astype(np.float32)
+    # "deviation" is the convention of Krizhevsky's own code and of MatConvNet. "variance" is that
+    # of fb.resnet.torch, whose pixels are in [0, 1]: divide by 255², then multiply by 255.
+    scale = np.sqrt(eigenvalues) if convention == "deviation" else eigenvalues / 255
+    return (np.array(statistics.eigenvectors) * scale).astype(np.float32)
 
 
-def flip(image: tf.Tensor, coin: tf.Tensor) -> tf.Tensor:
-    """(H, W, C), mirrored left to right if `coin`. By tf.reverse: image[:, ::-1] takes as long as decoding (1.2 ms of 224x224 pixels)."""
-    return tf.cond(coin, lambda: tf.reverse(image, [1]), lambda: image)
+def flip(image: tf.Tensor, mirror: tf.Tensor) -> tf.Tensor:
+    """Mirrors an image left to right.
+
+    Args:
+        image: Pixels, (H, W, C).
+        mirror: Whether to mirror, a scalar bool.
+
+    Returns:
+        Pixels, (H, W, C).
+    """
+    # tf.reverse is much faster than image[:, ::-1] (docs/performance.md#mirroring).
+    return tf.cond(mirror, lambda: tf.reverse(image, [1]), lambda: image)
 
 
 def resize_and_crop(
@@ -116,87 +157,124 @@ def resize_and_crop(
     x_fraction: tf.Tensor | float,
     exif: bool = True,
 ) -> tf.Tensor:
-    """uint8 (size, size, 3): the crop that rescaling the shorter side to `scale` >= `size` and cropping would give (§3.1).
+    """Crops the image that is resized to `scale`, which is at least `size` (§3.1).
 
-    Only the source pixels that the crop is made of are decoded (of an upright JPEG) and resampled. A fraction in [0, 1] picks one of
-    the offsets from the first to the last: equally likely for a uniform fraction, the centre crop for 0.5.
+    Only the source pixels of the crop are resampled. Of an upright JPEG, only these are decoded.
+
+    Args:
+        encoded: Content of an image file, a scalar string.
+        scale: Length of the shorter side of the resized image.
+        size: Side of the crop.
+        y_fraction: Position of the crop in [0, 1]. It selects one of the offsets from the first to
+            the last. A uniform fraction selects them with equal probability, and 0.5 selects the
+            centre.
+        x_fraction: The same for x.
+        exif: Turn and mirror a JPEG as its EXIF orientation says.
+
+    Returns:
+        RGB pixels, uint8 (size, size, 3).
     """
-    turn = exif_orientation(encoded) if exif else tf.constant(1)
+    orientation = exif_orientation(encoded) if exif else tf.constant(1)
+    fractions = tf.cast(tf.stack([y_fraction, x_fraction]), tf.float64)
 
     def from_jpeg() -> tf.Tensor:
         sides = tf.io.extract_jpeg_shape(encoded)[:2]
-        part = source_window(sides, scale, size, fractions)
+        window = source_window(sides, scale, size, fractions)
         pixels = tf.io.decode_and_crop_jpeg(
             check_pixel_limit(encoded, sides),
-            tf.concat([part.first, part.sides], 0),
+            tf.concat([window.first, window.sides], 0),
             channels=3,
             dct_method=DCT,
         )
-        return _resample(pixels, (size, size), part.zoom, part.translation)
+        return _resample(pixels, (size, size), window.zoom, window.translation)
 
     def from_image() -> tf.Tensor:
-        image = apply_orientation(decode_pixels(encoded), turn)
-        part = source_window(tf.shape(image)[:2], scale, size, fractions)
-        pixels = tf.slice(image, [*tf.unstack(part.first), 0], [*tf.unstack(part.sides), 3])
-        return _resample(pixels, (size, size), part.zoom, part.translation)
+        image = apply_orientation(decode_pixels(encoded), orientation)
+        window = source_window(tf.shape(image)[:2], scale, size, fractions)
+        pixels = tf.slice(image, [*tf.unstack(window.first), 0], [*tf.unstack(window.sides), 3])
+        return _resample(pixels, (size, size), window.zoom, window.translation)
 
-    fractions = tf.cast(tf.stack([y_fraction, x_fraction]), tf.float64)
-    return tf.ensure_shape(
-        tf.cond(is_jpeg(encoded) & (turn == 1), from_jpeg, from_image), (size, size, 3)
-    )
+    is_upright_jpeg = is_jpeg(encoded) & (orientation == 1)
+    return tf.ensure_shape(tf.cond(is_upright_jpeg, from_jpeg, from_image), (size, size, 3))
 
 
 def source_window(
     sides: tf.Tensor, scale: tf.Tensor | int, size: int, fractions: tf.Tensor
 ) -> SourceWindow:
-    """The window of an image of `sides`, int32 (2,), for the crop at `fractions`, float64 (2,), of the image rescaled to `scale`.
+    """Finds the source pixels of a crop of a resized image.
 
-    A crop of round(size * short / scale) source pixels, resized, would be simpler, but leaves an 8x8 digit two scales and two offsets.
+    A resized crop of round(size * short / scale) source pixels would be simpler. But it would leave
+    only two scales and two offsets for a digit of 8x8 pixels.
+
+    Args:
+        sides: Height and width of the image, int32 (2,).
+        scale: Length of the shorter side of the resized image.
+        size: Side of the crop.
+        fractions: Position of the crop along y and x, as in `resize_and_crop`, float64 (2,).
+
+    Returns:
+        The window, which includes the pixels that the filter reaches.
     """
-    exact = tf.cast(sides, tf.float64)
-    rescaled = rescaled_sides(exact, scale)
-    extent = rescaled - size
-    offset = tf.minimum(tf.floor(fractions * (extent + 1)), extent)
-    zoom = rescaled / exact
+    exact_sides = tf.cast(sides, tf.float64)
+    rescaled = rescaled_sides(exact_sides, scale)
+    last_offset = rescaled - size
+    offset = tf.minimum(tf.floor(fractions * (last_offset + 1)), last_offset)
+    zoom = rescaled / exact_sides
     reach = tf.maximum(tf.ones_like(zoom), 1 / zoom) + 1  # of the filter, in source pixels
     first = tf.maximum(tf.zeros_like(zoom), tf.floor(offset / zoom - reach))
-    last = tf.minimum(exact, tf.math.ceil((offset + size) / zoom + reach))
+    stop = tf.minimum(exact_sides, tf.math.ceil((offset + size) / zoom + reach))
     return SourceWindow(
         first=tf.cast(first, tf.int32),
-        sides=tf.cast(last - first, tf.int32),
+        sides=tf.cast(stop - first, tf.int32),
         zoom=tf.cast(zoom, tf.float32),
         translation=tf.cast(first * zoom - offset, tf.float32),
     )
 
 
 def resize_shorter_side(image: tf.Tensor, scale: tf.Tensor | int) -> tf.Tensor:
-    """uint8 (H, W, 3) -> uint8 with the shorter side `scale` and the longer one round(long * scale / short) (§3.1).
+    """Resizes an image so that its shorter side is `scale` (§3.1).
 
-    Raises tf.errors.InvalidArgumentError for more than `MAX_IMAGE_PIXELS` pixels: a line of pixels would become gigabytes.
+    Args:
+        image: Pixels, uint8 (H, W, 3).
+        scale: Length of the shorter side. The longer one becomes round(long * scale / short).
+
+    Returns:
+        Pixels, uint8 (h, w, 3).
+
+    Raises:
+        tf.errors.InvalidArgumentError: The result has more than `MAX_IMAGE_PIXELS` pixels. A line
+            of pixels would become gigabytes.
     """
     sides = tf.cast(tf.shape(image)[:2], tf.float64)
     rescaled = rescaled_sides(sides, scale)
-    image = assert_then(
-        tf.reduce_prod(rescaled) > MAX_IMAGE_PIXELS,
-        f"at the test scale it has more than {MAX_IMAGE_PIXELS:,} pixels",
-        image,
-    )
-    return _resample(
-        image, tf.cast(rescaled, tf.int32), tf.cast(rescaled / sides, tf.float32), tf.zeros(2)
-    )
+    too_many = tf.reduce_prod(rescaled) > MAX_IMAGE_PIXELS
+    message = f"at the test scale it has more than {MAX_IMAGE_PIXELS:,} pixels"
+    image = assert_then(too_many, message, image)
+    zoom = tf.cast(rescaled / sides, tf.float32)
+    return _resample(image, tf.cast(rescaled, tf.int32), zoom, tf.zeros(2))
 
 
 def rescaled_sides(sides: tf.Tensor, scale: tf.Tensor | int) -> tf.Tensor:
+    """Computes the sides of a resized image, as whole numbers.
+
+    Args:
+        sides: Height and width, float64 (2,).
+        scale: Length of the shorter side of the resized image.
+
+    Returns:
+        Height and width, float64 (2,).
+    """
     return tf.round(sides * tf.cast(scale, tf.float64) / tf.reduce_min(sides))
 
 
 def _resample(
     image: tf.Tensor, sides: tf.Tensor | tuple[int, int], zoom: tf.Tensor, translation: tf.Tensor
 ) -> tf.Tensor:
-    """Antialiased bilinear, as Pillow and torchvision do it: the filter is as wide as a pixel of the result.
+    """Resamples an image, antialiased and bilinear, as Pillow and torchvision do.
 
-    One axis after the other, each laid out so that whole rows are added up: a third of ScaleAndTranslate's own time for both axes, whose
-    inner loop along x is over the three channels (two cores, 235 -> 224 pixels: 0.3 ms, not 1.1), and equal to the bit.
+    The filter is as wide as a pixel of the result. Each axis is resampled by itself, in a layout
+    that adds whole rows. ScaleAndTranslate for both axes gives the same bits, but its inner loop
+    along x is over three channels, which is slow (docs/performance.md#resampling).
     """
     height, width = tf.unstack(tf.shape(image)[:2])
     image = resample_rows(tf.reshape(image, (height, width * 3)), sides[0], zoom[0], translation[0])
@@ -207,14 +285,34 @@ def _resample(
 
 
 def to_uint8(image: tf.Tensor) -> tf.Tensor:
-    """The nearest level; halves go up, as Pillow's do, and so do those that an order of additions has left a little below."""
+    """Rounds to the nearest level. Halves are rounded up, as Pillow does.
+
+    A small tolerance rounds up those halves, too, that an order of additions left slightly lower.
+
+    Args:
+        image: Pixels, float32.
+
+    Returns:
+        Pixels, uint8.
+    """
     return tf.cast(image + (0.5 + 2**-10), tf.uint8)
 
 
 def resample_rows(
     rows: tf.Tensor, count: tf.Tensor | int, zoom: tf.Tensor, translation: tf.Tensor
 ) -> tf.Tensor:
-    """(n, length) -> float32 (count, length): an image one pixel wide, and `length` channels deep."""
+    """Resamples an array along its first axis.
+
+    Args:
+        rows: The array, (n, length).
+        count: Number of rows of the result.
+        zoom: Rows of the result per row of the array, float32.
+        translation: Position of the first row in the result, float32.
+
+    Returns:
+        float32 (count, length).
+    """
+    # An image that is one pixel wide and `length` channels deep.
     return tf.raw_ops.ScaleAndTranslate(
         images=rows[None, :, None],
         size=tf.stack([count, 1]),

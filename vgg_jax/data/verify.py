@@ -1,6 +1,5 @@
-"""Which images of a data set cannot be read: found in one pass, written as a list, read again to leave them out."""
+"""Search for images that cannot be read, and lists of them to exclude."""
 
-import functools
 import json
 import os
 from collections.abc import Iterator
@@ -12,63 +11,117 @@ from tqdm import tqdm
 
 from vgg_jax.data.batches import BatchIterator, error_summary
 from vgg_jax.data.decode import decode, exif_orientation
-from vgg_jax.data.folder import relative
+from vgg_jax.data.folder import relative_name
 from vgg_jax.data.sources import open_split, split_names
 from vgg_jax.data.splits import DataSource
 from vgg_jax.errors import InputError
 from vgg_jax.paths import is_remote, to_path
 
-AT_ONCE = 64  # images that are handed over in one piece
+IMAGES_PER_BATCH = 64
 
 
 class BadImage(NamedTuple):
-    """An image that cannot be used. Its name is its path below the data's folder, or "cifar10 train record 17"."""
+    """An image that cannot be used."""
 
-    file: str
+    file: str  # path relative to the data's folder, or "cifar10 train record 17"
     reason: str
 
 
 def verify_images(
     data: str, *, data_dir: str | None = None, download: bool = False
 ) -> Iterator[tuple[str, int, list[BadImage]]]:
-    """Reads and decodes each image of each split once: for each split its name, the number of its files, and the bad ones.
+    """Reads and decodes each image of each split once.
 
-    Raises InputError for data that is not there, DataError for files of records that are damaged themselves.
+    Args:
+        data: "digits", an image folder, or a name of TensorFlow Datasets.
+        data_dir: Folder of the prepared data sets of TensorFlow Datasets.
+        download: Download a data set that is not prepared.
+
+    Yields:
+        For each split its name, the number of its files, and the bad ones.
+
+    Raises:
+        InputError: The data is missing or cannot be used.
+        DataError: A file of records is damaged.
     """
     data = data if is_remote(data) else os.path.expanduser(data)
     for split in split_names(data, data_dir=data_dir, download=download):
         source = open_split(data, split, data_dir=data_dir, skip_bad=True)
         bad = [
-            BadImage(relative(name, data), "no image: it cannot be opened, or begins otherwise")
+            BadImage(
+                relative_name(name, data),
+                "no image: it cannot be opened, or does not begin as an image",
+            )
             for name in source.skipped
         ]
-        batches = BatchIterator(source, functools.partial(_examples, source), _examined, AT_ONCE)
-        with tqdm(total=source.size, desc=source.name, unit="image", disable=None) as bar:
-            for batch in batches:
-                for index, reason in zip(
-                    batch["index"].tolist(), batch["reason"].tolist(), strict=True
-                ):
-                    if reason:
-                        bad.append(
-                            BadImage(relative(source.file_name(index), data), reason.decode())
-                        )
-                bar.update(len(batch["index"]))
+        for index, fault in _decode_each(source):
+            if fault:
+                bad.append(BadImage(relative_name(source.file_name(index), data), fault.decode()))
         yield split, source.size + len(source.skipped), bad
 
 
-def _examples(source: DataSource, batch: int) -> tf.data.Dataset:
-    return source.examples(None, batch * AT_ONCE)
+def write_exclude_list(path: str, bad: list[BadImage]) -> None:
+    """Writes a list of images to exclude.
+
+    It has one JSON object a line, since a file name may contain anything but a slash.
+
+    Args:
+        path: Path of the list.
+        bad: The images.
+    """
+    to_path(path).write_text("".join(json.dumps(image._asdict()) + "\n" for image in bad))
 
 
-def _examined(example: dict) -> dict:
-    return {
-        "index": example["index"],
-        "reason": tf.numpy_function(_what_is_wrong, [example["encoded"]], tf.string),
-    }
+def read_exclude_list(path: str) -> tuple[str, ...]:
+    """Reads a list of images to exclude.
+
+    Args:
+        path: Path of the list.
+
+    Returns:
+        The names of the images, sorted.
+
+    Raises:
+        InputError: The file cannot be read, or `write_exclude_list` did not write it.
+    """
+    try:
+        with to_path(path).open() as file:
+            names = [json.loads(line)["file"] for line in file]
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError("a name is no text")
+    except OSError as error:
+        raise InputError(
+            f"cannot read {path} ({error.strerror or error}): "
+            "expected the list that `vgg-jax verify-data` writes"
+        ) from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(
+            f"{path} cannot be read ({error}): expected the list that `vgg-jax verify-data` writes"
+        ) from error
+    return tuple(sorted(set(names)))
 
 
-def _what_is_wrong(encoded: bytes | np.ndarray) -> bytes:
-    """Nothing where it can be decoded. What training decodes is all or a part of that."""
+def _decode_each(source: DataSource) -> Iterator[tuple[int, bytes]]:
+    """Yields the index and the fault of each example; the fault is empty for a good one."""
+    batches = BatchIterator(
+        source,
+        lambda number: source.examples(None, number * IMAGES_PER_BATCH),
+        _with_fault,
+        IMAGES_PER_BATCH,
+    )
+    with tqdm(total=source.size, desc=source.name, unit="image", disable=None) as bar:
+        for batch in batches:
+            yield from zip(batch["index"].tolist(), batch["fault"].tolist(), strict=True)
+            bar.update(len(batch["index"]))
+
+
+def _with_fault(example: dict) -> dict:
+    fault = tf.numpy_function(_find_fault, [example["encoded"]], tf.string)
+    return {"index": example["index"], "fault": fault}
+
+
+def _find_fault(encoded: bytes | np.ndarray) -> bytes:
+    """Tries to decode a whole image. Training decodes it all, or a part of it."""
     if not encoded:
         return b"it cannot be read"
     try:
@@ -78,26 +131,3 @@ def _what_is_wrong(encoded: bytes | np.ndarray) -> bytes:
     except (tf.errors.OpError, ValueError) as error:
         return error_summary(error).encode()
     return b""
-
-
-def write_exclude_list(path: str, bad: list[BadImage]) -> None:
-    """One JSON object a line, since a file name may hold anything but a slash."""
-    to_path(path).write_text("".join(json.dumps(each._asdict()) + "\n" for each in bad))
-
-
-def read_exclude_list(path: str) -> tuple[str, ...]:
-    """The names in a list, sorted. Raises InputError for a file that `write_exclude_list` did not write."""
-    try:
-        with to_path(path).open() as file:
-            names = [json.loads(line)["file"] for line in file]
-        if not all(isinstance(name, str) for name in names):
-            raise ValueError("a name is no text")
-    except OSError as error:
-        raise InputError(
-            f"cannot read {path} ({error.strerror or error}): expected the list that `vgg-jax verify-data` writes"
-        ) from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(
-            f"{path} cannot be read ({error}): expected the list that `vgg-jax verify-data` writes"
-        ) from error
-    return tuple(sorted(set(names)))
