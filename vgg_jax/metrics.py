@@ -1,4 +1,4 @@
-"""Sums over examples of loss and right answers: added over batches, divided once."""
+"""Sums of loss and correct predictions over examples: added over batches, divided once."""
 
 import math
 from typing import Any
@@ -11,38 +11,57 @@ from jax import Array
 
 @flax.struct.dataclass
 class MetricSums:
-    """Over the examples that count: their loss (nats), how many were right among the first 1 and 5 guesses, their number."""
+    """Sums over the examples whose mask is true. The fields are arrays or Python numbers."""
 
-    loss: Any = 0.0
-    top1: Any = 0.0
-    top5: Any = 0.0
-    count: Any = 0.0
+    loss: Any = 0.0  # cross-entropy, in nats
+    top1: Any = 0.0  # examples whose label is the first guess
+    top5: Any = 0.0  # examples whose label is among the first five guesses
+    count: Any = 0.0  # examples
 
 
 def compute_sums(logits: Array, labels: Array, mask: Array) -> MetricSums:
-    """Sums over the rows of logits (N, K) with labels (N,) where mask (N,) is true.
+    """Sums loss and correct predictions over the examples whose mask is true.
 
-    Of equal logits the lower class is the earlier guess, as in a stable sort, and NaN is never right.
+    Of equal logits, the lower class is the earlier guess, as in a stable sort. NaN is never
+    correct.
+
+    Args:
+        logits: float (N, K).
+        labels: int (N,).
+        mask: bool (N,).
+
+    Returns:
+        Scalar sums in the dtype of the logits, at least float32.
     """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     mask = mask.astype(logits.dtype)
-    of_label = jnp.take_along_axis(logits, labels[:, None], axis=1)
+    label_logits = jnp.take_along_axis(logits, labels[:, None], axis=1)
     classes = jnp.arange(logits.shape[1])[None]
-    earlier = ~(logits <= of_label) | ((logits == of_label) & (classes < labels[:, None]))
-    rank = earlier.sum(axis=1)
-    loss = jax.nn.logsumexp(logits, axis=1) - of_label[:, 0]
-    # An example that does not count may hold anything, NaN included.
+    is_earlier_guess = ~(logits <= label_logits) | (
+        (logits == label_logits) & (classes < labels[:, None])
+    )
+    rank = is_earlier_guess.sum(axis=1)
+    loss = jax.nn.logsumexp(logits, axis=1) - label_logits[:, 0]
+    # A masked example may hold NaN, and 0 · NaN is NaN.
     return MetricSums(
         jnp.where(mask > 0, loss, 0).sum(), mask @ (rank < 1), mask @ (rank < 5), mask.sum()
     )
 
 
 def merge(a: MetricSums, b: MetricSums) -> MetricSums:
+    """Adds two sums."""
     return jax.tree.map(lambda x, y: x + y, a, b)
 
 
 def finalize(sums: MetricSums) -> dict[str, float]:
-    """Loss in nats, errors in [0, 1] and the number of examples that they are over."""
+    """Divides the sums by the number of examples.
+
+    Args:
+        sums: Sums over at least one example.
+
+    Returns:
+        "loss" in nats, "top1_error" and "top5_error" in [0, 1], and the "count" of examples.
+    """
     n = float(sums.count)
     return {
         "loss": sums.loss / n,
@@ -53,10 +72,18 @@ def finalize(sums: MetricSums) -> dict[str, float]:
 
 
 def wilson_interval(error: float, count: int) -> tuple[float, float]:
-    """Wilson's 95 % confidence interval of an error rate that was observed on `count` examples."""
+    """Wilson's 95 % confidence interval of an error rate.
+
+    Args:
+        error: Observed error rate, in [0, 1].
+        count: Number of examples.
+
+    Returns:
+        Lower and upper bound, in [0, 1].
+    """
     z = 1.959964
-    middle = (error + z * z / (2 * count)) / (1 + z * z / count)
-    reach = (
+    centre = (error + z * z / (2 * count)) / (1 + z * z / count)
+    radius = (
         z / (1 + z * z / count) * math.sqrt(error * (1 - error) / count + (z / (2 * count)) ** 2)
     )
-    return max(0.0, middle - reach), min(1.0, middle + reach)
+    return max(0.0, centre - radius), min(1.0, centre + radius)

@@ -1,13 +1,14 @@
-"""The saving of a run while it trains on, and what it goes on from.
+"""Saving of a run in the background, and restoring.
 
-Of several processes the first alone has the files: it collects what the others hold, and sends them what it reads. So a checkpoint is the
-same whatever wrote it, and any number of processes reads it, on any mesh.
+The main process alone reads and writes files. It gathers arrays from the other processes, and
+broadcasts those that it reads. A checkpoint therefore does not depend on the number of processes
+and the mesh that wrote it, and any other number can read it.
 """
 
 import contextlib
 import dataclasses
 import json
-import sys
+import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,172 +28,223 @@ from vgg_jax.runs.checkpoint import CheckpointSaveError, CheckpointStore
 from vgg_jax.runs.files import atomic_write
 from vgg_jax.training.step import TrainState
 
+logger = logging.getLogger(__name__)
+
 
 class BestInfo(NamedTuple):
-    """What is to be known of a state that is the best so far, besides its variables."""
+    """The metadata of the best state so far."""
 
-    epoch: int
-    validation: dict[str, Any]
+    epoch: int  # from 1
+    validation: dict[str, Any]  # loss, errors, accuracy and count
 
 
 class Checkpointer:
-    """Saves a run while it trains on: what is to be saved is copied, and a thread writes the copies, one save after the other.
+    """Saves a run to `last/` and `best/` while training continues.
 
-    A save that fails is warned of and is in `last_error` until another one succeeds; the best net is owed until then.
-    Of several processes the first one writes, and the others help it to collect what it writes.
+    `save` copies the arrays, and a thread writes the copies. A failed save is logged as a warning
+    and kept in `last_error` until another one succeeds. A best state that could not be written is
+    kept for the next save. With several processes, the main one writes, and the others only take
+    part in gathering the arrays.
+
+    Leaving the context waits for the write in progress, except after a KeyboardInterrupt.
     """
 
     def __init__(self, workdir: Path) -> None:
-        self._files: tuple[CheckpointStore, ...] = (
-            (CheckpointStore(workdir / "last"), CheckpointStore(workdir / "best"))
-            if is_main_process()
-            else ()
-        )
-        self.last_error: CheckpointSaveError | None = None
         self._workdir = workdir
-        self._owed: tuple[int, Any, dict[str, Any]] | None = None
+        self._stores: dict[str, CheckpointStore] = {}
+        if is_main_process():
+            self._stores = {name: CheckpointStore(workdir / name) for name in ("last", "best")}
+        self.last_error: CheckpointSaveError | None = None
+        # The step, the variables and the metadata of a best state that is not written yet.
+        self._pending_best: tuple[int, Any, dict[str, Any]] | None = None
         self._thread = ThreadPoolExecutor(1, "saving")
-        self._writing: Future[None] | None = None
+        self._write_in_progress: Future[None] | None = None
 
     def save(
         self, step: int, state: TrainState, progress: dict[str, Any], best: BestInfo | None = None
     ) -> None:
-        """Of a state on the devices, a JSON object that begins with the `history`, and, if it is the best so far, what is known of it."""
-        self.wait()  # one copy at a time
-        copied = jax.tree.map(_to_host, state)
-        if not is_main_process():  # which has given its share
+        """Copies a state to the host and starts to write it. Collective.
+
+        Args:
+            step: Number of the checkpoint.
+            state: The state, on the devices.
+            progress: JSON object with the run's "history".
+            best: Metadata, if the state is the best so far. It is then written to `best/`, too.
+        """
+        self._wait_for_write()  # so that there is one copy at a time
+        host_state = jax.tree.map(_to_host, state)
+        if not is_main_process():
             return
         if best is not None:
-            self._owed = best.epoch, model_variables(copied), best._asdict()
-        self._writing = self._thread.submit(self._write, step, copied, progress)
+            self._pending_best = best.epoch, model_variables(host_state), best._asdict()
+        self._write_in_progress = self._thread.submit(self._write, step, host_state, progress)
 
     def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """The state to go on with, placed as the given one is, and the run's progress; None where there is nothing to go on from."""
-        found: list[Any] = []
+        """Reads the last checkpoint. Collective.
+
+        Args:
+            state: A state on the devices, with the shapes and the sharding to restore to.
+
+        Returns:
+            The state on the devices and the progress, or None if there is no checkpoint.
+
+        Raises:
+            InputError: The checkpoints are damaged.
+        """
+        arrays = None
 
         def read() -> dict[str, Any] | None:
-            found.extend(self._files[0].restore(abstract_state(state)) or (None, None))
-            return found[1]
+            nonlocal arrays
+            arrays, progress = self._stores["last"].restore(abstract_state(state)) or (None, None)
+            return progress
 
         progress = run_on_main_and_broadcast(read)
         if progress is None:
             return None
-        arrays = (
-            found[0]
-            if found
-            else jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract_state(state))
-        )
-        return jax.tree.map(
+        if arrays is None:  # another process than the main one
+            arrays = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract_state(state))
+        restored = jax.tree.map(
             lambda array, like: _to_devices(broadcast_from_main(array), like), arrays, state
-        ), progress
+        )
+        return restored, progress
 
     def has_best(self, state: TrainState) -> bool:
-        """Whether there is a best net that is whole."""
-        return run_on_main_and_broadcast(
-            lambda: self._files[1].restore(model_variables(state)) is not None
-        )
+        """Whether `best/` holds an undamaged checkpoint. Collective.
+
+        Args:
+            state: A state with the shapes to expect.
+
+        Returns:
+            The answer of the main process.
+        """
+
+        def read() -> bool:
+            return self._stores["best"].restore(model_variables(state)) is not None
+
+        return run_on_main_and_broadcast(read)
 
     def delete_best_after(self, epoch: int) -> None:
+        """Deletes the best checkpoints of later epochs."""
         if is_main_process():
-            self._files[1].delete_after(epoch)
+            self._stores["best"].delete_after(epoch)
 
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
-        """Where that fails the next save says so."""
+        """Writes metrics.jsonl. Ignores an error, because the next save repeats it."""
         if is_main_process():
             with contextlib.suppress(CheckpointSaveError):
                 write_metrics(self._workdir, history)
 
     def wait_until_finished(self) -> None:
-        """Waits until all is written. Raises CheckpointSaveError in all processes where the end is not."""
+        """Waits for the write in progress. Collective.
 
-        def reason() -> str | None:
-            self.wait()
+        Raises:
+            CheckpointSaveError: The last save failed. Raised in all processes.
+        """
+
+        def error_message() -> str | None:
+            self._wait_for_write()
             return str(self.last_error) if self.last_error else None
 
-        if failed := run_on_main_and_broadcast(reason):
-            raise CheckpointSaveError(failed)
+        if message := run_on_main_and_broadcast(error_message):
+            raise CheckpointSaveError(message)
 
-    def wait(self) -> None:
-        """Until all is written that can be."""
-        if self._writing is not None:
-            self._writing.result()
-        self._writing = None
+    def _wait_for_write(self) -> None:
+        if self._write_in_progress is not None:
+            self._write_in_progress.result()
+        self._write_in_progress = None
 
     def _write(self, step: int, state: TrainState, progress: dict[str, Any]) -> None:
+        """Writes a state in the background thread. Logs an error instead of raising it."""
         try:
-            self._pay()
-            self._files[0].save(step, state, progress)
+            self._write_pending_best()
+            self._stores["last"].save(step, state, progress)
             write_metrics(self._workdir, progress["history"])
             self.last_error = None
         except CheckpointSaveError as error:
             self.last_error = error
-            print(
-                f"warning: {error}; what was saved before is still there",
-                file=sys.stderr,
-                flush=True,
-            )
+            logger.warning(f"{error}; earlier checkpoints are kept")
 
-    def _pay(self) -> None:
-        if self._owed is not None:
-            self._files[1].save(*self._owed)
-        self._owed = None
+    def _write_pending_best(self) -> None:
+        if self._pending_best is not None:
+            self._stores["best"].save(*self._pending_best)
+        self._pending_best = None
 
     def __enter__(self) -> "Checkpointer":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is KeyboardInterrupt:  # at once
+        if kind is KeyboardInterrupt:  # exit at once
             self._thread.shutdown(wait=False, cancel_futures=True)
             return
         try:
-            self.wait()
-            self._pay()
+            self._wait_for_write()
+            self._write_pending_best()
         except CheckpointSaveError as error:
-            print(f"warning: {error}", file=sys.stderr, flush=True)
+            logger.warning(str(error))
         finally:
             self._thread.shutdown()
-            for saved in self._files:
-                saved.close()
+            for store in self._stores.values():
+                store.close()
 
 
 def write_metrics(workdir: Path, history: list[dict[str, Any]]) -> None:
-    """metrics.jsonl, a line an epoch, all anew. Raises CheckpointSaveError."""
+    """Replaces metrics.jsonl.
+
+    Args:
+        workdir: Folder of the run.
+        history: Records of the finished epochs, one line each.
+
+    Raises:
+        CheckpointSaveError: The file cannot be written.
+    """
     path = workdir / "metrics.jsonl"
     try:
         atomic_write(path, "".join(json.dumps(record) + "\n" for record in history).encode())
     except Exception as error:
+        # Each object store has its own errors.
         if not (isinstance(error, OSError) or is_remote(path)):
             raise
         raise CheckpointSaveError(f"cannot write to {path} ({single_line(error)})") from error
 
 
 def abstract_state(state: TrainState) -> Any:
-    """What is saved of a state: its key as plain numbers."""
+    """The shapes and dtypes of a saved state. Its key is saved as plain numbers.
+
+    Args:
+        state: A state, or its shapes.
+
+    Returns:
+        A state of `jax.ShapeDtypeStruct`.
+    """
     return jax.eval_shape(lambda: dataclasses.replace(state, key=jax.random.key_data(state.key)))
 
 
+def model_variables(state: TrainState) -> dict[str, Any]:
+    """The variables to apply a state's net with.
+
+    Args:
+        state: A state.
+
+    Returns:
+        "params", and "batch_stats" with batch normalisation.
+    """
+    variables = {"params": state.params}
+    return variables | {"batch_stats": state.batch_stats} if state.batch_stats else variables
+
+
 def _to_host(array: jax.Array) -> np.ndarray | None:
-    """In memory of its own, for the first process: the next step reuses the array's."""
-    return to_host(
-        jax.random.key_data(array) if _is_key(array) else array, keep=is_main_process()
-    )
+    """Copies an array to the main process, because the next step reuses the array's memory."""
+    numbers = jax.random.key_data(array) if _is_key(array) else array
+    return to_host(numbers, keep=is_main_process())
 
 
 def _to_devices(array: np.ndarray, like: jax.Array) -> jax.Array:
-    """The opposite, placed as `like` is."""
+    """Inverts `_to_host`, with the sharding of `like`."""
+    placed = put_global(array, like.sharding)
     if _is_key(like):
-        return jax.random.wrap_key_data(
-            put_global(array, like.sharding), impl=jax.random.key_impl(like)
-        )
-    return put_global(array, like.sharding)
+        return jax.random.wrap_key_data(placed, impl=jax.random.key_impl(like))
+    return placed
 
 
 def _is_key(array: jax.Array) -> bool:
     return jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key)
-
-
-def model_variables(state: TrainState) -> dict[str, Any]:
-    """What the net of a state is applied with: `params`, and with batch normalisation `batch_stats`."""
-    return {"params": state.params} | (
-        {"batch_stats": state.batch_stats} if state.batch_stats else {}
-    )

@@ -1,6 +1,8 @@
-"""Where a run starts from another net: which of its layers come along."""
+"""Initialisation of a run from another net."""
 
 import dataclasses
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,63 +13,91 @@ from vgg_jax.errors import InputError
 from vgg_jax.model import PAPER_INIT_LAYERS, VGG, copy_matching_layers
 from vgg_jax.training.step import TrainState
 
+logger = logging.getLogger(__name__)
+
+Pretrained = tuple[VGG, dict[str, Any], dict[str, Any]]  # model, variables, metadata
+
 
 def init_from_pretrained(
-    source: tuple[VGG, dict[str, Any], dict[str, Any]],
+    pretrained: Pretrained,
     config: TrainConfig,
     state: TrainState,
     mean_rgb: tuple[float, float, float],
 ) -> TrainState:
-    """The state with the layers of what `load` gave: all that fit where the nets are equal, else the paper's seven (§3.1).
+    """Copies layers of a pretrained net into a state.
 
-    Prints what came, what is new and why, and what was left. Raises InputError where nothing came.
+    All matching layers are copied if both nets have the same stages, else the paper's seven
+    (§3.1). Logs the names of the copied, the new and the unused layers.
+
+    Args:
+        pretrained: Model, variables and metadata, as `vgg_jax.load` returns them.
+        config: Settings of the run.
+        state: A state on the devices.
+        mean_rgb: The mean colour that this run subtracts, on the 0-255 scale.
+
+    Returns:
+        The state with the copied layers, placed like the old ones.
+
+    Raises:
+        InputError: No layer matches.
     """
-    model, variables, metadata = source
-    same = model.config.stages == config.vgg.stages
-    layers = tuple(state.params) if same else PAPER_INIT_LAYERS
+    model, variables, metadata = pretrained
+    same_stages = model.config.stages == config.vgg.stages
+    layers = tuple(state.params) if same_stages else PAPER_INIT_LAYERS
     params, copied = copy_matching_layers(variables["params"], state.params, layers)
     batch_stats, _ = copy_matching_layers(
         variables.get("batch_stats", {}), state.batch_stats, copied
     )
     if not copied:
         raise InputError(
-            f"no layer of {config.init_from} fits {config.net}: expected layers of equal names and shapes; pass another --init-from"
+            f"no layer of {config.init_from} fits {config.net}: expected layers of equal names "
+            "and shapes; pass another --init-from"
         )
-    print(
-        describe_transfer(config.init_from, variables["params"], state.params, copied), flush=True
-    )
-    mean = metadata["preprocessing"]["mean_rgb"]
-    if any(abs(theirs - ours) > 1 for theirs, ours in zip(mean, mean_rgb, strict=True)):
-        means = [", ".join(f"{value:.2f}" for value in each) for each in (mean, mean_rgb)]
-        print(
-            f"its images were less the mean ({means[0]}), those of this run are less ({means[1]})",
-            flush=True,
+    transfer = describe_transfer(variables["params"], state.params, copied)
+    logger.info(f"from {config.init_from}: {transfer}")
+    source_mean = metadata["preprocessing"]["mean_rgb"]
+    if any(abs(source - target) > 1 for source, target in zip(source_mean, mean_rgb, strict=True)):
+        logger.info(
+            f"{config.init_from} was trained with mean colour {_format_colour(source_mean)}; "
+            f"this run subtracts {_format_colour(mean_rgb)}"
         )
-    old_ones = {"params": state.params, "batch_stats": state.batch_stats}
+
     placed = jax.tree.map(
         lambda new, old: new if new is old else put_global(new, old.sharding),
         {"params": params, "batch_stats": batch_stats},
-        old_ones,
+        {"params": state.params, "batch_stats": state.batch_stats},
     )
     return dataclasses.replace(state, **placed)
 
 
-def describe_transfer(source: str | None, there: Any, here: Any, copied: tuple[str, ...]) -> str:
-    """What came, what is new, with the shapes of a kernel that did not fit, and what was left."""
-    new = []
-    for name in (name for name in here if name not in copied):
-        shapes = [
-            layers[name]["kernel"].shape
-            for layers in (there, here)
-            if "kernel" in layers.get(name, {})
-        ]
-        new.append(
-            f"{name} (its kernel is {shapes[0]} there and {shapes[1]} here)"
-            if len(set(shapes)) == 2
-            else name
-        )
-    left = [name for name in there if name not in copied and name not in here]
-    parts = ("", copied), ("new: ", new), ("left: ", left)
-    return f"from {source}: " + "; ".join(
-        words + (", ".join(names) or "nothing") for words, names in parts
+def describe_transfer(
+    source: Mapping[str, Any], target: Mapping[str, Any], copied: tuple[str, ...]
+) -> str:
+    """Lists the copied, the new and the unused layers.
+
+    Args:
+        source: Parameters of the pretrained net, by layer.
+        target: Parameters of the run's net, by layer.
+        copied: Names of the copied layers.
+
+    Returns:
+        For example "conv1_1; new: fc8 (kernel (16, 5) in the source, (16, 2) here); left: bn1_1".
+    """
+    new = [_describe_new_layer(name, source, target) for name in target if name not in copied]
+    left = [name for name in source if name not in copied and name not in target]
+    copied_text, new_text, left_text = (
+        ", ".join(names) or "nothing" for names in (copied, new, left)
     )
+    return f"{copied_text}; new: {new_text}; left: {left_text}"
+
+
+def _describe_new_layer(name: str, source: Mapping[str, Any], target: Mapping[str, Any]) -> str:
+    """The name of a layer, with both kernel shapes if they differ."""
+    kernels = [layers.get(name, {}).get("kernel") for layers in (source, target)]
+    if any(kernel is None for kernel in kernels) or kernels[0].shape == kernels[1].shape:
+        return name
+    return f"{name} (kernel {kernels[0].shape} in the source, {kernels[1].shape} here)"
+
+
+def _format_colour(colour: tuple[float, float, float]) -> str:
+    return "({})".format(", ".join(f"{value:.2f}" for value in colour))

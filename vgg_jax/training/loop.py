@@ -1,9 +1,9 @@
-"""Training: one long, flat story from a configuration to a folder with a trained network."""
+"""The training loop: from a configuration to a folder with a trained net (§3.1)."""
 
 import contextlib
 import dataclasses
+import logging
 import math
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -16,19 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from vgg_jax.configs.colours import IMAGENET
-from vgg_jax.configs.presets import resolve_learning_rate
 from vgg_jax.configs.train import MAX_LR_HALVINGS, ON_NAN, SAVE_SECONDS, TrainConfig
-from vgg_jax.data import (
-    DataSource,
-    cache_in_memory,
-    eval_batches,
-    measure_colours,
-    open_train_val,
-    split_names,
-    steps_per_epoch,
-    train_batches,
-)
+from vgg_jax.data import DataSource, eval_batches, steps_per_epoch, train_batches
 from vgg_jax.distributed.multihost import (
     StepSynchronizer,
     Watchdog,
@@ -43,7 +32,6 @@ from vgg_jax.distributed.sharding import (
     DATA_PARALLEL,
     MeshConfig,
     local_rows,
-    make_mesh,
     shard_batch,
 )
 from vgg_jax.errors import InputError
@@ -52,62 +40,61 @@ from vgg_jax.model import build_model
 from vgg_jax.paths import to_path
 from vgg_jax.runs.checkpoint import CheckpointSaveError
 from vgg_jax.runs.files import workdir_lock
-from vgg_jax.runs.metadata import (
-    RunMetadata,
-    as_json,
-    check_same_run,
-    create_run,
-    from_json,
-    has_checkpoint,
-    load_existing_run,
-)
 from vgg_jax.runtime.signals import graceful_stop
 from vgg_jax.training.checkpointer import BestInfo, Checkpointer
-from vgg_jax.training.init_from import init_from_pretrained
+from vgg_jax.training.init_from import Pretrained, init_from_pretrained
 from vgg_jax.training.nan_check import first_nonfinite
 from vgg_jax.training.optimizer import next_epoch_lr, set_learning_rate, sgd
 from vgg_jax.training.report import at_chance_hint, epoch_record, format_epoch, is_at_chance
-from vgg_jax.training.step import TrainState, init_state, jit_steps
-from vgg_jax.weights import load
+from vgg_jax.training.setup import Setup, Start, prepare_run
+from vgg_jax.training.step import Batch, TrainState, init_state, jit_steps
+
+logger = logging.getLogger(__name__)
+
+MAX_FILE_NAMES = 8  # of a batch, in an error message
 
 
 class DivergedError(Exception):
-    """A loss or a parameter is not a number; nothing of that is saved."""
+    """A loss or a parameter is infinite or NaN. Nothing of it is saved.
+
+    Attributes:
+        rate: The learning rate.
+        halvings: How often the learning rate had been halved.
+        stop: The event that a signal sets, also while a save is being finished.
+    """
 
     def __init__(self, text: str, rate: float, halvings: int, stop: threading.Event) -> None:
         super().__init__(text)
-        self.rate, self.halvings = (
-            rate,
-            halvings,
-        )  # the learning rate, and how often it had been halved
-        self.stop = stop  # what a signal sets, also while what was to be saved is written
+        self.rate = rate
+        self.halvings = halvings
+        self.stop = stop
 
 
 class PendingStep(NamedTuple):
-    """A batch whose step is in progress: the host reads its sums when the next one is on its way."""
+    """A dispatched training step. The host reads its sums after dispatching the next one."""
 
     sums: MetricSums
-    number: int
-    examples: np.ndarray  # their indices, int64 (N,)
+    batch: int  # number in its epoch, from 1
+    indices: np.ndarray  # int64 (N,), of the batch's examples; negative for padding
 
 
 class FitResult(NamedTuple):
-    """How a run stands: a record for each epoch that is done, and whether it was stopped before its end."""
+    """The state of a run when `fit` returns."""
 
-    history: list[dict[str, Any]]
-    stopped: bool
+    history: list[dict[str, Any]]  # one record for each finished epoch
+    stopped: bool  # by a signal, before the end
 
 
 @dataclasses.dataclass
 class LoopState:
-    """How far a run has come: what a checkpoint says besides its arrays."""
+    """The progress of a run: the JSON part of a checkpoint, so its names are on disk."""
 
     history: list[dict[str, Any]]
-    batch: int = 0  # how many of this epoch are done, in how many seconds, and how many of them the input was waited for
-    seconds: float = 0.0
-    waited: float = 0.0
+    batch: int = 0  # finished batches of this epoch
+    seconds: float = 0.0  # their duration
+    waited: float = 0.0  # seconds of these in which the next batch was not ready
     sums: MetricSums = dataclasses.field(default_factory=MetricSums)
-    halvings: int = 0  # of the learning rate, after a divergence
+    halvings: int = 0  # of the learning rate, after divergences
 
 
 def fit(
@@ -120,411 +107,539 @@ def fit(
     on_nan: str = "stop",
     debug_nans: bool = False,
     layout: MeshConfig = DATA_PARALLEL,
+    trainer_class: "type[Trainer] | None" = None,
 ) -> FitResult:
-    """Trains a network, or goes on with the training that the workdir holds; prints a line an epoch.
+    """Trains a net, or resumes the run in the workdir. Logs a line for each epoch.
 
-    Each epoch is one pass over all training images; then the validation images drive the learning rate and which state is the best
-    (§3.1). It saves behind each epoch, and within one every `save_seconds`, while training goes on. SIGINT or SIGTERM ends it after the
-    step in hand, saved; a second one at once. The `layout` says how it is spread over the devices of all processes.
+    An epoch is one pass over all training images. Then the validation accuracy decides about the
+    learning rate and the best state (§3.1). The first SIGINT or SIGTERM stops the run after the
+    current step and saves it; the second one ends it at once. A failed save, as on a full disk,
+    is logged as a warning, and training continues.
 
-    Where the loss or a parameter becomes infinite or NaN, DivergedError says so, with the layer if `debug_nans`; with `on_nan` "halve" the
-    run goes back to what was saved last, with half the rate, at most `MAX_LR_HALVINGS` times. Raises InputError for anything wrong in the
-    input, DataError for an image that cannot be read, CheckpointSaveError where the end could not be saved: a full disk before that is warned
-    of, and training goes on. Raises ProcessLostError where another process ends.
+    Args:
+        config: Settings of the run.
+        workdir: Folder of the run, which one call uses at a time.
+        data_dir: Folder of prepared data sets.
+        download: Downloads and prepares the data set first.
+        save_seconds: Seconds between two saves in an epoch. Each epoch's end is saved, too.
+        on_nan: "stop" raises DivergedError if the loss or a parameter is infinite or NaN.
+            "halve" resumes from the last save with half the learning rate, at most
+            `MAX_LR_HALVINGS` times.
+        debug_nans: Checks each step, and names the layer in the DivergedError.
+        layout: Parallelism over the devices of all processes.
+        trainer_class: Replaces the `Trainer`, for tests.
+
+    Returns:
+        The records of the finished epochs, and whether a signal stopped the run.
+
+    Raises:
+        InputError: The input is wrong.
+        DataError: An image cannot be read.
+        DivergedError: The loss or a parameter is infinite or NaN.
+        CheckpointSaveError: The end of the run could not be saved.
+        ProcessLostError: Another process of the run has ended.
     """
     if on_nan not in ON_NAN:
         raise InputError(f"on_nan is {on_nan!r}: expected one of {', '.join(ON_NAN)}")
     if not save_seconds >= 0:
         raise InputError(f"save_seconds is {save_seconds}: expected 0 or more")
     folder, halvings = to_path(workdir), 0
+    prepare = partial(prepare_run, config, folder, data_dir, download, layout)
+    make_trainer = partial(
+        trainer_class or Trainer, save_seconds=save_seconds, debug_nans=debug_nans
+    )
     with translate_lost_peer(folder), contextlib.ExitStack() as stack:
+
+        def lock_workdir() -> None:
+            stack.enter_context(workdir_lock(folder))
+
         assert_same_on_all({"on_nan": on_nan, "debug_nans": debug_nans})
-        run_on_main_and_broadcast(lambda: stack.enter_context(workdir_lock(folder)))
+        run_on_main_and_broadcast(lock_workdir)
         while True:
             try:
-                return _fit(
-                    config, folder, data_dir, download, save_seconds, debug_nans, layout, halvings
-                )
+                return _fit(prepare, make_trainer, halvings)
             except DivergedError as error:
-                if (
-                    on_nan == "stop"
-                    or error.halvings == MAX_LR_HALVINGS
-                    or any_process(error.stop.is_set())
-                ):
+                is_last_attempt = on_nan == "stop" or error.halvings == MAX_LR_HALVINGS
+                if is_last_attempt or any_process(error.stop.is_set()):
                     raise
                 halvings = error.halvings + 1
-                print(
-                    f"warning: {error}: going back to what was saved last, with half the rate",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                logger.warning(f"{error}: resuming from the last save with half the learning rate")
 
 
 def _fit(
-    config: TrainConfig,
-    workdir: Path,
-    data_dir: str | Path | None,
-    download: bool,
-    save_seconds: float,
-    debug_nans: bool,
-    layout: MeshConfig,
+    prepare: Callable[[], tuple[Setup, Pretrained | None]],
+    make_trainer: "Callable[..., Trainer]",
     halvings: int,
 ) -> FitResult:
-    mesh = make_mesh(config.microbatch or config.batch_size, layout=layout)
-    alone = jax.process_count() == 1
-    begun, resumes = find_existing_run(workdir)
-    if begun is not None:  # what can be said now is not said after the data are read
-        check_same_run(
-            workdir,
-            begun,
-            dataclasses.replace(begun, config=resolve_learning_rate(config, len(begun.classes))),
-        )
-    source = load(config.init_from) if config.init_from is not None and not resumes else None
-    data_dir = None if data_dir is None else str(data_dir)
-    # One process at a time: they may share a disk.
-    run_on_main_and_broadcast(
-        lambda: (
-            len(split_names(config.data, data_dir=data_dir, download=True)) if download else None
-        )
-    )
-    train, validation = open_train_val(
-        config.data,
-        data_dir=data_dir,
-        validation_fraction=config.validation_fraction,
-        seed=config.seed,
-        skip_bad=config.skip_bad,
-        exclude=config.exclude,
-        download=download,
-    )
-    print(
-        f"{config.data}: {train.size} training and {validation.size} validation images of {len(train.classes)} classes",
-        flush=True,
-    )
-    if train.skipped or validation.skipped:
-        print(
-            f"skipped {len(train.skipped)} training and {len(validation.skipped)} validation files that are no images",
-            flush=True,
-        )
-    config = resolve_learning_rate(config, len(train.classes))
-    run = RunMetadata(
-        config,
-        train.classes,
-        begun.colours if begun else IMAGENET,
-        train.storage,
-        train.size,
-        validation.size,
-    )
-    assert_same_on_all(
-        as_json(run)["config"]
-        | {"data": [run.storage, run.train_size, run.validation_size], "layout": layout}
-    )
-    if begun is not None:
-        check_same_run(workdir, begun, run)
-    if config.cache:
-        train, validation = cache_in_memory(train, config), cache_in_memory(validation, config)
-    if begun is None:
-        if config.statistics == "measure":
-            measured = partial(measure_colours, train, skip_bad=config.skip_bad)
-            run = from_json(
-                run_on_main_and_broadcast(
-                    lambda: as_json(dataclasses.replace(run, colours=measured().statistics))
-                )
-            )
-        run_on_main_and_broadcast(lambda: create_run(workdir, run))
-    colours = run.colours
-
-    # From here on: a KeyboardInterrupt that is raised while JAX traces or compiles may be lost, or end in a crash.
-    with graceful_stop() as stop, Checkpointer(workdir) as saving, Watchdog() as alarm:
-        model = build_model(config, len(train.classes))
-        train_step, eval_step = jit_steps(
-            config, model, colours.mean_rgb, mesh, layout, donate=not debug_nans
-        )
-        state = init_state(model, sgd(config), config.seed, mesh, layout)
-        agreement = StepSynchronizer(mesh)
-
-        def to_stop(wished: bool = False) -> tuple[bool, bool]:
-            """Whether all processes are to stop, and whether to save, which the first one wishes."""
-            alarm.heartbeat()
-            return agreement.any(stop.is_set(), wished)
-
-        per_epoch = steps_per_epoch(train, config.batch_size)
-        groups = mesh.shape[DATA]
-        at_once = min(
-            config.microbatch or config.batch_size, -(-validation.size // groups) * groups
-        )
-        validation_batches = eval_batches(validation, config, at_once, local_rows(mesh, at_once))
-        now = LoopState([])
-
-        restored = saving.restore(state) if begun else None
-        net = begun is not None and saving.has_best(
-            state
-        )  # of a damaged one is said now, and it is set aside
-        if restored is not None and restored[1]["history"] and not net:
-            raise InputError(
-                f"{workdir / 'best'} holds no checkpoint, and epochs were done: expected the best one's; restore that folder, or train "
-                "again into another --workdir"
-            )
-        if restored is not None:
-            state, progress = restored
-            now = LoopState(**progress | {"sums": MetricSums(**progress["sums"])})
-            at = (
-                f"batch {now.batch + 1} of {per_epoch}"
-                if now.batch < per_epoch
-                else "its validation"
-            )
-            print(f"{workdir}: going on at epoch {len(now.history) + 1}, {at}", flush=True)
-        elif source is not None:
-            state = init_from_pretrained(source, config, state, colours.mean_rgb)
-            source = None  # half a gigabyte
-        if begun is not None and restored is None:
-            print(f"{workdir}: there is nothing to go on from, so it starts again", flush=True)
-        if halvings > now.halvings:
-            now.halvings = halvings
-            saving.delete_best_after(len(now.history))  # of the epochs that are not gone on from
-        saving.write_metrics(now.history)
-
-        epoch, rate = len(now.history) + 1, 0.0
-        in_flight: PendingStep | None = None
-        done: PendingStep | None = None  # the batch before
-
-        def diverged(
-            what: str, during: PendingStep | None = None, behind: PendingStep | None = None
-        ) -> DivergedError:
-            """During the step of one batch, or by the update behind that of another."""
-            places = [
-                f"{word} batch {each.number} (of {file_names_of(train, each)})"
-                for word, each in (("in", during), ("by the update of", behind))
-                if each
-            ]
-            place = f", {' or '.join(places)}" if places else ""
-            text = f"{what} is not finite in epoch {epoch}{place}, at learning rate {rate:g}"
-            return DivergedError(text, rate, now.halvings, stop)
-
-        def save(best: BestInfo | None = None) -> None:
-            # The loss that a step reports is the one before its update.
-            if not all_finite((state.params, state.batch_stats)):
-                raise diverged("a parameter", behind=done)
-            saving.save(
-                len(now.history) * (per_epoch + 1) + now.batch, state, dataclasses.asdict(now), best
-            )
-
-        def settle() -> None:
-            """Waits for the step in progress and adds its sums."""
-            nonlocal done, in_flight
-            if in_flight is None:
-                return
-            now.sums = accumulate(now.sums, in_flight.sums, bar)
-            if not math.isfinite(now.sums.loss):
-                raise diverged("the loss", in_flight, done)
-            done, in_flight = in_flight, None
-
-        rows = local_rows(mesh, config.batch_size)
-        batches = iter(
-            train_batches(
-                train,
-                config,
-                colours,
-                first_epoch=len(now.history),
-                first_batch=now.batch,
-                rows=rows,
-            )
-        )
-        saved_at = time.monotonic()
-        while (
-            planned := next_epoch_lr(
-                config, [record["validation"]["accuracy"] for record in now.history]
-            )
-        ) is not None:
-            epoch, rate = len(now.history) + 1, planned / 2**now.halvings
-            state = dataclasses.replace(state, opt_state=set_learning_rate(state.opt_state, rate))
-            started, seconds_before = time.monotonic(), now.seconds
-            unreadable: InputError | None = None  # raised behind the saving
-            stopping, _ = to_stop()
-            with progress_bar(f"epoch {epoch}", train.size, now.batch * config.batch_size) as bar:
-                while now.batch < per_epoch and not stopping:
-                    asked = time.monotonic()
-                    try:
-                        batch = next(batches)
-                    except InputError as error:
-                        unreadable = error
-                        break
-                    now.waited += time.monotonic() - asked
-                    placed, before = batch_to_devices(batch, mesh), state
-                    if done is in_flight is None and not compile_unless_stopped(
-                        train_step, before, placed, stop
-                    ):
-                        stopping = True
-                        break
-                    state, step_sums = train_step(before, placed)
-                    now.batch += 1
-                    if debug_nans and not all_finite((step_sums, state.params, state.batch_stats)):
-                        layer = first_nonfinite(
-                            before, placed, model=model, mean_rgb=colours.mean_rgb
-                        )
-                        raise diverged(layer, PendingStep(step_sums, now.batch, batch["index"]))
-                    settle()
-                    in_flight = PendingStep(step_sums, now.batch, batch["index"])
-                    wished = is_main_process() and time.monotonic() - saved_at > save_seconds
-                    saved_at = (
-                        time.monotonic() if wished else saved_at
-                    )  # it is asked once; the answer may come with the next step
-                    stopping, due = to_stop(wished)
-                    if due:
-                        settle()
-                        now.seconds = seconds_before + time.monotonic() - started
-                        save()
-                        saved_at = time.monotonic()
-                settle()
-            now.seconds = seconds_before + time.monotonic() - started
-
-            validated = None
-            if not stopping and unreadable is None:
-                try:
-                    validated = validate(
-                        eval_step, state, validation_batches, validation, mesh, to_stop
-                    )
-                except InputError as error:
-                    unreadable = error
-            if (
-                unreadable is not None and not alone
-            ):  # the others wait for a step, and there is none
-                raise unreadable
-            if validated is None:
-                if unreadable is None or now.history or now.batch:
-                    save()
-                    try:
-                        saving.wait_until_finished()
-                    except CheckpointSaveError as failed:
-                        raise CheckpointSaveError(
-                            f"{unreadable}; {failed}" if unreadable else str(failed)
-                        ) from failed
-                    print(
-                        f"stopped in epoch {epoch} and saved in {workdir}: the same command goes on from there",
-                        flush=True,
-                    )
-                if unreadable is not None:
-                    raise unreadable
-                return FitResult(now.history, stopped=True)
-            if not math.isfinite(validated.loss):
-                raise diverged("the validation's loss", behind=done)
-
-            counts = (now.sums.count, validated.count)
-            assert config.skip_bad or counts == (train.size, validation.size), (
-                f"images seen were {counts}"
-            )
-            record = epoch_record(
-                epoch, now.seconds, now.waited, rate, now.sums, validated, train.size
-            )
-            improved = all(
-                record["validation"]["accuracy"] > old["validation"]["accuracy"]
-                for old in now.history
-            )
-            now = LoopState([*now.history, record], halvings=now.halvings)
-            save(BestInfo(epoch, record["validation"]) if improved else None)
-            saved_at = time.monotonic()
-            print(format_epoch(record), flush=True)
-            if is_at_chance(now.history, len(train.classes)):
-                print(at_chance_hint(len(train.classes)), flush=True)
-
-        saving.wait_until_finished()
-
-    top = max(now.history, key=lambda record: record["validation"]["accuracy"])
-    print(
-        f"done: best validation accuracy {top['validation']['accuracy']:.2%} in epoch {top['epoch']}, {workdir / 'best'}",
-        flush=True,
-    )
-    return FitResult(now.history, stopped=False)
+    """Trains to the end of the run, a signal or an error."""
+    setup, pretrained = prepare()
+    # From here on JAX traces and compiles. A KeyboardInterrupt raised there is lost or crashes.
+    with (
+        graceful_stop() as stop,
+        Checkpointer(setup.workdir) as checkpointer,
+        Watchdog() as watchdog,
+    ):
+        trainer = make_trainer(setup, checkpointer, watchdog, stop)
+        trainer.restore_or_init(pretrained, halvings)
+        del pretrained  # free its memory
+        while (lr := trainer.next_learning_rate()) is not None:
+            if not trainer.train_epoch(lr) or not trainer.validate():
+                return trainer.save_and_stop()
+            trainer.finish_epoch()
+        checkpointer.wait_until_finished()
+    return trainer.result()
 
 
-def find_existing_run(workdir: Path) -> tuple[RunMetadata | None, bool]:
-    """The run that was begun, and whether there is a checkpoint of it to go on from, as the first process finds them."""
+class Trainer:
+    """The state of a training loop. `_fit` calls its methods in order.
 
-    def find() -> dict[str, Any]:
-        run = load_existing_run(workdir)
-        # Killed, or out of room, behind the first best and before what it would go on from: it starts as it did.
-        return {
-            "run": run and as_json(run),
-            "resumes": run is not None and has_checkpoint(workdir / "last"),
-        }
-
-    begun = run_on_main_and_broadcast(find)
-    return begun["run"] and from_json(begun["run"]), begun["resumes"]
-
-
-def compile_unless_stopped(
-    step: Any, state: TrainState, batch: dict[str, jax.Array], stop: threading.Event
-) -> bool:
-    """Whether the step was compiled before a signal came: in a thread, since the main one would hear of none until then.
-
-    Of several processes each finishes: the others wait for its step.
+    Args:
+        setup: The fixed part of the run.
+        checkpointer: Saves and restores the run.
+        watchdog: Gets a heartbeat at each step.
+        stop: The event that a signal sets.
+        save_seconds: Seconds between two saves in an epoch.
+        debug_nans: Checks each step for infinite values and NaN.
     """
 
-    def compile_step() -> None:
-        with contextlib.suppress(Exception):  # it is raised again where the step is called
-            step.lower(state, batch).compile()
+    def __init__(
+        self,
+        setup: Setup,
+        checkpointer: Checkpointer,
+        watchdog: Watchdog,
+        stop: threading.Event,
+        *,
+        save_seconds: float,
+        debug_nans: bool,
+    ) -> None:
+        self.setup = setup
+        self.stop = stop
+        self._checkpointer = checkpointer
+        self._watchdog = watchdog
+        self._save_seconds = save_seconds
+        self._debug_nans = debug_nans
 
-    def heard() -> bool:
+        config, mesh, layout = setup.config, setup.mesh, setup.layout
+        self._model = build_model(config, len(setup.train.classes))
+        self._mean_rgb = setup.run.colours.mean_rgb
+        # A check of a step needs the state before it, so the state is not donated.
+        self._jit_train_step, self._jit_eval_step = jit_steps(
+            config, self._model, self._mean_rgb, mesh, layout, donate=not debug_nans
+        )
+        self._is_compiled = False
+        self.state = init_state(self._model, sgd(config), config.seed, mesh, layout)
+        self._synchronizer = StepSynchronizer(mesh)
+
+        self._steps_per_epoch = steps_per_epoch(setup.train, config.batch_size)
+        num_groups = mesh.shape[DATA]
+        eval_batch_size = min(
+            config.microbatch or config.batch_size,
+            -(-setup.validation.size // num_groups) * num_groups,
+        )
+        self._validation_batches = eval_batches(
+            setup.validation, config, eval_batch_size, local_rows(mesh, eval_batch_size)
+        )
+
+        self.progress = LoopState([])
+        self._epoch, self._lr = 1, 0.0
+        self._pending: PendingStep | None = None  # dispatched; its sums are not read yet
+        self._previous: PendingStep | None = None  # the last one whose sums were read
+        self._validation = MetricSums()
+        self._unreadable: InputError | None = None  # is raised after the run was saved
+        self._saved_at = self._epoch_start = time.monotonic()
+
+    def restore_or_init(self, pretrained: Pretrained | None, halvings: int) -> None:
+        """Restores the last checkpoint, or starts the run.
+
+        Args:
+            pretrained: The net to copy layers from, if the run does not resume.
+            halvings: Halvings of the learning rate that this attempt needs.
+
+        Raises:
+            InputError: A checkpoint is missing or damaged, or no layer matches.
+        """
+        setup = self.setup
+        resumed = setup.start is not Start.NEW and self._restore()
+        if not resumed and pretrained is not None:
+            self.state = init_from_pretrained(pretrained, setup.config, self.state, self._mean_rgb)
+        if not resumed and setup.start is not Start.NEW:
+            logger.info(f"{setup.workdir}: nothing to resume from, so the run starts again")
+        if halvings > self.progress.halvings:
+            self.progress.halvings = halvings
+            # The diverged attempt may have saved a best state of an epoch that is repeated now.
+            self._checkpointer.delete_best_after(len(self.progress.history))
+        self._checkpointer.write_metrics(self.progress.history)
+
+        self._epoch = len(self.progress.history) + 1
+        self.batches = iter(
+            train_batches(
+                setup.train,
+                setup.config,
+                setup.run.colours,
+                first_epoch=len(self.progress.history),
+                first_batch=self.progress.batch,
+                rows=local_rows(setup.mesh, setup.config.batch_size),
+            )
+        )
+        self._saved_at = time.monotonic()
+
+    def _restore(self) -> bool:
+        """Restores the last checkpoint if there is one."""
+        workdir = self.setup.workdir
+        restored = self._checkpointer.restore(self.state)
+        # Read in any case, so that a damaged checkpoint is reported and set aside now.
+        has_best = self._checkpointer.has_best(self.state)
+        if restored is None:
+            return False
+        state, progress = restored
+        if progress["history"] and not has_best:
+            raise InputError(
+                f"{workdir / 'best'} holds no checkpoint, but epochs are finished: expected the "
+                "best one's; restore that folder, or train again into another --workdir"
+            )
+        self.state = state
+        self.progress = LoopState(**progress | {"sums": MetricSums(**progress["sums"])})
+        batch = self.progress.batch
+        position = (
+            f"batch {batch + 1} of {self._steps_per_epoch}"
+            if batch < self._steps_per_epoch
+            else "its validation"
+        )
+        epoch = len(self.progress.history) + 1
+        logger.info(f"{workdir}: resuming at epoch {epoch}, {position}")
+        return True
+
+    def next_learning_rate(self) -> float | None:
+        """The learning rate of the next epoch, or None at the end of the run."""
+        accuracies = [record["validation"]["accuracy"] for record in self.progress.history]
+        lr = next_epoch_lr(self.setup.config, accuracies)
+        return None if lr is None else lr / 2**self.progress.halvings
+
+    def train_epoch(self, lr: float) -> bool:
+        """Trains on the batches of the epoch that are left.
+
+        Args:
+            lr: The learning rate.
+
+        Returns:
+            False if the run must stop: a signal came, or an image cannot be read.
+
+        Raises:
+            DivergedError: The loss or a parameter is infinite or NaN.
+        """
+        setup, progress = self.setup, self.progress
+        self._epoch, self._lr = len(progress.history) + 1, lr
+        opt_state = set_learning_rate(self.state.opt_state, lr)
+        self.state = dataclasses.replace(self.state, opt_state=opt_state)
+        self._epoch_start = time.monotonic() - progress.seconds
+        stopping, _ = self._poll()
+        num_done = progress.batch * setup.config.batch_size
+        with progress_bar(f"epoch {self._epoch}", setup.train.size, num_done) as self._bar:
+            while progress.batch < self._steps_per_epoch and not stopping:
+                batch = self._next_batch()
+                if batch is None:
+                    break
+                stopping = not self._train_batch(batch) or self._poll_and_save()
+            self._read_pending_sums()
+        self._update_seconds()
+        return not stopping and self._unreadable is None
+
+    def _next_batch(self) -> dict[str, Any] | None:
+        """The next batch on the host, or None if an image cannot be read."""
+        wait_start = time.monotonic()
+        try:
+            batch = next(self.batches)
+        except InputError as error:
+            self._unreadable = error
+            return None
+        self.progress.waited += time.monotonic() - wait_start
+        return batch
+
+    def _train_batch(self, batch: dict[str, Any]) -> bool:
+        """Dispatches a step and reads the sums of the one before. False if a signal came first."""
+        device_batch, state = self.put_batch(batch), self.state
+        if not self._is_compiled:
+            compile_step = partial(self.compile_train_step, state, device_batch)
+            if not compile_unless_stopped(compile_step, self.stop):
+                return False
+            self._is_compiled = True
+        self.state, sums = self.train_step(state, device_batch)
+        self.progress.batch += 1
+        step = PendingStep(sums, self.progress.batch, batch["index"])
+        if self._debug_nans and not all_finite((sums, self.state.params, self.state.batch_stats)):
+            part = first_nonfinite(state, device_batch, model=self._model, mean_rgb=self._mean_rgb)
+            raise self.diverged(part, step)
+        # The host reads the previous step's sums while the devices compute this step.
+        self._read_pending_sums()
+        self._pending = step
+        return True
+
+    def _read_pending_sums(self) -> None:
+        """Waits for the pending step and adds its sums."""
+        if self._pending is None:
+            return
+        self.progress.sums = accumulate(self.progress.sums, self._pending.sums, self._bar)
+        if not math.isfinite(self.progress.sums.loss):
+            raise self.diverged("the loss", self._pending, self._previous)
+        self._previous, self._pending = self._pending, None
+
+    def _poll(self, request_save: bool = False) -> tuple[bool, bool]:
+        """Tells whether all processes must stop now, and whether they must save."""
+        self._watchdog.heartbeat()
+        return self._synchronizer.any(self.stop.is_set(), request_save)
+
+    def _poll_and_save(self) -> bool:
+        """Saves if it is time to. Returns True if the run must stop."""
+        now = time.monotonic()
+        request_save = is_main_process() and now - self._saved_at > self._save_seconds
+        if request_save:
+            # The answer may come with the next step. Until then, do not request it again.
+            self._saved_at = now
+        stopping, must_save = self._poll(request_save)
+        if must_save:
+            self._read_pending_sums()
+            self._update_seconds()
+            self.save()
+        return stopping
+
+    def _update_seconds(self) -> None:
+        self.progress.seconds = time.monotonic() - self._epoch_start
+
+    def validate(self) -> bool:
+        """Evaluates the validation images.
+
+        Returns:
+            False if the run must stop: a signal came, or an image cannot be read.
+        """
+        try:
+            sums = self.evaluate()
+        except InputError as error:
+            self._unreadable = error
+            return False
+        if sums is None:
+            return False
+        self._validation = sums
+        return True
+
+    def evaluate(self) -> MetricSums | None:
+        """The sums over the validation images, or None if the run must stop."""
+        variables = {"params": self.state.params, "batch_stats": self.state.batch_stats}
+        sums, pending = MetricSums(), None
+        with progress_bar("validation", self.setup.validation.size) as bar:
+            for batch in self._validation_batches:
+                stopping, _ = self._poll()
+                if stopping:
+                    return None
+                step_sums = self.eval_step(variables, self.put_batch(batch))
+                sums, pending = accumulate(sums, pending, bar), step_sums
+            sums = accumulate(sums, pending, bar)
+        stopping, _ = self._poll()
+        return None if stopping else sums
+
+    def finish_epoch(self) -> None:
+        """Records, saves and logs an epoch after its validation.
+
+        Raises:
+            DivergedError: The validation loss or a parameter is infinite or NaN.
+            RuntimeError: Images are missing in the sums.
+        """
+        progress, validation = self.progress, self._validation
+        if not math.isfinite(validation.loss):
+            raise self.diverged("the validation's loss", update=self._previous)
+        self._check_counts()
+        num_classes = len(self.setup.train.classes)
+        record = epoch_record(
+            epoch=self._epoch,
+            seconds=progress.seconds,
+            input_wait=progress.waited,
+            lr=self._lr,
+            train=progress.sums,
+            validation=validation,
+            num_images=self.setup.train.size,
+        )
+        is_best = all(
+            record["validation"]["accuracy"] > earlier["validation"]["accuracy"]
+            for earlier in progress.history
+        )
+        self.progress = LoopState([*progress.history, record], halvings=progress.halvings)
+        self.save(BestInfo(self._epoch, record["validation"]) if is_best else None)
+        logger.info(format_epoch(record))
+        if is_at_chance(self.progress.history, num_classes):
+            logger.info(at_chance_hint(num_classes))
+
+    def _check_counts(self) -> None:
+        counts = (self.progress.sums.count, self._validation.count)
+        expected = (self.setup.train.size, self.setup.validation.size)
+        if counts != expected and not self.setup.config.skip_bad:
+            raise RuntimeError(
+                f"{counts} training and validation images were seen: expected {expected}"
+            )
+
+    def save(self, best: BestInfo | None = None) -> None:
+        """Starts to save the run.
+
+        Args:
+            best: Metadata, if the state is the best so far.
+
+        Raises:
+            DivergedError: A parameter is infinite or NaN.
+        """
+        # A step's loss is the one before its update, so it does not reveal this.
+        if not all_finite((self.state.params, self.state.batch_stats)):
+            raise self.diverged("a parameter", update=self._previous)
+        # The end of an epoch has a number of its own, besides its batches.
+        number = len(self.progress.history) * (self._steps_per_epoch + 1) + self.progress.batch
+        self._checkpointer.save(number, self.state, dataclasses.asdict(self.progress), best)
+        self._saved_at = time.monotonic()
+
+    def save_and_stop(self) -> FitResult:
+        """Saves a run that must stop.
+
+        Returns:
+            The result of `fit`.
+
+        Raises:
+            InputError: An image cannot be read. If there are several processes, this is raised
+                at once: the others wait for a step that never comes, so a save would hang.
+            CheckpointSaveError: The run could not be saved.
+        """
+        workdir, unreadable = self.setup.workdir, self._unreadable
+        if unreadable is not None and jax.process_count() > 1:
+            raise unreadable
+        if unreadable is None or self.progress.history or self.progress.batch:
+            self.save()
+            try:
+                self._checkpointer.wait_until_finished()
+            except CheckpointSaveError as error:
+                text = f"{unreadable}; {error}" if unreadable else str(error)
+                raise CheckpointSaveError(text) from error
+            logger.info(
+                f"stopped in epoch {self._epoch} and saved in {workdir}: "
+                "run the same command to resume"
+            )
+        if unreadable is not None:
+            raise unreadable
+        return FitResult(self.progress.history, stopped=True)
+
+    def result(self) -> FitResult:
+        """Logs the best epoch of a finished run, and returns the result of `fit`."""
+        history = self.progress.history
+        best = max(history, key=lambda record: record["validation"]["accuracy"])
+        logger.info(
+            f"done: best validation accuracy {best['validation']['accuracy']:.2%} "
+            f"in epoch {best['epoch']}, {self.setup.workdir / 'best'}"
+        )
+        return FitResult(history, stopped=False)
+
+    def diverged(
+        self, part: str, step: PendingStep | None = None, update: PendingStep | None = None
+    ) -> DivergedError:
+        """Describes a value that is infinite or NaN.
+
+        Args:
+            part: Name of the value.
+            step: The step that computed it, if known.
+            update: The last step that updated the parameters before, if any.
+
+        Returns:
+            The error to raise.
+        """
+        origins = []
+        for words, origin in (("in", step), ("by the update of", update)):
+            if origin is not None:
+                names = file_names_of(self.setup.train, origin)
+                origins.append(f"{words} batch {origin.batch} (of {names})")
+        place = f", {' or '.join(origins)}" if origins else ""
+        return DivergedError(
+            f"{part} is not finite in epoch {self._epoch}{place}, at learning rate {self._lr:g}",
+            self._lr,
+            self.progress.halvings,
+            self.stop,
+        )
+
+    def put_batch(self, batch: dict[str, Any]) -> Batch:
+        """Copies this process's rows of a batch to its devices."""
+        names = ("image", "colour_shift", "label", "mask")
+        return shard_batch({name: batch[name] for name in names}, self.setup.mesh)
+
+    def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, MetricSums]:
+        """Dispatches a training step, see `vgg_jax.training.step.train_step`."""
+        return self._jit_train_step(state, batch)
+
+    def eval_step(self, variables: dict[str, Any], batch: Batch) -> MetricSums:
+        """Dispatches an evaluation step, see `vgg_jax.training.step.eval_step`."""
+        return self._jit_eval_step(variables, batch)
+
+    def compile_train_step(self, state: TrainState, batch: Batch) -> None:
+        """Compiles the training step. The first `train_step` then finds it in jax's cache."""
+        self._jit_train_step.lower(state, batch).compile()
+
+
+def compile_unless_stopped(compile_step: Callable[[], object], stop: threading.Event) -> bool:
+    """Compiles in a thread, because the main thread handles no signal while it compiles.
+
+    Several processes always finish compiling, because the others wait for the step.
+
+    Args:
+        compile_step: Compiles the step. Its errors are ignored, since calling the step repeats
+            them.
+        stop: The event that a signal sets.
+
+    Returns:
+        False if a signal came first.
+    """
+
+    def run() -> None:
+        with contextlib.suppress(Exception):
+            compile_step()
+
+    def is_stopped() -> bool:
         return stop.is_set() and jax.process_count() == 1
 
-    thread = threading.Thread(
-        target=compile_step
-    )  # no daemon: Python ends those in the middle of XLA, which aborts the process
+    # Not a daemon: Python ends these in the middle of XLA's code, which aborts the process.
+    thread = threading.Thread(target=run)
     thread.start()
-    while thread.is_alive() and not heard():
+    while thread.is_alive() and not is_stopped():
         thread.join(0.05)
-    return not heard()
+    return not is_stopped()
 
 
-def file_names_of(source: DataSource, batch: PendingStep) -> str:
-    """The names of a batch's images, the first eight of them."""
-    names = [source.file_name(int(index)) for index in batch.examples if index >= 0]
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
-def validate(
-    eval_step: Any,
-    state: TrainState,
-    batches: Any,
-    source: DataSource,
-    mesh: Any,
-    to_stop: Callable[[], tuple[bool, bool]],
-) -> MetricSums | None:
-    """The sums over a whole source, or None where the run is to stop."""
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    sums, pending = MetricSums(), None
-    with progress_bar("validation", source.size) as bar:
-        for batch in batches:
-            if to_stop()[0]:
-                return None
-            step_sums = eval_step(variables, batch_to_devices(batch, mesh))
-            sums, pending = accumulate(sums, pending, bar), step_sums
-        sums = accumulate(sums, pending, bar)
-    return None if to_stop()[0] else sums
-
-
-def batch_to_devices(batch: dict[str, Any], mesh: Any) -> dict[str, jax.Array]:
-    return shard_batch(
-        {name: batch[name] for name in ("image", "colour_shift", "label", "mask")}, mesh
-    )
+def file_names_of(source: DataSource, step: PendingStep) -> str:
+    """Lists the first file names of a step's images, and counts the others."""
+    names = [source.file_name(int(index)) for index in step.indices if index >= 0]
+    text = ", ".join(names[:MAX_FILE_NAMES])
+    num_others = len(names) - MAX_FILE_NAMES
+    return f"{text} and {num_others} more" if num_others > 0 else text
 
 
 def accumulate(sums: MetricSums, pending: MetricSums | None, bar: tqdm) -> MetricSums:
-    """Waits for a step's sums and adds them, in double precision."""
+    """Waits for the sums of a step, and adds them in double precision.
+
+    Args:
+        sums: Sums so far, as Python numbers.
+        pending: Sums of a step, on the devices. None adds nothing.
+        bar: Progress bar to move.
+
+    Returns:
+        The new sums.
+    """
     if pending is None:
         return sums
-    new = jax.tree.map(float, jax.device_get(pending))
-    bar.update(int(new.count))
-    bar.set_postfix_str(f"loss {new.loss / max(new.count, 1):.3f}", refresh=False)
-    return merge(sums, new)
+    step_sums = jax.tree.map(float, jax.device_get(pending))
+    bar.update(int(step_sums.count))
+    bar.set_postfix_str(f"loss {step_sums.loss / max(step_sums.count, 1):.3f}", refresh=False)
+    return merge(sums, step_sums)
 
 
 def progress_bar(name: str, total: int, initial: int = 0) -> tqdm:
-    hidden = None if is_main_process() else True  # None: where there is no terminal
+    """A progress bar on the terminal of the main process, if it has one."""
+    disable = None if is_main_process() else True  # None disables it without a terminal
     return tqdm(
-        desc=name, total=total, initial=initial, unit=" images", leave=False, disable=hidden
+        desc=name, total=total, initial=initial, unit=" images", leave=False, disable=disable
     )
 
 
 @jax.jit
-def all_finite(params: Any) -> jax.Array:
-    return jnp.all(jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(params)]))
+def all_finite(arrays: Any) -> jax.Array:
+    """Whether all values of a tree of arrays are finite, as a bool scalar."""
+    return jnp.all(jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(arrays)]))

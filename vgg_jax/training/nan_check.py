@@ -1,4 +1,4 @@
-"""Which layer of a training step is the first whose values are infinite or NaN."""
+"""Search for the first layer of a training step whose values are infinite or NaN."""
 
 from functools import partial
 from typing import Any
@@ -18,67 +18,72 @@ from vgg_jax.training.step import Batch, TrainState
 def first_nonfinite(
     state: TrainState, batch: Batch, *, model: VGG, mean_rgb: tuple[float, float, float]
 ) -> str:
-    """Of the step that `train_step` makes of this state and batch: "the output of conv3_1", or, where all outputs and the loss are finite,
-    "the gradient of fc7", in the order in which they are computed; "the update" where all gradients are finite, too.
+    """Names the first non-finite value of one training step, in computation order.
 
-    Compiles and runs the step once more. Micro-batches are computed at once: dropout then draws otherwise.
+    Compiles and runs the step once more. Micro-batches are computed as one batch, so dropout
+    draws other masks than `train_step` did.
+
+    Args:
+        state: The state before the step.
+        batch: The batch of the step, on the devices.
+        model: The net.
+        mean_rgb: The mean colour to subtract, on the 0-255 scale.
+
+    Returns:
+        "the output of conv3_1", "the loss" or "the gradient of fc7". "the update" if the
+        outputs, the loss and the gradients are finite.
     """
-    names = tuple(
-        layer.name
-        for layer in layer_table(
-            model.config, model.num_classes, model.batch_norm, model.image_size
-        )
-    )
-    run = jax.jit(
-        partial(_step, model=model, mean_rgb=mean_rgb, names=names),
+    table = layer_table(model.config, model.num_classes, model.batch_norm, model.image_size)
+    names = tuple(layer.name for layer in table)
+    step = jax.jit(
+        partial(_finite_parts, model=model, mean_rgb=mean_rgb, names=names),
         compiler_options=compiler_options(dtype=model.dtype),
     )
-    outputs, gradients = jax.device_get(run(state, batch))
+    outputs, loss, gradients = jax.device_get(step(state, batch))
     for name in names:
-        if not _finite(outputs[name]):
+        if not outputs[name]:
             return f"the output of {name}"
-    if not _finite(outputs["loss"]):
+    if not loss:
         return "the loss"
-    for name in (name for name in reversed(names) if name in gradients):
-        if not _finite(gradients[name]):
+    for name in reversed(names):
+        if name in gradients and not np.all(jax.tree.leaves(gradients[name])):
             return f"the gradient of {name}"
     return "the update"
 
 
-def _step(
+def _finite_parts(
     state: TrainState,
     batch: Batch,
     *,
     model: VGG,
     mean_rgb: tuple[float, float, float],
     names: tuple[str, ...],
-) -> tuple[dict, dict]:
-    def loss(params: Any) -> tuple[jax.Array, dict]:
-        variables = {"params": params, "batch_stats": state.batch_stats}
-        images = preprocess(batch["image"], mean_rgb, batch["colour_shift"])
-        rngs = {"dropout": jax.random.fold_in(state.key, state.step)}
-        # Of each layer by itself: of a ReLU, done along with a convolution, no minus infinity comes out.
-        layers: Any
-        layers, _ = model.apply(
-            variables,
-            images,
+) -> tuple[dict, jax.Array, dict]:
+    """Tells for each output, the loss and each gradient of a step if all values are finite."""
+
+    def loss_fn(params: Any) -> tuple[jax.Array, dict]:
+        # All outputs are requested, so that no layer is fused: a fused ReLU hides minus infinity.
+        outputs: Any
+        outputs, _ = model.apply(
+            {"params": params, "batch_stats": state.batch_stats},
+            preprocess(batch["image"], mean_rgb, batch["colour_shift"]),
             names,
             train=True,
             mask=batch["mask"],
-            rngs=rngs,
+            rngs={"dropout": jax.random.fold_in(state.key, state.step)},
             mutable=["batch_stats"],
             method="_forward",
         )
-        total = compute_sums(layers["fc8"][:, 0, 0], batch["label"], batch["mask"]).loss
-        return total, layers | {"loss": total}
+        logits = outputs["fc8"][:, 0, 0]
+        return compute_sums(logits, batch["label"], batch["mask"]).loss, outputs
 
-    gradients, outputs = jax.grad(loss, has_aux=True)(state.params)
-    return jax.tree.map(_all_finite, outputs), jax.tree.map(_all_finite, gradients)
+    (loss, outputs), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    return (
+        jax.tree.map(_all_finite, outputs),
+        _all_finite(loss),
+        jax.tree.map(_all_finite, gradients),
+    )
 
 
 def _all_finite(x: jax.Array) -> jax.Array:
     return jnp.isfinite(x).all()
-
-
-def _finite(found: Any) -> bool:
-    return bool(np.all(jax.tree.leaves(found)))

@@ -1,4 +1,4 @@
-"""SGD with momentum and weight decay, and the schedules of its learning rate (§3.1)."""
+"""SGD with momentum and weight decay, and its learning rate schedules (§3.1)."""
 
 import functools
 from collections.abc import Sequence
@@ -12,10 +12,17 @@ from vgg_jax.configs.train import TrainConfig
 
 
 def sgd(config: TrainConfig) -> optax.GradientTransformation:
-    """v = momentum · v + gradient + weight_decay · w; w -= rate · v. The rate lies in the state: see `set_learning_rate`.
+    """SGD: v = momentum · v + gradient + weight_decay · w; w -= learning_rate · v (§3.1).
 
-    Caffe, which the paper used, has the rate inside the velocity, the same thing while the rate is constant. When it drops, such a
-    velocity runs on at the old rate with a tenth of the correction: on the digits that doubled the training loss of the epoch behind.
+    The paper used Caffe, which multiplies the learning rate into the velocity. Both are equal
+    while the learning rate is constant. After a drop, Caffe's velocity keeps the old learning
+    rate, but new gradients have the new one (docs/performance.md#velocity-and-learning-rate).
+
+    Args:
+        config: Settings of the run, with a learning rate.
+
+    Returns:
+        The optimizer. Its state holds the learning rate, see `set_learning_rate`.
     """
 
     @optax.inject_hyperparams
@@ -31,12 +38,16 @@ def sgd(config: TrainConfig) -> optax.GradientTransformation:
 
 
 def _initial_lr(config: TrainConfig) -> float:
-    assert config.learning_rate is not None, "fill it in by presets.with_learning_rate"
+    if config.learning_rate is None:
+        raise ValueError("learning_rate is None: fill it in by presets.resolve_learning_rate")
     return config.learning_rate
 
 
 def _decay_mask(config: TrainConfig, params: dict) -> dict:
-    """Which parameters decay; a frozen one does not, and has no gradient: its velocity stays 0, and it the same to the bit."""
+    """True for each parameter that decays.
+
+    A frozen parameter has neither gradient nor decay, so its velocity stays 0 and it never moves.
+    """
     frozen = config.frozen
 
     def decays(path: tuple, _: Array) -> bool:
@@ -46,32 +57,47 @@ def _decay_mask(config: TrainConfig, params: dict) -> dict:
 
 
 def set_learning_rate(
-    opt_state: optax.InjectHyperparamsState, rate: float
+    opt_state: optax.InjectHyperparamsState, lr: float
 ) -> optax.InjectHyperparamsState:
+    """Returns the optimizer's state with another learning rate."""
     old = opt_state.hyperparams["learning_rate"]
-    new = jax.device_put(
-        jnp.asarray(rate, old.dtype), old.sharding
-    )  # the same kind of array: nothing is compiled again
+    # The same dtype and sharding, so that no step is compiled again.
+    new = jax.device_put(jnp.asarray(lr, old.dtype), old.sharding)
     return opt_state._replace(hyperparams={**opt_state.hyperparams, "learning_rate": new})
 
 
 def next_epoch_lr(config: TrainConfig, accuracies: Sequence[float]) -> float | None:
-    """The rate of the epoch after those with these validation accuracies, or None where the run ends.
+    """The learning rate of the next epoch, or None at the end of the run.
 
-    "plateau": a tenth of it each time that `patience` epochs bring no better accuracy, `drops` times, then the end (§3.1).
-    "step": a tenth of it at each of `drop_epochs`. "constant": always the same.
+    "plateau" divides it by 10 after each `patience` epochs without a better accuracy, `drops`
+    times; the next plateau ends the run (§3.1). "step" divides it by 10 after each epoch of
+    `drop_epochs`. "constant" keeps it.
+
+    Args:
+        config: Settings of the run, with a learning rate.
+        accuracies: Validation accuracies of the finished epochs.
+
+    Returns:
+        The learning rate before any halving after a divergence.
     """
     if len(accuracies) >= config.epochs:
         return None
-    drops = 0
+    num_drops = 0
     if config.schedule == "step":
-        drops = sum(epoch <= len(accuracies) for epoch in config.drop_epochs)
+        num_drops = sum(epoch <= len(accuracies) for epoch in config.drop_epochs)
     elif config.schedule == "plateau":
-        best, waited = float("-inf"), 0
-        for accuracy in accuracies:
-            best, waited = max(best, accuracy), 0 if accuracy > best else waited + 1
-            if waited == config.patience:
-                drops, waited = drops + 1, 0
-        if drops > config.drops:
+        num_drops = _count_plateaus(accuracies, config.patience)
+        if num_drops > config.drops:
             return None
-    return _initial_lr(config) / 10**drops
+    return _initial_lr(config) / 10**num_drops
+
+
+def _count_plateaus(accuracies: Sequence[float], patience: int) -> int:
+    """The number of times that `patience` epochs in a row brought no better accuracy."""
+    best, epochs_without_gain, plateaus = float("-inf"), 0, 0
+    for accuracy in accuracies:
+        epochs_without_gain = 0 if accuracy > best else epochs_without_gain + 1
+        best = max(best, accuracy)
+        if epochs_without_gain == patience:
+            plateaus, epochs_without_gain = plateaus + 1, 0
+    return plateaus

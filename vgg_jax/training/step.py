@@ -1,9 +1,11 @@
-"""One step of training and of evaluation, as pure functions of a state and a batch.
+"""One step of training and one of evaluation, as pure functions of a state and a batch.
 
-A batch is {"image": uint8 (N, H, W, 3), "colour_shift": float32 (N, 3), "label": int32 (N,), "mask": bool (N,)}.
+A batch is a dict of arrays: "image" uint8 (N, H, W, 3), "colour_shift" float32 (N, 3),
+"label" int32 (N,), "mask" bool (N,).
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -26,6 +28,7 @@ from vgg_jax.distributed.sharding import (
 )
 from vgg_jax.metrics import MetricSums, compute_sums
 from vgg_jax.model import VGG
+from vgg_jax.ops.epilogue import materialize_on_cpu
 from vgg_jax.preprocessing import preprocess
 from vgg_jax.runtime.compiler import compiler_options
 from vgg_jax.training.optimizer import sgd
@@ -37,11 +40,11 @@ Batch = dict[str, Array]
 class TrainState:
     """All that the next step depends on, besides its batch."""
 
-    step: Array
+    step: Array  # int32, the number of finished steps
     params: Any
     batch_stats: Any
     opt_state: optax.OptState
-    key: Array  # never replaced: a step's randomness is derived from it and the step's number
+    key: Array  # constant: each step folds its number into this key
 
 
 def init_state(
@@ -51,28 +54,72 @@ def init_state(
     mesh: Mesh,
     layout: MeshConfig = DATA_PARALLEL,
 ) -> TrainState:
-    """A state at step 0, on the devices of the mesh, its parameters drawn from the seed: the same for any mesh and layout."""
+    """Initialises a training state on the devices of a mesh.
+
+    Args:
+        model: The net.
+        optimizer: The optimizer, see `vgg_jax.training.optimizer.sgd`.
+        seed: Seed of the parameters and of all later steps.
+        mesh: Devices.
+        layout: Parallelism.
+
+    Returns:
+        The state at step 0. It is the same for any mesh and layout.
+    """
     key = jax.random.key(seed)
     options: dict[str, Any] = {"compiler_options": compiler_options()}
-    places = infer_shardings(
-        jax.eval_shape(partial(_init_state, model, optimizer), key), mesh, layout
+    state_shardings = infer_shardings(state_shapes(model, optimizer), mesh, layout)
+    variable_shardings = {
+        "params": state_shardings.params,
+        "batch_stats": state_shardings.batch_stats,
+    }
+    init_variables_jit = jax.jit(
+        partial(init_variables, model), out_shardings=variable_shardings, **options
     )
-    drawn = {"params": places.params, "batch_stats": places.batch_stats}
-    variables = jax.jit(partial(_variables, model), out_shardings=drawn, **options)(key)
-    # Not in one program: the momentum would lie beside what drawing takes, and net A's start take more memory than a step (2.6, 2.2 GB).
-    return jax.jit(
-        partial(_new_state, optimizer), out_shardings=places, donate_argnums=0, **options
-    )(variables, key)
+    # Two programs: in one, the momentum and the random generator's scratch memory would be live
+    # together, and net A's initialisation would need more memory than a step
+    # (docs/performance.md#memory-of-the-initialisation).
+    new_state_jit = jax.jit(
+        partial(_new_state, optimizer), out_shardings=state_shardings, donate_argnums=0, **options
+    )
+    return new_state_jit(init_variables_jit(key), key)
 
 
-def _variables(model: VGG, key: Array) -> dict[str, Any]:
+def init_variables(model: VGG, key: Array) -> dict[str, Any]:
+    """Draws the parameters and the running statistics of a net.
+
+    Args:
+        model: The net.
+        key: Random key.
+
+    Returns:
+        "params" and "batch_stats". The latter is empty without batch normalisation.
+    """
     images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32)
     return {"batch_stats": {}, **model.lazy_init(key, images)}
+
+
+def state_shapes(model: VGG, optimizer: optax.GradientTransformation) -> TrainState:
+    """The shapes and dtypes of a training state. Computes nothing.
+
+    Args:
+        model: The net.
+        optimizer: The optimizer.
+
+    Returns:
+        A state of `jax.ShapeDtypeStruct`.
+    """
+
+    def init(key: Array) -> TrainState:
+        return _new_state(optimizer, init_variables(model, key), key)
+
+    return jax.eval_shape(init, jax.random.key(0))
 
 
 def _new_state(
     optimizer: optax.GradientTransformation, variables: dict[str, Any], key: Array
 ) -> TrainState:
+    """The state at step 0."""
     return TrainState(
         jnp.int32(0),
         variables["params"],
@@ -80,10 +127,6 @@ def _new_state(
         optimizer.init(variables["params"]),
         key,
     )
-
-
-def _init_state(model: VGG, optimizer: optax.GradientTransformation, key: Array) -> TrainState:
-    return _new_state(optimizer, _variables(model, key), key)
 
 
 def train_step(
@@ -97,61 +140,73 @@ def train_step(
     layout: MeshConfig = DATA_PARALLEL,
     microbatch: int | None = None,
 ) -> tuple[TrainState, MetricSums]:
-    """One step of SGD on the mean loss of the batch's real examples, and their sums as they were seen in training.
+    """One step of SGD on the mean loss of the examples whose mask is true.
 
-    With `microbatch` that many examples at a time run forward and backward and their gradients are added: the same step but for
-    batch normalisation, whose statistics are then a micro-batch's, and for what dropout draws.
+    Args:
+        state: The state before the step.
+        batch: A batch of N examples, sharded over "data".
+        model: The net.
+        optimizer: The optimizer.
+        mean_rgb: The mean colour to subtract, on the 0-255 scale.
+        mesh: Devices.
+        layout: Parallelism.
+        microbatch: Number of examples in a forward and backward pass; the gradients of all
+            passes are added. Batch normalisation then uses the statistics of a micro-batch, and
+            dropout draws other masks; otherwise the step is the same. None: all N.
+
+    Returns:
+        The next state, and the sums over the batch with dropout and augmentation on.
     """
     key = jax.random.fold_in(state.key, state.step)
-    spread = jax.tree.map(data_axis_spec, infer_shardings(state.params, mesh, layout))
-    parts = len(batch["label"]) // (microbatch or len(batch["label"]))
-    model = model.clone(axis_name=DATA if mesh.shape[DATA] > 1 else None)
-    share = partial(
-        _gradients,
-        model=model,
+    param_specs = jax.tree.map(data_axis_spec, infer_shardings(state.params, mesh, layout))
+    batch_size = len(batch["label"])
+    local_fn = partial(
+        _local_gradients,
+        model=model.clone(axis_name=DATA if mesh.shape[DATA] > 1 else None),
         mean_rgb=mean_rgb,
-        parts=parts,
-        spread=spread,
-        reduce=layout.reduce,
+        num_microbatches=batch_size // (microbatch or batch_size),
+        param_specs=param_specs,
+        allreduce_dtype=layout.reduce,
         mesh=mesh,
     )
-    takes, gives = (
-        (spread, PartitionSpec(), PartitionSpec(DATA), PartitionSpec()),
-        (spread, PartitionSpec(), PartitionSpec()),
-    )
-    gradients, batch_stats, sums = _shard_map_data(share, mesh, takes, gives)(
+    in_specs = (param_specs, PartitionSpec(), PartitionSpec(DATA), PartitionSpec())
+    out_specs = (param_specs, PartitionSpec(), PartitionSpec())
+    gradients, batch_stats, sums = _shard_map_data(local_fn, mesh, in_specs, out_specs)(
         state.params, state.batch_stats, batch, key
     )
 
-    # No parameter is updated before all have been read: else XLA on a CPU updates copies of the large ones, fc6's of 0.4 GB (2-core x86, a
-    # step of D, 8 photos, and of A, batch 128 at 32 pixels: 6 % of their time).
-    gradients = jax.lax.platform_dependent(
-        gradients, cpu=jax.lax.optimization_barrier, default=lambda gradients: gradients
-    )
+    # No parameter is updated before all have been read. Otherwise XLA on a CPU updates copies of
+    # the large ones (docs/performance.md#gradients-before-updates).
+    gradients = materialize_on_cpu(gradients)
     gradients = jax.tree.map(lambda g: g / jnp.maximum(sums.count, 1), gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    return dataclasses.replace(
+    next_state = dataclasses.replace(
         state, step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state
-    ), sums
+    )
+    return next_state, sums
 
 
-def _shard_map_data(function: Any, mesh: Mesh, takes: tuple, gives: Any) -> Any:
-    """A function of what each device has along "data", which says itself what is exchanged; along "model" XLA divides it."""
-    if mesh.shape[DATA] == 1:  # nothing is; beside a "model" XLA refuses a sum over one
+def _shard_map_data(
+    function: Callable[..., Any], mesh: Mesh, in_specs: tuple, out_specs: Any
+) -> Callable[..., Any]:
+    """Maps a function over the devices along "data". XLA partitions it along "model"."""
+    if mesh.shape[DATA] == 1:
+        # Nothing is exchanged, and XLA rejects a sum over one device beside a "model" axis.
         return function
-    manual = {DATA} if mesh.shape[MODEL] > 1 else {DATA, MODEL}
-    # Unchecked: the gradients that are written by hand do not say along which axes they differ.
+    manual_axes = {DATA} if mesh.shape[MODEL] > 1 else {DATA, MODEL}
+    # Unchecked, because hand-written gradients do not declare the axes that they vary over.
     return jax.shard_map(
-        function, mesh=mesh, in_specs=takes, out_specs=gives, axis_names=manual, check_vma=False
+        function,
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names=manual_axes,
+        check_vma=False,
     )
 
 
-def _total(value: Any, mesh: Mesh) -> Any:
-    return jax.lax.psum(value, DATA) if mesh.shape[DATA] > 1 else value
-
-
-def _gradients(
+def _loss(
     params: Any,
     batch_stats: Any,
     batch: Batch,
@@ -159,79 +214,114 @@ def _gradients(
     *,
     model: VGG,
     mean_rgb: tuple[float, float, float],
-    parts: int,
-    spread: Any,
-    reduce: str,
+) -> tuple[Array, tuple[Any, MetricSums]]:
+    """The summed loss, with the new running statistics and the sums."""
+    images = preprocess(batch["image"], mean_rgb, batch["colour_shift"])
+    params = {
+        name: jax.lax.stop_gradient(layer) if name in model.frozen else layer
+        for name, layer in params.items()
+    }
+    logits: Any
+    logits, updated = model.apply(
+        {"params": params, "batch_stats": batch_stats},
+        images,
+        train=True,
+        mask=batch["mask"],
+        rngs={"dropout": key},
+        mutable=["batch_stats"],
+    )
+    sums = compute_sums(logits, batch["label"], batch["mask"])
+    return sums.loss, (updated.get("batch_stats", batch_stats), sums)
+
+
+def _local_gradients(
+    params: Any,
+    batch_stats: Any,
+    batch: Batch,
+    key: Array,
+    *,
+    model: VGG,
+    mean_rgb: tuple[float, float, float],
+    num_microbatches: int,
+    param_specs: Any,
+    allreduce_dtype: str,
     mesh: Mesh,
 ) -> tuple[Any, Any, MetricSums]:
-    """Of a device's share of the batch: the whole batch's gradients, running statistics and sums. They are exchanged once a step."""
-    params = jax.tree.map(_all_gather, params, spread)
+    """Gradients, running statistics and sums of the whole batch, from a device's examples.
 
-    def loss(
-        params: Any, batch_stats: Any, part: Batch, key: Array
-    ) -> tuple[Array, tuple[Any, MetricSums]]:
-        images = preprocess(part["image"], mean_rgb, part["colour_shift"])
-        params = {
-            name: jax.lax.stop_gradient(layer) if name in model.frozen else layer
-            for name, layer in params.items()
-        }
-        variables = {"params": params, "batch_stats": batch_stats}
-        logits: Any
-        logits, updated = model.apply(
-            variables,
-            images,
-            train=True,
-            mask=part["mask"],
-            rngs={"dropout": key},
-            mutable=["batch_stats"],
-        )
-        sums = compute_sums(logits, part["label"], part["mask"])
-        return sums.loss, (updated.get("batch_stats", batch_stats), sums)
-
-    def add(carry: tuple, numbered_part: tuple[Array, Batch]) -> tuple[tuple, MetricSums]:
-        gradients, batch_stats = carry
-        number, part = numbered_part
-        more, (batch_stats, sums) = jax.grad(loss, has_aux=True)(
-            params, batch_stats, part, jax.random.fold_in(key, number)
-        )
-        return (jax.tree.map(jnp.add, gradients, more), batch_stats), sums
-
-    if parts == 1:
-        gradients, (batch_stats, sums) = jax.grad(loss, has_aux=True)(
-            params, batch_stats, batch, key
-        )
+    Devices exchange gradients once a step, after the last micro-batch.
+    """
+    params = jax.tree.map(_all_gather, params, param_specs)
+    grad_fn = jax.grad(partial(_loss, model=model, mean_rgb=mean_rgb), has_aux=True)
+    if num_microbatches == 1:
+        gradients, (batch_stats, sums) = grad_fn(params, batch_stats, batch, key)
     else:
-        # Every parts-th example makes a part: each device's share of a part is then in its own share of the batch.
-        split = jax.tree.map(
-            lambda x: x.reshape(len(x) // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch
+        gradients, batch_stats, sums = _accumulate_gradients(
+            grad_fn, params, batch_stats, batch, key, num_microbatches
         )
-        start = (jax.tree.map(jnp.zeros_like, params), batch_stats)
-        (gradients, batch_stats), sums = jax.lax.scan(add, start, (jnp.arange(parts), split))
-        sums = jax.tree.map(lambda x: x.sum(0), sums)
     if mesh.shape[DATA] > 1:
-        gradients = jax.tree.map(partial(_reduce_gradient, dtype=reduce), gradients, spread)
-    return gradients, batch_stats, _total(sums, mesh)
+        gradients = jax.tree.map(
+            partial(_reduce_gradient, dtype=allreduce_dtype), gradients, param_specs
+        )
+    return gradients, batch_stats, _sum_over_data(sums, mesh)
 
 
-def _all_gather(param: Array, spread: PartitionSpec) -> Array:
-    """A parameter that lies spread over "data", in one piece."""
-    return (
-        jax.lax.all_gather(param, DATA, axis=tuple(spread).index(DATA), tiled=True)
-        if DATA in spread
-        else param
+def _accumulate_gradients(
+    grad_fn: Callable[..., Any],
+    params: Any,
+    batch_stats: Any,
+    batch: Batch,
+    key: Array,
+    num_microbatches: int,
+) -> tuple[Any, Any, MetricSums]:
+    """Runs the micro-batches one after the other, and adds their gradients and sums."""
+
+    def add_microbatch(carry: tuple, numbered: tuple[Array, Batch]) -> tuple[tuple, MetricSums]:
+        total, batch_stats = carry
+        number, microbatch = numbered
+        gradients, (batch_stats, sums) = grad_fn(
+            params, batch_stats, microbatch, jax.random.fold_in(key, number)
+        )
+        return (jax.tree.map(jnp.add, total, gradients), batch_stats), sums
+
+    # Example i belongs to micro-batch i % num_microbatches. A device's examples of each
+    # micro-batch are then among its own examples of the batch.
+    microbatches = jax.tree.map(
+        lambda x: x.reshape(len(x) // num_microbatches, num_microbatches, *x.shape[1:]).swapaxes(
+            0, 1
+        ),
+        batch,
     )
+    init = (jax.tree.map(jnp.zeros_like, params), batch_stats)
+    (gradients, batch_stats), sums = jax.lax.scan(
+        add_microbatch, init, (jnp.arange(num_microbatches), microbatches)
+    )
+    return gradients, batch_stats, jax.tree.map(lambda x: x.sum(0), sums)
 
 
-def _reduce_gradient(gradient: Array, spread: PartitionSpec, dtype: str) -> Array:
-    """The sum of a gradient over "data", spread as its parameter is."""
-    wide, gradient = gradient.dtype, gradient.astype(dtype) if dtype == "bfloat16" else gradient
-    if DATA in spread:
+def _all_gather(param: Array, spec: PartitionSpec) -> Array:
+    """The whole of a parameter that may be sharded over "data"."""
+    if DATA not in spec:
+        return param
+    return jax.lax.all_gather(param, DATA, axis=tuple(spec).index(DATA), tiled=True)
+
+
+def _reduce_gradient(gradient: Array, spec: PartitionSpec, dtype: str) -> Array:
+    """Sums a gradient over "data", and shards the sum like its parameter."""
+    param_dtype = gradient.dtype
+    if dtype == "bfloat16":
+        gradient = gradient.astype(dtype)
+    if DATA in spec:
         total = jax.lax.psum_scatter(
-            gradient, DATA, scatter_dimension=tuple(spread).index(DATA), tiled=True
+            gradient, DATA, scatter_dimension=tuple(spec).index(DATA), tiled=True
         )
     else:
         total = jax.lax.psum(gradient, DATA)
-    return total.astype(wide)
+    return total.astype(param_dtype)
+
+
+def _sum_over_data(sums: MetricSums, mesh: Mesh) -> MetricSums:
+    return jax.lax.psum(sums, DATA) if mesh.shape[DATA] > 1 else sums
 
 
 def eval_step(
@@ -243,19 +333,29 @@ def eval_step(
     mesh: Mesh,
     layout: MeshConfig = DATA_PARALLEL,
 ) -> MetricSums:
-    """The sums of a batch, in inference."""
-    spread = jax.tree.map(data_axis_spec, infer_shardings(variables, mesh, layout))
+    """Evaluates a batch, without dropout and with the running statistics.
 
-    def share(variables: dict[str, Any], batch: Batch) -> MetricSums:
-        variables = jax.tree.map(_all_gather, variables, spread)
-        logits: Any = model.apply(
-            variables, preprocess(batch["image"], mean_rgb, batch["colour_shift"])
-        )
-        return _total(compute_sums(logits, batch["label"], batch["mask"]), mesh)
+    Args:
+        variables: "params" and "batch_stats" of the net.
+        batch: A batch, sharded over "data".
+        model: The net.
+        mean_rgb: The mean colour to subtract, on the 0-255 scale.
+        mesh: Devices.
+        layout: Parallelism.
 
-    return _shard_map_data(share, mesh, (spread, PartitionSpec(DATA)), PartitionSpec())(
-        variables, batch
-    )
+    Returns:
+        The sums over the examples whose mask is true.
+    """
+    variable_specs = jax.tree.map(data_axis_spec, infer_shardings(variables, mesh, layout))
+
+    def local_fn(variables: dict[str, Any], batch: Batch) -> MetricSums:
+        variables = jax.tree.map(_all_gather, variables, variable_specs)
+        images = preprocess(batch["image"], mean_rgb, batch["colour_shift"])
+        logits: Any = model.apply(variables, images)
+        return _sum_over_data(compute_sums(logits, batch["label"], batch["mask"]), mesh)
+
+    in_specs = (variable_specs, PartitionSpec(DATA))
+    return _shard_map_data(local_fn, mesh, in_specs, PartitionSpec())(variables, batch)
 
 
 def jit_steps(
@@ -266,20 +366,28 @@ def jit_steps(
     layout: MeshConfig = DATA_PARALLEL,
     donate: bool = True,
 ) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped]:
-    """`train_step(state, batch)`, which if `donate` reuses the state's memory, and `eval_step(variables, batch)`, jitted."""
-    static: dict[str, Any] = {"model": model, "mean_rgb": mean_rgb, "mesh": mesh, "layout": layout}
+    """Jits the steps of a run.
+
+    Args:
+        config: Settings of the run, with a learning rate.
+        model: The net.
+        mean_rgb: The mean colour to subtract, on the 0-255 scale.
+        mesh: Devices.
+        layout: Parallelism.
+        donate: Reuses the memory of the old state for the new one. The old one is then deleted.
+
+    Returns:
+        `train_step(state, batch)` and `eval_step(variables, batch)`.
+    """
     optimizer = sgd(config)
-    step = partial(train_step, optimizer=optimizer, microbatch=config.microbatch, **static)
-    places = infer_shardings(
-        jax.eval_shape(partial(_init_state, model, optimizer), jax.random.key(0)), mesh, layout
-    )
+    static: dict[str, Any] = {"model": model, "mean_rgb": mean_rgb, "mesh": mesh, "layout": layout}
     options: dict[str, Any] = {"compiler_options": compiler_options(dtype=model.dtype)}
-    return (
-        jax.jit(
-            step,
-            donate_argnums=0 if donate else (),
-            out_shardings=(places, replicated(mesh)),
-            **options,
-        ),
-        jax.jit(partial(eval_step, **static), out_shardings=replicated(mesh), **options),
+    state_shardings = infer_shardings(state_shapes(model, optimizer), mesh, layout)
+    train_step_jit = jax.jit(
+        partial(train_step, optimizer=optimizer, microbatch=config.microbatch, **static),
+        donate_argnums=0 if donate else (),
+        out_shardings=(state_shardings, replicated(mesh)),
+        **options,
     )
+    eval_step_jit = jax.jit(partial(eval_step, **static), out_shardings=replicated(mesh), **options)
+    return train_step_jit, eval_step_jit

@@ -1,0 +1,186 @@
+"""The fixed part of a training run: its data, its metadata and its devices."""
+
+import dataclasses
+import enum
+import logging
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from vgg_jax.configs.colours import IMAGENET
+from vgg_jax.configs.presets import resolve_learning_rate
+from vgg_jax.configs.train import TrainConfig
+from vgg_jax.data import (
+    DataSource,
+    cache_in_memory,
+    measure_colours,
+    open_train_val,
+    split_names,
+)
+from vgg_jax.distributed.multihost import assert_same_on_all, run_on_main_and_broadcast
+from vgg_jax.distributed.sharding import MeshConfig, make_mesh
+from vgg_jax.runs.metadata import (
+    RunMetadata,
+    as_json,
+    check_same_run,
+    create_run,
+    from_json,
+    has_checkpoint,
+    load_existing_run,
+)
+from vgg_jax.training.init_from import Pretrained
+from vgg_jax.weights import load
+
+logger = logging.getLogger(__name__)
+
+
+class Start(enum.Enum):
+    """The state that a run starts from."""
+
+    NEW = enum.auto()  # the workdir holds no checkpoint
+    RESTARTED = enum.auto()  # it holds a best checkpoint, but none to resume from
+    RESUMED = enum.auto()  # it holds a checkpoint to resume from
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """All that stays the same during a run."""
+
+    workdir: Path
+    config: TrainConfig  # with its learning rate
+    run: RunMetadata  # the content of run.json
+    start: Start
+    train: DataSource
+    validation: DataSource
+    mesh: Mesh
+    layout: MeshConfig
+
+
+def prepare_run(
+    config: TrainConfig,
+    workdir: Path,
+    data_dir: str | Path | None,
+    download: bool,
+    layout: MeshConfig,
+) -> tuple[Setup, Pretrained | None]:
+    """Opens the data, and creates the run or compares it with the one in the workdir.
+
+    Args:
+        config: Settings of the run.
+        workdir: Folder of the run.
+        data_dir: Folder of prepared data sets.
+        download: Downloads and prepares the data set first.
+        layout: Parallelism over all devices.
+
+    Returns:
+        The setup, and the pretrained net of `config.init_from`. The net is None if the run
+        resumes, or if it starts from random parameters. It is no part of the setup, so that its
+        memory can be freed.
+
+    Raises:
+        InputError: The workdir holds another run, or the input is wrong.
+    """
+    mesh = make_mesh(config.microbatch or config.batch_size, layout=layout)
+    existing, start = find_existing_run(workdir)
+    if existing is not None:  # compare before the slow reading of the data
+        resolved = resolve_learning_rate(config, len(existing.classes))
+        check_same_run(workdir, existing, dataclasses.replace(existing, config=resolved))
+    pretrained = None
+    if config.init_from is not None and start is not Start.RESUMED:
+        pretrained = load(config.init_from)
+
+    train, validation = _open_data(config, data_dir, download)
+    config = resolve_learning_rate(config, len(train.classes))
+    run = RunMetadata(
+        config,
+        train.classes,
+        existing.colours if existing else IMAGENET,
+        train.storage,
+        train.size,
+        validation.size,
+    )
+    assert_same_on_all(
+        as_json(run)["config"]
+        | {"data": [run.storage, run.train_size, run.validation_size], "layout": layout}
+    )
+    if existing is not None:
+        check_same_run(workdir, existing, run)
+    if config.cache:
+        train, validation = cache_in_memory(train, config), cache_in_memory(validation, config)
+    if existing is None:
+        if config.statistics == "measure":
+            run = _with_measured_colours(run, train)
+        run_on_main_and_broadcast(lambda: create_run(workdir, run))
+    setup = Setup(workdir, config, run, start, train, validation, mesh, layout)
+    return setup, pretrained
+
+
+def find_existing_run(workdir: Path) -> tuple[RunMetadata | None, Start]:
+    """Reads the run that the workdir holds, as the main process finds it.
+
+    Args:
+        workdir: Folder of a run. It need not exist.
+
+    Returns:
+        The run if there is a checkpoint of it, and the state that it starts from.
+
+    Raises:
+        InputError: A run is damaged.
+    """
+
+    def find() -> dict[str, Any]:
+        run = load_existing_run(workdir)
+        # A run may have been killed after its first best checkpoint and before its last one.
+        return {
+            "run": None if run is None else as_json(run),
+            "resumes": run is not None and has_checkpoint(workdir / "last"),
+        }
+
+    existing = run_on_main_and_broadcast(find)
+    if existing["run"] is None:
+        return None, Start.NEW
+    return from_json(existing["run"]), Start.RESUMED if existing["resumes"] else Start.RESTARTED
+
+
+def _open_data(
+    config: TrainConfig, data_dir: str | Path | None, download: bool
+) -> tuple[DataSource, DataSource]:
+    """Opens the training and the validation images, and logs their numbers."""
+    folder = None if data_dir is None else str(data_dir)
+
+    def download_data() -> None:
+        if download:
+            split_names(config.data, data_dir=folder, download=True)
+
+    # One process at a time: they may share a disk.
+    run_on_main_and_broadcast(download_data)
+    train, validation = open_train_val(
+        config.data,
+        data_dir=folder,
+        validation_fraction=config.validation_fraction,
+        seed=config.seed,
+        skip_bad=config.skip_bad,
+        exclude=config.exclude,
+        download=download,
+    )
+    logger.info(
+        f"{config.data}: {train.size} training and {validation.size} validation images "
+        f"of {len(train.classes)} classes"
+    )
+    if train.skipped or validation.skipped:
+        logger.info(
+            f"skipped {len(train.skipped)} training and {len(validation.skipped)} validation files "
+            "that are not images"
+        )
+    return train, validation
+
+
+def _with_measured_colours(run: RunMetadata, train: DataSource) -> RunMetadata:
+    """Replaces the run's colours by those of its training images."""
+
+    def measure() -> dict[str, Any]:
+        measurements = measure_colours(train, skip_bad=run.config.skip_bad)
+        return as_json(dataclasses.replace(run, colours=measurements.statistics))
+
+    return from_json(run_on_main_and_broadcast(measure))
