@@ -31,7 +31,7 @@ def test_selfcheck_names_wrong_operation(monkeypatch, capsys):
         lambda x: jnp.maximum(x, -0.5) if isinstance(x, jax.core.Tracer) else relu(x),
     )
     results = selfcheck.run_checks(jax.local_devices()[:1])
-    failed = {result.name for result in results if not result.passed}
+    failed = {result.name for result in results if not result.ok}
     assert failed >= {"forward, compiled", "gradient, compiled"}
     assert not failed & {"forward, op by op", "square of a product, compiled"}
     assert len(results) == 8
@@ -43,7 +43,7 @@ def test_selfcheck_names_wrong_operation(monkeypatch, capsys):
 
 
 def test_check_result_with_nan_fails():
-    assert not CheckResult("cpu:0", "forward, compiled", float("nan")).passed
+    assert not CheckResult("cpu:0", "forward, compiled", float("nan")).ok
 
 
 def test_report_names_broken_release(monkeypatch):

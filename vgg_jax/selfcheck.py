@@ -53,7 +53,7 @@ class CheckResult(NamedTuple):
     tolerance: float = TOLERANCE
 
     @property
-    def passed(self) -> bool:
+    def ok(self) -> bool:
         """False for NaN as well."""
         return self.difference < self.tolerance
 
@@ -229,7 +229,7 @@ def report(results: list[CheckResult]) -> str:
     """
     lines = [
         f"{result.device:<8}{result.name:<32}{result.difference:>9.1e}"
-        f"{'' if result.passed else '  WRONG'}"
+        f"{'' if result.ok else '  WRONG'}"
         for result in results
     ]
     release, fault = f"jax {jax.__version__}", known_fault()
@@ -238,7 +238,7 @@ def report(results: list[CheckResult]) -> str:
     if jax.__version__ in WORKED_AROUND:
         avoided = WORKED_AROUND[jax.__version__]
         lines.append(f"{release} is known for this, which vgg_jax avoids: {avoided}")
-    if not all(result.passed for result in results):
+    if not all(result.ok for result in results):
         lines.append(
             f"{release} computes wrongly here: install another release, "
             "and report this one to its developers"

@@ -220,7 +220,7 @@ def selfcheck() -> ExitCode:
 
     results = run_checks()
     print(report(results))
-    is_right = all(result.passed for result in results) and not known_fault()
+    is_right = all(result.ok for result in results) and not known_fault()
     return ExitCode.DONE if is_right else ExitCode.CHECK_FAILED
 
 

@@ -119,7 +119,8 @@ def _apply_torch(layer: Layer, tensors: dict[tuple[str, str], Any], x: Any) -> A
 
     match layer.type:
         case "conv":
-            return functional.conv2d(x, *params("kernel", "bias"), padding=layer.kernel_size // 2)
+            kernel, bias = params("kernel", "bias")
+            return functional.conv2d(x, kernel, bias, padding=layer.kernel_size // 2)
         case "bn":
             return functional.batch_norm(x, *params("mean", "var", "scale", "bias"))
         case "relu":
