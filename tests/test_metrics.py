@@ -1,4 +1,4 @@
-"""Sums of loss and right answers against a sort by hand."""
+"""Sums of losses and correct guesses, against a loop."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +7,7 @@ import pytest
 from vgg_jax.metrics import MetricSums, compute_sums, finalize, merge
 
 
-def test_sums_equal_a_loop():
+def test_compute_sums_equals_loop():
     rng = np.random.default_rng(0)
     logits, labels, mask = (
         rng.normal(size=(50, 12)),
@@ -26,12 +26,12 @@ def test_sums_equal_a_loop():
     assert (sums.top1, sums.top5, sums.count) == (top1, top5, mask.sum())
 
 
-def test_a_net_that_says_the_same_of_all_classes_is_right_by_chance_only():
+def test_compute_sums_ranks_equal_logits_by_class():
     sums = compute_sums(jnp.zeros((10, 10)), jnp.arange(10), jnp.ones(10, bool))
     assert (sums.top1, sums.top5) == (1, 5)
 
 
-def test_nan_is_never_right_and_a_masked_nan_harms_nothing():
+def test_compute_sums_of_nan():
     logits = jnp.array([[jnp.nan, 0.0], [0.0, 1.0]])
     assert compute_sums(logits, jnp.array([0, 1]), jnp.ones(2, bool)).top1 == 1
     masked = compute_sums(logits, jnp.array([0, 1]), jnp.array([False, True]))
@@ -39,7 +39,7 @@ def test_nan_is_never_right_and_a_masked_nan_harms_nothing():
     assert jnp.isfinite(masked.loss)
 
 
-def test_parts_are_added_and_divided_once():
+def test_finalize_divides_merged_sums():
     a, b = (
         MetricSums(loss=10.0, top1=1, top5=3, count=4),
         MetricSums(loss=2.0, top1=5, top5=5, count=6),

@@ -1,4 +1,4 @@
-"""What a run says of itself."""
+"""The line of an epoch, and the hint for a net that does not learn."""
 
 import math
 
@@ -6,9 +6,15 @@ from vgg_jax.metrics import MetricSums
 from vgg_jax.training.report import at_chance_hint, epoch_record, format_epoch, is_at_chance
 
 
-def test_the_line_of_an_epoch_says_it_all():
+def test_format_epoch():
     record = epoch_record(
-        7, 2.0, 0.25, 1e-3, MetricSums(30.0, 8.0, 9.0, 10.0), MetricSums(2.0, 3.0, 4.0, 4.0), 10
+        epoch=7,
+        seconds=2.0,
+        input_wait=0.25,
+        lr=1e-3,
+        train=MetricSums(30.0, 8.0, 9.0, 10.0),
+        validation=MetricSums(2.0, 3.0, 4.0, 4.0),
+        num_images=10,
     )
     text = format_epoch(record | {"time": "2020-01-02T03:04:05"})
     for words in (
@@ -25,7 +31,7 @@ def test_the_line_of_an_epoch_says_it_all():
     )
 
 
-def test_loss_at_chance_is_named_once():
+def test_is_at_chance_is_true_once():
     def history(*losses):
         return [{"train": {"loss": loss}} for loss in losses]
 

@@ -1,0 +1,56 @@
+"""The predicted memory of a training step."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from vgg_jax import TrainConfig, summary
+from vgg_jax.training.memory_estimate import XLA_RUNTIME_BYTES, estimate_step_memory
+
+CONFIG = TrainConfig(image_size=32, scale=(32,), batch_size=8, learning_rate=1e-3)
+RUNTIME_BYTES = XLA_RUNTIME_BYTES if jax.default_backend() == "cpu" else 0
+IS_LINUX = Path("/proc/self/clear_refs").exists()
+
+
+@pytest.mark.slow
+def test_estimate_counts_state_and_activations():
+    """A step holds the state, the gradients and conv1_1's output; micro-batches save the last."""
+    config = dataclasses.replace(
+        CONFIG, net="A", fc=(16, 16), image_size=64, scale=(64,), batch_size=128
+    )
+    whole = estimate_step_memory(config, 5)
+    micro = estimate_step_memory(dataclasses.replace(config, microbatch=8), 5)
+    num_params = summary.totals(summary.summarize(config.vgg, 5, image_size=64))["params"]
+    # The state also holds the learning rate and a count of steps.
+    assert whole["state"] == micro["state"] == pytest.approx(2 * 4 * num_params, abs=100)
+    conv1_1_bytes = 128 * 64 * 64 * 64 * 4
+    assert whole["total"] > whole["state"] + 4 * num_params + conv1_1_bytes
+    assert whole["total"] - micro["total"] > conv1_1_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    jax.default_backend() != "cpu" or not IS_LINUX, reason="measured on a CPU under Linux"
+)
+def test_estimate_equals_measured_memory():
+    """XLA's runtime takes the largest share of this small step."""
+    flags = ["--net", "A", "--image-size", "32", "--batch", "8"]
+    command = [sys.executable, "-m", "experiments.benchmarks.check_memory", *flags]
+    process = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(process.stdout)["ratio"] == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.usefixtures("small_nets")
+def test_estimate_counts_initialisation():
+    """Drawing fc6, nearly all of this net's parameters, takes more memory than a step."""
+    config = dataclasses.replace(
+        CONFIG, net="shallow", fc=(4096, 16), image_size=128, scale=(128,), batch_size=1
+    )
+    memory = estimate_step_memory(config, 5)
+    # A step alone would take 1.5 times the state.
+    assert memory["total"] - RUNTIME_BYTES == pytest.approx(2 * memory["state"], rel=0.1)
