@@ -47,7 +47,7 @@ def test_batches_name_broken_image(folder, write_broken):
 def test_batches_before_broken_image_arrive(folder):
     write_truncated(folder / "train" / "bees" / "broken.jpg")
     source = open_split(str(folder), "train")
-    broken = next(i for i in range(source.size) if "broken" in source.file_name(i))
+    broken = next(i for i in range(source.size) if source.file_name(i).endswith("broken.jpg"))
     arrived = []
     with pytest.raises(InputError, match=r"broken\.jpg"):
         for batch in eval_batches(source, TINY_TRAIN, 4):
