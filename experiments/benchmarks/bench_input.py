@@ -1,15 +1,24 @@
-"""Images a second of the training input: read, decoded, a crop resampled, mirrored, in batches of uint8.
+"""Times the training input: images a second, read, decoded, cropped, flipped and batched as uint8.
 
-    python -m experiments.benchmarks.bench_input PHOTOS [--tfrecord] [--cache] --scale 256 512 --image-size 224 --batch 64 --images 6000
-    python -m experiments.benchmarks.bench_input cifar10 --data-dir DIR --cache --scale 32 40 --image-size 32 --batch 128 --images 200000
-    python -m experiments.benchmarks.bench_input PHOTOS … --peer "python PEER.py"     # runs that command on the same photos after each run of ours
+    python -m experiments.benchmarks.bench_input PHOTOS [--tfrecord] [--cache] \\
+        --scale 256 512 --image-size 224 --batch 64 --images 6000
+    python -m experiments.benchmarks.bench_input cifar10 --data-dir DIR --cache \\
+        --scale 32 40 --image-size 32 --batch 128 --images 200000
+    python -m experiments.benchmarks.bench_input PHOTOS … --peer "python PEER.py"
 
-With --tfrecord the photos are first written, as they are, to TFRecord files in a temporary folder. Prints one JSON line: the rate from the
-first batch that was asked for to the last, epochs one after another, and the rates of the stream when it ends earlier: "read", the files
-alone; "decode", with the whole images decoded, which training needs only a part of; both are left out where the pixels lie in memory.
-The peer's command must take the folder, --workers, --repeat (passes over the folder) and --runs, and print a JSON line with
-"images_per_second"; the crops it takes are its own affair.
-Half a minute on two cores: 647 to 836 photos a second from a folder, torchvision 385 to 562 (results/input.json).
+Half a minute on two cores: 647 to 836 photos a second from a folder, torchvision 385 to 562
+(results/input.json).
+
+Prints one JSON line. "images_per_second" counts from the request of the first batch to the last
+batch, epoch after epoch. "stages" has the same for shorter streams. "read" reads the files only.
+"decode" also decodes the whole images, while training decodes only a part of each. Both are absent
+if the pixels are in memory.
+
+With --tfrecord, the photos are first written to TFRecord files in a temporary folder, as they are.
+
+With --peer, each pair of runs is this script's and then the peer's on the same photos. The peer's
+command gets the folder, --workers, --repeat (passes over the folder) and --runs. It prints a JSON
+line with "images_per_second", and may crop as it likes.
 """
 
 import argparse
@@ -20,7 +29,9 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,31 +49,27 @@ from vgg_jax.data import (
 from vgg_jax.runtime.memory import use_huge_pages
 
 
-def measured(args: argparse.Namespace) -> dict:
+def measure(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         if args.tfrecord:
-            source = open_split(as_tfrecord(args.data, folder), "train", data_dir=folder)
+            source = open_split(write_tfrecord(args.data, folder), "train", data_dir=folder)
         else:
             source = open_split(args.data, "train", data_dir=args.data_dir)
-        epochs = -(-args.images // source.size)
-        shape = {
-            "image_size": args.image_size,
-            "scale": tuple(args.scale),
-            "batch_size": args.batch,
-        }
-        config = TrainConfig(epochs=epochs, cache=args.cache, **shape)
-        source = cache_in_memory(source, config) if args.cache else source
-        # What lies in memory as pixels is neither read nor decoded any more.
-        streams = (
-            {"read": read_only(source, args.batch), "decode": decode_only(source, args.batch)}
-            if source.pixels is None
-            else {}
+        config = TrainConfig(
+            epochs=-(-args.images // source.size),
+            cache=args.cache,
+            image_size=args.image_size,
+            scale=tuple(args.scale),
+            batch_size=args.batch,
         )
-        stages = {
-            name: rate(batches, min(args.images, source.size))[0]
-            for name, batches in streams.items()
-        }
-        total, first = rate(train_batches(source, config, IMAGENET), args.images)
+        if args.cache:
+            source = cache_in_memory(source, config)
+        stages = {}
+        if source.pixels is None:  # pixels in memory are neither read nor decoded
+            for name, prepare in (("read", measure_bytes), ("decode", measure_sides)):
+                batches = batches_of(source, prepare, args.batch)
+                stages[name], _ = images_per_second(batches, min(args.images, source.size))
+        total, first = images_per_second(train_batches(source, config, IMAGENET), args.images)
     return {
         "images_per_second": round(total, 1),
         "first_batch_seconds": round(first, 3),
@@ -70,35 +77,36 @@ def measured(args: argparse.Namespace) -> dict:
     }
 
 
-def rate(batches: BatchIterator, images: int) -> tuple[float, float]:
-    """Images a second, and the seconds to the first batch, which count."""
+def images_per_second(batches: BatchIterator, images: int) -> tuple[float, float]:
+    """Images a second, and the seconds to the first batch, which they include."""
     started, first, count = time.perf_counter(), 0.0, 0
     for batch in batches:
         first = first or time.perf_counter() - started
-        count += int(
-            np.sum(batch["index"] >= 0)
-        )  # the last batch of an epoch is filled up with black ones
+        # Black images, which fill up the last batch of an epoch, do not count.
+        count += int(np.sum(batch["index"] >= 0))
         if count >= images:
             break
     return round(count / (time.perf_counter() - started), 1), first
 
 
-def read_only(source: DataSource, batch: int) -> BatchIterator:
-    def prepare(example: dict) -> dict:
-        return {"index": example["index"], "bytes": tf.strings.length(example["encoded"])}
-
-    return BatchIterator(source, lambda at: source.examples(None, at * batch), prepare, batch)
-
-
-def decode_only(source: DataSource, batch: int) -> BatchIterator:
-    def prepare(example: dict) -> dict:
-        return {"index": example["index"], "sides": tf.shape(decode(example["encoded"]))}
-
-    return BatchIterator(source, lambda at: source.examples(None, at * batch), prepare, batch)
+def batches_of(
+    source: DataSource, prepare: Callable[[dict], dict], batch_size: int
+) -> BatchIterator:
+    return BatchIterator(
+        source, lambda number: source.examples(None, number * batch_size), prepare, batch_size
+    )
 
 
-def as_tfrecord(photos: str, folder: str) -> str:
-    """Writes <photos>/<class>/* as a TensorFlow data set under a folder; returns its name."""
+def measure_bytes(example: dict) -> dict:
+    return {"index": example["index"], "bytes": tf.strings.length(example["encoded"])}
+
+
+def measure_sides(example: dict) -> dict:
+    return {"index": example["index"], "sides": tf.shape(decode(example["encoded"]))}
+
+
+def write_tfrecord(photos: str, folder: str) -> str:
+    """Writes <photos>/<class>/* as a TensorFlow data set under a folder, and returns its name."""
     import tensorflow_datasets as tfds
 
     files = sorted(Path(photos).glob("*/*"))
@@ -128,6 +136,31 @@ def as_tfrecord(photos: str, folder: str) -> str:
     return "photos"
 
 
+def compare_with_peer(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
+    """Runs this script and the peer's command in turn."""
+    num_photos = len(list(Path(args.data).glob("*/*")))
+    command = [sys.executable, "-m", "experiments.benchmarks.bench_input", args.data, "--scale"]
+    command += map(str, args.scale)
+    command += [
+        f"--{name.replace('_', '-')}={settings[name]}" for name in ("image_size", "batch", "images")
+    ]
+    command += [f"--{name}" for name in ("tfrecord", "cache") if settings[name]]
+    repeat = -(-args.images // num_photos)
+    peer = [*shlex.split(args.peer), args.data, "--workers", str(os.cpu_count())]
+    peer += ["--repeat", str(repeat), "--runs", "1"]
+    pairs = [
+        (json_result(command, "images_per_second"), json_result(peer, "images_per_second"))
+        for _ in range(args.pairs)
+    ]
+    ratios = [own / other for own, other in pairs]
+    return {
+        "peer": args.peer,
+        "images_per_second": pairs,
+        "ratios": ratios,
+        "median_ratio": statistics.median(ratios),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -140,57 +173,20 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--images", type=int, default=6000)
-    parser.add_argument("--peer", help="a command to run in turn with ours")
+    parser.add_argument("--peer", help="a command to run in turn with this script")
     parser.add_argument("--pairs", type=int, default=3)
     args = parser.parse_args()
-    what = {name: value for name, value in vars(args).items() if name not in ("peer", "pairs")}
+    settings = {name: value for name, value in vars(args).items() if name not in ("peer", "pairs")}
     if args.peer is None:
         use_huge_pages()  # as `vgg-jax train` does
-        print(json.dumps(what | {"tensorflow": tf.__version__} | measured(args)))
-        return
-    ours = [
-        sys.executable,
-        "-m",
-        "experiments.benchmarks.bench_input",
-        args.data,
-        "--scale",
-        *map(str, args.scale),
-    ]
-    ours += [
-        f"--{name.replace('_', '-')}={what[name]}" for name in ("image_size", "batch", "images")
-    ]
-    ours += [f"--{name}" for name in ("tfrecord", "cache") if what[name]]
-    photos = len(list(Path(args.data).glob("*/*")))
-    if not photos:
+        results = {"tensorflow": tf.__version__} | measure(args)
+    elif any(Path(args.data).glob("*/*")):
+        results = compare_with_peer(args, settings)
+    else:
         parser.error(
             f"no photos {args.data}/<class>/*: expected a folder that the peer can read, too"
         )
-    peer = [
-        *shlex.split(args.peer),
-        args.data,
-        "--workers",
-        str(os.cpu_count()),
-        "--repeat",
-        str(-(-args.images // photos)),
-        "--runs",
-        "1",
-    ]
-    pairs = [
-        (json_result(ours, "images_per_second"), json_result(peer, "images_per_second"))
-        for _ in range(args.pairs)
-    ]
-    ratios = [mine / peers for mine, peers in pairs]
-    print(
-        json.dumps(
-            what
-            | {
-                "peer": args.peer,
-                "images_per_second": pairs,
-                "ratios": ratios,
-                "median_ratio": statistics.median(ratios),
-            }
-        )
-    )
+    print(json.dumps(settings | results))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""What grows with the number of images, classes and images a step: seconds and resident memory, each measured in a process of its own.
+"""Measures what grows with the number of images, of classes, and of images a step.
 
-    python -m experiments.benchmarks.check_growth images 1000 10000 100000 1000000     # links to one picture, in a temporary folder
-    python -m experiments.benchmarks.check_growth classes 10 1000 20000                # a step of net A at 32 pixels
-    python -m experiments.benchmarks.check_growth batch 8 32 128                       # likewise
+    python -m experiments.benchmarks.check_growth images 1000 10000 100000 1000000
+    python -m experiments.benchmarks.check_growth classes 10 1000 20000
+    python -m experiments.benchmarks.check_growth batch 8 32 128
 
-Prints one JSON line for each value. Of images: seconds to list and look at them, to the first batch of the second half of an epoch, where a
-resumed run begins, and from there to the tenth. Memory is the process's peak.
 Three minutes on two cores: a million files are listed in 28 s and 0.3 GB (results/growth.json).
+
+Prints one JSON line for each value, with seconds and the peak memory. Each value has a process of
+its own. The images are links to one image in a temporary folder. They are listed and recognised.
+Then the first batch is read that a run needs which resumes in the middle of an epoch, and nine
+more. Classes and batches are measured by a step of net A at 32 pixels.
 """
 
 import argparse
@@ -24,48 +27,47 @@ import numpy as np
 from experiments.script import run
 
 BATCH = 128
-LINKS = 10_000  # to one file; a file system has a limit
+MAX_LINKS = 10_000  # to one file, since file systems have a limit
 
 
-def grown_images(count: int) -> dict:
+def measure_images(count: int) -> dict[str, float]:
     from PIL import Image
 
     from vgg_jax import IMAGENET, TrainConfig
     from vgg_jax.data import open_split, train_batches
 
     with tempfile.TemporaryDirectory() as folder:
-        picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8))
-        for start in range(0, count, LINKS):
-            links = Path(folder) / f"class{start // LINKS}"
-            links.mkdir()
-            picture.save(links / "0.png")
-            for i in range(1, min(LINKS, count - start)):
-                os.link(links / "0.png", links / f"{i}.png")
-        before = peak()
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8))
+        for start in range(0, count, MAX_LINKS):
+            class_folder = Path(folder) / f"class{start // MAX_LINKS}"
+            class_folder.mkdir()
+            image.save(class_folder / "0.png")
+            for i in range(1, min(MAX_LINKS, count - start)):
+                os.link(class_folder / "0.png", class_folder / f"{i}.png")
+        before = peak_memory()
         started = time.perf_counter()
         source = open_split(folder, "train")
-        opened = time.perf_counter() - started
+        open_seconds = time.perf_counter() - started
         config = TrainConfig(image_size=32, scale=(32, 40), batch_size=BATCH)
-        batches = iter(
-            train_batches(source, config, IMAGENET, first_batch=source.size // BATCH // 2)
-        )
+        middle = source.size // BATCH // 2
+        batches = iter(train_batches(source, config, IMAGENET, first_batch=middle))
         started = time.perf_counter()
         next(batches)
-        first = time.perf_counter() - started
+        first_batch_seconds = time.perf_counter() - started
         started = time.perf_counter()
         for _ in range(9):
             next(batches)
-        nine = time.perf_counter() - started
+        nine_batches_seconds = time.perf_counter() - started
         batches.close()
     return {
-        "open_seconds": opened,
-        "first_batch_seconds": first,
-        "nine_batches_seconds": nine,
+        "open_seconds": open_seconds,
+        "first_batch_seconds": first_batch_seconds,
+        "nine_batches_seconds": nine_batches_seconds,
         "memory_before_mb": before,
     }
 
 
-def grown_step(classes: int, batch: int) -> dict:
+def measure_step(classes: int, batch: int) -> dict[str, float]:
     import jax
 
     from vgg_jax import IMAGENET, TrainConfig
@@ -82,13 +84,13 @@ def grown_step(classes: int, batch: int) -> dict:
     state = init_state(model, sgd(config), 0, mesh)
     step, _ = jit_steps(config, model, IMAGENET.mean_rgb, mesh)
     rng = np.random.default_rng(0)
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         "image": rng.integers(256, size=(batch, 32, 32, 3), dtype=np.uint8),
         "colour_shift": np.zeros((batch, 3), np.float32),
         "label": rng.integers(classes, size=batch).astype(np.int32),
         "mask": np.ones(batch, bool),
     }
-    before, seconds = peak(), []
+    before, seconds = peak_memory(), []
     for _ in range(4):
         started = time.perf_counter()
         state, _ = jax.block_until_ready(step(state, shard_batch(arrays, mesh)))
@@ -100,7 +102,8 @@ def grown_step(classes: int, batch: int) -> dict:
     }
 
 
-def peak() -> float:
+def peak_memory() -> float:
+    """Megabytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -108,36 +111,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("images", "classes", "batch"))
+    parser.add_argument("quantity", choices=("images", "classes", "batch"))
     parser.add_argument("values", type=int, nargs="+")
     args = parser.parse_args()
     if len(args.values) > 1:
+        module = "experiments.benchmarks.check_growth"
         for value in args.values:
-            subprocess.run(
-                [
-                    sys.executable,
-                    "-m",
-                    "experiments.benchmarks.check_growth",
-                    args.what,
-                    str(value),
-                ],
-                check=True,
-            )
+            command = [sys.executable, "-m", module, args.quantity, str(value)]
+            subprocess.run(command, check=True)
         return
     [value] = args.values
-    if args.what == "images":
-        found = grown_images(value)
+    if args.quantity == "images":
+        results = measure_images(value)
+    elif args.quantity == "classes":
+        results = measure_step(classes=value, batch=BATCH)
     else:
-        found = grown_step(
-            value if args.what == "classes" else 10, value if args.what == "batch" else BATCH
-        )
-    print(
-        json.dumps(
-            {args.what: value}
-            | {name: round(number, 3) for name, number in found.items()}
-            | {"memory_mb": round(peak())}
-        )
-    )
+        results = measure_step(classes=10, batch=value)
+    rounded = {name: round(number, 3) for name, number in results.items()}
+    print(json.dumps({args.quantity: value} | rounded | {"memory_mb": round(peak_memory())}))
 
 
 if __name__ == "__main__":

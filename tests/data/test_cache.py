@@ -1,4 +1,4 @@
-"""Images in memory: the same batches as from the files."""
+"""Batches of cached images, against those read from the files."""
 
 import dataclasses
 import os
@@ -7,10 +7,8 @@ import shutil
 import numpy as np
 import pytest
 
-from tests.data.test_pipeline import by_example
-from tests.helpers.tiny_data import encode, noise
+from tests.helpers.tiny_data import TINY_TRAIN, by_example, encode, list_examples, noise
 from vgg_jax.configs.colours import IMAGENET
-from vgg_jax.configs.train import TrainConfig
 from vgg_jax.data import (
     cache,
     cache_in_memory,
@@ -21,11 +19,11 @@ from vgg_jax.data import (
 )
 from vgg_jax.errors import InputError
 
-TINY = TrainConfig(image_size=32, scale=(32, 40), batch_size=4, epochs=3, seed=5)
+LARGE_CROPS = dataclasses.replace(TINY_TRAIN, image_size=96, scale=(96, 100))
 
 
 def photos_of_one_size(folder):
-    """An image folder of 9 pictures, 20 by 30 pixels."""
+    """An image folder with 9 images of 20x30 pixels."""
     for i in range(9):
         (folder / "ab"[i % 2]).mkdir(exist_ok=True)
         (folder / "ab"[i % 2] / f"{i}.png").write_bytes(encode(noise(20, 30, i)))
@@ -36,23 +34,23 @@ def photos_of_one_size(folder):
     params=["mixed sizes", "one size", "one size, large crops", "digits", "array_record"]
 )
 def source_and_config(request, tmp_path):
-    """Storage that is found by index, whose order is the same in memory, and a configuration that uses it."""
+    """Storage with random access, whose order is the same in memory, and a configuration."""
     if request.param == "mixed sizes":
-        return open_split(str(request.getfixturevalue("folder")), "train"), TINY
+        return open_split(str(request.getfixturevalue("folder")), "train"), TINY_TRAIN
     if request.param == "digits":
-        return open_train_val("digits", validation_fraction=0.99)[0], TINY
+        return open_train_val("digits", validation_fraction=0.99)[0], TINY_TRAIN
     if request.param == "array_record":
-        return open_train_val(
-            "numbers", data_dir=request.getfixturevalue("prepared")["array_record"]
-        )[0], TINY
-    large = dataclasses.replace(TINY, image_size=96, scale=(96, 100))
-    return photos_of_one_size(tmp_path), large if "large" in request.param else TINY
+        folder = request.getfixturevalue("prepared")["array_record"]
+        return open_train_val("numbers", data_dir=folder)[0], TINY_TRAIN
+    config = LARGE_CROPS if "large" in request.param else TINY_TRAIN
+    return photos_of_one_size(tmp_path), config
 
 
-def assert_equal(ones, others):
-    ones, others = list(ones), list(others)
-    assert len(ones) == len(others)
-    for one, other in zip(ones, others, strict=True):
+def assert_batches_equal(actual, expected):
+    """Pixels may differ by one level in one of 10,000 values: sums have another order."""
+    actual, expected = list(actual), list(expected)
+    assert len(actual) == len(expected)
+    for one, other in zip(actual, expected, strict=True):
         assert one.keys() == other.keys()
         for key in one.keys() - {"image"}:
             np.testing.assert_array_equal(one[key], other[key], key)
@@ -61,100 +59,94 @@ def assert_equal(ones, others):
         assert difference.max() <= 1 and np.count_nonzero(difference) <= 1e-4 * difference.size
 
 
-def test_batches_from_memory_are_those_from_the_files(source_and_config):
+def test_cached_batches_equal_those_of_files(source_and_config):
     source, config = source_and_config
-    held = cache_in_memory(source, config)
-    assert (held.size, held.classes, held.name) == (source.size, source.classes, source.name)
-    assert_equal(train_batches(held, config, IMAGENET), train_batches(source, config, IMAGENET))
-    assert_equal(
-        train_batches(held, config, IMAGENET, first_epoch=1, first_batch=2),
-        train_batches(source, config, IMAGENET, first_epoch=1, first_batch=2),
-    )
-    assert_equal(eval_batches(held, config, 6), eval_batches(source, config, 6))
+    cached = cache_in_memory(source, config)
+    assert (cached.size, cached.classes, cached.name) == (source.size, source.classes, source.name)
+    for start in ({}, {"first_epoch": 1, "first_batch": 2}):
+        actual = train_batches(cached, config, IMAGENET, **start)
+        assert_batches_equal(actual, train_batches(source, config, IMAGENET, **start))
+    assert_batches_equal(eval_batches(cached, config, 6), eval_batches(source, config, 6))
 
 
-def test_pixels_are_held_of_small_images_of_one_size_only(folder, tmp_path_factory):
-    alike = photos_of_one_size(tmp_path_factory.mktemp("alike"))
-    pixels = cache_in_memory(alike, TINY).pixels
+def test_cache_decodes_small_images_of_one_size(folder, tmp_path_factory):
+    same_size = photos_of_one_size(tmp_path_factory.mktemp("same_size"))
+    pixels = cache_in_memory(same_size, TINY_TRAIN).pixels
     assert pixels is not None and pixels.images.shape == (9, 20, 30, 3)
-    assert (
-        cache_in_memory(alike, dataclasses.replace(TINY, image_size=96, scale=(96,))).pixels is None
-    )
-    assert cache_in_memory(open_split(str(folder), "train"), TINY).pixels is None
+    large = dataclasses.replace(TINY_TRAIN, image_size=96, scale=(96,))
+    assert cache_in_memory(same_size, large).pixels is None
+    assert cache_in_memory(open_split(str(folder), "train"), TINY_TRAIN).pixels is None
 
 
-def test_sequential_files_are_shuffled_anew_each_epoch_with_the_same_draws(prepared):
+def test_cached_records_are_shuffled_each_epoch(prepared):
+    """Records that are read from the beginning have another order in memory, but equal draws."""
     source = open_split("numbers", "train", data_dir=prepared["tfrecord"])
-    batches = list(train_batches(cache_in_memory(source, TINY), TINY, IMAGENET))
-    ours, theirs = by_example(batches), by_example(train_batches(source, TINY, IMAGENET))
-    assert ours.keys() == theirs.keys()
-    for key, example in ours.items():
-        np.testing.assert_array_equal(example["colour_shift"], theirs[key]["colour_shift"])
-        assert (
-            example["label"] == theirs[key]["label"]
-            and np.abs(example["image"].astype(int) - theirs[key]["image"]).max() <= 1
-        )
-    indices = np.concatenate([batch["index"][batch["mask"]] for batch in batches]).reshape(
-        3, source.size
-    )
-    assert all(sorted(epoch) == list(range(source.size)) for epoch in indices)
-    assert len({tuple(epoch) for epoch in indices}) == 3
+    batches = list(train_batches(cache_in_memory(source, TINY_TRAIN), TINY_TRAIN, IMAGENET))
+    actual = by_example(batches)
+    expected = by_example(train_batches(source, TINY_TRAIN, IMAGENET))
+    assert actual.keys() == expected.keys()
+    for key, example in actual.items():
+        np.testing.assert_array_equal(example["colour_shift"], expected[key]["colour_shift"])
+        assert example["label"] == expected[key]["label"]
+        assert np.abs(example["image"].astype(int) - expected[key]["image"]).max() <= 1
+    indices = np.concatenate([batch["index"][batch["mask"]] for batch in batches])
+    epochs = indices.reshape(3, source.size)
+    assert all(sorted(epoch) == list(range(source.size)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
-def test_the_files_are_not_read_again(tmp_path):
+def test_cached_files_are_not_read_again(tmp_path):
     source = photos_of_one_size(tmp_path)
-    for config in (TINY, dataclasses.replace(TINY, image_size=96, scale=(96,))):
-        held = cache_in_memory(source, config)
+    for config in (TINY_TRAIN, dataclasses.replace(TINY_TRAIN, image_size=96, scale=(96,))):
+        cached = cache_in_memory(source, config)
         expected = list(train_batches(source, config, IMAGENET))
-        shutil.move(tmp_path / "a", tmp_path / "gone")
-        assert_equal(train_batches(held, config, IMAGENET), expected)
-        shutil.move(tmp_path / "gone", tmp_path / "a")
+        shutil.move(tmp_path / "a", tmp_path / "moved")
+        assert_batches_equal(train_batches(cached, config, IMAGENET), expected)
+        shutil.move(tmp_path / "moved", tmp_path / "a")
 
 
-@pytest.mark.parametrize("first", [True, False])
-def test_a_broken_image_is_named(tmp_path, first):
+@pytest.mark.parametrize("position", [0, 5])
+def test_cache_names_broken_image(tmp_path, position):
     source = photos_of_one_size(tmp_path)
-    path = source.file_name(0 if first else 5)
-    whole = encode(noise(20, 30))
+    path = source.file_name(position)
+    intact = encode(noise(20, 30))
     with open(path, "wb") as file:
-        file.write(whole[: len(whole) // 2])
+        file.write(intact[: len(intact) // 2])
     with pytest.raises(InputError, match=f"cannot decode '{path}'"):
-        list(train_batches(cache_in_memory(source, TINY), TINY, IMAGENET))
+        list(train_batches(cache_in_memory(source, TINY_TRAIN), TINY_TRAIN, IMAGENET))
 
 
-def test_what_does_not_fit_is_refused(tmp_path, monkeypatch):
+def test_cache_refuses_what_does_not_fit(tmp_path, monkeypatch):
     source = photos_of_one_size(tmp_path)
     monkeypatch.setattr(cache, "free_memory", lambda: 1000.0)
-    with pytest.raises(
-        InputError,
-        match=r"does not fit into memory: 9 of its 9 images take 2 times .*; leave out --cache",
-    ):
-        cache_in_memory(source, TINY)
+    message = r"does not fit into memory: 9 of its 9 images take 2 times .*; leave out --cache"
+    with pytest.raises(InputError, match=message):
+        cache_in_memory(source, TINY_TRAIN)
 
 
-def test_pixels_that_do_not_fit_are_decoded_anew(tmp_path, monkeypatch):
+def test_cache_without_pixels_that_do_not_fit(tmp_path, monkeypatch):
     source = photos_of_one_size(tmp_path)
-    bytes_of = sum(
-        len(example["encoded"]) for example in source.examples(None, 0).as_numpy_iterator()
-    )
-    monkeypatch.setattr(cache, "free_memory", lambda: 2.6 * bytes_of)
-    assert cache_in_memory(source, TINY).pixels is None
+    num_bytes = sum(len(example["encoded"]) for example in list_examples(source))
+    monkeypatch.setattr(cache, "free_memory", lambda: 2.6 * num_bytes)
+    assert cache_in_memory(source, TINY_TRAIN).pixels is None
 
 
-def test_a_source_that_says_too_much_of_its_size_is_refused(tmp_path):
+def test_cache_refuses_source_of_wrong_size(tmp_path):
     source = photos_of_one_size(tmp_path)
-    few = dataclasses.replace(
+    too_few = dataclasses.replace(
         source, examples=lambda seed, start=0: source.examples(seed, start).take(4)
     )
-    with pytest.raises(InputError, match=r"says that it has 9 images, and has 4: prepare it again"):
-        cache_in_memory(few, TINY)
+    message = "should have 9 images, but has 4: prepare it again"
+    with pytest.raises(InputError, match=message):
+        cache_in_memory(too_few, TINY_TRAIN)
+
+
+def test_cache_empty_source(folder):
+    empty = open_train_val(str(folder / "train"), validation_fraction=0.0)[1]
+    assert list(eval_batches(cache_in_memory(empty, TINY_TRAIN), TINY_TRAIN, 4)) == []
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/meminfo"), reason="needs Linux")
-def test_free_memory_is_less_than_all_of_it():
-    assert 1e6 < cache.free_memory() < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def test_an_empty_source_stays_empty(folder):
-    empty = open_train_val(str(folder / "train"), validation_fraction=0.0)[1]
-    assert list(eval_batches(cache_in_memory(empty, TINY), TINY, 4)) == []
+def test_free_memory_is_below_total():
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 1e6 < cache.free_memory() < total

@@ -3,27 +3,26 @@ import os
 import numpy as np
 import pytest
 
-from tests.helpers.tiny_data import check_divided, check_order, indices, listed
-from vgg_jax.data import decode, open_split, open_train_val
+from tests.helpers.tiny_data import check_divided, check_order, indices, list_examples
+from vgg_jax.data import VALIDATION, decode, open_split, open_train_val
 from vgg_jax.errors import InputError
 
 
-def test_digits_are_scikit_learns():
+def test_digits_equal_scikit_learn():
     from sklearn.datasets import load_digits
 
     source = open_split("digits", "train")
     assert (source.size, source.classes, source.skipped) == (1797, tuple("0123456789"), ())
     assert source.file_name(17) == "digits train record 17"
     images, targets = load_digits(return_X_y=True)
-    for example in listed(source)[::100]:
-        i = example["index"]
-        assert example["label"] == targets[i]
-        np.testing.assert_allclose(
-            decode(example["encoded"])[..., 1].numpy().ravel() * (16 / 255), images[i], atol=0.04
-        )
+    for example in list_examples(source)[::100]:
+        index = example["index"]
+        assert example["label"] == targets[index]
+        values = decode(example["encoded"])[..., 1].numpy().ravel() * (16 / 255)
+        np.testing.assert_allclose(values, images[index], atol=0.04)
 
 
-def test_digits_order_and_division():
+def test_digits_are_divided_by_seed():
     train, validation = open_train_val("digits")
     assert (train.size, validation.size) == (1617, 180)
     check_divided(train, validation, 1797)
@@ -32,23 +31,19 @@ def test_digits_order_and_division():
     assert indices(validation) != indices(open_train_val("digits", seed=1)[1])
 
 
-@pytest.mark.parametrize("name", ["validation", "val", "valid"])
-def test_validation_goes_by_three_names(folder, name):
+@pytest.mark.parametrize("name", VALIDATION)
+def test_validation_split_has_three_names(folder, name):
+    assert VALIDATION == ("validation", "val", "valid")
     os.rename(folder / "val", folder / name)
     assert open_train_val(str(folder))[1].size == 5
-    assert [open_split(str(folder), alias).size for alias in ("validation", "val", "valid")] == [
-        5,
-        5,
-        5,
-    ]
+    assert [open_split(str(folder), alias).size for alias in VALIDATION] == [5, 5, 5]
 
 
-def test_a_split_that_is_not_there(folder, prepared):
+def test_open_split_that_does_not_exist(folder, prepared):
     with pytest.raises(InputError, match="no split 'test': expected one of train, val"):
         open_split(str(folder), "test")
-    with pytest.raises(
-        InputError, match="no split 'validation' or 'val' or 'valid': expected one of train"
-    ):
+    message = "no split 'validation' or 'val' or 'valid': expected one of train"
+    with pytest.raises(InputError, match=message):
         open_split("digits", "val")
     with pytest.raises(InputError, match="'numbers' has no split 'dev': expected one of train"):
         open_split("numbers", "dev", data_dir=prepared["tfrecord"])

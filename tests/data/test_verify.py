@@ -1,0 +1,130 @@
+"""Search for unreadable images, and lists of images to exclude."""
+
+import json
+import os
+import shutil
+
+import pytest
+
+from tests.helpers.corrupt_images import CORRUPT, make_folder
+from tests.helpers.tiny_data import TINY_TRAIN, indices
+from vgg_jax import cli
+from vgg_jax.data import (
+    eval_batches,
+    open_split,
+    open_train_val,
+    read_exclude_list,
+    verify_images,
+    write_exclude_list,
+)
+from vgg_jax.errors import InputError
+
+
+def test_verify_then_exclude(tmp_path, capsys):
+    """The list holds wherever the folder is, and however its path is written."""
+    root = make_folder(tmp_path / "data", *CORRUPT)
+    (tmp_path / "data" / "ants" / "text.jpg").write_text("no image")
+    (tmp_path / "data" / "ants" / "two\nlines \udce9.jpg").write_bytes(CORRUPT["cut.jpg"])
+    path = str(tmp_path / "bad.jsonl")
+    assert cli.main(["verify-data", root, "--out", path]) == 3
+    output = capsys.readouterr().out
+    assert "train: 8 of 18 images cannot be read" in output and "--exclude" in output
+    expected = [*(f"ants/{name}" for name in (*CORRUPT, "text.jpg")), "ants/two\nlines \udce9.jpg"]
+    exclude = read_exclude_list(path)
+    assert exclude == tuple(sorted(expected))
+    os.rename(root, tmp_path / "moved")
+    train, validation = open_train_val(str(tmp_path / "moved") + "/", exclude=exclude)
+    assert train.size + validation.size == 10
+    for source in (train, validation):
+        batches = eval_batches(source, TINY_TRAIN, 4)
+        assert sum(batch["mask"].sum() for batch in batches) == source.size
+
+
+def test_verify_gives_reasons(tmp_path):
+    root = make_folder(tmp_path / "data", "cut.jpg", "bomb.png")
+    ((split, count, bad),) = verify_images(root)
+    assert (split, count) == ("train", 12)
+    assert [image.file for image in bad] == ["ants/bomb.png", "ants/cut.jpg"]
+    assert bad[0].reason == "it has more than 178,956,970 pixels"
+    assert "nvalid JPEG data" in bad[1].reason
+
+
+def test_verify_intact_data(tmp_path, prepared):
+    path = tmp_path / "bad.jsonl"
+    assert cli.main(["verify-data", make_folder(tmp_path / "data"), "--out", str(path)]) == 0
+    assert path.read_text() == ""
+    for folder in prepared.values():
+        assert list(verify_images("numbers", data_dir=folder)) == [("train", 23, [])]
+
+
+def test_verify_writes_list_before_error(tmp_path, capsys):
+    make_folder(tmp_path / "data" / "train", "cut.jpg")
+    make_folder(tmp_path / "data" / "val")
+    shutil.rmtree(tmp_path / "data" / "val" / "ants")
+    (tmp_path / "data" / "val" / "ants").mkdir()
+    path = str(tmp_path / "list")
+    assert cli.main(["verify-data", str(tmp_path / "data"), "--out", path]) == 2
+    assert "ants' has no images" in capsys.readouterr().err
+    assert read_exclude_list(path) == ("train/ants/cut.jpg",)
+
+
+def test_verify_expands_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    make_folder(tmp_path / "data", "cut.jpg")
+    ((_, _, bad),) = verify_images("~/data")
+    assert [image.file for image in bad] == ["ants/cut.jpg"]
+
+
+def test_exclude_records(prepared):
+    for folder in prepared.values():
+        options = {"data_dir": folder, "validation_fraction": 0.3}
+        whole, _ = open_train_val("numbers", **options)
+        exclude = ("numbers train record 4", "numbers train record 22")
+        train, validation = open_train_val("numbers", **options, exclude=exclude)
+        assert train.size + validation.size == 21
+        expected = [i for i in range(23) if i not in (4, 22)]
+        assert sorted(indices(train) + indices(validation)) == expected
+        assert train.storage != whole.storage  # a run with another list is another run
+
+
+def test_exclude_list_of_another_split(tmp_path):
+    make_folder(tmp_path / "data" / "train")
+    make_folder(tmp_path / "data" / "val")
+    make_folder(tmp_path / "data" / "test", "cut.jpg")
+    root, path = str(tmp_path / "data"), str(tmp_path / "list")
+    assert cli.main(["verify-data", root, "--out", path]) == 3
+    exclude = read_exclude_list(path)
+    assert exclude == ("test/ants/cut.jpg",)
+    assert open_train_val(root, exclude=exclude)[0].size == 10
+    assert open_split(root, "test", exclude=exclude).size == 10
+
+
+def test_exclude_list_of_other_data(tmp_path):
+    root = make_folder(tmp_path / "data")
+    message = r"none of the 1 images to exclude, for example 'ants/x.jpg', is in .*data"
+    with pytest.raises(InputError, match=message):
+        open_train_val(root, exclude=("ants/x.jpg",))
+
+
+def test_exclude_list_round_trip(tmp_path):
+    ((_, _, bad),) = verify_images(make_folder(tmp_path / "data", *CORRUPT))
+    path = tmp_path / "list"
+    write_exclude_list(str(path), bad)
+    assert read_exclude_list(str(path)) == tuple(sorted(image.file for image in bad))
+    reasons = [json.loads(line)["reason"] for line in path.read_text().splitlines()]
+    assert reasons == [image.reason for image in bad]
+
+
+@pytest.mark.parametrize(
+    "content", ["no JSON\n", '{"name": 1}\n', "[1]\n", '{"file": 3}\n', "\xff"]
+)
+def test_read_exclude_list_of_other_content(content, tmp_path):
+    (tmp_path / "list").write_bytes(content.encode("latin-1"))
+    with pytest.raises(InputError, match="expected the list that `vgg-jax verify-data` writes"):
+        read_exclude_list(str(tmp_path / "list"))
+
+
+def test_train_with_missing_exclude_list(tmp_path, capsys):
+    path = str(tmp_path / "nowhere")
+    assert cli.main(["train", "digits", "--exclude", path, "--no-compilation-cache"]) == 2
+    assert "nowhere (No such file or directory)" in capsys.readouterr().err
