@@ -78,7 +78,7 @@ def __dir__() -> list[str]:
 def load(
     path: str | os.PathLike, net: str | None = None
 ) -> tuple["VGG", dict[str, Any], dict[str, Any]]:
-    """Load a trained net from a run's folder or from a weight file.
+    """Loads a trained net from a run's folder or from a weight file.
 
     Weight files may come from this package or from another library
     (`vgg_jax.weights.load_file`). A run gives its best checkpoint

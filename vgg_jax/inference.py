@@ -16,7 +16,7 @@ from vgg_jax.runtime.compiler import compiler_options, has_onednn_bfloat16
 def pack_kernels(
     variables: Mapping[str, Any], dtype: Any = jnp.float32, kinds: tuple[str, ...] = ("conv", "fc")
 ) -> dict[str, Any]:
-    """Add a copy of the kernels in the layout that inference on a CPU reads fastest.
+    """Adds a copy of the kernels in the layout that inference on a CPU reads fastest.
 
     3x3 kernels become Winograd filters, which take four times the memory. They are left out where
     oneDNN convolves bfloat16. Kernels of fully connected layers are transposed
@@ -61,7 +61,7 @@ def _pack(kernels: dict[str, jax.Array], dtype: Any) -> dict[str, jax.Array]:
 def compile_inference(
     model: VGG, variables: Mapping[str, Any], method: str | None = None, **settings: Any
 ) -> Callable[..., Any]:
-    """Make the fastest function for `model.apply(variables, images)` on this device.
+    """Makes the fastest function for `model.apply(variables, images)` on this device.
 
     The function holds the kernels in the type in which the net computes, and on a CPU a packed copy
     of them (`pack_kernels`). A bfloat16 net computes in float32 on a CPU where XLA has no fast

@@ -171,7 +171,7 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
-        """Drop values in training, else return the input.
+        """Drops values in training, else return the input.
 
         Args:
             x: Input (N, …).
@@ -213,7 +213,7 @@ class FullyConnected(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, kernel_t: Array | None = None) -> Array:
-        """Apply the layer.
+        """Applies the layer.
 
         Args:
             x: Input (N, h, w, C).

@@ -55,13 +55,13 @@ class VGG(nn.Module):
         dropout_rate: Dropout after fc6 and fc7 (§3.1).
         dtype: Type of the computation.
         param_dtype: Type of the parameters.
-        image_size: Side of the images that `__call__` takes; sets the window of fc6.
+        image_size: Side of the images that `__call__` takes; sets the kernel size of fc6.
         initializer: Key of `INITIALIZERS`.
         initializer_std: Standard deviation of the initializer "paper".
         frozen: Layers that training does not change.
         pool: "max", or "avg" for smoother gradients of textures (Gatys et al., arXiv 1508.06576).
         axis_name: Axis of the surrounding `shard_map` over which the batch is split, if any.
-            Training then acts on the whole batch.
+            Batch statistics and dropout then cover the global batch.
     """
 
     config: VGGConfig = CONFIGS["D"]
@@ -78,7 +78,7 @@ class VGG(nn.Module):
     axis_name: str | None = None
 
     def __call__(self, images: Array, train: bool = False, mask: Array | None = None) -> Array:
-        """Compute logits of images of the net's own size.
+        """Computes logits of images of the net's own size.
 
         Args:
             images: (N, image_size, image_size, 3).
@@ -102,7 +102,7 @@ class VGG(nn.Module):
         return self._forward(images, ("fc8",), train, mask)["fc8"][:, 0, 0]
 
     def score_map(self, images: Array, ceil: bool = False) -> Array:
-        """Compute the dense class-score map (§3.2): the logits of every window, with stride 32.
+        """Computes the dense class-score map (§3.2): the logits of every window, with stride 32.
 
         Args:
             images: (N, H, W, 3), at least image_size on each side.
@@ -118,7 +118,7 @@ class VGG(nn.Module):
 
     @nn.nowrap
     def score_map_size(self, h: int, w: int, ceil: bool = False) -> tuple[int, int]:
-        """Compute the size of the score map.
+        """Computes the size of the score map.
 
         Args:
             h: Height of the image.
@@ -134,7 +134,7 @@ class VGG(nn.Module):
         return h - self.image_size // stride + 1, w - self.image_size // stride + 1
 
     def trunk(self, images: Array, valid_mask: Array, ceil: bool = False) -> Array:
-        """Compute the input of the last pooling for canvases that pack several images.
+        """Computes the input of the last pooling for canvases that pack several images.
 
         Each image gets the activations it would get alone, surrounded by zeros. This needs enough
         room between two images, see `vgg_jax.evaluation.packing`.
@@ -151,11 +151,11 @@ class VGG(nn.Module):
         return self._forward(images, (layer,), valid_mask=valid_mask[..., None], ceil=ceil)[layer]
 
     def head(self, activations: Array) -> Array:
-        """Compute logits from the output of `trunk`.
+        """Computes logits from the output of `trunk`, beginning with the last pooling.
 
         Args:
-            activations: Crops (N, h, w, C) of `trunk` activations, each as large as those of one
-                image of image_size.
+            activations: Crops (N, h, w, C) of `trunk` activations, each as large as the output of
+                `trunk` for one image_size image.
 
         Returns:
             Logits (N, K).
@@ -163,7 +163,7 @@ class VGG(nn.Module):
         return self._forward(activations, ("fc8",), start_after=self._trunk_end())["fc8"][:, 0, 0]
 
     def features(self, images: Array, layers: Iterable[str]) -> dict[str, Array]:
-        """Compute activations by name. Nothing after the deepest layer is computed.
+        """Computes activations by name. Nothing after the deepest layer is computed.
 
         "conv3_3" and "fc7" are the values before the ReLU, "relu3_3" and "relu7" those after it.
 
@@ -201,7 +201,7 @@ class VGG(nn.Module):
         ceil: bool = False,
         start_after: str | None = None,
     ) -> dict[str, Array]:
-        """Run the layers up to the deepest target, and return the targets by name.
+        """Runs the layers up to the deepest target, and returns the targets by name.
 
         `mask` (N,) marks real examples, `valid_mask` (N, H, W, 1) the pixels of images. If
         `start_after` is set, x is the output of that layer instead of images.
@@ -238,7 +238,9 @@ class VGG(nn.Module):
                 fuse_relu = epilogue_kind == "relu"
                 x = self._pool(relu_input if fuse_relu else x, ceil, fuse_relu)
                 valid_mask = None if valid_mask is None else pool_mask(valid_mask, ceil)
-                x = _apply_mask(x, valid_mask)  # an odd size's last row was pooled with a zero
+                x = _apply_mask(
+                    x, valid_mask
+                )  # with an odd size, the last row was pooled together with padding
             elif layer_type == "fc":
                 fc = FullyConnected(features, kernel_size, fc_init, name=name, **types)
                 x = fc(x, self.get_variable("packed", name))
@@ -256,7 +258,7 @@ class VGG(nn.Module):
 def select_layers(
     layers: Sequence[Layer], targets: Sequence[str], start_after: str | None = None
 ) -> tuple[Layer, ...]:
-    """Select the layers that lead to the targets.
+    """Selects the layers that lead to the targets.
 
     Args:
         layers: All layers of a net.
@@ -282,7 +284,7 @@ def select_layers(
 def fuse_epilogues(
     layers: Sequence[Layer], targets: Sequence[str], *, fuse_pool: bool, ceil: bool
 ) -> tuple[PlannedLayer, ...]:
-    """Plan which ReLUs and poolings are computed together with the layer before them.
+    """Plans which ReLUs and poolings are computed together with the layer before them.
 
     A layer whose output is a target is not fused with the layer after it.
 
@@ -331,7 +333,7 @@ def _ends_with_relu(plan: Sequence[PlannedLayer]) -> bool:
 
 
 def _apply_mask(x: Array, valid_mask: Array | None) -> Array:
-    """Set padding to 0: a convolution must see zeros around each image of a canvas."""
+    """Sets padding to 0: a convolution must see zeros around each image of a canvas."""
     return x if valid_mask is None else jnp.where(valid_mask, x, 0)
 
 
@@ -365,7 +367,7 @@ def _check_settings(initializer: str, pool: str, ceil: bool) -> None:
 
 
 def transpose_kernels(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Transpose the convolutions, for images that are transposed.
+    """Transposes the convolutions, for images that are transposed.
 
     Args:
         variables: Variables of a net.
@@ -397,7 +399,7 @@ PAPER_INIT_LAYERS = ("conv1_1", "conv2_1", "conv3_1", "conv3_2", "fc6", "fc7", "
 def copy_matching_layers(
     source: Mapping[str, Any], params: Mapping[str, Any], layers: Iterable[str] = PAPER_INIT_LAYERS
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Copy layers of one net into another, where names and shapes match (§3.1).
+    """Copies layers of one net into another, where names and shapes match (§3.1).
 
     The batch normalisation after a convolution is copied with it. A layer of another shape, such as
     an fc8 for other classes, is not copied. Works for `params` and for `batch_stats`.
@@ -430,7 +432,7 @@ def _shapes(layer: Mapping[str, Array] | FrozenDict) -> dict[str, tuple[int, ...
 
 
 def build_model(config: TrainConfig, num_classes: int) -> VGG:
-    """Build the net that a training configuration describes.
+    """Builds the net that a training configuration describes.
 
     Args:
         config: Training configuration.

@@ -38,7 +38,7 @@ def content_loss(features: Mapping[str, Array], target: Mapping[str, Array]) -> 
 
 
 def gram_matrix(features: Array) -> Array:
-    """Compute the Gram matrix of the channels, divided by h · w · C.
+    """Computes the Gram matrix of the channels, divided by h · w · C.
 
     Args:
         features: Activations (N, h, w, C).
@@ -99,7 +99,7 @@ def lpips(
 
 
 def _normalize_channels(x: Array) -> Array:
-    """Scale the channels of each position to length 1; zeros stay zeros.
+    """Scales the channels of each position to length 1; zeros stay zeros.
 
     The gradient at zeros is 0, where the gradient of a norm is NaN.
     """
@@ -108,7 +108,7 @@ def _normalize_channels(x: Array) -> Array:
 
 
 def load_lpips_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Read the published weights of LPIPS for VGG.
+    """Reads the published weights of LPIPS for VGG.
 
     Args:
         path: `lpips/weights/v0.1/vgg.pth` of the package lpips.

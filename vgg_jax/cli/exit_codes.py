@@ -9,7 +9,10 @@ from vgg_jax.paths import is_remote, is_store_error
 
 
 class ExitCode(enum.IntEnum):
-    """Exit codes of `vgg-jax`. The codes from 64 to 78 follow sysexits.h."""
+    """Exit codes of `vgg-jax`. The codes from 64 to 78 follow sysexits.h.
+
+    `explain` gives the codes of errors. The commands return the others.
+    """
 
     DONE = 0
     CHECK_FAILED = 1  # verify, import --check or selfcheck found a difference

@@ -167,8 +167,8 @@ def _add_evaluate(command: argparse.ArgumentParser) -> None:
         "--pixels",
         type=int,
         default=MAX_PIXELS_PER_BATCH,
-        help="pixels that are computed at once; more is faster on an accelerator "
-        f"(default: {MAX_PIXELS_PER_BATCH})",
+        help="limit of the memory: the most pixels that are computed at once; "
+        f"more is faster on an accelerator (default: {MAX_PIXELS_PER_BATCH})",
     )
     command.add_argument(
         "--out",

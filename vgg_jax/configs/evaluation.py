@@ -7,7 +7,7 @@ from vgg_jax.errors import InputError
 PROTOCOLS = (
     "center",  # one crop
     "ten-crop",  # four corners and the centre, each with its mirror image
-    "dense",  # the whole image, fully convolutional
+    "dense",  # the score map of the whole image
     "multi-crop",  # a grid of 5x5 crops
     "both",  # the mean of dense and multi-crop
 )
@@ -45,9 +45,9 @@ class EvalProtocol:
 
 DENSE = EvalProtocol()
 
-# Pixels of the crops or images that are computed at once.
+# Pixels of the crops or images that are computed at once: they bound the memory of an evaluation.
 MAX_PIXELS_PER_BATCH = 800_000
 
-# Pixels of one image at a test scale. An image is computed at once, so this bounds the memory
-# (docs/performance.md#largest-image).
+# Pixels of one image at a test scale. Larger images are refused, because one image is computed at
+# once (docs/performance.md#largest-image).
 MAX_IMAGE_PIXELS = 2_000_000

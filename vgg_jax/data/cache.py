@@ -20,7 +20,7 @@ from vgg_jax.errors import DataError, InputError
 
 IMAGES_PER_BATCH = 64  # read or decoded by one call; enough to hide the cost of the call
 MAX_MEMORY_FRACTION = 0.8  # of the free memory; training needs the rest
-COPIES = 2  # of all images while they are joined: in parts, and in one piece
+PEAK_COPIES = 2  # of all images while they are joined: in parts, and in one piece
 
 
 def cache_in_memory(source: DataSource, config: TrainConfig) -> DataSource:
@@ -80,11 +80,11 @@ def _read_all(source: DataSource) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             num_bytes += sum(map(len, batch["encoded"]))
             count += len(batch["label"])
             bar.update(len(batch["label"]))
-            if COPIES * num_bytes > MAX_MEMORY_FRACTION * free:
+            if PEAK_COPIES * num_bytes > MAX_MEMORY_FRACTION * free:
                 raise InputError(
                     f"{source.name} does not fit into memory: {count} of its {source.size} images "
-                    f"take {COPIES} times {num_bytes / 1e9:.1f} GB of the {free / 1e9:.1f} GB that "
-                    "were free; leave out --cache, or free memory to resume a run"
+                    f"take {PEAK_COPIES} times {num_bytes / 1e9:.1f} GB of the {free / 1e9:.1f} GB "
+                    "that were free; leave out --cache, or free memory to resume a run"
                 )
     if count != source.size:
         raise DataError(
@@ -106,7 +106,7 @@ def _decode_all(source: DataSource, first: tf.Tensor, config: TrainConfig) -> tf
     if not in_memory.is_small_enough((height, width), config.scale, config.image_size):
         return None
     num_bytes = source.size * height * width * 3
-    if COPIES * num_bytes > MAX_MEMORY_FRACTION * free_memory():
+    if PEAK_COPIES * num_bytes > MAX_MEMORY_FRACTION * free_memory():
         return None
 
     def prepare(example: dict) -> dict:

@@ -1,4 +1,4 @@
-"""From the bytes of an image file to its pixels, in TensorFlow operations."""
+"""Decodes image files to pixels, in TensorFlow operations."""
 
 import io
 import struct
@@ -35,14 +35,25 @@ def decode(encoded: tf.Tensor, exif: bool = True) -> tf.Tensor:
     Raises:
         tf.errors.InvalidArgumentError: The image cannot be decoded, or has more than
             `MAX_DECODED_PIXELS` pixels.
-        ValueError: Instead of it, if called eagerly for any format but JPEG and PNG.
+        ValueError: The same for other formats than JPEG and PNG, if called eagerly.
     """
     image = decode_pixels(encoded)
     return apply_orientation(image, exif_orientation(encoded)) if exif else image
 
 
 def decode_pixels(encoded: tf.Tensor) -> tf.Tensor:
-    """Decodes an image as `decode` does, but ignores its EXIF orientation."""
+    """Decodes an image file without regard to its EXIF orientation.
+
+    Args:
+        encoded: Content of the file, a scalar string.
+
+    Returns:
+        RGB pixels as the file stores them, uint8 (H, W, 3).
+
+    Raises:
+        tf.errors.InvalidArgumentError: As `decode` does.
+        ValueError: As `decode` does.
+    """
 
     def jpeg() -> tf.Tensor:
         sides = tf.io.extract_jpeg_shape(encoded)[:2]
@@ -101,7 +112,14 @@ def assert_then(wrong: tf.Tensor, message: str, tensor: tf.Tensor) -> tf.Tensor:
 
 
 def is_jpeg(encoded: tf.Tensor) -> tf.Tensor:
-    """Tells whether a file begins as a JPEG does, as a scalar bool."""
+    """Tells whether a file begins as a JPEG does.
+
+    Args:
+        encoded: Content of the file, a scalar string.
+
+    Returns:
+        Scalar bool.
+    """
     return tf.strings.substr(encoded, 0, 3) == b"\xff\xd8\xff"
 
 

@@ -21,6 +21,7 @@ from vgg_jax.data.splits import (
 )
 from vgg_jax.data.transforms import (
     AugmentParams,
+    SourceWindow,
     resample_rows,
     rescaled_sides,
     sample_augmentation,
@@ -36,7 +37,7 @@ MAX_OFFSETS = 600
 class CropMatrices(NamedTuple):
     """Matrices that resample an image to each of its crops, for a range of scales.
 
-    The matrices of a scale follow those of the scale before, one an offset.
+    There is one matrix per offset. The matrices of a scale follow those of the scale before.
     """
 
     y: tf.Tensor  # float32 (k, size, H), resample along y
@@ -74,28 +75,35 @@ def crop_matrices(sides: tuple[int, int], scales: tuple[int, ...], size: int) ->
     Returns:
         The matrices.
     """
-    matrices: tuple[list, list] = [], []  # along y and along x
+    y: list[tf.Tensor] = []
+    x: list[tf.Tensor] = []
     first, count = [], []
     for scale in range(scales[0], scales[-1] + 1):
         rescaled = rescaled_sides(tf.constant(sides, tf.float64), scale).numpy()
         offsets = (rescaled - size + 1).astype(np.int32)
-        first.append(len(matrices[0]))
+        first.append(len(y))
         count.append(offsets)
         for offset in range(offsets.max()):
             fractions = tf.constant((offset + 0.5) / offsets)
             window = source_window(tf.constant(sides), scale, size, fractions)
-            for axis, axis_matrices in enumerate(matrices):
-                length = int(window.sides[axis])
-                matrix = resample_rows(
-                    tf.eye(length), size, window.zoom[axis], window.translation[axis]
-                )
-                before = int(window.first[axis])
-                after = sides[axis] - before - length
-                axis_matrices.append(tf.pad(matrix, [[0, 0], [before, after]]))
-    y, x = tf.stack(matrices[0]), tf.stack(matrices[1])
+            y.append(_resampling_matrix(window, 0, sides, size))
+            x.append(_resampling_matrix(window, 1, sides, size))
+    along_x = tf.stack(x)
     return CropMatrices(
-        y, tf.concat([x, x[:, ::-1]], 0), tf.constant(first), tf.constant(np.stack(count))
+        y=tf.stack(y),
+        x=tf.concat([along_x, along_x[:, ::-1]], 0),
+        first=tf.constant(first),
+        count=tf.constant(np.stack(count)),
     )
+
+
+def _resampling_matrix(
+    window: SourceWindow, axis: int, sides: tuple[int, int], size: int
+) -> tf.Tensor:
+    """Makes the matrix from an image to a crop along one axis, float32 (size, side)."""
+    first, count = int(window.first[axis]), int(window.sides[axis])
+    matrix = resample_rows(tf.eye(count), size, window.zoom[axis], window.translation[axis])
+    return tf.pad(matrix, [[0, 0], [first, sides[axis] - first - count]])
 
 
 def crop_batch(
@@ -103,8 +111,8 @@ def crop_batch(
 ) -> tf.Tensor:
     """Resizes, crops and mirrors a batch of images.
 
-    The result is that of `resize_and_crop` and `flip`, except for rounding: two orders of additions
-    may end on two sides of a half (docs/performance.md#crop-matrices).
+    The result equals that of `resize_and_crop` and `flip`, except for rounding. A sum in another
+    order may be on the other side of a half (docs/performance.md#crop-matrices).
 
     Args:
         images: Decoded images, uint8 (b, H, W, 3).
@@ -231,7 +239,7 @@ def _whole_batch(batch_size: int) -> HostShard:
 
 
 def _positions(batch: tf.Tensor, shard: HostShard, size: int) -> tuple[tf.Tensor, tf.Tensor]:
-    """Positions of a batch's examples in an epoch, int64 (b,), and their mask, bool (b,).
+    """Computes the examples' positions in an epoch, int64 (b,), and their mask, bool (b,).
 
     Masked examples have the last position of the epoch.
     """

@@ -8,13 +8,13 @@ A batch has these arrays:
     mask: bool (B,)
     index: int64 (B,)
 
-No example is dropped. Black images fill up the last batch of an epoch; their mask is False and
-their index is -1. With `config.skip_bad`, an image that cannot be read becomes a black one, too,
-and keeps its index.
+No example is dropped. Black images pad the last batch of an epoch; their mask is False and
+their index is -1. With `config.skip_bad`, an unreadable image is replaced by a black one, with
+mask False, and keeps its index.
 
-Every draw is a pure function of (seed, epoch, index), and the order is one of (seed, epoch). So
-a batch depends neither on where a run was resumed nor on how many processes feed it. Each process
-makes the `rows` of a batch that it feeds.
+Every draw is a pure function of (seed, epoch, index), and the order depends only on
+(seed, epoch). So a batch depends neither on where a run was resumed nor on how many processes feed
+it. Each process makes only its own `rows` of a batch.
 """
 
 import functools
@@ -55,7 +55,7 @@ def train_batches(
         statistics: Colours of the data set, for the colour shift.
         first_epoch: Epoch to start in, counted from 0.
         first_batch: Batch of this epoch to start with, counted from 0.
-        rows: Rows of each batch to make, int64 (n,), rising; None for all.
+        rows: Rows of each batch to make, int64 (n,), increasing; None for all.
 
     Returns:
         The batches.
@@ -98,7 +98,7 @@ def eval_batches(
         source: The images to evaluate.
         config: Test scale and image size.
         batch_size: Number of examples in a batch.
-        rows: Rows of each batch to make, int64 (n,), rising; None for all.
+        rows: Rows of each batch to make, int64 (n,), increasing; None for all.
 
     Returns:
         The batches.

@@ -157,13 +157,13 @@ def resize_and_crop(
     x_fraction: tf.Tensor | float,
     exif: bool = True,
 ) -> tf.Tensor:
-    """Crops the image that is resized to `scale`, which is at least `size` (§3.1).
+    """Resizes an image and crops a square (§3.1).
 
     Only the source pixels of the crop are resampled. Of an upright JPEG, only these are decoded.
 
     Args:
         encoded: Content of an image file, a scalar string.
-        scale: Length of the shorter side of the resized image.
+        scale: Length of the shorter side of the resized image, at least `size`.
         size: Side of the crop.
         y_fraction: Position of the crop in [0, 1]. It selects one of the offsets from the first to
             the last. A uniform fraction selects them with equal probability, and 0.5 selects the

@@ -151,7 +151,7 @@ def _iter_parts(
 ) -> Iterator[tuple[np.ndarray, float]]:
     """Yields the whole images and crops that the protocol asks for, and the weight of each."""
     if not images:
-        raise InputError(f"image {index} is given at no test scale: expected at least one array")
+        raise InputError(f"image {index} has no rescaled version: expected at least one array")
     weight = (0.5 if protocol.name == "both" else 1.0) / len(images)
     for image in images:
         _check_image(index, image, crop_size, protocol)
@@ -279,7 +279,7 @@ def iter_posteriors(
     for batch in pack_windows(
         all_windows(), model.config, ceil=protocol.ceil, pixels=pixels, devices=mesh.size
     ):
-        canvases = shard_batch(_draw_canvases(batch), mesh)
+        canvases = shard_batch(_fill_canvases(batch), mesh)
         activations = trunk(trunk_variables(batch.transposed), **canvases)
         positions, ends = _score_map_positions(batch, model, protocol.ceil)
         logits = np.zeros((len(positions), model.num_classes))
@@ -297,7 +297,7 @@ def iter_posteriors(
                 yield window.image, np.sum(pending.pop(window.image), 0)
 
 
-def _draw_canvases(batch: Batch) -> dict[str, np.ndarray]:
+def _fill_canvases(batch: Batch) -> dict[str, np.ndarray]:
     """Copies the windows into canvases, and counts the valid pixels of each row."""
     images = np.zeros((*batch.shape, 3), np.uint8)
     widths = np.zeros(batch.shape[:2], np.int32)
@@ -331,8 +331,8 @@ def _mean_posterior(scores: np.ndarray, protocol: EvalProtocol) -> np.ndarray:
 
 
 def _softmax(scores: np.ndarray) -> np.ndarray:
-    powers = np.exp(scores - scores.max(-1, keepdims=True))
-    return powers / powers.sum(-1, keepdims=True)
+    exps = np.exp(scores - scores.max(-1, keepdims=True))
+    return exps / exps.sum(-1, keepdims=True)
 
 
 def resolve_protocol(

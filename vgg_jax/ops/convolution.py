@@ -65,7 +65,7 @@ def convolution(
 
 
 def default_conv(x: Array, kernel: Array, bias: Array, epilogue: Epilogue) -> Array:
-    """Convolve by XLA on any platform.
+    """Convolves by XLA on any platform.
 
     Args:
         x: Input (N, H, W, C).
@@ -80,7 +80,7 @@ def default_conv(x: Array, kernel: Array, bias: Array, epilogue: Epilogue) -> Ar
 
 
 def cuda_conv(x: Array, kernel: Array, bias: Array, epilogue: Epilogue) -> Array:
-    """Convolve on a CUDA GPU.
+    """Convolves on a CUDA GPU.
 
     Args:
         x: Input (N, H, W, C).
@@ -99,7 +99,7 @@ def cuda_conv(x: Array, kernel: Array, bias: Array, epilogue: Epilogue) -> Array
 
 
 def _conv_rows_as_channels(x: Array, kernel: Array) -> Array:
-    """Convolve an image, with the pixels of each kernel row stacked as channels.
+    """Convolves an image, with the pixels of each kernel row stacked as channels.
 
     The channels are padded to a multiple of 16, because cuDNN makes poor use of tensor cores with
     three channels (docs/performance.md#rows-as-channels-on-gpus).
@@ -119,7 +119,7 @@ def _conv_rows_as_channels(x: Array, kernel: Array) -> Array:
 
 @jax.custom_vjp
 def pointwise_conv(x: Array, kernel: Array) -> Array:
-    """Convolve with a 1x1 kernel, or apply a fully connected layer at each position.
+    """Convolves with a 1x1 kernel, or apply a fully connected layer at each position.
 
     Args:
         x: Input (N, h, w, C).

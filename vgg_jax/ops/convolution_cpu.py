@@ -1,18 +1,18 @@
-"""Convolution on a CPU, where XLA's own is slow in three places.
+"""Convolution on a CPU.
 
-Float32 takes one of four paths:
+Float32 has four paths; three of them avoid slow code of XLA:
 
-- Maps smaller than the kernel: im2col, one matrix product
+- Feature maps smaller than the kernel: im2col, one matrix product
   (docs/performance.md#im2col-on-small-maps).
 - Inputs of at most `MAX_IMAGE_CHANNELS` channels: XLA forward, im2col for the gradients
   (docs/performance.md#image-gradients).
-- 3x3 kernels: Winograd, which needs 36 products where the definition takes 144. It runs block by
-  block, and applies the epilogue while a block is in cache (docs/performance.md#winograd).
+- 3x3 kernels: Winograd, with 36 multiplications per 4x4 output tile instead of 144. It runs block
+  by block, and applies the epilogue while a block is in cache (docs/performance.md#winograd).
 - Other kernels: XLA (docs/performance.md#5x5-kernels).
 
 bfloat16 runs 3x3 kernels by oneDNN, if XLA hands them to it (`has_onednn_bfloat16`). XLA does not
-hand over kernel gradients, so those are computed in float32. So are all other 16-bit convolutions,
-except on maps smaller than the kernel (docs/performance.md#onednn-and-bfloat16).
+hand over kernel gradients, so those are computed in float32. All other 16-bit convolutions run in
+float32 too, except on maps smaller than the kernel (docs/performance.md#onednn-and-bfloat16).
 
 Activations have the shape (N, H, W, C), kernels (k, k, C, K).
 """
@@ -39,7 +39,7 @@ from vgg_jax.ops.pooling import crop_to_even
 from vgg_jax.ops.xla import MAX_IMAGE_CHANNELS, xla_conv
 from vgg_jax.runtime.compiler import has_onednn_bfloat16
 
-# Image gradients are computed for this many positions at a time, so that their windows stay in
+# The first layer's gradients are computed for this many positions at a time, so that their windows stay in
 # cache (docs/performance.md#image-gradients).
 _CHUNK_POSITIONS = 224 * 224
 
@@ -47,7 +47,7 @@ _CHUNK_POSITIONS = 224 * 224
 def cpu_conv(
     x: Array, kernel: Array, bias: Array, epilogue: Epilogue, filters: Array | None = None
 ) -> Array:
-    """Convolve on a CPU by the path that is fastest for the shape and dtype.
+    """Convolves on a CPU by the path that is fastest for the shape and dtype.
 
     Args:
         x: Input (N, H, W, C).
@@ -76,7 +76,7 @@ def cpu_conv(
 
 
 def _conv_16_bit(x: Array, kernel: Array, filters: Array | None) -> Array:
-    """Convolve in bfloat16 by oneDNN if possible, else in float32.
+    """Convolves in bfloat16 by oneDNN if possible, else in float32.
 
     XLA's own 16-bit convolution is many times slower, and Winograd's transforms need float32.
     """
@@ -105,7 +105,7 @@ def _im2col(x: Array, kernel: Array) -> Array:
 
 @jax.custom_vjp
 def _conv_im2col(x: Array, kernel: Array) -> Array:
-    """Convolve maps smaller than the kernel."""
+    """Convolves maps smaller than the kernel."""
     return _im2col(x, kernel)
 
 
@@ -127,12 +127,12 @@ def _conv_im2col_bwd(res: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
 _conv_im2col.defvjp(_conv_im2col_fwd, _conv_im2col_bwd)
 
 
-# Few channels: the image
+# The first layer: few input channels
 
 
 @jax.custom_vjp
 def _conv_few_channels(x: Array, kernel: Array, bias: Array, epilogue: Epilogue) -> Array:
-    """Convolve an image: XLA forward, im2col for the gradients.
+    """Convolves an image: XLA forward, im2col for the gradients.
 
     XLA's forward pass beats im2col and Winograd here (docs/performance.md#image-gradients). The
     residuals are those of `_conv_winograd`.
@@ -158,14 +158,14 @@ def _conv_few_channels_bwd(res: tuple, g: Array) -> tuple[Array, Array, Array, N
     x, kernel, epilogue_res = res
     _, pullback = jax.vjp(lambda x: _im2col(x, kernel), x)
     (grad_input,) = pullback(epilogue_grad(epilogue_res, g, x.shape))
-    grad_kernel, grad_bias = _image_grads(epilogue_res, g, x, kernel.shape)
+    grad_kernel, grad_bias = _first_layer_grads(epilogue_res, g, x, kernel.shape)
     return grad_input, grad_kernel, grad_bias, None
 
 
 _conv_few_channels.defvjp(_conv_few_channels_fwd, _conv_few_channels_bwd)
 
 
-def _image_grads(
+def _first_layer_grads(
     res: EpilogueResiduals, g: Array, x: Array, shape: tuple[int, ...]
 ) -> tuple[Array, Array]:
     """Kernel and bias gradients by im2col; a column of ones gives the bias gradient.
@@ -204,7 +204,7 @@ def _images_per_chunk(shape: tuple[int, ...]) -> int:
 
 @jax.custom_vjp
 def _conv_onednn(x: Array, kernel: Array) -> Array:
-    """Convolve in bfloat16 with a 3x3 kernel, for XLA to hand to oneDNN."""
+    """Convolves in bfloat16 with a 3x3 kernel, for XLA to hand to oneDNN."""
     return xla_conv(x, kernel)
 
 
@@ -221,7 +221,7 @@ def _conv_onednn_bwd(res: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     if x.shape[-1] > MAX_IMAGE_CHANNELS:
         grad_kernel = winograd.kernel_gradient(x, g)
     else:
-        grad_kernel, _ = _image_grads(EpilogueResiduals(), g, x, kernel.shape)
+        grad_kernel, _ = _first_layer_grads(EpilogueResiduals(), g, x, kernel.shape)
     return grad_input, grad_kernel.astype(kernel.dtype)
 
 
@@ -233,7 +233,7 @@ _conv_onednn.defvjp(_conv_onednn_fwd, _conv_onednn_bwd)
 
 @jax.custom_vjp
 def _conv_winograd(x: Array, kernel: Array, bias: Array, epilogue: Epilogue) -> Array:
-    """Convolve with a 3x3 kernel.
+    """Convolves with a 3x3 kernel.
 
     The residuals are the input, and the output of a ReLU or one byte for each pooling window.
     """
@@ -267,7 +267,7 @@ def _conv_winograd_bwd(res: tuple, g: Array) -> tuple[Array, Array, Array, None]
         grad_bias = pooled_bias_grad(epilogue_res.relu_or_pool_mask, g)
     else:
         grad_bias = sum_nhw(grad_output)
-    # XLA transposes in blocks if the transpose is not fused, and value by value if it is.
+    # XLA transposes in blocks if the transpose is not fused, and element by element if it is.
     kernel = lax.optimization_barrier(kernel.swapaxes(2, 3))
     filters = winograd.transform_filters(kernel, rotated=True)
     grad_input = winograd.convolve(grad_output, filters)

@@ -42,7 +42,7 @@ NO_EPILOGUE = Epilogue()  # the bias only
 
 
 def apply_epilogue(y: Array, bias: Array, epilogue: Epilogue) -> Array:
-    """Apply bias, ReLU, mask or pooling to the output of a convolution.
+    """Applies bias, ReLU, mask or pooling to the output of a convolution.
 
     Args:
         y: Convolution output (N, H, W, C).
@@ -77,7 +77,7 @@ def epilogue_grad(res: EpilogueResiduals, g: Array, shape: tuple[int, ...]) -> A
 
 
 def materialize_on_cpu(tree: Any) -> Any:
-    """Compute the arrays of a pytree once on a CPU, instead of in every reader.
+    """Computes the arrays of a pytree once on a CPU, instead of in every reader.
 
     XLA's CPU backend fuses cheap operations into each of their readers and repeats them there.
 
@@ -91,7 +91,7 @@ def materialize_on_cpu(tree: Any) -> Any:
 
 
 def sum_nhw(g: Array) -> Array:
-    """Sum over all positions: (N, H, W, C) -> (C,).
+    """Sums over all positions: (N, H, W, C) -> (C,).
 
     On a CPU a matrix product does it faster than XLA's reduction
     (docs/performance.md#bias-gradient).
@@ -111,7 +111,7 @@ def sum_nhw(g: Array) -> Array:
 
 @jax.custom_vjp
 def add_bias(x: Array, bias: Array) -> Array:
-    """Add a bias (C,) to an array (N, H, W, C), with a fast bias gradient.
+    """Adds a bias (C,) to an array (N, H, W, C), with a fast bias gradient.
 
     Args:
         x: Array (N, H, W, C).

@@ -54,7 +54,7 @@ relu.defvjp(_relu_fwd, _relu_bwd)
 
 
 def max_pool(x: Array, ceil: bool = False, fuse_relu: bool = False) -> Array:
-    """Max-pool 2x2 windows with stride 2.
+    """Max-pools 2x2 windows with stride 2.
 
     The gradient stores one byte for each window, which marks the maxima. Equal maxima share the
     gradient; PyTorch gives it to the first of them.
@@ -75,7 +75,7 @@ def max_pool(x: Array, ceil: bool = False, fuse_relu: bool = False) -> Array:
 
 
 def crop_to_even(x: Array) -> Array:
-    """Drop the last row or column of an odd size.
+    """Drops the last row or column of an odd size.
 
     Args:
         x: Array (N, H, W, …).
@@ -101,7 +101,7 @@ def _max_of_windows(x: Array, fuse_relu: bool) -> Array:
 
 
 def max_pool_fwd(x: Array, fuse_relu: bool) -> tuple[Array, Array]:
-    """Max-pool even sizes, with the residual for the gradient.
+    """Max-pools even sizes, with the residual for the gradient.
 
     Args:
         x: Input (N, 2 h, 2 w, C).
@@ -153,7 +153,7 @@ def avg_pool(x: Array) -> Array:
 
 
 def pool_mask(valid_mask: Array, ceil: bool = False) -> Array:
-    """Pool a validity mask.
+    """Pools a validity mask.
 
     Args:
         valid_mask: bool (N, H, W, 1), True where the pixel belongs to an image.

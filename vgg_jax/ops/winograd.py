@@ -52,7 +52,7 @@ class _Blocks(NamedTuple):
 
 
 def _blocks(shape: Sequence[int], tiles: int) -> _Blocks:
-    """Divide a batch (N, H, W, C) into blocks of about `tiles` tiles."""
+    """Divides a batch (N, H, W, C) into blocks of about `tiles` tiles."""
     n, h, w, _ = shape
     rows, columns = -(-h // 4), -(-w // 4)
     rows_per_block = max(1, tiles // columns)
@@ -62,7 +62,7 @@ def _blocks(shape: Sequence[int], tiles: int) -> _Blocks:
 
 
 def _apply_matrix(matrix: np.ndarray, planes: Sequence[Array], axis: int) -> Array:
-    """Multiply planes by a small matrix: each row is a sum of scaled planes; stack the sums.
+    """Multiplies planes by a small matrix: each row is a sum of scaled planes; stack the sums.
 
     Planes have at most three axes: LLVM is slow to compile some shapes of four.
     """
@@ -76,7 +76,7 @@ def _apply_matrix(matrix: np.ndarray, planes: Sequence[Array], axis: int) -> Arr
 
 
 def transform_filters(kernel: Array, rotated: bool = False) -> Array:
-    """Transform a kernel for `convolve`: G g Gᵀ.
+    """Transforms a kernel for `convolve`: G g Gᵀ.
 
     Args:
         kernel: Kernel (3, 3, C, K).
@@ -90,7 +90,7 @@ def transform_filters(kernel: Array, rotated: bool = False) -> Array:
 
 
 def _input_tiles(x: Array) -> Array:
-    """Cut 6x6 windows with stride 4 and transform them.
+    """Cuts 6x6 windows with stride 4 and transform them.
 
     (n, 4 rows + 2, 4 columns + 2, C) -> (36, tiles, C).
     """
@@ -101,7 +101,7 @@ def _input_tiles(x: Array) -> Array:
 
 
 def _output_image(tiles: Array, n: int, rows: int, columns: int) -> Array:
-    """Transform products back to output: (36, tiles, K) -> (n, 4 rows, 4 columns, K)."""
+    """Transforms products back to output: (36, tiles, K) -> (n, 4 rows, 4 columns, K)."""
     k = tiles.shape[-1]
     tiles = tiles.reshape(6, 6, n * rows, columns * k)
     y = _apply_matrix(_AT, list(tiles), 2).reshape(6, -1, columns, k)  # (6, n · 4 rows, columns, K)
@@ -109,7 +109,7 @@ def _output_image(tiles: Array, n: int, rows: int, columns: int) -> Array:
 
 
 def _gradient_tiles(g: Array) -> Array:
-    """Transpose of `_output_image`: (n, 4 rows, 4 columns, K) -> (36, tiles, K)."""
+    """Transposes of `_output_image`: (n, 4 rows, 4 columns, K) -> (36, tiles, K)."""
     n, h, w, k = g.shape
     g = g.reshape(n * h // 4, 4, w * k)
     g = _apply_matrix(_AT.T, [g[:, i] for i in range(4)], 0).reshape(6, -1, w // 4, 4, k)
@@ -117,7 +117,7 @@ def _gradient_tiles(g: Array) -> Array:
 
 
 def _block_reader(x: Array, blocks: _Blocks, halo: int) -> Callable[[Array], Array]:
-    """Make a function that reads one block of x (N, H, W, C) by its number.
+    """Makes a function that reads one block of x (N, H, W, C) by its number.
 
     A block is (images, 4 rows + 2 halo, 4 columns + 2 halo, C), 0 outside of the images.
     """
@@ -151,7 +151,7 @@ def _block_reader(x: Array, blocks: _Blocks, halo: int) -> Callable[[Array], Arr
 def convolve(
     x: Array, filters: Array, epilogue: Callable[..., Any] = lambda y: y, *extra_inputs: Array
 ) -> Any:
-    """Convolve with a 3x3 kernel, stride 1 and zero padding 1. Has reverse-mode gradients.
+    """Convolves with a 3x3 kernel, stride 1 and zero padding 1. Has reverse-mode gradients.
 
     Args:
         x: Input (N, H, W, C).

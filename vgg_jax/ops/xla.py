@@ -8,7 +8,7 @@ MAX_IMAGE_CHANNELS = 4
 
 
 def xla_conv(x: Array, kernel: Array) -> Array:
-    """Convolve by XLA, with stride 1 and zero padding that keeps the size.
+    """Convolves by XLA, with stride 1 and zero padding that keeps the size.
 
     Args:
         x: Input (N, H, W, C).

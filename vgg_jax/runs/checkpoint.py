@@ -38,7 +38,7 @@ except ImportError as error:
 
 logger = logging.getLogger(__name__)
 
-MAX_RETRIES = 3  # attempts to save in an object store, which fails at times
+MAX_ATTEMPTS = 3  # attempts to save in an object store, which fails at times
 MAX_TO_KEEP = 2  # checkpoints: the previous one replaces the newest if that is damaged
 # These errors may be gone at the next attempt, so they do not prove that a file is damaged.
 _TRANSIENT_ERRNOS = {
@@ -151,7 +151,7 @@ class CheckpointStore:
         """
         if step in self._manager.all_steps():
             return
-        attempts = MAX_RETRIES if self._is_remote else 1
+        attempts = MAX_ATTEMPTS if self._is_remote else 1
         for attempt in range(1, attempts + 1):
             try:
                 self._save_once(step, arrays, progress)

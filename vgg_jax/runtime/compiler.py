@@ -27,7 +27,7 @@ _YNN_OPTIONS: dict[str, str | int | bool] = {
 def compiler_options(
     optimize_runtime: bool = False, dtype: Any = jnp.float32
 ) -> dict[str, str | int | bool]:
-    """Choose XLA's options for the best speed on the default backend.
+    """Chooses XLA's options for the best speed on the default backend.
 
     Programs with oneDNN calls cannot be stored in jax's compilation cache by jaxlib 0.12, which
     logs a warning. Float32 programs therefore use no oneDNN.

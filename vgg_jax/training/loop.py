@@ -55,12 +55,12 @@ MAX_FILE_NAMES = 8  # of a batch, in an error message
 
 
 class DivergedError(Exception):
-    """A loss or a parameter is infinite or NaN. Nothing of it is saved.
+    """A loss or a parameter is infinite or NaN. The diverged state is never saved.
 
     Attributes:
         rate: The learning rate.
         halvings: How often the learning rate had been halved.
-        stop: The event that a signal sets, also while a save is being finished.
+        stop: The event that a signal sets.
     """
 
     def __init__(self, text: str, rate: float, halvings: int, stop: threading.Event) -> None:
@@ -75,7 +75,7 @@ class PendingStep(NamedTuple):
 
     sums: MetricSums
     batch: int  # number in its epoch, from 1
-    indices: np.ndarray  # int64 (N,), of the batch's examples; negative for padding
+    indices: np.ndarray  # int64 (N,), example indices; -1 for padding
 
 
 class FitResult(NamedTuple):
@@ -87,12 +87,15 @@ class FitResult(NamedTuple):
 
 @dataclasses.dataclass
 class LoopState:
-    """The progress of a run: the JSON part of a checkpoint, so its names are on disk."""
+    """The progress of a run.
+
+    It is the JSON part of a checkpoint, so the fields must keep their names.
+    """
 
     history: list[dict[str, Any]]
     batch: int = 0  # finished batches of this epoch
-    seconds: float = 0.0  # their duration
-    waited: float = 0.0  # seconds of these in which the next batch was not ready
+    seconds: float = 0.0  # time spent on these batches
+    waited: float = 0.0  # part of that time spent waiting for input
     sums: MetricSums = dataclasses.field(default_factory=MetricSums)
     halvings: int = 0  # of the learning rate, after divergences
 
@@ -111,14 +114,14 @@ def fit(
 ) -> FitResult:
     """Trains a net, or resumes the run in the workdir. Logs a line for each epoch.
 
-    An epoch is one pass over all training images. Then the validation accuracy decides about the
-    learning rate and the best state (§3.1). The first SIGINT or SIGTERM stops the run after the
+    An epoch is one pass over all training images. Then the validation accuracy determines the
+    learning rate and which state is the best (§3.1). The first SIGINT or SIGTERM stops the run after the
     current step and saves it; the second one ends it at once. A failed save, as on a full disk,
     is logged as a warning, and training continues.
 
     Args:
         config: Settings of the run.
-        workdir: Folder of the run, which one call uses at a time.
+        workdir: Folder of the run. A call locks it.
         data_dir: Folder of prepared data sets.
         download: Downloads and prepares the data set first.
         save_seconds: Seconds between two saves in an epoch. Each epoch's end is saved, too.
@@ -173,7 +176,7 @@ def _fit(
 ) -> FitResult:
     """Trains to the end of the run, a signal or an error."""
     setup, pretrained = prepare()
-    # From here on JAX traces and compiles. A KeyboardInterrupt raised there is lost or crashes.
+    # From here on JAX traces and compiles. A KeyboardInterrupt raised there is swallowed or crashes the process.
     with (
         graceful_stop() as stop,
         Checkpointer(setup.workdir) as checkpointer,
@@ -231,10 +234,10 @@ class Trainer:
         self._synchronizer = StepSynchronizer(mesh)
 
         self._steps_per_epoch = steps_per_epoch(setup.train, config.batch_size)
-        num_groups = mesh.shape[DATA]
+        data_axis_size = mesh.shape[DATA]
         eval_batch_size = min(
             config.microbatch or config.batch_size,
-            -(-setup.validation.size // num_groups) * num_groups,
+            -(-setup.validation.size // data_axis_size) * data_axis_size,
         )
         self._validation_batches = eval_batches(
             setup.validation, config, eval_batch_size, local_rows(mesh, eval_batch_size)
@@ -245,7 +248,7 @@ class Trainer:
         self._pending: PendingStep | None = None  # dispatched; its sums are not read yet
         self._previous: PendingStep | None = None  # the last one whose sums were read
         self._validation = MetricSums()
-        self._unreadable: InputError | None = None  # is raised after the run was saved
+        self._unreadable: InputError | None = None  # raised once the run has been saved
         self._saved_at = self._epoch_start = time.monotonic()
 
     def restore_or_init(self, pretrained: Pretrained | None, halvings: int) -> None:
@@ -266,7 +269,7 @@ class Trainer:
             logger.info(f"{setup.workdir}: nothing to resume from, so the run starts again")
         if halvings > self.progress.halvings:
             self.progress.halvings = halvings
-            # The diverged attempt may have saved a best state of an epoch that is repeated now.
+            # The diverged attempt may have saved a best checkpoint for an epoch that is rerun now.
             self._checkpointer.delete_best_after(len(self.progress.history))
         self._checkpointer.write_metrics(self.progress.history)
 
@@ -287,7 +290,7 @@ class Trainer:
         """Restores the last checkpoint if there is one."""
         workdir = self.setup.workdir
         restored = self._checkpointer.restore(self.state)
-        # Read in any case, so that a damaged checkpoint is reported and set aside now.
+        # Always read, so that a damaged checkpoint is reported and set aside now.
         has_best = self._checkpointer.has_best(self.state)
         if restored is None:
             return False
@@ -295,7 +298,7 @@ class Trainer:
         if progress["history"] and not has_best:
             raise InputError(
                 f"{workdir / 'best'} holds no checkpoint, but epochs are finished: expected the "
-                "best one's; restore that folder, or train again into another --workdir"
+                "best epoch's checkpoint; restore that folder, or train again into another --workdir"
             )
         self.state = state
         self.progress = LoopState(**progress | {"sums": MetricSums(**progress["sums"])})
@@ -484,10 +487,10 @@ class Trainer:
         Raises:
             DivergedError: A parameter is infinite or NaN.
         """
-        # A step's loss is the one before its update, so it does not reveal this.
+        # The loss is computed before the update, so it cannot show a bad update.
         if not all_finite((self.state.params, self.state.batch_stats)):
             raise self.diverged("a parameter", update=self._previous)
-        # The end of an epoch has a number of its own, besides its batches.
+        # Each epoch has one number more than batches, for the save at its end.
         number = len(self.progress.history) * (self._steps_per_epoch + 1) + self.progress.batch
         self._checkpointer.save(number, self.state, dataclasses.asdict(self.progress), best)
         self._saved_at = time.monotonic()
@@ -539,7 +542,7 @@ class Trainer:
         Args:
             part: Name of the value.
             step: The step that computed it, if known.
-            update: The last step that updated the parameters before, if any.
+            update: The last earlier step that updated the parameters, if any.
 
         Returns:
             The error to raise.
@@ -578,7 +581,7 @@ class Trainer:
 def compile_unless_stopped(compile_step: Callable[[], object], stop: threading.Event) -> bool:
     """Compiles in a thread, because the main thread handles no signal while it compiles.
 
-    Several processes always finish compiling, because the others wait for the step.
+    With several processes, compilation always runs to the end: the others wait for the step.
 
     Args:
         compile_step: Compiles the step. Its errors are ignored, since calling the step repeats
@@ -596,7 +599,7 @@ def compile_unless_stopped(compile_step: Callable[[], object], stop: threading.E
     def is_stopped() -> bool:
         return stop.is_set() and jax.process_count() == 1
 
-    # Not a daemon: Python ends these in the middle of XLA's code, which aborts the process.
+    # Not a daemon: Python would kill it in the middle of XLA's code and abort the process.
     thread = threading.Thread(target=run)
     thread.start()
     while thread.is_alive() and not is_stopped():

@@ -69,8 +69,8 @@ def set_learning_rate(
 def next_epoch_lr(config: TrainConfig, accuracies: Sequence[float]) -> float | None:
     """The learning rate of the next epoch, or None at the end of the run.
 
-    "plateau" divides it by 10 after each `patience` epochs without a better accuracy, `drops`
-    times; the next plateau ends the run (§3.1). "step" divides it by 10 after each epoch of
+    "plateau" divides it by 10 each time that `patience` epochs in a row bring no better accuracy,
+    `drops` times; the next plateau ends the run (§3.1). "step" divides it by 10 after each epoch of
     `drop_epochs`. "constant" keeps it.
 
     Args:

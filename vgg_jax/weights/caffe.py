@@ -1,6 +1,7 @@
 """Reads Caffe's .caffemodel files: protocol buffers, field by field.
 
-The field numbers are those of caffe.proto.
+The field numbers are those of caffe.proto. Tensors stay in Caffe's order of axes and in BGR;
+`vgg_jax.weights.layouts` converts them.
 """
 
 import math
