@@ -171,7 +171,7 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
-        """Drops values in training, else return the input.
+        """Drops values in training, else returns the input.
 
         Args:
             x: Input (N, …).

@@ -7,7 +7,7 @@ from jax import Array
 def preprocess(
     images: Array, mean_rgb: tuple[float, float, float], colour_shift: Array | None = None
 ) -> Array:
-    """Subtracts the mean RGB value (§2.1) and add a colour shift to each image (§3.1).
+    """Subtracts the mean RGB value (§2.1) and adds a colour shift to each image (§3.1).
 
     Args:
         images: uint8 (N, H, W, 3).

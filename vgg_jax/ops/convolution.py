@@ -119,7 +119,7 @@ def _conv_rows_as_channels(x: Array, kernel: Array) -> Array:
 
 @jax.custom_vjp
 def pointwise_conv(x: Array, kernel: Array) -> Array:
-    """Convolves with a 1x1 kernel, or apply a fully connected layer at each position.
+    """Convolves with a 1x1 kernel, or applies a fully connected layer at each position.
 
     Args:
         x: Input (N, h, w, C).

@@ -39,8 +39,8 @@ from vgg_jax.ops.pooling import crop_to_even
 from vgg_jax.ops.xla import MAX_IMAGE_CHANNELS, xla_conv
 from vgg_jax.runtime.compiler import has_onednn_bfloat16
 
-# The first layer's gradients are computed for this many positions at a time, so that their windows stay in
-# cache (docs/performance.md#image-gradients).
+# The first layer's gradients are computed for this many positions at a time, so that their windows
+# stay in cache (docs/performance.md#image-gradients).
 _CHUNK_POSITIONS = 224 * 224
 
 

@@ -62,7 +62,7 @@ def _blocks(shape: Sequence[int], tiles: int) -> _Blocks:
 
 
 def _apply_matrix(matrix: np.ndarray, planes: Sequence[Array], axis: int) -> Array:
-    """Multiplies planes by a small matrix: each row is a sum of scaled planes; stack the sums.
+    """Multiplies planes by a small matrix, and stacks the sums of scaled planes.
 
     Planes have at most three axes: LLVM is slow to compile some shapes of four.
     """
@@ -90,7 +90,7 @@ def transform_filters(kernel: Array, rotated: bool = False) -> Array:
 
 
 def _input_tiles(x: Array) -> Array:
-    """Cuts 6x6 windows with stride 4 and transform them.
+    """Cuts 6x6 windows with stride 4 and transforms them.
 
     (n, 4 rows + 2, 4 columns + 2, C) -> (36, tiles, C).
     """
@@ -109,7 +109,7 @@ def _output_image(tiles: Array, n: int, rows: int, columns: int) -> Array:
 
 
 def _gradient_tiles(g: Array) -> Array:
-    """Transposes of `_output_image`: (n, 4 rows, 4 columns, K) -> (36, tiles, K)."""
+    """Transpose of `_output_image`: (n, 4 rows, 4 columns, K) -> (36, tiles, K)."""
     n, h, w, k = g.shape
     g = g.reshape(n * h // 4, 4, w * k)
     g = _apply_matrix(_AT.T, [g[:, i] for i in range(4)], 0).reshape(6, -1, w // 4, 4, k)

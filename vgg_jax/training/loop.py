@@ -115,9 +115,9 @@ def fit(
     """Trains a net, or resumes the run in the workdir. Logs a line for each epoch.
 
     An epoch is one pass over all training images. Then the validation accuracy determines the
-    learning rate and which state is the best (§3.1). The first SIGINT or SIGTERM stops the run after the
-    current step and saves it; the second one ends it at once. A failed save, as on a full disk,
-    is logged as a warning, and training continues.
+    learning rate and which state is the best (§3.1). The first SIGINT or SIGTERM stops the run
+    after the current step and saves it; the second one ends it at once. A failed save, as on a
+    full disk, is logged as a warning, and training continues.
 
     Args:
         config: Settings of the run.
@@ -176,7 +176,8 @@ def _fit(
 ) -> FitResult:
     """Trains to the end of the run, a signal or an error."""
     setup, pretrained = prepare()
-    # From here on JAX traces and compiles. A KeyboardInterrupt raised there is swallowed or crashes the process.
+    # From here on JAX traces and compiles. A KeyboardInterrupt raised there is swallowed, or it
+    # crashes the process.
     with (
         graceful_stop() as stop,
         Checkpointer(setup.workdir) as checkpointer,
@@ -297,8 +298,8 @@ class Trainer:
         state, progress = restored
         if progress["history"] and not has_best:
             raise InputError(
-                f"{workdir / 'best'} holds no checkpoint, but epochs are finished: expected the "
-                "best epoch's checkpoint; restore that folder, or train again into another --workdir"
+                f"{workdir / 'best'} holds no checkpoint, but epochs are finished: expected the best "
+                "epoch's checkpoint; restore that folder, or train again into another --workdir"
             )
         self.state = state
         self.progress = LoopState(**progress | {"sums": MetricSums(**progress["sums"])})
