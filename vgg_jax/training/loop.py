@@ -298,8 +298,9 @@ class Trainer:
         state, progress = restored
         if progress["history"] and not has_best:
             raise InputError(
-                f"{workdir / 'best'} holds no checkpoint, but epochs are finished: expected the best "
-                "epoch's checkpoint; restore that folder, or train again into another --workdir"
+                f"{workdir / 'best'} holds no checkpoint, but epochs are finished: expected the "
+                "checkpoint of the best epoch; restore that folder, or train again into another "
+                "--workdir"
             )
         self.state = state
         self.progress = LoopState(**progress | {"sums": MetricSums(**progress["sums"])})
