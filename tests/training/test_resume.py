@@ -1,4 +1,7 @@
-"""A run that is stopped anywhere and continued is, to the bit, the run that was not: for each storage, with all that is random on."""
+"""A run that is stopped and resumed equals the undisturbed run to the bit, for each storage.
+
+All randomness is on: dropout, scale jitter, mirroring and colour shift.
+"""
 
 import dataclasses
 import os
@@ -8,30 +11,48 @@ import jax
 import numpy as np
 import pytest
 
-import vgg_jax.training.loop
 from tests.helpers.tiny_data import encode, noise
 from tools.soak import result
 from vgg_jax import TrainConfig, preset
 from vgg_jax.distributed.sharding import make_mesh
-from vgg_jax.training.loop import fit
+from vgg_jax.training.loop import Trainer, fit
 
 pytestmark = pytest.mark.usefixtures("small_nets")
 
 
-def configured(data, **changes):
-    """Dropout, scale jitter, mirrors, colour shift, micro-batches, and a plateau that divides the rate behind each epoch."""
+def make_config(data, **changes):
+    """Micro-batches, and a plateau that divides the learning rate after each epoch."""
     values = {
-        "data": data, "net": "shallow", "fc": (24, 16), "batch_norm": True, "image_size": 16, "scale": (18, 22), "batch_size": 8,
-        "microbatch": 4, "epochs": 3, "learning_rate": 1e-2, "schedule": "plateau", "patience": 1, "validation_fraction": 0.3,
-    }  # fmt: skip
+        "data": data,
+        "net": "shallow",
+        "fc": (24, 16),
+        "batch_norm": True,
+        "image_size": 16,
+        "scale": (18, 22),
+        "batch_size": 8,
+        "microbatch": 4,
+        "epochs": 3,
+        "learning_rate": 1e-2,
+        "schedule": "plateau",
+        "patience": 1,
+        "validation_fraction": 0.3,
+    }
     return TrainConfig(**values | changes)
 
 
+def write_photos(root):
+    for label in ("ants", "bees"):
+        (root / label).mkdir(parents=True)
+        for i in range(12):
+            (root / label / f"{i}.png").write_bytes(encode(noise(20, 24, i)))
+    return str(root)
+
+
 @pytest.fixture
-def data(request, tmp_path, prepared):
-    """The arguments of `fit` for a storage."""
+def config_and_data_dir(request, tmp_path, prepared):
+    """The configuration and the data_dir of a run with the storage `request.param`."""
     if request.param == "digits":
-        small = {
+        changes = {
             "net": "shallow",
             "image_size": 16,
             "scale": (16,),
@@ -39,112 +60,97 @@ def data(request, tmp_path, prepared):
             "epochs": 2,
             "batch_size": 512,
             "microbatch": 256,
+            "schedule": "plateau",
+            "drop_epochs": (),
         }
-        return dataclasses.replace(
-            preset("digits"), schedule="plateau", drop_epochs=(), **small
-        ), None
+        return dataclasses.replace(preset("digits"), **changes), None
     if request.param in prepared:
-        return configured("numbers"), prepared[request.param]
-    for label in ("ants", "bees"):
-        (tmp_path / "data" / label).mkdir(parents=True)
-        for i in range(12):
-            (tmp_path / "data" / label / f"{i}.png").write_bytes(encode(noise(20, 24, i)))
-    return configured(str(tmp_path / "data"), cache=request.param == "cache"), None
+        return make_config("numbers"), prepared[request.param]
+    return make_config(write_photos(tmp_path / "data"), cache=request.param == "cache"), None
+
+
+def stopping_trainer():
+    """A Trainer that is sent SIGTERM once in a step and once in a validation, over all runs."""
+    signalled = set()
+
+    def send_signal_once(place):
+        if place not in signalled:
+            signalled.add(place)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    class StoppingTrainer(Trainer):
+        def train_step(self, state, batch):
+            send_signal_once("step")
+            return super().train_step(state, batch)
+
+        def evaluate(self):
+            send_signal_once("validation")
+            return super().evaluate()
+
+    return StoppingTrainer
 
 
 @pytest.mark.parametrize(
-    "data",
+    "config_and_data_dir",
     [
         "tfrecord",
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("folder", "cache", "digits")),
     ],
     indirect=True,
 )
-def test_a_run_that_is_stopped_twice_ends_as_the_quiet_one(data, tmp_path, monkeypatch):
-    """In its second step, and in a validation."""
-    config, data_dir = data
-    quiet = fit(config, tmp_path / "quiet", data_dir)
-    send, evaluate, stopped = (
-        vgg_jax.training.loop.batch_to_devices,
-        vgg_jax.training.loop.validate,
-        set(),
-    )
-
-    def once(name):
-        if name not in stopped:
-            stopped.add(name)
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def on_devices(batch, mesh):
-        once("step")
-        return send(batch, mesh)
-
-    def evaluate_all(*arguments):
-        once("validation")
-        return evaluate(*arguments)
-
-    monkeypatch.setattr(vgg_jax.training.loop, "batch_to_devices", on_devices)
-    monkeypatch.setattr(vgg_jax.training.loop, "validate", evaluate_all)
-    assert [fit(config, tmp_path / "disturbed", data_dir).stopped for _ in range(3)] == [
-        True,
-        True,
-        False,
-    ]
-    assert len({record["learning_rate"] for record in quiet.history}) == (
-        1 if config.data == "digits" else 2
-    )
-    (arrays, said), (same_arrays, same_said) = (
-        result(tmp_path / name) for name in ("quiet", "disturbed")
-    )
-    assert said == same_said
-    jax.tree.map(np.testing.assert_array_equal, arrays, same_arrays)
+def test_fit_resumes_to_the_bit(config_and_data_dir, tmp_path):
+    config, data_dir = config_and_data_dir
+    undisturbed = fit(config, tmp_path / "undisturbed", data_dir)
+    trainer_class, workdir = stopping_trainer(), tmp_path / "stopped"
+    runs = [fit(config, workdir, data_dir, trainer_class=trainer_class) for _ in range(3)]
+    assert [run.stopped for run in runs] == [True, True, False]
+    learning_rates = {record["learning_rate"] for record in undisturbed.history}
+    assert len(learning_rates) == (1 if config.data == "digits" else 2)
+    arrays, records = result(workdir)
+    expected_arrays, expected_records = result(tmp_path / "undisturbed")
+    assert records == expected_records
+    jax.tree.map(np.testing.assert_array_equal, arrays, expected_arrays)
 
 
 @pytest.mark.slow
-def test_with_another_number_of_devices_it_goes_on_in_the_same_order(tmp_path, monkeypatch):
-    """Begun on two devices, continued on one: the same images in the same order, and the same numbers but for rounding."""
+def test_fit_resumes_on_fewer_devices(tmp_path, monkeypatch):
+    """A run moves from two devices to one: the same images in the same order, up to rounding."""
     assert len(jax.devices()) == 2
-    for label in ("ants", "bees"):
-        (tmp_path / "data" / label).mkdir(parents=True)
-        for i in range(12):
-            (tmp_path / "data" / label / f"{i}.png").write_bytes(encode(noise(20, 24, i)))
-    config = configured(str(tmp_path / "data"), microbatch=None, learning_rate=1e-3)
-    order, send, devices = [], vgg_jax.training.loop.batch_to_devices, []
+    config = make_config(write_photos(tmp_path / "data"), microbatch=None, learning_rate=1e-3)
+    order, num_devices = [], set()
 
-    def on_devices(batch, mesh):
-        order.append([index for index in batch["index"].tolist() if index >= 0])
-        devices.append(mesh.size)
-        return send(batch, mesh)
+    class RecordingTrainer(Trainer):
+        stop_at = None
 
-    monkeypatch.setattr(vgg_jax.training.loop, "batch_to_devices", on_devices)
-    fit(config, tmp_path / "quiet")
-    quiet_order = list(order)
+        def put_batch(self, batch):
+            if len(order) == self.stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            order.append([index for index in batch["index"].tolist() if index >= 0])
+            num_devices.add(self.setup.mesh.size)
+            return super().put_batch(batch)
+
+    class StoppingTrainer(RecordingTrainer):
+        stop_at = 4
+
+    fit(config, tmp_path / "undisturbed", trainer_class=RecordingTrainer)
+    expected_order = list(order)
     order.clear()
+    assert fit(config, tmp_path / "moved", trainer_class=StoppingTrainer).stopped
 
-    def interrupted(batch, mesh):
-        if len(order) == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return on_devices(batch, mesh)
+    def make_mesh_of_one(batch_size, layout):
+        return make_mesh(batch_size, jax.devices()[:1])
 
-    monkeypatch.setattr(vgg_jax.training.loop, "batch_to_devices", interrupted)
-    assert fit(config, tmp_path / "both").stopped
-    monkeypatch.setattr(vgg_jax.training.loop, "batch_to_devices", on_devices)
-    monkeypatch.setattr(
-        vgg_jax.training.loop,
-        "make_mesh",
-        lambda batch_size, layout: make_mesh(batch_size, jax.devices()[:1]),
-    )
-    fit(config, tmp_path / "both")
-    assert order == quiet_order
-    assert set(devices) == {1, 2}
-    (arrays, said), (same_arrays, same_said) = (
-        result(tmp_path / name) for name in ("quiet", "both")
-    )
-    for one, other in zip(said[0], same_said[0], strict=True):
-        assert one["train"]["loss"] == pytest.approx(other["train"]["loss"], rel=1e-4)
-        assert one["validation"]["accuracy"] == other["validation"]["accuracy"]
-    jax.tree.map(
-        lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5),
-        arrays,
-        same_arrays,
-    )
+    monkeypatch.setattr("vgg_jax.training.setup.make_mesh", make_mesh_of_one)
+    fit(config, tmp_path / "moved", trainer_class=RecordingTrainer)
+    assert order == expected_order
+    assert num_devices == {1, 2}
+    arrays, records = result(tmp_path / "moved")
+    expected_arrays, expected_records = result(tmp_path / "undisturbed")
+    for record, expected in zip(records[0], expected_records[0], strict=True):
+        assert record["train"]["loss"] == pytest.approx(expected["train"]["loss"], rel=1e-4)
+        assert record["validation"]["accuracy"] == expected["validation"]["accuracy"]
+
+    def assert_close(array, expected):
+        np.testing.assert_allclose(array, expected, rtol=1e-3, atol=1e-5)
+
+    jax.tree.map(assert_close, arrays, expected_arrays)
