@@ -4,6 +4,7 @@ All randomness is on: dropout, scale jitter, mirroring and colour shift.
 """
 
 import dataclasses
+import logging
 import os
 import signal
 
@@ -98,12 +99,15 @@ def stopping_trainer():
     ],
     indirect=True,
 )
-def test_fit_resumes_to_the_bit(config_and_data_dir, tmp_path):
+def test_fit_resumes_each_storage_to_the_bit(config_and_data_dir, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "vgg_jax")
     config, data_dir = config_and_data_dir
     undisturbed = fit(config, tmp_path / "undisturbed", data_dir)
     trainer_class, workdir = stopping_trainer(), tmp_path / "stopped"
     runs = [fit(config, workdir, data_dir, trainer_class=trainer_class) for _ in range(3)]
     assert [run.stopped for run in runs] == [True, True, False]
+    assert "resuming at epoch 1, batch 2 of" in caplog.text
+    assert "resuming at epoch 1, its validation" in caplog.text
     learning_rates = {record["learning_rate"] for record in undisturbed.history}
     assert len(learning_rates) == (1 if config.data == "digits" else 2)
     arrays, records = result(workdir)

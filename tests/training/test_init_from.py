@@ -1,0 +1,135 @@
+"""Runs that start from the layers of another net, and frozen layers."""
+
+import dataclasses
+import json
+import logging
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import vgg_jax
+from tests.helpers.runs import make_config
+from vgg_jax import IMAGENET
+from vgg_jax.distributed.sharding import make_mesh, shard_batch
+from vgg_jax.model import build_model
+from vgg_jax.training.init_from import init_from_pretrained
+from vgg_jax.training.loop import fit
+from vgg_jax.training.optimizer import sgd
+from vgg_jax.training.step import init_state, jit_steps
+
+pytestmark = pytest.mark.usefixtures("small_nets")
+
+
+@pytest.fixture(autouse=True)
+def log_info(caplog):
+    caplog.set_level(logging.INFO, "vgg_jax")
+
+
+def init_and_log(photos, workdir, caplog, **changes):
+    """Trains an epoch that changes next to nothing; returns the params and the line of the log."""
+    fit(make_config(photos, epochs=1, learning_rate=1e-9, **changes), workdir)
+    messages = [record.getMessage() for record in caplog.records]
+    [line] = [message for message in messages if message.startswith("from ")]
+    _, variables, _ = vgg_jax.load(workdir)
+    return variables["params"], line
+
+
+def assert_layers_close(params, expected):
+    for name, layer in expected.items():
+        for param, array in layer.items():
+            np.testing.assert_allclose(params[name][param], array, atol=1e-6)
+
+
+def test_init_from_run_copies_all_layers(finished_run, photos, tmp_path, caplog):
+    workdir, _ = finished_run
+    params, line = init_and_log(photos, tmp_path, caplog, init_from=str(workdir))
+    assert "new: nothing" in line
+    _, source, _ = vgg_jax.load(workdir)
+    assert params.keys() == source["params"].keys()
+    assert_layers_close(params, source["params"])
+
+
+def test_init_from_shallower_net(finished_run, photos, tmp_path, caplog):
+    workdir, _ = finished_run
+    params, line = init_and_log(photos, tmp_path, caplog, net="deep", init_from=str(workdir))
+    copied, new = line.partition(": ")[2].removesuffix("; left: nothing").split("; new: ")
+    expected = {"conv1_1", "bn1_1", "conv2_1", "bn2_1", "fc6", "fc7", "fc8"}
+    assert set(copied.split(", ")) == expected
+    assert set(new.split(", ")) == {"conv1_2", "bn1_2", "conv2_2", "bn2_2"}
+    _, source, _ = vgg_jax.load(workdir)
+    assert_layers_close(params, source["params"])
+
+
+@pytest.mark.parametrize("net", ["shallow", "deep"])
+def test_init_from_copies_statistics(net, finished_run, photos):
+    source = vgg_jax.load(finished_run[0])
+    config = make_config(photos, net=net, init_from="unused")
+    state = init_state(build_model(config, 2), sgd(config), 1, make_mesh(8))
+    started = init_from_pretrained(source, config, state, IMAGENET.mean_rgb)
+    for name, layer in source[1]["batch_stats"].items():
+        jax.tree.map(np.testing.assert_array_equal, started.batch_stats[name], layer)
+        assert np.abs(layer["mean"]).max() > 0
+    assert started.batch_stats.keys() == state.batch_stats.keys()
+
+
+def test_init_from_file_of_other_shapes(finished_run, photos, tmp_path, caplog):
+    """fc6 of another image size and fc8 of other classes are new; their shapes are logged."""
+    _, variables, _ = vgg_jax.load(finished_run[0])
+    rng = np.random.default_rng(0)
+    params = {k: dict(v) for k, v in variables["params"].items() if not k.startswith("bn")}
+    params["fc6"]["kernel"] = rng.normal(size=(8 * 8 * 16, 24))
+    params["fc8"] = {"kernel": rng.normal(size=(16, 5)), "bias": rng.normal(size=5)}
+    tensors = {
+        f"{name}/{param}": np.float32(array)
+        for name, layer in params.items()
+        for param, array in layer.items()
+    }
+    metadata = {"mean_rgb": [1, 2, 3], "std_rgb": [1, 1, 1]}
+    path = tmp_path / "weights.safetensors"
+    save_file(tensors, path, {"vgg_jax": json.dumps(metadata)})
+    config = make_config(photos, batch_norm=False, init_from=str(path), epochs=1)
+    fit(dataclasses.replace(config, freeze=("conv", "fc7")), tmp_path / "run")
+    assert (
+        "conv1_1, conv2_1, fc7; "
+        "new: fc6 (kernel (1024, 24) in the source, (256, 24) here), fc8" in caplog.text
+    )
+    assert (
+        "was trained with mean colour (1.00, 2.00, 3.00); "
+        "this run subtracts (123.68, 116.78, 103.94)" in caplog.text
+    )
+    _, trained, _ = vgg_jax.load(tmp_path / "run")
+    for name in ("conv1_1", "conv2_1", "fc7"):
+        for param in ("kernel", "bias"):
+            expected = tensors[f"{name}/{param}"]
+            np.testing.assert_array_equal(trained["params"][name][param], expected)
+
+
+def test_frozen_layers_stay_to_the_bit(finished_run, photos):
+    """Also their batch normalisation and their momentum; all other layers change."""
+    source = vgg_jax.load(finished_run[0])
+    config = make_config(
+        photos, init_from="unused", freeze=("conv",), decay_biases=True, learning_rate=0.1
+    )
+    model, mesh = build_model(config, 2), make_mesh(8)
+    state = init_state(model, sgd(config), 1, mesh)
+    state = init_from_pretrained(source, config, state, IMAGENET.mean_rgb)
+    params, batch_stats = jax.tree.map(np.asarray, (state.params, state.batch_stats))
+    train_step, _ = jit_steps(config, model, IMAGENET.mean_rgb, mesh)
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.integers(0, 256, (8, 16, 16, 3)).astype(np.uint8),
+        "colour_shift": np.zeros((8, 3), np.float32),
+        "label": np.arange(8, dtype=np.int32) % 2,
+        "mask": np.ones(8, bool),
+    }
+    for _ in range(3):
+        state, _ = train_step(state, shard_batch(batch, mesh))
+    velocity = state.opt_state.inner_state[1][0].trace
+    for name, layer in state.params.items():
+        for param, array in layer.items():
+            is_unchanged = np.array_equal(array, params[name][param])
+            assert is_unchanged == name.startswith(("conv", "bn")), name
+            assert is_unchanged == (np.asarray(velocity[name][param]) == 0).all()
+    jax.tree.map(np.testing.assert_array_equal, state.batch_stats, batch_stats)
