@@ -1,15 +1,22 @@
-"""The memory of a training step on a CPU: what `vgg-jax summary --batch-size` predicts, what a run takes, and what PyTorch takes.
+"""Compares the predicted and the measured memory of a training step on a CPU.
 
-    python -m experiments.benchmarks.check_memory --net D --batch 8 [--microbatch 2] [--peer "python torch_step.py"]
+    python -m experiments.benchmarks.check_memory --net D --batch 8 [--microbatch 2]
+    python -m experiments.benchmarks.check_memory … --peer "python torch_step.py"
 
-Prints one JSON line: bytes predicted, bytes that the process's peak is above what it held when the step was compiled and the state not yet
-made, their ratio, bytes that the compiler left, and with --peer the peak of each process as a whole. Linux only.
-Half a minute for D with 8 photos on two cores, predicted 2.68 GB, measured 2.67 (results/memory.json).
+It prints one JSON line, in bytes:
+
+    predicted   what `vgg-jax summary --batch-size` predicts
+    measured    the process's peak in two steps, minus what it held before the state was made
+    compiler    what compiling the step left behind
+    process     the process's peak as a whole
+    peer_process   the same for the peer
+
+Linux only. D with 8 photos takes half a minute on two cores: 2.68 GB were predicted, and 2.67 GB
+measured (results/memory.json).
 """
 
 import argparse
 import ctypes
-import functools
 import json
 import re
 import resource
@@ -27,25 +34,23 @@ from vgg_jax.model import build_model
 from vgg_jax.runtime.memory import use_huge_pages
 from vgg_jax.training.memory_estimate import estimate_step_memory
 from vgg_jax.training.optimizer import sgd
-from vgg_jax.training.step import _init_state, init_state, jit_steps
+from vgg_jax.training.step import init_state, jit_steps, state_shapes
 
 CLASSES = 1000
 
 
-def process(name: str) -> int:
-    """Bytes of this process: VmRSS, what it holds, or VmHWM, the most it has held."""
-    return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+def read_status(name: str) -> int:
+    """Bytes of this process: VmRSS (resident now) or VmHWM (its peak)."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{name}:\s+(\d+) kB", status)[1]) * 1024
 
 
-def measured(config: TrainConfig) -> tuple[int, int]:
-    """Bytes of two steps, and of what compiling them left."""
-    mesh, model, size = (
-        make_mesh(1, jax.devices()[:1]),
-        build_model(config, CLASSES),
-        config.image_size,
-    )
-    jax.block_until_ready(jax.numpy.ones(1) + 1)  # the backend and its threads are not the step's
-    before = process("VmRSS")
+def measure_step(config: TrainConfig) -> tuple[int, int]:
+    """Bytes that two steps take, and bytes that compiling the step left behind."""
+    mesh, size = make_mesh(1, jax.devices()[:1]), config.image_size
+    model = build_model(config, CLASSES)
+    jax.block_until_ready(jax.numpy.ones(1) + 1)  # starts the backend, which is not counted
+    before = read_status("VmRSS")
     rng = np.random.default_rng(0)
     batch = {
         "image": rng.integers(256, size=(config.batch_size, size, size, 3), dtype=np.uint8),
@@ -54,24 +59,28 @@ def measured(config: TrainConfig) -> tuple[int, int]:
         "mask": np.ones(config.batch_size, bool),
     }
     step, _ = jit_steps(config, model, IMAGENET.mean_rgb, mesh)
-    shapes = jax.eval_shape(functools.partial(_init_state, model, sgd(config)), jax.random.key(0))
     shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), shapes
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)),
+        state_shapes(model, sgd(config)),
     )
     compiled = step.lower(shapes, shard_batch(batch, mesh)).compile()
     ctypes.CDLL(None).malloc_trim(0)
-    left = process("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is the compiler's
+    compiled_rss = read_status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, which was the compiler's peak
     state = init_state(model, sgd(config), 0, mesh)
     for _ in range(2):
         state, _ = jax.block_until_ready(compiled(state, shard_batch(batch, mesh)))
-    return process("VmHWM") - left, left - before
+    return read_status("VmHWM") - compiled_rss, compiled_rss - before
 
 
-def peak_of(command: list[str]) -> int:
-    """Bytes, the most that a command's process has held."""
-    code = "import resource, subprocess, sys; done = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL); "
-    code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024); sys.exit(done.returncode)"
+def measure_peak(command: list[str]) -> int:
+    """Peak bytes of a command's process."""
+    code = """
+import resource, subprocess, sys
+process = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+sys.exit(process.returncode)
+"""
     return int(stdout_of([sys.executable, "-c", code, *command]))
 
 
@@ -96,21 +105,24 @@ def main() -> None:
         learning_rate=1e-3,
     )
     use_huge_pages()  # as `vgg-jax train` does
-    took, compiler = measured(config)
+    measured, compiler = measure_step(config)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     predicted = estimate_step_memory(config, CLASSES)["total"]
-    found = vars(args) | {
+    result = vars(args) | {
         "jax": jax.__version__,
         "predicted": predicted,
-        "measured": took,
-        "ratio": predicted / took,
+        "measured": measured,
+        "ratio": predicted / measured,
         "compiler": compiler,
         "process": peak,
     }
     if args.peer:
-        flags = f"--net {args.net} --image-size {args.image_size} --batch {args.batch} --hidden 4096 --classes {CLASSES} --dtype {args.dtype}"
-        found["peer_process"] = peak_of([*shlex.split(args.peer), *flags.split(), "--runs", "2"])
-    print(json.dumps(found))
+        flags = (
+            f"--net {args.net} --image-size {args.image_size} --batch {args.batch} "
+            f"--hidden 4096 --classes {CLASSES} --dtype {args.dtype} --runs 2"
+        )
+        result["peer_process"] = measure_peak([*shlex.split(args.peer), *flags.split()])
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

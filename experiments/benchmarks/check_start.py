@@ -1,10 +1,11 @@
-"""How long `vgg-jax train` takes from its start to the end of the first step, with nothing compiled before and then with it.
+"""Measures the time from the start of `vgg-jax train` to the end of its first step.
 
     python -m experiments.benchmarks.check_start digits
     python -m experiments.benchmarks.check_start PHOTOS --net D --batch-size 8
 
-Takes what `vgg-jax train` takes, and prints one JSON line: the seconds of the first and of the second run, and those of `vgg-jax --help`.
-On two cores 17.1 and 9.9 s for the digits (results/start.json).
+It takes the flags of `vgg-jax train` and runs the command twice: with an empty compilation cache,
+and with the programs of the first run. It prints one JSON line: the seconds of both runs, and
+those of `vgg-jax --help`. On two cores the digits took 17.1 and 9.9 s (results/start.json).
 """
 
 import json
@@ -15,57 +16,34 @@ import time
 
 from experiments.script import run, stdout_of
 
-FIRST_STEP = """
-import os, sys, time
-import jax
-from vgg_jax import cli
-from vgg_jax.training import loop
-
-compiled = loop.compile_steps
-
-def compile_steps(*arguments, **options):
-    train_step, eval_step = compiled(*arguments, **options)
-
-    def first(state, batch):
-        jax.block_until_ready(train_step(state, batch))
-        print("first step after", time.time() - float(sys.argv[1]), flush=True)
-        os._exit(0)
-
-    first.lower = train_step.lower  # by which it is compiled
-    return first, eval_step
-
-loop.compile_steps = compile_steps
-sys.exit(cli.main(["train", *sys.argv[2:]]))
-"""
-
 
 def seconds_to_first_step(flags: list[str], cache: str) -> float:
+    program = [sys.executable, "-m", "experiments.benchmarks.first_step"]
     with tempfile.TemporaryDirectory() as workdir:
-        command = [sys.executable, "-c", FIRST_STEP, str(time.time()), *flags, "--workdir", workdir]
-        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
-        output = stdout_of(command, env=environment)
+        command = [*program, str(time.time()), *flags, "--workdir", workdir]
+        output = stdout_of(command, env=os.environ | {"JAX_COMPILATION_CACHE_DIR": cache})
     return float(output.split("first step after ")[1].split()[0])
 
 
 def main() -> None:
     flags = sys.argv[1:]
-    if not flags or flags[0] in ("-h", "--help"):
+    if flags in (["-h"], ["--help"]):
+        print(__doc__)
+        return
+    if not flags:
         sys.exit(__doc__)
-    started = time.perf_counter()
+    start = time.perf_counter()
     stdout_of([sys.executable, "-m", "vgg_jax", "--help"])
-    helped = time.perf_counter() - started
+    help_seconds = time.perf_counter() - start
     with tempfile.TemporaryDirectory() as cache:
         first, second = (seconds_to_first_step(flags, cache) for _ in range(2))
-    print(
-        json.dumps(
-            {
-                "train": flags,
-                "first_seconds": round(first, 2),
-                "second_seconds": round(second, 2),
-                "help_seconds": round(helped, 3),
-            }
-        )
-    )
+    result = {
+        "train": flags,
+        "first_seconds": round(first, 2),
+        "second_seconds": round(second, 2),
+        "help_seconds": round(help_seconds, 3),
+    }
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

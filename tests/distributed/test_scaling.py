@@ -28,7 +28,7 @@ from vgg_jax.distributed.sharding import (
     to_host,
 )
 from vgg_jax.training.optimizer import sgd
-from vgg_jax.training.step import TrainState, init_state, jit_steps
+from vgg_jax.training.step import init_state, jit_steps, state_shapes
 
 ROOT = Path(__file__).parents[2]
 # fc6's kernel has 1024 x 1024 parameters, enough for `fsdp` to shard it.
@@ -144,7 +144,7 @@ def collectives(layout, batch_norm=False, microbatch=None):
     mesh = make_mesh(4, jax.devices(), layout)
     step, _ = jit_steps(config, model, IMAGENET.mean_rgb, mesh, layout)
     # Shapes suffice, so the initialisation is not compiled.
-    shapes = abstract_state(model, sgd(config))
+    shapes = state_shapes(model, sgd(config))
     state = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         shapes,
@@ -156,22 +156,6 @@ def collectives(layout, batch_norm=False, microbatch=None):
         for match in map(COLLECTIVE.search, text.splitlines())
         if match
     ]
-
-
-def abstract_state(model, optimizer):
-    """The shapes of a training state."""
-
-    def new_state(key):
-        variables = {"batch_stats": {}, **model.init(key, jnp.zeros((1, SIZE, SIZE, 3)))}
-        return TrainState(
-            step=jnp.int32(0),
-            params=variables["params"],
-            batch_stats=variables["batch_stats"],
-            opt_state=optimizer.init(variables["params"]),
-            key=key,
-        )
-
-    return jax.eval_shape(new_state, jax.random.key(0))
 
 
 def num_values(shape):

@@ -42,7 +42,8 @@ def train(
             # Replaces the file descriptor of stdout, since C++ prints to it as well.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         print(message, flush=True)
-    from vgg_jax.training.loop import CheckpointSaveError, DivergedError, fit
+    from vgg_jax.runs.checkpoint import CheckpointSaveError
+    from vgg_jax.training.loop import DivergedError, fit
 
     workdir = workdir or f"runs/{slugify(data)}-{config.net}"
     try:

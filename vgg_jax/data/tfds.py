@@ -148,7 +148,7 @@ def _download(tfds: Any, data: str, root: str) -> str:
     # parser, files that must be downloaded by hand.
     except Exception as error:
         raise InputError(
-            f"{data!r} cannot be downloaded to {root!r}: {' '.join(str(error).split())[:300]}"
+            f"{data!r} cannot be downloaded to {root!r}: {single_line(error, 300)}"
         ) from error
     return os.fspath(builder.data_dir)
 

@@ -168,7 +168,7 @@ def _open_source(
         skip_bad: As in `evaluate`.
 
     Returns:
-        The name of the data, and its `vgg_jax.data.Source`.
+        The name of the data, and its `vgg_jax.data.DataSource`.
     """
     from vgg_jax.data import VALIDATION, open_split, open_train_val  # imports TensorFlow
 

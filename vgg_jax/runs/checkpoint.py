@@ -30,7 +30,6 @@ from vgg_jax.runs.metadata import RunMetadata, load_run
 
 try:
     import orbax.checkpoint as ocp
-    from etils import epath
 except ImportError as error:
     raise InputError(
         "reading and writing runs needs orbax-checkpoint: pip install 'vgg-jax[train]'"
@@ -203,11 +202,16 @@ class CheckpointStore:
 
     def _remove_partial(self, step: int) -> None:
         """Removes the remains of a failed save, which would take up the space of the next one."""
-        partial = [self._folder / str(step), *self._folder.glob("*.orbax-checkpoint-tmp*")]
+        partial: list[Any] = [
+            self._folder / str(step),
+            *self._folder.glob("*.orbax-checkpoint-tmp*"),
+        ]
         for path in partial:
-            # Removing may fail for the reason that saving failed.
-            with contextlib.suppress(Exception):
-                epath.Path(path).rmtree(missing_ok=True)
+            if not self._is_remote:
+                shutil.rmtree(path, ignore_errors=True)  # removes as much as it can
+                continue
+            with contextlib.suppress(Exception):  # the store may fail again
+                path.rmtree(missing_ok=True)
         with contextlib.suppress(Exception):
             self._manager.reload()
 

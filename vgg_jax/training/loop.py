@@ -114,6 +114,7 @@ def fit(
 ) -> FitResult:
     """Trains a net, or resumes the run in the workdir. Logs a line for each epoch.
 
+    The lines have the level INFO, which `logging.basicConfig(level=logging.INFO)` shows.
     An epoch is one pass over all training images. Then the validation accuracy determines the
     learning rate and which state is the best (§3.1). The first SIGINT or SIGTERM stops the run
     after the current step and saves it; the second one ends it at once. A failed save, as on a
