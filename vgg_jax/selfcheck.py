@@ -26,7 +26,7 @@ BROKEN_JAX_VERSIONS = {
 }
 # Faults that `vgg_jax.layers.FullyConnected` works around.
 WORKED_AROUND = {
-    "0.12.0.1": "a pooling and three products behind it, in bfloat16, give NaN on CPUs"
+    "0.12.0.1": "a pooling followed by three matrix products gives NaN in bfloat16 on CPUs"
 }
 
 NET = VGGConfig(((Conv(8),), (Conv(16), Conv(16))), fc=(16, 16))

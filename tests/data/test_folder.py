@@ -77,7 +77,7 @@ def test_folder_ignores_extensions(tmp_path, format):
 
 
 def write_other_files(folder):
-    """Writes five files that are no images, and returns their names."""
+    """Writes five files that are not images, and returns their names."""
     (folder / "ants" / "notes.jpg").write_text("no image")
     (folder / "ants" / "empty.jpg").write_bytes(b"")
     (folder / "bees" / "sub").mkdir()

@@ -80,7 +80,7 @@ def test_pytorch_parameters_and_meta_tensors(tmp_path):
         {name: torch.empty(array.shape, device="meta") for name, array in state.items()},
         tmp_path / "meta.pth",
     )
-    with pytest.raises(InputError, match="is no plain tensor"):
+    with pytest.raises(InputError, match="is not a plain tensor"):
         read(tmp_path / "meta.pth")
 
 

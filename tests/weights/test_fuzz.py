@@ -131,7 +131,7 @@ def test_load_run_refuses_in_one_line(tmp_path):
 
 
 def test_load_evaluation_member_not_array(files, tmp_path):
-    """NumPy returns the bytes of a member that is no array."""
+    """NumPy returns the bytes of a member that is not an array."""
     path = tmp_path / "file.npz"
     with zipfile.ZipFile(io.BytesIO(files["npz"])) as whole, zipfile.ZipFile(path, "w") as changed:
         for name in whole.namelist():

@@ -339,7 +339,9 @@ def _add_protocol(flags: Flags, default_scales: str) -> None:
 
 
 def _add_skip_bad(flags: Flags) -> None:
-    flags.add_argument("--skip-bad", action="store_true", help="leave out files that are no images")
+    flags.add_argument(
+        "--skip-bad", action="store_true", help="leave out files that are not images"
+    )
 
 
 def _add_cache(flags: Flags) -> None:

@@ -156,7 +156,7 @@ class TrainConfig:
     skip_bad: bool = _field(
         False,
         "data",
-        "skip files that are no images, and at most one percent of unreadable images",
+        "skip files that are not images, and at most one percent of unreadable images",
     )
     # The flag reads the names from a file, see `vgg_jax.data.read_exclude_list`.
     exclude: tuple[str, ...] = _field(
@@ -283,7 +283,7 @@ def _check_freeze(config: TrainConfig) -> None:
     unknown = [name for name in config.freeze if name not in ("conv", "fc", *learned)]
     if unknown:
         raise InputError(
-            f"freeze is {config.freeze}, and {unknown[0]!r} is no layer: "
+            f"freeze is {config.freeze}, and {unknown[0]!r} is not a layer: "
             f"expected conv, fc, or some of {', '.join(learned)}"
         )
     if set(learned) <= set(config.frozen):

@@ -74,7 +74,7 @@ class BatchIterator:
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         stream = [self._dataset.as_numpy_iterator()]
         # Release the iterator before the interpreter shuts down. Its threads call Python to decode
-        # by Pillow, and would wait for ever for an interpreter that waits for them.
+        # by Pillow, and would wait forever for an interpreter that waits for them.
         release = weakref.finalize(self, stream.clear)
         try:
             # A KeyboardInterrupt is raised in the main thread, wherever that is. Within a call of

@@ -1,6 +1,6 @@
 """A source in memory.
 
-It is read once. The encoded images stay in memory, and the pixels of small images, too.
+It is read once. The encoded images stay in memory, and so do the pixels of small images.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ def cache_in_memory(source: DataSource, config: TrainConfig) -> DataSource:
     """Reads a source into memory.
 
     The encoded images are kept. If they are small and of one size, as CIFAR's, their pixels are
-    kept, too. The order of an epoch becomes that of `random_access`.
+    also kept. The order of an epoch becomes that of `random_access`.
 
     Args:
         source: The source to read.

@@ -26,7 +26,7 @@ class HostShard(NamedTuple):
     """Rows of each batch that one of several processes feeds."""
 
     batch_size: int  # of the whole batch
-    rows: np.ndarray  # int64 (n,), rising
+    rows: np.ndarray  # int64 (n,), increasing
 
 
 class ExampleReader(Protocol):

@@ -83,7 +83,7 @@ def find_prepared(data: str, root: str) -> str | None:
         The folder of the newest version, or None.
 
     Raises:
-        InputError: This is no name, or several configurations are prepared.
+        InputError: The name is invalid, or several configurations are prepared.
     """
     match = NAME.fullmatch(data)
     if match is None:

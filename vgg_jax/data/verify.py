@@ -88,7 +88,7 @@ def read_exclude_list(path: str) -> tuple[str, ...]:
         with to_path(path).open() as file:
             names = [json.loads(line)["file"] for line in file]
         if not all(isinstance(name, str) for name in names):
-            raise ValueError("a name is no text")
+            raise ValueError("a name is not a string")
     except OSError as error:
         raise InputError(
             f"cannot read {path} ({error.strerror or error}): "

@@ -25,7 +25,7 @@ from vgg_jax.distributed.sharding import replicated
 from vgg_jax.errors import DataError, InputError, single_line
 
 HEARTBEAT_TIMEOUT = 60  # seconds without a heartbeat of a peer, until jax ends this process
-# Seconds without a step, until a process ends itself. Its peers may be alive and hang for ever,
+# Seconds without a step, until a process ends itself. Its peers may be alive and hang forever,
 # for example on a disk, and then their heartbeats continue.
 WATCHDOG_TIMEOUT = 1800
 SHUTDOWN_GRACE = 2  # seconds
@@ -332,7 +332,7 @@ def translate_lost_peer(workdir: Path) -> Iterator[None]:
 class Watchdog:
     """Ends this process unless `heartbeat()` is called regularly.
 
-    A process whose peer hangs would wait for it for ever, and print nothing. A single process has
+    A process whose peer hangs would wait for it forever, and print nothing. A single process has
     no watchdog. Use it as a context manager.
 
     Args:

@@ -325,7 +325,7 @@ def load_evaluation(path: str | Path) -> Evaluation:
 
 def _check_arrays(evaluation: Evaluation) -> None:
     if not all(isinstance(array, np.ndarray) for array in vars(evaluation).values()):
-        raise ValueError("a part of it is no array")
+        raise ValueError("a part of it is not an array")
     n, k = evaluation.posteriors.shape
     shapes = (evaluation.labels.shape, evaluation.files.shape, evaluation.classes.shape)
     if shapes != ((n,), (n,), (k,)):

@@ -43,7 +43,7 @@ def _relu_fwd(x: Array) -> tuple[Array, Array]:
 
 
 def _relu_bwd(y: Array, g: Array) -> tuple[Array]:
-    # Without the barrier, XLA replaces `y > 0` by a test of the input and keeps the input, too. A
+    # Without the barrier, XLA replaces `y > 0` by a test of the input and also keeps the input. A
     # CPU adds the bias again in each reader, so nothing is kept twice, and a barrier costs time
     # (docs/performance.md#relu-and-pooling).
     y = lax.platform_dependent(y, cpu=lambda y: y, default=lax.optimization_barrier)

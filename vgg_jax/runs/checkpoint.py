@@ -37,7 +37,7 @@ except ImportError as error:
 
 logger = logging.getLogger(__name__)
 
-MAX_ATTEMPTS = 3  # attempts to save in an object store, which fails at times
+MAX_ATTEMPTS = 3  # of a save in an object store, which fails at times
 MAX_TO_KEEP = 2  # checkpoints: the previous one replaces the newest if that is damaged
 # These errors may be gone at the next attempt, so they do not prove that a file is damaged.
 _TRANSIENT_ERRNOS = {

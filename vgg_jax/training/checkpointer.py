@@ -69,7 +69,7 @@ class Checkpointer:
             step: Number of the checkpoint.
             state: The state, on the devices.
             progress: JSON object with the run's "history".
-            best: Metadata, if the state is the best so far. It is then written to `best/`, too.
+            best: Metadata, if the state is the best so far. It is then also written to `best/`.
         """
         self._wait_for_write()  # so that there is one copy at a time
         host_state = jax.tree.map(_to_host, state)

@@ -125,7 +125,7 @@ def fit(
         workdir: Folder of the run. A call locks it.
         data_dir: Folder of prepared data sets.
         download: Downloads and prepares the data set first.
-        save_seconds: Seconds between two saves in an epoch. Each epoch's end is saved, too.
+        save_seconds: Seconds between two saves in an epoch. The end of each epoch is also saved.
         on_nan: "stop" raises DivergedError if the loss or a parameter is infinite or NaN.
             "halve" resumes from the last save with half the learning rate, at most
             `MAX_LR_HALVINGS` times.

@@ -158,7 +158,9 @@ def _read_pytorch(path: Path) -> TensorFile:
             or value.is_quantized
             or value.is_meta
         ):
-            raise InputError(f"{path}: {name} is no plain tensor: expected a state_dict of arrays")
+            raise InputError(
+                f"{path}: {name} is not a plain tensor: expected a state_dict of arrays"
+            )
         # A view may claim to be larger than its storage.
         num_bytes = value.numel() * value.element_size()
         if num_bytes and num_bytes > value.untyped_storage().nbytes():
