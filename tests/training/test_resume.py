@@ -12,33 +12,24 @@ import jax
 import numpy as np
 import pytest
 
+from tests.helpers.runs import make_config
 from tests.helpers.tiny_data import encode, noise
 from tools.soak import result
-from vgg_jax import TrainConfig, preset
+from vgg_jax import preset
 from vgg_jax.distributed.sharding import make_mesh
 from vgg_jax.training.loop import Trainer, fit
 
 pytestmark = pytest.mark.usefixtures("small_nets")
 
 
-def make_config(data, **changes):
-    """Micro-batches, and a plateau that divides the learning rate after each epoch."""
-    values = {
-        "data": data,
-        "net": "shallow",
-        "fc": (24, 16),
-        "batch_norm": True,
-        "image_size": 16,
-        "scale": (18, 22),
-        "batch_size": 8,
-        "microbatch": 4,
-        "epochs": 3,
-        "learning_rate": 1e-2,
-        "schedule": "plateau",
-        "patience": 1,
-        "validation_fraction": 0.3,
-    }
-    return TrainConfig(**values | changes)
+# Micro-batches, and a plateau that divides the learning rate after each epoch.
+CHANGES = {
+    "microbatch": 4,
+    "schedule": "plateau",
+    "drop_epochs": (),
+    "patience": 1,
+    "validation_fraction": 0.3,
+}
 
 
 def write_photos(root):
@@ -66,8 +57,9 @@ def config_and_data_dir(request, tmp_path, prepared):
         }
         return dataclasses.replace(preset("digits"), **changes), None
     if request.param in prepared:
-        return make_config("numbers"), prepared[request.param]
-    return make_config(write_photos(tmp_path / "data"), cache=request.param == "cache"), None
+        return make_config("numbers", **CHANGES), prepared[request.param]
+    photos = write_photos(tmp_path / "data")
+    return make_config(photos, cache=request.param == "cache", **CHANGES), None
 
 
 def stopping_trainer():
@@ -120,7 +112,8 @@ def test_fit_resumes_each_storage_to_the_bit(config_and_data_dir, tmp_path, capl
 def test_fit_resumes_on_fewer_devices(tmp_path, monkeypatch):
     """A run moves from two devices to one: the same images in the same order, up to rounding."""
     assert len(jax.devices()) == 2
-    config = make_config(write_photos(tmp_path / "data"), microbatch=None, learning_rate=1e-3)
+    changes = CHANGES | {"microbatch": None, "learning_rate": 1e-3}
+    config = make_config(write_photos(tmp_path / "data"), **changes)
     order, num_devices = [], set()
 
     class RecordingTrainer(Trainer):
