@@ -1,7 +1,5 @@
 """The module VGG: parameters, logits, score maps, features, initialisation, copying of layers."""
 
-import dataclasses
-
 import flax
 import jax
 import jax.numpy as jnp
@@ -9,8 +7,16 @@ import numpy as np
 import pytest
 
 import vgg_jax
-from tests.helpers.tiny import TINY, images, init
-from vgg_jax import CONFIGS, VGG, InputError, compiler_options, copy_matching_layers
+from tests.helpers.tiny import DEEP, TINY, images, init
+from vgg_jax import (
+    CONFIGS,
+    VGG,
+    Conv,
+    InputError,
+    VGGConfig,
+    compiler_options,
+    copy_matching_layers,
+)
 from vgg_jax.configs.models import layer_table
 from vgg_jax.model import fuse_epilogues, select_layers, transpose_kernels
 
@@ -158,9 +164,10 @@ def test_model_errors(tiny_net):
         model.apply(variables, images(64, 64), method="score_map")
 
 
-def test_dropout_in_training_only(tiny_net):
-    model, variables = tiny_net
-    x = images(4, 64, 64)
+def test_dropout_in_training_only():
+    model = VGG(DEEP, num_classes=7, image_size=16)
+    variables = init(model)
+    x = images(4, 16, 16)
     np.testing.assert_array_equal(model.apply(variables, x), model.apply(variables, x))
     with pytest.raises(flax.errors.InvalidRngError):
         model.apply(variables, x, train=True)
@@ -171,11 +178,11 @@ def test_dropout_in_training_only(tiny_net):
 
 
 def test_batch_norm_variables():
-    model = VGG(TINY, num_classes=7, batch_norm=True, image_size=32)
+    model = VGG(DEEP, num_classes=7, batch_norm=True, image_size=16)
     variables = init(model)
-    assert variables["params"]["bn3_2"].keys() == {"scale", "bias"}
-    assert variables["batch_stats"]["bn3_2"].keys() == {"mean", "var"}
-    x = images(4, 32, 32)
+    assert variables["params"]["bn2_2"].keys() == {"scale", "bias"}
+    assert variables["batch_stats"]["bn2_2"].keys() == {"mean", "var"}
+    x = images(4, 16, 16)
     logits, updated = model.apply(
         variables, x, train=True, rngs={"dropout": jax.random.key(0)}, mutable=["batch_stats"]
     )
@@ -194,9 +201,9 @@ def test_batch_norm_variables():
     ],
 )
 def test_initializer_deviation(initializer, std, conv, fc):
-    config = dataclasses.replace(CONFIGS["A"], fc=(512, 512))
-    model = VGG(config, 10, image_size=64, initializer=initializer, initializer_std=std)
-    image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    config = VGGConfig(((Conv(64),), (Conv(128),)), fc=(512, 512))
+    model = VGG(config, 10, image_size=16, initializer=initializer, initializer_std=std)
+    image = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
     draw = jax.jit(lambda key: model.lazy_init(key, image), compiler_options=compiler_options())
     params = draw(jax.random.key(0))["params"]
     assert not any(layer["bias"].any() for layer in params.values())
@@ -208,10 +215,10 @@ def test_initializer_deviation(initializer, std, conv, fc):
 
 
 def test_bfloat16_keeps_float32_parameters():
-    model = VGG(TINY, num_classes=7, image_size=32, dtype=jnp.bfloat16)
+    model = VGG(DEEP, num_classes=7, image_size=16, dtype=jnp.bfloat16)
     variables = init(model)
     assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
-    assert model.apply(variables, images(1, 32, 32)).dtype == jnp.bfloat16
+    assert model.apply(variables, images(1, 16, 16)).dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("name", ["B", "C", "D", "E"])

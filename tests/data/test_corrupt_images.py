@@ -147,7 +147,7 @@ def test_folder_with_files_of_other_kinds(tmp_path):
 
 
 @pytest.mark.usefixtures("small_nets")
-@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("skip", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_train_with_corrupt_image(skip, tmp_path, capsys, caplog):
     """It ends with code 3 and names the image, or skips it and reports the number of images."""
     root, workdir = tmp_path / "data", tmp_path / "workdir"

@@ -250,7 +250,7 @@ def test_class_posteriors_promotes_params(small_net):
 
 
 def test_class_posteriors_rejects_bad_sizes(small_net, monkeypatch):
-    with pytest.raises(InputError, match="image 0 is given at no test scale"):
+    with pytest.raises(InputError, match="image 0 has no rescaled version"):
         class_posteriors(*small_net, [[]])
     with pytest.raises(InputError, match="pixels is 0"):
         class_posteriors(*small_net, photos([(16, 16)]), pixels=0)

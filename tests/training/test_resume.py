@@ -83,12 +83,10 @@ def stopping_trainer():
     return StoppingTrainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config_and_data_dir",
-    [
-        "tfrecord",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("folder", "cache", "digits")),
-    ],
+    ["tfrecord", "folder", "cache", "digits"],
     indirect=True,
 )
 def test_fit_resumes_each_storage_to_the_bit(config_and_data_dir, tmp_path, caplog):
