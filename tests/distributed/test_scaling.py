@@ -181,6 +181,7 @@ def test_data_axis_sums_gradients_once(microbatch):
     ]
 
 
+@pytest.mark.slow
 def test_batch_norm_exchanges_statistics():
     """Forward: the count, the means and the variances. Backward: gradients of the last two."""
     exchanges = collectives(MeshConfig(), batch_norm=True)
@@ -191,6 +192,7 @@ def test_batch_norm_exchanges_statistics():
     assert num_statistics == 2 * 2 * (8 + 16) + 1
 
 
+@pytest.mark.slow
 def test_model_axis_exchanges_activations_only():
     """Forward: fc7's output (N, 64). Backward: the gradient of fc6's input (N, 1024)."""
     exchanges = collectives(MeshConfig(model=2))

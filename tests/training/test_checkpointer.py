@@ -42,7 +42,7 @@ def test_fit_restarts_if_only_best_was_saved(photos, finished_run, tmp_path, mon
     assert without_times(history) == without_times(undisturbed)
 
 
-@pytest.mark.parametrize("until_end", [False, True])
+@pytest.mark.parametrize("until_end", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_fit_survives_full_disk(until_end, photos, finished_run, tmp_path, monkeypatch, caplog):
     """No save succeeds at the end of the second of three epochs, or from then on."""
     save, num_saves = CheckpointStore.save, 0

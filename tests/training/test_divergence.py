@@ -114,6 +114,7 @@ def test_fit_restarts_after_divergence_before_save(config, tmp_path):
     assert learning_rates(tmp_path / "run") == [2.5e-4] * 3
 
 
+@pytest.mark.slow
 def test_halved_lr_survives_restart(config, tmp_path):
     two_epochs = dataclasses.replace(config, epochs=2)
     fit(two_epochs, tmp_path / "run", on_nan="halve", trainer_class=diverging_trainer({5}))

@@ -51,6 +51,7 @@ def test_init_from_run_copies_all_layers(finished_run, photos, tmp_path, caplog)
     assert_layers_close(params, source["params"])
 
 
+@pytest.mark.slow
 def test_init_from_shallower_net(finished_run, photos, tmp_path, caplog):
     workdir, _ = finished_run
     params, line = init_and_log(photos, tmp_path, caplog, net="deep", init_from=str(workdir))

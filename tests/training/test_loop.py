@@ -257,6 +257,7 @@ def test_fit_rejects_other_storage(finished_run, photos, tmp_path):
         fit(make_config(photos), tmp_path / "copy")
 
 
+@pytest.mark.slow
 def test_fit_micro_batches_see_every_image(photos, tmp_path):
     result = fit(make_config(photos, microbatch=2, epochs=1, batch_norm=False), tmp_path)
     assert result.history[0]["train"]["count"] == 22

@@ -17,7 +17,7 @@ from vgg_jax.weights import read
 
 @pytest.mark.parametrize(
     ("encoding", "net"),
-    [("V1", "D"), pytest.param("V1", "E", marks=pytest.mark.slow), ("new", "D")],
+    [*(pytest.param("V1", net, marks=pytest.mark.slow) for net in "DE"), ("new", "D")],
 )
 def test_caffe_layout(encoding, net, tmp_path):
     tensors, path = random_tensors(net), tmp_path / "VGG_ILSVRC_layers.caffemodel"
