@@ -130,7 +130,8 @@ def assert_near_in_bfloat16(outputs, expected, name):
     expected_losses, expected_gradients, *_ = expected
     assert_trees_close(gradients, expected_gradients, 1e-2, floor=0.1, name=name)
     assert losses[:2] == pytest.approx(expected_losses[:2], rel=1e-2)
-    assert losses[1] != pytest.approx(expected_losses[1], rel=1e-6)
+    # The sums were really rounded to bfloat16.
+    assert losses[1:] != pytest.approx(expected_losses[1:], rel=1e-6)
 
 
 COLLECTIVE = re.compile(
