@@ -23,6 +23,15 @@ def test_configure_logging_prints_once(capsys, caplog):
     assert caplog.messages == ["epoch 1", "cannot save"]
 
 
+def test_configure_logging_restores_level(capsys):
+    """A second command in one process prints its lines, whatever happened to the logger before."""
+    configure_logging()
+    logging.getLogger("vgg_jax").setLevel(logging.NOTSET)
+    configure_logging()
+    logger.info("epoch 1")
+    assert capsys.readouterr().out == "epoch 1\n"
+
+
 @pytest.mark.integration
 def test_configure_logging_with_orbax():
     """The root handler that orbax adds prints nothing a second time."""

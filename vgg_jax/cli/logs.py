@@ -20,11 +20,11 @@ class _ConsoleHandler(logging.Handler):
 
 
 def configure_logging() -> None:
-    """Prints the log messages of `vgg_jax`. A second call changes nothing."""
+    """Prints the log messages of `vgg_jax`. A second call adds no second handler."""
     logger = logging.getLogger("vgg_jax")
+    logger.setLevel(logging.INFO)
     if any(isinstance(handler, _ConsoleHandler) for handler in logger.handlers):
         return
-    logger.setLevel(logging.INFO)
     logger.addHandler(_ConsoleHandler())
     # orbax adds a handler to the root logger when it is imported, and each message would be
     # printed twice. A root handler that exists already was added by the caller and is served.
