@@ -91,7 +91,7 @@ def ten_steps(layout, num_devices, batch_norm, microbatch):
 @pytest.mark.parametrize(
     ("batch_norm", "microbatch", "names"),
     [
-        (True, 4, ("fsdp",)),
+        pytest.param(True, 4, ("fsdp",), marks=pytest.mark.slow),
         pytest.param(True, None, LAYOUTS, marks=pytest.mark.slow),
         pytest.param(False, 4, LAYOUTS, marks=pytest.mark.slow),
     ],
