@@ -82,7 +82,7 @@ def work(process_id: int, num_processes: int, port: int, batch: int, mesh_name: 
         batch_size=global_batch,
         learning_rate=1e-3,
     )
-    mesh = make_mesh(global_batch, layout=mesh_config)
+    mesh = make_mesh(global_batch, mesh_config=mesh_config)
     model = build_model(config, 10)
     train_step, _ = jit_steps(config, model, IMAGENET.mean_rgb, mesh, mesh_config)
     state = init_state(model, sgd(config), 0, mesh, mesh_config)

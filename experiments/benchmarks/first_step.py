@@ -11,9 +11,10 @@ import jax
 
 from vgg_jax import cli
 from vgg_jax.training import loop
+from vgg_jax.training.trainer import Trainer
 
 
-class FirstStepTrainer(loop.Trainer):
+class FirstStepTrainer(Trainer):
     """Prints the seconds since START_TIME after the first step, and ends the process."""
 
     def train_step(self, state, batch):

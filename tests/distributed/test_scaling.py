@@ -1,4 +1,4 @@
-"""The training step on two devices, for every layout: its results, and what it exchanges."""
+"""The training step on two devices, for every `MeshConfig`: its results, and what it exchanges."""
 
 import collections
 import dataclasses
@@ -65,15 +65,15 @@ def make_batch(seed):
     }
 
 
-def ten_steps(layout, num_devices, batch_norm, microbatch):
+def ten_steps(mesh_config, num_devices, batch_norm, microbatch):
     """Trains ten steps and evaluates two batches.
 
     Returns the losses, the gradients of the first step, the last variables, and the metric sums.
     """
     config, model = make_config(batch_norm, microbatch), make_model(batch_norm)
-    mesh = make_mesh(microbatch or 8, jax.devices()[:num_devices], layout)
-    step, evaluate = jit_steps(config, model, IMAGENET.mean_rgb, mesh, layout)
-    state, losses = init_state(model, sgd(config), 0, mesh, layout), []
+    mesh = make_mesh(microbatch or 8, jax.devices()[:num_devices], mesh_config)
+    step, evaluate = jit_steps(config, model, IMAGENET.mean_rgb, mesh, mesh_config)
+    state, losses = init_state(model, sgd(config), 0, mesh, mesh_config), []
     for number in range(10):
         state, sums = step(state, shard_batch(make_batch(number), mesh))
         losses.append(float(sums.loss))
@@ -97,8 +97,8 @@ def ten_steps(layout, num_devices, batch_norm, microbatch):
     ],
     ids=["fsdp", "all-batch_norm", "all-microbatch"],
 )
-def test_layout_matches_one_device(batch_norm, microbatch, names, caplog):
-    """With dropout and masked examples. Each layout compiles its step once."""
+def test_mesh_config_matches_one_device(batch_norm, microbatch, names, caplog):
+    """With dropout and masked examples. Each `MeshConfig` compiles its step once."""
     with log_compiles(caplog) as count:
         expected = ten_steps(MeshConfig(), 1, batch_norm, microbatch)
         for name in names:
@@ -139,17 +139,17 @@ COLLECTIVE = re.compile(
 )
 
 
-def collectives(layout, batch_norm=False, microbatch=None):
+def collectives(mesh_config, batch_norm=False, microbatch=None):
     """Lists the collectives of a compiled step: the kind, and the number of values it returns."""
     config, model = make_config(batch_norm, microbatch), make_model(batch_norm)
-    mesh = make_mesh(4, jax.devices(), layout)
-    step, _ = jit_steps(config, model, IMAGENET.mean_rgb, mesh, layout)
+    mesh = make_mesh(4, jax.devices(), mesh_config)
+    step, _ = jit_steps(config, model, IMAGENET.mean_rgb, mesh, mesh_config)
     # Shapes suffice, so the initialisation is not compiled.
     shapes = state_shapes(model, sgd(config))
     state = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         shapes,
-        infer_shardings(shapes, mesh, layout),
+        infer_shardings(shapes, mesh, mesh_config),
     )
     text = step.lower(state, shard_batch(make_batch(0), mesh)).compile().as_text()
     return [
@@ -235,11 +235,11 @@ def test_fsdp_gathers_fc6_once():
 
 
 @pytest.mark.parametrize(
-    "layout", [MeshConfig(fsdp=True), MeshConfig(model=2)], ids=["fsdp", "model"]
+    "mesh_config", [MeshConfig(fsdp=True), MeshConfig(model=2)], ids=["fsdp", "model"]
 )
-def test_init_state_shards_params_and_momentum(layout):
-    mesh, model = make_mesh(8, layout=layout), make_model(batch_norm=False)
-    state = init_state(model, sgd(CONFIG), 0, mesh, layout)
+def test_init_state_shards_params_and_momentum(mesh_config):
+    mesh, model = make_mesh(8, mesh_config=mesh_config), make_model(batch_norm=False)
+    state = init_state(model, sgd(CONFIG), 0, mesh, mesh_config)
     for tree in (state.params, state.opt_state.inner_state[1][0].trace):
         kernel = tree["fc6"]["kernel"]
         assert [shard.data.size for shard in kernel.addressable_shards] == [kernel.size // 2] * 2
@@ -264,20 +264,20 @@ def test_mesh_config_rejects(fields, message):
 
 
 @pytest.mark.parametrize(
-    ("layout", "message"),
+    ("mesh_config", "message"),
     [
         (MeshConfig(data=4), "data=4, model=1, of 4 devices: expected all of the 2"),
         (MeshConfig(model=2, reduce="bfloat16"), "on CPUs expected only one of them"),
     ],
 )
-def test_make_mesh_rejects_layout(layout, message):
+def test_make_mesh_rejects_mesh_config(mesh_config, message):
     with pytest.raises(InputError, match=message):
-        make_mesh(8, layout=layout)
+        make_mesh(8, mesh_config=mesh_config)
 
 
 def test_infer_shardings_rejects_indivisible_layer():
-    layout = MeshConfig(model=2)
+    mesh_config = MeshConfig(model=2)
     shapes = {"fc6": {"kernel": jax.ShapeDtypeStruct((12, 3), jnp.float32)}}
     message = r"fc6/kernel is \(12, 3\), and the mesh has model=2: expected a divisor of 3"
     with pytest.raises(InputError, match=message):
-        infer_shardings(shapes, make_mesh(8, layout=layout), layout)
+        infer_shardings(shapes, make_mesh(8, mesh_config=mesh_config), mesh_config)

@@ -12,7 +12,8 @@ from tests.helpers.runs import load_last_arrays, make_config, without_times
 from vgg_jax import InputError
 from vgg_jax.metrics import MetricSums
 from vgg_jax.runs.checkpoint import CheckpointSaveError, CheckpointStore
-from vgg_jax.training.loop import Trainer, fit
+from vgg_jax.training.loop import fit
+from vgg_jax.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("small_nets")
 

@@ -21,9 +21,10 @@ from vgg_jax.model import build_model
 from vgg_jax.runs.checkpoint import CheckpointStore
 from vgg_jax.runs.metadata import load_run
 from vgg_jax.training.checkpointer import abstract_state
-from vgg_jax.training.loop import DivergedError, Trainer, fit
+from vgg_jax.training.loop import fit
 from vgg_jax.training.optimizer import sgd
 from vgg_jax.training.step import init_state
+from vgg_jax.training.trainer import DivergedError, Trainer
 
 pytestmark = pytest.mark.usefixtures("small_nets")
 
@@ -170,7 +171,7 @@ def test_signal_during_divergence_stops_run(config, tmp_path):
 
 def test_halving_deletes_later_best(config, tmp_path, monkeypatch):
     """The second epoch's best checkpoint was saved, but nothing to resume from after it."""
-    monkeypatch.setattr("vgg_jax.training.loop.all_finite", lambda _: True)
+    monkeypatch.setattr("vgg_jax.training.trainer.all_finite", lambda _: True)
     workdir = tmp_path / "run"
     fit(dataclasses.replace(config, epochs=1), workdir)
     extend_to_three_epochs(workdir)

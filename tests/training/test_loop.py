@@ -16,6 +16,7 @@ import pytest
 
 import vgg_jax
 import vgg_jax.training.loop
+import vgg_jax.training.trainer
 from tests.helpers.compare import log_compiles
 from tests.helpers.runs import load_last_arrays, make_config, without_times
 from vgg_jax import InputError, cli, compiler_options
@@ -23,8 +24,9 @@ from vgg_jax.data import eval_batches, measure_colours, open_train_val
 from vgg_jax.distributed.multihost import ProcessLostError
 from vgg_jax.preprocessing import preprocess
 from vgg_jax.runs.checkpoint import CheckpointSaveError
-from vgg_jax.training.loop import FitResult, Trainer, fit
+from vgg_jax.training.loop import fit
 from vgg_jax.training.step import init_state
+from vgg_jax.training.trainer import FitResult, Trainer
 
 pytestmark = pytest.mark.usefixtures("small_nets")
 
@@ -56,7 +58,7 @@ def test_fit_interrupted_in_initialisation(finished_run, photos, tmp_path, monke
         return init_state(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(vgg_jax.training.loop, "init_state", interrupted_init_state)
+        patch.setattr(vgg_jax.training.trainer, "init_state", interrupted_init_state)
         assert fit(make_config(photos), tmp_path) == FitResult([], stopped=True)
     history = fit(make_config(photos), tmp_path).history
     assert without_times(history) == without_times(finished_run[1])

@@ -17,7 +17,8 @@ from tests.helpers.tiny_data import encode, noise
 from tools.soak import result
 from vgg_jax import preset
 from vgg_jax.distributed.sharding import make_mesh
-from vgg_jax.training.loop import Trainer, fit
+from vgg_jax.training.loop import fit
+from vgg_jax.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("small_nets")
 
@@ -132,7 +133,7 @@ def test_fit_resumes_on_fewer_devices(tmp_path, monkeypatch):
     order.clear()
     assert fit(config, tmp_path / "moved", trainer_class=StoppingTrainer).stopped
 
-    def make_mesh_of_one(batch_size, layout):
+    def make_mesh_of_one(batch_size, mesh_config):
         return make_mesh(batch_size, jax.devices()[:1])
 
     monkeypatch.setattr("vgg_jax.training.setup.make_mesh", make_mesh_of_one)

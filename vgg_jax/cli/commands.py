@@ -36,19 +36,22 @@ def train(
     from vgg_jax.distributed.sharding import MeshConfig
     from vgg_jax.training.report import divergence_hint
 
-    layout = MeshConfig(**mesh_options)
+    mesh_config = MeshConfig(**mesh_options)
     if message := multihost.initialize(distributed):
         if not multihost.is_main_process():
             # Replaces the file descriptor of stdout, since C++ prints to it as well.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         print(message, flush=True)
     from vgg_jax.runs.checkpoint import CheckpointSaveError
-    from vgg_jax.training.loop import DivergedError, fit
+    from vgg_jax.training.loop import fit
+    from vgg_jax.training.trainer import DivergedError
 
     workdir = workdir or f"runs/{slugify(data)}-{config.net}"
     try:
         with multihost.shutdown_on_exit():
-            result = fit(config, workdir, data_dir, download, layout=layout, **loop_options)
+            result = fit(
+                config, workdir, data_dir, download, mesh_config=mesh_config, **loop_options
+            )
     except multihost.ProcessLostError as error:
         print(f"vgg-jax: {error}", file=sys.stderr)
         return ExitCode.PROCESS_LOST

@@ -66,27 +66,28 @@ DATA_PARALLEL = MeshConfig()
 
 
 def make_mesh(
-    examples: int, devices: list[jax.Device] | None = None, layout: MeshConfig = DATA_PARALLEL
+    examples: int, devices: list[jax.Device] | None = None, mesh_config: MeshConfig = DATA_PARALLEL
 ) -> Mesh:
     """Creates the mesh of a run.
 
     Args:
         examples: The number of examples that are computed at once.
         devices: The devices. By default all devices of all processes.
-        layout: The sizes of the axes.
+        mesh_config: The parallelism of the run.
 
     Returns:
         A mesh with the axes "data" and "model".
 
     Raises:
-        InputError: The layout needs another number of devices, or the groups along "data" cannot
-            share the examples evenly.
+        InputError: The configuration needs another number of devices, or the groups along "data"
+            cannot share the examples evenly.
     """
     devices = jax.devices() if devices is None else devices
-    data = layout.data or len(devices) // layout.model
-    if data * layout.model != len(devices):
+    model = mesh_config.model
+    data = mesh_config.data or len(devices) // model
+    if data * model != len(devices):
         raise InputError(
-            f"the mesh is data={data}, model={layout.model}, of {data * layout.model} devices: "
+            f"the mesh is data={data}, model={model}, of {data * model} devices: "
             f"expected all of the {len(devices)} devices; pass another --mesh"
         )
     if examples % data:
@@ -95,14 +96,14 @@ def make_mesh(
             "that share them; pass another --batch-size or --microbatch"
         )
     is_cpu = devices[0].platform == "cpu"
-    if layout.reduce == "bfloat16" and layout.model > 1 and is_cpu:
+    if mesh_config.reduce == "bfloat16" and model > 1 and is_cpu:
         # jaxlib 0.10.1 to 0.12.0.1 abort.
         raise InputError(
             "reduce is 'bfloat16' and the mesh has a model axis: on CPUs expected only one of them"
         )
     # linen's Conv refuses explicit axes, the default since jax 0.9.
     return jax.make_mesh(
-        (data, layout.model), (DATA, MODEL), axis_types=(AxisType.Auto,) * 2, devices=devices
+        (data, model), (DATA, MODEL), axis_types=(AxisType.Auto,) * 2, devices=devices
     )
 
 
@@ -111,14 +112,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def infer_shardings(arrays: Any, mesh: Mesh, layout: MeshConfig) -> Any:
+def infer_shardings(arrays: Any, mesh: Mesh, mesh_config: MeshConfig) -> Any:
     """Chooses the sharding of each array in a tree.
 
     Args:
         arrays: A tree, such as a whole training state, in which the parameters have their names.
             The leaves are arrays or their shapes.
         mesh: The mesh of the run.
-        layout: The parallelism of the run.
+        mesh_config: The parallelism of the run.
 
     Returns:
         The same tree of `NamedSharding`s.
@@ -129,12 +130,12 @@ def infer_shardings(arrays: Any, mesh: Mesh, layout: MeshConfig) -> Any:
 
     def sharding(path: tuple, array: Any) -> NamedSharding:
         name = "/".join(str(getattr(key, "key", key)) for key in path[-2:])
-        return NamedSharding(mesh, _infer_spec(name, array, mesh, layout))
+        return NamedSharding(mesh, _infer_spec(name, array, mesh, mesh_config))
 
     return jax.tree_util.tree_map_with_path(sharding, arrays)
 
 
-def _infer_spec(name: str, array: Any, mesh: Mesh, layout: MeshConfig) -> PartitionSpec:
+def _infer_spec(name: str, array: Any, mesh: Mesh, mesh_config: MeshConfig) -> PartitionSpec:
     axes = [*MODEL_PARALLEL_SPECS.get(name, ())] if mesh.shape[MODEL] > 1 else []
     axes += [None] * (array.ndim - len(axes))
     for size, axis in zip(array.shape, axes, strict=True):
@@ -144,7 +145,7 @@ def _infer_spec(name: str, array: Any, mesh: Mesh, layout: MeshConfig) -> Partit
                 f"expected a divisor of {size}; pass another --mesh"
             )
     num_bytes = math.prod(array.shape) * array.dtype.itemsize
-    if layout.fsdp and mesh.shape[DATA] > 1 and num_bytes > FSDP_MIN_BYTES:
+    if mesh_config.fsdp and mesh.shape[DATA] > 1 and num_bytes > FSDP_MIN_BYTES:
         divisible = [
             i
             for i, (size, axis) in enumerate(zip(array.shape, axes, strict=True))

@@ -54,7 +54,7 @@ class Setup:
     train: DataSource
     validation: DataSource
     mesh: Mesh
-    layout: MeshConfig
+    mesh_config: MeshConfig
 
 
 def prepare_run(
@@ -62,7 +62,7 @@ def prepare_run(
     workdir: Path,
     data_dir: str | Path | None,
     download: bool,
-    layout: MeshConfig,
+    mesh_config: MeshConfig,
 ) -> tuple[Setup, Pretrained | None]:
     """Opens the data, and creates the run or compares it with the one in the workdir.
 
@@ -71,7 +71,7 @@ def prepare_run(
         workdir: Folder of the run.
         data_dir: Folder of prepared data sets.
         download: Downloads and prepares the data set first.
-        layout: Parallelism over all devices.
+        mesh_config: The parallelism over all devices.
 
     Returns:
         The setup, and the pretrained net of `config.init_from`. The net is None if the run
@@ -81,7 +81,7 @@ def prepare_run(
     Raises:
         InputError: The workdir holds another run, or the input is wrong.
     """
-    mesh = make_mesh(config.microbatch or config.batch_size, layout=layout)
+    mesh = make_mesh(config.microbatch or config.batch_size, mesh_config=mesh_config)
     existing, start = find_existing_run(workdir)
     if existing is not None:  # compare before the slow reading of the data
         resolved = resolve_learning_rate(config, len(existing.classes))
@@ -102,7 +102,7 @@ def prepare_run(
     )
     assert_same_on_all(
         as_json(run)["config"]
-        | {"data": [run.storage, run.train_size, run.validation_size], "layout": layout}
+        | {"data": [run.storage, run.train_size, run.validation_size], "mesh_config": mesh_config}
     )
     if existing is not None:
         check_same_run(workdir, existing, run)
@@ -112,7 +112,7 @@ def prepare_run(
         if config.statistics == "measure":
             run = _with_measured_colours(run, train)
         run_on_main_and_broadcast(lambda: create_run(workdir, run))
-    setup = Setup(workdir, config, run, start, train, validation, mesh, layout)
+    setup = Setup(workdir, config, run, start, train, validation, mesh, mesh_config)
     return setup, pretrained
 
 

@@ -52,7 +52,7 @@ def init_state(
     optimizer: optax.GradientTransformation,
     seed: int,
     mesh: Mesh,
-    layout: MeshConfig = DATA_PARALLEL,
+    mesh_config: MeshConfig = DATA_PARALLEL,
 ) -> TrainState:
     """Initialises a training state on the devices of a mesh.
 
@@ -61,14 +61,14 @@ def init_state(
         optimizer: The optimizer, see `vgg_jax.training.optimizer.sgd`.
         seed: Seed of the parameters and of all later steps.
         mesh: Devices.
-        layout: Parallelism.
+        mesh_config: The parallelism of the run.
 
     Returns:
-        The state at step 0. It is the same for any mesh and layout.
+        The state at step 0. It is the same for any mesh.
     """
     key = jax.random.key(seed)
     options: dict[str, Any] = {"compiler_options": compiler_options()}
-    state_shardings = infer_shardings(state_shapes(model, optimizer), mesh, layout)
+    state_shardings = infer_shardings(state_shapes(model, optimizer), mesh, mesh_config)
     variable_shardings = {
         "params": state_shardings.params,
         "batch_stats": state_shardings.batch_stats,
@@ -76,8 +76,8 @@ def init_state(
     init_variables_jit = jax.jit(
         partial(init_variables, model), out_shardings=variable_shardings, **options
     )
-    # Two programs: in one, the momentum and the random generator's scratch memory would be live
-    # together, and net A's initialisation would need more memory than a step
+    # Two programs keep the momentum and the random generator's scratch memory from being live at
+    # once. Together they need more memory than a training step of net A
     # (docs/performance.md#memory-of-the-initialisation).
     new_state_jit = jax.jit(
         partial(_new_state, optimizer), out_shardings=state_shardings, donate_argnums=0, **options
@@ -137,7 +137,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     mean_rgb: tuple[float, float, float],
     mesh: Mesh,
-    layout: MeshConfig = DATA_PARALLEL,
+    mesh_config: MeshConfig = DATA_PARALLEL,
     microbatch: int | None = None,
 ) -> tuple[TrainState, MetricSums]:
     """One step of SGD on the mean loss of the examples whose mask is true.
@@ -149,7 +149,7 @@ def train_step(
         optimizer: The optimizer.
         mean_rgb: The mean colour to subtract, on the 0-255 scale.
         mesh: Devices.
-        layout: Parallelism.
+        mesh_config: The parallelism of the run.
         microbatch: Number of examples in a forward and backward pass; the gradients of all
             passes are added. Batch normalisation then uses the statistics of a micro-batch, and
             dropout draws other masks; otherwise the step is the same. None: all N.
@@ -158,7 +158,7 @@ def train_step(
         The next state, and the sums over the batch with dropout and augmentation on.
     """
     key = jax.random.fold_in(state.key, state.step)
-    param_specs = jax.tree.map(data_axis_spec, infer_shardings(state.params, mesh, layout))
+    param_specs = jax.tree.map(data_axis_spec, infer_shardings(state.params, mesh, mesh_config))
     batch_size = len(batch["label"])
     local_fn = partial(
         _local_gradients,
@@ -166,7 +166,7 @@ def train_step(
         mean_rgb=mean_rgb,
         num_microbatches=batch_size // (microbatch or batch_size),
         param_specs=param_specs,
-        allreduce_dtype=layout.reduce,
+        allreduce_dtype=mesh_config.reduce,
         mesh=mesh,
     )
     in_specs = (param_specs, PartitionSpec(), PartitionSpec(DATA), PartitionSpec())
@@ -331,7 +331,7 @@ def eval_step(
     model: VGG,
     mean_rgb: tuple[float, float, float],
     mesh: Mesh,
-    layout: MeshConfig = DATA_PARALLEL,
+    mesh_config: MeshConfig = DATA_PARALLEL,
 ) -> MetricSums:
     """Evaluates a batch, without dropout and with the running statistics.
 
@@ -341,12 +341,12 @@ def eval_step(
         model: The net.
         mean_rgb: The mean colour to subtract, on the 0-255 scale.
         mesh: Devices.
-        layout: Parallelism.
+        mesh_config: The parallelism of the run.
 
     Returns:
         The sums over the examples whose mask is true.
     """
-    variable_specs = jax.tree.map(data_axis_spec, infer_shardings(variables, mesh, layout))
+    variable_specs = jax.tree.map(data_axis_spec, infer_shardings(variables, mesh, mesh_config))
 
     def local_fn(variables: dict[str, Any], batch: Batch) -> MetricSums:
         variables = jax.tree.map(_all_gather, variables, variable_specs)
@@ -363,7 +363,7 @@ def jit_steps(
     model: VGG,
     mean_rgb: tuple[float, float, float],
     mesh: Mesh,
-    layout: MeshConfig = DATA_PARALLEL,
+    mesh_config: MeshConfig = DATA_PARALLEL,
     donate: bool = True,
 ) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped]:
     """Jits the steps of a run.
@@ -373,16 +373,21 @@ def jit_steps(
         model: The net.
         mean_rgb: The mean colour to subtract, on the 0-255 scale.
         mesh: Devices.
-        layout: Parallelism.
+        mesh_config: The parallelism of the run.
         donate: Reuses the memory of the old state for the new one. The old one is then deleted.
 
     Returns:
         `train_step(state, batch)` and `eval_step(variables, batch)`.
     """
     optimizer = sgd(config)
-    static: dict[str, Any] = {"model": model, "mean_rgb": mean_rgb, "mesh": mesh, "layout": layout}
+    static: dict[str, Any] = {
+        "model": model,
+        "mean_rgb": mean_rgb,
+        "mesh": mesh,
+        "mesh_config": mesh_config,
+    }
     options: dict[str, Any] = {"compiler_options": compiler_options(dtype=model.dtype)}
-    state_shardings = infer_shardings(state_shapes(model, optimizer), mesh, layout)
+    state_shardings = infer_shardings(state_shapes(model, optimizer), mesh, mesh_config)
     train_step_jit = jax.jit(
         partial(train_step, optimizer=optimizer, microbatch=config.microbatch, **static),
         donate_argnums=0 if donate else (),

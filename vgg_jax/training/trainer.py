@@ -1,0 +1,537 @@
+"""Trains and validates the epochs of a run, saves them and resumes (§3.1)."""
+
+import contextlib
+import dataclasses
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from vgg_jax.data import DataSource, eval_batches, steps_per_epoch, train_batches
+from vgg_jax.distributed.multihost import StepSynchronizer, Watchdog, is_main_process
+from vgg_jax.distributed.sharding import DATA, local_rows, shard_batch
+from vgg_jax.errors import InputError
+from vgg_jax.metrics import MetricSums, merge
+from vgg_jax.model import build_model
+from vgg_jax.runs.checkpoint import CheckpointSaveError
+from vgg_jax.training.checkpointer import BestInfo, Checkpointer
+from vgg_jax.training.init_from import Pretrained, init_from_pretrained
+from vgg_jax.training.nan_check import first_nonfinite
+from vgg_jax.training.optimizer import next_epoch_lr, set_learning_rate, sgd
+from vgg_jax.training.report import at_chance_hint, epoch_record, format_epoch, is_at_chance
+from vgg_jax.training.setup import Setup, Start
+from vgg_jax.training.step import Batch, TrainState, init_state, jit_steps
+
+logger = logging.getLogger(__name__)
+
+MAX_FILE_NAMES = 8  # of a batch, in an error message
+
+
+class DivergedError(Exception):
+    """A loss or a parameter is infinite or NaN. The diverged state is never saved.
+
+    Attributes:
+        rate: The learning rate.
+        halvings: How often the learning rate had been halved.
+        stop: The event that a signal sets.
+    """
+
+    def __init__(self, text: str, rate: float, halvings: int, stop: threading.Event) -> None:
+        super().__init__(text)
+        self.rate = rate
+        self.halvings = halvings
+        self.stop = stop
+
+
+class PendingStep(NamedTuple):
+    """A dispatched training step. The host reads its sums after dispatching the next one."""
+
+    sums: MetricSums
+    batch: int  # number in its epoch, from 1
+    indices: np.ndarray  # int64 (N,), example indices; -1 for padding
+
+
+class FitResult(NamedTuple):
+    """The state of a run when `fit` returns."""
+
+    history: list[dict[str, Any]]  # one record for each finished epoch
+    stopped: bool  # by a signal, before the end
+
+
+@dataclasses.dataclass
+class Progress:
+    """The progress of a run.
+
+    It is the JSON part of a checkpoint, so the fields must keep their names.
+    """
+
+    history: list[dict[str, Any]]
+    batch: int = 0  # finished batches of this epoch
+    seconds: float = 0.0  # time spent on these batches
+    waited: float = 0.0  # part of that time spent waiting for input
+    sums: MetricSums = dataclasses.field(default_factory=MetricSums)
+    halvings: int = 0  # of the learning rate, after divergences
+
+
+class Trainer:
+    """The state of a training run. `loop.fit` calls its methods in order.
+
+    Args:
+        setup: The fixed part of the run.
+        checkpointer: Saves and restores the run.
+        watchdog: Gets a heartbeat at each step.
+        stop: The event that a signal sets.
+        save_seconds: Seconds between two saves in an epoch.
+        debug_nans: Checks each step for infinite values and NaN.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        checkpointer: Checkpointer,
+        watchdog: Watchdog,
+        stop: threading.Event,
+        *,
+        save_seconds: float,
+        debug_nans: bool,
+    ) -> None:
+        self.setup = setup
+        self.stop = stop
+        self._checkpointer = checkpointer
+        self._watchdog = watchdog
+        self._save_seconds = save_seconds
+        self._debug_nans = debug_nans
+
+        config, mesh, mesh_config = setup.config, setup.mesh, setup.mesh_config
+        self._model = build_model(config, len(setup.train.classes))
+        self._mean_rgb = setup.run.colours.mean_rgb
+        # A check of a step needs the state before it, so the state is not donated.
+        self._jit_train_step, self._jit_eval_step = jit_steps(
+            config, self._model, self._mean_rgb, mesh, mesh_config, donate=not debug_nans
+        )
+        self._is_compiled = False
+        self.state = init_state(self._model, sgd(config), config.seed, mesh, mesh_config)
+        self._synchronizer = StepSynchronizer(mesh)
+
+        self._steps_per_epoch = steps_per_epoch(setup.train, config.batch_size)
+        data_axis_size = mesh.shape[DATA]
+        eval_batch_size = min(
+            config.microbatch or config.batch_size,
+            -(-setup.validation.size // data_axis_size) * data_axis_size,
+        )
+        self._validation_batches = eval_batches(
+            setup.validation, config, eval_batch_size, local_rows(mesh, eval_batch_size)
+        )
+
+        self.progress = Progress([])
+        self._epoch, self._lr = 1, 0.0
+        self._pending: PendingStep | None = None  # dispatched; its sums are not read yet
+        self._previous: PendingStep | None = None  # the last one whose sums were read
+        self._validation = MetricSums()
+        self._unreadable: InputError | None = None  # raised once the run has been saved
+        self._saved_at = self._epoch_start = time.monotonic()
+
+    def restore_or_init(self, pretrained: Pretrained | None, halvings: int) -> None:
+        """Restores the last checkpoint, or starts the run.
+
+        Args:
+            pretrained: The net to copy layers from, if the run does not resume.
+            halvings: Halvings of the learning rate that this attempt needs.
+
+        Raises:
+            InputError: A checkpoint is missing or damaged, or no layer matches.
+        """
+        setup = self.setup
+        resumed = setup.start is not Start.NEW and self._restore()
+        if not resumed and pretrained is not None:
+            self.state = init_from_pretrained(pretrained, setup.config, self.state, self._mean_rgb)
+        if not resumed and setup.start is not Start.NEW:
+            logger.info(f"{setup.workdir}: nothing to resume from, so the run starts again")
+        if halvings > self.progress.halvings:
+            self.progress.halvings = halvings
+            # The diverged attempt may have saved a best checkpoint for an epoch that is rerun now.
+            self._checkpointer.delete_best_after(len(self.progress.history))
+        self._checkpointer.write_metrics(self.progress.history)
+
+        self._epoch = len(self.progress.history) + 1
+        self.batches = iter(
+            train_batches(
+                setup.train,
+                setup.config,
+                setup.run.colours,
+                first_epoch=len(self.progress.history),
+                first_batch=self.progress.batch,
+                rows=local_rows(setup.mesh, setup.config.batch_size),
+            )
+        )
+        self._saved_at = time.monotonic()
+
+    def _restore(self) -> bool:
+        """Restores the last checkpoint if there is one."""
+        workdir = self.setup.workdir
+        restored = self._checkpointer.restore(self.state)
+        # Always read, so that a damaged checkpoint is reported and set aside now.
+        has_best = self._checkpointer.has_best(self.state)
+        if restored is None:
+            return False
+        state, progress = restored
+        if progress["history"] and not has_best:
+            raise InputError(
+                f"{workdir / 'best'} holds no checkpoint, but epochs are finished: expected the "
+                "checkpoint of the best epoch; restore that folder, or train again into another "
+                "--workdir"
+            )
+        self.state = state
+        self.progress = Progress(**progress | {"sums": MetricSums(**progress["sums"])})
+        batch = self.progress.batch
+        position = (
+            f"batch {batch + 1} of {self._steps_per_epoch}"
+            if batch < self._steps_per_epoch
+            else "its validation"
+        )
+        epoch = len(self.progress.history) + 1
+        logger.info(f"{workdir}: resuming at epoch {epoch}, {position}")
+        return True
+
+    def next_learning_rate(self) -> float | None:
+        """The learning rate of the next epoch, or None at the end of the run."""
+        accuracies = [record["validation"]["accuracy"] for record in self.progress.history]
+        lr = next_epoch_lr(self.setup.config, accuracies)
+        return None if lr is None else lr / 2**self.progress.halvings
+
+    def train_epoch(self, lr: float) -> bool:
+        """Trains on the batches of the epoch that are left.
+
+        Args:
+            lr: The learning rate.
+
+        Returns:
+            False if the run must stop: a signal came, or an image cannot be read.
+
+        Raises:
+            DivergedError: The loss or a parameter is infinite or NaN.
+        """
+        setup, progress = self.setup, self.progress
+        self._epoch, self._lr = len(progress.history) + 1, lr
+        opt_state = set_learning_rate(self.state.opt_state, lr)
+        self.state = dataclasses.replace(self.state, opt_state=opt_state)
+        self._epoch_start = time.monotonic() - progress.seconds
+        stopping, _ = self._poll()
+        num_done = progress.batch * setup.config.batch_size
+        with progress_bar(f"epoch {self._epoch}", setup.train.size, num_done) as self._bar:
+            while progress.batch < self._steps_per_epoch and not stopping:
+                batch = self._next_batch()
+                if batch is None:
+                    break
+                stopping = not self._train_batch(batch) or self._poll_and_save()
+            self._read_pending_sums()
+        self._update_seconds()
+        return not stopping and self._unreadable is None
+
+    def _next_batch(self) -> dict[str, Any] | None:
+        """The next batch on the host, or None if an image cannot be read."""
+        wait_start = time.monotonic()
+        try:
+            batch = next(self.batches)
+        except InputError as error:
+            self._unreadable = error
+            return None
+        self.progress.waited += time.monotonic() - wait_start
+        return batch
+
+    def _train_batch(self, batch: dict[str, Any]) -> bool:
+        """Dispatches a step and reads the sums of the one before. False if a signal came first."""
+        device_batch, state = self.put_batch(batch), self.state
+        if not self._is_compiled:
+            compile_step = partial(self.compile_train_step, state, device_batch)
+            if not compile_unless_stopped(compile_step, self.stop):
+                return False
+            self._is_compiled = True
+        self.state, sums = self.train_step(state, device_batch)
+        self.progress.batch += 1
+        step = PendingStep(sums, self.progress.batch, batch["index"])
+        if self._debug_nans and not all_finite((sums, self.state.params, self.state.batch_stats)):
+            part = first_nonfinite(state, device_batch, model=self._model, mean_rgb=self._mean_rgb)
+            raise self.diverged(part, step)
+        # The host reads the previous step's sums while the devices compute this step.
+        self._read_pending_sums()
+        self._pending = step
+        return True
+
+    def _read_pending_sums(self) -> None:
+        """Waits for the pending step and adds its sums."""
+        if self._pending is None:
+            return
+        self.progress.sums = accumulate(self.progress.sums, self._pending.sums, self._bar)
+        if not math.isfinite(self.progress.sums.loss):
+            raise self.diverged("the loss", self._pending, self._previous)
+        self._previous, self._pending = self._pending, None
+
+    def _poll(self, request_save: bool = False) -> tuple[bool, bool]:
+        """Tells whether all processes must stop now, and whether they must save."""
+        self._watchdog.heartbeat()
+        return self._synchronizer.any(self.stop.is_set(), request_save)
+
+    def _poll_and_save(self) -> bool:
+        """Saves if it is time to. Returns True if the run must stop."""
+        now = time.monotonic()
+        request_save = is_main_process() and now - self._saved_at > self._save_seconds
+        if request_save:
+            # The answer may come with the next step. Until then, do not request it again.
+            self._saved_at = now
+        stopping, must_save = self._poll(request_save)
+        if must_save:
+            self._read_pending_sums()
+            self._update_seconds()
+            self.save()
+        return stopping
+
+    def _update_seconds(self) -> None:
+        self.progress.seconds = time.monotonic() - self._epoch_start
+
+    def validate(self) -> bool:
+        """Evaluates the validation images.
+
+        Returns:
+            False if the run must stop: a signal came, or an image cannot be read.
+        """
+        try:
+            sums = self.evaluate()
+        except InputError as error:
+            self._unreadable = error
+            return False
+        if sums is None:
+            return False
+        self._validation = sums
+        return True
+
+    def evaluate(self) -> MetricSums | None:
+        """The sums over the validation images, or None if the run must stop."""
+        variables = {"params": self.state.params, "batch_stats": self.state.batch_stats}
+        sums, pending = MetricSums(), None
+        with progress_bar("validation", self.setup.validation.size) as bar:
+            for batch in self._validation_batches:
+                stopping, _ = self._poll()
+                if stopping:
+                    return None
+                step_sums = self.eval_step(variables, self.put_batch(batch))
+                sums, pending = accumulate(sums, pending, bar), step_sums
+            sums = accumulate(sums, pending, bar)
+        stopping, _ = self._poll()
+        return None if stopping else sums
+
+    def finish_epoch(self) -> None:
+        """Records, saves and logs an epoch after its validation.
+
+        Raises:
+            DivergedError: The validation loss or a parameter is infinite or NaN.
+            RuntimeError: Images are missing in the sums.
+        """
+        progress, validation = self.progress, self._validation
+        if not math.isfinite(validation.loss):
+            raise self.diverged("the validation's loss", update=self._previous)
+        self._check_counts()
+        num_classes = len(self.setup.train.classes)
+        record = epoch_record(
+            epoch=self._epoch,
+            seconds=progress.seconds,
+            input_wait=progress.waited,
+            lr=self._lr,
+            train=progress.sums,
+            validation=validation,
+            num_images=self.setup.train.size,
+        )
+        is_best = all(
+            record["validation"]["accuracy"] > earlier["validation"]["accuracy"]
+            for earlier in progress.history
+        )
+        self.progress = Progress([*progress.history, record], halvings=progress.halvings)
+        self.save(BestInfo(self._epoch, record["validation"]) if is_best else None)
+        logger.info(format_epoch(record))
+        if is_at_chance(self.progress.history, num_classes):
+            logger.info(at_chance_hint(num_classes))
+
+    def _check_counts(self) -> None:
+        counts = (self.progress.sums.count, self._validation.count)
+        expected = (self.setup.train.size, self.setup.validation.size)
+        if counts != expected and not self.setup.config.skip_bad:
+            raise RuntimeError(
+                f"{counts} training and validation images were seen: expected {expected}"
+            )
+
+    def save(self, best: BestInfo | None = None) -> None:
+        """Starts to save the run.
+
+        Args:
+            best: Metadata, if the state is the best so far.
+
+        Raises:
+            DivergedError: A parameter is infinite or NaN.
+        """
+        # The loss is computed before the update, so it cannot show a bad update.
+        if not all_finite((self.state.params, self.state.batch_stats)):
+            raise self.diverged("a parameter", update=self._previous)
+        # Each epoch has one number more than batches, for the save at its end.
+        number = len(self.progress.history) * (self._steps_per_epoch + 1) + self.progress.batch
+        self._checkpointer.save(number, self.state, dataclasses.asdict(self.progress), best)
+        self._saved_at = time.monotonic()
+
+    def save_and_stop(self) -> FitResult:
+        """Saves a run that must stop.
+
+        Returns:
+            The result of `fit`.
+
+        Raises:
+            InputError: An image cannot be read. If there are several processes, this is raised
+                at once: the others wait for a step that never comes, so a save would hang.
+            CheckpointSaveError: The run could not be saved.
+        """
+        workdir, unreadable = self.setup.workdir, self._unreadable
+        if unreadable is not None and jax.process_count() > 1:
+            raise unreadable
+        if unreadable is None or self.progress.history or self.progress.batch:
+            self.save()
+            try:
+                self._checkpointer.wait_until_finished()
+            except CheckpointSaveError as error:
+                text = f"{unreadable}; {error}" if unreadable else str(error)
+                raise CheckpointSaveError(text) from error
+            logger.info(
+                f"stopped in epoch {self._epoch} and saved in {workdir}: "
+                "run the same command to resume"
+            )
+        if unreadable is not None:
+            raise unreadable
+        return FitResult(self.progress.history, stopped=True)
+
+    def result(self) -> FitResult:
+        """Logs the best epoch of a finished run, and returns the result of `fit`."""
+        history = self.progress.history
+        best = max(history, key=lambda record: record["validation"]["accuracy"])
+        logger.info(
+            f"done: best validation accuracy {best['validation']['accuracy']:.2%} "
+            f"in epoch {best['epoch']}, {self.setup.workdir / 'best'}"
+        )
+        return FitResult(history, stopped=False)
+
+    def diverged(
+        self, part: str, step: PendingStep | None = None, update: PendingStep | None = None
+    ) -> DivergedError:
+        """Describes a value that is infinite or NaN.
+
+        Args:
+            part: Name of the value.
+            step: The step that computed it, if known.
+            update: The last earlier step that updated the parameters, if any.
+
+        Returns:
+            The error to raise.
+        """
+        origins = []
+        for words, origin in (("in", step), ("by the update of", update)):
+            if origin is not None:
+                names = file_names_of(self.setup.train, origin)
+                origins.append(f"{words} batch {origin.batch} (of {names})")
+        place = f", {' or '.join(origins)}" if origins else ""
+        return DivergedError(
+            f"{part} is not finite in epoch {self._epoch}{place}, at learning rate {self._lr:g}",
+            self._lr,
+            self.progress.halvings,
+            self.stop,
+        )
+
+    def put_batch(self, batch: dict[str, Any]) -> Batch:
+        """Copies this process's rows of a batch to its devices."""
+        names = ("image", "colour_shift", "label", "mask")
+        return shard_batch({name: batch[name] for name in names}, self.setup.mesh)
+
+    def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, MetricSums]:
+        """Dispatches a training step, see `vgg_jax.training.step.train_step`."""
+        return self._jit_train_step(state, batch)
+
+    def eval_step(self, variables: dict[str, Any], batch: Batch) -> MetricSums:
+        """Dispatches an evaluation step, see `vgg_jax.training.step.eval_step`."""
+        return self._jit_eval_step(variables, batch)
+
+    def compile_train_step(self, state: TrainState, batch: Batch) -> None:
+        """Compiles the training step. The first `train_step` then finds it in jax's cache."""
+        self._jit_train_step.lower(state, batch).compile()
+
+
+def compile_unless_stopped(compile_step: Callable[[], object], stop: threading.Event) -> bool:
+    """Compiles in a thread, because the main thread handles no signal while it compiles.
+
+    With several processes, compilation always runs to the end: the others wait for the step.
+
+    Args:
+        compile_step: Compiles the step. Its errors are ignored, since calling the step repeats
+            them.
+        stop: The event that a signal sets.
+
+    Returns:
+        False if a signal came first.
+    """
+
+    def run() -> None:
+        with contextlib.suppress(Exception):
+            compile_step()
+
+    def is_stopped() -> bool:
+        return stop.is_set() and jax.process_count() == 1
+
+    # Not a daemon: Python would kill it in the middle of XLA's code and abort the process.
+    thread = threading.Thread(target=run)
+    thread.start()
+    while thread.is_alive() and not is_stopped():
+        thread.join(0.05)
+    return not is_stopped()
+
+
+def file_names_of(source: DataSource, step: PendingStep) -> str:
+    """Lists the first file names of a step's images, and counts the others."""
+    names = [source.file_name(int(index)) for index in step.indices if index >= 0]
+    text = ", ".join(names[:MAX_FILE_NAMES])
+    num_others = len(names) - MAX_FILE_NAMES
+    return f"{text} and {num_others} more" if num_others > 0 else text
+
+
+def accumulate(sums: MetricSums, pending: MetricSums | None, bar: tqdm) -> MetricSums:
+    """Waits for the sums of a step, and adds them in double precision.
+
+    Args:
+        sums: Sums so far, as Python numbers.
+        pending: Sums of a step, on the devices. None adds nothing.
+        bar: Progress bar to move.
+
+    Returns:
+        The new sums.
+    """
+    if pending is None:
+        return sums
+    step_sums = jax.tree.map(float, jax.device_get(pending))
+    bar.update(int(step_sums.count))
+    bar.set_postfix_str(f"loss {step_sums.loss / max(step_sums.count, 1):.3f}", refresh=False)
+    return merge(sums, step_sums)
+
+
+def progress_bar(name: str, total: int, initial: int = 0) -> tqdm:
+    """A progress bar on the terminal of the main process, if it has one."""
+    disable = None if is_main_process() else True  # None disables it without a terminal
+    return tqdm(
+        desc=name, total=total, initial=initial, unit=" images", leave=False, disable=disable
+    )
+
+
+@jax.jit
+def all_finite(arrays: Any) -> jax.Array:
+    """Whether all values of a tree of arrays are finite, as a bool scalar."""
+    return jnp.all(jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(arrays)]))
