@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     )
     from vgg_jax.runtime.compiler import compiler_options
 
+__version__ = "0.2.0.dev0"
+
 __all__ = [
     "CONFIGS",
     "IMAGENET",
@@ -40,6 +42,7 @@ __all__ = [
     "InputError",
     "TrainConfig",
     "VGGConfig",
+    "__version__",
     "compile_inference",
     "compiler_options",
     "copy_matching_layers",

@@ -12,6 +12,11 @@ class DataError(InputError):
     """An image, or a file that holds images, cannot be read."""
 
 
+def install_command(extra: str) -> str:
+    """Names the command that installs an extra of pyproject.toml, for use inside a message."""
+    return f"run pip install '.[{extra}]' in a clone of vgg_jax"
+
+
 def single_line(error: BaseException, max_length: int = 200) -> str:
     """Returns an exception's message on one line, cut to a length, for use inside another message.
 

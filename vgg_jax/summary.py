@@ -22,7 +22,11 @@ class LayerSummary(NamedTuple):
 
 
 def summarize(
-    config: VGGConfig, num_classes: int = 1000, batch_norm: bool = False, image_size: int = 224
+    config: VGGConfig,
+    num_classes: int = 1000,
+    batch_norm: bool = False,
+    image_size: int = 224,
+    top: bool = True,
 ) -> list[LayerSummary]:
     """Computes the shape and cost of every layer.
 
@@ -32,6 +36,7 @@ def summarize(
         batch_norm: Adds batch normalisation after every convolution. Its running statistics are
             not counted as parameters, as in torchsummary.
         image_size: Side of the square images.
+        top: Includes the fully connected layers.
 
     Returns:
         The layers in the order of the forward pass.
@@ -44,6 +49,8 @@ def summarize(
     in_head = False
     for layer in layer_table(config, num_classes, batch_norm, image_size):
         params = macs = 0
+        if layer.type == "fc" and not top:
+            break
         if layer.type in ("conv", "fc"):
             if layer.type == "fc":
                 in_head = True
@@ -83,7 +90,11 @@ def totals(layers: list[LayerSummary], image_size: int = 224) -> dict[str, float
 
 
 def table(
-    config: VGGConfig, num_classes: int = 1000, batch_norm: bool = False, image_size: int = 224
+    config: VGGConfig,
+    num_classes: int = 1000,
+    batch_norm: bool = False,
+    image_size: int = 224,
+    top: bool = True,
 ) -> str:
     """Formats the summary as torchsummary does, with multiply-adds and receptive fields added.
 
@@ -92,6 +103,7 @@ def table(
         num_classes: Output features of fc8.
         batch_norm: Adds batch normalisation after every convolution.
         image_size: Side of the square images.
+        top: Includes the fully connected layers.
 
     Returns:
         The lines to print, one for each layer and the totals.
@@ -99,7 +111,7 @@ def table(
     Raises:
         InputError: If the image is too small, or if there is no class.
     """
-    layers = summarize(config, num_classes, batch_norm, image_size)
+    layers = summarize(config, num_classes, batch_norm, image_size, top)
     total = totals(layers, image_size)
     line, double_line = "-" * 84, "=" * 84
     text = [

@@ -4,13 +4,22 @@ import platform
 import shutil
 import subprocess
 import sys
+import zipfile
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+import vgg_jax
+from tests.helpers.weights_files import random_tensors, torchvision_state
 from vgg_jax import cli
 from vgg_jax.cli.commands import slugify
+from vgg_jax.evaluation.evaluate import Evaluation, format_errors
 from vgg_jax.runtime.compilation_cache import enable_compilation_cache
+
+REFERENCE = Path(__file__).parents[1] / "reference"
 
 
 def run_cli(capsys, *argv):
@@ -46,6 +55,45 @@ def test_summary_rejects_microbatch_without_batch(capsys):
     code, _, err = run_cli(capsys, "summary", "A", "--microbatch", "3")
     assert code == 2
     assert "microbatch is 3: expected --batch-size" in err
+
+
+def test_summary_of_custom_fc(capsys):
+    code, out, _ = run_cli(capsys, "summary", "A", "--fc", "10", "20", "--num-classes", "3")
+    assert code == 0
+    fc = 7 * 7 * 512 * 10 + 10 + 10 * 20 + 20 + 20 * 3 + 3
+    assert f"Total params: {9_220_480 + fc:,}\n" in out  # the convolutions' by the paper's Table 2
+
+
+@pytest.mark.usefixtures("small_nets")
+def test_summary_of_run_and_weights(capsys, tmp_path):
+    with zipfile.ZipFile(REFERENCE / "run-0.1.0.zip") as file:
+        file.extractall(tmp_path)
+    for path in (tmp_path / "run", REFERENCE / "weights-0.1.0.safetensors"):
+        code, out, _ = run_cli(capsys, "summary", str(path))
+        assert code == 0
+        arrays = jax.tree.leaves(vgg_jax.load(path)[1]["params"])
+        assert f"Total params: {sum(array.size for array in arrays):,}\n" in out
+    code, _, err = run_cli(capsys, "summary", str(path), "--num-classes", "3")
+    assert code == 2
+    assert "--num-classes" in err and "weights-0.1.0.safetensors" in err
+
+
+def test_summary_of_weights_without_fc(capsys, tmp_path):
+    state = torchvision_state(random_tensors("A"), "A")
+    convolutions = {name: array for name, array in state.items() if "features" in name}
+    save_file(convolutions, tmp_path / "convolutions.safetensors")
+    code, out, err = run_cli(capsys, "summary", str(tmp_path / "convolutions.safetensors"))
+    assert code == 0, err
+    assert "Total params: 9,220,480\n" in out  # of the paper's convolutions
+    assert "pool5" in out and "fc6" not in out
+
+
+@pytest.mark.parametrize("count", [2, 5, 6])
+def test_top5_error_of_few_classes_is_not_printed(count):
+    errors = Evaluation(np.eye(count, dtype=np.float32), np.arange(count), *[np.arange(count)] * 2)
+    text = format_errors(errors.errors(), count)
+    assert text.startswith("top-1 error 0.00% (")
+    assert ("top-5" in text) == (count > 5)
 
 
 def test_evaluate_removes_its_folder_after_error(capsys, tmp_path):

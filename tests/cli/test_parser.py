@@ -2,12 +2,15 @@
 
 import argparse
 import dataclasses
+import re
 
 import pytest
 
+import vgg_jax
 from tests.helpers.tiny import SHALLOW
 from vgg_jax import CONFIGS, TrainConfig, preset
-from vgg_jax.cli.parser import TRAIN_GROUPS, parse_mesh, parser
+from vgg_jax.cli.commands import COMMANDS
+from vgg_jax.cli.parser import TRAIN_GROUPS, parse_args, parse_mesh, parser
 
 FLAGS = """--net E --batch-norm --fc 10 20 --dropout-rate 0.1 --initializer paper
 --initializer-std 0.1 --init-from r --freeze conv fc6 --dtype bfloat16 --cache --image-size 100
@@ -47,7 +50,45 @@ def test_train_help_has_headings_and_defaults(monkeypatch, capsys):
     assert "standard deviation for --initializer paper (default: 0.01)\n" in text
 
 
-@pytest.mark.parametrize("argv", [["train", "--net"], ["summary"], ["import", "f", "o", "--net"]])
+def test_no_arguments_list_commands_in_groups(capsys):
+    with pytest.raises(SystemExit) as raised:
+        parse_args([])
+    assert raised.value.code == 0
+    text = capsys.readouterr().out
+    for example in ("train PHOTOS --net D", "predict runs/digits-A PHOTO.png", "summary D"):
+        assert f", for example `vgg-jax {example}`:\n" in text
+        parser().parse_args(example.split())
+    listed = re.findall(r"^  ([a-z-]+) +[a-z]", text, re.MULTILINE)
+    assert set(COMMANDS) <= set(listed)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as raised:
+        parse_args(["--version"])
+    assert raised.value.code == 0
+    assert capsys.readouterr().out == f"vgg-jax {vgg_jax.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["train", "d", "--foo"], "vgg-jax train: unrecognized arguments: --foo; see"),
+        (["train", "--net", "Z"], "vgg-jax train: argument --net: invalid choice: 'Z'"),
+        (["summary"], "vgg-jax summary: the following arguments are required: NET_OR_RUN; see"),
+        (["fly"], "vgg-jax: argument COMMAND: invalid choice: 'fly'"),
+    ],
+)
+def test_usage_error_is_one_line(argv, message, capsys):
+    with pytest.raises(SystemExit) as raised:
+        parse_args(argv)
+    assert raised.value.code == 2
+    text = capsys.readouterr().err
+    assert text.startswith(message)
+    assert text.count("\n") == 1
+    assert text.endswith("--help`\n")
+
+
+@pytest.mark.parametrize("argv", [["train", "--net"], ["import", "f", "o", "--net"]])
 def test_net_added_to_configs_is_accepted(argv, monkeypatch):
     with pytest.raises(SystemExit):
         parser().parse_args([*argv, "shallow"])

@@ -50,10 +50,8 @@ def own_output(spec, images):
 
 
 def require_onnx():
-    pytest.importorskip("onnx", reason="needs onnx: pip install 'vgg-jax[onnx]'")
-    return pytest.importorskip(
-        "onnxruntime", reason="needs onnxruntime: pip install 'vgg-jax[onnx]'"
-    )
+    pytest.importorskip("onnx", reason="needs onnx: pip install '.[onnx]'")
+    return pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install '.[onnx]'")
 
 
 def run_onnx(path, images):

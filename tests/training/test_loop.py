@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import signal
 import threading
@@ -227,14 +228,21 @@ def test_train_exit_codes(outcome, code, num_lines, monkeypatch, capsys):
         return outcome
 
     monkeypatch.setattr(vgg_jax.training.loop, "fit", fake_fit)
-    assert cli.main(["train", "--no-compilation-cache"]) == code
-    assert capsys.readouterr().err.count("\n") == num_lines
+    workdir = "runs/my digits"
+    assert cli.main(["train", "--no-compilation-cache", "--workdir", workdir]) == code
+    out, err = capsys.readouterr()
+    assert err.count("\n") == num_lines
+    commands = [shlex.split(line.split(":", 1)[1])[:3] for line in out.splitlines()]
+    use = ("evaluate", "predict", "export") if code == 0 else ()
+    assert commands == [["vgg-jax", name, workdir] for name in use]
 
 
 def test_fit_does_not_repeat_finished_run(finished_run, photos, caplog):
     workdir, history = finished_run
     again = fit(make_config(photos), workdir).history
     assert without_times(again) == without_times(history)
+    assert "finished in epoch 3, so there is nothing to train" in caplog.text
+    assert "resuming" not in caplog.text
     assert "done: best validation accuracy" in caplog.text
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from vgg_jax.cli.commands import COMMANDS, train
 from vgg_jax.cli.exit_codes import explain
 from vgg_jax.cli.logs import configure_logging
-from vgg_jax.cli.parser import parser
+from vgg_jax.cli.parser import parse_args
 from vgg_jax.runtime.compilation_cache import enable_compilation_cache
 from vgg_jax.runtime.memory import use_huge_pages
 from vgg_jax.runtime.signals import exit_on_second_signal
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code, see `vgg_jax.cli.exit_codes.ExitCode`.
     """
-    arguments = vars(parser().parse_args(argv))
+    arguments = parse_args(argv)
     command = COMMANDS[arguments.pop("command")]
     configure_logging()
     if argv is None and command is train:

@@ -1,8 +1,10 @@
 """The commands of the command line. Each takes the parsed flags and returns an exit code."""
 
 import contextlib
+import dataclasses
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,6 +54,8 @@ def train(
             result = fit(
                 config, workdir, data_dir, download, mesh_config=mesh_config, **loop_options
             )
+            if not result.stopped and multihost.is_main_process():
+                print(_next_commands(workdir), flush=True)
     except multihost.ProcessLostError as error:
         print(f"vgg-jax: {error}", file=sys.stderr)
         return ExitCode.PROCESS_LOST
@@ -67,6 +71,16 @@ def train(
     return ExitCode.STOPPED if result.stopped else ExitCode.DONE
 
 
+def _next_commands(workdir: str) -> str:
+    """Lists the commands that use a finished run."""
+    run = shlex.quote(workdir)
+    return (
+        f"evaluate it: vgg-jax evaluate {run}\n"
+        f"use it:      vgg-jax predict {run} PHOTO.jpg\n"
+        f"export it:   vgg-jax export {run} net.onnx"
+    )
+
+
 def _pop(flags: dict[str, Any], *names: str) -> dict[str, Any]:
     """Removes the flags of these names, if present, and returns them."""
     return {name: flags.pop(name) for name in names if name in flags}
@@ -79,9 +93,10 @@ def slugify(data: str) -> str:
 
 def summary(
     net: str,
-    num_classes: int,
+    num_classes: int | None,
     batch_norm: bool,
-    image_size: int,
+    image_size: int | None,
+    fc: list[int] | None,
     batch_size: int | None,
     microbatch: int | None,
     dtype: str,
@@ -89,21 +104,28 @@ def summary(
     """Prints a net's layers and cost, and the memory of a training step if asked to."""
     from vgg_jax.summary import table
 
-    config = None
-    if batch_size is not None:
-        config = TrainConfig(
-            net=net,
-            batch_norm=batch_norm,
-            image_size=image_size,
-            scale=(image_size,),
-            batch_size=batch_size,
-            microbatch=microbatch,
-            dtype=dtype,
+    shape: dict[str, Any] = {"num_classes": num_classes, "batch_norm": batch_norm or None}
+    shape |= {"image_size": image_size, "fc": fc and tuple(fc)}
+    shape = {name: value for name, value in shape.items() if value is not None}
+    top = True
+    if net in CONFIGS:
+        shape = {"net": net} | shape
+    elif shape:
+        flags = ", ".join("--" + name.replace("_", "-") for name in shape)
+        raise InputError(
+            f"{flags}: expected with one of {', '.join(CONFIGS)}; {net} is a run or a weight file, "
+            "and has a shape of its own"
         )
+    else:
+        shape, top = _saved_shape(net)
+    num_classes = shape.pop("num_classes", 1000)
+    config = TrainConfig(**shape, scale=(shape.get("image_size", 224),), dtype=dtype)
+    if batch_size is not None:
+        config = dataclasses.replace(config, batch_size=batch_size, microbatch=microbatch)
     elif microbatch is not None:
         raise InputError(f"microbatch is {microbatch}: expected --batch-size with it")
-    print(table(CONFIGS[net], num_classes, batch_norm, image_size))
-    if config is not None:
+    print(table(config.vgg, num_classes, config.batch_norm, config.image_size, top))
+    if batch_size is not None:
         from vgg_jax.training.memory_estimate import estimate_step_memory
 
         memory = estimate_step_memory(config, num_classes)
@@ -115,6 +137,29 @@ def summary(
             "what the process held before comes on top. Nothing was run."
         )
     return ExitCode.DONE
+
+
+def _saved_shape(path: str) -> tuple[dict[str, Any], bool]:
+    """Returns the fields of TrainConfig that shape a saved net, and whether it has FC layers."""
+    folder = to_path(path)
+    if not folder.exists():
+        raise InputError(
+            f"net is {path!r}: expected one of {', '.join(CONFIGS)}, the workdir of a run, or a "
+            "weight file"
+        )
+    if folder.is_dir():
+        from vgg_jax.runs.metadata import load_run
+
+        run = load_run(folder)
+        names = ("net", "batch_norm", "image_size", "fc")
+        shape = {name: getattr(run.config, name) for name in names}
+        return shape | {"num_classes": len(run.classes)}, True
+    from vgg_jax.weights import read
+
+    weights = read(path)
+    model = weights.model
+    shape = {"net": weights.net, "batch_norm": model.batch_norm, "image_size": model.image_size}
+    return shape | {"fc": model.config.fc, "num_classes": model.num_classes}, weights.top
 
 
 def statistics(
@@ -295,8 +340,9 @@ def evaluate(
     name = "-".join([*data_names, split, protocol, *scale_names, *flag_names])
     folder = out or os.path.join(parent, name)
     save_evaluation(folder, evaluation, results)
+    num_classes = evaluation.posteriors.shape[1]
     settings = ", ".join([protocol, f"Q = {', '.join(scale_names)}", *flag_names])
-    print(f"{settings}: {format_errors(results)}")
+    print(f"{settings}: {format_errors(results, num_classes)}")
     print(
         f"{results['seconds']:.1f} s, {results['images_per_second']:.1f} images/s; "
         f"{folder}/evaluation.json, {folder}/posteriors.npz"
@@ -327,7 +373,8 @@ def fuse(posteriors: list[str], out: str | None) -> ExitCode:
     results = {"fused": posteriors} | evaluation.errors()
     if out is not None:
         save_evaluation(out, evaluation, results)
-    print(f"mean of {len(posteriors)} posteriors: {format_errors(results)}")
+    errors = format_errors(results, evaluation.posteriors.shape[1])
+    print(f"mean of {len(posteriors)} posteriors: {errors}")
     return ExitCode.DONE
 
 

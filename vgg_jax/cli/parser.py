@@ -2,9 +2,11 @@
 
 import argparse
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn
 
+from vgg_jax import __version__
 from vgg_jax.configs.evaluation import MAX_PIXELS_PER_BATCH, PROTOCOLS
 from vgg_jax.configs.export import EXPORT_OUTPUTS, SAVE_LAYOUTS
 from vgg_jax.configs.models import CONFIGS
@@ -26,22 +28,77 @@ Flags = argparse.ArgumentParser | argparse._ArgumentGroup
 TRAIN_GROUPS = ("data", "model", "augmentation", "optimiser", "schedule", "run", "devices")
 
 
-def parser() -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """A parser that reports an error in one line, without the usage of all flags."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the error, and exits with code 2."""
+        self.exit(2, f"{self.prog}: {message}; see `{self.prog} --help`\n")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Parses the arguments of `vgg-jax`.
+
+    Without arguments, it prints the commands and exits.
+
+    Args:
+        argv: The arguments. None means those of this program.
+
+    Returns:
+        The values by name. "command" is the name of the command.
+
+    Raises:
+        SystemExit: With code 2 after an error, and 0 after help or a version was printed.
+    """
+    top = parser()
+    if not (sys.argv[1:] if argv is None else argv):
+        top.print_help()
+        top.exit()
+    arguments, unknown = top.parse_known_args(argv)
+    if unknown:
+        name = vars(arguments)["command"]
+        command = Parser(prog=f"{top.prog} {name}", add_help=False)
+        command.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return vars(arguments)
+
+
+def parser() -> Parser:
     """Builds the parser of `vgg-jax`. The nets to choose from are those in CONFIGS at this time."""
-    top = argparse.ArgumentParser(
-        prog="vgg-jax", description="VGG (Simonyan & Zisserman, arXiv 1409.1556) in JAX/Flax."
+    top = Parser(
+        prog="vgg-jax",
+        usage="vgg-jax COMMAND [FLAGS]",
+        description=f"VGG (Simonyan & Zisserman, arXiv 1409.1556) in JAX/Flax.\n\n{_overview()}",
+        epilog="`vgg-jax COMMAND --help` lists the flags of a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = top.add_subparsers(required=True, dest="command", metavar="COMMAND")
-    for name, (help, add_flags) in _COMMANDS.items():
-        # A flag of `train` that is not passed stays absent, so that the preset decides.
-        default = argparse.SUPPRESS if name == "train" else None
-        add_flags(commands.add_parser(name, help=help, argument_default=default))
+    top.add_argument("--version", action="version", version=f"vgg-jax {__version__}")
+    # The description has the commands in groups. Without `help`, argparse does not repeat them.
+    commands = top.add_subparsers(
+        prog=top.prog, required=True, dest="command", metavar="COMMAND", help=argparse.SUPPRESS
+    )
+    for group in _COMMANDS.values():
+        for name, (help, add_flags) in group.commands.items():
+            # A flag of `train` that is not passed stays absent, so that the preset decides.
+            default = argparse.SUPPRESS if name == "train" else None
+            description = f"{help[0].upper()}{help[1:]}."
+            command = commands.add_parser(name, description=description, argument_default=default)
+            add_flags(command)
     return top
+
+
+def _overview() -> str:
+    """Lists the commands in groups, each with an example."""
+    lines = []
+    for title, group in _COMMANDS.items():
+        lines.append(f"{title}, for example `{group.example}`:")
+        lines += [f"  {name:<12} {help}" for name, (help, _) in group.commands.items()]
+        lines.append("")
+    return "\n".join(lines)
 
 
 def _add_train(command: argparse.ArgumentParser) -> None:
     command.description = (
-        "Train a network. The same command resumes a run that was stopped. "
+        "Train a net. The same command resumes a run that was stopped. "
         f"The defaults below are the paper's; {', '.join(PRESETS)} have their own."
     )
     groups = {name: command.add_argument_group(name) for name in TRAIN_GROUPS}
@@ -256,13 +313,19 @@ def _add_verify(command: argparse.ArgumentParser) -> None:
 
 
 def _add_summary(command: argparse.ArgumentParser) -> None:
-    command.add_argument("net", choices=tuple(CONFIGS), help="column of Table 1")
-    command.add_argument("--num-classes", type=int, default=1000, help="classes (default: 1000)")
     command.add_argument(
+        "net",
+        metavar="NET_OR_RUN",
+        help=f"column of Table 1 ({', '.join(CONFIGS)}), the workdir of a run, or a weight file",
+    )
+    shape = command.add_argument_group("shape of a column of Table 1")
+    shape.add_argument("--num-classes", type=int, help="classes (default: 1000)")
+    shape.add_argument(
         "--batch-norm", action="store_true", help="add batch normalisation after every convolution"
     )
-    command.add_argument(
-        "--image-size", type=int, default=224, help="side of the images (default: 224)"
+    shape.add_argument("--image-size", type=int, help="side of the images (default: 224)")
+    shape.add_argument(
+        "--fc", type=int, nargs=2, help="output features of fc6 and fc7 (default: 4096 4096)"
     )
     command.add_argument(
         "--batch-size",
@@ -353,19 +416,47 @@ def _add_cache(flags: Flags) -> None:
     )
 
 
-_COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
-    "train": ("train a network, or resume a run", _add_train),
-    "evaluate": ("compute a trained network's errors as the paper does", _add_evaluate),
-    "fuse": ("average the posteriors of several evaluations", _add_fuse),
-    "predict": ("print the most probable classes of images", _add_predict),
-    "import": ("convert another library's weights to a .safetensors file", _add_import),
-    "export": ("write a net as a file for another program", _add_export),
-    "verify": ("compare an exported file with its output at export", _add_verify),
-    "summary": ("print a network's layers, parameters and cost", _add_summary),
-    "statistics": (
-        "print the mean and standard deviation of a data set's colours",
-        _add_statistics,
+class _Group(NamedTuple):
+    """Commands under one heading of `vgg-jax --help`."""
+
+    example: str
+    commands: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]]
+
+
+_COMMANDS = {
+    "Train": _Group(
+        "vgg-jax train PHOTOS --net D",
+        {
+            "train": ("train a net, or resume a run", _add_train),
+            "statistics": (
+                "print the mean and standard deviation of a data set's colours",
+                _add_statistics,
+            ),
+            "verify-data": (
+                "read every image once, and list the unreadable ones",
+                _add_verify_data,
+            ),
+        },
     ),
-    "verify-data": ("read every image once, and list the unreadable ones", _add_verify_data),
-    "selfcheck": ("check that this release of jax is right on these devices", _add_selfcheck),
+    "Use": _Group(
+        "vgg-jax predict runs/digits-A PHOTO.png",
+        {
+            "evaluate": ("compute a trained net's errors as the paper does", _add_evaluate),
+            "fuse": ("average the posteriors of several evaluations", _add_fuse),
+            "predict": ("print the most probable classes of images", _add_predict),
+            "import": ("convert another library's weights to a .safetensors file", _add_import),
+            "export": ("write a net as a file for another program", _add_export),
+        },
+    ),
+    "Inspect": _Group(
+        "vgg-jax summary D",
+        {
+            "summary": ("print a net's layers, parameters and cost", _add_summary),
+            "verify": ("compare an exported file with its output at export", _add_verify),
+            "selfcheck": (
+                "check that this release of jax is right on these devices",
+                _add_selfcheck,
+            ),
+        },
+    ),
 }

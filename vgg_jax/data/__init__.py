@@ -7,7 +7,7 @@ operations on one core.
 import contextlib
 import os
 
-from vgg_jax.errors import InputError
+from vgg_jax.errors import InputError, install_command
 
 # TensorFlow reads these while it is imported. The allocator of oneDNN slows down the input in
 # some runs (docs/performance.md#onednns-allocator).
@@ -19,7 +19,7 @@ try:
 except ImportError as error:
     raise InputError(
         f"the data pipeline needs TensorFlow, which cannot be imported ({error}): "
-        "pip install 'vgg-jax[train]'"
+        f"{install_command('train')}"
     ) from error
 
 # TensorFlow refuses if it was used before, for example in a notebook.

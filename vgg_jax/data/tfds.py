@@ -19,7 +19,7 @@ from vgg_jax.data.splits import (
     record_name,
     sequential,
 )
-from vgg_jax.errors import InputError, single_line
+from vgg_jax.errors import InputError, install_command, single_line
 from vgg_jax.paths import is_remote
 
 NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[\w.+-]+))?(:(?P<version>\d+\.\d+\.\d+))?")
@@ -118,7 +118,7 @@ def _import_tfds() -> Any:
     except ImportError as error:
         raise InputError(
             f"reading a TensorFlow Datasets name needs tensorflow-datasets ({error}): "
-            "pip install 'vgg-jax[train]'"
+            f"{install_command('train')}"
         ) from error
     return tensorflow_datasets
 
@@ -253,7 +253,7 @@ def _open_array_records(files: Any) -> Any:
         from array_record.python.array_record_data_source import ArrayRecordDataSource
     except ImportError as error:
         raise InputError(
-            f"reading ArrayRecord files needs array_record ({error}): pip install 'vgg-jax[train]'"
+            f"reading ArrayRecord files needs array_record ({error}): {install_command('train')}"
         ) from error
     return ArrayRecordDataSource([os.fspath(path) for path in files.filepaths])
 

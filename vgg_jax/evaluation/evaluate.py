@@ -359,17 +359,18 @@ def fuse(paths: Sequence[str | Path]) -> Evaluation:
     return dataclasses.replace(first, posteriors=(total / len(paths)).astype(np.float32))
 
 
-def format_errors(results: dict[str, Any]) -> str:
+def format_errors(results: dict[str, Any], num_classes: int) -> str:
     """Formats the errors, their intervals and the number of images in one line.
 
     Args:
         results: The results of `evaluate` or `Evaluation.errors`.
+        num_classes: Number of classes. With at most five, the top-5 error is left out: it is 0.
 
     Returns:
         The line, without a newline.
     """
     parts = []
-    for k in (1, 5):
+    for k in (1, 5) if num_classes > 5 else (1,):
         low, high = results[f"top{k}_error_interval"]
         parts.append(f"top-{k} error {results[f'top{k}_error']:.2%} ({low:.2%} to {high:.2%})")
     return f"{', '.join(parts)}; 95 % intervals, {results['count']} images"

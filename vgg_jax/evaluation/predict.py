@@ -38,7 +38,7 @@ def predict(
 
     Args:
         path: A run's folder or a weight file.
-        images: Files, folders and patterns such as "photos/*.jpg", as for `expand_paths`.
+        images: Files, folders and patterns such as `photos/*.jpg`, as for `expand_paths`.
         protocol: The evaluation protocol.
         scales: Test scales; empty for the net's own.
         top: Number of classes per image.

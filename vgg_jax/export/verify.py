@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vgg_jax.errors import InputError, single_line
+from vgg_jax.errors import InputError, install_command, single_line
 from vgg_jax.export.spec import (
     REQUIRED_EXTRA,
     SAVEDMODEL_METADATA,
@@ -54,8 +54,7 @@ def verify(path: str | os.PathLike) -> tuple[str, float]:
         raise
     except ImportError as error:
         raise InputError(
-            f"running {path} needs {error.name}: "
-            f"pip install 'vgg-jax[{REQUIRED_EXTRA[file_format]}]'"
+            f"running {path} needs {error.name}: {install_command(REQUIRED_EXTRA[file_format])}"
         ) from error
     except Exception as error:  # each library has errors of its own for a damaged file
         raise InputError(

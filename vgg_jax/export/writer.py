@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from vgg_jax.errors import InputError
+from vgg_jax.errors import InputError, install_command
 from vgg_jax.export.spec import REQUIRED_EXTRA, SAVEDMODEL_METADATA, ExportSpec, format_of
 from vgg_jax.paths import require_local
 from vgg_jax.runs.files import replace_atomically
@@ -44,8 +44,7 @@ def write(out: str | os.PathLike, spec: ExportSpec, layout: str = "vgg_jax") -> 
         write_program = _program_writer(file_format)
     except ImportError as error:
         raise InputError(
-            f"writing {out} needs {error.name}: "
-            f"pip install 'vgg-jax[{REQUIRED_EXTRA[file_format]}]'"
+            f"writing {out} needs {error.name}: {install_command(REQUIRED_EXTRA[file_format])}"
         ) from error
     with replace_atomically(out) as temporary:
         write_program(temporary, spec)

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vgg_jax.errors import InputError, single_line
+from vgg_jax.errors import InputError, install_command, single_line
 from vgg_jax.model import VGG, build_model
 from vgg_jax.paths import is_remote, to_path
 from vgg_jax.runs.files import fsync
@@ -32,7 +32,7 @@ try:
     import orbax.checkpoint as ocp
 except ImportError as error:
     raise InputError(
-        "reading and writing runs needs orbax-checkpoint: pip install 'vgg-jax[train]'"
+        f"reading and writing runs needs orbax-checkpoint: {install_command('train')}"
     ) from error
 
 logger = logging.getLogger(__name__)

@@ -191,13 +191,15 @@ class Trainer:
             )
         self.state = state
         self.progress = Progress(**progress | {"sums": MetricSums(**progress["sums"])})
-        batch = self.progress.batch
+        epoch, batch = len(self.progress.history) + 1, self.progress.batch
+        if self.next_learning_rate() is None:
+            logger.info(f"{workdir}: finished in epoch {epoch - 1}, so there is nothing to train")
+            return True
         position = (
             f"batch {batch + 1} of {self._steps_per_epoch}"
             if batch < self._steps_per_epoch
             else "its validation"
         )
-        epoch = len(self.progress.history) + 1
         logger.info(f"{workdir}: resuming at epoch {epoch}, {position}")
         return True
 

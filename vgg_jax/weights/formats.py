@@ -19,7 +19,7 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-from vgg_jax.errors import InputError, single_line
+from vgg_jax.errors import InputError, install_command, single_line
 from vgg_jax.weights import caffe, matconvnet
 from vgg_jax.weights.tensor_file import MAX_ENTRIES, Tensor, TensorFile
 
@@ -100,7 +100,7 @@ def reraise_damaged(path: Path, file_format: str = "weights") -> Iterator[None]:
 
 
 _INSTALL = {
-    "HDF5": "pip install 'vgg-jax[weights]'",
+    "HDF5": install_command("weights"),
     "PyTorch": "pip install torch, or convert it on a machine with torch: "
     "safetensors.torch.save_file(torch.load('x.pth', weights_only=True), 'x.safetensors')",
     "safetensors": "pip install safetensors",
