@@ -85,6 +85,14 @@ class Numbers(tfds.core.GeneratorBasedBuilder):
             yield index, {"image": colour(index), "label": index % 3}
 
 
+with tfds.core.registered.skip_registration():  # TFDS has one of this name
+
+    class Cifar10(Numbers):
+        """The images of `Numbers` under the name of a published data set."""
+
+        VERSION = tfds.core.Version("3.0.2")
+
+
 def list_examples(source, seed=None, start=0):
     """The examples of one epoch of a source."""
     return list(source.examples(seed, start).as_numpy_iterator())

@@ -1,0 +1,176 @@
+"""Every command and every Python program of README and docs runs, pasted one after the other."""
+
+import itertools
+import json
+import os
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.helpers.pages import PAGES, blocks, commands
+from tests.helpers.photos import make_photo_folder
+from tests.helpers.tiny import init, narrow
+from tests.helpers.tiny_data import Cifar10
+from vgg_jax import CONFIGS, IMAGENET, VGG, cli
+from vgg_jax.weights import Weights, save
+from vgg_jax.weights.layouts import Preprocessing
+
+pytestmark = pytest.mark.slow
+
+LPIPS_CHANNELS = (4, 8, 12, 16, 20)  # of the narrow net D
+SMALL_RUN = "--image-size 32 --scale 32 36 --fc 12 8 --batch-size 32 --epochs 1"
+CLASS_FOLDERS = {"blue": "class 0", "red": "class 1"}
+# Appended to a command, so that it ends soon.
+SMALLER = {
+    "vgg-jax train": f"{SMALL_RUN} --no-compilation-cache",
+    "vgg-jax evaluate": "--no-compilation-cache",
+    "vgg-jax predict": "--no-compilation-cache",
+    "python -m experiments.examples.style_transfer": "--size 64 --steps 2",
+}
+# The tests have two devices and no object store; tests/test_paths.py has one.
+REPLACED = {
+    "data=4,model=2": "data=1,model=2",
+    "gs://BUCKET/photos": "PHOTOS",
+    "gs://BUCKET/runs/one": "runs/one",
+    "HOST:8476": "localhost:8476",
+}
+# The runs that some pages assume.
+RUNS = {"runs/digits-A": "", "runs/PHOTOS-D": "PHOTOS --net D", "runs/PHOTOS-A": "PHOTOS --net A"}
+ASSUMED = {
+    "evaluation.md": RUNS,
+    "export.md": ["runs/digits-A"],
+    "weights.md": ["runs/digits-A"],
+}
+# .ci/run installs the package and calls pytest. tests/integration/test_wheel.py installs a wheel.
+RUN_ELSEWHERE = ("pip", "pytest", "source", "python -m venv")
+
+
+@pytest.fixture(scope="module")
+def narrow_nets():
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("A", "A-LRN", "B", "C", "D", "E"):
+            patch.setitem(CONFIGS, name, narrow(name))
+        yield
+
+
+@pytest.fixture(scope="module")
+def workplace(narrow_nets, tmp_path_factory):
+    """A folder with what the pages assume: photos, weights, a data set and runs."""
+    torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
+    folder = tmp_path_factory.mktemp("workplace")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("vgg_jax.perceptual.LPIPS_CHANNELS", LPIPS_CHANNELS)
+        make_photo_folder(Path("PHOTOS"))
+        imagenet = make_photo_folder(Path("IMAGENET"))
+        for split, (label, name) in itertools.product(("train", "val"), CLASS_FOLDERS.items()):
+            Path(imagenet, split, label).rename(Path(imagenet, split, name))
+        pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+        for name in ("photo.jpg", "painting.jpg"):
+            Image.fromarray(pixels).save(name)
+        Cifar10(data_dir="DIR").download_and_prepare()
+        net = VGG(CONFIGS["D"], 1000, image_size=32)
+        preprocessing = Preprocessing(IMAGENET.mean_rgb)
+        classes = tuple(f"class {i}" for i in range(1000))
+        params = init(net)["params"]
+        save(
+            "vgg16.safetensors",
+            Weights("D", "vgg_jax", net, params, {}, True, preprocessing, classes),
+        )
+        run_command(["vgg-jax", "export", "vgg16.safetensors", "t.safetensors", "--layout", "timm"])
+        from safetensors.torch import load_file
+
+        torch.save(load_file("t.safetensors"), "vgg16.pth")
+        Path("lpips/weights/v0.1").mkdir(parents=True)
+        lpips_weights = {
+            f"lin{i}.model.1.weight": torch.rand(1, channels, 1, 1)
+            for i, channels in enumerate(LPIPS_CHANNELS)
+        }
+        torch.save(lpips_weights, "lpips/weights/v0.1/vgg.pth")
+        for run in RUNS:
+            run_command(["vgg-jax", "train", *shlex.split(RUNS[run]), "--workdir", run])
+        yield folder
+
+
+def run_command(words):
+    """Runs a command in this process."""
+    words = [REPLACED.get(word, word) for word in words]
+    line = shlex.join(words)
+    if line.startswith(RUN_ELSEWHERE):
+        return
+    for start, flags in SMALLER.items():
+        if line.startswith(start):
+            words = words + shlex.split(flags)
+    if words[0] == "vgg-jax":
+        code = cli.main(words[1:] or ["--version"])
+    else:
+        assert words[:2] == ["python", "-m"], line
+        code = run_module(words[2], words[3:])
+    # A finished run is stopped by nothing, and `verify-data` finds no bad photo.
+    assert code == 0, line
+
+
+def run_module(name, arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *arguments])
+        try:
+            runpy.run_module(name, run_name="__main__")
+        except SystemExit as error:
+            return error.code or 0
+    return 0
+
+
+def run_processes(lines):
+    """Runs commands with environment variables at the same time, as processes of one run."""
+    processes = []
+    for words in lines:
+        words = [words[0].replace("HOST:8476", "localhost:8476"), *words[1:]]
+        settings = dict(word.split("=", 1) for word in words if word.startswith("JAX_"))
+        command = [word for word in words if not word.startswith("JAX_")]
+        assert command[0] == "vgg-jax"
+        flags = shlex.split(f"--net A {SMALL_RUN} --workdir runs/two --no-compilation-cache")
+        arguments = [sys.executable, "-m", "vgg_jax", *command[1:], *flags]
+        processes.append(subprocess.Popen(arguments, env=os.environ | settings))
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_page_runs(page, workplace, tmp_path, monkeypatch):
+    shutil.copytree(workplace, tmp_path, dirs_exist_ok=True)
+    for run in RUNS:
+        if run not in ASSUMED.get(page.name, ()):
+            shutil.rmtree(tmp_path / run)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(PAGES[0].parent)
+    names = {"__name__": "__main__"}
+    with jax.numpy_rank_promotion("allow"):  # jax's default, which users have
+        for block in blocks(page):
+            if block.language == "bash":
+                lines = commands(block.text)
+                if lines[0][0].startswith("JAX_"):
+                    run_processes(lines)
+                    continue
+                for words in lines:
+                    run_command(words)
+            elif block.language == "python":
+                exec(compile(block.text, page.name, "exec"), names)
+    if page.name == "README.md":
+        assert names["logits"].shape == (2, 10)
+        assert names["scores"].shape == (1, 2, 3, 10)
+    if page.name == "jax.md":
+        assert names["scores"].shape == (1, 2, 4, 1000)
+        assert names["maps"]["pool5"].shape[1:3] == (9, 9)
+        assert names["distance"].shape == (1,)
+        assert np.isfinite(names["loss"])
+    if page.name == "evaluation.md":
+        assert names["posteriors"].shape == (2, 1000)
+        np.testing.assert_allclose(names["posteriors"].sum(1), [1, 1], atol=1e-5)
+        assert json.loads(Path("D/evaluation.json").read_text())["count"] == 7
