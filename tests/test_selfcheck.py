@@ -19,7 +19,7 @@ def test_selfcheck_passes(monkeypatch, capsys):
     assert main(["selfcheck"]) == 0
     out = capsys.readouterr().out
     assert out.count("forward, compiled") == 1
-    assert "computes rightly here" in out
+    assert "computes correctly on these devices" in out
 
 
 def test_selfcheck_names_wrong_operation(monkeypatch, capsys):

@@ -12,8 +12,8 @@ class DataError(InputError):
     """An image, or a file that holds images, cannot be read."""
 
 
-def install_command(extra: str) -> str:
-    """Names the command that installs an extra of pyproject.toml, for use inside a message."""
+def install_hint(extra: str) -> str:
+    """Tells how to install an extra of pyproject.toml, for use inside a message."""
     return f"run pip install '.[{extra}]' in a clone of vgg_jax"
 
 

@@ -22,7 +22,7 @@ class MetricSums:
 def compute_sums(logits: Array, labels: Array, mask: Array) -> MetricSums:
     """Sums loss and correct predictions over the examples whose mask is true.
 
-    Of equal logits, the lower class is the earlier guess, as in a stable sort. NaN is never
+    Among equal logits, the lower class is the earlier guess, as in a stable sort. NaN is never
     correct.
 
     Args:

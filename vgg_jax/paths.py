@@ -41,11 +41,12 @@ def to_path(path: str | os.PathLike) -> Any:
     return epath.Path(path)
 
 
-def require_local(path: str | os.PathLike) -> Path:
+def require_local(path: str | os.PathLike, is_output: bool = False) -> Path:
     """Checks a path for libraries that read and write local files only.
 
     Args:
         path: Any path.
+        is_output: The path will be written, not read.
 
     Returns:
         The same path.
@@ -54,9 +55,12 @@ def require_local(path: str | os.PathLike) -> Path:
         InputError: The path lies in an object store.
     """
     if is_remote(path):
-        raise InputError(
-            f"{path} is in an object store: expected a local path; copy the file there afterwards"
+        remedy = (
+            "write it there, and copy it to the store"
+            if is_output
+            else "copy the file to this machine"
         )
+        raise InputError(f"{path} is in an object store: expected a local path; {remedy}")
     return Path(path)
 
 
@@ -100,6 +104,7 @@ def local_copy(path: str | os.PathLike) -> Iterator[Path]:
             if not (isinstance(error, OSError) or is_store_error(error)):
                 raise
             raise InputError(
-                f"{path} cannot be read ({error}): expected a file in that store"
+                f"{path} cannot be read ({error}): expected a file in that store; "
+                "check the path and the credentials"
             ) from error
         yield copy

@@ -234,18 +234,18 @@ def report(results: list[CheckResult]) -> str:
     ]
     release, fault = f"jax {jax.__version__}", known_fault()
     if fault:
-        lines.append(f"{release} is known for this: {fault}; install another release")
+        lines.append(f"{release} has a known fault: {fault}; install another release")
     if jax.__version__ in WORKED_AROUND:
         avoided = WORKED_AROUND[jax.__version__]
-        lines.append(f"{release} is known for this, which vgg_jax avoids: {avoided}")
+        lines.append(f"{release} has a known fault that vgg_jax works around: {avoided}")
     if not all(result.ok for result in results):
         lines.append(
-            f"{release} computes wrongly here: install another release, "
+            f"{release} computes incorrectly on these devices: install another release, "
             "and report this one to its developers"
         )
     elif not fault:
         lines.append(
-            f"{release} computes rightly here: all within {TOLERANCE:.0e} of NumPy's float64, "
-            f"bfloat16 within {BFLOAT16_TOLERANCE:.0e}"
+            f"{release} computes correctly on these devices: all within {TOLERANCE:.0e} of NumPy's "
+            f"float64, bfloat16 within {BFLOAT16_TOLERANCE:.0e}"
         )
     return "\n".join(lines)

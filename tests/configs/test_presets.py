@@ -32,12 +32,16 @@ def test_learning_rate_by_number_of_classes():
 @pytest.mark.parametrize(
     ("data", "overrides", "message"),
     [
-        ("digits", {"patience": 3}, "patience is 3, and schedule is 'step': expected 'plateau'"),
+        (
+            "digits",
+            {"patience": 3},
+            "patience is 3, which has no effect with schedule 'step': expected schedule 'plateau'",
+        ),
         ("cifar10", {"drop_epochs": [3]}, "drop_epochs"),
         (
             "cifar10",
             {"initializer_std": 0.1},
-            "initializer_std is 0.1, and initializer is 'glorot': expected 'paper'",
+            "with initializer 'glorot': expected initializer 'paper', or no initializer_std",
         ),
     ],
 )

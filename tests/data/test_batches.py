@@ -38,7 +38,7 @@ def test_batches_name_broken_image(folder, write_broken):
             list(batches)
         message = str(error.value)
         assert message.startswith(f"cannot decode {str(path)!r}: ")
-        assert "; expected an intact image: replace it" in message
+        assert "; expected an intact image: replace or remove it; a run resumes" in message
         assert "nvalid JPEG data" in message or "Pillow" in message
         assert len(message) < len(str(path)) + 200
         assert not any(part in message for part in ("\n", "{{", "Traceback"))

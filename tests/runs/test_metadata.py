@@ -40,10 +40,10 @@ def test_check_same_run_lists_differences(tmp_path):
     config = dataclasses.replace(METADATA.config, seed=1)
     other = dataclasses.replace(METADATA, classes=("ants", "wasps"), config=config)
     with pytest.raises(
-        InputError, match=r"classes is .*'bees'.* there and .*'wasps'.* now"
+        InputError, match=r"classes is .*'bees'.* in run\.json and .*'wasps'.* now"
     ) as error:
         check_same_run(tmp_path, METADATA, other)
-    assert "seed is 0 there and 1 now" in str(error.value)
+    assert "seed is 0 in run.json and 1 now" in str(error.value)
     assert "storage" not in str(error.value)
 
 

@@ -248,9 +248,9 @@ def test_fit_does_not_repeat_finished_run(finished_run, photos, caplog):
 
 def test_fit_rejects_other_config(finished_run, photos):
     workdir, _ = finished_run
-    with pytest.raises(InputError, match=r"seed is 0 there and 1 now; .*--workdir") as error:
+    with pytest.raises(InputError, match=r"seed is 0 in run\.json and 1 now; .*--workdir") as error:
         fit(make_config(photos, seed=1, momentum=0.5), workdir)
-    assert "momentum is 0.9 there and 0.5 now" in str(error.value)
+    assert "momentum is 0.9 in run.json and 0.5 now" in str(error.value)
     assert "epochs" not in str(error.value)
 
 
@@ -260,7 +260,7 @@ def test_fit_rejects_other_storage(finished_run, photos, tmp_path):
     changes = {"storage": "numbers/1.0.0 tfrecord", "train_size": 21}
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     message = (
-        r"storage is 'numbers/1.0.0 tfrecord' there and 'folder, names [0-9a-f]+' now; "
+        r"storage is 'numbers/1.0.0 tfrecord' in run\.json and 'folder, names [0-9a-f]+' now; "
         r"train_size is 21 there"
     )
     with pytest.raises(InputError, match=message):

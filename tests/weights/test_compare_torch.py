@@ -17,7 +17,7 @@ def test_import_check_torch(tmp_path, capsys):
     assert cli.main(command) == 0
     out = capsys.readouterr().out
     assert "A with batch normalisation in torchvision's layout" in out
-    assert "standard deviation (58.395, 57.120, 57.375) to be divided into conv1_1" in out
+    assert "conv1_1 divided by the standard deviation (58.395, 57.120, 57.375)" in out
     assert "bn5_2" in out
     assert "largest difference from PyTorch" in out
     state["features.0.weight"][0, 0, 0, 0] = np.nan

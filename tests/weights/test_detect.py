@@ -20,7 +20,7 @@ def test_detect_lists_all_differences(tmp_path):
     with pytest.raises(InputError) as error:
         read(tmp_path / "vgg.safetensors")
     for words in (
-        "the nearest is D as torchvision has it",
+        "the closest match is D in the torchvision layout",
         "features.5.bias (128,) is missing",
         "features.7.weight is (100, 128, 3, 3) instead of (128, 128, 3, 3)",
         "unexpected tensor extra",
@@ -30,7 +30,7 @@ def test_detect_lists_all_differences(tmp_path):
 
 def test_detect_rejects_unknown_layout(tmp_path):
     save_file({"a": np.zeros(3, np.float32)}, tmp_path / "other.safetensors")
-    message = "its names (a) are of no known layout: expected those of vgg_jax, torchvision"
+    message = "no known layout has the tensors a: expected those of vgg_jax, torchvision"
     with pytest.raises(InputError, match=re.escape(message)):
         read(tmp_path / "other.safetensors")
 
@@ -41,7 +41,7 @@ def test_detect_with_named_net(tmp_path):
     assert read(path, "A").net == "A"
     with pytest.raises(
         InputError,
-        match=r"D as torchvision has it.*features.28.weight \(512, 512, 3, 3\) is missing",
+        match=r"D in the torchvision layout.*features.28.weight \(512, 512, 3, 3\) is missing",
     ):
         read(path, "D")
     with pytest.raises(InputError, match=r"net is 'F': expected one of A, A-LRN"):

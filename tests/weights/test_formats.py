@@ -64,7 +64,7 @@ def test_pytorch_legacy_file(tmp_path):
     content = path.read_bytes()
     assert size in content
     path.write_bytes(content.replace(size, struct.pack("<ci", b"J", 2**31 - 1), 1))
-    with pytest.raises(InputError, match=r"names 2,147,483,647 numbers in [\d,]+ bytes"):
+    with pytest.raises(InputError, match=r"claims 2,147,483,647 values in [\d,]+ bytes"):
         read(path)
 
 
@@ -134,7 +134,7 @@ def test_hdf5_rejects_absent_numbers(tmp_path):
                 kernel_shape = (4096, FC[1])
             file.create_dataset(f"{name}/weight", kernel_shape, "f4", chunks=True)
             file.create_dataset(f"{name}/bias", bias_shape, "f4", chunks=True)
-    with pytest.raises(InputError, match=r"says that it holds 112,\d{3},\d{3} numbers in"):
+    with pytest.raises(InputError, match=r"claims 112,\d{3},\d{3} values in"):
         read(tmp_path / "hollow.h5")
 
 

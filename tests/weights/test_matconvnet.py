@@ -111,28 +111,28 @@ ELEVEN_CELLS = mat_array_head(CELL, (11, 1), b"meta")
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (mat_array_head(CELL, [2**30] * 250_000, b"meta"), "an array of the sides"),
+        (mat_array_head(CELL, [2**30] * 250_000, b"meta"), "expected 2 to 8 non-negative sides"),
         (
             mat_array_head(STRUCT, (2000, 1), b"meta")
             + mat_element(5, pack(1))
             + mat_element(1, b""),
-            "names, each of 1",
+            "field names, 1 per name",
         ),
         (
             mat_array_head(TEXT, (1, 1), b"meta") + mat_element(1, bytes(9000)),
-            "9,000 bytes of 1 letters",
+            "9,000 bytes of text for 1 characters",
         ),
         (
             ELEVEN_CELLS + 11 * mat_element(ARRAY, FULL_CELLS + 2000 * mat_element(ARRAY, b"")),
-            "has more arrays than a VGG",
+            "too many arrays: expected at most 20,000",
         ),
         (
             ELEVEN_CELLS + 11 * mat_element(ARRAY, FULL_CELLS + 2000 * EMPTY_CELL),
-            "has more arrays than a VGG",
+            "too many arrays: expected at most 20,000",
         ),
         (
             mat_array_head(6, (16_000, 1500), b"meta") + mat_element(1, bytes(16_000 * 1500)),
-            "has more arrays than a VGG",
+            "too many arrays: expected at most 20,000",
         ),
     ],
     ids=["sides", "names", "text", "no-content", "empty-cells", "growing-numbers"],

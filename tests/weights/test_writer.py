@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 from tests.helpers.weights_files import random_tensors, torchvision_state
 from vgg_jax import InputError
 from vgg_jax.weights import read, save
-from vgg_jax.weights.layouts import AUTHORS, TORCHVISION
+from vgg_jax.weights.layouts import CAFFE_PREPROCESSING, TORCHVISION
 
 
 @pytest.fixture(scope="module")
@@ -21,10 +21,10 @@ def weights(tmp_path_factory):
 
 def test_save_rescales_conv1(weights, tmp_path):
     """A net for images without std gets torchvision's std in torchvision's layout."""
-    own = dataclasses.replace(weights, preprocessing=AUTHORS)
+    own = dataclasses.replace(weights, preprocessing=CAFFE_PREPROCESSING)
     save(tmp_path / "vgg.safetensors", own, "torchvision")
     saved = read(tmp_path / "vgg.safetensors")
-    assert saved.preprocessing.mean_rgb == AUTHORS.mean_rgb
+    assert saved.preprocessing.mean_rgb == CAFFE_PREPROCESSING.mean_rgb
     assert saved.preprocessing.std_rgb == TORCHVISION.std_rgb
     kernels = [net.variables["params"]["conv1_1"]["kernel"] for net in (saved, own)]
     np.testing.assert_allclose(*kernels, rtol=1e-6)

@@ -200,7 +200,7 @@ def verify_data(data: str, data_dir: str | None, download: bool, out: str) -> Ex
     write_exclude_list(out, all_bad)
     if not all_bad:
         return ExitCode.DONE
-    print(f"{out}: their list; `vgg-jax train {data} --exclude {out}` leaves them out")
+    print(f"wrote the list to {out}; exclude them with `vgg-jax train {data} --exclude {out}`")
     return ExitCode.BAD_IMAGE
 
 
@@ -246,7 +246,7 @@ def export(
     if fold_batch_norm:
         weights = fold(weights)
     write(out, ExportSpec(weights, output, uint8, bfloat16), layout)
-    print(f"{out}: written; `vgg-jax verify {out}` checks it again")
+    print(f"wrote {out}; check it with `vgg-jax verify {out}`")
     return ExitCode.DONE
 
 

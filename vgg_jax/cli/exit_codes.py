@@ -4,7 +4,7 @@ import enum
 from collections.abc import Mapping
 from typing import Any
 
-from vgg_jax.errors import DataError, InputError, install_command
+from vgg_jax.errors import DataError, InputError, install_hint
 from vgg_jax.paths import is_remote, is_store_error
 
 
@@ -43,7 +43,7 @@ def explain(error: BaseException, arguments: Mapping[str, Any]) -> tuple[ExitCod
         case InputError():
             return ExitCode.BAD_INPUT, message
         case ModuleNotFoundError(name=name) if not str(name).startswith("vgg_jax"):
-            return ExitCode.BAD_INPUT, f"this command needs {name}: {install_command('train')}"
+            return ExitCode.BAD_INPUT, f"this command needs {name}: {install_hint('train')}"
         case OSError():  # a full disk or a folder without permission; the message has the path
             return ExitCode.BAD_INPUT, str(error)
         case KeyboardInterrupt():

@@ -27,5 +27,5 @@ def configure_logging() -> None:
         return
     logger.addHandler(_ConsoleHandler())
     # orbax adds a handler to the root logger when it is imported, and each message would be
-    # printed twice. A root handler that exists already was added by the caller and is served.
+    # printed twice. If the caller configured a root handler, records also propagate to it.
     logger.propagate = bool(logging.root.handlers)

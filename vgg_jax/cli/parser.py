@@ -218,13 +218,15 @@ def _add_evaluate(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--ceil", action="store_true", help="round an odd side up in a pooling, as Caffe does"
     )
-    _add_skip_bad(command)
+    _add_skip_bad(
+        command, "leave out files that are not images; an image that cannot be decoded is an error"
+    )
     _add_cache(command)
     command.add_argument(
         "--pixels",
         type=int,
         default=MAX_PIXELS_PER_BATCH,
-        help="limit of the memory: the most pixels that are computed at once; "
+        help="maximum pixels per batch, which bounds memory; "
         f"more is faster on an accelerator (default: {MAX_PIXELS_PER_BATCH})",
     )
     command.add_argument(
@@ -339,7 +341,10 @@ def _add_summary(command: argparse.ArgumentParser) -> None:
 def _add_statistics(command: argparse.ArgumentParser) -> None:
     _add_data(command)
     command.add_argument("--split", default="train", help="split of the data (default: train)")
-    _add_skip_bad(command)
+    _add_skip_bad(
+        command,
+        "leave out files that are not images, and at most one percent of unreadable images",
+    )
 
 
 def _add_verify_data(command: argparse.ArgumentParser) -> None:
@@ -380,7 +385,9 @@ def _add_path(flags: Flags) -> None:
 
 def _add_net(flags: Flags) -> None:
     flags.add_argument(
-        "--net", choices=tuple(CONFIGS), help="the net, if the shapes do not tell: A-LRN"
+        "--net",
+        choices=tuple(CONFIGS),
+        help="name of the net; only needed for A-LRN, which has the shapes of A",
     )
 
 
@@ -389,7 +396,7 @@ def _add_protocol(flags: Flags, default_scales: str) -> None:
         "--protocol",
         default="dense",
         choices=PROTOCOLS,
-        help="what is computed for an image (default: dense)",
+        help="evaluation protocol (default: dense)",
     )
     flags.add_argument(
         "--scales",
@@ -401,10 +408,8 @@ def _add_protocol(flags: Flags, default_scales: str) -> None:
     )
 
 
-def _add_skip_bad(flags: Flags) -> None:
-    flags.add_argument(
-        "--skip-bad", action="store_true", help="leave out files that are not images"
-    )
+def _add_skip_bad(flags: Flags, help: str) -> None:
+    flags.add_argument("--skip-bad", action="store_true", help=help)
 
 
 def _add_cache(flags: Flags) -> None:

@@ -73,8 +73,8 @@ def preset(data: str, **overrides: Any) -> TrainConfig:
         actual = getattr(config, other)
         if name in overrides and actual != required:
             raise InputError(
-                f"{name} is {overrides[name]}, and {other} is {actual!r}: "
-                f"expected {required!r} with it"
+                f"{name} is {overrides[name]}, which has no effect with {other} {actual!r}: "
+                f"expected {other} {required!r}, or no {name}"
             )
     return config
 

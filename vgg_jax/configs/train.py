@@ -70,7 +70,12 @@ class TrainConfig:
     """Everything that the result of a training run depends on.
 
     The defaults are the paper's (§3.1); `vgg_jax.configs.presets.preset` adapts them to small
-    images. The metadata of a field hold its valid values and its command line flag (`_field`).
+    images. Each field means what the help of its flag says, in `vgg-jax train --help`. The metadata
+    of a field hold its flag and its valid values (`_field`).
+
+    Attributes:
+        data: "digits", an image folder, or a name of TensorFlow Datasets. It is a
+            positional argument of `vgg-jax train`.
 
     Raises:
         InputError: If a value is invalid.
@@ -303,7 +308,8 @@ def _check_schedule(config: TrainConfig) -> None:
     if (config.schedule == "step") != bool(epochs):
         raise InputError(
             f"schedule is {config.schedule!r} and drop_epochs is {epochs}: "
-            "expected both or neither, as in --schedule step --drop-epochs 30 60"
+            "expected drop_epochs with schedule 'step', and only with it, "
+            "as in --schedule step --drop-epochs 30 60"
         )
     if list(epochs) != sorted(set(epochs)) or min(epochs, default=1) < 1:
         raise InputError(f"drop_epochs is {epochs}: expected increasing numbers from 1 on")

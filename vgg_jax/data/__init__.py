@@ -1,13 +1,13 @@
 """From image files to batches of numpy arrays.
 
-TensorFlow is imported here, also for `vgg_jax.export`. It sees no GPU. It computes each of its
-operations on one core.
+TensorFlow is imported and configured here, also for `vgg_jax.export`: no GPU, one core per
+operation.
 """
 
 import contextlib
 import os
 
-from vgg_jax.errors import InputError, install_command
+from vgg_jax.errors import InputError, install_hint
 
 # TensorFlow reads these while it is imported. The allocator of oneDNN slows down the input in
 # some runs (docs/performance.md#onednns-allocator).
@@ -19,7 +19,7 @@ try:
 except ImportError as error:
     raise InputError(
         f"the data pipeline needs TensorFlow, which cannot be imported ({error}): "
-        f"{install_command('train')}"
+        f"{install_hint('train')}"
     ) from error
 
 # TensorFlow refuses if it was used before, for example in a notebook.

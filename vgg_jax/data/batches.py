@@ -26,6 +26,8 @@ PREFETCH = 2  # batches that are ready before they are needed
 # Fraction of a source's images that `skip_bad` may leave out. One image is always allowed. If more
 # are bad, something else is wrong.
 MAX_BAD_FRACTION = 0.01
+# A replaced image leaves the names of a data set as they are, so a run can resume.
+TRAINING_HINT = "; a run resumes once it is replaced, or start another with --skip-bad or --exclude"
 
 
 class BatchIterator:
@@ -44,6 +46,7 @@ class BatchIterator:
         skip_bad: Mask an example that cannot be prepared, and log a warning. All its arrays are
             zero, except for its index. If more than `MAX_BAD_FRACTION` of the examples are bad,
             iterating raises DataError.
+        hint: Continuation of the message about an image that cannot be decoded.
     """
 
     def __init__(
@@ -53,8 +56,10 @@ class BatchIterator:
         prepare: Callable[[dict], dict],
         batch_size: int | None,
         skip_bad: bool = False,
+        hint: str = "",
     ) -> None:
-        # All conditions are on Python values. To look for others would delay the first batch.
+        # `prepare` branches on Python values only, so AutoGraph is off: it would delay the first
+        # batch.
         prepare = tf.autograph.experimental.do_not_convert(prepare)
         # Whole batches in parallel would need more memory, and would not be faster.
         num_parallel = PARALLEL_EXAMPLES if batch_size else PREFETCH
@@ -67,8 +72,8 @@ class BatchIterator:
         batches = prepared.batch(batch_size) if batch_size else prepared
         self._dataset = batches.prefetch(PREFETCH).with_options(_options())
         self._source, self._examples, self._batch_size = source, examples, batch_size
-        self._skip_bad, self._bad = skip_bad, set[int]()
-        # As a graph, since errors of Python functions then have the same type as in the stream.
+        self._skip_bad, self._bad, self._hint = skip_bad, set[int](), hint
+        # A graph, so that errors have the types that they have in the stream.
         self._prepare = tf.function(prepare)
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
@@ -124,9 +129,8 @@ class BatchIterator:
                 except tf.errors.OpError as cause:
                     file = self._source.file_name(int(example["index"]))
                     return (
-                        f"cannot decode {file!r}: {error_summary(cause)}; expected an intact "
-                        "image: replace it and resume the run, or start another one with "
-                        "--skip-bad or --exclude"
+                        f"cannot decode {file!r}: {error_summary(cause)}; "
+                        f"expected an intact image: replace or remove it{self._hint}"
                     )
         except tf.errors.OpError as cause:
             error = cause

@@ -13,12 +13,12 @@ from tqdm import tqdm
 
 from vgg_jax.configs.train import TrainConfig
 from vgg_jax.data import in_memory
-from vgg_jax.data.batches import BatchIterator
+from vgg_jax.data.batches import TRAINING_HINT, BatchIterator
 from vgg_jax.data.decode import decode
 from vgg_jax.data.splits import CORES, DataSource, DecodedImages, random_access
 from vgg_jax.errors import DataError, InputError
 
-IMAGES_PER_BATCH = 64  # read or decoded by one call; enough to hide the cost of the call
+IMAGES_PER_BATCH = 64  # read or decoded by one call
 MAX_MEMORY_FRACTION = 0.8  # of the free memory; training needs the rest
 PEAK_COPIES = 2  # of all images while they are joined: in parts, and in one piece
 
@@ -101,7 +101,7 @@ def _decode_all(source: DataSource, first: tf.Tensor, config: TrainConfig) -> tf
     """Decodes all images, uint8 (n, H, W, 3), unless they are large or their sizes differ."""
     try:
         height, width, _ = decode(first, config.exif).shape
-    except (tf.errors.OpError, ValueError):  # the stream names the file
+    except (tf.errors.OpError, ValueError):  # training reports the file
         return None
     if not in_memory.is_small_enough((height, width), config.scale, config.image_size):
         return None
@@ -122,6 +122,7 @@ def _decode_all(source: DataSource, first: tf.Tensor, config: TrainConfig) -> tf
         lambda number: source.examples(None, number * IMAGES_PER_BATCH),
         prepare,
         IMAGES_PER_BATCH,
+        hint=TRAINING_HINT,
     )
     images = np.empty((source.size, height, width, 3), np.uint8)
     start = 0
@@ -133,7 +134,7 @@ def _decode_all(source: DataSource, first: tf.Tensor, config: TrainConfig) -> tf
             images[start:stop] = batch["image"]
             start = stop
     except DataError:
-        if config.skip_bad:  # the stream leaves them out one by one
+        if config.skip_bad:  # training leaves them out one by one
             return None
         raise
     return tf.constant(images)

@@ -1,8 +1,8 @@
 """Folders and files of this machine, and of the stores that TensorFlow reaches.
 
-Python reads this machine, since TensorFlow fails at names that are not Unicode and waits forever
-at named pipes. `etils.epath` has one interface for both, but it knows fewer stores than TensorFlow,
-which reads the images, and it hides names that end with "~".
+Local paths use Python's own functions, since TensorFlow fails at names that are not Unicode and
+waits forever at named pipes. `etils.epath` has one interface for both, but it knows fewer stores
+than TensorFlow, which reads the images, and it hides names that end with "~".
 """
 
 import os

@@ -55,7 +55,7 @@ def is_small_enough(sides: tuple[int, int], scales: tuple[int, ...], size: int) 
         size: Side of a crop.
 
     Returns:
-        Whether the batches of this module suit the images.
+        True if the batches of this module suit the images.
     """
     offsets = sum(
         round(scale * max(sides) / min(sides)) - size + 1

@@ -25,7 +25,7 @@ import tensorflow as tf
 from vgg_jax.configs.colours import ColourStatistics
 from vgg_jax.configs.train import TrainConfig
 from vgg_jax.data import in_memory
-from vgg_jax.data.batches import BatchIterator
+from vgg_jax.data.batches import TRAINING_HINT, BatchIterator
 from vgg_jax.data.decode import decode
 from vgg_jax.data.splits import DataSource, HostShard, epoch_seeds, steps_per_epoch
 from vgg_jax.data.transforms import (
@@ -86,7 +86,7 @@ def train_batches(
         return train_example({key: example[key] for key in EXAMPLE_KEYS}, config, params)
 
     num_rows = len(shard.rows) if shard else batch_size
-    return BatchIterator(source, examples, prepare, num_rows, config.skip_bad)
+    return BatchIterator(source, examples, prepare, num_rows, config.skip_bad, TRAINING_HINT)
 
 
 def eval_batches(
@@ -113,7 +113,7 @@ def eval_batches(
 
     prepare = functools.partial(eval_example, config=config)
     num_rows = len(shard.rows) if shard else batch_size
-    return BatchIterator(source, examples, prepare, num_rows, config.skip_bad)
+    return BatchIterator(source, examples, prepare, num_rows, config.skip_bad, TRAINING_HINT)
 
 
 def rescaled_images(source: DataSource, scales: tuple[int, ...], exif: bool) -> BatchIterator:

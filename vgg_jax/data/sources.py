@@ -20,7 +20,7 @@ from vgg_jax.data.splits import (
     train_val_split,
 )
 from vgg_jax.data.tfds import record_splits
-from vgg_jax.errors import InputError, install_command
+from vgg_jax.errors import InputError, install_hint
 from vgg_jax.paths import is_remote
 
 VALIDATION = ("validation", "val", "valid")  # names of the validation split
@@ -183,7 +183,7 @@ def _digits(exclude: Collection[str]) -> StoredSplit:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise InputError(
-            f"the data 'digits' needs scikit-learn ({error}): {install_command('train')}"
+            f"the data 'digits' needs scikit-learn ({error}): {install_hint('train')}"
         ) from error
     digits = load_digits()
     pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]  # values are 0-16

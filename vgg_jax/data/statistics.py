@@ -19,9 +19,8 @@ IMAGES_PER_BATCH = 64
 class ColourMeasurements:
     """Colours of a data set, RGB, 0-255.
 
-    `pixel_*` count each pixel once. `image_*` are averages over the images; the PyTorch baseline
-    normalises by them. `image_std` is smaller than `pixel_std`, because it does not contain the
-    variance of the images' means.
+    `pixel_*` count each pixel once. `image_*` are averages over the images. `image_std` is smaller
+    than `pixel_std`, because it does not contain the variance of the images' means.
 
     Attributes:
         count: Number of images.

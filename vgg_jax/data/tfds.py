@@ -19,13 +19,13 @@ from vgg_jax.data.splits import (
     record_name,
     sequential,
 )
-from vgg_jax.errors import InputError, install_command, single_line
+from vgg_jax.errors import InputError, install_hint, single_line
 from vgg_jax.paths import is_remote
 
 NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[\w.+-]+))?(:(?P<version>\d+\.\d+\.\d+))?")
 VERSION = re.compile(r"\d+\.\d+\.\d+")
-# TFRecord files that are read in turns, so that the records of one file do not come together.
-FILES_IN_TURNS = 16
+# TFRecord files that are interleaved, so that the records of one file do not come together.
+CYCLE_LENGTH = 16
 
 
 def record_splits(
@@ -118,7 +118,7 @@ def _import_tfds() -> Any:
     except ImportError as error:
         raise InputError(
             f"reading a TensorFlow Datasets name needs tensorflow-datasets ({error}): "
-            f"{install_command('train')}"
+            f"{install_hint('train')}"
         ) from error
     return tensorflow_datasets
 
@@ -148,7 +148,8 @@ def _download(tfds: Any, data: str, root: str) -> str:
     # parser, files that must be downloaded by hand.
     except Exception as error:
         raise InputError(
-            f"{data!r} cannot be downloaded to {root!r}: {single_line(error, 300)}"
+            f"{data!r} cannot be downloaded to {root!r} ({single_line(error, 300)}): "
+            "check the network and the name, or pass --data-dir with prepared data"
         ) from error
     return os.fspath(builder.data_dir)
 
@@ -229,8 +230,8 @@ def _open_split(
 def _scan(files: Any, seed: tf.Tensor | None) -> tf.data.Dataset:
     """Reads {"index", "record"} of all TFRecord files of a split.
 
-    Without a seed, one file follows the other. With a seed, the files are shuffled and read in
-    turns.
+    Without a seed, one file follows the other. With a seed, the files are shuffled and
+    interleaved.
     """
     paths = tf.constant([os.fspath(path) for path in files.filepaths])
     first = tf.constant(np.cumsum([0, *files.shard_lengths])[:-1], tf.int64)
@@ -240,9 +241,9 @@ def _scan(files: Any, seed: tf.Tensor | None) -> tf.data.Dataset:
             file = permute_indices(file, seed, len(files.filepaths))
         return tf.data.TFRecordDataset(paths[file]).enumerate(first[file])
 
-    in_turns = 1 if seed is None else min(FILES_IN_TURNS, len(files.filepaths))
+    cycle_length = 1 if seed is None else min(CYCLE_LENGTH, len(files.filepaths))
     records = tf.data.Dataset.range(len(files.filepaths)).interleave(
-        read_file, in_turns, num_parallel_calls=min(in_turns, CORES), deterministic=True
+        read_file, cycle_length, num_parallel_calls=min(cycle_length, CORES), deterministic=True
     )
     return records.map(lambda index, record: {"index": index, "record": record})
 
@@ -253,7 +254,7 @@ def _open_array_records(files: Any) -> Any:
         from array_record.python.array_record_data_source import ArrayRecordDataSource
     except ImportError as error:
         raise InputError(
-            f"reading ArrayRecord files needs array_record ({error}): {install_command('train')}"
+            f"reading ArrayRecord files needs array_record ({error}): {install_hint('train')}"
         ) from error
     return ArrayRecordDataSource([os.fspath(path) for path in files.filepaths])
 

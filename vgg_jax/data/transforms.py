@@ -92,7 +92,7 @@ def sample_augmentation(
 
     S is uniform over the integers of `config.scale`. The generator is counter-based: it permutes
     the integers below 2^52 by the cipher that also shuffles an epoch. It draws for a whole batch
-    at once. The stateless functions of `tf.random` take one seed a call, and are slow
+    at once. The stateless functions of `tf.random` take one seed per call, and are slow
     (docs/performance.md#random-draws).
 
     Args:
@@ -122,11 +122,11 @@ def sample_augmentation(
 
 
 def _components(convention: str, statistics: ColourStatistics) -> np.ndarray:
-    """Scaled eigenvectors, which the three alphas are multiplied by.
+    """Eigenvectors, scaled so that three normal alphas give a colour shift.
 
     They are the columns of a float32 (3, 3): RGB, in the units of 0-255 pixels. The printed
-    formula multiplies an eigenvector by its variance. The variance of 0-255 pixels would be far
-    too large for that.
+    formula multiplies an eigenvector by its variance. For 0-255 pixels, that shift would be far
+    too large.
     """
     eigenvalues = np.array(statistics.eigenvalues)
     # "deviation" is the convention of Krizhevsky's own code and of MatConvNet. "variance" is that
@@ -140,7 +140,7 @@ def flip(image: tf.Tensor, mirror: tf.Tensor) -> tf.Tensor:
 
     Args:
         image: Pixels, (H, W, C).
-        mirror: Whether to mirror, a scalar bool.
+        mirror: True to mirror, a scalar bool.
 
     Returns:
         Pixels, (H, W, C).
@@ -159,7 +159,7 @@ def resize_and_crop(
 ) -> tf.Tensor:
     """Resizes an image and crops a square (§3.1).
 
-    Only the source pixels of the crop are resampled. Of an upright JPEG, only these are decoded.
+    Only the source pixels of the crop are resampled. For an upright JPEG, only these are decoded.
 
     Args:
         encoded: Content of an image file, a scalar string.
@@ -287,7 +287,7 @@ def _resample(
 def to_uint8(image: tf.Tensor) -> tf.Tensor:
     """Rounds to the nearest level. Halves are rounded up, as Pillow does.
 
-    A small tolerance rounds up those halves, too, that an order of additions left slightly lower.
+    The tolerance also rounds up values that rounding errors put just below a half.
 
     Args:
         image: Pixels, float32.

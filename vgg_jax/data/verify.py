@@ -50,7 +50,7 @@ def verify_images(
         bad = [
             BadImage(
                 relative_name(name, data),
-                "no image: it cannot be opened, or does not begin as an image",
+                "not an image: no JPEG, PNG, GIF, BMP or WebP header, or it cannot be opened",
             )
             for name in source.skipped
         ]
@@ -63,7 +63,7 @@ def verify_images(
 def write_exclude_list(path: str, bad: list[BadImage]) -> None:
     """Writes a list of images to exclude.
 
-    It has one JSON object a line, since a file name may contain anything but a slash.
+    It has one JSON object per line, since a file name may contain anything but a slash.
 
     Args:
         path: Path of the list.

@@ -279,7 +279,7 @@ def iter_posteriors(
     for batch in pack_windows(
         all_windows(), model.config, ceil=protocol.ceil, pixels=pixels, devices=mesh.size
     ):
-        canvases = shard_batch(_fill_canvases(batch), mesh)
+        canvases = shard_batch(_paint_canvases(batch), mesh)
         activations = trunk(trunk_variables(batch.transposed), **canvases)
         positions, ends = _score_map_positions(batch, model, protocol.ceil)
         logits = np.zeros((len(positions), model.num_classes))
@@ -297,7 +297,7 @@ def iter_posteriors(
                 yield window.image, np.sum(pending.pop(window.image), 0)
 
 
-def _fill_canvases(batch: Batch) -> dict[str, np.ndarray]:
+def _paint_canvases(batch: Batch) -> dict[str, np.ndarray]:
     """Copies the windows into canvases, and counts the valid pixels of each row."""
     images = np.zeros((*batch.shape, 3), np.uint8)
     widths = np.zeros(batch.shape[:2], np.int32)
@@ -312,7 +312,7 @@ def _score_map_positions(batch: Batch, model: VGG, ceil: bool) -> tuple[np.ndarr
     """Lists the positions of all windows' score maps, for `logits_at_positions`.
 
     Returns:
-        The positions, int32 (P, 3), and the end of each window's in them.
+        The positions, int32 (P, 3), and the end index of each window's positions.
     """
     trunk_stride = 2 ** (len(model.config.stages) - 1)
     positions: list[tuple[int, int, int]] = []

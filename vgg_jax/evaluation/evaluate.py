@@ -92,7 +92,8 @@ def evaluate(
             or 256 for a weight file of a 224-pixel net.
         data_dir: Folder of the downloaded data sets.
         download: Downloads the data set if it is missing.
-        skip_bad: Skips unreadable images, as in `TrainConfig`.
+        skip_bad: Leave out files that are not images. An image that cannot be decoded still raises
+            DataError.
         pixels: Most pixels of the windows that are computed at once.
 
     Returns:
@@ -100,6 +101,7 @@ def evaluate(
 
     Raises:
         InputError: The net, the data or a setting is invalid.
+        DataError: An image cannot be decoded.
     """
     model, variables, metadata = load(path)
     protocol, scales = resolve_protocol(protocol, scales, model, metadata, path)
@@ -324,12 +326,15 @@ def load_evaluation(path: str | Path) -> Evaluation:
 
 
 def _check_arrays(evaluation: Evaluation) -> None:
-    if not all(isinstance(array, np.ndarray) for array in vars(evaluation).values()):
-        raise ValueError("a part of it is not an array")
-    n, k = evaluation.posteriors.shape
-    shapes = (evaluation.labels.shape, evaluation.files.shape, evaluation.classes.shape)
-    if shapes != ((n,), (n,), (k,)):
-        raise ValueError("its arrays do not fit together")
+    arrays = vars(evaluation)
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):
+            raise ValueError(f"{name} is not an array")
+    posteriors, *others = (array.shape for array in arrays.values())
+    n, k = posteriors if len(posteriors) == 2 else (None, None)
+    if others != [(n,), (n,), (k,)]:
+        shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
+        raise ValueError(f"{shapes}: expected (N, K), (N,), (N,), (K,)")
 
 
 def fuse(paths: Sequence[str | Path]) -> Evaluation:
@@ -352,8 +357,8 @@ def fuse(paths: Sequence[str | Path]) -> Evaluation:
             expected, actual = getattr(first, name), getattr(other, name)
             if not np.array_equal(expected, actual):
                 raise InputError(
-                    f"{path} does not fit {paths[0]}: {noun} "
-                    f"{_first_difference(actual, expected)}; evaluate both on the same split"
+                    f"{noun} {_first_difference(actual, path, expected, paths[0])}: "
+                    "expected the same images and classes; evaluate both on the same split"
                 )
         total += other.posteriors
     return dataclasses.replace(first, posteriors=(total / len(paths)).astype(np.float32))
@@ -376,9 +381,13 @@ def format_errors(results: dict[str, Any], num_classes: int) -> str:
     return f"{', '.join(parts)}; 95 % intervals, {results['count']} images"
 
 
-def _first_difference(actual: Sequence, expected: Sequence) -> str:
+def _first_difference(
+    actual: Sequence, path: str | Path, expected: Sequence, other_path: str | Path
+) -> str:
     if len(actual) != len(expected):
-        return f"count is {len(actual)} and {len(expected)}"
+        return f"count is {len(actual)} in {path} and {len(expected)} in {other_path}"
     pairs = enumerate(zip(actual, expected, strict=True))
     index = next(i for i, (one, other) in pairs if one != other)
-    return f"{index} is {str(actual[index])!r} and {str(expected[index])!r}"
+    return (
+        f"{index} is {str(actual[index])!r} in {path} and {str(expected[index])!r} in {other_path}"
+    )

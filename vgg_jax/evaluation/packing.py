@@ -171,8 +171,9 @@ class _Queues:
 class _Packer:
     """Queues windows until they fill batches; see `pack_windows`.
 
-    A window that fits a canvas shape of its width joins the queue of that shape. Other windows
-    wait by width. A width gets a new shape as soon as enough of it waits to pay for compilation.
+    A window that fits a canvas shape of its width joins the queue of that shape. Other windows are
+    queued by width. A width gets a new canvas shape once its queued pixels reach both
+    MIN_PIXELS_PER_SHAPE and the pixels of a batch.
     """
 
     def __init__(self, config: VGGConfig, *, ceil: bool, pixels: int, devices: int) -> None:
@@ -262,7 +263,7 @@ def choose_canvas(
 ) -> CanvasShape:
     """Chooses the canvas shape for windows of one width.
 
-    The height is the tallest of those that need the fewest rows, within one percent.
+    The height is the tallest whose total rows are within 1 % of the minimum.
 
     Args:
         extents: The rows that the windows need.
@@ -283,7 +284,7 @@ def choose_canvas(
         _round_up(rows_of_half, HEIGHT_STEP),
     )
     heights = range(tallest, max(tallest, max_height) + 1, trunk_stride)
-    used_rows = {h: _fill_canvases(sample, h) for h in heights}
+    used_rows = {h: _simulate_packing(sample, h) for h in heights}
     # The rest of the last canvas is not counted, because other windows will fill it.
     total_rows = {h: (len(rows) - 1) * h + min(rows[-1], h) for h, rows in used_rows.items()}
     fewest = min(total_rows.values())
@@ -294,8 +295,8 @@ def choose_canvas(
     return CanvasShape(max(1, min(allowed, needed)) * devices, height, width)
 
 
-def _fill_canvases(extents: Sequence[RowExtent], h: int) -> list[int]:
-    """Fills canvases of `h` rows with all windows, and returns the rows used in each."""
+def _simulate_packing(extents: Sequence[RowExtent], h: int) -> list[int]:
+    """Packs all windows into canvases of `h` rows, and returns the rows used in each."""
     used_rows = []
     while extents:
         indices = select_subset(extents, h)

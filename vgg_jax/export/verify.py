@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vgg_jax.errors import InputError, install_command, single_line
+from vgg_jax.errors import InputError, install_hint, single_line
 from vgg_jax.export.spec import (
     REQUIRED_EXTRA,
     SAVEDMODEL_METADATA,
@@ -53,9 +53,9 @@ def verify(path: str | os.PathLike) -> tuple[str, float]:
     except InputError:
         raise
     except ImportError as error:
-        raise InputError(
-            f"running {path} needs {error.name}: {install_command(REQUIRED_EXTRA[file_format])}"
-        ) from error
+        extra = REQUIRED_EXTRA[file_format]  # none for safetensors, a core dependency
+        hint = install_hint(extra) if extra else "pip install safetensors"
+        raise InputError(f"running {path} needs {error.name}: {hint}") from error
     except Exception as error:  # each library has errors of its own for a damaged file
         raise InputError(
             f"{path} cannot be run ({type(error).__name__}: {single_line(error)}): "

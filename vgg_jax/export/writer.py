@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from vgg_jax.errors import InputError, install_command
+from vgg_jax.errors import InputError, install_hint
 from vgg_jax.export.spec import REQUIRED_EXTRA, SAVEDMODEL_METADATA, ExportSpec, format_of
 from vgg_jax.paths import require_local
 from vgg_jax.runs.files import replace_atomically
@@ -25,7 +25,7 @@ def write(out: str | os.PathLike, spec: ExportSpec, layout: str = "vgg_jax") -> 
         InputError: The library of the format is not installed, the format cannot hold what
             `spec` or `layout` ask for, or `out` is a folder that is no earlier export.
     """
-    out, file_format = require_local(out), format_of(out)
+    out, file_format = require_local(out, is_output=True), format_of(out)
     if file_format == "safetensors" and (spec.output, spec.uint8) != ("logits", True):
         raise InputError(
             f"{out} holds weights only: expected the output logits of uint8 images; "
@@ -44,7 +44,7 @@ def write(out: str | os.PathLike, spec: ExportSpec, layout: str = "vgg_jax") -> 
         write_program = _program_writer(file_format)
     except ImportError as error:
         raise InputError(
-            f"writing {out} needs {error.name}: {install_command(REQUIRED_EXTRA[file_format])}"
+            f"writing {out} needs {error.name}: {install_hint(REQUIRED_EXTRA[file_format])}"
         ) from error
     with replace_atomically(out) as temporary:
         write_program(temporary, spec)

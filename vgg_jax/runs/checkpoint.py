@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vgg_jax.errors import InputError, install_command, single_line
+from vgg_jax.errors import InputError, install_hint, single_line
 from vgg_jax.model import VGG, build_model
 from vgg_jax.paths import is_remote, to_path
 from vgg_jax.runs.files import fsync
@@ -32,7 +32,7 @@ try:
     import orbax.checkpoint as ocp
 except ImportError as error:
     raise InputError(
-        f"reading and writing runs needs orbax-checkpoint: {install_command('train')}"
+        f"reading and writing runs needs orbax-checkpoint: {install_hint('train')}"
     ) from error
 
 logger = logging.getLogger(__name__)
@@ -138,7 +138,9 @@ class CheckpointStore:
         self._manager = _open_manager(folder, read_only)
 
     def save(self, step: int, arrays: Any, progress: dict[str, Any]) -> None:
-        """Saves a checkpoint, unless the step has one, which a resumed run may reach again.
+        """Saves a checkpoint.
+
+        Does nothing if `step` is already saved, as when a resumed run reaches it again.
 
         Args:
             step: The step's number. Checkpoints are ordered by it.
@@ -366,9 +368,9 @@ def _checksum(array: np.ndarray) -> list[Any]:
 
 @contextlib.contextmanager
 def _ignore_unfinished_reads() -> Iterator[None]:
-    """Silences orbax's reads that are still running once one file proved damaged.
+    """Hides tracebacks of reads that orbax abandons after it finds a damaged file.
 
-    Python would print a traceback for each of them, since nothing waits for their results.
+    Python would print one for each of them, since nothing waits for their results.
     """
     previous_hook = sys.unraisablehook
 

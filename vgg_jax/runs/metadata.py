@@ -97,7 +97,7 @@ def check_same_run(workdir: Path, existing: RunMetadata, run: RunMetadata) -> No
     """
     old, new = _flatten(as_json(existing)), _flatten(as_json(run))
     differences = [
-        f"{name} is {_shorten(old[name])} there and {_shorten(new[name])} now"
+        f"{name} is {_shorten(old[name])} in run.json and {_shorten(new[name])} now"
         for name in new
         if old[name] != new[name]
     ]

@@ -66,12 +66,12 @@ def _parse_blob(data: memoryview, name: str) -> Tensor:
         while len(shape) > 1 and shape[0] == 1:  # matrices and vectors use the last axes
             shape = shape[1:]
     if len(shape) > _MAX_AXES:
-        raise InputError(f"{name} has {len(shape)} or more axes: expected at most four")
+        raise InputError(f"{name} has {len(shape)} or more axes: expected at most {_MAX_AXES}")
     size = sum(len(chunk) // np.dtype(dtype).itemsize for chunk, dtype in chunks)
     if size != math.prod(shape):
         raise InputError(
-            f"{name} has the shape {tuple(shape)} and {size} numbers: "
-            "expected as many as the shape says"
+            f"{name} has the shape {tuple(shape)} and {size} values: "
+            f"expected {math.prod(shape)} values"
         )
 
     def read_blob() -> np.ndarray:
@@ -97,7 +97,7 @@ def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
     while position < len(data):
         count += 1
         if count > MAX_ENTRIES:
-            raise ValueError("more fields than a VGG has")
+            raise ValueError(f"more than {MAX_ENTRIES} fields")
         key, position = _varint(data, position)
         wire_type = key & 7
         if wire_type == _VARINT:
@@ -119,16 +119,17 @@ def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
 def _varint(data: memoryview, position: int) -> tuple[int, int]:
     """Returns a number and the position after it."""
     value = shift = 0
+    start = position
     while shift < 70:
         if position >= len(data):
-            raise ValueError("cut short")
+            raise ValueError(f"truncated varint at byte {start}")
         byte = data[position]
         position += 1
         value |= (byte & 127) << shift
         if byte < 128:
             return value, position
         shift += 7
-    raise ValueError(f"a number without end at byte {position}")
+    raise ValueError(f"varint longer than 10 bytes at byte {start}")
 
 
 def _varints(data: memoryview) -> list[int]:

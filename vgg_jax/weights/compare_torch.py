@@ -1,4 +1,4 @@
-"""Compares the layers of a net with PyTorch's operations on the same numbers."""
+"""Compares the layers of a net with PyTorch's operations on the same values."""
 
 import math
 from collections.abc import Iterator

@@ -35,7 +35,7 @@ class DetectedModel(NamedTuple):
 
     def __str__(self) -> str:
         suffix = " with batch normalisation" if self.batch_norm else ""
-        return f"{self.net}{suffix} as {self.layout.name} has it"
+        return f"{self.net}{suffix} in the {self.layout.name} layout"
 
 
 def detect(shapes: Shapes, net: str | None = None, image_size: int | None = None) -> DetectedModel:
@@ -53,7 +53,7 @@ def detect(shapes: Shapes, net: str | None = None, image_size: int | None = None
 
     Raises:
         InputError: No layout has these tensors. The message lists every missing, unexpected or
-            misshapen tensor of the nearest net.
+            misshapen tensor of the closest match.
     """
     nets = [net] if net else [name for name, config in CONFIGS.items() if not config.lrn]
     candidates = [
@@ -67,23 +67,34 @@ def detect(shapes: Shapes, net: str | None = None, image_size: int | None = None
         names = ", ".join(sorted(shapes)[:5]) or "none"
         more = ", …" if len(shapes) > 5 else ""
         raise InputError(
-            f"its names ({names}{more}) are of no known layout: "
-            f"expected those of {', '.join(LAYOUTS)}"
+            f"no known layout has the tensors {names}{more}: expected those of {', '.join(LAYOUTS)}"
         )
     messages = differences(shapes, nearest)
     stride = 2 ** len(nearest.config.stages)
     window = nearest.image_size // stride
     if image_size is not None and nearest.top and image_size // stride != window:
-        messages.append(f"image_size is {image_size}, and fc6 has {window}² positions")
+        messages.append(
+            f"image_size is {image_size}: expected {window * stride}, "
+            f"because fc6 reads {window}x{window} positions"
+        )
     if messages:
         raise InputError(
-            f"these are not the weights of a VGG; the nearest is {nearest}: {'; '.join(messages)}"
+            f"these are not the weights of a VGG; the closest match is {nearest}: "
+            f"{'; '.join(messages)}"
         )
     return nearest._replace(image_size=image_size or nearest.image_size)
 
 
 def differences(shapes: Shapes, candidate: DetectedModel) -> list[str]:
-    """Lists the tensors that are missing, misshapen or unexpected, each in a few words."""
+    """Lists the tensors that are missing, misshapen or unexpected.
+
+    Args:
+        shapes: Shape of each tensor by its name in the file.
+        candidate: The net and the layout to compare with.
+
+    Returns:
+        A description of each such tensor, in a few words. Empty if the file matches.
+    """
     expected = {tensor.foreign_name: tensor.foreign_shape for tensor in candidate.tensors}
     missing = [
         f"{name} {shape} is missing" for name, shape in expected.items() if name not in shapes

@@ -1,6 +1,6 @@
 """Opens weight files of any format as names with shapes.
 
-Most formats let us read the numbers later, once the shapes are known to be those of a VGG.
+Most formats let us read the values later, once the shapes are known to be those of a VGG.
 
 No code from a file runs: pickles go through `torch.load(weights_only=True)` of releases without
 known holes in it. HDF5 links and external storage are refused.
@@ -19,7 +19,7 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-from vgg_jax.errors import InputError, install_command, single_line
+from vgg_jax.errors import InputError, install_hint, single_line
 from vgg_jax.weights import caffe, matconvnet
 from vgg_jax.weights.tensor_file import MAX_ENTRIES, Tensor, TensorFile
 
@@ -90,17 +90,17 @@ def reraise_damaged(path: Path, file_format: str = "weights") -> Iterator[None]:
         raise
     except MemoryError as error:
         raise InputError(
-            f"{path} says that it is larger than this machine's memory: expected a VGG's weights"
+            f"{path} claims more data than fits into memory: expected a VGG's weights"
         ) from error
     except Exception as error:  # each library has errors of its own for a damaged file
         raise InputError(
             f"{path} cannot be read as a {file_format} file "
-            f"({type(error).__name__}: {single_line(error)}): expected it whole, as it was written"
+            f"({type(error).__name__}: {single_line(error)}): expected a complete, unmodified file"
         ) from error
 
 
 _INSTALL = {
-    "HDF5": install_command("weights"),
+    "HDF5": install_hint("weights"),
     "PyTorch": "pip install torch, or convert it on a machine with torch: "
     "safetensors.torch.save_file(torch.load('x.pth', weights_only=True), 'x.safetensors')",
     "safetensors": "pip install safetensors",
@@ -166,7 +166,7 @@ def _read_pytorch(path: Path) -> TensorFile:
         if num_bytes and num_bytes > value.untyped_storage().nbytes():
             raise InputError(
                 f"{path}: {name} of the shape {tuple(value.shape)} is larger than its storage: "
-                "expected all of its numbers in the file"
+                "expected all of its values in the file"
             )
         tensors[str(name).removeprefix("module.")] = Tensor(
             tuple(value.shape), partial(_torch_to_numpy, value)
@@ -180,7 +180,7 @@ def _check_legacy(path: Path) -> None:
     PyTorch would allocate the memory that such a file claims.
 
     Raises:
-        InputError: A storage has more numbers than the file has bytes.
+        InputError: A storage has more values than the file has bytes.
         ValueError: The pickle is damaged.
     """
     size = path.stat().st_size
@@ -191,8 +191,8 @@ def _check_legacy(path: Path) -> None:
             for _, argument, _ in pickletools.genops(cast(IO[bytes], data)):
                 if pickle_index == 3 and isinstance(argument, int) and argument > size:
                     raise InputError(
-                        f"{path} names {argument:,} numbers in {size:,} bytes: "
-                        "expected them all in the file"
+                        f"{path} claims {argument:,} values in {size:,} bytes: "
+                        "expected all of them in the file"
                     )
 
 

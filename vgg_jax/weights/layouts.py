@@ -3,8 +3,8 @@
 Each library has a `WeightLayout`. `tensor_table` lists the tensors of a net in a layout as
 `TensorMapping`s. A mapping converts in both directions.
 
-A pattern describes the axes of a kernel, one word an axis. O is outputs, I is inputs, H and W are
-the window. PyTorch's fc6 is "O IHW": two axes, (4096, 512 · 7 · 7). In vgg_jax,
+A pattern describes the axes of a kernel, one word per axis. O is outputs, I is inputs, H and W
+are the window. PyTorch's fc6 is "O IHW": two axes, (4096, 512 · 7 · 7). In vgg_jax,
 convolutions are "H W I O" and fully connected layers are "HWI O".
 """
 
@@ -22,23 +22,23 @@ UNIT_STD = (1.0, 1.0, 1.0)
 
 
 class Preprocessing(NamedTuple):
-    """Images that a net expects, RGB on the 0-255 scale, and how it is tested."""
+    """Preprocessing that a net expects. Colours are RGB on the 0-255 scale."""
 
-    mean_rgb: tuple[float, float, float]  # is subtracted
-    std_rgb: tuple[float, float, float] = UNIT_STD  # divides the rest
+    mean_rgb: tuple[float, float, float]  # subtracted from the image
+    std_rgb: tuple[float, float, float] = UNIT_STD  # the image is then divided by it
     scale: int | None = None  # Q, the shorter side; None: image_size * 256 / 224
     flip: bool = True  # a mirror image has the same class
     exif: bool = True  # photos are turned upright by their EXIF orientation
 
 
-# The mean pixel of the paper's authors.
-AUTHORS = Preprocessing(IMAGENET.mean_rgb)
+# The mean pixel of the paper's authors, who released Caffe models.
+CAFFE_PREPROCESSING = Preprocessing(IMAGENET.mean_rgb)
 # torchvision's training, on the 0-255 scale.
 TORCHVISION = Preprocessing(
     (0.485 * 255, 0.456 * 255, 0.406 * 255), (0.229 * 255, 0.224 * 255, 0.225 * 255)
 )
 # torchvision's IMAGENET1K_FEATURES, whose std is 1.
-FEATURES = Preprocessing((0.48235 * 255, 0.45882 * 255, 0.40784 * 255))
+TORCHVISION_FEATURES = Preprocessing((0.48235 * 255, 0.45882 * 255, 0.40784 * 255))
 
 
 class WeightLayout(NamedTuple):
@@ -86,13 +86,27 @@ class TensorMapping(NamedTuple):
     bgr: bool = False
 
     def from_foreign(self, array: np.ndarray) -> np.ndarray:
-        """Reorders an array of `foreign_shape` to `shape`."""
+        """Reorders the axes of an array from the file's layout to vgg_jax's.
+
+        Args:
+            array: Array of `foreign_shape`.
+
+        Returns:
+            Array of `shape`.
+        """
         array = array.reshape(self.split_shape).transpose(self.axes)
         array = array[:, :, ::-1] if self.bgr else array
         return np.ascontiguousarray(array).reshape(self.shape)
 
     def to_foreign(self, array: np.ndarray) -> np.ndarray:
-        """Reorders an array of `shape` to `foreign_shape`."""
+        """Reorders the axes of an array from vgg_jax's layout to the file's.
+
+        Args:
+            array: Array of `shape`.
+
+        Returns:
+            Array of `foreign_shape`.
+        """
         array = array.reshape([self.split_shape[axis] for axis in self.axes])
         array = (array[:, :, ::-1] if self.bgr else array).transpose(np.argsort(self.axes))
         return np.ascontiguousarray(array).reshape(self.foreign_shape)
@@ -241,7 +255,7 @@ _LAYOUTS = (
         modules=_same_names,
         param_names={param: f"/{param}" for param in ("kernel", "bias", "scale", "mean", "var")},
         patterns=_OWN_PATTERNS,
-        preprocessing=AUTHORS,
+        preprocessing=CAFFE_PREPROCESSING,
     ),
     WeightLayout(
         "torchvision",
@@ -264,7 +278,7 @@ _LAYOUTS = (
         modules=_keras_names,
         param_names=_BLOBS,
         patterns={"conv": "H W I O", "fc": "HWI O"},
-        preprocessing=AUTHORS,
+        preprocessing=CAFFE_PREPROCESSING,
         bgr=True,
         ignored=_KERAS_IGNORED,
     ),
@@ -273,7 +287,7 @@ _LAYOUTS = (
         modules=_keras3_names,
         param_names={"kernel": "/vars/0", "bias": "/vars/1"},
         patterns={"conv": "H W I O", "fc": "HWI O"},
-        preprocessing=AUTHORS,
+        preprocessing=CAFFE_PREPROCESSING,
         bgr=True,
         ignored=_KERAS_IGNORED,
     ),
@@ -282,7 +296,7 @@ _LAYOUTS = (
         modules=_same_names,
         param_names=_BLOBS,
         patterns={"conv": "O I H W", "fc": "O IHW"},
-        preprocessing=AUTHORS,
+        preprocessing=CAFFE_PREPROCESSING,
         bgr=True,
     ),
     WeightLayout(
@@ -290,7 +304,7 @@ _LAYOUTS = (
         modules=_same_names,
         param_names={"kernel": "/filters", "bias": "/biases"},
         patterns={"conv": "H W I O", "fc": "H W I O"},
-        preprocessing=AUTHORS,
+        preprocessing=CAFFE_PREPROCESSING,
     ),
     WeightLayout(
         "flaxmodels",

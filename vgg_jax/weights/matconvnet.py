@@ -1,10 +1,10 @@
 """Reads MatConvNet's .mat files (MATLAB 5 to 7).
 
-A file is a row of elements. An element is a type, a size and so many bytes. An array is an
+A file is a sequence of elements. An element is a type, a size, and that many bytes. An array is an
 element that consists of elements.
 
-scipy is not used, because a damaged file ends its process: it looks up types in a table without
-a check.
+scipy is not used: it indexes a type table without a bounds check, so a damaged file can crash the
+process.
 """
 
 import math
@@ -56,7 +56,7 @@ DTYPES = {
 VARIABLES = ("layers", "meta", "normalization")
 MAX_DEPTH = 12  # cells and structures within each other
 MAX_ARRAYS = 20_000  # in a file; MatConvNet's nets have some hundred, and 2,000 class names
-BYTES_PER_ARRAY = 2**13  # numbers that grow by so many bytes when read count as one more array
+BYTES_PER_ARRAY = 2**13  # bytes by which reading grows an array; they count as one more
 UNPACK_SLACK = 2**20  # bytes that even the smallest file may unpack to
 
 
@@ -64,12 +64,12 @@ class ArrayBudget:
     """Number of arrays that a file may still have; it bounds the memory and the time."""
 
     def __init__(self, arrays: int) -> None:
-        self.left = arrays
+        self.limit = self.left = arrays
 
     def spend(self, arrays: int) -> None:
         """Counts arrays. Raises ValueError if more are spent than are left."""
         if arrays > self.left:
-            raise ValueError("it has more arrays than a VGG")
+            raise ValueError(f"too many arrays: expected at most {self.limit:,}")
         self.left -= arrays
 
 
@@ -84,7 +84,7 @@ def read(path: Path) -> TensorFile:
         file has an average image.
 
     Raises:
-        InputError: The file is big-endian, or weights are not numbers.
+        InputError: The file is big-endian, or weights are not floating-point.
         ValueError: The file is damaged or too large; other errors if it is no net.
     """
     with path.open("rb") as file:
@@ -114,7 +114,9 @@ def read(path: Path) -> TensorFile:
         name, biases = layer["name"], biases.ravel()
         for array in (filters, biases):
             if array.dtype.kind != "f":
-                raise InputError(f"{path}: {name} has {array.dtype}: expected numbers")
+                raise InputError(
+                    f"{path}: {name} has the dtype {array.dtype}: expected floating point"
+                )
         # MATLAB drops trailing axes of size 1.
         filters = filters.reshape(filters.shape + (1,) * (4 - filters.ndim))
         tensors[f"{name}/filters"] = Tensor(filters.shape, partial(np.asarray, filters))
@@ -158,7 +160,7 @@ def parse_array(data: memoryview, depth: int, budget: ArrayBudget) -> tuple[str,
 
     Returns:
         The name and the value: a list for cells, a list of dicts for structures, a str for
-        text, a NumPy array for numbers, None for anything else.
+        text, a NumPy array for numeric arrays, None for anything else.
 
     Raises:
         ValueError: The array is damaged or too large.
@@ -176,10 +178,12 @@ def parse_array(data: memoryview, depth: int, budget: ArrayBudget) -> tuple[str,
     if depth == 0 and name not in VARIABLES:
         return name, None
     if not 2 <= len(shape) <= 8 or min(shape) < 0:
-        raise ValueError(f"an array of the sides {shape.tolist()[:9]}")
+        raise ValueError(f"array shape {shape.tolist()[:9]}: expected 2 to 8 non-negative sides")
     count = math.prod(int(side) for side in shape)
     if array_class in (CELL, STRUCT, TEXT) and count > MAX_ENTRIES:
-        raise ValueError(f"{count:,} cells, structures or letters")
+        raise ValueError(
+            f"{count:,} cells, structures or characters: expected at most {MAX_ENTRIES:,}"
+        )
     if array_class == CELL:
         return name, [_parse_inner(elements, depth, budget) for _ in range(count)]
     if array_class == STRUCT:
@@ -198,7 +202,7 @@ def _parse_structs(
     length = int(_numbers(_next(elements))[0])
     packed = bytes(_next(elements)[1])
     if not 0 < length <= 64 or not 0 < len(packed) <= 100 * length:
-        raise ValueError(f"{len(packed)} bytes of names, each of {length}")
+        raise ValueError(f"{len(packed)} bytes of field names, {length} per name")
     names = [
         packed[start : start + length].split(b"\0")[0].decode("latin-1")
         for start in range(0, len(packed), length)
@@ -208,8 +212,8 @@ def _parse_structs(
 
 def _parse_text(elements: Iterator[Element], count: int) -> str:
     codes = _numbers(_next(elements)) if count else np.zeros(0, "u1")
-    if len(codes) > 4 * count:  # UTF-8 has at most 4 bytes for a letter
-        raise ValueError(f"{len(codes):,} bytes of {count:,} letters")
+    if len(codes) > 4 * count:  # UTF-8 has at most 4 bytes per character
+        raise ValueError(f"{len(codes):,} bytes of text for {count:,} characters")
     return "".join(map(chr, codes.tolist()))
 
 
@@ -218,7 +222,7 @@ def _parse_numbers(
 ) -> np.ndarray:
     numbers = _numbers(_next(elements)) if count else np.zeros(0)
     if len(numbers) != count:
-        raise ValueError(f"{len(numbers):,} numbers in an array of {count:,}")
+        raise ValueError(f"{len(numbers):,} values in an array of {count:,}")
     growth = np.dtype(dtype).itemsize * count - numbers.nbytes
     budget.spend(max(0, growth) // BYTES_PER_ARRAY)
     return numbers.astype(dtype, copy=False)
@@ -236,7 +240,7 @@ def _parse_inner(elements: Iterator[Element], depth: int, budget: ArrayBudget) -
 
 def _require_array(element_type: int) -> None:
     if element_type != ARRAY:
-        raise ValueError(f"an element of the type {element_type} where an array belongs")
+        raise ValueError(f"element type {element_type}: expected an array ({ARRAY})")
 
 
 def _elements(data: memoryview) -> Iterator[Element]:
@@ -249,12 +253,12 @@ def _elements(data: memoryview) -> Iterator[Element]:
             element_type, size = element_type & 0xFFFF, element_type >> 16
             start, end = position + 4, position + 8
             if size > 4:
-                raise ValueError(f"{size} bytes in the four of a small element")
+                raise ValueError(f"small element of {size} bytes: expected at most 4")
         else:
             start = position + 8
             end = start + size + (0 if element_type == COMPRESSED else -size % 8)
         if start + size > len(data):
-            raise ValueError(f"{size:,} bytes are to come where {len(data) - start:,} are left")
+            raise ValueError(f"truncated: element of {size:,} bytes, {len(data) - start:,} left")
         yield element_type, data[start : start + size]
         position = end
 
@@ -262,11 +266,11 @@ def _elements(data: memoryview) -> Iterator[Element]:
 def _next(elements: Iterator[Element]) -> Element:
     for element in elements:
         return element
-    raise ValueError("an array is cut short")
+    raise ValueError("truncated array")
 
 
 def _numbers(element: Element) -> np.ndarray:
     element_type, content = element
     if element_type not in NUMBER_TYPES:
-        raise ValueError(f"an element of the type {element_type} where numbers belong")
+        raise ValueError(f"element type {element_type}: expected numbers")
     return np.frombuffer(content, NUMBER_TYPES[element_type])

@@ -16,7 +16,7 @@ from vgg_jax.paths import local_copy, to_path
 from vgg_jax.weights.detect import DetectedModel, detect
 from vgg_jax.weights.formats import open_file, reraise_damaged
 from vgg_jax.weights.imagenet import CLASSES
-from vgg_jax.weights.layouts import FEATURES, UNIT_STD, Preprocessing
+from vgg_jax.weights.layouts import TORCHVISION_FEATURES, UNIT_STD, Preprocessing
 from vgg_jax.weights.tensor_file import TensorFile
 from vgg_jax.weights.weights import Weights, to_metadata
 
@@ -33,7 +33,7 @@ def read(path: str | os.PathLike, net: str | None = None) -> Weights:
         net: Name of the net, for a file whose tensors fit several nets (A and A-LRN).
 
     Returns:
-        The weights, with the numbers of the file as float32.
+        The weights, with the file's values as float32.
 
     Raises:
         InputError: The file cannot be read or is not a VGG. The message lists every missing,
@@ -133,7 +133,7 @@ def _read_file(path: Path, net: str | None) -> Weights:
     ):
         # IMAGENET1K_FEATURES: the authors' convolutions for the authors' images, and a
         # classifier of NaN.
-        top, preprocessing = False, FEATURES
+        top, preprocessing = False, TORCHVISION_FEATURES
         params = {name: layer for name, layer in params.items() if name not in head}
     classes = metadata.get("classes") or _class_names(detected.num_classes)
     if top and len(classes) != detected.num_classes:
@@ -156,14 +156,13 @@ def _read_file(path: Path, net: str | None) -> Weights:
 
 
 def _read_tensors(path: Path, file: TensorFile, detected: DetectedModel) -> Trees:
-    """Reads the numbers into the names and axis order of vgg_jax, as float32."""
+    """Reads the values into the names and axis order of vgg_jax, as float32."""
     count = sum(math.prod(tensor.foreign_shape) for tensor in detected.tensors)
     size = path.stat().st_size
-    # A number has at least 2 bytes, and weights compress by less than 8.
+    # A value has at least 2 bytes, and weights compress by less than 8.
     if count > 4 * size:
         raise InputError(
-            f"{path} says that it holds {count:,} numbers in {size:,} bytes: "
-            "expected them all in the file"
+            f"{path} claims {count:,} values in {size:,} bytes: expected all of them in the file"
         )
     trees: Trees = {"params": {}, "batch_stats": {}}
     with reraise_damaged(path):
@@ -197,23 +196,30 @@ def _check_metadata(raw: Mapping[str, Any]) -> dict[str, Any]:
     try:
         if "net" in raw:
             if raw["net"] not in CONFIGS:
-                raise KeyError(raw["net"])
+                raise ValueError(f"net is {raw['net']!r}: expected one of {', '.join(CONFIGS)}")
             metadata["net"] = raw["net"]
         if "image_size" in raw:
-            metadata["image_size"] = int(raw["image_size"])
+            metadata["image_size"] = _to_int("image_size", raw["image_size"])
         if "classes" in raw:
             metadata["classes"] = tuple(str(name) for name in raw["classes"])
         for name in ("mean_rgb", "std_rgb"):
             if name in raw:
                 preprocessing[name] = _check_colour(name, raw[name])
         if raw.get("scale") is not None:
-            preprocessing["scale"] = int(raw["scale"])
+            preprocessing["scale"] = _to_int("scale", raw["scale"])
         preprocessing |= {name: bool(raw[name]) for name in ("flip", "exif") if name in raw}
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+    except (TypeError, ValueError) as error:
         raise InputError(
             f"its metadata cannot be read ({error}): expected the metadata that vgg_jax writes"
         ) from error
     return metadata | {"preprocessing": preprocessing}
+
+
+def _to_int(name: str, value: Any) -> int:
+    try:
+        return int(value)
+    except (TypeError, ValueError, OverflowError) as error:  # int(inf) overflows
+        raise ValueError(f"{name} is {value!r}: expected an integer") from error
 
 
 def _check_colour(name: str, values: Any) -> tuple[float, ...]:

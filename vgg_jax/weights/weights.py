@@ -14,7 +14,7 @@ Params = Mapping[str, Mapping[str, Any]]  # layer -> parameter -> array
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Weights:
-    """The tensors of a net in the names and axis order of vgg_jax, with the numbers of the file.
+    """The tensors of a net in the names and axis order of vgg_jax, with the file's values.
 
     Attributes:
         net: Name of the net, a key of `CONFIGS`.
@@ -38,7 +38,10 @@ class Weights:
 
     @property
     def variables(self) -> dict[str, Any]:
-        """Variables for `model.apply`, for images minus the mean that no std divides."""
+        """Variables for `model.apply`, for images from which only the mean was subtracted.
+
+        The std is folded into conv1_1.
+        """
         variables: dict[str, Any] = {
             "params": fold_std_into_conv1(self.params, self.preprocessing.std_rgb)
         }
@@ -55,12 +58,12 @@ class Weights:
             parts.append("conv1_1 reordered from BGR to RGB")
         if self.preprocessing.std_rgb != UNIT_STD:
             std = ", ".join(f"{value:.3f}" for value in self.preprocessing.std_rgb)
-            parts.append(f"standard deviation ({std}) to be divided into conv1_1")
+            parts.append(f"conv1_1 divided by the standard deviation ({std})")
         return ", ".join(parts)
 
 
 def to_metadata(weights: Weights) -> dict[str, Any]:
-    """Describes a net without its numbers, in the form that `load_best` returns.
+    """Describes a net without its tensors, in the form that `load_best` returns.
 
     Args:
         weights: The net.

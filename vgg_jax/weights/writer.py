@@ -35,7 +35,7 @@ def save(
         path: The file, on this machine.
         weights: The net.
         layout: One of `SAVE_LAYOUTS`.
-        dtype: Type of the numbers.
+        dtype: Data type of the tensors.
         more: JSON values to add to the metadata.
 
     Raises:
@@ -64,7 +64,7 @@ def save(
         **(more or {}),
     }
     tensors = _foreign_tensors(weights, layout, std, dtype)
-    file = require_local(path)
+    file = require_local(path, is_output=True)
     if file.is_dir():
         raise InputError(f"cannot write {path}: it is a folder; expected the name of a file")
     try:
