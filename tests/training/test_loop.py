@@ -261,7 +261,7 @@ def test_fit_rejects_other_storage(finished_run, photos, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     message = (
         r"storage is 'numbers/1.0.0 tfrecord' in run\.json and 'folder, names [0-9a-f]+' now; "
-        r"train_size is 21 there"
+        r"train_size is 21 in run\.json and 22 now"
     )
     with pytest.raises(InputError, match=message):
         fit(make_config(photos), tmp_path / "copy")

@@ -226,5 +226,6 @@ def _check_colour(name: str, values: Any) -> tuple[float, ...]:
     colour = tuple(float(value) for value in values)
     is_valid = len(colour) == 3 and np.isfinite(colour).all()
     if not is_valid or (name == "std_rgb" and min(colour) <= 0):
-        raise ValueError(f"{name} is {colour}")
+        sign = " positive" if name == "std_rgb" else ""
+        raise ValueError(f"{name} is {colour}: expected three finite{sign} numbers")
     return colour
