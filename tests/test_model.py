@@ -125,14 +125,20 @@ def test_select_layers():
 @pytest.mark.parametrize(
     ("net", "batch_norm", "targets", "settings", "expected"),
     [
-        ("A", False, (), {}, "conv1_1+pool conv2_1+pool conv3_1+relu conv3_2+pool"),
-        ("A", False, ("relu3_2",), {}, "conv1_1+pool conv2_1+pool conv3_1+relu conv3_2+relu pool3"),
+        ("A", False, (), {}, "conv1_1+relu_pool conv2_1+relu_pool conv3_1+relu conv3_2+relu_pool"),
+        (
+            "A",
+            False,
+            ("relu3_2",),
+            {},
+            "conv1_1+relu_pool conv2_1+relu_pool conv3_1+relu conv3_2+relu pool3",
+        ),
         ("A", False, (), {"ceil": True}, "conv1_1+relu pool1 conv2_1+relu pool2"),
         ("A", False, (), {"fuse_pool": False}, "conv1_1+relu pool1 conv2_1+relu pool2"),
-        ("A", False, ("conv1_1",), {}, "conv1_1 relu1_1 pool1+relu conv2_1+pool"),
+        ("A", False, ("conv1_1",), {}, "conv1_1 relu1_1 pool1+relu conv2_1+relu_pool"),
         ("A", False, ("conv1_1",), {"ceil": True}, "conv1_1 relu1_1 pool1+relu conv2_1+relu pool2"),
         ("A", False, ("conv1_1",), {"fuse_pool": False}, "conv1_1 relu1_1 pool1 conv2_1+relu"),
-        ("A-LRN", False, (), {}, "conv1_1+relu lrn1_1 pool1 conv2_1+pool"),
+        ("A-LRN", False, (), {}, "conv1_1+relu lrn1_1 pool1 conv2_1+relu_pool"),
         ("C", True, (), {}, "conv1_1 bn1_1 relu1_1 conv1_2 bn1_2 relu1_2 pool1+relu conv2_1"),
     ],
 )
@@ -140,9 +146,11 @@ def test_fuse_epilogues(net, batch_norm, targets, settings, expected):
     """Expected are the first layers of the plan that are not computed by another."""
     layers = layer_table(CONFIGS[net], 7, batch_norm, 64)
     plan = fuse_epilogues(layers, targets, **({"fuse_pool": True, "ceil": False} | settings))
-    assert tuple(layer for layer, _ in plan) == layers
+    assert tuple(planned.layer for planned in plan) == layers
     computed = [
-        f"{layer.name}+{kind}" if kind else layer.name for layer, kind in plan if kind is not None
+        layer.name + (f"+{kind}" if kind != "none" else "") + ("+relu" if fuse_relu else "")
+        for layer, kind, is_fused, fuse_relu in plan
+        if not is_fused
     ]
     assert computed[: len(expected.split())] == expected.split()
     assert computed[-7:] == ["fc6", "relu6", "drop6", "fc7", "relu7", "drop7", "fc8"]
@@ -156,6 +164,8 @@ def test_model_errors(tiny_net):
         model.apply(variables, images(1, 63, 80), method="score_map")
     with pytest.raises(InputError, match=r"3x80.*pool2 needs at least 4x4"):
         model.apply(variables, images(1, 3, 80), method="features", layers=("pool2",))
+    with pytest.raises(InputError, match=r"the activations are 6x4: expected 4x4"):
+        model.apply(variables, jnp.zeros((1, 6, 4, 24)), method="head")
     with pytest.raises(InputError, match=r"96x96.*64x64.*score_map"):
         model.apply(variables, images(1, 96, 96))
     with pytest.raises(InputError, match=r"'xavier'.*paper, glorot, he"):

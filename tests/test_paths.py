@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.runs import TIME_FIELDS
 from tests.helpers.tiny_data import encode, indices, noise
 from vgg_jax import InputError
 from vgg_jax.paths import is_remote, local_copy, to_path
@@ -19,7 +20,6 @@ from vgg_jax.paths import is_remote, local_copy, to_path
 ROOT = Path(__file__).parents[1]
 REMOTE_RUN = "gs://bucket/runs/one"
 FLAGS = shlex.split("digits --net shallow --image-size 16 --scale 16 --fc 24 16 --epochs 6")
-TIME_FIELDS = ("time", "seconds", "images_per_second", "input_wait_seconds")
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,8 @@
     python -m tools.fingerprint after.json --expect before.json
 
 Run it before and after the change, on one machine with one release of jax. It exits with 1 if a
-digest differs. VGG_JAX_DATA names a folder of photos; without it, the photos are noise.
+digest differs. The photos are the files $VGG_JAX_DATA/imagenet-sample/*/*; if there are too few,
+the photos are noise.
 """
 
 import argparse
@@ -138,7 +139,7 @@ def random_batches(config: TrainConfig, count: int) -> Iterator[dict[str, np.nda
 
 
 def load_photos(count: int, size: int) -> list[np.ndarray]:
-    """The first photos of VGG_JAX_DATA, with the shorter side `size`; or noise of many sizes."""
+    """The first photos of imagenet-sample, with the shorter side `size`; or noise of many sizes."""
     rng = np.random.default_rng(2)
     folder = Path(os.environ.get("VGG_JAX_DATA", os.devnull), "imagenet-sample")
     files = sorted(folder.glob("*/*"))[:count]

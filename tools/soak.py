@@ -9,9 +9,9 @@ at random moments, from the first import on. The same command restarts it until 
 checkpoints and records are compared with those of the undisturbed run, to the bit. A step that was
 lost, or done twice, would show.
 
-The result is one JSON document. For each fault it has the number of strikes, of runs, and of runs
-that differ from the undisturbed one. `slowest_end_s` is the longest time from a signal to the end
-of the process.
+The result is one JSON document. For each kind of fault it has the number of trials, of runs, and of
+runs that differ from the undisturbed one. `slowest_end_s` is the longest time from a signal to the
+end of the process.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from tests.helpers.runs import TIME_FIELDS
 from tests.programs.soak_train import RESOURCE_LOG
 from tests.programs.train_tiny import register_nets
 from vgg_jax.distributed.sharding import make_mesh
@@ -43,7 +44,6 @@ from vgg_jax.training.checkpointer import abstract_state, model_variables
 from vgg_jax.training.optimizer import sgd
 from vgg_jax.training.step import init_state
 
-TIME_FIELDS = ("time", "seconds", "images_per_second", "input_wait_seconds")
 BATCH_SIZE, EPOCHS, TRAIN_SIZE = 16, 100, 1617
 FLAGS = shlex.split(
     "digits --net shallow --image-size 16 --scale 16 18 --fc 24 16 --dropout-rate 0.5 "
@@ -195,23 +195,23 @@ def damage_newest_checkpoint(workdir: Path, rng: random.Random) -> bool:
 def run_with_fault(
     fault: Fault, workdir: Path, cache: Path, log: Path, max_wait: float, rng: random.Random
 ) -> tuple[int, float]:
-    """Trains a run to its end, and lets a fault strike again and again.
+    """Trains a run to its end, and injects a fault again and again.
 
     Args:
         fault: The kind of fault.
         workdir: The folder of the run.
         cache: The folder of compiled programs.
         log: The file for the output.
-        max_wait: The longest time in seconds until the fault strikes.
+        max_wait: The longest time in seconds until the next fault.
         rng: The source of the moments.
 
     Returns:
-        The number of strikes, and the longest time in seconds from a signal to the process's end.
+        The number of faults, and the longest time in seconds from a signal to the process's end.
 
     Raises:
         RuntimeError: A process ended with an unexpected exit code.
     """
-    strikes, slowest_end = 0, 0.0
+    num_faults, slowest_end = 0, 0.0
     while True:
         preexec = limit_file_size if fault.fills_disk and rng.random() < 0.5 else None
         process = start(workdir, cache, log, preexec)
@@ -223,11 +223,11 @@ def run_with_fault(
             code = process.wait(60)
             slowest_end = max(slowest_end, time.monotonic() - signal_time)
             if not fault.damages_checkpoint or damage_newest_checkpoint(workdir, rng):
-                strikes += 1
+                num_faults += 1
         if code not in EXIT_CODES and not (code == DISK_FULL and fault.fills_disk):
             raise RuntimeError(f"{fault.name}: the run ended with {code}, see {log}")
         if code == 0:
-            return strikes, slowest_end
+            return num_faults, slowest_end
 
 
 def main() -> None:
@@ -244,33 +244,33 @@ def main() -> None:
     cache, log = folder / "cache", folder / "log"
     start(folder / "warm-up", cache, log).wait()
     start_time = time.monotonic()
-    start(folder / "quiet", cache, log, resource_log=folder / "resources").wait()
-    quiet_seconds = time.monotonic() - start_time
-    quiet = summarize_resources(folder / "resources")
-    if not is_equal(folder / "quiet", folder / "warm-up"):
+    start(folder / "undisturbed", cache, log, resource_log=folder / "resources").wait()
+    undisturbed_seconds = time.monotonic() - start_time
+    undisturbed = summarize_resources(folder / "resources")
+    if not is_equal(folder / "undisturbed", folder / "warm-up"):
         raise RuntimeError(f"two undisturbed runs in {folder} differ: expected them to be equal")
     results = {
-        fault.name: {"struck": 0, "runs": 0, "runs_that_differ": 0, "slowest_end_s": 0.0}
+        fault.name: {"trials": 0, "runs": 0, "runs_that_differ": 0, "slowest_end_s": 0.0}
         for fault in FAULTS
     }
     while time.monotonic() < deadline:
         for fault in FAULTS:
             workdir = folder / "run"
-            strikes, slowest_end = run_with_fault(
-                fault, workdir, cache, log, quiet_seconds / 2, rng
+            num_faults, slowest_end = run_with_fault(
+                fault, workdir, cache, log, undisturbed_seconds / 2, rng
             )
             row = results[fault.name]
-            row["struck"] += strikes
+            row["trials"] += num_faults
             row["runs"] += 1
-            row["runs_that_differ"] += not is_equal(workdir, folder / "quiet")
+            row["runs_that_differ"] += not is_equal(workdir, folder / "undisturbed")
             row["slowest_end_s"] = round(max(row["slowest_end_s"], slowest_end), 1)
             shutil.rmtree(workdir)
             print(fault.name, row, file=sys.stderr, flush=True)
     document = {
         "steps": EPOCHS * -(-TRAIN_SIZE // BATCH_SIZE),
         "evaluations": EPOCHS,
-        "quiet_seconds": round(quiet_seconds),
-        "quiet": quiet,
+        "undisturbed_seconds": round(undisturbed_seconds),
+        "undisturbed": undisturbed,
         "faults": results,
     }
     print(json.dumps(document, indent=1))

@@ -1,5 +1,8 @@
 """Exceptions whose message is meant for the user."""
 
+# The exit code if another process of the run ended. `vgg_jax.cli.exit_codes` lists the others.
+PROCESS_LOST_EXIT_CODE = 76
+
 
 class InputError(ValueError):
     """An invalid input.

@@ -76,24 +76,24 @@ def compile_inference(
     Returns:
         A function from images to the result. It compiles once for each shape of images.
     """
-    net = model
+    compute_model = model
     if jax.default_backend() == "cpu" and not (
         model.dtype == jnp.bfloat16 and has_onednn_bfloat16()
     ):
-        net = model.clone(dtype=jnp.promote_types(model.dtype, jnp.float32))
+        compute_model = model.clone(dtype=jnp.promote_types(model.dtype, jnp.float32))
 
     def run(variables: Any, images: jax.Array) -> Any:
-        outputs = net.apply(variables, images, method=method, **settings)
+        outputs = compute_model.apply(variables, images, method=method, **settings)
         return jax.tree.map(lambda x: x.astype(jnp.result_type(model.dtype)), outputs)
 
-    variables = pack_kernels(variables, net.dtype)
+    variables = pack_kernels(variables, compute_model.dtype)
     # Cast the parameters of convolutions and FC layers once, instead of at each call.
     params = {
-        name: {leaf: jnp.asarray(value, net.dtype) for leaf, value in layer.items()}
+        name: {leaf: jnp.asarray(value, compute_model.dtype) for leaf, value in layer.items()}
         if "kernel" in layer
         else layer
         for name, layer in variables["params"].items()
     }
-    options = compiler_options(optimize_runtime=True, dtype=net.dtype)
+    options = compiler_options(optimize_runtime=True, dtype=compute_model.dtype)
     jitted = jax.jit(run, compiler_options=options)
     return functools.partial(jitted, {**variables, "params": params})

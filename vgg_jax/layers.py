@@ -61,11 +61,11 @@ class Conv(nn.Module):
     def __call__(
         self, x: Array, epilogue: Epilogue = NO_EPILOGUE, filters: Array | None = None
     ) -> Array:
-        """Convolve.
+        """Applies the convolution and its epilogue.
 
         Args:
             x: Input (N, H, W, C).
-            epilogue: What follows the bias: ReLU, mask or pooling.
+            epilogue: Operations after the bias: ReLU, mask or pooling.
             filters: The kernel's Winograd filters, if computed in advance.
 
         Returns:
@@ -87,7 +87,7 @@ class BatchNorm(nn.Module):
     """Batch normalisation over (N, H, W), with a mask of the real examples.
 
     Running statistics are PyTorch's: the running variance is unbiased, while linen's is biased.
-    Masked examples do not change the statistics.
+    Padding examples (mask False) do not change the statistics.
 
     Attributes:
         momentum: Weight of the old running statistics. PyTorch's momentum is 1 minus this.
@@ -105,7 +105,7 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False, mask: Array | None = None) -> Array:
-        """Normalise.
+        """Normalises the activations.
 
         Args:
             x: Input (N, H, W, C).
@@ -158,7 +158,7 @@ class Dropout(nn.Module):
     """Dropout with one random draw per example.
 
     The draw of a row depends on the "dropout" rng and the row's index in the whole batch only. So a
-    batch gets the same dropout on any number of devices, at the cost of one draw
+    batch gets the same dropout on any number of devices, and costs as much as one draw for all rows
     (docs/performance.md#dropout).
 
     Attributes:
@@ -194,8 +194,8 @@ class Dropout(nn.Module):
 class FullyConnected(nn.Module):
     """Fully connected layer, applied to every window of a map (§3.2).
 
-    The kernel is (k · k · C, K), with rows in the order y, x, channel. On a map of k x k positions
-    it is a matrix product, else a convolution without padding.
+    The kernel is (k · k · C, K), with rows in the order y, x, channel. It is a matrix product for
+    k = 1 or a map of k x k positions, else a convolution without padding.
 
     Attributes:
         features: Outputs K.

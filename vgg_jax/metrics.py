@@ -42,7 +42,7 @@ def compute_sums(logits: Array, labels: Array, mask: Array) -> MetricSums:
     )
     rank = is_earlier_guess.sum(axis=1)
     loss = jax.nn.logsumexp(logits, axis=1) - label_logits[:, 0]
-    # A masked example may hold NaN, and 0 · NaN is NaN.
+    # A padding example (mask False) may hold NaN, and 0 · NaN is NaN.
     return MetricSums(
         jnp.where(mask > 0, loss, 0).sum(), mask @ (rank < 1), mask @ (rank < 5), mask.sum()
     )

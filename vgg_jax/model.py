@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -17,20 +17,17 @@ from vgg_jax.ops.epilogue import EPILOGUE_KINDS, Epilogue, EpilogueKind
 from vgg_jax.ops.pooling import avg_pool, max_pool, pool_mask, relu
 
 Initializers = tuple[nn.initializers.Initializer, nn.initializers.Initializer]
-# A layer with the epilogue fused into it; None if another layer already computes it.
-PlannedLayer = tuple[Layer, EpilogueKind | None]
 
-# From a standard deviation to the initialisers of the convolutions' and the fully connected layers'
-# kernels. Biases start at 0.
+# Maps a standard deviation to two kernel initialisers: convolutions, fully connected layers. Biases
+# start at 0.
 INITIALIZERS: dict[str, Callable[[float], Initializers]] = {
-    # §3.1: a normal of "variance 10⁻²". We read 10⁻² as the deviation, as in Krizhevsky's paper. A
-    # deviation of 0.1 explodes even in A: it multiplies the signal by 6e5. A deviation of 0.01
-    # trains in A, and the signal vanishes in the deeper nets, as the paper reports.
+    # §3.1: a normal of "variance 10⁻²". We read 10⁻² as the deviation, as in Krizhevsky's paper:
+    # with a deviation of 0.1 the signal explodes (docs/performance.md#initialisation).
     "paper": lambda std: (nn.initializers.normal(std), nn.initializers.normal(std)),
     # The paper's note after submission: with this no net needs pre-training.
     "glorot": lambda std: (nn.initializers.glorot_uniform(), nn.initializers.glorot_uniform()),
-    # torchvision's, for inputs of unit variance. On 0-255 pixels it diverges at the paper's
-    # learning rate without batch normalisation.
+    # torchvision's, for inputs of unit variance. It diverges on 0-255 pixels without batch
+    # normalisation (docs/performance.md#initialisation).
     "he": lambda std: (
         nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
         nn.initializers.normal(0.01),
@@ -38,6 +35,15 @@ INITIALIZERS: dict[str, Callable[[float], Initializers]] = {
 }
 
 POOLS = ("max", "avg")
+
+
+class PlannedLayer(NamedTuple):
+    """A layer, and how it is computed together with its neighbours."""
+
+    layer: Layer
+    epilogue: EpilogueKind = "none"  # of a convolution, which computes it
+    is_fused: bool = False  # computed by the convolution before it
+    fuse_relu: bool = False  # of a pooling: it also computes the ReLU before it, from its input
 
 
 class VGG(nn.Module):
@@ -58,7 +64,8 @@ class VGG(nn.Module):
         image_size: Side of the images that `__call__` takes; sets the kernel size of fc6.
         initializer: Key of `INITIALIZERS`.
         initializer_std: Standard deviation of the initializer "paper".
-        frozen: Layers that training does not change.
+        frozen: Layers whose running statistics stay fixed. `vgg_jax.training.step` and
+            `vgg_jax.training.optimizer` also keep their parameters fixed.
         pool: "max", or "avg" for smoother gradients of textures (Gatys et al., arXiv 1508.06576).
         axis_name: Axis of the surrounding `shard_map` over which the batch is split, if any.
             Batch statistics and dropout then cover the global batch.
@@ -102,7 +109,9 @@ class VGG(nn.Module):
         return self._forward(images, ("fc8",), train, mask)["fc8"][:, 0, 0]
 
     def score_map(self, images: Array, ceil: bool = False) -> Array:
-        """Computes the dense class-score map (§3.2): the logits of every window, with stride 32.
+        """Computes the dense class-score map (§3.2): the logits of every window.
+
+        The stride is 2**len(config.stages), 32 for Table 1.
 
         Args:
             images: (N, H, W, 3), at least image_size on each side.
@@ -112,7 +121,8 @@ class VGG(nn.Module):
             Scores (N, h, w, K), where `score_map_size` gives h and w.
 
         Raises:
-            InputError: If the images are smaller than image_size.
+            InputError: If the images are smaller than image_size, or have another shape, or `ceil`
+                is set and `pool` is "avg".
         """
         return self._forward(images, ("fc8",), ceil=ceil)["fc8"]
 
@@ -126,8 +136,8 @@ class VGG(nn.Module):
             ceil: As in `score_map`.
 
         Returns:
-            Height and width of the score map: h // 32 - image_size // 32 + 1, and likewise for w.
-            With `ceil`, h / 32 is rounded up.
+            Height and width of the score map: h // stride - image_size // stride + 1, and likewise
+            for w. The stride is 2**len(config.stages). With `ceil`, h / stride is rounded up.
         """
         stride = 2 ** len(self.config.stages)
         h, w = (-(-side // stride) if ceil else side // stride for side in (h, w))
@@ -154,12 +164,19 @@ class VGG(nn.Module):
         """Computes logits from the output of `trunk`, beginning with the last pooling.
 
         Args:
-            activations: Crops (N, h, w, C) of `trunk` activations, each as large as the output of
-                `trunk` for one image_size image.
+            activations: Crops (N, h, w, C) of `trunk` activations. The last pooling halves h and w
+                to image_size // 2**len(config.stages).
 
         Returns:
             Logits (N, K).
+
+        Raises:
+            InputError: If the activations have another size.
         """
+        size = self.image_size // 2 ** len(self.config.stages)
+        h, w = activations.shape[1:3]
+        if (h // 2, w // 2) != (size, size):
+            raise InputError(f"the activations are {h}x{w}: expected {2 * size}x{2 * size}")
         return self._forward(activations, ("fc8",), start_after=self._trunk_end())["fc8"][:, 0, 0]
 
     def features(self, images: Array, layers: Iterable[str]) -> dict[str, Array]:
@@ -220,11 +237,13 @@ class VGG(nn.Module):
         x = _apply_mask(x, valid_mask)
         relu_input = x
         outputs = {}
-        for (name, layer_type, features, kernel_size), epilogue_kind in plan:
-            if epilogue_kind is None:
+        for layer, epilogue_kind, is_fused, fuse_relu in plan:
+            name, layer_type, features, kernel_size = layer
+            if is_fused:
                 pass  # the convolution before it has computed it
             elif layer_type == "conv":
-                epilogue = Epilogue(epilogue_kind, valid_mask if epilogue_kind else None)
+                has_epilogue = epilogue_kind != "none"
+                epilogue = Epilogue(epilogue_kind, valid_mask if has_epilogue else None)
                 conv = Conv(features, kernel_size, conv_init, name=name, **types)
                 x = conv(x, epilogue, self.get_variable("packed", name))
             elif layer_type == "bn":
@@ -235,12 +254,10 @@ class VGG(nn.Module):
             elif layer_type == "lrn":
                 x = local_response_norm(x)
             elif layer_type == "pool":
-                fuse_relu = epilogue_kind == "relu"
                 x = self._pool(relu_input if fuse_relu else x, ceil, fuse_relu)
                 valid_mask = None if valid_mask is None else pool_mask(valid_mask, ceil)
-                x = _apply_mask(
-                    x, valid_mask
-                )  # with an odd size, the last row was pooled together with padding
+                # With an odd size, the last row was pooled together with padding.
+                x = _apply_mask(x, valid_mask)
             elif layer_type == "fc":
                 fc = FullyConnected(features, kernel_size, fc_init, name=name, **types)
                 x = fc(x, self.get_variable("packed", name))
@@ -295,27 +312,26 @@ def fuse_epilogues(
         ceil: Poolings round up their size; these are not fused into convolutions.
 
     Returns:
-        A pair (layer, epilogue) for each layer:
+        The plan of each layer:
 
-        - a convolution has the epilogue that it computes;
-        - a ReLU or pooling which a convolution computes has None;
-        - a pooling with "relu" reads the input of the ReLU before it, and applies that ReLU itself,
-          so that its gradient stores neither activation;
-        - all others have "".
+        - a convolution has the `epilogue` that it computes;
+        - a ReLU or pooling that a convolution computes has `is_fused`;
+        - a pooling with `fuse_relu` reads the input of the ReLU before it, and applies that ReLU
+          itself, so that its gradient stores neither activation.
     """
     plan: list[PlannedLayer] = []
     num_fused = 0
     for i, layer in enumerate(layers):
         if num_fused:
             num_fused -= 1
-            plan.append((layer, None))
+            plan.append(PlannedLayer(layer, is_fused=True))
         elif layer.type == "conv":
             num_fused = _num_fused(layers[i : i + 3], targets, fuse_pool and not ceil)
-            plan.append((layer, EPILOGUE_KINDS[num_fused]))
+            plan.append(PlannedLayer(layer, EPILOGUE_KINDS[num_fused]))
         elif layer.type == "pool" and fuse_pool and _ends_with_relu(plan):
-            plan.append((layer, "relu"))
+            plan.append(PlannedLayer(layer, fuse_relu=True))
         else:
-            plan.append((layer, ""))
+            plan.append(PlannedLayer(layer))
     return tuple(plan)
 
 
@@ -329,7 +345,7 @@ def _num_fused(layers: Sequence[Layer], targets: Sequence[str], fuse_pool: bool)
 
 def _ends_with_relu(plan: Sequence[PlannedLayer]) -> bool:
     """True if the plan ends with a ReLU that is computed by itself."""
-    return bool(plan) and plan[-1][0].type == "relu" and plan[-1][1] is not None
+    return bool(plan) and plan[-1].layer.type == "relu" and not plan[-1].is_fused
 
 
 def _apply_mask(x: Array, valid_mask: Array | None) -> Array:
@@ -346,7 +362,7 @@ def _check_min_size(x: Array, layers: Sequence[Layer]) -> None:
     pools = sum(layer.type == "pool" for layer in layers)
     window = max([1, *(layer.kernel_size for layer in layers if layer.type == "fc")])
     smallest = window * 2**pools
-    if any(side < smallest for side in x.shape[1:3]):  # jax.export's symbols can be compared, too
+    if any(side < smallest for side in x.shape[1:3]):  # works for jax.export's symbolic sizes
         raise InputError(
             f"the images are {x.shape[1]}x{x.shape[2]}: "
             f"{layers[-1].name} needs at least {smallest}x{smallest}"

@@ -8,9 +8,9 @@ Each process has one device on one core; more processes than cores take turns. T
 pixels, 16 images a process, 4,096 features of fc6 and of fc7, float32. They exchange gradients by
 gloo over loopback.
 
-The model gets three measurements ("told"): a step of one process, a step of one process with twice
-the images, and a sum over two processes. The second tells the update apart from the rest of a step.
-The model predicts all other figures ("foretold").
+The model has three measurements as inputs (key "told"): a step of one process, a step of one
+process with twice the images, and a sum over two processes. The second one separates the update
+from the rest of a step. The model predicts all other figures (key "foretold").
 """
 
 import argparse

@@ -5,6 +5,7 @@ import numpy as np
 
 from vgg_jax import TrainConfig
 
+# The values of a record that depend on the clock.
 TIME_FIELDS = ("time", "seconds", "images_per_second", "input_wait_seconds")
 
 

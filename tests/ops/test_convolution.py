@@ -44,10 +44,10 @@ SHAPES_WITHOUT_EPILOGUE = [
 ]
 
 
-def random_arrays(n, h, w, c, k, size, kind="", seed=0):
+def random_arrays(n, h, w, c, k, size, kind="none", seed=0):
     """Input, kernel, bias and the output's gradient."""
     rng = np.random.default_rng(seed)
-    out = (n, h // 2, w // 2, k) if kind == "pool" else (n, h, w, k)
+    out = (n, h // 2, w // 2, k) if kind == "relu_pool" else (n, h, w, k)
     return [rng.normal(size=s) for s in ((n, h, w, c), (size, size, c, k), (k,), out)]
 
 
@@ -55,13 +55,13 @@ def random_arrays(n, h, w, c, k, size, kind="", seed=0):
     ("shape", "kind"),
     [
         *((shape, kind) for shape in SHAPES[:4] for kind in EPILOGUE_KINDS),
-        *((shape, "pool") for shape in SHAPES[4:]),
-        *((shape, "") for shape in SHAPES_WITHOUT_EPILOGUE[1::2]),
+        *((shape, "relu_pool") for shape in SHAPES[4:]),
+        *((shape, "none") for shape in SHAPES_WITHOUT_EPILOGUE[1::2]),
         *(
             pytest.param(shape, kind, marks=pytest.mark.slow)
             for shapes, kinds in (
-                (SHAPES[4:], ("", "relu")),
-                (SHAPES_WITHOUT_EPILOGUE[::2], ("",)),
+                (SHAPES[4:], ("none", "relu")),
+                (SHAPES_WITHOUT_EPILOGUE[::2], ("none",)),
             )
             for shape in shapes
             for kind in kinds
@@ -101,7 +101,7 @@ def test_accelerator_conv_gradients(function, channels, kind):
 
 @pytest.mark.parametrize(
     ("chunk_positions", "chunk_size", "kind"),
-    [(1, 1, ""), (130, 2, "relu"), (200, 2, "pool"), (300, 4, "relu")],
+    [(1, 1, "none"), (130, 2, "relu"), (200, 2, "relu_pool"), (300, 4, "relu")],
 )
 def test_image_gradients_in_chunks(chunk_positions, chunk_size, kind, monkeypatch):
     """Four images of 63 positions each."""
@@ -131,7 +131,7 @@ def test_convolution_masks_gradient(n, h, w, c):
         assert_all_close(actual, expected, 1e-12)
 
 
-@pytest.mark.parametrize("kind", ["", "pool"])
+@pytest.mark.parametrize("kind", ["none", "relu_pool"])
 def test_convolution_rejects_mask(kind):
     x, kernel, bias = map(jnp.asarray, random_arrays(1, 4, 4, 8, 2, 3)[:3])
     with pytest.raises(ValueError, match=f"epilogue {kind!r} has a mask: expected kind 'relu'"):
@@ -154,7 +154,7 @@ def test_convolution_empty_batch(size, channels):
     y, *gradients = value_and_grads(convolution, *arrays, jnp.zeros((0, size, size, 5)))
     assert y.shape == (0, size, size, 5)
     assert [gradient.shape for gradient in gradients] == [array.shape for array in arrays]
-    assert convolution(*arrays, Epilogue("pool")).shape == (0, size // 2, size // 2, 5)
+    assert convolution(*arrays, Epilogue("relu_pool")).shape == (0, size // 2, size // 2, 5)
 
 
 @pytest.mark.parametrize("channels", [8, 3])

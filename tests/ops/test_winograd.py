@@ -46,13 +46,13 @@ def test_convolution_second_derivative_and_vmap(channels, size, kind):
 @pytest.mark.parametrize(
     ("tiles", "height", "num_blocks", "kind", "masked"),
     [
-        (5, 18, 3 * 5, "", False),
+        (5, 18, 3 * 5, "none", False),
         (5, 18, 3 * 5, "relu", True),
-        (10, 18, 3 * 3, "pool", False),
+        (10, 18, 3 * 3, "relu_pool", False),
         (10, 16, 3 * 2, "relu", True),
-        (10, 16, 3 * 2, "pool", False),
+        (10, 16, 3 * 2, "relu_pool", False),
         (50, 18, 2, "relu", True),
-        (50, 16, 2, "pool", False),
+        (50, 16, 2, "relu_pool", False),
     ],
 )
 def test_winograd_blocks(tiles, height, num_blocks, kind, masked, monkeypatch):
@@ -64,7 +64,7 @@ def test_winograd_blocks(tiles, height, num_blocks, kind, masked, monkeypatch):
     blocks = winograd._blocks((3, height, 17, 8), tiles)
     assert blocks.groups * blocks.strips == num_blocks
     mask = jnp.asarray(rng.random((3, height, 17, 1)) < 0.7) if masked else None
-    out = (3, height // 2, 8, 4) if kind == "pool" else (3, height, 17, 4)
+    out = (3, height // 2, 8, 4) if kind == "relu_pool" else (3, height, 17, 4)
     with jax.enable_x64(True):
         shapes = (3, height, 17, 8), (3, 3, 8, 4), (4,), out
         arrays = [jnp.asarray(rng.normal(size=shape)) for shape in shapes]

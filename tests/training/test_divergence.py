@@ -95,7 +95,7 @@ def test_fit_halves_lr_after_divergence(config, tmp_path, caplog):
         if record.name.startswith("vgg_jax") and record.levelno == logging.WARNING
     ]
     assert len(warnings) == 1
-    assert warnings[0].startswith("the loss is not finite in epoch 2, in batch 2 (of ")
+    assert warnings[0].startswith("the loss is not finite in epoch 2, in batch 2 (images ")
     assert "resuming at epoch 2, batch 1" in caplog.text
     assert not result.stopped
 
@@ -140,9 +140,9 @@ def test_fit_stops_after_max_halvings(config, tmp_path):
 def test_diverged_state_is_not_saved(on_nan, with_loss, config, tmp_path):
     """The run saves after each step. The loss of a step is computed before its update."""
     if with_loss:
-        message = r"in batch 2 \(of .* or by the update of batch 1 \("
+        message = r"in batch 2 \(images .* or by the update of batch 1 \(images "
     else:
-        message = r"epoch 2, by the update of batch 2 \(of"
+        message = r"epoch 2, by the update of batch 2 \(images "
     trainer_class = diverging_trainer(range(5, 10**6), with_loss)
     workdir = tmp_path / "run"
     with pytest.raises(DivergedError, match=message):
@@ -159,10 +159,10 @@ def test_signal_during_divergence_stops_run(config, tmp_path):
     """A signal ends the run, which then does not resume with half the learning rate."""
 
     class SignalledTrainer(diverging_trainer({5})):
-        def diverged(self, *args, **kwargs):
+        def divergence_error(self, *args, **kwargs):
             os.kill(os.getpid(), signal.SIGTERM)
             assert self.stop.wait(10)
-            return super().diverged(*args, **kwargs)
+            return super().divergence_error(*args, **kwargs)
 
     with pytest.raises(DivergedError):
         fit(config, tmp_path / "run", on_nan="halve", trainer_class=SignalledTrainer)
@@ -196,7 +196,7 @@ def test_debug_nans_names_layer_and_step(config, tmp_path):
     """At this learning rate the first update is so large that the second step overflows."""
     message = (
         r"the output of (conv|fc)\w+ is not finite in epoch 1, "
-        r"in batch 2 \(of .*train/ants/\d.png"
+        r"in batch 2 \(images .*train/ants/\d.png"
     )
     config = dataclasses.replace(config, learning_rate=1e18)
     with pytest.raises(DivergedError, match=message):

@@ -45,7 +45,7 @@ def assert_layers_close(params, expected):
 def test_init_from_run_copies_all_layers(finished_run, photos, tmp_path, caplog):
     workdir, _ = finished_run
     params, line = init_and_log(photos, tmp_path, caplog, init_from=str(workdir))
-    assert "new: nothing" in line
+    assert "newly initialised: nothing" in line
     _, source, _ = vgg_jax.load(workdir)
     assert params.keys() == source["params"].keys()
     assert_layers_close(params, source["params"])
@@ -55,7 +55,11 @@ def test_init_from_run_copies_all_layers(finished_run, photos, tmp_path, caplog)
 def test_init_from_shallower_net(finished_run, photos, tmp_path, caplog):
     workdir, _ = finished_run
     params, line = init_and_log(photos, tmp_path, caplog, net="deep", init_from=str(workdir))
-    copied, new = line.partition(": ")[2].removesuffix("; left: nothing").split("; new: ")
+    copied, new = (
+        line.partition(": copied: ")[2]
+        .removesuffix("; unused: nothing")
+        .split("; newly initialised: ")
+    )
     expected = {"conv1_1", "bn1_1", "conv2_1", "bn2_1", "fc6", "fc7", "fc8"}
     assert set(copied.split(", ")) == expected
     assert set(new.split(", ")) == {"conv1_2", "bn1_2", "conv2_2", "bn2_2"}
@@ -93,8 +97,9 @@ def test_init_from_file_of_other_shapes(finished_run, photos, tmp_path, caplog):
     config = make_config(photos, batch_norm=False, init_from=str(path), epochs=1)
     fit(dataclasses.replace(config, freeze=("conv", "fc7")), tmp_path / "run")
     assert (
-        "conv1_1, conv2_1, fc7; "
-        "new: fc6 (kernel (1024, 24) in the source, (256, 24) here), fc8" in caplog.text
+        "copied: conv1_1, conv2_1, fc7; "
+        "newly initialised: fc6 (kernel (1024, 24) in the source, (256, 24) here), fc8"
+        in caplog.text
     )
     assert (
         "was trained with mean colour (1.00, 2.00, 3.00); "

@@ -286,8 +286,8 @@ def test_train_does_not_save_divergence(batch_size, photos, tmp_path, capsys):
     # those of the update before it.
     num_files = len(re.findall(r"train/\w+/\d+\.jpg", message))
     assert num_files == (16 if batch_size == "8" else 8)
-    assert ("in batch 2 (of" in message) == (batch_size == "8")
-    assert "by the update of batch 1 (of" in message
+    assert ("in batch 2 (images" in message) == (batch_size == "8")
+    assert "by the update of batch 1 (images" in message
     assert "--learning-rate" in message
     assert not list(workdir.glob("*/[0-9]*"))
 

@@ -22,7 +22,7 @@ def test_format_epoch():
         "epoch   7",
         "train loss 3.0000 accuracy 80.00%",
         "validation loss 0.5000 accuracy 75.00%",
-        "rate 0.001",
+        "learning rate 0.001",
     ):
         assert words in text
     assert text.endswith("2.0 s  5.0 images/s, bound by the device (waited 12% for images)")

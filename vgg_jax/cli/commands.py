@@ -134,7 +134,8 @@ def summary(
             f"A training step of {batch_size} images takes {total:.2f} GB: "
             f"{state:.2f} GB for parameters and momentum, the rest for\n"
             "activations, gradients and XLA, on one device like this; "
-            "what the process held before comes on top. Nothing was run."
+            "memory that the process already holds is not included. "
+            "The step was compiled, not run."
         )
     return ExitCode.DONE
 

@@ -4,7 +4,7 @@ import enum
 from collections.abc import Mapping
 from typing import Any
 
-from vgg_jax.errors import DataError, InputError, install_hint
+from vgg_jax.errors import PROCESS_LOST_EXIT_CODE, DataError, InputError, install_hint
 from vgg_jax.paths import is_remote, is_store_error
 
 
@@ -22,7 +22,7 @@ class ExitCode(enum.IntEnum):
     STORE_FAILED = 69  # the object store cannot be used
     NOT_SAVED = 74  # the end of a run could not be saved
     STOPPED = 75  # a run was stopped by a signal; the same command resumes it
-    PROCESS_LOST = 76  # another process of the run ended
+    PROCESS_LOST = PROCESS_LOST_EXIT_CODE  # 76: another process of the run ended
     INTERRUPTED = 130  # Ctrl-C
 
 

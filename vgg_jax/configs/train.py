@@ -67,7 +67,7 @@ def _field(
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Everything that the result of a training run depends on.
+    """Settings of a training run that must not change when it resumes.
 
     The defaults are the paper's (§3.1); `vgg_jax.configs.presets.preset` adapts them to small
     images. Each field means what the help of its flag says, in `vgg-jax train --help`. The metadata
@@ -96,7 +96,7 @@ class TrainConfig:
     initializer: str = _field(
         "glorot", "model", "initialisation of the kernels", choices=("glorot", "paper", "he")
     )
-    # §3.1 prints a variance of 10⁻². Every net diverges with it.
+    # §3.1 prints a variance of 10⁻², which diverges (docs/performance.md#initialisation).
     initializer_std: float = _field(
         0.01, "model", "standard deviation for --initializer paper", above=0
     )

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vgg_jax.configs.train import DISTRIBUTED_MODES
 from vgg_jax.distributed.sharding import replicated
-from vgg_jax.errors import DataError, InputError, single_line
+from vgg_jax.errors import PROCESS_LOST_EXIT_CODE, DataError, InputError, single_line
 
 HEARTBEAT_TIMEOUT = 60  # seconds without a heartbeat of a peer, until jax ends this process
 # Seconds without a step, until a process ends itself. Its peers may be alive and hang forever,
@@ -59,7 +59,7 @@ def detect_cluster(environment: Mapping[str, str]) -> str | None:
         environment: The environment variables.
 
     Returns:
-        The launcher's name, or None for a single process.
+        The launcher's name, or the coordinator variable and its value; None for a single process.
     """
     if _has_all(environment, JAX_ENV_VARS):
         return f"{JAX_ENV_VARS[0]}={environment[JAX_ENV_VARS[0]]}"
@@ -359,7 +359,7 @@ class Watchdog:
                     file=sys.stderr,
                     flush=True,
                 )
-                os._exit(76)
+                os._exit(PROCESS_LOST_EXIT_CODE)
 
     def __enter__(self) -> "Watchdog":
         return self

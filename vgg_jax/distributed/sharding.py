@@ -28,7 +28,7 @@ MODEL_PARALLEL_SPECS = {
     "fc6/bias": PartitionSpec(MODEL),
     "fc7/kernel": PartitionSpec(MODEL, None),
 }
-# `fsdp` shards larger arrays only. For smaller ones, the exchange costs more than it saves.
+# `fsdp` shards larger arrays only. They hold nearly all parameters (docs/performance.md#fsdp).
 FSDP_MIN_BYTES = 4_000_000
 
 
@@ -101,7 +101,8 @@ def make_mesh(
         raise InputError(
             "reduce is 'bfloat16' and the mesh has a model axis: on CPUs expected only one of them"
         )
-    # linen's Conv refuses explicit axes, the default since jax 0.9.
+    # Under Auto, jit infers the shardings. Explicit axes, the default since jax 0.9, reject the
+    # reshapes of Winograd's tiles and the product that is sharded over "model".
     return jax.make_mesh(
         (data, model), (DATA, MODEL), axis_types=(AxisType.Auto,) * 2, devices=devices
     )
@@ -164,7 +165,7 @@ def data_axis_spec(sharding: NamedSharding) -> PartitionSpec:
 def put_global(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
     """Copies an array to the devices of all processes.
 
-    Collective: every process must call it.
+    All processes must call this.
 
     Args:
         array: The whole array, equal in all processes.
@@ -182,7 +183,7 @@ def put_global(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
 def to_host(array: jax.Array, keep: bool = True) -> np.ndarray | None:
     """Copies a (possibly sharded) array to host memory.
 
-    Collective: every process must call it.
+    All processes must call this.
 
     Args:
         array: The array. If it spans several processes, it has a `NamedSharding`.
@@ -198,14 +199,15 @@ def to_host(array: jax.Array, keep: bool = True) -> np.ndarray | None:
         sharding = array.sharding
         if not (isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)):
             raise TypeError(f"an array has the sharding {sharding}: expected one with a mesh")
-        array = _all_gather(sharding.mesh)(array)
+        array = _jitted_replicate(sharding.mesh)(array)
     if not keep:
         return None
     return np.array(array if array.is_fully_addressable else array.addressable_data(0))
 
 
 @functools.cache
-def _all_gather(mesh: Mesh) -> jax.stages.Wrapped:
+def _jitted_replicate(mesh: Mesh) -> jax.stages.Wrapped:
+    """A function that gathers a sharded array on every device."""
     return jax.jit(lambda x: x, out_shardings=replicated(mesh))
 
 
@@ -230,7 +232,7 @@ def local_rows(mesh: Mesh, size: int) -> np.ndarray:
 def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Copies the rows of a batch that this process feeds to its devices.
 
-    Collective: every process must call it.
+    All processes must call this.
 
     Args:
         batch: Arrays (n, ...) with the `local_rows` of this process.

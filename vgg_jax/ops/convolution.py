@@ -28,7 +28,7 @@ def convolution(
     epilogue: Epilogue = NO_EPILOGUE,
     filters: Array | None = None,
 ) -> Array:
-    """Cross-correlate with stride 1 and zero padding k // 2, add a bias, apply an epilogue.
+    """Cross-correlates with stride 1 and padding k // 2, adds a bias, applies an epilogue.
 
     bfloat16 is fast on a CPU only if `has_onednn_bfloat16()`, and only in a program that is
     compiled with `compiler_options(dtype=jnp.bfloat16)` (docs/performance.md#onednn-and-bfloat16).
@@ -37,7 +37,7 @@ def convolution(
         x: Input (N, H, W, C).
         kernel: Kernel (k, k, C, K), k odd.
         bias: Bias (K,).
-        epilogue: What follows the bias. Only "relu" may have a mask.
+        epilogue: Operations after the bias. Only "relu" may have a mask.
         filters: For inference on a CPU, `winograd.transform_filters(kernel)` computed in advance.
 
     Returns:
@@ -71,10 +71,10 @@ def default_conv(x: Array, kernel: Array, bias: Array, epilogue: Epilogue) -> Ar
         x: Input (N, H, W, C).
         kernel: Kernel (k, k, C, K), k odd.
         bias: Bias (K,).
-        epilogue: What follows the bias.
+        epilogue: Operations after the bias.
 
     Returns:
-        What `convolution` returns.
+        (N, H, W, K), or (N, H // 2, W // 2, K) if the epilogue pools.
     """
     return apply_epilogue(xla_conv(x, kernel), bias, epilogue)
 
@@ -86,10 +86,10 @@ def cuda_conv(x: Array, kernel: Array, bias: Array, epilogue: Epilogue) -> Array
         x: Input (N, H, W, C).
         kernel: Kernel (k, k, C, K), k odd.
         bias: Bias (K,).
-        epilogue: What follows the bias.
+        epilogue: Operations after the bias.
 
     Returns:
-        What `convolution` returns.
+        (N, H, W, K), or (N, H // 2, W // 2, K) if the epilogue pools.
     """
     if x.shape[-1] <= MAX_IMAGE_CHANNELS:
         y = _conv_rows_as_channels(x, kernel)

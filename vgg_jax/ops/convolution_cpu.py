@@ -1,6 +1,6 @@
 """Convolution on a CPU.
 
-Float32 has four paths; three of them avoid slow code of XLA:
+Three of the four float32 paths replace a slow XLA path:
 
 - Feature maps smaller than the kernel: im2col, one matrix product
   (docs/performance.md#im2col-on-small-maps).
@@ -10,9 +10,9 @@ Float32 has four paths; three of them avoid slow code of XLA:
   by block, and applies the epilogue while a block is in cache (docs/performance.md#winograd).
 - Other kernels: XLA (docs/performance.md#5x5-kernels).
 
-bfloat16 runs 3x3 kernels by oneDNN, if XLA hands them to it (`has_onednn_bfloat16`). XLA does not
-hand over kernel gradients, so those are computed in float32. All other 16-bit convolutions run in
-float32 too, except on maps smaller than the kernel (docs/performance.md#onednn-and-bfloat16).
+3x3 bfloat16 convolutions run in oneDNN where XLA delegates them (`has_onednn_bfloat16`). XLA does
+not delegate kernel gradients, so those are computed in float32. All other 16-bit convolutions run
+in float32 too, except on maps smaller than the kernel (docs/performance.md#onednn-and-bfloat16).
 
 Activations have the shape (N, H, W, C), kernels (k, k, C, K).
 """
@@ -53,11 +53,11 @@ def cpu_conv(
         x: Input (N, H, W, C).
         kernel: Kernel (k, k, C, K), k odd and larger than 1.
         bias: Bias (K,).
-        epilogue: What follows the bias.
+        epilogue: Operations after the bias.
         filters: Winograd's filters of the kernel, if they were computed in advance.
 
     Returns:
-        What `vgg_jax.ops.convolution.convolution` returns.
+        (N, H, W, K), or (N, H // 2, W // 2, K) if the epilogue pools.
     """
     (h, w, c), size = x.shape[1:], kernel.shape[0]
     if min(h, w) < size:
@@ -144,9 +144,9 @@ def _conv_few_channels_fwd(
     x: Array, kernel: Array, bias: Array, epilogue: Epilogue
 ) -> tuple[Array, tuple]:
     kind = epilogue.kind
-    if kind == "pool":
-        y, pool_bits = bias_relu_pool_fwd(crop_to_even(xla_conv(x, kernel)), bias)
-        return y, (x, kernel, EpilogueResiduals(kind, pool_bits))
+    if kind == "relu_pool":
+        y, bits = bias_relu_pool_fwd(crop_to_even(xla_conv(x, kernel)), bias)
+        return y, (x, kernel, EpilogueResiduals(kind, bits))
     y = _conv_few_channels(x, kernel, bias, epilogue)
     if kind == "relu":
         # Without the barrier, XLA computes bias and ReLU again for the gradient.
@@ -204,7 +204,7 @@ def _images_per_chunk(shape: tuple[int, ...]) -> int:
 
 @jax.custom_vjp
 def _conv_onednn(x: Array, kernel: Array) -> Array:
-    """Convolves in bfloat16 with a 3x3 kernel, for XLA to hand to oneDNN."""
+    """Convolves in bfloat16 with a 3x3 kernel, which XLA delegates to oneDNN."""
     return xla_conv(x, kernel)
 
 
@@ -214,10 +214,10 @@ def _conv_onednn_fwd(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array
 
 def _conv_onednn_bwd(res: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, kernel = res
-    # XLA hands this convolution to oneDNN only if the barrier hides that its kernel is rotated.
+    # XLA delegates this convolution to oneDNN only if the barrier hides that its kernel is rotated.
     rotated = lax.optimization_barrier(kernel.swapaxes(2, 3)[::-1, ::-1])
     grad_input = xla_conv(g, rotated)
-    # XLA does not hand kernel gradients to oneDNN.
+    # XLA does not delegate kernel gradients to oneDNN.
     if x.shape[-1] > MAX_IMAGE_CHANNELS:
         grad_kernel = winograd.kernel_gradient(x, g)
     else:
@@ -235,7 +235,7 @@ _conv_onednn.defvjp(_conv_onednn_fwd, _conv_onednn_bwd)
 def _conv_winograd(x: Array, kernel: Array, bias: Array, epilogue: Epilogue) -> Array:
     """Convolves with a 3x3 kernel.
 
-    The residuals are the input, and the output of a ReLU or one byte for each pooling window.
+    The residuals are the input, and the output of a ReLU or the bits of a pooling.
     """
     return _conv_with_filters(x, winograd.transform_filters(kernel), bias, epilogue)
 
@@ -252,10 +252,10 @@ def _conv_winograd_fwd(
     x: Array, kernel: Array, bias: Array, epilogue: Epilogue
 ) -> tuple[Array, tuple]:
     kind = epilogue.kind
-    if kind == "pool":
+    if kind == "relu_pool":
         filters = winograd.transform_filters(kernel)
-        y, pool_bits = winograd.convolve(x, filters, lambda y: bias_relu_pool_fwd(y, bias))
-        return y, (x, kernel, EpilogueResiduals(kind, pool_bits))
+        y, bits = winograd.convolve(x, filters, lambda y: bias_relu_pool_fwd(y, bias))
+        return y, (x, kernel, EpilogueResiduals(kind, bits))
     y = _conv_winograd(x, kernel, bias, epilogue)
     return y, (x, kernel, EpilogueResiduals(kind, y if kind == "relu" else None))
 
@@ -263,11 +263,11 @@ def _conv_winograd_fwd(
 def _conv_winograd_bwd(res: tuple, g: Array) -> tuple[Array, Array, Array, None]:
     x, kernel, epilogue_res = res
     grad_output = materialize_on_cpu(epilogue_grad(epilogue_res, g, x.shape))
-    if epilogue_res.kind == "pool":
-        grad_bias = pooled_bias_grad(epilogue_res.relu_or_pool_mask, g)
+    if epilogue_res.kind == "relu_pool":
+        grad_bias = pooled_bias_grad(epilogue_res.saved, g)
     else:
         grad_bias = sum_nhw(grad_output)
-    # XLA transposes in blocks if the transpose is not fused, and element by element if it is.
+    # A fused transpose is slower (docs/performance.md#winograd).
     kernel = lax.optimization_barrier(kernel.swapaxes(2, 3))
     filters = winograd.transform_filters(kernel, rotated=True)
     grad_input = winograd.convolve(grad_output, filters)

@@ -15,27 +15,26 @@ from jax import Array, lax
 from vgg_jax.ops.pooling import crop_to_even, max_pool, max_pool_bwd, max_pool_fwd, relu
 
 # After the bias: nothing, a ReLU, or a ReLU and 2x2 max-pooling.
-EpilogueKind = Literal["", "relu", "pool"]
+EpilogueKind = Literal["none", "relu", "relu_pool"]
 EPILOGUE_KINDS: tuple[EpilogueKind, ...] = get_args(EpilogueKind)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Epilogue:
-    """What follows a convolution and its bias. A pytree; `kind` is static."""
+    """Operations after a convolution and its bias. A pytree; `kind` is static."""
 
-    kind: EpilogueKind = dataclasses.field(default="", metadata={"static": True})
+    kind: EpilogueKind = dataclasses.field(default="none", metadata={"static": True})
     mask: Array | None = None  # bool (N, H, W, 1); the output is 0 where it is False
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class EpilogueResiduals:
-    """What the gradient of an epilogue needs. A pytree; `kind` is static."""
+    """Residuals for the gradient of an epilogue. A pytree; `kind` is static."""
 
-    kind: EpilogueKind = dataclasses.field(default="", metadata={"static": True})
-    # After a ReLU its output, after a pooling the byte mask of `max_pool_fwd`.
-    relu_or_pool_mask: Any = None
+    kind: EpilogueKind = dataclasses.field(default="none", metadata={"static": True})
+    saved: Any = None  # after a ReLU its output; after a pooling the bits of `max_pool_fwd`
 
 
 NO_EPILOGUE = Epilogue()  # the bias only
@@ -47,13 +46,13 @@ def apply_epilogue(y: Array, bias: Array, epilogue: Epilogue) -> Array:
     Args:
         y: Convolution output (N, H, W, C).
         bias: Bias (C,).
-        epilogue: What to apply.
+        epilogue: The operations to apply after the bias.
 
     Returns:
         (N, H, W, C), or (N, H // 2, W // 2, C) after a pooling.
     """
-    if epilogue.kind == "pool":
-        return _add_bias_and_pool(crop_to_even(y), bias)
+    if epilogue.kind == "relu_pool":
+        return _bias_relu_pool(crop_to_even(y), bias)
     y = add_bias(y, bias)
     y = relu(y) if epilogue.kind == "relu" else y
     return y if epilogue.mask is None else jnp.where(epilogue.mask, y, 0)
@@ -70,10 +69,10 @@ def epilogue_grad(res: EpilogueResiduals, g: Array, shape: tuple[int, ...]) -> A
     Returns:
         Gradient (N, H, W, C).
     """
-    if res.kind == "pool":
-        (g,) = max_pool_bwd(True, res.relu_or_pool_mask, g)
+    if res.kind == "relu_pool":
+        (g,) = max_pool_bwd(True, res.saved, g)
         return jnp.pad(g, ((0, 0), (0, shape[1] % 2), (0, shape[2] % 2), (0, 0)))
-    return jnp.where(res.relu_or_pool_mask > 0, g, 0) if res.kind == "relu" else g
+    return jnp.where(res.saved > 0, g, 0) if res.kind == "relu" else g
 
 
 def materialize_on_cpu(tree: Any) -> Any:
@@ -136,7 +135,7 @@ add_bias.defvjp(_add_bias_fwd, _add_bias_bwd)
 
 
 @jax.custom_vjp
-def _add_bias_and_pool(x: Array, bias: Array) -> Array:
+def _bias_relu_pool(x: Array, bias: Array) -> Array:
     """Bias, ReLU and max-pooling: (N, 2 h, 2 w, C), (C,) -> (N, h, w, C)."""
     return max_pool(x + bias[None, None, None], fuse_relu=True)
 
@@ -149,29 +148,29 @@ def bias_relu_pool_fwd(x: Array, bias: Array) -> tuple[Array, Array]:
         bias: Bias (C,).
 
     Returns:
-        The pooled output (N, h, w, C) and the byte mask of `max_pool_fwd`, of the same shape.
+        The pooled output (N, h, w, C) and the bits of `max_pool_fwd`, of the same shape.
     """
     return max_pool_fwd(x + bias[None, None, None], fuse_relu=True)
 
 
-def _add_bias_and_pool_bwd(res: Array, g: Array) -> tuple[Array, Array]:
-    return materialize_on_cpu(*max_pool_bwd(True, res, g)), pooled_bias_grad(res, g)
+def _bias_relu_pool_bwd(bits: Array, g: Array) -> tuple[Array, Array]:
+    return materialize_on_cpu(*max_pool_bwd(True, bits, g)), pooled_bias_grad(bits, g)
 
 
-def pooled_bias_grad(pool_bits: Array, g: Array) -> Array:
+def pooled_bias_grad(bits: Array, g: Array) -> Array:
     """Bias gradient after a ReLU and pooling.
 
     The gradients of a window's pixels add up to the gradient of its maximum. So this sums a quarter
     of the values that the gradient before the pooling has.
 
     Args:
-        pool_bits: Byte mask (N, h, w, C) of `bias_relu_pool_fwd`.
+        bits: The uint8 bits (N, h, w, C) of `bias_relu_pool_fwd`.
         g: Gradient (N, h, w, C) with respect to the pooled output.
 
     Returns:
         Gradient (C,).
     """
-    return sum_nhw(jnp.where(lax.stop_gradient(pool_bits) > 0, g, 0))
+    return sum_nhw(jnp.where(lax.stop_gradient(bits) > 0, g, 0))
 
 
-_add_bias_and_pool.defvjp(bias_relu_pool_fwd, _add_bias_and_pool_bwd)
+_bias_relu_pool.defvjp(bias_relu_pool_fwd, _bias_relu_pool_bwd)

@@ -15,7 +15,7 @@ from jax import Array, lax
 
 @jax.custom_vjp
 def relu(x: Array) -> Array:
-    """Rectify: max(x, 0).
+    """Rectifies: max(x, 0).
 
     The gradient uses the output, which the next layer keeps anyway, so the input is not stored.
 
@@ -33,7 +33,7 @@ def relu(x: Array) -> Array:
 
 
 def _at_least_float32(x: Array) -> Array:
-    """Widen 16-bit numbers: a CPU is slow at the maximum of bfloat16 numbers."""
+    """Widens 16-bit numbers: a CPU is slow at the maximum of bfloat16 numbers."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
@@ -108,8 +108,8 @@ def max_pool_fwd(x: Array, fuse_relu: bool) -> tuple[Array, Array]:
         fuse_relu: Also apply a ReLU.
 
     Returns:
-        The pooled output (N, h, w, C) and a uint8 mask of the same shape. Bit i of the mask is set
-        if pixel i of the window equals the maximum, and a fused ReLU passes it.
+        The pooled output (N, h, w, C) and the uint8 bits, of the same shape. Bit i of a window is
+        set if its pixel i equals the maximum, and a fused ReLU passes it.
     """
     y = _max_of_windows(x, fuse_relu)
     passes = (y > 0) | (not fuse_relu)
@@ -118,11 +118,11 @@ def max_pool_fwd(x: Array, fuse_relu: bool) -> tuple[Array, Array]:
 
 
 def max_pool_bwd(fuse_relu: bool, bits: Array, g: Array) -> tuple[Array]:
-    """Gradient of `max_pool_fwd` with respect to its input.
+    """Gradient of `max_pool_fwd` with respect to its input. A rule of `jax.custom_vjp`.
 
     Args:
         fuse_relu: As in `max_pool_fwd`; `bits` already depends on it.
-        bits: The uint8 mask (N, h, w, C) of `max_pool_fwd`.
+        bits: The uint8 bits (N, h, w, C) of `max_pool_fwd`.
         g: Gradient (N, h, w, C) with respect to the pooled output.
 
     Returns:
@@ -140,7 +140,7 @@ _max_of_windows.defvjp(max_pool_fwd, max_pool_bwd)
 
 
 def avg_pool(x: Array) -> Array:
-    """Average 2x2 windows with stride 2; the last row or column of an odd size is dropped.
+    """Averages 2x2 windows with stride 2; the last row or column of an odd size is dropped.
 
     Args:
         x: Input (N, H, W, C).

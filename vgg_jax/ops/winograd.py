@@ -8,7 +8,7 @@ outputs takes 36 products where the definition takes 144. Three things make it f
 - The work goes block by block: a few images, or a strip of a large one. The 36 planes of a block
   stay in cache from the padding to the epilogue (docs/performance.md#winograd).
 
-The error is within 2e-5 of the largest value in float32; bfloat16 is too coarse for the transforms.
+bfloat16 is too coarse for the transforms (docs/performance.md#winograd).
 """
 
 import functools
@@ -134,7 +134,8 @@ def _block_reader(x: Array, blocks: _Blocks, halo: int) -> Callable[[Array], Arr
         first, top = number // strips * images, number % strips * 4 * rows
         start = jnp.clip(top - halo, 0, max(0, x.shape[1] - block_height))
         block = lax.dynamic_slice(x, (first, start, 0, 0), (images, slice_height, w, c))
-        # The barriers keep the slice a plain copy; fused with the padding it is slower.
+        # The barriers keep the slice a plain copy, which is faster than one fused with the padding
+        # (docs/performance.md#winograd).
         block = lax.optimization_barrier(block.astype(acc_dtype))
         if strips == 1:
             bottom = 4 * rows + halo - x.shape[1]
@@ -162,7 +163,8 @@ def convolve(
         *extra_inputs: Arrays (N, H, W, …), cut into the same blocks for the epilogue.
 
     Returns:
-        The convolution (N, H, W, K), as the epilogue changed it.
+        The epilogue's outputs, cropped: (N, H, W, K), or (N, H // 2, W // 2, K) if it pools; a
+        tuple if it returns one.
     """
     n, h, w, _ = x.shape
     blocks = _blocks(x.shape, _TILES)

@@ -137,47 +137,47 @@ class CheckpointStore:
         self._is_remote = is_remote(folder)
         self._manager = _open_manager(folder, read_only)
 
-    def save(self, step: int, arrays: Any, progress: dict[str, Any]) -> None:
+    def save(self, number: int, arrays: Any, progress: dict[str, Any]) -> None:
         """Saves a checkpoint.
 
-        Does nothing if `step` is already saved, as when a resumed run reaches it again.
+        Does nothing if `number` is already saved, as when a resumed run reaches it again.
 
         Args:
-            step: The step's number. Checkpoints are ordered by it.
+            number: Ordinal of the checkpoint: a later one is larger.
             arrays: A tree of NumPy arrays.
             progress: A JSON object.
 
         Raises:
             CheckpointSaveError: The checkpoint cannot be written, for example on a full disk.
         """
-        if step in self._manager.all_steps():
+        if number in self._manager.all_steps():
             return
         attempts = MAX_ATTEMPTS if self._is_remote else 1
         for attempt in range(1, attempts + 1):
             try:
-                self._save_once(step, arrays, progress)
+                self._save_once(number, arrays, progress)
                 return
             except CheckpointSaveError:
                 if attempt == attempts:
                     raise
                 time.sleep(1)
 
-    def _save_once(self, step: int, arrays: Any, progress: dict[str, Any]) -> None:
+    def _save_once(self, number: int, arrays: Any, progress: dict[str, Any]) -> None:
         items = ocp.args.Composite(
             arrays=ocp.args.StandardSave(arrays),
             progress=ocp.args.JsonSave(_with_checksums(arrays, progress)),
         )
         try:
             self._check_free_space(arrays)
-            self._manager.save(step, args=items, force=True)
-            self._sync(step)
+            self._manager.save(number, args=items, force=True)
+            self._sync(number)
         except Exception as error:
             # tensorstore reports a failing disk by a ValueError. Each library of an object store
             # has exceptions of its own.
             is_write_error = isinstance(error, OSError) or "Error writing" in str(error)
             if not (is_write_error or self._is_remote):
                 raise
-            self._remove_partial(step)
+            self._remove_partial(number)
             raise CheckpointSaveError(
                 f"cannot save to {self._folder} ({single_line(error)})"
             ) from error
@@ -194,18 +194,18 @@ class CheckpointStore:
         if needed > free:
             raise OSError(f"{needed / 1e6:.0f} MB are needed, and {free / 1e6:.0f} MB free")
 
-    def _sync(self, step: int) -> None:
+    def _sync(self, number: int) -> None:
         """Makes the system write a checkpoint to the disk."""
         if self._is_remote:  # the store keeps each object that it has accepted
             return
-        path = self._folder / str(step)
+        path = self._folder / str(number)
         for entry in (*path.rglob("*"), path, self._folder, self._folder.parent):
             fsync(entry)
 
-    def _remove_partial(self, step: int) -> None:
+    def _remove_partial(self, number: int) -> None:
         """Removes the remains of a failed save, which would take up the space of the next one."""
         partial: list[Any] = [
-            self._folder / str(step),
+            self._folder / str(number),
             *self._folder.glob("*.orbax-checkpoint-tmp*"),
         ]
         for path in partial:
@@ -238,21 +238,21 @@ class CheckpointStore:
 
     def _restore_latest_valid(self, shapes: Any) -> tuple[Any, dict[str, Any]] | None:
         damaged: dict[int, str] = {}
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for number in sorted(self._manager.all_steps(), reverse=True):
             try:
-                restored = self._read(step, shapes)
+                restored = self._read(number, shapes)
             # For damaged files, orbax raises errors of any type, even a plain Exception.
             except Exception as error:
                 if self._may_be_transient(error):
                     raise InputError(
-                        f"the checkpoint {self._folder / str(step)} cannot be read now "
+                        f"the checkpoint {self._folder / str(number)} cannot be read now "
                         f"({single_line(error)}): try again"
                     ) from error
-                damaged[step] = single_line(error)
+                damaged[number] = single_line(error)
                 continue
             # Only now, so that nothing is moved if no checkpoint is valid.
-            for damaged_step, reason in damaged.items():
-                self._quarantine(damaged_step, reason, replacement=step)
+            for damaged_number, reason in damaged.items():
+                self._quarantine(damaged_number, reason, replacement=number)
             return restored
         if damaged:
             newest = max(damaged)
@@ -268,14 +268,14 @@ class CheckpointStore:
             return True
         return _is_transient(error)
 
-    def _read(self, step: int, shapes: Any) -> tuple[Any, dict[str, Any]]:
+    def _read(self, number: int, shapes: Any) -> tuple[Any, dict[str, Any]]:
         # orbax restores jax arrays only if every process takes part, and here one process reads.
         # So it restores NumPy arrays.
         templates = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), shapes)
         items = ocp.args.Composite(
             arrays=ocp.args.StandardRestore(templates), progress=ocp.args.JsonRestore()
         )
-        restored = self._manager.restore(step, args=items)
+        restored = self._manager.restore(number, args=items)
         if "checksum" not in restored.progress:
             raise CorruptCheckpointError("it has no checksums, like those of early versions")
         progress = restored.progress["progress"]
@@ -283,9 +283,9 @@ class CheckpointStore:
             raise CorruptCheckpointError("its checksums do not match its content")
         return restored.arrays, progress
 
-    def _quarantine(self, step: int, reason: str, replacement: int) -> None:
+    def _quarantine(self, number: int, reason: str, replacement: int) -> None:
         """Renames a damaged checkpoint, unless the store is read-only, and logs a warning."""
-        path = self._folder / str(step)
+        path = self._folder / str(number)
         message = f"the checkpoint {path} is damaged ({reason})"
         if not self._read_only:
             target = path.with_name(f"{path.name}.damaged")
@@ -296,9 +296,9 @@ class CheckpointStore:
             message += f" and set aside as {target.name}"
         logger.warning(f"{message}; {self._folder / str(replacement)} is used")
 
-    def delete_after(self, step: int) -> None:
-        """Deletes the checkpoints of later steps."""
-        for later in [saved for saved in self._manager.all_steps() if saved > step]:
+    def delete_after(self, number: int) -> None:
+        """Deletes the checkpoints with a larger number."""
+        for later in [saved for saved in self._manager.all_steps() if saved > number]:
             self._manager.delete(later)
 
     def __enter__(self) -> "CheckpointStore":

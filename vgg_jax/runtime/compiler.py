@@ -3,8 +3,9 @@
 Only a CPU needs options:
 
 - The library YNN is limited to matrix products. It slows down the kernel gradient of a convolution.
-- LLVM optimises less. Programs compile much faster and run as fast.
-- A bfloat16 net goes to oneDNN, which uses the CPU's bfloat16 instructions.
+- LLVM optimises less: programs compile much faster. Inference can ask for more
+  (`optimize_runtime`).
+- A bfloat16 net runs in oneDNN, which uses the CPU's bfloat16 instructions.
 """
 
 import functools
@@ -43,8 +44,8 @@ def compiler_options(
     """
     if jax.default_backend() != "cpu":
         return {}
-    # LLVM's expensive passes take long and gain nothing; the level is lower still for training
-    # (docs/performance.md#llvm-optimisation-level).
+    # LLVM's expensive passes take long and gain nothing. Without `optimize_runtime` the level is
+    # lower still (docs/performance.md#llvm-optimisation-level).
     llvm: dict[str, int | bool] = (
         {"xla_llvm_disable_expensive_passes": True}
         if optimize_runtime
@@ -57,13 +58,13 @@ def compiler_options(
 
 @functools.cache
 def has_onednn_bfloat16() -> bool:
-    """Probe whether XLA hands a bfloat16 convolution to oneDNN here.
+    """Probes if XLA delegates a bfloat16 convolution to oneDNN here.
 
     jaxlib 0.12 does on a CPU with instructions for bfloat16. The probe compiles one convolution,
-    once. All processes of a run must get the same answer, or else compute in float32.
+    once. The answer may differ between machines: all processes of a run need CPUs of one kind.
 
     Returns:
-        True if bfloat16 convolutions run by oneDNN on the default backend.
+        True if bfloat16 convolutions run in oneDNN on the default backend.
     """
     if jax.default_backend() != "cpu":
         return False

@@ -36,5 +36,5 @@ def configure_malloc() -> None:
         m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8  # from <malloc.h>
         mallopt(m_arena_max, 1)
         mallopt(m_mmap_max, 0)
-        # -1 means never. The largest int would be too small: 2 GB may be free at the top.
+        # -1 means never. The largest int is too small: 2 GB may be free at the top of the heap.
         mallopt(m_trim_threshold, -1)

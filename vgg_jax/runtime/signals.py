@@ -13,8 +13,8 @@ from collections.abc import Iterator
 def graceful_stop() -> Iterator[threading.Event]:
     """Provides an event that the first SIGINT or SIGTERM sets.
 
-    The second signal does what it did before the block. Python handles signals in the main thread
-    only, so in another thread the event is never set.
+    After the first signal, the previous handlers are restored. Python handles signals in the main
+    thread only, so in another thread the event is never set.
 
     Yields:
         The event.
@@ -50,8 +50,9 @@ def graceful_stop() -> Iterator[threading.Event]:
 def exit_on_second_signal() -> None:
     """Ends this process at the second SIGINT or SIGTERM, whatever it is doing.
 
-    Python's own handlers run only once a call into XLA returns, which may take minutes. Two signals
-    during the call reach them as one. So a thread reads the signals from a socket.
+    This covers the time inside calls into XLA, which may take minutes. Python's own handlers run
+    only after such a call returns, and Python merges two signals during one call. So a thread reads
+    the signals from a socket.
     """
     reader, writer = socket.socketpair()
     writer.setblocking(False)

@@ -47,6 +47,9 @@ class Checkpointer:
     part in gathering the arrays.
 
     Leaving the context waits for the write in progress, except after a KeyboardInterrupt.
+
+    Args:
+        workdir: Folder of the run.
     """
 
     def __init__(self, workdir: Path) -> None:
@@ -55,18 +58,20 @@ class Checkpointer:
         if is_main_process():
             self._stores = {name: CheckpointStore(workdir / name) for name in ("last", "best")}
         self.last_error: CheckpointSaveError | None = None
-        # The step, the variables and the metadata of a best state that is not written yet.
+        # The epoch, the variables and the metadata of a best state that is not written yet.
         self._pending_best: tuple[int, Any, dict[str, Any]] | None = None
         self._thread = ThreadPoolExecutor(1, "saving")
         self._write_in_progress: Future[None] | None = None
 
     def save(
-        self, step: int, state: TrainState, progress: dict[str, Any], best: BestInfo | None = None
+        self, number: int, state: TrainState, progress: dict[str, Any], best: BestInfo | None = None
     ) -> None:
-        """Copies a state to the host and starts to write it. Collective.
+        """Copies a state to the host and starts to write it.
+
+        All processes must call this.
 
         Args:
-            step: Number of the checkpoint.
+            number: Ordinal of the checkpoint in `last/`: a later one is larger.
             state: The state, on the devices.
             progress: JSON object with the run's "history".
             best: Metadata, if the state is the best so far. It is then also written to `best/`.
@@ -77,10 +82,12 @@ class Checkpointer:
             return
         if best is not None:
             self._pending_best = best.epoch, model_variables(host_state), best._asdict()
-        self._write_in_progress = self._thread.submit(self._write, step, host_state, progress)
+        self._write_in_progress = self._thread.submit(self._write, number, host_state, progress)
 
     def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """Reads the last checkpoint. Collective.
+        """Reads the last checkpoint.
+
+        All processes must call this.
 
         Args:
             state: A state on the devices, with the shapes and the sharding to restore to.
@@ -109,7 +116,9 @@ class Checkpointer:
         return restored, progress
 
     def has_best(self, state: TrainState) -> bool:
-        """Whether `best/` holds an undamaged checkpoint. Collective.
+        """Tells if `best/` holds an undamaged checkpoint.
+
+        All processes must call this.
 
         Args:
             state: A state with the shapes to expect.
@@ -135,7 +144,9 @@ class Checkpointer:
                 write_metrics(self._workdir, history)
 
     def wait_until_finished(self) -> None:
-        """Waits for the write in progress. Collective.
+        """Waits for the write in progress.
+
+        All processes must call this.
 
         Raises:
             CheckpointSaveError: The last save failed. Raised in all processes.
@@ -153,11 +164,11 @@ class Checkpointer:
             self._write_in_progress.result()
         self._write_in_progress = None
 
-    def _write(self, step: int, state: TrainState, progress: dict[str, Any]) -> None:
+    def _write(self, number: int, state: TrainState, progress: dict[str, Any]) -> None:
         """Writes a state in the background thread. Logs an error instead of raising it."""
         try:
             self._write_pending_best()
-            self._stores["last"].save(step, state, progress)
+            self._stores["last"].save(number, state, progress)
             write_metrics(self._workdir, progress["history"])
             self.last_error = None
         except CheckpointSaveError as error:

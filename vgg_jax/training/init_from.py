@@ -27,7 +27,7 @@ def init_from_pretrained(
     """Copies layers of a pretrained net into a state.
 
     All matching layers are copied if both nets have the same stages, else the paper's seven
-    (§3.1). Logs the names of the copied, the new and the unused layers.
+    (§3.1). Logs the names of the copied, the newly initialised and the unused layers.
 
     Args:
         pretrained: Model, variables and metadata, as `vgg_jax.load` returns them.
@@ -73,7 +73,7 @@ def init_from_pretrained(
 def describe_transfer(
     source: Mapping[str, Any], target: Mapping[str, Any], copied: tuple[str, ...]
 ) -> str:
-    """Lists the copied, the new and the unused layers.
+    """Lists the copied, the newly initialised and the unused layers.
 
     Args:
         source: Parameters of the pretrained net, by layer.
@@ -81,14 +81,15 @@ def describe_transfer(
         copied: Names of the copied layers.
 
     Returns:
-        For example "conv1_1; new: fc8 (kernel (16, 5) in the source, (16, 2) here); left: bn1_1".
+        For example "copied: conv1_1; newly initialised: fc8 (kernel (16, 5) in the source,
+        (16, 2) here); unused: bn1_1".
     """
     new = [_describe_new_layer(name, source, target) for name in target if name not in copied]
-    left = [name for name in source if name not in copied and name not in target]
-    copied_text, new_text, left_text = (
-        ", ".join(names) or "nothing" for names in (copied, new, left)
+    unused = [name for name in source if name not in copied and name not in target]
+    copied_text, new_text, unused_text = (
+        ", ".join(names) or "nothing" for names in (copied, new, unused)
     )
-    return f"{copied_text}; new: {new_text}; left: {left_text}"
+    return f"copied: {copied_text}; newly initialised: {new_text}; unused: {unused_text}"
 
 
 def _describe_new_layer(name: str, source: Mapping[str, Any], target: Mapping[str, Any]) -> str:

@@ -59,7 +59,15 @@ def _decay_mask(config: TrainConfig, params: dict) -> dict:
 def set_learning_rate(
     opt_state: optax.InjectHyperparamsState, lr: float
 ) -> optax.InjectHyperparamsState:
-    """Returns the optimizer's state with another learning rate."""
+    """Replaces the learning rate in the optimizer's state.
+
+    Args:
+        opt_state: State of the optimizer that `sgd` returns.
+        lr: The new learning rate.
+
+    Returns:
+        The state with the new learning rate.
+    """
     old = opt_state.hyperparams["learning_rate"]
     # The same dtype and sharding, so that no step is compiled again.
     new = jax.device_put(jnp.asarray(lr, old.dtype), old.sharding)
@@ -78,7 +86,7 @@ def next_epoch_lr(config: TrainConfig, accuracies: Sequence[float]) -> float | N
         accuracies: Validation accuracies of the finished epochs.
 
     Returns:
-        The learning rate before any halving after a divergence.
+        The learning rate before any halving after a divergence. None at the end of the run.
     """
     if len(accuracies) >= config.epochs:
         return None

@@ -55,7 +55,7 @@ def format_epoch(record: dict[str, Any]) -> str:
         f"{record['time'][11:]}  epoch {record['epoch']:3d}  "
         f"train loss {train['loss']:.4f} accuracy {train['accuracy']:.2%}  "
         f"validation loss {validation['loss']:.4f} accuracy {validation['accuracy']:.2%}  "
-        f"rate {record['learning_rate']:g}  {record['seconds']:.1f} s  "
+        f"learning rate {record['learning_rate']:g}  {record['seconds']:.1f} s  "
         f"{record['images_per_second']:.1f} images/s, "
         f"{bottleneck(record['input_wait_seconds'] / record['seconds'])}"
     )
@@ -85,7 +85,7 @@ def is_at_chance(history: list[dict[str, Any]], num_classes: int) -> bool:
         num_classes: Number of classes. The loss of guessing is its logarithm.
 
     Returns:
-        Whether to show `at_chance_hint`, once.
+        True if it is time to show `at_chance_hint`, once in a run.
     """
     if num_classes == 1:
         return False

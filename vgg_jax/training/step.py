@@ -251,7 +251,7 @@ def _local_gradients(
 
     Devices exchange gradients once a step, after the last micro-batch.
     """
-    params = jax.tree.map(_all_gather, params, param_specs)
+    params = jax.tree.map(_gather_param, params, param_specs)
     grad_fn = jax.grad(partial(_loss, model=model, mean_rgb=mean_rgb), has_aux=True)
     if num_microbatches == 1:
         gradients, (batch_stats, sums) = grad_fn(params, batch_stats, batch, key)
@@ -299,7 +299,7 @@ def _accumulate_gradients(
     return gradients, batch_stats, jax.tree.map(lambda x: x.sum(0), sums)
 
 
-def _all_gather(param: Array, spec: PartitionSpec) -> Array:
+def _gather_param(param: Array, spec: PartitionSpec) -> Array:
     """The whole of a parameter that may be sharded over "data"."""
     if DATA not in spec:
         return param
@@ -349,7 +349,7 @@ def eval_step(
     variable_specs = jax.tree.map(data_axis_spec, infer_shardings(variables, mesh, mesh_config))
 
     def local_fn(variables: dict[str, Any], batch: Batch) -> MetricSums:
-        variables = jax.tree.map(_all_gather, variables, variable_specs)
+        variables = jax.tree.map(_gather_param, variables, variable_specs)
         images = preprocess(batch["image"], mean_rgb, batch["colour_shift"])
         logits: Any = model.apply(variables, images)
         return _sum_over_data(compute_sums(logits, batch["label"], batch["mask"]), mesh)

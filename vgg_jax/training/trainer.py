@@ -41,7 +41,8 @@ class DivergedError(Exception):
     Attributes:
         rate: The learning rate.
         halvings: How often the learning rate had been halved.
-        stop: The event that a signal sets.
+        stop: The event that a signal sets. The block of `graceful_stop` has ended when `fit`
+            reads it. `fit` does not resume if it is set.
     """
 
     def __init__(self, text: str, rate: float, halvings: int, stop: threading.Event) -> None:
@@ -55,7 +56,7 @@ class PendingStep(NamedTuple):
     """A dispatched training step. The host reads its sums after dispatching the next one."""
 
     sums: MetricSums
-    batch: int  # number in its epoch, from 1
+    batch_number: int  # in its epoch, from 1
     indices: np.ndarray  # int64 (N,), example indices; -1 for padding
 
 
@@ -262,7 +263,7 @@ class Trainer:
         step = PendingStep(sums, self.progress.batch, batch["index"])
         if self._debug_nans and not all_finite((sums, self.state.params, self.state.batch_stats)):
             part = first_nonfinite(state, device_batch, model=self._model, mean_rgb=self._mean_rgb)
-            raise self.diverged(part, step)
+            raise self.divergence_error(part, step)
         # The host reads the previous step's sums while the devices compute this step.
         self._read_pending_sums()
         self._pending = step
@@ -274,11 +275,11 @@ class Trainer:
             return
         self.progress.sums = accumulate(self.progress.sums, self._pending.sums, self._bar)
         if not math.isfinite(self.progress.sums.loss):
-            raise self.diverged("the loss", self._pending, self._previous)
+            raise self.divergence_error("the loss", self._pending, self._previous)
         self._previous, self._pending = self._pending, None
 
     def _poll(self, request_save: bool = False) -> tuple[bool, bool]:
-        """Tells whether all processes must stop now, and whether they must save."""
+        """Tells if all processes must stop now, and if they must save."""
         self._watchdog.heartbeat()
         return self._synchronizer.any(self.stop.is_set(), request_save)
 
@@ -339,7 +340,7 @@ class Trainer:
         """
         progress, validation = self.progress, self._validation
         if not math.isfinite(validation.loss):
-            raise self.diverged("the validation's loss", update=self._previous)
+            raise self.divergence_error("the validation's loss", update=self._previous)
         self._check_counts()
         num_classes = len(self.setup.train.classes)
         record = epoch_record(
@@ -380,7 +381,7 @@ class Trainer:
         """
         # The loss is computed before the update, so it cannot show a bad update.
         if not all_finite((self.state.params, self.state.batch_stats)):
-            raise self.diverged("a parameter", update=self._previous)
+            raise self.divergence_error("a parameter", update=self._previous)
         # Each epoch has one number more than batches, for the save at its end.
         number = len(self.progress.history) * (self._steps_per_epoch + 1) + self.progress.batch
         self._checkpointer.save(number, self.state, dataclasses.asdict(self.progress), best)
@@ -425,7 +426,7 @@ class Trainer:
         )
         return FitResult(history, stopped=False)
 
-    def diverged(
+    def divergence_error(
         self, part: str, step: PendingStep | None = None, update: PendingStep | None = None
     ) -> DivergedError:
         """Describes a value that is infinite or NaN.
@@ -442,7 +443,7 @@ class Trainer:
         for words, origin in (("in", step), ("by the update of", update)):
             if origin is not None:
                 names = file_names_of(self.setup.train, origin)
-                origins.append(f"{words} batch {origin.batch} (of {names})")
+                origins.append(f"{words} batch {origin.batch_number} (images {names})")
         place = f", {' or '.join(origins)}" if origins else ""
         return DivergedError(
             f"{part} is not finite in epoch {self._epoch}{place}, at learning rate {self._lr:g}",
@@ -499,7 +500,15 @@ def compile_unless_stopped(compile_step: Callable[[], object], stop: threading.E
 
 
 def file_names_of(source: DataSource, step: PendingStep) -> str:
-    """Lists the first file names of a step's images, and counts the others."""
+    """Lists the first file names of a step's images, and counts the others.
+
+    Args:
+        source: The training images.
+        step: The step.
+
+    Returns:
+        For example "a.jpg, b.jpg and 6 more".
+    """
     names = [source.file_name(int(index)) for index in step.indices if index >= 0]
     text = ", ".join(names[:MAX_FILE_NAMES])
     num_others = len(names) - MAX_FILE_NAMES
@@ -526,7 +535,16 @@ def accumulate(sums: MetricSums, pending: MetricSums | None, bar: tqdm) -> Metri
 
 
 def progress_bar(name: str, total: int, initial: int = 0) -> tqdm:
-    """A progress bar on the terminal of the main process, if it has one."""
+    """A progress bar on the terminal of the main process, if it has one.
+
+    Args:
+        name: Text in front of the bar.
+        total: Number of images.
+        initial: Number of images that are done already.
+
+    Returns:
+        The bar. It is disabled in other processes and without a terminal.
+    """
     disable = None if is_main_process() else True  # None disables it without a terminal
     return tqdm(
         desc=name, total=total, initial=initial, unit=" images", leave=False, disable=disable
@@ -535,5 +553,12 @@ def progress_bar(name: str, total: int, initial: int = 0) -> tqdm:
 
 @jax.jit
 def all_finite(arrays: Any) -> jax.Array:
-    """Whether all values of a tree of arrays are finite, as a bool scalar."""
+    """Tells if all values are finite.
+
+    Args:
+        arrays: A tree of arrays.
+
+    Returns:
+        bool (), True if no value is infinite or NaN.
+    """
     return jnp.all(jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(arrays)]))
