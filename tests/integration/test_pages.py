@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import sklearn.datasets
 from PIL import Image
 
 from tests.helpers.pages import PAGES, blocks, commands
@@ -63,12 +64,18 @@ def narrow_nets():
 
 @pytest.fixture(scope="module")
 def workplace(narrow_nets, tmp_path_factory):
-    """A folder with what the pages assume: photos, weights, a data set and runs."""
+    """A folder with what the pages assume: photos, weights, a data set and runs.
+
+    There are 200 digits only.
+    """
     torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
     folder = tmp_path_factory.mktemp("workplace")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr("vgg_jax.perceptual.LPIPS_CHANNELS", LPIPS_CHANNELS)
+        digits = sklearn.datasets.load_digits()
+        digits.images, digits.target = digits.images[:200], digits.target[:200]
+        patch.setattr("sklearn.datasets.load_digits", lambda: digits)
         make_photo_folder(Path("PHOTOS"))
         imagenet = make_photo_folder(Path("IMAGENET"))
         for split, (label, name) in itertools.product(("train", "val"), CLASS_FOLDERS.items()):
