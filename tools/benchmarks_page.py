@@ -404,9 +404,9 @@ def highlights() -> str:
         ("Training, net D, CPU", step("train", "float32", "PyTorch"), "PyTorch", "steps-on-a-cpu"),
         ("Inference, net D, CPU", step("infer", "float32", "OpenVINO"), "OpenVINO", "inference"),
         (
-            "The same in bfloat16",
+            "Inference, net D, CPU, bfloat16",
             step("infer", "bfloat16", "OpenVINO"),
-            "OpenVINO (faster here)",
+            "OpenVINO, which is faster",
             "inference",
         ),
         (
@@ -429,7 +429,7 @@ def highlights() -> str:
         ),
     ]
     return table(
-        ("task", "times as fast", "as"),
+        ("task", "speedup", "compared with"),
         ((task, f"[{ratio}]({page}#{anchor})", peer) for task, ratio, peer, anchor in rows),
     )
 
