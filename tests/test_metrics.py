@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vgg_jax.metrics import MetricSums, compute_sums, finalize, merge
+from vgg_jax.metrics import MetricSums, compute_sums, finalize, label_ranks, merge
 
 
 def test_compute_sums_equals_loop():
@@ -37,6 +37,21 @@ def test_compute_sums_of_nan():
     masked = compute_sums(logits, jnp.array([0, 1]), jnp.array([False, True]))
     assert (masked.count, masked.top1) == (1, 1)
     assert jnp.isfinite(masked.loss)
+
+
+@pytest.mark.parametrize("num_classes", [1, 2, 5, 12])
+def test_row_of_nan_is_never_correct(num_classes):
+    logits = jnp.full((num_classes, num_classes), jnp.nan)
+    sums = compute_sums(logits, jnp.arange(num_classes), jnp.ones(num_classes, bool))
+    assert (sums.top1, sums.top5) == (0, 0)
+
+
+def test_label_ranks_equal_stable_sort():
+    rng = np.random.default_rng(0)
+    scores, labels = rng.integers(0, 4, (40, 9)).astype(np.float32), rng.integers(0, 9, 40)
+    order = np.argsort(-scores, axis=1, kind="stable")
+    expected = [list(row).index(label) for row, label in zip(order, labels, strict=True)]
+    assert label_ranks(jnp.array(scores), jnp.array(labels)).tolist() == expected
 
 
 def test_finalize_divides_merged_sums():

@@ -22,8 +22,7 @@ class MetricSums:
 def compute_sums(logits: Array, labels: Array, mask: Array) -> MetricSums:
     """Sums loss and correct predictions over the examples whose mask is true.
 
-    Among equal logits, the lower class is the earlier guess, as in a stable sort. NaN is never
-    correct.
+    `label_ranks` says which guesses are correct. NaN never is.
 
     Args:
         logits: float (N, K).
@@ -35,17 +34,37 @@ def compute_sums(logits: Array, labels: Array, mask: Array) -> MetricSums:
     """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     mask = mask.astype(logits.dtype)
-    label_logits = jnp.take_along_axis(logits, labels[:, None], axis=1)
-    classes = jnp.arange(logits.shape[1])[None]
-    is_earlier_guess = ~(logits <= label_logits) | (
-        (logits == label_logits) & (classes < labels[:, None])
-    )
-    rank = is_earlier_guess.sum(axis=1)
-    loss = jax.nn.logsumexp(logits, axis=1) - label_logits[:, 0]
+    loss = jax.nn.logsumexp(logits, axis=1) - _of_labels(logits, labels)
+    rank = label_ranks(logits, labels)
     # A padding example (mask False) may hold NaN, and 0 · NaN is NaN.
     return MetricSums(
         jnp.where(mask > 0, loss, 0).sum(), mask @ (rank < 1), mask @ (rank < 5), mask.sum()
     )
+
+
+def label_ranks(scores: Array, labels: Array) -> Array:
+    """Computes the rank of each example's label among its classes, 0 for the first guess.
+
+    Among equal scores, the lower class is the earlier guess, as in a stable sort.
+
+    Args:
+        scores: float (N, K), such as logits or posteriors.
+        labels: int (N,).
+
+    Returns:
+        int (N,). The rank of a label whose score is NaN is a large number, for any K.
+    """
+    label_scores = _of_labels(scores, labels)[:, None]
+    classes = jnp.arange(scores.shape[1])[None]
+    is_earlier_guess = ~(scores <= label_scores) | (
+        (scores == label_scores) & (classes < labels[:, None])
+    )
+    is_nan = jnp.isnan(label_scores[:, 0])
+    return jnp.where(is_nan, jnp.iinfo(jnp.int32).max, is_earlier_guess.sum(axis=1))
+
+
+def _of_labels(scores: Array, labels: Array) -> Array:
+    return jnp.take_along_axis(scores, labels[:, None], axis=1)[:, 0]
 
 
 def merge(a: MetricSums, b: MetricSums) -> MetricSums:

@@ -243,6 +243,16 @@ def test_errors_match_hand_computation():
     assert errors["loss"] == pytest.approx(-(np.log(0.9) + np.log(0.4)) / 2)
 
 
+def test_errors_rank_close_posteriors():
+    """Their logarithms are equal in float32."""
+    posteriors = np.full((3, 1000), 1e-3, np.float32)
+    labels = np.array([999, 500, 2])
+    posteriors[np.arange(3), labels] = np.nextafter(np.float32(1e-3), np.float32(1))
+    errors = Evaluation(posteriors, labels, np.arange(3), np.arange(1000)).errors()
+    assert (errors["top1_error"], errors["top5_error"]) == (0, 0)
+    assert errors["loss"] == pytest.approx(np.log(1000), abs=1e-6)
+
+
 def test_wilson_interval_solves_its_quadratic():
     """The bounds p are the roots of (p - observed)² = z² p (1 - p) / n."""
     for observed, n in ((0.25, 500), (0.0, 10), (1.0, 7)):

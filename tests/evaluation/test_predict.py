@@ -53,6 +53,16 @@ def photos(tmp_path_factory):
     return root
 
 
+def test_predict_breaks_ties_as_the_metrics_do(weight_file, photos, tmp_path, monkeypatch):
+    monkeypatch.setitem(CONFIGS, "shallow", SHALLOW)
+    weights = read(weight_file)
+    fc8 = jax.tree.map(np.zeros_like, weights.params["fc8"])
+    path = str(tmp_path / "collapsed.safetensors")
+    save(path, dataclasses.replace(weights, params={**weights.params, "fc8": fc8}))
+    (prediction,) = predict(path, [str(photos / "b.png")], top=3)
+    assert [name for name, _ in prediction.top] == list(CLASSES[:3])
+
+
 def test_predict_matches_class_posteriors(weight_file, photos):
     paths = [str(photos / "b.png"), str(photos / "deep")]
     predictions = sorted(predict(weight_file, paths, top=2))

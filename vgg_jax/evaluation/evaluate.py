@@ -20,7 +20,7 @@ from vgg_jax.configs.train import TrainConfig
 from vgg_jax.distributed.sharding import make_mesh
 from vgg_jax.errors import InputError
 from vgg_jax.evaluation.dense import iter_posteriors, resolve_protocol
-from vgg_jax.metrics import compute_sums, finalize, wilson_interval
+from vgg_jax.metrics import MetricSums, finalize, label_ranks, wilson_interval
 from vgg_jax.paths import to_path
 from vgg_jax.runs.files import atomic_write
 from vgg_jax.runs.metadata import load_run
@@ -56,10 +56,13 @@ class Evaluation:
             "top1_error" and "top5_error" in [0, 1], each with its 95 % interval
             ("top1_error_interval"), the mean cross-entropy "loss", and the "count" of images.
         """
-        logits = jnp.log(jnp.maximum(self.posteriors, np.finfo(np.float32).tiny))
         count = len(self.labels)
-        sums = compute_sums(logits, jnp.asarray(self.labels), jnp.ones(count, bool))
-        errors = finalize(jax.tree.map(float, sums))
+        # Not of the logarithms: in float32 those of close posteriors are equal.
+        ranks = np.asarray(label_ranks(jnp.asarray(self.posteriors), jnp.asarray(self.labels)))
+        of_labels = np.float64(self.posteriors[np.arange(count), self.labels])
+        loss = -np.log(np.maximum(of_labels, np.finfo(np.float32).tiny)).sum()
+        sums = MetricSums(float(loss), int((ranks < 1).sum()), int((ranks < 5).sum()), count)
+        errors = finalize(sums)
         intervals = {
             f"{name}_interval": wilson_interval(errors[name], count)
             for name in ("top1_error", "top5_error")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from vgg_jax.configs.evaluation import DENSE, EvalProtocol
 from vgg_jax.distributed.sharding import make_mesh
@@ -86,7 +87,7 @@ def predict(
     for index, posterior in posteriors:
         while failures:
             yield failures.pop(0)
-        best = posterior.argsort()[::-1][:top]
+        best = np.argsort(-posterior, kind="stable")[:top]  # as `label_ranks` orders them
         yield Prediction(readable[index], [(classes[i], float(posterior[i])) for i in best])
     yield from failures
 
