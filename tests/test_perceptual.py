@@ -55,6 +55,25 @@ def test_style_loss_other_image_size():
     assert np.isfinite(style_loss(features, target)).all()
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_losses_of_narrow_types_sum_in_float32(dtype):
+    """Sums of activations as large as a VGG's overflow in float16."""
+    features, target = (
+        {"a": jnp.asarray(1000 * np.abs(activations(seed, (2, 20, 20, 8))), dtype)}
+        for seed in (0, 1)
+    )
+    wide, wide_target = ({"a": np.float64(x["a"])} for x in (features, target))
+    style = np.array(
+        [
+            ((gram_by_loop(a) - gram_by_loop(b)) ** 2).sum()
+            for a, b in zip(wide["a"], wide_target["a"], strict=True)
+        ]
+    )
+    content = ((wide["a"] - wide_target["a"]) ** 2).mean((1, 2, 3))
+    np.testing.assert_allclose(style_loss(features, target), style, rtol=1e-3)
+    np.testing.assert_allclose(content_loss(features, target), content, rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_lpips_of_equal_images():
     """The distance is 0 and its gradient is finite, also at activations of 0."""

@@ -33,8 +33,8 @@ def content_loss(features: Mapping[str, Array], target: Mapping[str, Array]) -> 
     Returns:
         Loss (N,).
     """
-    losses = (jnp.mean((features[name] - target[name]) ** 2, (1, 2, 3)) for name in features)
-    return sum(losses, jnp.float32(0))
+    differences = (_widen(features[name]) - _widen(target[name]) for name in features)
+    return sum((jnp.mean(d**2, (1, 2, 3)) for d in differences), jnp.float32(0))
 
 
 def gram_matrix(features: Array) -> Array:
@@ -44,11 +44,15 @@ def gram_matrix(features: Array) -> Array:
         features: Activations (N, h, w, C).
 
     Returns:
-        Matrices (N, C, C).
+        Matrices (N, C, C), at least float32: the sums of float16 activations overflow.
     """
     n, h, w, c = features.shape
-    positions = features.reshape(n, h * w, c)
+    positions = _widen(features).reshape(n, h * w, c)
     return jnp.einsum("npc,npd->ncd", positions, positions) / (h * w * c)
+
+
+def _widen(features: Array) -> Array:
+    return features.astype(jnp.promote_types(features.dtype, jnp.float32))
 
 
 def style_loss(features: Mapping[str, Array], target: Mapping[str, Array]) -> Array:
