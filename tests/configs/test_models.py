@@ -2,7 +2,7 @@
 
 import pytest
 
-from vgg_jax import CONFIGS, InputError
+from vgg_jax import CONFIGS, Conv, InputError, VGGConfig
 from vgg_jax.configs.models import layer_table
 
 CONV_LAYERS = {"A": 8, "A-LRN": 8, "B": 10, "C": 13, "D": 13, "E": 16, "B-5x5": 5}
@@ -23,6 +23,13 @@ def test_configs_only_c_has_1x1_convolutions():
             if layer.type == "conv" and layer.kernel_size == 1
         ]
         assert names == (["conv3_3", "conv4_3", "conv5_3"] if net == "C" else [])
+
+
+@pytest.mark.parametrize("conv", [Conv(8, 2), Conv(8, 4), Conv(8, 0), Conv(8, -3), Conv(0, 3)])
+def test_config_rejects_convolution(conv):
+    message = rf"conv2_1 has kernel_size {conv.kernel_size} and {conv.features} features"
+    with pytest.raises(InputError, match=message):
+        VGGConfig(((Conv(8),), (conv,)))
 
 
 def test_layer_table_names():

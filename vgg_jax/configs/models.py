@@ -26,11 +26,23 @@ class VGGConfig:
         stages: The convolutions of each stage. A 2x2 max pooling ends a stage.
         fc: Output features of fc6 and fc7.
         lrn: Names of the convolutions with local response normalisation after their ReLU.
+
+    Raises:
+        InputError: If a kernel size is even: the output would not have the size of the input.
     """
 
     stages: tuple[tuple[Conv, ...], ...]
     fc: tuple[int, int] = (4096, 4096)
     lrn: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for i, stage in enumerate(self.stages, 1):
+            for j, conv in enumerate(stage, 1):
+                if conv.kernel_size % 2 == 0 or conv.kernel_size < 1 or conv.features < 1:
+                    raise InputError(
+                        f"conv{i}_{j} has kernel_size {conv.kernel_size} and {conv.features} "
+                        "features: expected an odd kernel_size, and at least one feature"
+                    )
 
 
 def c1(features: int) -> Conv:
