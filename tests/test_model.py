@@ -10,6 +10,7 @@ import vgg_jax
 from tests.helpers.tiny import DEEP, TINY, images, init
 from vgg_jax import (
     CONFIGS,
+    PAPER_INIT_LAYERS,
     VGG,
     Conv,
     InputError,
@@ -234,22 +235,45 @@ def test_bfloat16_keeps_float32_parameters():
 @pytest.mark.parametrize("name", ["B", "C", "D", "E"])
 def test_copy_matching_layers_from_a(name):
     x = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
-    source, params = (
-        jax.eval_shape(VGG(CONFIGS[net]).init, jax.random.key(0), x)["params"]
-        for net in ("A", name)
+    source, target = (
+        jax.eval_shape(VGG(CONFIGS[net]).init, jax.random.key(0), x) for net in ("A", name)
     )
-    merged, copied = copy_matching_layers(source, params)
+    merged, copied = copy_matching_layers(source=source, target=target, layers=PAPER_INIT_LAYERS)
     assert sorted(copied) == sorted(PAPER_LAYERS)
-    assert merged.keys() == params.keys()
-    for layer in params:
-        assert merged[layer] is (source if layer in copied else params)[layer]
+    assert merged["params"].keys() == target["params"].keys()
+    for layer in target["params"]:
+        expected = (source if layer in copied else target)["params"][layer]
+        assert merged["params"][layer] is expected
+
+
+def test_copy_matching_layers_copies_all_that_fit():
+    x = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    source, target = (
+        jax.eval_shape(
+            VGG(CONFIGS["D"], num_classes, image_size=32, batch_norm=True).init,
+            jax.random.key(0),
+            x,
+        )
+        for num_classes in (10, 3)
+    )
+    merged, copied = copy_matching_layers(source=source, target=target)
+    assert {*target["params"]} - {*copied} == {"fc8"}
+    assert merged["params"]["fc8"] is target["params"]["fc8"]
+    assert merged["params"]["conv5_3"] is source["params"]["conv5_3"]
+    assert merged["batch_stats"]["bn5_3"] is source["batch_stats"]["bn5_3"]
+    with pytest.raises(TypeError):
+        copy_matching_layers(source, target)
+    with pytest.raises(InputError, match="source has no 'params', but bn1_1"):
+        copy_matching_layers(source=source["params"], target=target)
 
 
 def test_copy_matching_layers_skips_other_shape():
-    source, params = ({"fc8": {"kernel": np.zeros((4, k)), "bias": np.zeros(k)}} for k in (10, 5))
-    merged, copied = copy_matching_layers(source, params)
+    source, target = (
+        {"params": {"fc8": {"kernel": np.zeros((4, k)), "bias": np.zeros(k)}}} for k in (10, 5)
+    )
+    merged, copied = copy_matching_layers(source=source, target=target)
     assert copied == ()
-    assert merged == params
+    assert merged == target
 
 
 def test_published_names():

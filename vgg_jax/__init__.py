@@ -20,6 +20,7 @@ from vgg_jax.errors import InputError
 if TYPE_CHECKING:
     from vgg_jax.inference import compile_inference
     from vgg_jax.model import (
+        PAPER_INIT_LAYERS,
         VGG,
         copy_matching_layers,
         vgg11,
@@ -36,6 +37,7 @@ __version__ = "0.2.0.dev0"
 __all__ = [
     "CONFIGS",
     "IMAGENET",
+    "PAPER_INIT_LAYERS",
     "VGG",
     "ColourStatistics",
     "Conv",
@@ -61,7 +63,17 @@ _LAZY = {
     "compile_inference": "vgg_jax.inference",
     "compiler_options": "vgg_jax.runtime.compiler",
     **dict.fromkeys(
-        ("VGG", "copy_matching_layers", "vgg11", "vgg11_lrn", "vgg13", "vgg16", "vgg16_c", "vgg19"),
+        (
+            "PAPER_INIT_LAYERS",
+            "VGG",
+            "copy_matching_layers",
+            "vgg11",
+            "vgg11_lrn",
+            "vgg13",
+            "vgg16",
+            "vgg16_c",
+            "vgg19",
+        ),
         "vgg_jax.model",
     ),
 }

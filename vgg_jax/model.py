@@ -413,34 +413,48 @@ PAPER_INIT_LAYERS = ("conv1_1", "conv2_1", "conv3_1", "conv3_2", "fc6", "fc7", "
 
 
 def copy_matching_layers(
-    source: Mapping[str, Any], params: Mapping[str, Any], layers: Iterable[str] = PAPER_INIT_LAYERS
+    *, source: Mapping[str, Any], target: Mapping[str, Any], layers: Iterable[str] | None = None
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Copies layers of one net into another, where names and shapes match (§3.1).
+    """Copies layers of one net into another, where names and shapes match.
 
-    The batch normalisation after a convolution is copied with it. A layer of another shape, such as
-    an fc8 for other classes, is not copied. Works for `params` and for `batch_stats`.
+    A layer of another shape, such as an fc8 for other classes, stays as it is in the target. The
+    batch normalisation after a convolution is copied with it.
 
     Args:
-        source: Collection to copy from: arrays by layer and variable name.
-        params: Collection of the same kind to copy into; it is not modified.
-        layers: Names of the layers to copy.
+        source: Variables to copy from, as `vgg_jax.load` returns them.
+        target: Variables to copy into, as `model.init` returns them. They are not modified.
+        layers: Names of the layers to copy. None means all layers; `PAPER_INIT_LAYERS` are those
+            that the paper copies from net A into a deeper net (§3.1).
 
     Returns:
-        The merged collection, and the names of the copied layers.
+        The variables of the target with the copied layers, and the names of these layers.
+
+    Raises:
+        InputError: An argument has no "params".
     """
+    for name, variables in (("source", source), ("target", target)):
+        if "params" not in variables:
+            raise InputError(
+                f"{name} has no 'params', but {', '.join(list(variables)[:3])}: expected the "
+                "variables of a net, as `vgg_jax.load` or `model.init` returns them"
+            )
+    old, new = source["params"], target["params"]
+    requested = set(new if layers is None else layers)
 
-    def matches(name: str) -> bool:
-        return name in source and name in params and _shapes(source[name]) == _shapes(params[name])
+    def fits(name: str) -> bool:
+        return name in old and name in new and _shapes(old[name]) == _shapes(new[name])
 
-    # `batch_stats` has no convolutions to compare: all requested layers count as matching.
-    candidates = {
-        name
-        for layer in layers
-        if matches(layer) or layer not in params
-        for name in (layer, layer.replace("conv", "bn"))
-    }
-    copied = tuple(name for name in params if name in candidates and matches(name))
-    return {**params, **{name: source[name] for name in copied}}, copied
+    def is_copied(name: str) -> bool:
+        conv = name.replace("bn", "conv")
+        return bool({name, conv} & requested) and fits(name) and fits(conv)
+
+    copied = tuple(filter(is_copied, new))
+    merged = {**target, "params": {**new, **{name: old[name] for name in copied}}}
+    if "batch_stats" in target:
+        old_stats, new_stats = source.get("batch_stats", {}), target["batch_stats"]
+        stats = {name: old_stats[name] for name in copied if name in old_stats}
+        merged["batch_stats"] = {**new_stats, **stats}
+    return merged, copied
 
 
 def _shapes(layer: Mapping[str, Array] | FrozenDict) -> dict[str, tuple[int, ...]]:

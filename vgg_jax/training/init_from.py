@@ -43,10 +43,9 @@ def init_from_pretrained(
     """
     model, variables, metadata = pretrained
     same_stages = model.config.stages == config.vgg.stages
-    layers = tuple(state.params) if same_stages else PAPER_INIT_LAYERS
-    params, copied = copy_matching_layers(variables["params"], state.params, layers)
-    batch_stats, _ = copy_matching_layers(
-        variables.get("batch_stats", {}), state.batch_stats, copied
+    target = {"params": state.params, "batch_stats": state.batch_stats}
+    merged, copied = copy_matching_layers(
+        source=variables, target=target, layers=None if same_stages else PAPER_INIT_LAYERS
     )
     if not copied:
         raise InputError(
@@ -64,8 +63,8 @@ def init_from_pretrained(
 
     placed = jax.tree.map(
         lambda new, old: new if new is old else put_global(new, old.sharding),
-        {"params": params, "batch_stats": batch_stats},
-        {"params": state.params, "batch_stats": state.batch_stats},
+        merged,
+        target,
     )
     return dataclasses.replace(state, **placed)
 
