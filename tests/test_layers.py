@@ -74,3 +74,20 @@ def test_fully_connected_gradients(n, h, w, size):
     )
     for actual, exact in zip(pullback(jnp.float32(g)), expected, strict=True):
         np.testing.assert_allclose(actual, exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_batch_norm_in_bfloat16_rounds_once(train):
+    """The error is that of rounding the result, also if the mean is large."""
+    x = jnp.bfloat16(np.random.default_rng(0).normal(40, 1, (4, 6, 6, 8)))
+    wide = np.float64(x)
+    mean, var = wide.mean((0, 1, 2)), wide.var((0, 1, 2))
+    variables = {
+        "params": {"scale": jnp.ones(8), "bias": jnp.zeros(8)},
+        "batch_stats": {"mean": jnp.float32(mean), "var": jnp.float32(var)},
+    }
+    layer = BatchNorm(dtype=jnp.bfloat16)
+    y, _ = layer.apply(variables, x, train=train, mutable=["batch_stats"])
+    assert y.dtype == jnp.bfloat16
+    expected = (wide - mean) / np.sqrt(var + layer.epsilon)
+    np.testing.assert_allclose(np.float64(y), expected, rtol=2**-8, atol=1e-4)

@@ -287,3 +287,28 @@ def test_published_names():
     }
     for name, net in names.items():
         assert getattr(vgg_jax, name)(num_classes=10) == VGG(CONFIGS[net], num_classes=10)
+
+
+def test_frozen_layers_have_no_gradient():
+    """Also in one's own loop, which knows nothing of `frozen`."""
+    frozen = ("conv1_1", "bn1_1", "fc7")
+    model = VGG(DEEP, num_classes=7, image_size=16, batch_norm=True, frozen=frozen, dropout_rate=0)
+    variables, x = init(model), images(2, 16, 16)
+
+    def loss(params):
+        stats = {"batch_stats": variables["batch_stats"]}
+        logits, updated = model.apply(
+            {"params": params, **stats}, x, train=True, mutable=["batch_stats"]
+        )
+        return (logits**2).sum(), updated["batch_stats"]
+
+    gradients, stats = jax.grad(loss, has_aux=True)(variables["params"])
+    for name, layer in gradients.items():
+        is_zero = [not np.any(leaf) for leaf in layer.values()]
+        # The batch normalisation after a convolution takes its bias away.
+        assert all(is_zero) if name in frozen else not all(is_zero), name
+    for name, layer in stats.items():
+        is_equal = np.array_equal(layer["mean"], variables["batch_stats"][name]["mean"])
+        assert is_equal == (name in frozen)
+    with pytest.raises(InputError, match=r"frozen has 'conv9_9': expected some of conv1_1"):
+        model.clone(frozen=("conv9_9",)).apply(variables, x)

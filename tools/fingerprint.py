@@ -144,7 +144,7 @@ def load_photos(count: int, size: int) -> list[np.ndarray]:
     folder = Path(os.environ.get("VGG_JAX_DATA", os.devnull), "imagenet-sample")
     files = sorted(folder.glob("*/*"))[:count]
     if len(files) < count:
-        shapes = [(size + 3 * i, size + 40 - 5 * i, 3) for i in range(count)]
+        shapes = [(size + 3 * i, size + 40 - 5 * (i % 8), 3) for i in range(count)]
         return [rng.integers(0, 256, shape).astype(np.uint8) for shape in shapes]
     from vgg_jax.data import load_resized
 

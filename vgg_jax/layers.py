@@ -40,6 +40,13 @@ def local_response_norm(
     return x * (k + alpha * total) ** -beta
 
 
+def _kernel_and_bias(layer: "Conv | FullyConnected", shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """Creates or reads the parameters of a layer."""
+    kernel = layer.param("kernel", layer.kernel_init, shape, layer.param_dtype)
+    bias = layer.param("bias", nn.initializers.zeros, (layer.features,), layer.param_dtype)
+    return lax.stop_gradient((kernel, bias)) if layer.frozen else (kernel, bias)
+
+
 class Conv(nn.Module):
     """Convolution with stride 1 and zero padding that keeps the size, and its epilogue.
 
@@ -49,6 +56,7 @@ class Conv(nn.Module):
         kernel_init: Initialiser of the kernel (k, k, C, K); the bias (K,) starts at 0.
         dtype: Type of the computation.
         param_dtype: Type of the parameters.
+        frozen: The gradients of the parameters are 0.
     """
 
     features: int
@@ -56,6 +64,7 @@ class Conv(nn.Module):
     kernel_init: nn.initializers.Initializer
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    frozen: bool = False
 
     @nn.compact
     def __call__(
@@ -73,8 +82,7 @@ class Conv(nn.Module):
         """
         size = self.kernel_size
         shape = (size, size, x.shape[-1], self.features)
-        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
+        kernel, bias = _kernel_and_bias(self, shape)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         if self.is_initializing():
             # `init` often runs outside of jit, where XLA's own convolution compiles much faster
@@ -95,6 +103,8 @@ class BatchNorm(nn.Module):
         dtype: Type of the output.
         param_dtype: Type of the parameters and the running statistics.
         axis_name: Axis of the surrounding `shard_map` over which the batch is split, if any.
+        frozen: The gradients of the parameters are 0, and the running statistics are used and stay
+            as they are, also in training.
     """
 
     momentum: float = 0.9
@@ -102,6 +112,7 @@ class BatchNorm(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     axis_name: str | None = None
+    frozen: bool = False
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False, mask: Array | None = None) -> Array:
@@ -120,7 +131,9 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, channels, self.param_dtype)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, self.param_dtype)
         running_var = self.variable("batch_stats", "var", jnp.ones, channels, self.param_dtype)
-        if train and not self.is_initializing():
+        if self.frozen:
+            scale, bias = lax.stop_gradient((scale, bias))
+        if train and not self.frozen and not self.is_initializing():
             mean, var, count = _masked_mean_and_var(x, mask, self.axis_name)
             keep = jnp.where(count > 0, self.momentum, 1.0)  # a micro-batch may be all padding
             new_mean = keep * running_mean.value + (1 - keep) * mean
@@ -131,8 +144,10 @@ class BatchNorm(nn.Module):
         else:
             mean, var = running_mean.value, running_var.value
         factor = scale * lax.rsqrt(var + self.epsilon)
-        x, factor, offset = promote_dtype(x, factor, bias - mean * factor, dtype=self.dtype)
-        return x * factor[None, None, None] + offset[None, None, None]
+        # In float32, and rounded once: rounded to bfloat16, a large mean would swallow the rest.
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        x, factor, offset = promote_dtype(x, factor, bias - mean * factor, dtype=wide)
+        return (x * factor[None, None, None] + offset[None, None, None]).astype(self.dtype)
 
 
 def _masked_mean_and_var(
@@ -203,6 +218,7 @@ class FullyConnected(nn.Module):
         kernel_init: Initialiser of the kernel; the bias (K,) starts at 0.
         dtype: Type of the computation.
         param_dtype: Type of the parameters.
+        frozen: The gradients of the parameters are 0.
     """
 
     features: int
@@ -210,6 +226,7 @@ class FullyConnected(nn.Module):
     kernel_init: nn.initializers.Initializer
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    frozen: bool = False
 
     @nn.compact
     def __call__(self, x: Array, kernel_t: Array | None = None) -> Array:
@@ -226,8 +243,7 @@ class FullyConnected(nn.Module):
         n, h, w, c = x.shape
         size = self.kernel_size
         shape = (size * size * c, self.features)
-        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
+        kernel, bias = _kernel_and_bias(self, shape)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         # On a CPU, jax 0.12.0.1 puts a pooling and the products after it into one library call.
         # Three such products in bfloat16 give NaN. The barrier prevents the call.

@@ -64,8 +64,9 @@ class VGG(nn.Module):
         image_size: Side of the images that `__call__` takes; sets the kernel size of fc6.
         initializer: Key of `INITIALIZERS`.
         initializer_std: Standard deviation of the initializer "paper".
-        frozen: Layers whose running statistics stay fixed. `vgg_jax.training.step` and
-            `vgg_jax.training.optimizer` also keep their parameters fixed.
+        frozen: Names of layers that training leaves as they are: their gradients are 0, and
+            batch normalisations keep and use their running statistics. An optimizer with weight
+            decay must leave them out as well.
         pool: "max", or "avg" for smoother gradients of textures (Gatys et al., arXiv 1508.06576).
         axis_name: Axis of the surrounding `shard_map` over which the batch is split, if any.
             Batch statistics and dropout then cover the global batch.
@@ -228,10 +229,11 @@ class VGG(nn.Module):
             _check_shape(x)
         _check_min_size(x, layers)
         _check_settings(self.initializer, self.pool, ceil)
+        _check_frozen(self.frozen, self._layers())
         plan = fuse_epilogues(
             layers, targets, fuse_pool=self.pool == "max" and valid_mask is None, ceil=ceil
         )
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         conv_init, fc_init = INITIALIZERS[self.initializer](self.initializer_std)
 
         x = _apply_mask(x, valid_mask)
@@ -239,16 +241,17 @@ class VGG(nn.Module):
         outputs = {}
         for layer, epilogue_kind, is_fused, fuse_relu in plan:
             name, layer_type, features, kernel_size = layer
+            options = types | {"frozen": name in self.frozen}
             if is_fused:
                 pass  # the convolution before it has computed it
             elif layer_type == "conv":
                 has_epilogue = epilogue_kind != "none"
                 epilogue = Epilogue(epilogue_kind, valid_mask if has_epilogue else None)
-                conv = Conv(features, kernel_size, conv_init, name=name, **types)
+                conv = Conv(features, kernel_size, conv_init, name=name, **options)
                 x = conv(x, epilogue, self.get_variable("packed", name))
             elif layer_type == "bn":
-                batch_norm = BatchNorm(axis_name=self.axis_name, name=name, **types)
-                x = batch_norm(x, train and name not in self.frozen, mask)
+                batch_norm = BatchNorm(axis_name=self.axis_name, name=name, **options)
+                x = batch_norm(x, train, mask)
             elif layer_type == "relu":
                 relu_input, x = x, _apply_mask(relu(x), valid_mask)
             elif layer_type == "lrn":
@@ -259,7 +262,7 @@ class VGG(nn.Module):
                 # With an odd size, the last row was pooled together with padding.
                 x = _apply_mask(x, valid_mask)
             elif layer_type == "fc":
-                fc = FullyConnected(features, kernel_size, fc_init, name=name, **types)
+                fc = FullyConnected(features, kernel_size, fc_init, name=name, **options)
                 x = fc(x, self.get_variable("packed", name))
             elif layer_type == "drop":
                 x = Dropout(self.dropout_rate, self.axis_name, name=name)(x, train)
@@ -366,6 +369,15 @@ def _check_min_size(x: Array, layers: Sequence[Layer]) -> None:
         raise InputError(
             f"the images are {x.shape[1]}x{x.shape[2]}: "
             f"{layers[-1].name} needs at least {smallest}x{smallest}"
+        )
+
+
+def _check_frozen(frozen: Sequence[str], layers: Sequence[Layer]) -> None:
+    learned = [layer.name for layer in layers if layer.type in ("conv", "fc", "bn")]
+    unknown = [name for name in frozen if name not in learned]
+    if unknown:
+        raise InputError(
+            f"frozen has {', '.join(map(repr, unknown))}: expected some of {', '.join(learned)}"
         )
 
 

@@ -217,10 +217,6 @@ def _loss(
 ) -> tuple[Array, tuple[Any, MetricSums]]:
     """The summed loss, with the new running statistics and the sums."""
     images = preprocess(batch["image"], mean_rgb, batch["colour_shift"])
-    params = {
-        name: jax.lax.stop_gradient(layer) if name in model.frozen else layer
-        for name, layer in params.items()
-    }
     logits: Any
     logits, updated = model.apply(
         {"params": params, "batch_stats": batch_stats},
