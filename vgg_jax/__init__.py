@@ -9,6 +9,7 @@ and export are in the subpackages and in the command `vgg-jax`.
 
 import importlib
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vgg_jax.configs.colours import IMAGENET, ColourStatistics
@@ -50,6 +51,7 @@ __all__ = [
     "copy_matching_layers",
     "load",
     "preset",
+    "save",
     "vgg11",
     "vgg11_lrn",
     "vgg13",
@@ -88,6 +90,32 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+def save(
+    path: str | os.PathLike,
+    model: "VGG",
+    variables: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+) -> None:
+    """Saves a net to a .safetensors file. It is the counterpart of `load`.
+
+    `vgg-jax evaluate`, `predict` and `export` take the file.
+
+    Args:
+        path: The file, ending in .safetensors.
+        model: The network.
+        variables: Its variables.
+        metadata: "net", "classes" and "preprocessing", as `load` returns them. A net with another
+            head needs `metadata | {"classes": names}`.
+
+    Raises:
+        InputError: If the arguments do not fit together, or the file cannot be written.
+    """
+    from vgg_jax.weights import from_loaded
+    from vgg_jax.weights import save as save_weights
+
+    save_weights(path, from_loaded(model, variables, metadata))
 
 
 def load(

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from vgg_jax.configs.models import CONFIGS
@@ -16,9 +15,9 @@ from vgg_jax.paths import local_copy, to_path
 from vgg_jax.weights.detect import DetectedModel, detect
 from vgg_jax.weights.formats import open_file, reraise_damaged
 from vgg_jax.weights.imagenet import CLASSES
-from vgg_jax.weights.layouts import TORCHVISION_FEATURES, UNIT_STD, Preprocessing
+from vgg_jax.weights.layouts import TORCHVISION_FEATURES
 from vgg_jax.weights.tensor_file import TensorFile
-from vgg_jax.weights.weights import Weights, to_metadata
+from vgg_jax.weights.weights import Weights, from_loaded, to_metadata
 
 Trees = dict[str, dict[str, dict[str, np.ndarray]]]  # collection -> layer -> parameter
 
@@ -42,7 +41,7 @@ def read(path: str | os.PathLike, net: str | None = None) -> Weights:
     if net is not None and net not in CONFIGS:
         raise InputError(f"net is {net!r}: expected one of {', '.join(CONFIGS)}")
     if to_path(path).is_dir():
-        return _read_run(path, net)
+        return from_loaded(*load(path, net))
     with local_copy(path) as file:
         return _read_file(file, net)
 
@@ -94,27 +93,6 @@ def load_file(
     """
     weights = read(path, net)
     return weights.model, weights.variables, to_metadata(weights)
-
-
-def _read_run(path: str | os.PathLike, net: str | None) -> Weights:
-    model, variables, metadata = load(path, net)
-    preprocessing = metadata["preprocessing"]
-    return Weights(
-        net=metadata["net"],
-        layout="vgg_jax",
-        model=model.clone(dtype=jnp.float32),  # in place of the run's dtype
-        params=variables["params"],
-        batch_stats=variables.get("batch_stats", {}),
-        top=True,
-        preprocessing=Preprocessing(
-            tuple(preprocessing["mean_rgb"]),
-            UNIT_STD,
-            preprocessing["scale"],
-            metadata["flip"],
-            preprocessing["exif"],
-        ),
-        classes=metadata["classes"],
-    )
 
 
 def _read_file(path: Path, net: str | None) -> Weights:

@@ -4,8 +4,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
+from vgg_jax.configs.models import CONFIGS
+from vgg_jax.errors import InputError
 from vgg_jax.model import VGG
 from vgg_jax.weights.layouts import LAYOUTS, UNIT_STD, Preprocessing
 
@@ -60,6 +63,60 @@ class Weights:
             std = ", ".join(f"{value:.3f}" for value in self.preprocessing.std_rgb)
             parts.append(f"conv1_1 divided by the standard deviation ({std})")
         return ", ".join(parts)
+
+
+def from_loaded(model: VGG, variables: Mapping[str, Any], metadata: Mapping[str, Any]) -> Weights:
+    """Collects what `vgg_jax.load` returns, perhaps with other variables.
+
+    Args:
+        model: The network.
+        variables: Its variables.
+        metadata: "net", "classes" and "preprocessing", as `vgg_jax.load` returns them.
+
+    Returns:
+        The weights, for images of which the mean is subtracted only.
+
+    Raises:
+        InputError: A key of the metadata is missing, or the net or the classes are not those of the
+            model.
+    """
+    missing = [name for name in ("net", "classes", "preprocessing") if name not in metadata]
+    if missing or "params" not in variables:
+        names = ", ".join(missing) or "params"
+        raise InputError(
+            f"{names} is missing: expected the variables of the model, and the metadata that "
+            "vgg_jax.load returns"
+        )
+    net = metadata["net"]
+    if net not in CONFIGS or CONFIGS[net].stages != model.config.stages:
+        raise InputError(
+            f"the metadata's net is {net!r}, and the model has other convolutions: expected the "
+            f"name of the model's column of Table 1, one of {', '.join(CONFIGS)}"
+        )
+    params, classes = variables["params"], tuple(metadata["classes"])
+    top = "fc8" in params
+    if top and len(classes) != model.num_classes:
+        raise InputError(
+            f"the metadata has {len(classes)} classes and the model {model.num_classes}: expected "
+            'a name for each; pass metadata | {"classes": names}'
+        )
+    preprocessing = metadata["preprocessing"]
+    return Weights(
+        net=net,
+        layout="vgg_jax",
+        model=model.clone(dtype=jnp.float32),  # in place of the run's dtype
+        params=params,
+        batch_stats=variables.get("batch_stats", {}),
+        top=top,
+        preprocessing=Preprocessing(
+            tuple(preprocessing["mean_rgb"]),
+            UNIT_STD,
+            preprocessing.get("scale"),
+            metadata.get("flip", True),
+            preprocessing.get("exif", True),
+        ),
+        classes=classes,
+    )
 
 
 def to_metadata(weights: Weights) -> dict[str, Any]:
