@@ -1,21 +1,30 @@
 """The documentation agrees with the code and with the results, and its links lead somewhere."""
 
+import dataclasses
+import importlib.util
 import json
 import re
+import signal
 import tomllib
 
 import pytest
 
+import vgg_jax
 from tests.helpers.pages import PAGES, ROOT, anchors, blocks, commands, prose
 from tools import benchmarks_page
-from vgg_jax import CONFIGS
+from vgg_jax import CONFIGS, VGG
+from vgg_jax.cli.commands import COMMANDS
 from vgg_jax.cli.exit_codes import ExitCode
 from vgg_jax.cli.parser import parser
 from vgg_jax.configs.evaluation import PROTOCOLS
 from vgg_jax.summary import summarize, totals
 
 README, TRAINING = ROOT / "README.md", ROOT / "docs" / "training.md"
-MARKDOWN = [path for path in ROOT.rglob("*.md") if not {"build", "_build"} & {*path.parts}]
+MARKDOWN = [
+    path
+    for folder in (".", "docs", "experiments", "experiments/launch")
+    for path in sorted((ROOT / folder).glob("*.md"))
+]
 
 
 def test_performance_anchors_exist():
@@ -32,7 +41,7 @@ def test_performance_anchors_exist():
 @pytest.mark.parametrize("page", MARKDOWN, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_to_files_and_headings(page):
     for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
-        if link.startswith("https://"):
+        if re.match("https?://", link):
             continue
         name, _, anchor = link.partition("#")
         target = page.parent / name if name else page
@@ -50,6 +59,37 @@ def test_commands_parse(page):
                 parser().parse_args(command[command.index("vgg-jax") + 1 :] or ["--version"])
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_inline_commands_exist(page):
+    """Placeholders in capitals, such as NET, are left out."""
+    inline = re.findall(r"`(vgg-jax [^`]+|python -m [^`]+)`", prose(page))
+    for command in map(str.split, inline):
+        if command[0] == "python":
+            assert importlib.util.find_spec(command[2]), command
+        elif not {"NET", "N", "COMMAND", "RUN_OR_WEIGHTS", "FILE", "DATA"} & {*command}:
+            arguments = [word for word in command[1:] if word not in ("--help", "[DATA]")]
+            assert not arguments or arguments[0] in COMMANDS, command
+            if len(arguments) > 1 and "--scales" not in command:
+                parser().parse_args(arguments)
+
+
+def test_no_placeholder_is_left():
+    for page in PAGES:
+        found = re.search(r"\b(OUTPUT|SIZE|TABLE)_|_(OUTPUT|SIZE|TABLE)\b", page.read_text())
+        assert not found, page
+
+
+def test_api_page_has_all_public_names():
+    text = (ROOT / "docs" / "api.md").read_text()
+    missing = [name for name in vgg_jax.__all__ if not re.search(rf"\b{name}\b", text)]
+    assert missing == ["__version__"]
+    signature = re.search(r"vgg_jax\.VGG\((.*)\)", text).group(1)
+    fields = [
+        field.name for field in dataclasses.fields(VGG) if field.name not in ("parent", "name")
+    ]
+    assert re.findall(r"(\w+)=", signature) == fields
+
+
 def test_pip_commands_name_extras_and_files():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = set()
@@ -64,7 +104,7 @@ def test_pip_commands_name_extras_and_files():
 def test_readme_is_short():
     text = README.read_text()
     assert len(text.splitlines()) <= 150
-    sentences = re.split(r"(?<=[.!?:])\*?\s+|\n\n|\n- ", re.sub(r"\]\([^)]*\)", "]", prose(README)))
+    sentences = re.split(r"(?<=[.!?])\*?\s+|\n\n|\n- ", re.sub(r"\]\([^)]*\)", "]", prose(README)))
     long = [sentence for sentence in sentences if len(sentence.split()) > 20]
     assert not long
 
@@ -84,7 +124,10 @@ def test_training_page_has_all_flags_and_exit_codes():
     flags = [action.option_strings for action in subparsers.choices["train"]._actions]
     missing = [names[-1] for names in flags if names and f"`{names[0]}`" not in text]
     assert missing == ["--help"]
-    assert {int(code) for code in re.findall(r"^\| (\d+) \|", text, re.MULTILINE)} == {*ExitCode}
+    assert {int(code) for code in re.findall(r"^\| (\d+) \|", text, re.MULTILINE)} == {
+        *ExitCode,
+        128 + signal.SIGTERM,
+    }
 
 
 def test_evaluation_page_has_all_protocols():

@@ -27,6 +27,7 @@ INTRODUCTION = """# Benchmarks
 - A ratio is the median of its pairs.
 - Ratios are rounded down.
 - Each section names the commit that recorded its results. Later commits may be faster or slower.
+- PyTorch's and torchvision's scripts, `torch_*.py`, are not in the repository.
 - The commands have the paths of their day: `experiments/bench_step.py` is now
   `python -m experiments.benchmarks.bench_step`. `experiments/README.md` lists all scripts.
 """
@@ -143,9 +144,9 @@ def gpu_section() -> str:
 
 
 def evaluation_section() -> str:
-    """The dense evaluation and the crops beside PyTorch."""
+    """The dense evaluation and the crops beside PyTorch. Each row is one pair."""
     result, dense = load("evaluate_A_256"), load("check_dense")
-    states = ["nothing compiled before", "compiled before", "compiled before"]
+    states = ["nothing compiled before", "again", "once more"]
     rows = [
         (f"dense, {state}", f"{ours:.2f}", f"{peer:.2f}", floor(ratio))
         for state, (ours, peer), ratio in zip(
@@ -158,7 +159,8 @@ def evaluation_section() -> str:
     largest = max(run["largest_difference"] for run in dense["runs"])
     text = (
         "Images a second of net A at Q = 256, with decoding and mirror images. 200 photos of all "
-        "sizes (§3.2), or 16 and 6 photos by crops. PyTorch takes one image at a time.\n\n"
+        "sizes (§3.2), or 16 and 6 photos by crops. PyTorch takes one image at a time. Each row is "
+        "one pair.\n\n"
         + table(("evaluation", "vgg_jax, images/s", "PyTorch, images/s", "ratio"), rows)
         + f"\n\nThe dense posteriors of {dense['runs'][0]['images']} photos differ from PyTorch's "
         f"by at most {largest:.0e} (A, A-LRN, C and D with batch normalisation, Q = 256 and 384; "
@@ -348,26 +350,40 @@ def scaling_section() -> str:
         (row["mesh"], row["processes"], f"{row['relative']:.2f}", f"{row['foretold']:.2f}")
         for row in measured["rows"]
     ]
-    paper = next(r for r in result["on_paper"] if r["machine"] == "h200" and r["net"] == "D")
     text = (
         f"Processes that share {measured['cores']} cores: images a second relative to one process, "
         "measured and predicted by `experiments/benchmarks/scaling_model.py`.\n\n"
         + table(("mesh", "processes", "measured", "predicted"), rows)
-        + "\n\nThe model's efficiency for net D on H200 GPUs, 256 photos for each. This is a "
-        "prediction, not a measurement.\n\n"
-        + table(
-            ("devices", "data", "data, gradients in bfloat16", "fsdp"),
-            (
-                (row["devices"], *(f"{row['efficiency'][name]:.2f}" for name in names))
-                for row in paper["rows"]
-                if (names := ("data", "data, bfloat16", "fsdp")) and row["devices"] in SHOWN_DEVICES
-            ),
-        )
+        + "\n\nThe tables below are predictions of a model, not measurements. They give the "
+        "efficiency for net D: images a second per device, relative to one device by `data`."
     )
+    for paper in result["on_paper"]:
+        if paper["net"] == "D":
+            text += f"\n\n{_scaling_title(paper)}:\n\n{_scaling_table(paper)}"
     return section("Several devices", result, text)
 
 
-SHOWN_DEVICES = (1, 8, 64, 256, 1024)
+def _scaling_title(paper: dict[str, Any]) -> str:
+    if paper["global_batch"]:
+        return f"{paper['machine']}, {paper['global_batch']} photos for all devices"
+    return f"{paper['machine']}, {paper['batch']} photos for each device"
+
+
+def _scaling_table(paper: dict[str, Any]) -> str:
+    rows = [row for row in paper["rows"] if row["devices"] in SHOWN_DEVICES]
+    meshes = list(dict.fromkeys(mesh for row in rows for mesh in row["efficiency"]))
+    cells = (
+        (row["devices"], *(_two_digits(row["efficiency"].get(mesh)) for mesh in meshes))
+        for row in rows
+    )
+    return table(("devices", *meshes), cells)
+
+
+def _two_digits(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+SHOWN_DEVICES = (1, 2, 4, 8, 64, 256, 1024)
 SECTIONS = (
     steps_section,
     gpu_section,
@@ -392,27 +408,38 @@ def highlights() -> str:
     """The README's table of ratios."""
 
     def step(mode: str, dtype: str, peer: str) -> str:
-        wanted = {"net": "D", "image_size": 224, "batch": 8, "mode": mode, "dtype": dtype}
+        """The lowest ratio of net D at 224 pixels, of all batches."""
+        wanted = {"net": "D", "image_size": 224, "mode": mode, "dtype": dtype}
         rows = [row for row in load("steps")["steps"] if row.items() >= wanted.items()]
-        return floor(next(r for r in rows if r["peer"].startswith(peer))["median_ratio"])
+        return floor(min(r["median_ratio"] for r in rows if r["peer"].startswith(peer)))
 
     gpu = next(r for r in load("gpu")["steps"] if r["net"] == "D" and r["mode"] == "train")
     folder = next(run for run in load("input")["runs"] if "ratios" in run)
     evaluation = load("evaluate_A_256")
     page = "docs/benchmarks.md"
     rows = [
-        ("Training, net D, CPU", step("train", "float32", "PyTorch"), "PyTorch", "steps-on-a-cpu"),
-        ("Inference, net D, CPU", step("infer", "float32", "OpenVINO"), "OpenVINO", "inference"),
         (
-            "Inference, net D, CPU, bfloat16",
+            "Training, net D, float32, CPU",
+            step("train", "float32", "PyTorch"),
+            "PyTorch",
+            "training",
+        ),
+        (
+            "Inference, net D, float32, CPU",
+            step("infer", "float32", "OpenVINO"),
+            "OpenVINO",
+            "inference",
+        ),
+        (
+            "Inference, net D, bfloat16, CPU",
             step("infer", "bfloat16", "OpenVINO"),
             "OpenVINO, which is faster",
             "inference",
         ),
         (
-            "Training, net D, H200, bfloat16",
+            "Training, net D, bfloat16, H200",
             floor(gpu["median_ratio"]),
-            "`torch.compile`",
+            "PyTorch with `torch.compile`",
             "steps-on-a-gpu",
         ),
         (
@@ -436,11 +463,16 @@ def highlights() -> str:
 
 def faults() -> str:
     """The table of faults that a run survived."""
+    result = load("faults")
     rows = (
-        (row["fault"], row["trials"], row["lost_steps"], row["result"])
-        for row in load("faults")["rows"]
+        (row["fault"], row["trials"], row["lost_steps"], row["result"]) for row in result["rows"]
     )
-    return table(("fault", "trials", "lost steps", "result"), rows)
+    quiet = result["run"]["quiet"]["resident_mb"]
+    facts = (
+        f"Commit `{result['commit']}`, {result['device']}. The undisturbed "
+        f"run took {min(quiet)} to {max(quiet)} MB."
+    )
+    return table(("fault", "trials", "lost steps", "result"), rows) + f"\n\n{facts}"
 
 
 def fuzzing() -> str:

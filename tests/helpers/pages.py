@@ -9,6 +9,17 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
+# Those in braces are Sphinx directives.
+LANGUAGES = {
+    "bash",
+    "python",
+    "text",
+    "{eval-rst}",
+    "{toctree}",
+    "{image} images/style_transfer.jpg",
+}
+
+
 class Block(NamedTuple):
     """A fenced block of a page."""
 
@@ -18,7 +29,8 @@ class Block(NamedTuple):
 
 def blocks(page: Path) -> list[Block]:
     """The fenced blocks of a page, in their order."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    found = re.findall(r"^```([^\n]*)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    assert {language for language, _ in found} <= LANGUAGES, page
     return [Block(*block) for block in found]
 
 

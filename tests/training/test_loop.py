@@ -21,6 +21,7 @@ import vgg_jax.training.trainer
 from tests.helpers.compare import log_compiles
 from tests.helpers.runs import load_last_arrays, make_config, without_times
 from vgg_jax import InputError, cli, compiler_options
+from vgg_jax.cli.parser import parser
 from vgg_jax.data import eval_batches, measure_colours, open_train_val
 from vgg_jax.distributed.multihost import ProcessLostError
 from vgg_jax.preprocessing import preprocess
@@ -229,12 +230,16 @@ def test_train_exit_codes(outcome, code, num_lines, monkeypatch, capsys):
 
     monkeypatch.setattr(vgg_jax.training.loop, "fit", fake_fit)
     workdir = "runs/my digits"
-    assert cli.main(["train", "--no-compilation-cache", "--workdir", workdir]) == code
+    command = ["train", "--no-compilation-cache", "--data-dir", "my data"]
+    assert cli.main([*command, "--workdir", workdir]) == code
     out, err = capsys.readouterr()
     assert err.count("\n") == num_lines
     commands = [shlex.split(line.split(":", 1)[1])[:3] for line in out.splitlines()]
     use = ("evaluate", "predict", "export") if code == 0 else ()
     assert commands == [["vgg-jax", name, workdir] for name in use]
+    for line in out.splitlines():
+        parser().parse_args(shlex.split(line.split(":", 1)[1])[1:])
+    assert ("--data-dir 'my data'" in out) == (code == 0)
 
 
 def test_fit_does_not_repeat_finished_run(finished_run, photos, caplog):

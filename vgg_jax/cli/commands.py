@@ -55,7 +55,7 @@ def train(
                 config, workdir, data_dir, download, mesh_config=mesh_config, **loop_options
             )
             if not result.stopped and multihost.is_main_process():
-                print(_next_commands(workdir), flush=True)
+                print(_next_commands(workdir, data_dir), flush=True)
     except multihost.ProcessLostError as error:
         print(f"vgg-jax: {error}", file=sys.stderr)
         return ExitCode.PROCESS_LOST
@@ -71,13 +71,14 @@ def train(
     return ExitCode.STOPPED if result.stopped else ExitCode.DONE
 
 
-def _next_commands(workdir: str) -> str:
-    """Lists the commands that use a finished run."""
+def _next_commands(workdir: str, data_dir: str | None) -> str:
+    """Lists commands that use a finished run, and need no other packages than training does."""
     run = shlex.quote(workdir)
+    flags = "" if data_dir is None else f" --data-dir {shlex.quote(data_dir)}"
     return (
-        f"evaluate it: vgg-jax evaluate {run}\n"
+        f"evaluate it: vgg-jax evaluate {run}{flags}\n"
         f"use it:      vgg-jax predict {run} PHOTO.jpg\n"
-        f"export it:   vgg-jax export {run} net.onnx"
+        f"export it:   vgg-jax export {run} net.savedmodel"
     )
 
 
