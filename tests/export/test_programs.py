@@ -20,7 +20,9 @@ from tests.helpers.export_files import (
     require_onnx,
     run_onnx,
 )
+from tests.helpers.tiny_data import noise
 from vgg_jax import IMAGENET
+from vgg_jax.data import resize_shorter_side
 from vgg_jax.export import ExportSpec, write
 
 
@@ -91,13 +93,18 @@ def size_on_disk(path):
 @pytest.mark.integration
 def test_serve_script(file_format, tmp_path):
     """The example script predicts the same class without importing vgg_jax."""
-    spec, image = ExportSpec(random_weights("A")), random_images(32, 32)
+    spec = ExportSpec(random_weights("A"))
+    photo = noise(70, 90)
     path = tmp_path / f"net.{file_format}"
     write(path, spec)
-    Image.fromarray(image).save(tmp_path / "photo.png")
+    Image.fromarray(photo).save(tmp_path / "photo.png")
     script = Path(__file__).parents[2] / "experiments" / "examples" / f"serve_{file_format}.py"
     assert "vgg_jax import" not in script.read_text()
     command = [sys.executable, str(script), str(path), str(tmp_path / "photo.png")]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
-    label = CLASSES[own_output(spec, image[None])[0].argmax()]
+    # As `vgg-jax predict --protocol center` reads the photo.
+    resized = np.asarray(resize_shorter_side(photo, spec.metadata()["scale"]))
+    top, left = ((length - 32) // 2 for length in resized.shape[:2])
+    crop = resized[top : top + 32, left : left + 32]
+    label = CLASSES[own_output(spec, crop[None])[0].argmax()]
     assert process.stdout.strip() == label, process.stderr
