@@ -41,7 +41,7 @@ def test_train_names_missing_extra():
     assert result.returncode == 2
     assert "Total params: 132,863,336" in result.stdout
     assert result.stderr.count("\n") == 1
-    assert "run pip install '.[train]' in a clone of vgg_jax" in result.stderr
+    assert "run pip install -e '.[train]' in a clone of vgg_jax" in result.stderr
 
 
 def test_public_names_exist():

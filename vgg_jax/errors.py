@@ -17,7 +17,7 @@ class DataError(InputError):
 
 def install_hint(extra: str) -> str:
     """Tells how to install an extra of pyproject.toml, for use inside a message."""
-    return f"run pip install '.[{extra}]' in a clone of vgg_jax"
+    return f"run pip install -e '.[{extra}]' in a clone of vgg_jax"
 
 
 def single_line(error: BaseException, max_length: int = 200) -> str:

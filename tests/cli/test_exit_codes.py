@@ -19,7 +19,7 @@ StoreError = type("StoreError", (Exception,), {"__module__": "gcsfs.retry"})
         (
             ModuleNotFoundError("no", name="optax"),
             2,
-            "this command needs optax: run pip install '.[train]' in a clone of vgg_jax",
+            "this command needs optax: run pip install -e '.[train]' in a clone of vgg_jax",
         ),
         (StoreError("gone\naway"), 69, "the object store cannot be used (gone away)"),
         (KeyboardInterrupt(), 130, "interrupted"),

@@ -55,3 +55,10 @@ def test_save_rejects_other_net(loaded, tmp_path):
             variables,
             {"net": "A", "classes": metadata["classes"]},
         )
+
+
+def test_saved_file_is_as_readable_as_others(loaded, tmp_path):
+    vgg_jax.save(tmp_path / "net.safetensors", *loaded)
+    (tmp_path / "other").touch()
+    modes = [(tmp_path / name).stat().st_mode for name in ("net.safetensors", "other")]
+    assert modes[0] == modes[1]

@@ -69,9 +69,13 @@ def save(
         raise InputError(f"cannot write {path}: it is a folder; expected the name of a file")
     try:
         with replace_atomically(file) as temporary:
+            # safetensors would create a file that only its owner can read.
+            temporary.touch()
+            mode = temporary.stat().st_mode
             save_file(
                 tensors, temporary, metadata={"format": "pt", "vgg_jax": json.dumps(metadata)}
             )
+            temporary.chmod(mode)
     except (SafetensorError, OSError) as error:
         raise InputError(
             f"cannot write {path} ({error}): "
