@@ -433,7 +433,7 @@ def highlights() -> str:
         (
             "Inference, net D, bfloat16, CPU",
             step("infer", "bfloat16", "OpenVINO"),
-            "OpenVINO, which is faster",
+            "OpenVINO (vgg_jax is slower)",
             "inference",
         ),
         (
@@ -449,7 +449,7 @@ def highlights() -> str:
             "evaluation",
         ),
         (
-            "Training input, photos, CPU",
+            "Loading and augmenting photos, CPU",
             floor(folder["median_ratio"]),
             "torchvision",
             "training-input",
