@@ -77,7 +77,7 @@ def test_wheel_works_outside_of_the_repository(version, archives, tmp_path):
     wheel, _ = archives
     python = str(tmp_path / "env" / "bin" / "python")
     run(base, "-m", "venv", "env", cwd=tmp_path)
-    run(python, "-m", "pip", "install", "-q", str(wheel), "mypy", cwd=tmp_path)
+    run(python, "-m", "pip", "install", "-q", str(wheel), cwd=tmp_path)
     command = str(tmp_path / "env" / "bin" / "vgg-jax")
     assert vgg_jax.__version__ in run(command, "--version", cwd=tmp_path)
     assert "Train, for example" in run(command, cwd=tmp_path)
@@ -87,5 +87,7 @@ def test_wheel_works_outside_of_the_repository(version, archives, tmp_path):
     assert run(python, str(program), cwd=tmp_path) == "(2, 10)\n"
     run(command, "export", "net.safetensors", "out.safetensors", cwd=tmp_path)
     assert "largest difference" in run(command, "verify", "out.safetensors", cwd=tmp_path)
-    assert "Success" in run(python, "-m", "mypy", "--strict", str(program), cwd=tmp_path)
+    if version == "3.13":  # the types are the same for all
+        run(python, "-m", "pip", "install", "-q", "mypy", cwd=tmp_path)
+        assert "Success" in run(python, "-m", "mypy", "--strict", str(program), cwd=tmp_path)
     assert "tensorflow" not in run(python, "-m", "pip", "list", cwd=tmp_path)
