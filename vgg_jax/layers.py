@@ -145,8 +145,8 @@ class BatchNorm(nn.Module):
             mean, var = running_mean.value, running_var.value
         factor = scale * lax.rsqrt(var + self.epsilon)
         # In float32, and rounded once: rounded to bfloat16, a large mean would swallow the rest.
-        wide = jnp.promote_types(self.dtype, jnp.float32)
-        x, factor, offset = promote_dtype(x, factor, bias - mean * factor, dtype=wide)
+        compute_dtype = jnp.promote_types(self.dtype, jnp.float32)
+        x, factor, offset = promote_dtype(x, factor, bias - mean * factor, dtype=compute_dtype)
         return (x * factor[None, None, None] + offset[None, None, None]).astype(self.dtype)
 
 

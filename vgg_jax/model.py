@@ -453,12 +453,12 @@ def copy_matching_layers(
     old, new = source["params"], target["params"]
     requested = set(new if layers is None else layers)
 
-    def fits(name: str) -> bool:
+    def matches(name: str) -> bool:
         return name in old and name in new and _shapes(old[name]) == _shapes(new[name])
 
     def is_copied(name: str) -> bool:
         conv = name.replace("bn", "conv")
-        return bool({name, conv} & requested) and fits(name) and fits(conv)
+        return bool({name, conv} & requested) and matches(name) and matches(conv)
 
     copied = tuple(filter(is_copied, new))
     merged = {**target, "params": {**new, **{name: old[name] for name in copied}}}
