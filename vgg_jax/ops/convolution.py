@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from vgg_jax.ops.bilinear import bilinear_conv
 from vgg_jax.ops.convolution_cpu import cpu_conv
 from vgg_jax.ops.epilogue import NO_EPILOGUE, Epilogue, apply_epilogue
+from vgg_jax.ops.explicit_sharding import explicit_spec, map_over_batch
 from vgg_jax.ops.xla import DIMENSION_NUMBERS, MAX_IMAGE_CHANNELS, xla_conv
 
 
@@ -48,9 +50,16 @@ def convolution(
     """
     if epilogue.mask is not None and epilogue.kind != "relu":
         raise ValueError(f"an epilogue {epilogue.kind!r} has a mask: expected kind 'relu'")
+    return map_over_batch(_convolve, (x, epilogue), (kernel, bias, filters))
+
+
+def _convolve(
+    x: Array, epilogue: Epilogue, kernel: Array, bias: Array, filters: Array | None
+) -> Array:
+    """Chooses the path of a kernel, a size and a platform."""
     if kernel.shape[0] == 1:
         # XLA's convolution is slow for 1x1 kernels (docs/performance.md#1x1-convolution).
-        return apply_epilogue(pointwise_conv(x, kernel[0, 0]), bias, epilogue)
+        return apply_epilogue(_pointwise_conv(x, kernel[0, 0]), bias, epilogue)
     if not all(isinstance(size, int) for size in x.shape):  # a symbolic size, from jax.export
         return default_conv(x, kernel, bias, epilogue)
     return lax.platform_dependent(
@@ -117,7 +126,6 @@ def _conv_rows_as_channels(x: Array, kernel: Array) -> Array:
     )
 
 
-@jax.custom_vjp
 def pointwise_conv(x: Array, kernel: Array) -> Array:
     """Convolves with a 1x1 kernel, or applies a fully connected layer at each position.
 
@@ -128,21 +136,18 @@ def pointwise_conv(x: Array, kernel: Array) -> Array:
     Returns:
         Output (N, h, w, K).
     """
-    return x @ kernel
+    if any(explicit_spec(kernel)) or any(explicit_spec(x)[1:]):
+        return x @ kernel  # its sharding is JAX's to decide
+    return map_over_batch(_pointwise_conv, (x,), (kernel,))
 
 
-def _pointwise_conv_fwd(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return pointwise_conv(x, kernel), (x, kernel)
-
-
-def _pointwise_conv_bwd(res: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    """Gradients, with the kernel's in the layout of the kernel.
-
-    JAX's own kernel gradient is (K, C), transposed. A CPU's parameter update would then read it
-    across its rows (docs/performance.md#kernel-gradient-of-matrix-products).
-    """
-    x, kernel = res
-    return g @ kernel.T, x.reshape(-1, x.shape[-1]).T @ g.reshape(-1, g.shape[-1])
-
-
-pointwise_conv.defvjp(_pointwise_conv_fwd, _pointwise_conv_bwd)
+# JAX's own kernel gradient is (K, C), transposed. A CPU's parameter update would then read it
+# across its rows (docs/performance.md#kernel-gradient-of-matrix-products).
+_pointwise_conv = bilinear_conv(
+    "pointwise_conv",
+    forward=lambda x, kernel: x @ kernel,
+    input_gradient=lambda kernel, g, *, shape: g @ kernel.T,
+    kernel_gradient=lambda x, g, *, shape: (
+        x.reshape(-1, x.shape[-1]).T @ g.reshape(-1, g.shape[-1])
+    ),
+)

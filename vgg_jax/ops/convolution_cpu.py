@@ -17,23 +17,27 @@ in float32 too, except on maps smaller than the kernel (docs/performance.md#oned
 Activations have the shape (N, H, W, C), kernels (k, k, C, K).
 """
 
+import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 
 from vgg_jax.ops import winograd
+from vgg_jax.ops.bilinear import bilinear_conv
 from vgg_jax.ops.epilogue import (
     NO_EPILOGUE,
     Epilogue,
     EpilogueResiduals,
     apply_epilogue,
     bias_relu_pool_fwd,
-    epilogue_grad,
-    materialize_on_cpu,
-    pooled_bias_grad,
-    sum_nhw,
+    broadcast_bias,
+    epilogue_gradient,
+    epilogue_tangent,
+    pooled_bias_tangent,
 )
 from vgg_jax.ops.pooling import crop_to_even
 from vgg_jax.ops.xla import MAX_IMAGE_CHANNELS, xla_conv
@@ -103,34 +107,32 @@ def _im2col(x: Array, kernel: Array) -> Array:
     return _windows(x, kernel.shape[0]) @ kernel.reshape(-1, kernel.shape[-1])
 
 
-@jax.custom_vjp
-def _conv_im2col(x: Array, kernel: Array) -> Array:
-    """Convolves maps smaller than the kernel."""
-    return _im2col(x, kernel)
-
-
-def _conv_im2col_fwd(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _conv_im2col(x, kernel), (x, kernel)
-
-
-def _conv_im2col_bwd(res: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    x, kernel = res
-    windows = lax.optimization_barrier(_windows(x, kernel.shape[0]))
-    # JAX's own kernel gradient would transpose `g` first.
-    grad_kernel = windows.reshape(-1, windows.shape[-1]).T @ g.reshape(-1, g.shape[-1])
+def _im2col_input_gradient(kernel: Array, g: Array, *, shape: tuple[int, ...]) -> Array:
     # The transpose of `_windows` would add nine arrays, rounding to bfloat16 each time. A
     # convolution with the rotated kernel is a single product.
-    rotated = lax.optimization_barrier(kernel.swapaxes(2, 3))[::-1, ::-1]
-    return _im2col(g, rotated), grad_kernel.reshape(kernel.shape)
+    return _im2col(g, lax.optimization_barrier(kernel.swapaxes(2, 3))[::-1, ::-1])
 
 
-_conv_im2col.defvjp(_conv_im2col_fwd, _conv_im2col_bwd)
+def _im2col_kernel_gradient(x: Array, g: Array, *, shape: tuple[int, ...]) -> Array:
+    windows = lax.optimization_barrier(_windows(x, shape[0]))
+    # JAX's own kernel gradient would transpose `g` first.
+    gradient = windows.reshape(-1, windows.shape[-1]).T @ g.reshape(-1, g.shape[-1])
+    return gradient.reshape(shape)
+
+
+# For maps smaller than the kernel.
+_conv_im2col = bilinear_conv(
+    "im2col_conv",
+    forward=_im2col,
+    input_gradient=_im2col_input_gradient,
+    kernel_gradient=_im2col_kernel_gradient,
+)
 
 
 # The first layer: few input channels
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def _conv_few_channels(x: Array, kernel: Array, bias: Array, epilogue: Epilogue) -> Array:
     """Convolves an image: XLA forward, im2col for the gradients.
 
@@ -142,54 +144,95 @@ def _conv_few_channels(x: Array, kernel: Array, bias: Array, epilogue: Epilogue)
 
 def _conv_few_channels_fwd(
     x: Array, kernel: Array, bias: Array, epilogue: Epilogue
-) -> tuple[Array, tuple]:
+) -> tuple[Array, EpilogueResiduals]:
     kind = epilogue.kind
     if kind == "relu_pool":
         y, bits = bias_relu_pool_fwd(crop_to_even(xla_conv(x, kernel)), bias)
-        return y, (x, kernel, EpilogueResiduals(kind, bits))
+        return y, EpilogueResiduals(kind, bits)
     y = _conv_few_channels(x, kernel, bias, epilogue)
     if kind == "relu":
         # Without the barrier, XLA computes bias and ReLU again for the gradient.
         y = lax.optimization_barrier(y)
-    return y, (x, kernel, EpilogueResiduals(kind, y if kind == "relu" else None))
+    return y, EpilogueResiduals(kind, y if kind == "relu" else None)
 
 
-def _conv_few_channels_bwd(res: tuple, g: Array) -> tuple[Array, Array, Array, None]:
-    x, kernel, epilogue_res = res
-    _, pullback = jax.vjp(lambda x: _im2col(x, kernel), x)
-    (grad_input,) = pullback(epilogue_grad(epilogue_res, g, x.shape))
-    grad_kernel, grad_bias = _first_layer_grads(epilogue_res, g, x, kernel.shape)
-    return grad_input, grad_kernel, grad_bias, None
+@functools.partial(_conv_few_channels.defjvp, symbolic_zeros=True)
+def _conv_few_channels_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    x, kernel, bias, _ = primals
+    dx, dkernel, dbias, _ = tangents
+    y, res = _conv_few_channels_fwd(*primals)
+    terms = []
+    if not (_is_zero(dkernel) and _is_zero(dbias)):
+        rows = _append_bias(_instantiate(dkernel), _instantiate(dbias))
+        terms.append(_conv_rows(_append_channel(x, 1), rows, res))
+    if not _is_zero(dx):
+        terms.append(_conv_rows(_append_channel(dx, 0), _append_bias(kernel, bias), res))
+    return y, _sum(terms, y)
 
 
-_conv_few_channels.defvjp(_conv_few_channels_fwd, _conv_few_channels_bwd)
+def _append_channel(x: Array, value: float) -> Array:
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=value)
 
 
-def _first_layer_grads(
-    res: EpilogueResiduals, g: Array, x: Array, shape: tuple[int, ...]
-) -> tuple[Array, Array]:
-    """Kernel and bias gradients by im2col; a column of ones gives the bias gradient.
+def _append_bias(kernel: Array, bias: Array) -> Array:
+    """The kernel (k, k, C, K) and the bias (K,) as the rows of a matrix (k · k · C + 1, K)."""
+    return jnp.concatenate([kernel.reshape(-1, len(bias)), bias[None]])
+
+
+def _rows_forward(x: Array, rows: Array, res: EpilogueResiduals) -> Array:
+    """Derivative of convolution, bias and epilogue. The last channel of x belongs to the bias."""
+    image, bias_channel = x[..., :-1], x[..., -1:]
+    size = math.isqrt(len(rows) // image.shape[-1])
+    kernel = rows[:-1].reshape(size, size, image.shape[-1], -1)
+    return epilogue_tangent(res, xla_conv(image, kernel) + bias_channel @ rows[-1:])
+
+
+def _rows_input_gradient(
+    rows: Array, g: Array, res: EpilogueResiduals, *, shape: tuple[int, ...]
+) -> Array:
+    channels = shape[-1] - 1
+    size = math.isqrt(len(rows) // channels)
+    image = jnp.zeros_like(g, shape=(*shape[:-1], channels))
+    _, pullback = jax.vjp(lambda x: _windows(x, size) @ rows[:-1], image)
+    grad_output = epilogue_gradient(res, g, (*shape[:-1], rows.shape[-1]))
+    bias_channel = grad_output @ rows[-1:].T
+    return jnp.concatenate([*pullback(grad_output), bias_channel], axis=-1)
+
+
+def _rows_kernel_gradient(
+    x: Array, g: Array, res: EpilogueResiduals, *, shape: tuple[int, ...]
+) -> Array:
+    """Kernel and bias gradients by im2col.
 
     A few images are taken at a time, so that every array is still in cache when it is read
     (docs/performance.md#image-gradients).
     """
     acc_dtype = jnp.promote_types(x.dtype, jnp.float32)
+    size = math.isqrt(shape[0] // (x.shape[-1] - 1))
     chunk_size = _images_per_chunk(x.shape)
 
     def add_chunk(
         total: Array, chunk: tuple[Array, EpilogueResiduals, Array]
     ) -> tuple[Array, None]:
         x, res, g = chunk
-        grad_output = lax.optimization_barrier(epilogue_grad(res, g, x.shape).astype(acc_dtype))
-        columns = [_windows(x.astype(acc_dtype), shape[0]), jnp.ones((*x.shape[:3], 1), acc_dtype)]
+        grad_output = epilogue_gradient(res, g, (*x.shape[:-1], shape[-1]))
+        grad_output = lax.optimization_barrier(grad_output.astype(acc_dtype))
+        columns = [_windows(x[..., :-1].astype(acc_dtype), size), x[..., -1:].astype(acc_dtype)]
         windows = lax.optimization_barrier(jnp.concatenate(columns, axis=-1))
         rows = windows.reshape(-1, windows.shape[-1])
         return total + rows.T @ grad_output.reshape(-1, shape[-1]), None
 
     chunks = jax.tree.map(lambda a: a.reshape(-1, chunk_size, *a.shape[1:]), (x, res, g))
-    zeros = jnp.zeros((math.prod(shape[:3]) + 1, shape[-1]), acc_dtype)
-    total, _ = lax.scan(add_chunk, zeros, chunks)
-    return total[:-1].reshape(shape), total[-1]
+    total, _ = lax.scan(add_chunk, jnp.zeros_like(x, acc_dtype, shape), chunks)
+    return total.astype(x.dtype)
+
+
+_conv_rows = bilinear_conv(
+    "first_conv",
+    forward=_rows_forward,
+    input_gradient=_rows_input_gradient,
+    kernel_gradient=_rows_kernel_gradient,
+)
 
 
 def _images_per_chunk(shape: tuple[int, ...]) -> int:
@@ -202,36 +245,33 @@ def _images_per_chunk(shape: tuple[int, ...]) -> int:
 # oneDNN
 
 
-@jax.custom_vjp
-def _conv_onednn(x: Array, kernel: Array) -> Array:
-    """Convolves in bfloat16 with a 3x3 kernel, which XLA delegates to oneDNN."""
-    return xla_conv(x, kernel)
-
-
-def _conv_onednn_fwd(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _conv_onednn(x, kernel), (x, kernel)
-
-
-def _conv_onednn_bwd(res: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    x, kernel = res
+def _onednn_input_gradient(kernel: Array, g: Array, *, shape: tuple[int, ...]) -> Array:
     # XLA delegates this convolution to oneDNN only if the barrier hides that its kernel is rotated.
-    rotated = lax.optimization_barrier(kernel.swapaxes(2, 3)[::-1, ::-1])
-    grad_input = xla_conv(g, rotated)
+    return xla_conv(g, lax.optimization_barrier(kernel.swapaxes(2, 3)[::-1, ::-1]))
+
+
+def _onednn_kernel_gradient(x: Array, g: Array, *, shape: tuple[int, ...]) -> Array:
     # XLA does not delegate kernel gradients to oneDNN.
     if x.shape[-1] > MAX_IMAGE_CHANNELS:
-        grad_kernel = winograd.kernel_gradient(x, g)
-    else:
-        grad_kernel, _ = _first_layer_grads(EpilogueResiduals(), g, x, kernel.shape)
-    return grad_input, grad_kernel.astype(kernel.dtype)
+        return winograd.kernel_gradient(x, g).astype(x.dtype)
+    rows = math.prod(shape[:-1]) + 1, shape[-1]
+    gradient = _rows_kernel_gradient(_append_channel(x, 0), g, EpilogueResiduals(), shape=rows)
+    return gradient[:-1].reshape(shape)
 
 
-_conv_onednn.defvjp(_conv_onednn_fwd, _conv_onednn_bwd)
+# bfloat16 with a 3x3 kernel, which XLA delegates to oneDNN.
+_conv_onednn = bilinear_conv(
+    "onednn_conv",
+    forward=xla_conv,
+    input_gradient=_onednn_input_gradient,
+    kernel_gradient=_onednn_kernel_gradient,
+)
 
 
 # Winograd
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def _conv_winograd(x: Array, kernel: Array, bias: Array, epilogue: Epilogue) -> Array:
     """Convolves with a 3x3 kernel.
 
@@ -250,28 +290,61 @@ def _conv_with_filters(x: Array, filters: Array, bias: Array, epilogue: Epilogue
 
 def _conv_winograd_fwd(
     x: Array, kernel: Array, bias: Array, epilogue: Epilogue
-) -> tuple[Array, tuple]:
+) -> tuple[Array, EpilogueResiduals]:
     kind = epilogue.kind
     if kind == "relu_pool":
         filters = winograd.transform_filters(kernel)
         y, bits = winograd.convolve(x, filters, lambda y: bias_relu_pool_fwd(y, bias))
-        return y, (x, kernel, EpilogueResiduals(kind, bits))
+        return y, EpilogueResiduals(kind, bits)
     y = _conv_winograd(x, kernel, bias, epilogue)
-    return y, (x, kernel, EpilogueResiduals(kind, y if kind == "relu" else None))
+    return y, EpilogueResiduals(kind, y if kind == "relu" else None)
 
 
-def _conv_winograd_bwd(res: tuple, g: Array) -> tuple[Array, Array, Array, None]:
-    x, kernel, epilogue_res = res
-    grad_output = materialize_on_cpu(epilogue_grad(epilogue_res, g, x.shape))
-    if epilogue_res.kind == "relu_pool":
-        grad_bias = pooled_bias_grad(epilogue_res.saved, g)
-    else:
-        grad_bias = sum_nhw(grad_output)
+@functools.partial(_conv_winograd.defjvp, symbolic_zeros=True)
+def _conv_winograd_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    x, kernel, _, _ = primals
+    dx, dkernel, dbias, _ = tangents
+    y, res = _conv_winograd_fwd(*primals)
+    is_pooled = res.kind == "relu_pool"
+    terms = []
+    if not _is_zero(dx):
+        terms.append(_winograd(dx, kernel))
+    if not _is_zero(dkernel):
+        terms.append(_winograd(x, dkernel))
+    if not (is_pooled or _is_zero(dbias)):
+        terms.append(broadcast_bias(dbias, y.shape))
+    # The barrier is for the transpose: the gradient is computed once, for three readers.
+    outputs = [epilogue_tangent(res, lax.optimization_barrier(sum(terms)))] if terms else []
+    if is_pooled and not _is_zero(dbias):
+        outputs.append(pooled_bias_tangent(res.saved, dbias))
+    return y, _sum(outputs, y)
+
+
+def _winograd_forward(x: Array, kernel: Array) -> Array:
+    return winograd.convolve(x, winograd.transform_filters(kernel))
+
+
+def _winograd_input_gradient(kernel: Array, g: Array, *, shape: tuple[int, ...]) -> Array:
     # A fused transpose is slower (docs/performance.md#winograd).
     kernel = lax.optimization_barrier(kernel.swapaxes(2, 3))
-    filters = winograd.transform_filters(kernel, rotated=True)
-    grad_input = winograd.convolve(grad_output, filters)
-    return grad_input, winograd.kernel_gradient(x, grad_output), grad_bias, None
+    return winograd.convolve(g, winograd.transform_filters(kernel, rotated=True))
 
 
-_conv_winograd.defvjp(_conv_winograd_fwd, _conv_winograd_bwd)
+_winograd = bilinear_conv(
+    "winograd_conv",
+    forward=_winograd_forward,
+    input_gradient=_winograd_input_gradient,
+    kernel_gradient=lambda x, g, *, shape: winograd.kernel_gradient(x, g),
+)
+
+
+def _is_zero(tangent: Any) -> bool:
+    return isinstance(tangent, SymbolicZero)
+
+
+def _instantiate(tangent: Any) -> Array:
+    return jnp.zeros(tangent.shape, tangent.dtype) if _is_zero(tangent) else tangent
+
+
+def _sum(terms: list[Array], like: Array) -> Array:
+    return functools.reduce(jnp.add, terms) if terms else jnp.zeros_like(like)

@@ -1,4 +1,4 @@
-"""The epilogue of a convolution (bias, ReLU, mask or pooling) and its gradients.
+"""The epilogue of a convolution (bias, ReLU, mask or pooling) and its derivatives.
 
 An epilogue is cheap to compute, but its passes over a large activation are not. So a convolution
 takes its epilogue as an argument. It can then apply the epilogue to each block of its output while
@@ -6,13 +6,15 @@ the block is in cache. Activations have the shape (N, H, W, C).
 """
 
 import dataclasses
+import functools
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from vgg_jax.ops.pooling import crop_to_even, max_pool, max_pool_bwd, max_pool_fwd, relu
+from vgg_jax.ops.bilinear import bilinear_conv
+from vgg_jax.ops.pooling import crop_to_even, max_pool, max_pool_fwd, pool_tangent, relu
 
 # After the bias: nothing, a ReLU, or a ReLU and 2x2 max-pooling.
 EpilogueKind = Literal["none", "relu", "relu_pool"]
@@ -31,7 +33,7 @@ class Epilogue:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class EpilogueResiduals:
-    """Residuals for the gradient of an epilogue. A pytree; `kind` is static."""
+    """Residuals for the derivative of an epilogue. A pytree; `kind` is static."""
 
     kind: EpilogueKind = dataclasses.field(default="none", metadata={"static": True})
     saved: Any = None  # after a ReLU its output; after a pooling the bits of `max_pool_fwd`
@@ -58,27 +60,41 @@ def apply_epilogue(y: Array, bias: Array, epilogue: Epilogue) -> Array:
     return y if epilogue.mask is None else jnp.where(epilogue.mask, y, 0)
 
 
-def epilogue_grad(res: EpilogueResiduals, g: Array, shape: tuple[int, ...]) -> Array:
-    """Gradient with respect to the convolution output.
+def epilogue_tangent(res: EpilogueResiduals, tangent: Array) -> Array:
+    """Derivative of an epilogue with respect to the sum of convolution and bias.
+
+    Args:
+        res: Residuals of the epilogue.
+        tangent: Tangent (N, H, W, C) of the sum.
+
+    Returns:
+        Tangent of the epilogue's output.
+    """
+    if res.kind == "relu_pool":
+        return pool_tangent(res.saved, crop_to_even(tangent))
+    return jnp.where(res.saved > 0, tangent, 0) if res.kind == "relu" else tangent
+
+
+def epilogue_gradient(res: EpilogueResiduals, g: Array, shape: tuple[int, ...]) -> Array:
+    """Transpose of `epilogue_tangent`.
 
     Args:
         res: Residuals of the epilogue.
         g: Gradient with respect to the epilogue's output.
-        shape: Shape (N, H, W, …) of the convolution output.
+        shape: Shape (N, H, W, C) of the convolution's output.
 
     Returns:
         Gradient (N, H, W, C).
     """
-    if res.kind == "relu_pool":
-        (g,) = max_pool_bwd(True, res.saved, g)
-        return jnp.pad(g, ((0, 0), (0, shape[1] % 2), (0, shape[2] % 2), (0, 0)))
-    return jnp.where(res.saved > 0, g, 0) if res.kind == "relu" else g
+    _, pullback = jax.vjp(functools.partial(epilogue_tangent, res), jnp.zeros_like(g, shape=shape))
+    return pullback(g)[0]
 
 
 def materialize_on_cpu(tree: Any) -> Any:
     """Computes the arrays of a pytree once on a CPU, instead of in every reader.
 
-    XLA's CPU backend fuses cheap operations into each of their readers and repeats them there.
+    XLA's CPU backend fuses cheap operations into each of their readers and repeats them there. The
+    barrier also holds for tangents and gradients.
 
     Args:
         tree: A pytree of arrays.
@@ -89,26 +105,42 @@ def materialize_on_cpu(tree: Any) -> Any:
     return lax.platform_dependent(tree, cpu=lax.optimization_barrier, default=lambda tree: tree)
 
 
-def sum_nhw(g: Array) -> Array:
-    """Sums over all positions: (N, H, W, C) -> (C,).
+def _bias_gradient(ones: Array, g: Array, *, shape: tuple[int, ...]) -> Array:
+    """Sums over all positions. On a CPU a matrix product is faster than XLA's reduction.
 
-    On a CPU a matrix product does it faster than XLA's reduction
-    (docs/performance.md#bias-gradient).
+    See docs/performance.md#bias-gradient.
+    """
+    return lax.platform_dependent(
+        ones,
+        g,
+        cpu=lambda ones, g: (ones.reshape(1, -1) @ g.reshape(-1, g.shape[-1]))[0],
+        default=lambda ones, g: (ones * g).sum((0, 1, 2)),
+    )
+
+
+# A bias is a convolution of an image (N, H, W, 1) of ones.
+_scale_by_image = bilinear_conv(
+    "bias",
+    forward=lambda ones, bias: ones * bias[None, None, None],
+    input_gradient=lambda bias, g, *, shape: g @ bias[:, None],
+    kernel_gradient=_bias_gradient,
+)
+
+
+def broadcast_bias(bias: Array, shape: tuple[int, ...]) -> Array:
+    """Repeats a bias at all positions, with a fast bias gradient.
 
     Args:
-        g: Array (N, H, W, C).
+        bias: Bias (C,).
+        shape: Shape (N, H, W, C).
 
     Returns:
-        Sums (C,).
+        Array of that shape.
     """
-
-    def matrix_product(g: Array) -> Array:
-        return (jnp.ones((1, g.size // g.shape[-1]), g.dtype) @ g.reshape(-1, g.shape[-1]))[0]
-
-    return lax.platform_dependent(g, cpu=matrix_product, default=lambda g: g.sum((0, 1, 2)))
+    return _scale_by_image(jnp.ones((*shape[:3], 1), bias.dtype), bias)
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def add_bias(x: Array, bias: Array) -> Array:
     """Adds a bias (C,) to an array (N, H, W, C), with a fast bias gradient.
 
@@ -122,26 +154,20 @@ def add_bias(x: Array, bias: Array) -> Array:
     return x + bias[None, None, None]
 
 
-def _add_bias_fwd(x: Array, bias: Array) -> tuple[Array, None]:
-    return add_bias(x, bias), None
+@add_bias.defjvp
+def _add_bias_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    x, bias = tangents
+    return add_bias(*primals), materialize_on_cpu(x + broadcast_bias(bias, x.shape))
 
 
-def _add_bias_bwd(res: None, g: Array) -> tuple[Array, Array]:
-    g = materialize_on_cpu(g)
-    return g, sum_nhw(g)
-
-
-add_bias.defvjp(_add_bias_fwd, _add_bias_bwd)
-
-
-@jax.custom_vjp
+@jax.custom_jvp
 def _bias_relu_pool(x: Array, bias: Array) -> Array:
     """Bias, ReLU and max-pooling: (N, 2 h, 2 w, C), (C,) -> (N, h, w, C)."""
     return max_pool(x + bias[None, None, None], fuse_relu=True)
 
 
 def bias_relu_pool_fwd(x: Array, bias: Array) -> tuple[Array, Array]:
-    """Bias, ReLU and max-pooling, with the residual for their gradient.
+    """Bias, ReLU and max-pooling, with the residual for their derivative.
 
     Args:
         x: Convolution output (N, 2 h, 2 w, C).
@@ -153,24 +179,24 @@ def bias_relu_pool_fwd(x: Array, bias: Array) -> tuple[Array, Array]:
     return max_pool_fwd(x + bias[None, None, None], fuse_relu=True)
 
 
-def _bias_relu_pool_bwd(bits: Array, g: Array) -> tuple[Array, Array]:
-    return materialize_on_cpu(*max_pool_bwd(True, bits, g)), pooled_bias_grad(bits, g)
+@_bias_relu_pool.defjvp
+def _bias_relu_pool_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    x, bias = tangents
+    y, bits = bias_relu_pool_fwd(*primals)
+    return y, pool_tangent(bits, materialize_on_cpu(x)) + pooled_bias_tangent(bits, bias)
 
 
-def pooled_bias_grad(bits: Array, g: Array) -> Array:
-    """Bias gradient after a ReLU and pooling.
+def pooled_bias_tangent(bits: Array, tangent: Array) -> Array:
+    """Derivative of a ReLU and pooling with respect to the bias before them.
 
-    The gradients of a window's pixels add up to the gradient of its maximum. So this sums a quarter
-    of the values that the gradient before the pooling has.
+    A window has the tangent of the bias if its maximum passes the ReLU. So the gradient sums a
+    quarter of the values that the gradient before the pooling has.
 
     Args:
         bits: The uint8 bits (N, h, w, C) of `bias_relu_pool_fwd`.
-        g: Gradient (N, h, w, C) with respect to the pooled output.
+        tangent: Tangent (C,) of the bias.
 
     Returns:
-        Gradient (C,).
+        Tangent (N, h, w, C) of the pooled output.
     """
-    return sum_nhw(jnp.where(lax.stop_gradient(bits) > 0, g, 0))
-
-
-_bias_relu_pool.defvjp(bias_relu_pool_fwd, _bias_relu_pool_bwd)
+    return jnp.where(bits > 0, broadcast_bias(tangent, bits.shape), 0)

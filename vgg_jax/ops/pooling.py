@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def relu(x: Array) -> Array:
     """Rectifies: max(x, 0).
 
-    The gradient uses the output, which the next layer keeps anyway, so the input is not stored.
+    The derivative uses the output, which the next layer keeps anyway, so the input is not stored.
 
     Args:
         x: Array of any shape.
@@ -37,20 +37,14 @@ def _at_least_float32(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _relu_fwd(x: Array) -> tuple[Array, Array]:
-    y = relu(x)
-    return y, y
-
-
-def _relu_bwd(y: Array, g: Array) -> tuple[Array]:
+@relu.defjvp
+def _relu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    y = relu(*primals)
     # Without the barrier, XLA replaces `y > 0` by a test of the input and also keeps the input. A
     # CPU adds the bias again in each reader, so nothing is kept twice, and a barrier costs time
     # (docs/performance.md#relu-and-pooling).
-    y = lax.platform_dependent(y, cpu=lambda y: y, default=lax.optimization_barrier)
-    return (jnp.where(y > 0, g, 0),)
-
-
-relu.defvjp(_relu_fwd, _relu_bwd)
+    saved = lax.platform_dependent(y, cpu=lambda y: y, default=lax.optimization_barrier)
+    return y, jnp.where(saved > 0, *tangents, 0)
 
 
 def max_pool(x: Array, ceil: bool = False, fuse_relu: bool = False) -> Array:
@@ -94,14 +88,14 @@ def _pixels(x: Array) -> list[Array]:
     return [x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _max_of_windows(x: Array, fuse_relu: bool) -> Array:
     y = functools.reduce(jnp.maximum, map(_at_least_float32, _pixels(x)))
     return (jnp.maximum(y, 0) if fuse_relu else y).astype(x.dtype)
 
 
 def max_pool_fwd(x: Array, fuse_relu: bool) -> tuple[Array, Array]:
-    """Max-pools even sizes, with the residual for the gradient.
+    """Max-pools even sizes, with the residual for the derivative.
 
     Args:
         x: Input (N, 2 h, 2 w, C).
@@ -117,26 +111,31 @@ def max_pool_fwd(x: Array, fuse_relu: bool) -> tuple[Array, Array]:
     return lax.optimization_barrier((y, functools.reduce(jnp.bitwise_or, bits)))
 
 
-def max_pool_bwd(fuse_relu: bool, bits: Array, g: Array) -> tuple[Array]:
-    """Gradient of `max_pool_fwd` with respect to its input. A rule of `jax.custom_vjp`.
+@functools.partial(jax.checkpoint, prevent_cse=False)  # the gradient stores nothing but the bits
+def pool_tangent(bits: Array, tangent: Array) -> Array:
+    """Derivative of `max_pool_fwd`: the mean tangent of the maxima of each window.
 
     Args:
-        fuse_relu: As in `max_pool_fwd`; `bits` already depends on it.
         bits: The uint8 bits (N, h, w, C) of `max_pool_fwd`.
-        g: Gradient (N, h, w, C) with respect to the pooled output.
+        tangent: Tangent (N, 2 h, 2 w, C) of its input.
 
     Returns:
-        A tuple of the gradient (N, 2 h, 2 w, C).
+        Tangent (N, h, w, C) of its output. Its transpose is the gradient.
     """
-    bits = lax.stop_gradient(bits)  # JAX cannot differentiate integers a second time
-    share = g / jnp.maximum(lax.population_count(bits), 1).astype(g.dtype)
+    n, h, w, c = bits.shape
+    windows = tangent.reshape(n, h, 2, w, 2, c)
     pixel = jnp.arange(4, dtype=jnp.uint8).reshape(1, 1, 2, 1, 2, 1)
     is_max = bits[:, :, None, :, None] >> pixel & 1
-    n, h, w, c = g.shape
-    return (jnp.where(is_max == 1, share[:, :, None, :, None], 0).reshape(n, 2 * h, 2 * w, c),)
+    total = jnp.where(is_max == 1, windows, 0).sum((2, 4))
+    return total / jnp.maximum(lax.population_count(bits), 1).astype(tangent.dtype)
 
 
-_max_of_windows.defvjp(max_pool_fwd, max_pool_bwd)
+@_max_of_windows.defjvp
+def _max_of_windows_jvp(
+    fuse_relu: bool, primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
+    y, bits = max_pool_fwd(*primals, fuse_relu)
+    return y, pool_tangent(bits, *tangents)
 
 
 def avg_pool(x: Array) -> Array:

@@ -205,5 +205,5 @@ def kernel_gradient(x: Array, g: Array) -> Array:
 
     shape = x.shape[-1], g.shape[-1]
     numbers = jnp.arange(blocks.groups * blocks.strips)
-    total, _ = lax.scan(add_block, jnp.zeros((36, *shape), acc_dtype), numbers)
+    total, _ = lax.scan(add_block, jnp.zeros_like(x, acc_dtype, (36, *shape)), numbers)
     return (jnp.asarray(_GG.T, acc_dtype) @ total.reshape(36, -1)).reshape(3, 3, *shape)

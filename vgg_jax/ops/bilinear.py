@@ -1,0 +1,171 @@
+"""Convolutions with gradients of our own, for every transformation of JAX.
+
+`jax.custom_vjp` refuses forward-mode derivatives. So a convolution whose gradients are faster than
+JAX's own is a primitive here, which is linear in its input and in its kernel.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import Array, lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
+
+# The arrays of a convolution. A primitive computes one of them from the other two.
+_INPUT, _KERNEL, _OUTPUT = _ROLES = range(3)
+
+
+def bilinear_conv(
+    name: str,
+    *,
+    forward: Callable[..., Array],
+    input_gradient: Callable[..., Array],
+    kernel_gradient: Callable[..., Array],
+) -> Callable[..., Array]:
+    """Makes a convolution from three functions: its output and its two gradients.
+
+    The sum of g · forward(x, kernel) is linear in x, in the kernel and in g. The three functions
+    are its derivatives with respect to g, x and the kernel. So the derivatives of each function
+    are the other two, to every order.
+
+    Args:
+        name: Name of the primitive, as a jaxpr shows it.
+        forward: `forward(x, kernel, *residuals)` returns the output.
+        input_gradient: `input_gradient(kernel, g, *residuals, shape=…)` returns the gradient with
+            respect to an input of that shape.
+        kernel_gradient: `kernel_gradient(x, g, *residuals, shape=…)` returns the gradient with
+            respect to a kernel of that shape.
+
+    Returns:
+        A function `conv(x, kernel, *residuals)`. Residuals are pytrees of arrays whose first axis
+        is the batch, such as the mask of a ReLU. They are constants in derivatives.
+    """
+
+    @functools.partial(jax.jit, static_argnames=("result", "shape", "tree"))  # traced once a shape
+    def compute(
+        a: Array, b: Array, *leaves: Array, result: int, shape: tuple[int, ...], tree: Any
+    ) -> Array:
+        residuals = jax.tree.unflatten(tree, leaves)
+        if result == _OUTPUT:
+            return forward(a, b, *residuals)
+        gradient = input_gradient if result == _INPUT else kernel_gradient
+        return gradient(a, b, *residuals, shape=shape)
+
+    primitive = Primitive(name)
+    primitive.def_impl(compute)
+    primitive.def_abstract_eval(_result_type)
+    ad.primitive_jvps[primitive] = functools.partial(_jvp, primitive)
+    ad.primitive_transposes[primitive] = functools.partial(_transpose, primitive)
+    batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)
+    mlir.register_lowering(primitive, mlir.lower_fun(compute, multiple_results=False))
+
+    def conv(x: Array, kernel: Array, *residuals: Any) -> Array:
+        leaves, tree = jax.tree.flatten(residuals)
+        shape = jax.eval_shape(forward, x, kernel, *residuals).shape
+        return _bind(primitive, x, kernel, *leaves, result=_OUTPUT, shape=shape, tree=tree)
+
+    return conv
+
+
+def _bind(primitive: Primitive, *operands: Array, **params: Any) -> Array:
+    return primitive.bind(*match_varying_axes(*operands), **params)
+
+
+def match_varying_axes(*arrays: Array) -> tuple[Array, ...]:
+    """Casts arrays in `jax.shard_map` so that they vary over the same mesh axes.
+
+    The transpose of the cast sums a gradient over the axes that it adds.
+
+    Args:
+        *arrays: Arrays.
+
+    Returns:
+        The arrays. Outside of `jax.shard_map` they are unchanged.
+    """
+    varying = [jax.typeof(array).manual_axis_type.varying for array in arrays]
+    axes = frozenset().union(*varying)
+    return tuple(
+        lax.pcast(array, tuple(axes - own), to="varying") if axes - own else array
+        for array, own in zip(arrays, varying, strict=True)
+    )
+
+
+def _operand_roles(result: int) -> list[int]:
+    return [role for role in _ROLES if role != result]
+
+
+def _result_type(a: Any, *_: Any, shape: tuple[int, ...], **params: Any) -> Any:
+    sharding = NamedSharding(a.sharding.mesh, PartitionSpec(*[None] * len(shape)))
+    return a.update(shape=shape, weak_type=False, sharding=sharding)
+
+
+def _jvp(primitive: Primitive, primals: tuple, tangents: tuple, **params: Any) -> tuple[Array, Any]:
+    (a, b, *leaves), (da, db, *_) = primals, tangents
+    y = _bind(primitive, a, b, *leaves, **params)
+    pairs = [(da, b)] * (type(da) is not ad.Zero) + [(a, db)] * (type(db) is not ad.Zero)
+    terms = [_bind(primitive, *pair, *leaves, **params) for pair in pairs]
+    return y, functools.reduce(ad.add_tangents, terms, ad.Zero(jax.typeof(y).to_tangent_aval()))
+
+
+def _transpose(
+    primitive: Primitive, ct: Any, *operands: Any, result: int, shape: tuple[int, ...], tree: Any
+) -> tuple:
+    """The gradient with respect to the operand that is unknown."""
+    arrays, leaves = dict(zip(_operand_roles(result), operands, strict=False)), operands[2:]
+    unknown = next(role for role, array in arrays.items() if ad.is_undefined_primal(array))
+    arrays[result] = ad.instantiate_zeros(ct)
+    gradient = _bind(
+        primitive,
+        *(arrays[role] for role in _operand_roles(unknown)),
+        *leaves,
+        result=unknown,
+        shape=arrays[unknown].aval.shape,
+        tree=tree,
+    )
+    gradients = (gradient if role == unknown else None for role in _operand_roles(result))
+    return (*gradients, *(None for _ in leaves))
+
+
+def _batch(
+    primitive: Primitive,
+    operands: tuple,
+    dims: tuple,
+    *,
+    result: int,
+    shape: tuple[int, ...],
+    tree: Any,
+) -> tuple[Array, int]:
+    """Joins the batches of `vmap` if they share a kernel, else computes one after the other.
+
+    One alone fills all cores of a CPU.
+    """
+    params = {"result": result, "tree": tree}
+    is_batched = [dim is not None for dim in dims]
+    size = next(a.shape[dim] for a, dim in zip(operands, dims, strict=True) if dim is not None)
+    kernel = _operand_roles(result).index(_KERNEL) if result != _KERNEL else None
+    if kernel is not None and not is_batched[kernel]:
+        joined = [
+            a if i == kernel else batching.bdim_at_front(a, dim, size)
+            for i, (a, dim) in enumerate(zip(operands, dims, strict=True))
+        ]
+        joined = [a if i == kernel else a.reshape(-1, *a.shape[2:]) for i, a in enumerate(joined)]
+        y = primitive.bind(*joined, shape=(size * shape[0], *shape[1:]), **params)
+        return y.reshape(size, *shape), 0
+    stacked = [
+        batching.bdim_at_front(a, dim, size)
+        for a, dim in zip(operands, dims, strict=True)
+        if dim is not None
+    ]
+
+    def compute(rows: list[Array]) -> Array:
+        remaining = iter(rows)
+        one = (
+            next(remaining) if batched else a
+            for a, batched in zip(operands, is_batched, strict=True)
+        )
+        return primitive.bind(*one, shape=shape, **params)
+
+    return lax.map(compute, stacked), 0
