@@ -106,6 +106,12 @@ def test_features_before_and_after_relu(tiny_net):
     assert features["fc7"].shape == (1, 1, 1, 16)
 
 
+def test_features_reject_one_string(tiny_net):
+    message = r"the string 'pool5': expected a tuple; pass \('pool5',\)"
+    with pytest.raises(InputError, match=message):
+        tiny_net[0].apply({}, images(1, 32, 32), method="features", layers="pool5")
+
+
 def test_features_need_no_deeper_parameters(tiny_net):
     model, variables = tiny_net
     shallow = {"params": {name: variables["params"][name] for name in ("conv1_1", "conv2_1")}}

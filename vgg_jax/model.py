@@ -193,9 +193,13 @@ class VGG(nn.Module):
             The activations (N, h, w, C) by name.
 
         Raises:
-            InputError: If a layer is unknown (the message lists all layers), or an image is too
-                small (the message gives the smallest size).
+            InputError: If a layer is unknown (the message lists all layers), `layers` is one
+                string, or an image is too small (the message gives the smallest size).
         """
+        if isinstance(layers, str):
+            raise InputError(
+                f"layers is the string {layers!r}: expected a tuple; pass ({layers!r},)"
+            )
         return self._forward(images, tuple(layers))
 
     @nn.nowrap
