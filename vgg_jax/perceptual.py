@@ -7,20 +7,20 @@ The losses are differentiable. Content and style take the activations that
 `model.apply(variables, images, layers=…, method="features")` returns: {name: (N, h, w, C)}.
 """
 
-import os
+import functools
 from collections.abc import Mapping
-from pathlib import Path
+from importlib import resources
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from vgg_jax.configs.models import CONFIGS
 from vgg_jax.errors import InputError
 from vgg_jax.model import VGG
-
-LPIPS_LAYERS = ("relu1_2", "relu2_2", "relu3_3", "relu4_3", "relu5_3")
-LPIPS_CHANNELS = (64, 128, 256, 512, 512)
+from vgg_jax.preprocessing import preprocess
 
 
 def content_loss(features: Mapping[str, Array], target: Mapping[str, Array]) -> Array:
@@ -28,11 +28,21 @@ def content_loss(features: Mapping[str, Array], target: Mapping[str, Array]) -> 
 
     Args:
         features: Activations (N, h, w, C) by layer.
-        target: Activations of the content images, of the same shapes.
+        target: Activations of the content images, of the same layers and shapes.
 
     Returns:
         Loss (N,).
+
+    Raises:
+        InputError: If the layers or the shapes differ.
     """
+    _check_same_layers(features, target)
+    for name, activations in features.items():
+        if activations.shape != target[name].shape:
+            raise InputError(
+                f"{name} has the shape {activations.shape} in features and {target[name].shape} in "
+                "target: expected the same shape; resize or crop the images to one size"
+            )
     differences = (_widen(features[name]) - _widen(target[name]) for name in features)
     return sum((jnp.mean(d**2, (1, 2, 3)) for d in differences), jnp.float32(0))
 
@@ -51,20 +61,28 @@ def gram_matrix(features: Array) -> Array:
     return jnp.einsum("npc,npd->ncd", positions, positions) / (h * w * c)
 
 
-def _widen(features: Array) -> Array:
-    return features.astype(jnp.promote_types(features.dtype, jnp.float32))
-
-
 def style_loss(features: Mapping[str, Array], target: Mapping[str, Array]) -> Array:
     """Squared Frobenius distance of Gram matrices, summed over layers.
 
     Args:
         features: Activations (N, h, w, C) by layer.
-        target: Activations of the style images; h and w may differ.
+        target: Activations of the style images, of the same layers. There are N images, or one
+            for all; h and w may differ.
 
     Returns:
         Loss (N,).
+
+    Raises:
+        InputError: If the layers or the numbers of channels or images differ.
     """
+    _check_same_layers(features, target)
+    for name, activations in features.items():
+        (n, *_, channels), (target_n, *_, target_channels) = activations.shape, target[name].shape
+        if target_n not in (1, n) or target_channels != channels:
+            raise InputError(
+                f"{name} has the shape {activations.shape} in features and {target[name].shape} in "
+                "target: expected the same number of channels, and as many target images, or one"
+            )
     differences = (gram_matrix(features[name]) - gram_matrix(target[name]) for name in features)
     losses = (jnp.sum(difference**2, (1, 2)) for difference in differences)
     return sum(losses, jnp.float32(0))
@@ -73,33 +91,82 @@ def style_loss(features: Mapping[str, Array], target: Mapping[str, Array]) -> Ar
 def lpips(
     model: VGG,
     variables: Any,
-    lpips_weights: Mapping[str, Array],
     images: Array,
     other_images: Array,
+    *,
+    mean_rgb: tuple[float, float, float],
+    linear_weights: Mapping[str, Array | np.ndarray] | None = None,
+    spatial: bool = False,
 ) -> Array:
     """LPIPS distance, version 0.1, between pairs of images.
 
-    The published weights belong to net D with torchvision's weights. LPIPS uses the mean and the
-    standard deviation of torchvision.
+    The published linear weights were trained on net D with torchvision's weights.
 
     Args:
         model: Net D.
-        variables: Its variables.
-        lpips_weights: Weight (C,) of each channel, by layer (`load_lpips_weights`).
-        images: (N, H, W, 3), prepared as for `model.apply(variables, images)`.
+        variables: Its variables. The fully connected layers are not needed.
+        images: RGB (N, H, W, 3) in 0-255, uint8 or float. The mean is not subtracted yet.
         other_images: The same shape.
+        mean_rgb: Mean of the net's training images, `metadata["preprocessing"]["mean_rgb"]` of
+            `vgg_jax.load`. It is subtracted from the images.
+        linear_weights: Weight (C,) of each channel, by layer. None means the published weights.
+        spatial: Return a distance for each pixel instead of their mean over each layer.
 
     Returns:
-        Distances (N,).
+        Distances (N,), or (N, H, W) if `spatial`.
+
+    Raises:
+        InputError: If the images are not two arrays (N, H, W, 3) of one shape, or the linear
+            weights do not fit the net.
     """
-    layers = tuple(lpips_weights)
-    a: Any = model.apply(variables, images, layers=layers, method="features")
-    b: Any = model.apply(variables, other_images, layers=layers, method="features")
-    differences = (
-        (_normalize_channels(a[name]) - _normalize_channels(b[name])) ** 2 @ lpips_weights[name]
-        for name in layers
+    if linear_weights is None:
+        _check_published_net(model)
+        linear_weights = _published_linear_weights()
+    if images.shape != other_images.shape or images.ndim != 4 or images.shape[3] != 3:
+        raise InputError(
+            f"the images have the shapes {images.shape} and {other_images.shape}: "
+            "expected (N, H, W, 3), the same for both"
+        )
+    a, b = (
+        _unit_features(model, variables, preprocess(x, mean_rgb), tuple(linear_weights))
+        for x in (images, other_images)
     )
-    return sum((jnp.mean(difference, (1, 2)) for difference in differences), jnp.float32(0))
+    total = jnp.float32(0)
+    for name, weights in linear_weights.items():
+        if weights.shape != a[name].shape[3:]:
+            raise InputError(
+                f"the linear weights of {name} have the shape {weights.shape}: expected "
+                f"{a[name].shape[3:]}, one for each channel of the net"
+            )
+        distances = (a[name] - b[name]) ** 2 @ weights
+        total += _resize(distances, *images.shape[1:3]) if spatial else distances.mean((1, 2))
+    return total
+
+
+def _check_published_net(model: VGG) -> None:
+    is_net_d = model.config.stages == CONFIGS["D"].stages
+    if not is_net_d or model.batch_norm or model.pool != "max":
+        raise InputError(
+            "the published LPIPS weights belong to net D with max pooling, without batch "
+            "normalisation: use this net, or pass linear_weights for yours"
+        )
+
+
+@functools.cache
+def _published_linear_weights() -> dict[str, np.ndarray]:
+    """Reads the weights that come with the package."""
+    from safetensors.numpy import load
+
+    file = resources.files("vgg_jax.weights") / "lpips_vgg.safetensors"
+    return dict(sorted(load(file.read_bytes()).items()))
+
+
+def _unit_features(
+    model: VGG, variables: Any, images: Array, layers: tuple[str, ...]
+) -> dict[str, Array]:
+    """Activations whose channels have length 1 at each position."""
+    features: Any = model.apply(variables, images, layers=layers, method="features")
+    return {name: _normalize_channels(_widen(features[name])) for name in layers}
 
 
 def _normalize_channels(x: Array) -> Array:
@@ -111,28 +178,18 @@ def _normalize_channels(x: Array) -> Array:
     return jnp.where(squares > 0, x / (jnp.sqrt(jnp.where(squares > 0, squares, 1)) + 1e-10), 0)
 
 
-def load_lpips_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Reads the published weights of LPIPS for VGG.
+def _resize(maps: Array, height: int, width: int) -> Array:
+    """Enlarges maps (N, h, w) bilinearly, with half-pixel centres (align_corners=False)."""
+    return jax.image.resize(maps, (len(maps), height, width), "bilinear", antialias=False)
 
-    Args:
-        path: `lpips/weights/v0.1/vgg.pth` of the package lpips.
 
-    Returns:
-        Weights (C,) by layer.
+def _widen(features: Array) -> Array:
+    return features.astype(jnp.promote_types(features.dtype, jnp.float32))
 
-    Raises:
-        InputError: If it is another file, or torch, which reads it, is not installed.
-    """
-    from vgg_jax.weights.formats import open_file
 
-    tensors = open_file(Path(path)).tensors
-    weights = {}
-    for i, (layer, channels) in enumerate(zip(LPIPS_LAYERS, LPIPS_CHANNELS, strict=True)):
-        name, shape = f"lin{i}.model.1.weight", (1, channels, 1, 1)
-        tensor = tensors.get(name)
-        if tensor is None or tensor.shape != shape:
-            raise InputError(
-                f"{path} has no {name} of the shape {shape}: expected the weights of lpips for VGG"
-            )
-        weights[layer] = tensor.read().reshape(channels)
-    return weights
+def _check_same_layers(features: Mapping[str, Array], target: Mapping[str, Array]) -> None:
+    if features.keys() != target.keys() or not features:
+        raise InputError(
+            f"features has the layers {', '.join(features) or 'none'}, and target has "
+            f"{', '.join(target) or 'none'}: expected the same layers in both, and at least one"
+        )

@@ -26,7 +26,10 @@ from vgg_jax.weights.layouts import Preprocessing
 
 pytestmark = pytest.mark.slow
 
-LPIPS_CHANNELS = (4, 8, 12, 16, 20)  # of the narrow net D
+# For the narrow net D, whose layers have fewer channels than the published weights.
+LPIPS_WEIGHTS = {
+    f"relu{i}_{2 if i < 3 else 3}": np.full(4 * i, 0.1, np.float32) for i in range(1, 6)
+}
 SMALL_RUN = "--image-size 32 --scale 32 36 --fc 12 8 --batch-size 32 --epochs 1"
 CLASS_FOLDERS = {"blue": "class 0", "red": "class 1"}
 # Appended to a command, so that it ends soon.
@@ -72,7 +75,7 @@ def workplace(narrow_nets, tmp_path_factory):
     folder = tmp_path_factory.mktemp("workplace")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("vgg_jax.perceptual.LPIPS_CHANNELS", LPIPS_CHANNELS)
+        patch.setattr("vgg_jax.perceptual._published_linear_weights", lambda: LPIPS_WEIGHTS)
         digits = sklearn.datasets.load_digits()
         digits.images, digits.target = digits.images[:200], digits.target[:200]
         patch.setattr("sklearn.datasets.load_digits", lambda: digits)
@@ -96,12 +99,6 @@ def workplace(narrow_nets, tmp_path_factory):
         from safetensors.torch import load_file
 
         torch.save(load_file("t.safetensors"), "vgg16.pth")
-        Path("lpips/weights/v0.1").mkdir(parents=True)
-        lpips_weights = {
-            f"lin{i}.model.1.weight": torch.rand(1, channels, 1, 1)
-            for i, channels in enumerate(LPIPS_CHANNELS)
-        }
-        torch.save(lpips_weights, "lpips/weights/v0.1/vgg.pth")
         for run in RUNS:
             run_command(["vgg-jax", "train", *shlex.split(RUNS[run]), "--workdir", run])
         yield folder
@@ -176,6 +173,7 @@ def test_page_runs(page, workplace, tmp_path, monkeypatch):
         assert names["scores"].shape == (1, 2, 4, 1000)
         assert names["maps"]["pool5"].shape[1:3] == (9, 9)
         assert names["distance"].shape == (1,)
+        assert names["distance_map"].shape == (1, 64, 64)
         assert np.isfinite(names["loss"])
     if page.name == "evaluation.md":
         assert names["posteriors"].shape == (2, 1000)

@@ -43,7 +43,8 @@ def archives(tmp_path_factory):
 def test_archives_hold_package_and_types(archives):
     wheel, sdist = archives
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"vgg_jax/py.typed", "vgg_jax/weights/imagenet_classes.txt"} <= {*names}
+    data = ("imagenet_classes.txt", "lpips_vgg.safetensors", "lpips_LICENSE.txt")
+    assert {"vgg_jax/py.typed", *(f"vgg_jax/weights/{name}" for name in data)} <= {*names}
     assert not [
         name for name in names if name.startswith(("tests", "experiments", "tools", "docs"))
     ]
