@@ -1,11 +1,9 @@
-"""The method `features`: every layer of every net, under jit, vmap and grad, and in NNX."""
+"""The method `features`: every layer of every net, under jit, vmap and grad."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from flax import nnx
 
 from tests.helpers.tiny import TINY, images, init, narrow
 from vgg_jax import CONFIGS, VGG, InputError
@@ -92,28 +90,6 @@ def test_features_under_jit_vmap_and_grad(tiny_net):
     gradients = jax.jit(jax.vmap(jax.grad(loss)))(x)
     tolerance = 1e-3 * np.abs(gradient).max()
     np.testing.assert_allclose(gradients[0], gradient, rtol=1e-3, atol=tolerance)
-
-
-@pytest.mark.slow
-def test_features_in_nnx(tiny_net):
-    """Logits, features, gradients and an optimizer step of the bridged module."""
-    model, variables = tiny_net
-    x = images(2, 32, 32)
-    module = nnx.bridge.ToNNX(model, rngs=nnx.Rngs(0)).lazy_init(x)
-    for name, layer in variables["params"].items():
-        setattr(module, name, {leaf: nnx.Param(array) for leaf, array in layer.items()})
-    np.testing.assert_allclose(module(x), model.apply(variables, x), rtol=1e-4, atol=1e-5)
-    actual = module(x, layers=("pool2",), method="features")["pool2"]
-    expected = features_of(model, variables, x, "pool2")["pool2"]
-    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
-
-    def loss(module):
-        return jnp.mean(module(x) ** 2)
-
-    optimizer = nnx.Optimizer(module, optax.sgd(0.1), wrt=nnx.Param)
-    before, gradients = nnx.value_and_grad(loss)(module)
-    optimizer.update(module, gradients)
-    assert loss(module) < before
 
 
 def test_features_average_pooling(tiny_net):

@@ -1,0 +1,276 @@
+"""VGG as a Flax NNX module.
+
+    net = to_nnx(model, variables, rngs=nnx.Rngs(0))
+    logits = net(images)
+
+`VGG` holds the variables. The linen module of `vgg_jax.model` computes.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from vgg_jax import model as linen
+from vgg_jax.configs.models import Layer, layer_table
+from vgg_jax.errors import InputError
+
+_VARIABLE_TYPES: dict[str, type[nnx.Variable]] = {
+    "params": nnx.Param,
+    "batch_stats": nnx.BatchStat,
+}
+
+
+class VGG(nnx.Module):
+    """A `vgg_jax.VGG` as an NNX module, which holds its variables.
+
+    Each learned layer is an attribute, named as in the released models: `net.conv1_1.kernel`,
+    `net.fc8.bias`, `net.bn1_1.scale`. The parameters are `nnx.Param`. The running statistics
+    `net.bn1_1.mean` and `net.bn1_1.var` are `nnx.BatchStat`.
+
+    `net.train()` turns dropout on. It also makes batch normalisation use the batch's statistics
+    and update the running ones. `net.eval()` turns both off. A new net is in training mode, like
+    the layers of `flax.nnx`: its random parameters are there to be trained. A net from `to_nnx` is
+    in inference mode.
+
+    Attributes:
+        model: The linen module, whose fields are the settings of the net. A changed
+            `model.clone(frozen=...)` can be assigned.
+        deterministic: No dropout.
+        use_running_average: Batch normalisation uses the running statistics. With batch
+            normalisation it must equal `deterministic`.
+        rngs: Random keys of dropout, or None.
+    """
+
+    def __init__(
+        self,
+        model: linen.VGG,
+        variables: Mapping[str, Any] | None = None,
+        *,
+        rngs: nnx.Rngs | None = None,
+    ) -> None:
+        """Creates the net in training mode.
+
+        Args:
+            model: The linen module, such as `vgg_jax.vgg16(num_classes=10)`.
+            variables: Its variables, as for `to_nnx`. None draws new ones from `rngs`, as
+                `model.init` does.
+            rngs: Random keys: "params" for new parameters, and "dropout".
+
+        Raises:
+            InputError: If the variables are not those of the model, or `rngs` is missing.
+        """
+        if variables is None:
+            if rngs is None:
+                raise InputError("rngs is None: expected nnx.Rngs(seed), to draw the parameters")
+            variables = model.lazy_init(rngs.params(), _one_image(model))
+        else:
+            _check_variables(model, variables)
+        self.model = model
+        self.deterministic = False
+        self.use_running_average = False
+        self.rngs = nnx.data(None if rngs is None else rngs["dropout"].fork())
+        layers: dict[str, dict[str, nnx.Variable]] = {}
+        for collection, variable_type in _VARIABLE_TYPES.items():
+            for name, layer in variables.get(collection, {}).items():
+                leaves = {leaf: variable_type(jnp.asarray(x)) for leaf, x in layer.items()}
+                layers.setdefault(name, {}).update(leaves)
+        for name, leaves in layers.items():
+            setattr(self, name, nnx.Dict(leaves))
+
+    if TYPE_CHECKING:  # the layers
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def set_view(
+        self, deterministic: bool | None = None, use_running_average: bool | None = None
+    ) -> None:
+        """Sets the mode of a view (`nnx.view`).
+
+        Args:
+            deterministic: No dropout. None leaves it as it is.
+            use_running_average: Batch normalisation uses the running statistics. None leaves it as
+                it is.
+        """
+        if deterministic is not None:
+            self.deterministic = deterministic
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
+
+    def __call__(self, images: Array, mask: Array | None = None) -> Array:
+        """Computes logits of images of the net's own size.
+
+        In training mode it updates the running statistics and takes a key from `rngs`.
+
+        Args:
+            images: (N, image_size, image_size, 3).
+            mask: bool (N,), True for the examples that count in the batch's statistics.
+
+        Returns:
+            Logits (N, K).
+
+        Raises:
+            InputError: If the images have another size or shape, the net has no fully connected
+                layers, or dropout has no `rngs`.
+        """
+        self._check_layers(("fc8",))
+        if not self._is_training():
+            return self._apply(images, mask=mask)
+        rngs = self._dropout_rngs()
+        logits, updates = self._apply(
+            images, train=True, mask=mask, rngs=rngs, mutable=["batch_stats"]
+        )
+        for name, layer in updates.get("batch_stats", {}).items():
+            for leaf, value in layer.items():
+                getattr(self, name)[leaf][...] = value
+        return logits
+
+    def score_map(self, images: Array, ceil: bool = False) -> Array:
+        """Computes the dense class-score map (§3.2), as in inference mode.
+
+        Args:
+            images: (N, H, W, 3), at least image_size on each side.
+            ceil: Round up the sizes of poolings, as Caffe does.
+
+        Returns:
+            Scores (N, h, w, K), as `vgg_jax.VGG.score_map` does.
+
+        Raises:
+            InputError: As `vgg_jax.VGG.score_map`, or if the net has no fully connected layers.
+        """
+        self._check_layers(("fc8",))
+        return self._apply(images, ceil=ceil, method="score_map")
+
+    def features(self, images: Array, layers: Iterable[str]) -> dict[str, Array]:
+        """Computes activations by name, as in inference mode.
+
+        Args:
+            images: (N, H, W, 3), large enough for the deepest layer.
+            layers: Names of layers, as of `vgg_jax.VGG.features`.
+
+        Returns:
+            The activations (N, h, w, C) by name.
+
+        Raises:
+            InputError: As `vgg_jax.VGG.features`, or if the net has no fully connected layers and
+                one is needed.
+        """
+        layers = tuple(layers)
+        self._check_layers(layers)
+        return self._apply(images, layers=layers, method="features")
+
+    def to_linen(self) -> tuple[linen.VGG, dict[str, Any]]:
+        """Gives the linen module and its variables, for `vgg_jax.save` or `model.apply`.
+
+        Returns:
+            The model and its variables, as `vgg_jax.load` returns them.
+        """
+        return self.model, self._variables()
+
+    def _apply(self, images: Array, **settings: Any) -> Any:
+        return self.model.apply(self._variables(), images, **settings)
+
+    def _variables(self) -> dict[str, Any]:
+        """The variables of the linen module."""
+        variables: dict[str, Any] = {}
+        for layer in self._table():
+            for leaf, variable in getattr(self, layer.name, {}).items():
+                collection = "batch_stats" if isinstance(variable, nnx.BatchStat) else "params"
+                layers = variables.setdefault(collection, {})
+                layers.setdefault(layer.name, {})[leaf] = variable.get_value()
+        return variables
+
+    def _table(self) -> tuple[Layer, ...]:
+        model = self.model
+        return layer_table(model.config, model.num_classes, model.batch_norm, model.image_size)
+
+    def _check_layers(self, targets: tuple[str, ...]) -> None:
+        """Raises InputError if the targets need a fully connected layer that is missing."""
+        layers = linen.select_layers(self._table(), targets)
+        missing = [
+            layer.name for layer in layers if layer.type == "fc" and not hasattr(self, layer.name)
+        ]
+        if missing:
+            raise InputError(
+                f"{layers[-1].name} needs {', '.join(missing)}, and the net has no fully connected "
+                "layers: expected weights with them, or features up to "
+                f"pool{len(self.model.config.stages)}"
+            )
+
+    def _is_training(self) -> bool:
+        if self.model.batch_norm and self.deterministic != self.use_running_average:
+            raise InputError(
+                f"deterministic is {self.deterministic} and use_running_average is "
+                f"{self.use_running_average}: expected the same value, as net.train() and "
+                "net.eval() set them; name batch normalisations that keep their statistics in "
+                "the model's `frozen`"
+            )
+        return not self.deterministic
+
+    def _dropout_rngs(self) -> dict[str, Array]:
+        if not self.model.dropout_rate:
+            return {}
+        if self.rngs is None:
+            raise InputError(
+                "rngs is None and the net is in training mode: expected "
+                "to_nnx(model, variables, rngs=nnx.Rngs(seed)), or net.eval() before inference"
+            )
+        return {"dropout": self.rngs()}
+
+
+def to_nnx(model: linen.VGG, variables: Mapping[str, Any], *, rngs: nnx.Rngs | None = None) -> VGG:
+    """Makes an NNX module from a linen module and its variables, in inference mode.
+
+    The way back is `VGG.to_linen`.
+
+    Args:
+        model: The linen module.
+        variables: Its variables, as `vgg_jax.load` or `model.init` returns them. If they have no
+            fully connected layers, the NNX module has none either: it gives features only.
+        rngs: Random keys of dropout. Inference needs none.
+
+    Returns:
+        The NNX module.
+
+    Raises:
+        InputError: If the variables are not those of the model.
+    """
+    net = VGG(model, variables, rngs=rngs)
+    net.eval()
+    return net
+
+
+def _one_image(model: linen.VGG) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32)
+
+
+def _check_variables(model: linen.VGG, variables: Mapping[str, Any]) -> None:
+    """Raises InputError unless the names and shapes are the model's, with or without fc layers."""
+    given = _shapes(variables)
+    expected = _shapes(jax.eval_shape(model.init, jax.random.key(0), _one_image(model)))
+    if not any(name.startswith("params/fc") for name in given):
+        expected = {name: shape for name, shape in expected.items() if "/fc" not in name}
+    for name in [*expected, *given]:
+        if name not in given:
+            problem = "is missing"
+        elif name not in expected:
+            problem = "is not in the model"
+        elif given[name] != expected[name]:
+            problem = f"has the shape {given[name]} instead of {expected[name]}"
+        else:
+            continue
+        raise InputError(
+            f"{name} {problem}: expected the variables of this model, "
+            "as vgg_jax.load or model.init returns them"
+        )
+
+
+def _shapes(variables: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(variables)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): jnp.shape(leaf)
+        for path, leaf in leaves
+    }
