@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import vgg_jax
 from tests.helpers.tiny import DEEP, TINY, images, init
 from vgg_jax import (
     CONFIGS,
@@ -280,19 +279,6 @@ def test_copy_matching_layers_skips_other_shape():
     merged, copied = copy_matching_layers(source=source, target=target)
     assert copied == ()
     assert merged == target
-
-
-def test_published_names():
-    names = {
-        "vgg11": "A",
-        "vgg11_lrn": "A-LRN",
-        "vgg13": "B",
-        "vgg16_c": "C",
-        "vgg16": "D",
-        "vgg19": "E",
-    }
-    for name, net in names.items():
-        assert getattr(vgg_jax, name)(num_classes=10) == VGG(CONFIGS[net], num_classes=10)
 
 
 def test_frozen_layers_have_no_gradient():

@@ -1,8 +1,8 @@
 """VGG as a Flax linen module: Table 1 of the paper and its initialisation (§3.1)."""
 
-import functools
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Concatenate, NamedTuple, ParamSpec
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from vgg_jax.layers import BatchNorm, Conv, Dropout, FullyConnected, local_respo
 from vgg_jax.ops.epilogue import EPILOGUE_KINDS, Epilogue, EpilogueKind
 from vgg_jax.ops.pooling import avg_pool, max_pool, pool_mask, relu
 
+P = ParamSpec("P")
 Initializers = tuple[nn.initializers.Initializer, nn.initializers.Initializer]
 
 # Maps a standard deviation to two kernel initialisers: convolutions, fully connected layers. Biases
@@ -62,7 +63,7 @@ class VGG(nn.Module):
         dtype: Type of the computation.
         param_dtype: Type of the parameters.
         image_size: Side of the images that `__call__` takes; sets the kernel size of fc6.
-        initializer: Key of `INITIALIZERS`.
+        initializer: "glorot", "paper" or "he", a key of `INITIALIZERS`.
         initializer_std: Standard deviation of the initializer "paper".
         frozen: Names of layers that training leaves as they are: their gradients are 0, and
             batch normalisations keep and use their running statistics. An optimizer with weight
@@ -415,12 +416,45 @@ def transpose_kernels(variables: Mapping[str, Any]) -> dict[str, Any]:
     return {**variables, "params": {**variables["params"], **transposed}}
 
 
-vgg11 = functools.partial(VGG, CONFIGS["A"])
-vgg11_lrn = functools.partial(VGG, CONFIGS["A-LRN"])
-vgg13 = functools.partial(VGG, CONFIGS["B"])
-vgg16_c = functools.partial(VGG, CONFIGS["C"])
-vgg16 = functools.partial(VGG, CONFIGS["D"])
-vgg19 = functools.partial(VGG, CONFIGS["E"])
+# The fields of VGG but `config`: the arguments of the published networks.
+_FIELD_DOCS = "".join(inspect.cleandoc(VGG.__doc__ or "").partition("    num_classes:")[1:])
+
+
+def _published(
+    vgg: Callable[Concatenate[VGGConfig, P], VGG], name: str, net: str, title: str
+) -> Callable[P, VGG]:
+    """Makes the function `name`, which builds column `net` of Table 1."""
+    config = CONFIGS[net]
+    num_convs = sum(map(len, config.stages))
+
+    def build(*args: P.args, **fields: P.kwargs) -> VGG:
+        return vgg(config, *args, **fields)
+
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = f"""Builds {title}, column {net} of Table 1.
+
+It has {num_convs + 3} weight layers: {num_convs} convolutions and 3 fully connected layers.
+`{name}(num_classes=10)` is `VGG(CONFIGS["{net}"], num_classes=10)`.
+
+Args:
+{_FIELD_DOCS}
+
+Returns:
+    The module, without variables.
+"""
+    parameters = inspect.signature(VGG).parameters
+    shown = [parameters[key] for key in parameters if key not in ("config", "parent", "name")]
+    signature = inspect.Signature(shown, return_annotation=VGG)
+    build.__signature__ = signature  # type: ignore[attr-defined]
+    return build
+
+
+vgg11 = _published(VGG, "vgg11", "A", "VGG-11")
+vgg11_lrn = _published(VGG, "vgg11_lrn", "A-LRN", "VGG-11 with local response normalisation")
+vgg13 = _published(VGG, "vgg13", "B", "VGG-13")
+vgg16_c = _published(VGG, "vgg16_c", "C", "VGG-16 with 1x1 convolutions")
+vgg16 = _published(VGG, "vgg16", "D", "VGG-16")
+vgg19 = _published(VGG, "vgg19", "E", "VGG-19")
 
 # §3.1: "the first four convolutional layers and the last three fully-connected layers" of A. They
 # fit no deeper net by position, since its second convolution reads 64 channels instead of 128. They

@@ -10,9 +10,14 @@ from vgg_jax.errors import InputError
 
 
 class Conv(NamedTuple):
-    """A convolution with stride 1 and padding "SAME", followed by a ReLU."""
+    """A convolution with stride 1 and padding "SAME", followed by a ReLU.
 
-    features: int  # output channels
+    Attributes:
+        features: Output channels.
+        kernel_size: Side of the square kernel, odd.
+    """
+
+    features: int
     kernel_size: int = 3
 
 

@@ -70,12 +70,59 @@ class TrainConfig:
     """Settings of a training run that must not change when it resumes.
 
     The defaults are the paper's (§3.1); `vgg_jax.configs.presets.preset` adapts them to small
-    images. Each field means what the help of its flag says, in `vgg-jax train --help`. The metadata
-    of a field hold its flag and its valid values (`_field`).
+    images. Each field but `data` is a flag of `vgg-jax train`. Its metadata hold the flag and the
+    valid values (`_field`).
 
     Attributes:
-        data: "digits", an image folder, or a name of TensorFlow Datasets. It is a
-            positional argument of `vgg-jax train`.
+        data: "digits", an image folder, or a name of TensorFlow Datasets.
+        net: Column of Table 1, a key of `CONFIGS`.
+        batch_norm: Add batch normalisation after every convolution. Not in the paper.
+        fc: Output features of fc6 and fc7 (§2.1).
+        dropout_rate: Probability to drop an output of fc6 or fc7 (§3.1).
+        initializer: Initialisation of the kernels: "glorot", the paper's note after its
+            submission; "paper", a normal of `initializer_std` (§3.1); or "he".
+        initializer_std: Standard deviation of the initializer "paper".
+        init_from: A finished run or a weight file, whose layers are the start. None starts from
+            random parameters. The paper starts from net A (§3.1).
+        freeze: Layers that training leaves unchanged: their names, or "conv" or "fc" for all of a
+            type. () trains all layers.
+        dtype: Type of the computation, "float32" or "bfloat16". Parameters are float32.
+        image_size: Side in pixels of the square crop that the net reads (§2.1).
+        scale: Training scale S in pixels, to which the shorter side of an image is rescaled. Two
+            values, S_min and S_max, draw S for each image (§3.1).
+        flip: Mirror a random half of the images (§3.1).
+        colour_shift: Standard deviation of the random shift along the principal colours (§3.1), in
+            the unit of `colour_convention`. 0.1 is Krizhevsky's; 0 turns the shift off.
+        colour_convention: Unit of `colour_shift`: "deviation", the standard deviation of a
+            principal colour; or "variance", its variance for pixels in [0, 1].
+        exif: Rotate photos upright by their EXIF orientation.
+        statistics: Source of the mean RGB and the principal colours: "imagenet", or "measure" for
+            those of the training images.
+        validation_fraction: Share of the training images to validate on, between 0 and 1, if the
+            data has no validation split.
+        skip_bad: Skip files that are not images, and at most one percent of unreadable images.
+            Otherwise they end the run.
+        exclude: Names of images to leave out, as `vgg-jax verify-data` lists them. () leaves out
+            none.
+        cache: Keep the encoded images in memory, or the pixels of small images. This changes the
+            order of images from TFRecord files.
+        batch_size: Images per step, on all devices together (§3.1).
+        microbatch: Images whose activations are held at once, a divisor of `batch_size`. A step
+            adds up the gradients. None holds the whole batch.
+        learning_rate: Initial learning rate. None means 0.01 (§3.1), or 0.001 for fewer than 100
+            classes.
+        momentum: Momentum of SGD (§3.1).
+        weight_decay: Factor of the L2 penalty (§3.1): the gradient of w gains weight_decay * w.
+        decay_biases: Decay biases and batch normalisation parameters too. Caffe's recipes and
+            MatConvNet's VGG do not. The paper does not say.
+        schedule: When the learning rate is divided by 10: "plateau", when the validation accuracy
+            stops improving (§3.1); "step", after `drop_epochs`; or "constant", never.
+        patience: Epochs without a better validation accuracy that make a plateau. The paper gives
+            no number.
+        drops: Divisions of the learning rate by "plateau" (§3.1). The next plateau ends the run.
+        drop_epochs: Epochs after which "step" divides the learning rate, counted from 1.
+        epochs: Maximum number of epochs (§3.1).
+        seed: Seed of every random number, from 0 to 2**32 - 1.
 
     Raises:
         InputError: If a value is invalid.
@@ -84,7 +131,6 @@ class TrainConfig:
     data: str = "digits"
 
     net: str = _field("D", "model", "column of Table 1", choices=CONFIGS)
-    # Not in the paper.
     batch_norm: bool = _field(False, "model", "add batch normalisation after every convolution")
     fc: tuple[int, int] = _field(
         (4096, 4096), "model", "output features of fc6 and fc7", type=int, nargs=2
@@ -129,14 +175,12 @@ class TrainConfig:
         metavar="S",
     )
     flip: bool = _field(True, "augmentation", "mirror a random half of the images")
-    # Krizhevsky's alpha.
     colour_shift: float = _field(
         0.1,
         "augmentation",
         "standard deviation of the random shift along the principal colours; 0 turns it off",
         at_least=0,
     )
-    # The variance is that of pixels in [0, 1].
     colour_convention: str = _field(
         "deviation",
         "augmentation",
@@ -191,7 +235,6 @@ class TrainConfig:
     )
     momentum: float = _field(0.9, "optimiser", "momentum of SGD", at_least=0, below=1)
     weight_decay: float = _field(5e-4, "optimiser", "factor of the L2 penalty", at_least=0)
-    # Caffe's recipes and MatConvNet's VGG do not decay biases. The paper does not say.
     decay_biases: bool = _field(
         False, "optimiser", "decay biases and batch normalisation parameters too"
     )
@@ -202,7 +245,6 @@ class TrainConfig:
         "when the learning rate is divided by 10",
         choices=("plateau", "step", "constant"),
     )
-    # The paper gives no number.
     patience: int = _field(
         5, "schedule", "plateau: epochs without a better validation accuracy", above=0
     )

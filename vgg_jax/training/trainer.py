@@ -61,10 +61,15 @@ class PendingStep(NamedTuple):
 
 
 class FitResult(NamedTuple):
-    """The state of a run when `fit` returns."""
+    """The state of a run when `fit` returns.
 
-    history: list[dict[str, Any]]  # one record for each finished epoch
-    stopped: bool  # by a signal, before the end
+    Attributes:
+        history: One record for each finished epoch, as in metrics.jsonl.
+        stopped: True if a signal stopped the run before its end.
+    """
+
+    history: list[dict[str, Any]]
+    stopped: bool
 
 
 @dataclasses.dataclass
