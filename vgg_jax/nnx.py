@@ -36,6 +36,12 @@ class VGG(nnx.Module):
     the layers of `flax.nnx`: its random parameters are there to be trained. A net from `to_nnx` is
     in inference mode.
 
+    Args:
+        model: The linen module, such as `vgg_jax.vgg16(num_classes=10)`.
+        variables: Its variables, as for `to_nnx`. None draws new ones from `rngs`, as `model.init`
+            does.
+        rngs: Random keys: "params" for new parameters, and "dropout".
+
     Attributes:
         model: The linen module, whose fields are the settings of the net. A changed
             `model.clone(frozen=...)` can be assigned.
@@ -43,6 +49,9 @@ class VGG(nnx.Module):
         use_running_average: Batch normalisation uses the running statistics. With batch
             normalisation it must equal `deterministic`.
         rngs: Random keys of dropout, or None.
+
+    Raises:
+        InputError: If the variables are not those of the model, or `rngs` is missing.
     """
 
     def __init__(
@@ -52,17 +61,6 @@ class VGG(nnx.Module):
         *,
         rngs: nnx.Rngs | None = None,
     ) -> None:
-        """Creates the net in training mode.
-
-        Args:
-            model: The linen module, such as `vgg_jax.vgg16(num_classes=10)`.
-            variables: Its variables, as for `to_nnx`. None draws new ones from `rngs`, as
-                `model.init` does.
-            rngs: Random keys: "params" for new parameters, and "dropout".
-
-        Raises:
-            InputError: If the variables are not those of the model, or `rngs` is missing.
-        """
         if variables is None:
             if rngs is None:
                 raise InputError("rngs is None: expected nnx.Rngs(seed), to draw the parameters")
