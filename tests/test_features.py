@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers.compare import assert_close_to_largest
 from tests.helpers.tiny import TINY, images, init, narrow
 from vgg_jax import CONFIGS, VGG, InputError
 from vgg_jax.configs.models import layer_table
@@ -107,3 +108,50 @@ def test_features_average_pooling(tiny_net):
         model.clone(pool="min").apply(variables, images(1, 32, 32))
     with pytest.raises(InputError, match="ceil is set and pool is 'avg'"):
         average.apply(variables, images(1, 32, 32), ceil=True, method="score_map")
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_capture_intermediates(batch_norm):
+    """flax's own way to the activations: each module's output is that of its layer only."""
+    model = VGG(narrow("A"), 5, batch_norm, image_size=32)
+    variables, x = init(model), images(2, 32, 32)
+    logits, state = model.apply(variables, x, capture_intermediates=True)
+    np.testing.assert_array_equal(logits, state["intermediates"].pop("__call__")[0])
+    assert_close_to_largest(logits, model.apply(variables, x))
+    modules = ("conv", "bn", "fc", "drop")
+    names = [
+        layer.name
+        for layer in layer_table(model.config, 5, batch_norm, 32)
+        if layer.type in modules
+    ]
+    assert state["intermediates"].keys() == set(names)
+    features = features_of(model, variables, x, *names)
+    for name in names:
+        (captured,) = state["intermediates"][name]["__call__"]
+        assert_close_to_largest(captured, features[name])
+        assert batch_norm or not name.startswith("conv") or (captured < 0).any()
+
+
+def test_capture_intermediates_by_filter(tiny_net):
+    model, variables = tiny_net
+    x = images(2, 32, 32)
+    _, state = model.apply(
+        variables,
+        x,
+        method="score_map",
+        capture_intermediates=lambda module, method: module.name == "conv1_1",
+        mutable=["intermediates"],
+    )
+    (captured,) = state["intermediates"]["conv1_1"]["__call__"]
+    assert state["intermediates"].keys() == {"conv1_1"}
+    expected = features_of(model, variables, x, "conv1_1")["conv1_1"]
+    assert_close_to_largest(captured, expected)
+
+
+def test_tabulate_shows_each_layer(tiny_net):
+    """conv3_2 comes before a pooling, which halves its output."""
+    model, _ = tiny_net
+    console = {"width": 200, "force_terminal": False}
+    text = model.tabulate(jax.random.key(0), images(1, 32, 32), console_kwargs=console)
+    (row,) = [line for line in text.splitlines() if "conv3_2" in line]
+    assert "float32[1,8,8,24]" in row.split("│")[4]

@@ -1,5 +1,7 @@
 """The module VGG: parameters, logits, score maps, features, initialisation, copying of layers."""
 
+import logging
+
 import flax
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from vgg_jax import (
     VGGConfig,
     compiler_options,
     copy_matching_layers,
+    with_new_head,
 )
 from vgg_jax.configs.models import layer_table
 from vgg_jax.model import fuse_epilogues, select_layers, transpose_kernels
@@ -172,12 +175,127 @@ def test_model_errors(tiny_net):
         model.apply(variables, images(1, 3, 80), method="features", layers=("pool2",))
     with pytest.raises(InputError, match=r"the activations are 6x4: expected 4x4"):
         model.apply(variables, jnp.zeros((1, 6, 4, 24)), method="head")
-    with pytest.raises(InputError, match=r"96x96.*64x64.*score_map"):
+    with pytest.raises(InputError, match=r"96x96.*64x64.*mean.*adaptive.*score_map"):
         model.apply(variables, images(1, 96, 96))
     with pytest.raises(InputError, match=r"'xavier'.*paper, glorot, he"):
         init(VGG(TINY, image_size=32, initializer="xavier"))
     with pytest.raises(InputError, match=r"\(64, 64, 3\)"):
         model.apply(variables, images(64, 64), method="score_map")
+
+
+def test_missing_layers(tiny_net):
+    """One sentence names them, and what works without them."""
+    model, variables = tiny_net
+    x, params = images(1, 64, 64), variables["params"]
+    convs = {"params": {name: params[name] for name in params if not name.startswith("fc")}}
+    message = r"params has no fc6, fc7, fc8: features up to the last pooling .*with_new_head"
+    for arguments in ({}, {"method": "score_map"}, {"method": "features", "layers": ("fc8",)}):
+        with pytest.raises(InputError, match=message):
+            model.apply(convs, x, **arguments)
+    with pytest.raises(InputError, match=r"no fc6: features up"):
+        model.apply(convs, x, method="features", layers=("relu6",))
+    assert model.apply(convs, x, method="features", layers=("pool5",))["pool5"].shape[1:3] == (2, 2)
+    with pytest.raises(InputError, match=r"params has no conv2_1, fc7: expected the variables of"):
+        kept = {name: params[name] for name in params if name not in ("conv2_1", "fc7")}
+        model.apply({"params": kept}, x)
+    with pytest.raises(InputError, match=r"params has no conv1_1, .*: expected the variables of"):
+        model.apply(params, x)
+    with pytest.raises(InputError, match=r"params has no fc8"):
+        model.apply({"params": {**params, "fc8": {"bias": params["fc8"]["bias"]}}}, x)
+
+
+def test_variables_of_another_net(tiny_net):
+    model, variables = tiny_net
+    x = images(1, 64, 64)
+    with pytest.raises(
+        InputError,
+        match=r"conv2_1/kernel in params has the shape \(3, 3, 8, 16\): expected \(3, 3, 8, 32\);",
+    ):
+        stages = ((Conv(8),), (Conv(32),), *TINY.stages[2:])
+        model.clone(config=VGGConfig(stages, TINY.fc)).apply(variables, x)
+    with pytest.raises(InputError, match=r"fc6/kernel .*\(40, 24\): expected \(160, 24\)"):
+        model.apply(init(model.clone(image_size=32)), x)
+    with pytest.raises(InputError, match=r"fc8/kernel .*\(16, 7\): expected \(16, 5\)"):
+        jax.jit(model.clone(num_classes=5).apply)(variables, x)
+    normalized = model.clone(batch_norm=True)
+    with pytest.raises(InputError, match=r"params has no bn1_1, .*expected the variables"):
+        normalized.apply(variables, x)
+    with pytest.raises(InputError, match=r"batch_stats has no bn1_1, bn2_1"):
+        normalized.apply({"params": init(normalized)["params"]}, x)
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_with_new_head(batch_norm, caplog):
+    model = VGG(DEEP, num_classes=7, image_size=16, batch_norm=batch_norm, frozen=("conv1_1",))
+    variables = init(model)
+    with caplog.at_level(logging.INFO, logger="vgg_jax"):
+        new_model, new_variables = with_new_head(model, variables, 3, jax.random.key(0))
+    assert "newly initialised fc8 (glorot)" in caplog.text
+    assert new_model == model.clone(num_classes=3)
+    assert new_variables.keys() == variables.keys()
+    for name, layer in variables["params"].items():
+        assert name == "fc8" or new_variables["params"][name] is layer
+    assert new_variables.get("batch_stats") is variables.get("batch_stats")
+    fc8 = new_variables["params"]["fc8"]
+    assert fc8["kernel"].shape == (16, 3)
+    assert np.abs(fc8["kernel"]).max() <= (6 / (16 + 3)) ** 0.5  # Glorot's bound
+    assert fc8["kernel"].std() > 0
+    assert not fc8["bias"].any()
+    assert variables["params"]["fc8"]["kernel"].shape == (16, 7)
+    x = images(2, 16, 16)
+    old, new = (
+        net.apply(v, x, ("drop7",), method="features")["drop7"]
+        for net, v in ((model, variables), (new_model, new_variables))
+    )
+    np.testing.assert_array_equal(new, old)
+    expected = np.asarray(old[:, 0, 0]) @ np.asarray(fc8["kernel"])
+    np.testing.assert_allclose(new_model.apply(new_variables, x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_with_new_head_of_convolutions(caplog):
+    """Weights without fully connected layers, as Keras' files without the top."""
+    model = VGG(DEEP, 7, image_size=16, initializer="paper", initializer_std=0.3, batch_norm=True)
+    variables = init(model)
+    params = {
+        name: layer for name, layer in variables["params"].items() if not name.startswith("fc")
+    }
+    with caplog.at_level(logging.INFO, logger="vgg_jax"):
+        new_model, new = with_new_head(model, {**variables, "params": params}, 3, jax.random.key(0))
+    assert "newly initialised fc6, fc7, fc8 (paper)" in caplog.text
+    shapes = jax.eval_shape(model.clone(num_classes=3).init, jax.random.key(0), images(1, 16, 16))
+    assert jax.tree.map(jnp.shape, new["params"]) == jax.tree.map(jnp.shape, shapes["params"])
+    assert float(new["params"]["fc6"]["kernel"].std()) == pytest.approx(0.3, rel=0.05)
+    assert new_model.apply(new, images(2, 16, 16)).shape == (2, 3)
+    _, only_fc8 = with_new_head(model, variables, 3, jax.random.key(0))
+    for leaf in ("kernel", "bias"):
+        np.testing.assert_array_equal(only_fc8["params"]["fc8"][leaf], new["params"]["fc8"][leaf])
+
+
+def test_with_new_head_draws_the_head_only():
+    """No array of the size of fc6 or of an activation is computed."""
+    image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    variables = jax.eval_shape(VGG(CONFIGS["D"]).init, jax.random.key(0), image)
+
+    def new_head(variables, key):
+        return with_new_head(VGG(CONFIGS["D"]), variables, 10, key)[1]["params"]["fc8"]
+
+    jaxpr = jax.make_jaxpr(new_head)(variables, jax.random.key(0))
+    sizes = [var.aval.size for equation in jaxpr.jaxpr.eqns for var in equation.outvars]
+    assert max(sizes) == 4096 * 10
+
+
+def test_with_new_head_errors(tiny_net):
+    model, variables = tiny_net
+    key = jax.random.key(0)
+    with pytest.raises(InputError, match="num_classes is 0"):
+        with_new_head(model, variables, 0, key)
+    with pytest.raises(InputError, match=r"fc6/kernel .*expected \(40, 24\)"):
+        with_new_head(model.clone(image_size=32), variables, 3, key)
+    with pytest.raises(InputError, match="params has no conv1_1"):
+        with_new_head(model, variables["params"], 3, key)
+    with pytest.raises(InputError, match="batch_stats has no bn1_1"):
+        normalized = model.clone(batch_norm=True)
+        with_new_head(normalized, {"params": init(normalized)["params"]}, 3, key)
 
 
 def test_dropout_in_training_only():

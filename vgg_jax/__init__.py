@@ -30,6 +30,8 @@ if TYPE_CHECKING:
         vgg16,
         vgg16_c,
         vgg19,
+        with_in_channels,
+        with_new_head,
     )
     from vgg_jax.runtime.compiler import compiler_options
 
@@ -58,6 +60,8 @@ __all__ = [
     "vgg16",
     "vgg16_c",
     "vgg19",
+    "with_in_channels",
+    "with_new_head",
 ]
 
 # Names that need jax are imported on first use, so that `vgg-jax --help` answers at once.
@@ -75,6 +79,8 @@ _LAZY = {
             "vgg16",
             "vgg16_c",
             "vgg19",
+            "with_in_channels",
+            "with_new_head",
         ),
         "vgg_jax.model",
     ),

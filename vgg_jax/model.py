@@ -1,10 +1,12 @@
 """VGG as a Flax linen module: Table 1 of the paper and its initialisation (§3.1)."""
 
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Concatenate, NamedTuple, ParamSpec
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 from jax import Array
@@ -15,6 +17,8 @@ from vgg_jax.errors import InputError
 from vgg_jax.layers import BatchNorm, Conv, Dropout, FullyConnected, local_response_norm
 from vgg_jax.ops.epilogue import EPILOGUE_KINDS, Epilogue, EpilogueKind
 from vgg_jax.ops.pooling import avg_pool, max_pool, pool_mask, relu
+
+logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 Initializers = tuple[nn.initializers.Initializer, nn.initializers.Initializer]
@@ -36,6 +40,10 @@ INITIALIZERS: dict[str, Callable[[float], Initializers]] = {
 }
 
 POOLS = ("max", "avg")
+OTHER_SIZES = ("error", "mean", "adaptive")
+
+# Collection -> layer -> parameter -> shape.
+VariableShapes = dict[str, dict[str, dict[str, tuple[int, ...]]]]
 
 
 class PlannedLayer(NamedTuple):
@@ -50,7 +58,8 @@ class PlannedLayer(NamedTuple):
 class VGG(nn.Module):
     """The networks of Simonyan & Zisserman (arXiv 1409.1556), Table 1.
 
-    Images are float RGB (N, H, W, 3) on the 0-255 scale, minus the mean RGB value. Parameters are
+    Images are float RGB (N, H, W, 3) on the 0-255 scale, minus the mean RGB value; `in_channels`
+    sets another number of channels. Parameters are
     `params/conv1_1/{kernel,bias}` … `params/fc8/{kernel,bias}`. Batch normalisation adds
     `params/bn1_1/{scale,bias}` and `batch_stats/bn1_1/{mean,var}`. One parameter set serves
     `__call__`, `score_map` and `features`.
@@ -71,6 +80,18 @@ class VGG(nn.Module):
         pool: "max", or "avg" for smoother gradients of textures (Gatys et al., arXiv 1508.06576).
         axis_name: Axis of the surrounding `shard_map` over which the batch is split, if any.
             Batch statistics and dropout then cover the global batch.
+        in_channels: Channels C of the images. `vgg_jax.with_in_channels` adapts a trained net.
+        other_sizes: Logits of images that are not image_size x image_size.
+
+            - "error": an `InputError`.
+            - "mean": the mean of the score map, as in the paper's dense evaluation (§3.2). fc6 sees
+              windows at the scale of training, so the image is at least image_size on each side.
+            - "adaptive": average pooling of the last pooling's output to the size that fc6 reads,
+              as torchvision does (`AdaptiveAvgPool2d`). One window sees the whole image, at another
+              scale and aspect ratio than in training. The cost of the fully connected layers stays
+              the same, and smaller images work too, from 2**len(config.stages) on each side.
+
+            At image_size, all three are equal. `score_map` and `features` do not depend on it.
     """
 
     config: VGGConfig = CONFIGS["D"]
@@ -85,12 +106,14 @@ class VGG(nn.Module):
     frozen: tuple[str, ...] = ()
     pool: str = "max"
     axis_name: str | None = None
+    in_channels: int = 3
+    other_sizes: str = "error"
 
     def __call__(self, images: Array, train: bool = False, mask: Array | None = None) -> Array:
-        """Computes logits of images of the net's own size.
+        """Computes logits of images of the net's own size, or of any size (`other_sizes`).
 
         Args:
-            images: (N, image_size, image_size, 3).
+            images: (N, image_size, image_size, C), or (N, H, W, C) if `other_sizes` is set.
             train: Turn dropout on (needs a "dropout" rng), and normalise by the batch's statistics
                 (needs `mutable=["batch_stats"]`).
             mask: bool (N,), True for the examples that count in the batch's statistics.
@@ -99,16 +122,24 @@ class VGG(nn.Module):
             Logits (N, K).
 
         Raises:
-            InputError: If the images have another size or shape.
+            InputError: If the images have another size or shape, or the variables are not those of
+                this net.
         """
         size = self.image_size
-        _check_shape(images)
-        if images.shape[1:3] != (size, size):
+        _check_shape(images, self.in_channels)
+        if self.other_sizes == "error" and images.shape[1:3] != (size, size):
             raise InputError(
                 f"the images are {images.shape[1]}x{images.shape[2]}: expected {size}x{size}; "
-                f'rescale and crop them, or use method="score_map" for larger ones'
+                'rescale and crop them, or set other_sizes="mean" (dense evaluation) or '
+                'other_sizes="adaptive" (as torchvision), or use method="score_map"'
             )
-        return self._forward(images, ("fc8",), train, mask)["fc8"][:, 0, 0]
+        start_after = None
+        if self.other_sizes == "adaptive":
+            start_after = f"pool{len(self.config.stages)}"
+            maps = self._forward(images, (start_after,), train, mask)[start_after]
+            images = adaptive_avg_pool(maps, size // 2 ** len(self.config.stages))
+        scores = self._forward(images, ("fc8",), train, mask, start_after=start_after)["fc8"]
+        return scores.mean((1, 2)) if self.other_sizes == "mean" else scores[:, 0, 0]
 
     def score_map(self, images: Array, ceil: bool = False) -> Array:
         """Computes the dense class-score map (§3.2): the logits of every window.
@@ -116,7 +147,7 @@ class VGG(nn.Module):
         The stride is 2**len(config.stages), 32 for Table 1.
 
         Args:
-            images: (N, H, W, 3), at least image_size on each side.
+            images: (N, H, W, C), at least image_size on each side.
             ceil: Round up the sizes of poolings, as Caffe does.
 
         Returns:
@@ -152,7 +183,7 @@ class VGG(nn.Module):
         room between two images, see `vgg_jax.evaluation.packing`.
 
         Args:
-            images: Canvases (N, H, W, 3).
+            images: Canvases (N, H, W, in_channels).
             valid_mask: bool (N, H, W), True where a pixel belongs to an image.
             ceil: Round up the sizes of poolings, as Caffe does.
 
@@ -187,7 +218,7 @@ class VGG(nn.Module):
         "conv3_3" and "fc7" are the values before the ReLU, "relu3_3" and "relu7" those after it.
 
         Args:
-            images: (N, H, W, 3), large enough for the deepest layer.
+            images: (N, H, W, C), large enough for the deepest layer.
             layers: Names of layers.
 
         Returns:
@@ -230,13 +261,19 @@ class VGG(nn.Module):
         `start_after` is set, x is the output of that layer instead of images.
         """
         layers = select_layers(self._layers(), targets, start_after)
+        self._check_settings(ceil)
         if start_after is None:
-            _check_shape(x)
+            _check_shape(x, self.in_channels)
         _check_min_size(x, layers)
-        _check_settings(self.initializer, self.pool, ceil)
-        _check_frozen(self.frozen, self._layers())
+        self._check_variables(layers, x.shape[3])
+        # capture_intermediates and tabulate show the output of each module. No module may then
+        # compute the layers after it as well.
+        is_recorded = self.is_mutable_collection("intermediates") or self.is_initializing()
         plan = fuse_epilogues(
-            layers, targets, fuse_pool=self.pool == "max" and valid_mask is None, ceil=ceil
+            layers,
+            [layer.name for layer in layers] if is_recorded else targets,
+            fuse_pool=self.pool == "max" and valid_mask is None,
+            ceil=ceil,
         )
         types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         conv_init, fc_init = INITIALIZERS[self.initializer](self.initializer_std)
@@ -278,6 +315,31 @@ class VGG(nn.Module):
     @nn.nowrap
     def _pool(self, x: Array, ceil: bool, fuse_relu: bool) -> Array:
         return avg_pool(x) if self.pool == "avg" else max_pool(x, ceil, fuse_relu)
+
+    @nn.nowrap
+    def _check_settings(self, ceil: bool) -> None:
+        for name, value, allowed in (
+            ("initializer", self.initializer, INITIALIZERS),
+            ("pool", self.pool, POOLS),
+            ("other_sizes", self.other_sizes, OTHER_SIZES),
+        ):
+            if value not in allowed:
+                raise InputError(f"{name} is {value!r}: expected one of {', '.join(allowed)}")
+        if ceil and self.pool == "avg":
+            raise InputError(
+                "ceil is set and pool is 'avg': expected pool 'max', the only one that can round up"
+            )
+        _check_frozen(self.frozen, self._layers())
+
+    @nn.nowrap
+    def _check_variables(self, layers: Sequence[Layer], in_channels: int) -> None:
+        """Checks the collections that this call may not add to."""
+        for collection, expected in variable_shapes(layers, in_channels).items():
+            if not self.is_mutable_collection(collection):
+                found: dict[str, Any] = {
+                    name: self.get_variable(collection, name, {}) for name in expected
+                }
+                check_layers(collection, found, expected)
 
 
 def select_layers(
@@ -361,9 +423,49 @@ def _apply_mask(x: Array, valid_mask: Array | None) -> Array:
     return x if valid_mask is None else jnp.where(valid_mask, x, 0)
 
 
-def _check_shape(x: Array) -> None:
-    if x.ndim != 4 or x.shape[3] != 3:
-        raise InputError(f"the images have the shape {x.shape}: expected (N, H, W, 3)")
+def adaptive_avg_pool(x: Array, size: int) -> Array:
+    """Average-pools a map of any size to size x size, as PyTorch's AdaptiveAvgPool2d does.
+
+    Output row i is the mean of the rows from floor(i · h / size) to ceil((i + 1) · h / size), and
+    likewise for columns.
+
+    Args:
+        x: Input (N, h, w, C).
+        size: Side of the output.
+
+    Returns:
+        Output (N, size, size, C).
+
+    Raises:
+        InputError: If h or w is a symbolic size of `jax.export`.
+    """
+    for axis in (1, 2):
+        side = x.shape[axis]
+        if not isinstance(side, int):
+            raise InputError(
+                f"a side of the images is symbolic ({side} after the poolings): other_sizes "
+                "'adaptive' needs a fixed size; use 'mean'"
+            )
+        windows = [(i * side // size, -(-(i + 1) * side // size)) for i in range(size)]
+        means = [
+            jax.lax.slice_in_dim(x, start, end, axis=axis).mean(axis) for start, end in windows
+        ]
+        x = jnp.stack(means, axis)
+    return x
+
+
+def _check_shape(x: Array, in_channels: int) -> None:
+    _check_in_channels(in_channels)
+    if x.ndim != 4 or x.shape[3] != in_channels:
+        raise InputError(
+            f"the images have the shape {x.shape}: expected (N, H, W, {in_channels}), because "
+            f"in_channels is {in_channels}; vgg_jax.with_in_channels adapts a net to other images"
+        )
+
+
+def _check_in_channels(in_channels: int) -> None:
+    if in_channels < 1:
+        raise InputError(f"in_channels is {in_channels}: expected at least 1")
 
 
 def _check_min_size(x: Array, layers: Sequence[Layer]) -> None:
@@ -377,25 +479,70 @@ def _check_min_size(x: Array, layers: Sequence[Layer]) -> None:
         )
 
 
+def variable_shapes(layers: Iterable[Layer], in_channels: int) -> VariableShapes:
+    """Lists the shapes of the variables of layers that follow each other.
+
+    Args:
+        layers: The layers, as `layer_table` lists them.
+        in_channels: Channels that the first layer reads.
+
+    Returns:
+        "params" and "batch_stats", by layer and parameter.
+    """
+    shapes: VariableShapes = {"params": {}, "batch_stats": {}}
+    channels = in_channels
+    for layer in layers:
+        if layer.type in ("conv", "fc"):
+            window = (layer.kernel_size,) * 2
+            kernel = (*window, channels) if layer.type == "conv" else (channels * window[0] ** 2,)
+            channels = layer.features
+            shapes["params"][layer.name] = {"kernel": (*kernel, channels), "bias": (channels,)}
+        elif layer.type == "bn":
+            shapes["params"][layer.name] = {"scale": (channels,), "bias": (channels,)}
+            shapes["batch_stats"][layer.name] = {"mean": (channels,), "var": (channels,)}
+    return shapes
+
+
+def check_layers(
+    collection: str,
+    found: Mapping[str, Any],
+    expected: Mapping[str, Mapping[str, tuple[int, ...]]],
+) -> None:
+    """Checks that the expected layers are there, with the expected shapes.
+
+    Args:
+        collection: "params" or "batch_stats", for the message.
+        found: Arrays, by layer and parameter. Further layers are not looked at.
+        expected: Shapes, as `variable_shapes` lists them.
+
+    Raises:
+        InputError: A layer is missing or has another shape.
+    """
+    missing = [name for name, params in expected.items() if params.keys() - found.get(name, {})]
+    if missing:
+        remedy = "expected the variables of this net, as vgg_jax.load or model.init returns them"
+        if all(name.startswith("fc") for name in missing):
+            remedy = (
+                "features up to the last pooling need no fully connected layer, and "
+                "vgg_jax.with_new_head adds those that are missing"
+            )
+        raise InputError(f"{collection} has no {', '.join(missing)}: {remedy}")
+    for name, params in expected.items():
+        for param, shape in params.items():
+            found_shape = nn.meta.unbox(found[name][param]).shape
+            if found_shape != shape:
+                raise InputError(
+                    f"{name}/{param} in {collection} has the shape {found_shape}: "
+                    f"expected {shape}; pass the variables of this net"
+                )
+
+
 def _check_frozen(frozen: Sequence[str], layers: Sequence[Layer]) -> None:
     learned = [layer.name for layer in layers if layer.type in ("conv", "fc", "bn")]
     unknown = [name for name in frozen if name not in learned]
     if unknown:
         raise InputError(
             f"frozen has {', '.join(map(repr, unknown))}: expected some of {', '.join(learned)}"
-        )
-
-
-def _check_settings(initializer: str, pool: str, ceil: bool) -> None:
-    for name, value, allowed in (
-        ("initializer", initializer, INITIALIZERS),
-        ("pool", pool, POOLS),
-    ):
-        if value not in allowed:
-            raise InputError(f"{name} is {value!r}: expected one of {', '.join(allowed)}")
-    if ceil and pool == "avg":
-        raise InputError(
-            "ceil is set and pool is 'avg': expected pool 'max', the only one that can round up"
         )
 
 
@@ -505,6 +652,100 @@ def copy_matching_layers(
         stats = {name: old_stats[name] for name in copied if name in old_stats}
         merged["batch_stats"] = {**new_stats, **stats}
     return merged, copied
+
+
+def with_in_channels(
+    model: VGG, variables: Mapping[str, Any], in_channels: int
+) -> tuple[VGG, dict[str, Any]]:
+    """Adapts a net for RGB images to images with another number of channels.
+
+    Only the kernel of conv1_1 changes. For one channel it is summed over RGB: a grey image gives
+    the response of the RGB image that repeats it three times. For C channels it is repeated
+    cyclically (R, G, B, R, …) and multiplied by 3 / C, which keeps the scale of the response; timm
+    does the same. A record at INFO of the logger `vgg_jax.model` names the change.
+
+    The input stays on the 0-255 scale, minus a mean of each channel. For one channel, that is the
+    mean of the three values of `mean_rgb`. For others it is `mean_rgb`, repeated cyclically. A grey
+    RGB image minus the three values of `mean_rgb` is tinted; the grey input has no such tint.
+
+    Args:
+        model: A net with in_channels 3.
+        variables: Its variables. They are not modified.
+        in_channels: Channels C of the images.
+
+    Returns:
+        The model with `in_channels`, and its variables. `vgg_jax.save` saves them.
+
+    Raises:
+        InputError: `in_channels` is below 1, the net reads other images than RGB, or the variables
+            have no conv1_1 for them.
+    """
+    _check_in_channels(in_channels)
+    if model.in_channels != 3:
+        raise InputError(
+            f"the model's in_channels is {model.in_channels}: expected 3; adapt the RGB net"
+        )
+    params = variables.get("params", {})
+    expected = variable_shapes(model._layers(), 3)["params"]["conv1_1"]
+    check_layers("params", params, {"conv1_1": expected})
+    kernel = jnp.asarray(params["conv1_1"]["kernel"])
+    if in_channels == 1:
+        kernel, change = kernel.sum(2, keepdims=True), "summed over RGB"
+    else:
+        kernel = kernel[:, :, jnp.arange(in_channels) % 3] * (3 / in_channels)
+        change = f"repeated cyclically over RGB and multiplied by 3 / {in_channels}"
+    logger.info(f"in_channels is {in_channels} instead of 3: the kernel of conv1_1 is {change}")
+    conv1 = {**params["conv1_1"], "kernel": kernel}
+    adapted = {**variables, "params": {**params, "conv1_1": conv1}}
+    return model.clone(in_channels=in_channels), adapted
+
+
+def with_new_head(
+    model: VGG, variables: Mapping[str, Any], num_classes: int, key: Array
+) -> tuple[VGG, dict[str, Any]]:
+    """Replaces fc8 by a new one for other classes.
+
+    All other layers are kept, and share their arrays with `variables`. Fully connected layers that
+    the variables lack are new as well. New layers are drawn by the model's `initializer`. A record
+    at INFO of the logger `vgg_jax.model` names them.
+
+    Args:
+        model: The net.
+        variables: Its variables. They are not modified.
+        num_classes: Number of classes of the new head.
+        key: Random key of the new layers.
+
+    Returns:
+        The model with `num_classes`, and its variables.
+
+    Raises:
+        InputError: `num_classes` is below 1, or the variables lack convolutions of the net or have
+            other shapes.
+    """
+    new_model = model.clone(num_classes=num_classes)
+    new_model._check_settings(ceil=False)
+    shapes = variable_shapes(new_model._layers(), model.in_channels)
+    old = {collection: variables.get(collection, {}) for collection in shapes}
+    params = old["params"]
+    new = [name for name in ("fc6", "fc7", "fc8") if name == "fc8" or name not in params]
+    for collection, layers in shapes.items():
+        kept = {name: layer for name, layer in layers.items() if name not in new}
+        check_layers(collection, old[collection], kept)
+    _, initializer = INITIALIZERS[model.initializer](model.initializer_std)
+    head = {}
+    for name in new:
+        layer = shapes["params"][name]
+        # The draw of a layer does not depend on which others are new.
+        layer_key = jax.random.fold_in(key, int(name.removeprefix("fc")))
+        head[name] = {
+            "kernel": initializer(layer_key, layer["kernel"], model.param_dtype),
+            "bias": jnp.zeros(layer["bias"], model.param_dtype),
+        }
+    logger.info(
+        f"new head for {num_classes} classes: newly initialised {', '.join(new)} "
+        f"({model.initializer}); all other layers are kept"
+    )
+    return new_model, {**variables, "params": {**params, **head}}
 
 
 def _shapes(layer: Mapping[str, Array] | FrozenDict) -> dict[str, tuple[int, ...]]:

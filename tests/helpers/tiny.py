@@ -37,7 +37,8 @@ def init(model, seed=0):
 
     Convolutions are initialised by He's rule, fully connected layers with a deviation of 0.01.
     """
-    image = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32)
+    shape = (1, model.image_size, model.image_size, model.in_channels)
+    image = jax.ShapeDtypeStruct(shape, jnp.float32)
     shapes = jax.eval_shape(model.lazy_init, jax.random.key(0), image)
     rng = np.random.default_rng(seed)
 
@@ -52,6 +53,6 @@ def init(model, seed=0):
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def images(*shape, seed=0):
-    """Normal random float32 images (*shape, 3)."""
-    return jnp.float32(np.random.default_rng(seed).normal(size=(*shape, 3)))
+def images(*shape, channels=3, seed=0):
+    """Normal random float32 images (*shape, channels)."""
+    return jnp.float32(np.random.default_rng(seed).normal(size=(*shape, channels)))
