@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from tests.helpers.weights_files import random_tensors, torchvision_state
 from vgg_jax import InputError
@@ -24,11 +24,12 @@ def test_save_rescales_conv1(weights, tmp_path):
     own = dataclasses.replace(weights, preprocessing=CAFFE_PREPROCESSING)
     save(tmp_path / "vgg.safetensors", own, "torchvision")
     saved = read(tmp_path / "vgg.safetensors")
-    assert saved.preprocessing.mean_rgb == CAFFE_PREPROCESSING.mean_rgb
-    assert saved.preprocessing.std_rgb == TORCHVISION.std_rgb
+    assert saved.preprocessing == own.preprocessing._replace(scale=73)
+    assert saved.source_std == TORCHVISION.std_rgb
     kernels = [net.variables["params"]["conv1_1"]["kernel"] for net in (saved, own)]
     np.testing.assert_allclose(*kernels, rtol=1e-6)
-    assert np.abs(saved.params["conv1_1"]["kernel"]).max() > 50 * np.abs(kernels[1]).max()
+    kernel = load_file(tmp_path / "vgg.safetensors")["features.0.weight"]
+    assert np.abs(kernel).max() > 50 * np.abs(kernels[1]).max()
 
 
 def test_save_keeps_folder(weights, tmp_path):

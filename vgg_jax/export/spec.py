@@ -23,7 +23,7 @@ from vgg_jax.layers import BatchNorm
 from vgg_jax.preprocessing import preprocess
 from vgg_jax.runtime.compiler import compiler_options
 from vgg_jax.weights import Weights
-from vgg_jax.weights.weights import to_metadata
+from vgg_jax.weights.weights import channels_name, to_metadata
 
 # The place of the metadata in a SavedModel; TensorFlow and TF Serving do not touch this folder.
 SAVEDMODEL_METADATA = "assets.extra/vgg_jax.json"
@@ -40,7 +40,7 @@ REQUIRED_EXTRA = {
 class ExportSpec:
     """The net in an exported file, with its inputs and outputs.
 
-    Images are RGB on the 0-255 scale, with the shape (N, H, W, 3).
+    Images are RGB on the 0-255 scale, with the shape (N, H, W, 3), or have the channels of the net.
 
     Attributes:
         weights: The net.
@@ -79,8 +79,8 @@ class ExportSpec:
         return tuple(layer for layer in table if layer.type != "drop")
 
     @property
-    def mean_rgb(self) -> tuple[float, float, float]:
-        """Mean colour that is subtracted from images, on the 0-255 scale."""
+    def mean_rgb(self) -> tuple[float, ...]:
+        """Mean of each channel that is subtracted from images, on the 0-255 scale."""
         return self.weights.preprocessing.mean_rgb
 
     @property
@@ -93,7 +93,7 @@ class ExportSpec:
 
         Args:
             variables: Variables of the model, as `weights.variables` has them, of any dtype.
-            images: (N, H, W, 3), uint8 or float32 as the spec says.
+            images: (N, H, W, C), uint8 or float32 as the spec says.
 
         Returns:
             The output, float32.
@@ -112,7 +112,8 @@ class ExportSpec:
         """
         model, metadata = self.weights.model, to_metadata(self.weights)
         size = model.image_size
-        image = np.random.default_rng(0).integers(0, 256, (1, size, size, 3)).astype(np.uint8)
+        shape = (1, size, size, model.in_channels)
+        image = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
         forward = jax.jit(self, compiler_options=compiler_options())
         stored = jax.tree.map(lambda x: np.asarray(x).astype(self.dtype), self.weights.variables)
         golden_output = forward(stored, prepare_images(image, self.uint8, self.mean_rgb))
@@ -123,7 +124,7 @@ class ExportSpec:
             "fc": model.config.fc,
             "classes": self.weights.classes,
             "mean_rgb": self.mean_rgb,
-            "channels": "RGB",
+            "channels": channels_name(model.in_channels),
             "input": "uint8, 0-255" if self.uint8 else "float32, 0-255 less mean_rgb",
             "output": self.output,
             "bfloat16": self.bfloat16,
@@ -138,9 +139,9 @@ def prepare_images(images: np.ndarray, uint8: bool, mean_rgb: tuple[float, ...])
     """Converts uint8 images to the input of a file.
 
     Args:
-        images: uint8 (N, H, W, 3).
+        images: uint8 (N, H, W, C).
         uint8: True if the file reads uint8.
-        mean_rgb: Mean colour to subtract otherwise.
+        mean_rgb: Mean of each channel to subtract otherwise.
 
     Returns:
         The same images, or float32 minus the mean.

@@ -12,7 +12,7 @@ from vgg_jax.configs.models import Layer, layer_table
 from vgg_jax.errors import InputError
 from vgg_jax.runtime.compiler import compiler_options
 from vgg_jax.weights.layouts import LAYOUTS, tensor_table
-from vgg_jax.weights.weights import Weights
+from vgg_jax.weights.weights import Weights, unfold_std
 
 TOLERANCE = 1e-4
 
@@ -20,8 +20,8 @@ TOLERANCE = 1e-4
 def compare_with_torch(weights: Weights, seed: int = 0) -> dict[str, float]:
     """Compares the activations of each layer with PyTorch's, on one random image.
 
-    PyTorch gets the tensors of `read`, and the image minus the mean, divided by the std. The
-    model gets the variables of `load`, and the image minus the mean. So this checks the layers
+    PyTorch gets the tensors of the file, and the image minus the mean, divided by the file's std.
+    The model gets the variables of `load`, and the image minus the mean. So this checks the layers
     and the std in conv1_1; it does not check the axis order of a file.
 
     Args:
@@ -44,8 +44,10 @@ def compare_with_torch(weights: Weights, seed: int = 0) -> dict[str, float]:
     model = weights.model
     table = _compared_layers(weights)
     rng = np.random.default_rng(seed)
-    image = rng.integers(0, 256, (1, model.image_size, model.image_size, 3)).astype(np.float32)
-    mean, std = (np.array(values, np.float32) for values in weights.preprocessing[:2])
+    shape = (1, model.image_size, model.image_size, model.in_channels)
+    image = rng.integers(0, 256, shape).astype(np.float32)
+    mean = np.array(weights.preprocessing.mean_rgb, np.float32)
+    std = np.array(weights.source_std or 1, np.float32)
     features = jax.jit(
         model.apply, static_argnames=("layers", "method"), compiler_options=compiler_options()
     )
@@ -93,7 +95,10 @@ def _torch_tensors(weights: Weights) -> dict[tuple[str, str], Any]:
     import torch
 
     model = weights.model
-    trees = {"params": weights.params, "batch_stats": weights.batch_stats}
+    params = weights.params
+    if weights.source_std:
+        params = unfold_std(params, weights.source_std)
+    trees = {"params": params, "batch_stats": weights.batch_stats}
     table = tensor_table(
         LAYOUTS["torchvision"],
         model.config,
@@ -101,11 +106,12 @@ def _torch_tensors(weights: Weights) -> dict[tuple[str, str], Any]:
         model.batch_norm,
         model.image_size,
         weights.top,
+        model.in_channels,
     )
     tensors = {}
     for tensor in table:
         collection, layer, param = tensor.path
-        array = tensor.to_foreign(trees[collection][layer][param])
+        array = tensor.to_foreign(np.asarray(trees[collection][layer][param], np.float32))
         tensors[layer, param] = torch.from_numpy(array)
     return tensors
 

@@ -38,7 +38,9 @@ class DetectedModel(NamedTuple):
         return f"{self.net}{suffix} in the {self.layout.name} layout"
 
 
-def detect(shapes: Shapes, net: str | None = None, image_size: int | None = None) -> DetectedModel:
+def detect(
+    shapes: Shapes, net: str | None = None, image_size: int | None = None, in_channels: int = 3
+) -> DetectedModel:
     """Finds the layout and the net whose tensors have these names and shapes.
 
     Args:
@@ -47,6 +49,7 @@ def detect(shapes: Shapes, net: str | None = None, image_size: int | None = None
             has to be named.
         image_size: Side of the images in pixels, or None for the smallest that gives fc6's
             window.
+        in_channels: Channels of the images.
 
     Returns:
         The net and its layout.
@@ -57,7 +60,7 @@ def detect(shapes: Shapes, net: str | None = None, image_size: int | None = None
     """
     nets = [net] if net else [name for name, config in CONFIGS.items() if not config.lrn]
     candidates = [
-        _candidate(shapes, layout, name, batch_norm)
+        _candidate(shapes, layout, name, batch_norm, in_channels)
         for layout in LAYOUTS.values()
         for batch_norm in ((False, True) if "mean" in layout.param_names else (False,))
         for name in nets
@@ -112,12 +115,14 @@ def differences(shapes: Shapes, candidate: DetectedModel) -> list[str]:
     return missing + misshapen + unexpected
 
 
-def _candidate(shapes: Shapes, layout: WeightLayout, net: str, batch_norm: bool) -> DetectedModel:
+def _candidate(
+    shapes: Shapes, layout: WeightLayout, net: str, batch_norm: bool, in_channels: int
+) -> DetectedModel:
     """Builds a net whose fully connected layers have the sizes in the file."""
     config = CONFIGS[net]
     modules = layout.modules(layer_table(config, batch_norm=batch_norm))
     features = {"fc6": config.fc[0], "fc7": config.fc[1], "fc8": 1000}
-    in_features = config.stages[-1][-1].features
+    in_features = config.stages[-1][-1].features  # of fc6
     fc6_window = 7
     top = False
     for name in features:
@@ -132,5 +137,5 @@ def _candidate(shapes: Shapes, layout: WeightLayout, net: str, batch_norm: bool)
     config = VGGConfig(config.stages, (features["fc6"], features["fc7"]), config.lrn)
     image_size = fc6_window * 2 ** len(config.stages)
     num_classes = features["fc8"]
-    tensors = tensor_table(layout, config, num_classes, batch_norm, image_size, top)
+    tensors = tensor_table(layout, config, num_classes, batch_norm, image_size, top, in_channels)
     return DetectedModel(layout, net, config, num_classes, batch_norm, image_size, top, tensors)

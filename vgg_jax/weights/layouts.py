@@ -19,13 +19,18 @@ from vgg_jax.configs.colours import IMAGENET
 from vgg_jax.configs.models import Layer, VGGConfig, layer_table
 
 UNIT_STD = (1.0, 1.0, 1.0)
+# The path of the one tensor that depends on the preprocessing.
+CONV1_KERNEL = ("params", "conv1_1", "kernel")
 
 
 class Preprocessing(NamedTuple):
-    """Preprocessing that a net expects. Colours are RGB on the 0-255 scale."""
+    """Preprocessing that a net expects. Colours are RGB on the 0-255 scale.
 
-    mean_rgb: tuple[float, float, float]  # subtracted from the image
-    std_rgb: tuple[float, float, float] = UNIT_STD  # the image is then divided by it
+    A net for images with other channels has one mean and one std for each.
+    """
+
+    mean_rgb: tuple[float, ...]  # subtracted from the image
+    std_rgb: tuple[float, ...] = UNIT_STD  # the image is then divided by it
     scale: int | None = None  # Q, the shorter side; None: image_size * 256 / 224
     flip: bool = True  # a mirror image has the same class
     exif: bool = True  # photos are turned upright by their EXIF orientation
@@ -122,6 +127,7 @@ def tensor_table(
     batch_norm: bool,
     image_size: int,
     top: bool = True,
+    in_channels: int = 3,
 ) -> list[TensorMapping]:
     """Lists every tensor of a net in a layout.
 
@@ -132,13 +138,14 @@ def tensor_table(
         batch_norm: True if a batch normalisation follows each convolution.
         image_size: Side of the images in pixels; it decides the window of fc6.
         top: Include the fully connected layers.
+        in_channels: Channels of the images.
 
     Returns:
         The mappings, in the order of the layers.
     """
     table = layer_table(config, num_classes, batch_norm, image_size)
     modules = layout.modules(table)
-    mappings, in_features = [], 3
+    mappings, in_features = [], in_channels
     for layer in table:
         if layer.type == "bn":
             for param in ("scale", "bias", "mean", "var"):

@@ -15,9 +15,9 @@ from vgg_jax.paths import local_copy, to_path
 from vgg_jax.weights.detect import DetectedModel, detect
 from vgg_jax.weights.formats import open_file, reraise_damaged
 from vgg_jax.weights.imagenet import CLASSES
-from vgg_jax.weights.layouts import TORCHVISION_FEATURES
+from vgg_jax.weights.layouts import CONV1_KERNEL, TORCHVISION_FEATURES
 from vgg_jax.weights.tensor_file import TensorFile
-from vgg_jax.weights.weights import Weights, from_loaded, to_metadata
+from vgg_jax.weights.weights import Weights, fold_std_into_conv1, from_loaded, to_metadata
 
 Trees = dict[str, dict[str, dict[str, np.ndarray]]]  # collection -> layer -> parameter
 
@@ -32,7 +32,8 @@ def read(path: str | os.PathLike, net: str | None = None) -> Weights:
         net: Name of the net, for a file whose tensors fit several nets (A and A-LRN).
 
     Returns:
-        The weights, with the file's values as float32.
+        The weights, with the file's values as float32. A standard deviation by which the images of
+        the file are divided is folded into conv1_1.
 
     Raises:
         InputError: The file cannot be read or is not a VGG. The message lists every missing,
@@ -84,8 +85,9 @@ def load_file(
 
     Returns:
         `(model, variables, metadata)`, for float RGB images (N, H, W, 3) on the 0-255 scale
-        minus `metadata["preprocessing"]["mean_rgb"]`. A std of the preprocessing is folded into
-        conv1_1; `metadata["source"]` names such changes. If the file has no fully connected
+        minus `metadata["preprocessing"]["mean_rgb"]`; `model.in_channels` may be other than 3 in a
+        file of vgg_jax. A std of the preprocessing is folded into conv1_1; `metadata["source"]`
+        names such changes. If the file has no fully connected
         layers, the model gives `features` up to pool5 only.
 
     Raises:
@@ -100,7 +102,10 @@ def _read_file(path: Path, net: str | None) -> Weights:
     try:
         metadata = _check_metadata(file.metadata)
         shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
-        detected = detect(shapes, net or metadata.get("net"), metadata.get("image_size"))
+        in_channels = metadata["in_channels"]
+        detected = detect(
+            shapes, net or metadata.get("net"), metadata.get("image_size"), in_channels
+        )
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     trees = _read_tensors(path, file, detected)
@@ -119,22 +124,33 @@ def _read_file(path: Path, net: str | None) -> Weights:
             f"{path} names {len(classes)} classes and fc8 has {detected.num_classes}: "
             "expected a name for each"
         )
+    preprocessing = preprocessing._replace(**metadata["preprocessing"])
+    std = preprocessing.std_rgb
+    is_divided = any(value != 1 for value in std)
     return Weights(
         net=detected.net,
         layout=detected.layout.name,
         model=VGG(
-            detected.config, len(classes), detected.batch_norm, image_size=detected.image_size
+            detected.config,
+            len(classes),
+            detected.batch_norm,
+            image_size=detected.image_size,
+            in_channels=in_channels,
         ),
-        params=params,
+        params=fold_std_into_conv1(params, std) if is_divided else params,
         batch_stats=trees["batch_stats"],
         top=top,
-        preprocessing=preprocessing._replace(**metadata["preprocessing"]),
+        preprocessing=preprocessing._replace(std_rgb=(1.0,) * in_channels),
         classes=classes,
+        source_std=std if is_divided else (),
     )
 
 
 def _read_tensors(path: Path, file: TensorFile, detected: DetectedModel) -> Trees:
-    """Reads the values into the names and axis order of vgg_jax, as float32."""
+    """Reads the values into the names and axis order of vgg_jax, as float32.
+
+    A float64 kernel of conv1_1 stays so. `save` writes one after a division by a std.
+    """
     count = sum(math.prod(tensor.foreign_shape) for tensor in detected.tensors)
     size = path.stat().st_size
     # A value has at least 2 bytes, and weights compress by less than 8.
@@ -146,7 +162,9 @@ def _read_tensors(path: Path, file: TensorFile, detected: DetectedModel) -> Tree
     with reraise_damaged(path):
         for tensor in detected.tensors:
             collection, layer, param = tensor.path
-            array = file.tensors[tensor.foreign_name].read().astype(np.float32)
+            array = file.tensors[tensor.foreign_name].read()
+            if tensor.path != CONV1_KERNEL or array.dtype != np.float64:
+                array = array.astype(np.float32)
             trees[collection].setdefault(layer, {})[param] = tensor.from_foreign(array)
     return trees
 
@@ -163,13 +181,13 @@ def _check_metadata(raw: Mapping[str, Any]) -> dict[str, Any]:
         raw: The metadata of the file.
 
     Returns:
-        "net", "image_size" and "classes", as far as the file has them, and "preprocessing", a
-        dict of fields of `Preprocessing`.
+        "net", "image_size" and "classes", as far as the file has them, "in_channels", and
+        "preprocessing", a dict of fields of `Preprocessing`.
 
     Raises:
         InputError: A value is not possible.
     """
-    metadata: dict[str, Any] = {}
+    metadata: dict[str, Any] = {"in_channels": 3}
     preprocessing: dict[str, Any] = {}
     try:
         if "net" in raw:
@@ -178,11 +196,13 @@ def _check_metadata(raw: Mapping[str, Any]) -> dict[str, Any]:
             metadata["net"] = raw["net"]
         if "image_size" in raw:
             metadata["image_size"] = _to_int("image_size", raw["image_size"])
+        if "in_channels" in raw:
+            metadata["in_channels"] = _to_int("in_channels", raw["in_channels"])
         if "classes" in raw:
             metadata["classes"] = tuple(str(name) for name in raw["classes"])
         for name in ("mean_rgb", "std_rgb"):
             if name in raw:
-                preprocessing[name] = _check_colour(name, raw[name])
+                preprocessing[name] = _check_colour(name, raw[name], metadata["in_channels"])
         if raw.get("scale") is not None:
             preprocessing["scale"] = _to_int("scale", raw["scale"])
         preprocessing |= {name: bool(raw[name]) for name in ("flip", "exif") if name in raw}
@@ -200,10 +220,12 @@ def _to_int(name: str, value: Any) -> int:
         raise ValueError(f"{name} is {value!r}: expected an integer") from error
 
 
-def _check_colour(name: str, values: Any) -> tuple[float, ...]:
+def _check_colour(name: str, values: Any, in_channels: int) -> tuple[float, ...]:
     colour = tuple(float(value) for value in values)
-    is_valid = len(colour) == 3 and np.isfinite(colour).all()
+    is_valid = len(colour) == in_channels and np.isfinite(colour).all()
     if not is_valid or (name == "std_rgb" and min(colour) <= 0):
         sign = " positive" if name == "std_rgb" else ""
-        raise ValueError(f"{name} is {colour}: expected three finite{sign} numbers")
+        raise ValueError(
+            f"{name} is {colour}: expected a finite{sign} number for each of {in_channels} channels"
+        )
     return colour

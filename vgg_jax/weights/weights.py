@@ -10,24 +10,32 @@ import numpy as np
 from vgg_jax.configs.models import CONFIGS
 from vgg_jax.errors import InputError
 from vgg_jax.model import VGG
-from vgg_jax.weights.layouts import LAYOUTS, UNIT_STD, Preprocessing
+from vgg_jax.weights.layouts import LAYOUTS, Preprocessing
 
 Params = Mapping[str, Mapping[str, Any]]  # layer -> parameter -> array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Weights:
-    """The tensors of a net in the names and axis order of vgg_jax, with the file's values.
+    """The tensors of a net in the names, axis order and preprocessing of vgg_jax.
+
+    `dataclasses.replace(weights, params=…)` takes parameters of the same net, however trained.
 
     Attributes:
         net: Name of the net, a key of `CONFIGS`.
         layout: Name of the layout that they were read from.
         model: The network.
-        params: Parameters, before the std of the preprocessing is folded into conv1_1.
+        params: Parameters for RGB images on the 0-255 scale of which the mean is subtracted. After
+            `read` divided the kernel of conv1_1 by a std, it is float64, which loses no bit.
         batch_stats: Running mean and variance of the batch normalisations.
         top: True if there are fully connected layers.
-        preprocessing: Images that `params` expects.
+        preprocessing: Images that `params` expects. Its std is 1.
         classes: Class names, in the order of the outputs.
+        source_std: Standard deviation by which `read` divided the kernel of conv1_1; empty if it
+            did not. It describes the file, and changes no value.
+
+    Raises:
+        InputError: The preprocessing has a std, or has not one mean for each channel.
     """
 
     net: str
@@ -38,16 +46,29 @@ class Weights:
     top: bool
     preprocessing: Preprocessing
     classes: tuple[str, ...]
+    source_std: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        mean, std = self.preprocessing[:2]
+        if any(value != 1 for value in std):
+            raise InputError(
+                f"the preprocessing's std_rgb is {std}: expected 1 for each channel; divide the "
+                "kernel of conv1_1 by it instead"
+            )
+        if len(mean) != self.model.in_channels:
+            raise InputError(
+                f"mean_rgb has {len(mean)} values and the model's in_channels is "
+                f"{self.model.in_channels}: expected a mean for each channel"
+            )
 
     @property
     def variables(self) -> dict[str, Any]:
-        """Variables for `model.apply`, for images from which only the mean was subtracted.
-
-        The std is folded into conv1_1.
-        """
-        variables: dict[str, Any] = {
-            "params": fold_std_into_conv1(self.params, self.preprocessing.std_rgb)
-        }
+        """Variables for `model.apply`: `params` as float32, and the running statistics."""
+        params = self.params
+        if "conv1_1" in params and params["conv1_1"]["kernel"].dtype == np.float64:
+            conv1 = params["conv1_1"]
+            params = {**params, "conv1_1": {**conv1, "kernel": np.float32(conv1["kernel"])}}
+        variables: dict[str, Any] = {"params": params}
         if self.model.batch_norm:
             variables["batch_stats"] = self.batch_stats
         return variables
@@ -59,8 +80,8 @@ class Weights:
             parts.append("without fully connected layers")
         if self.layout in LAYOUTS and LAYOUTS[self.layout].bgr:
             parts.append("conv1_1 reordered from BGR to RGB")
-        if self.preprocessing.std_rgb != UNIT_STD:
-            std = ", ".join(f"{value:.3f}" for value in self.preprocessing.std_rgb)
+        if self.source_std:
+            std = ", ".join(f"{value:.3f}" for value in self.source_std)
             parts.append(f"conv1_1 divided by the standard deviation ({std})")
         return ", ".join(parts)
 
@@ -71,14 +92,16 @@ def from_loaded(model: VGG, variables: Mapping[str, Any], metadata: Mapping[str,
     Args:
         model: The network.
         variables: Its variables.
-        metadata: "net", "classes" and "preprocessing", as `vgg_jax.load` returns them.
+        metadata: "net", "classes" and "preprocessing", as `vgg_jax.load` returns them. For a model
+            with other channels, the mean of RGB images becomes one of its own images, as
+            `vgg_jax.with_in_channels` describes.
 
     Returns:
-        The weights, for images of which the mean is subtracted only.
+        The weights.
 
     Raises:
-        InputError: A key of the metadata is missing, or the net or the classes are not those of the
-            model.
+        InputError: A key of the metadata is missing, or the net, the classes or the mean are not
+            those of the model.
     """
     missing = [name for name in ("net", "classes", "preprocessing") if name not in metadata]
     if missing or "params" not in variables:
@@ -109,14 +132,28 @@ def from_loaded(model: VGG, variables: Mapping[str, Any], metadata: Mapping[str,
         batch_stats=variables.get("batch_stats", {}),
         top=top,
         preprocessing=Preprocessing(
-            tuple(preprocessing["mean_rgb"]),
-            UNIT_STD,
+            _mean_of_channels(tuple(preprocessing["mean_rgb"]), model.in_channels),
+            (1.0,) * model.in_channels,
             preprocessing.get("scale"),
             metadata.get("flip", True),
             preprocessing.get("exif", True),
         ),
         classes=classes,
     )
+
+
+def _mean_of_channels(mean_rgb: tuple[float, ...], in_channels: int) -> tuple[float, ...]:
+    """The mean of an RGB net's images for the net that `with_in_channels` makes of it."""
+    if len(mean_rgb) != 3 or in_channels == 3:
+        return mean_rgb
+    if in_channels == 1:
+        return (sum(mean_rgb) / 3,)
+    return tuple(mean_rgb[i % 3] for i in range(in_channels))
+
+
+def channels_name(in_channels: int) -> str:
+    """Names the channels of the images, for metadata."""
+    return {1: "grey", 3: "RGB"}.get(in_channels, f"{in_channels} channels")
 
 
 def to_metadata(weights: Weights) -> dict[str, Any]:
@@ -140,7 +177,7 @@ def to_metadata(weights: Weights) -> dict[str, Any]:
         "preprocessing": {
             "mean_rgb": preprocessing.mean_rgb,
             "range": (0, 255),
-            "channels": "RGB",
+            "channels": channels_name(weights.model.in_channels),
             "image_size": image_size,
             # Q, the shorter side; the net reads the centre crop.
             "scale": preprocessing.scale or round(image_size * 256 / 224),
@@ -160,10 +197,16 @@ def fold_std_into_conv1(params: Params, std_rgb: tuple[float, ...]) -> Params:
         std_rgb: Standard deviation of each channel.
 
     Returns:
-        Parameters for images that are not divided. The float32 kernel is rounded once.
+        Parameters for images that are not divided. The kernel is float64: `unfold_std` gives the
+        float32 kernel back, bit-equal.
     """
-    if std_rgb == UNIT_STD:
-        return params
     conv1 = params["conv1_1"]
     kernel = np.asarray(conv1["kernel"], np.float64) / np.array(std_rgb)[None, None, :, None]
-    return {**params, "conv1_1": {**conv1, "kernel": kernel.astype(np.float32)}}
+    return {**params, "conv1_1": {**conv1, "kernel": kernel}}
+
+
+def unfold_std(params: Params, std_rgb: tuple[float, ...]) -> Params:
+    """Multiplies the kernel of conv1_1 by a std, the inverse of `fold_std_into_conv1`."""
+    conv1 = params["conv1_1"]
+    kernel = np.asarray(conv1["kernel"], np.float64) * np.array(std_rgb)[None, None, :, None]
+    return {**params, "conv1_1": {**conv1, "kernel": kernel}}
