@@ -84,3 +84,14 @@ def test_table_has_layers_and_totals():
     assert "pass size (MB): 321.95" in text
     assert "Params size (MB): 527.82" in text
     assert "Total Size (MB): 850.35" in text
+
+
+def test_summary_of_other_channels():
+    """As many parameters as the module has; the input has one channel."""
+    layers = summarize(CONFIGS["A"], in_channels=1)
+    model = VGG(CONFIGS["A"], in_channels=1)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 1)))
+    params = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    assert totals(layers, in_channels=1)["params"] == params == COUNTS["A"][0] - 2 * 9 * 64
+    assert totals(layers, in_channels=1)["input_mb"] == 224 * 224 * 4 / 2**20
+    assert "Input size (MB): 0.19" in table(CONFIGS["A"], in_channels=1)

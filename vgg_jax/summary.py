@@ -27,6 +27,7 @@ def summarize(
     batch_norm: bool = False,
     image_size: int = 224,
     top: bool = True,
+    in_channels: int = 3,
 ) -> list[LayerSummary]:
     """Computes the shape and cost of every layer.
 
@@ -37,6 +38,7 @@ def summarize(
             not counted as parameters, as in torchsummary.
         image_size: Side of the square images.
         top: Includes the fully connected layers.
+        in_channels: Channels of the images.
 
     Returns:
         The layers in the order of the forward pass.
@@ -45,7 +47,7 @@ def summarize(
         InputError: If the image is too small, or if there is no class.
     """
     layers: list[LayerSummary] = []
-    side, channels, receptive_field, stride = image_size, 3, 1, 1
+    side, channels, receptive_field, stride = image_size, in_channels, 1, 1
     in_head = False
     for layer in layer_table(config, num_classes, batch_norm, image_size):
         params = macs = 0
@@ -68,12 +70,15 @@ def summarize(
     return layers
 
 
-def totals(layers: list[LayerSummary], image_size: int = 224) -> dict[str, float]:
+def totals(
+    layers: list[LayerSummary], image_size: int = 224, in_channels: int = 3
+) -> dict[str, float]:
     """Adds up parameters, multiply-adds and torchsummary's memory estimate.
 
     Args:
         layers: The layers of a net.
         image_size: Side of the square images.
+        in_channels: Channels of the images.
 
     Returns:
         "params", "macs", and for one float32 image in units of 2^20 bytes "input_mb",
@@ -81,7 +86,7 @@ def totals(layers: list[LayerSummary], image_size: int = 224) -> dict[str, float
     """
     params = sum(layer.params for layer in layers)
     megabytes = {
-        "input_mb": 3 * image_size**2 * 4 / MEGABYTE,
+        "input_mb": in_channels * image_size**2 * 4 / MEGABYTE,
         "forward_backward_mb": 2 * sum(math.prod(layer.shape) for layer in layers) * 4 / MEGABYTE,
         "params_mb": params * 4 / MEGABYTE,
     }
@@ -95,6 +100,7 @@ def table(
     batch_norm: bool = False,
     image_size: int = 224,
     top: bool = True,
+    in_channels: int = 3,
 ) -> str:
     """Formats the summary as torchsummary does, with multiply-adds and receptive fields added.
 
@@ -104,6 +110,7 @@ def table(
         batch_norm: Adds batch normalisation after every convolution.
         image_size: Side of the square images.
         top: Includes the fully connected layers.
+        in_channels: Channels of the images.
 
     Returns:
         The lines to print, one for each layer and the totals.
@@ -111,8 +118,8 @@ def table(
     Raises:
         InputError: If the image is too small, or if there is no class.
     """
-    layers = summarize(config, num_classes, batch_norm, image_size, top)
-    total = totals(layers, image_size)
+    layers = summarize(config, num_classes, batch_norm, image_size, top, in_channels)
+    total = totals(layers, image_size, in_channels)
     line, double_line = "-" * 84, "=" * 84
     text = [
         line,

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import save_file
 
 import vgg_jax
@@ -86,6 +87,28 @@ def test_summary_of_weights_without_fc(capsys, tmp_path):
     assert code == 0, err
     assert "Total params: 9,220,480\n" in out  # of the paper's convolutions
     assert "pool5" in out and "fc6" not in out
+
+
+def test_commands_on_weights_of_grey_images(capsys, tmp_path):
+    """`summary` and `export` know them; `predict` reads RGB photos and says so."""
+    save_file(torchvision_state(random_tensors("A"), "A"), tmp_path / "rgb.safetensors")
+    model, variables, metadata = vgg_jax.load(tmp_path / "rgb.safetensors")
+    grey, exported = tmp_path / "grey.safetensors", tmp_path / "exported.safetensors"
+    vgg_jax.save(grey, *vgg_jax.with_in_channels(model, variables, 1), metadata)
+    code, out, err = run_cli(capsys, "summary", str(grey))
+    assert code == 0, err
+    params = sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) - 2 * 9 * 64
+    assert f"Total params: {params:,}\n" in out
+    code, _, err = run_cli(capsys, "summary", str(grey), "--batch-size", "2")
+    assert code == 2
+    assert "in_channels is 1: expected no --batch-size with it" in err
+    for command in (("export", str(grey), str(exported)), ("verify", str(exported))):
+        code, _, err = run_cli(capsys, *command)
+        assert code == 0, err
+    Image.fromarray(np.zeros((80, 90, 3), np.uint8)).save(tmp_path / "photo.png")
+    code, _, err = run_cli(capsys, "predict", str(grey), str(tmp_path / "photo.png"))
+    assert code == 2
+    assert "the images have 3 channels and the net's mean 1" in err
 
 
 @pytest.mark.parametrize("count", [2, 5, 6])

@@ -24,6 +24,7 @@ from tests.helpers.tiny_data import noise
 from vgg_jax import IMAGENET
 from vgg_jax.data import resize_shorter_side
 from vgg_jax.export import ExportSpec, write
+from vgg_jax.export.verify import TOLERANCE, verify
 
 
 @pytest.fixture(params=RUNNERS)
@@ -58,6 +59,18 @@ def test_program_any_size_and_batch(file_format, output, tmp_path):
             (shape[0], 1, shape[2] // 32, 3) if output == "score_map" else (shape[0], 3)
         )
         assert_close_to_largest(RUNNERS[file_format](path, images), expected)
+
+
+@pytest.mark.parametrize(
+    ("output", "channels"),
+    [("logits", 1), pytest.param("posteriors", 5, marks=pytest.mark.slow)],
+)
+def test_program_other_channels(file_format, output, channels, tmp_path):
+    spec = ExportSpec(random_weights("A", channels=channels), output)
+    path, images = tmp_path / f"net.{file_format}", random_images(2, 32, 32, channels=channels)
+    write(path, spec)
+    assert_close_to_largest(RUNNERS[file_format](path, images), own_output(spec, images))
+    assert verify(path)[1] < TOLERANCE
 
 
 def float_images():

@@ -18,9 +18,11 @@ FC = (12, 8)
 FULL_CONVS = dataclasses.replace(CONFIGS["A"], fc=FC)
 
 
-def random_weights(net="D", batch_norm=False, size=32, config=None):
+def random_weights(net="D", batch_norm=False, size=32, config=None, channels=3):
     """A net with random weights; its activations have a useful size for 0-255 images."""
-    model = VGG(config or narrow(net), len(CLASSES), batch_norm, image_size=size)
+    model = VGG(
+        config or narrow(net), len(CLASSES), batch_norm, image_size=size, in_channels=channels
+    )
     rng = np.random.default_rng(0)
     variables = jax.tree.map(
         lambda x: np.asarray(x + np.float32(rng.uniform(0, 0.1, x.shape))), dict(init(model))
@@ -33,14 +35,17 @@ def random_weights(net="D", batch_norm=False, size=32, config=None):
         params=variables["params"],
         batch_stats=variables.get("batch_stats", {}),
         top=True,
-        preprocessing=Preprocessing(IMAGENET.mean_rgb),
+        preprocessing=Preprocessing(
+            IMAGENET.mean_rgb if channels == 3 else tuple(np.linspace(90, 120, channels)),
+            (1.0,) * channels,
+        ),
         classes=CLASSES,
     )
 
 
-def random_images(*shape):
-    """uint8 (*shape, 3)."""
-    return np.random.default_rng(3).integers(0, 256, (*shape, 3)).astype(np.uint8)
+def random_images(*shape, channels=3):
+    """uint8 (*shape, channels)."""
+    return np.random.default_rng(3).integers(0, 256, (*shape, channels)).astype(np.uint8)
 
 
 def own_output(spec, images):

@@ -119,13 +119,18 @@ def summary(
         )
     else:
         shape, top = _saved_shape(net)
-    num_classes = shape.pop("num_classes", 1000)
+    num_classes, in_channels = shape.pop("num_classes", 1000), shape.pop("in_channels", 3)
     config = TrainConfig(**shape, scale=(shape.get("image_size", 224),), dtype=dtype)
     if batch_size is not None:
         config = dataclasses.replace(config, batch_size=batch_size, microbatch=microbatch)
     elif microbatch is not None:
         raise InputError(f"microbatch is {microbatch}: expected --batch-size with it")
-    print(table(config.vgg, num_classes, config.batch_norm, config.image_size, top))
+    if batch_size is not None and in_channels != 3:
+        raise InputError(
+            f"the net's in_channels is {in_channels}: expected no --batch-size with it, because "
+            "vgg-jax trains on RGB images"
+        )
+    print(table(config.vgg, num_classes, config.batch_norm, config.image_size, top, in_channels))
     if batch_size is not None:
         from vgg_jax.training.memory_estimate import estimate_step_memory
 
@@ -161,7 +166,8 @@ def _saved_shape(path: str) -> tuple[dict[str, Any], bool]:
     weights = read(path)
     model = weights.model
     shape = {"net": weights.net, "batch_norm": model.batch_norm, "image_size": model.image_size}
-    return shape | {"fc": model.config.fc, "num_classes": model.num_classes}, weights.top
+    shape |= {"fc": model.config.fc, "num_classes": model.num_classes}
+    return shape | {"in_channels": model.in_channels}, weights.top
 
 
 def statistics(
@@ -209,11 +215,13 @@ def verify_data(data: str, data_dir: str | None, download: bool, out: str) -> Ex
 def import_(file: str, out: str, net: str | None, check: str | None) -> ExitCode:
     """Converts another library's weights, and compares them with PyTorch if asked to."""
     from vgg_jax.weights import read, save
+    from vgg_jax.weights.weights import channels_name
 
     weights = read(file, net)
     save(out, weights)
     mean = ", ".join(f"{value:.3f}" for value in weights.preprocessing.mean_rgb)
-    print(f"{file}: {weights}; images are RGB, 0-255, minus ({mean}); written to {out}")
+    channels = channels_name(weights.model.in_channels)
+    print(f"{file}: {weights}; images are {channels}, 0-255, minus ({mean}); written to {out}")
     if check is None:
         return ExitCode.DONE
     from vgg_jax.weights.compare_torch import TOLERANCE, compare_with_torch

@@ -36,7 +36,7 @@ def graph(spec: ExportSpec) -> Any:
         spec: The net, with its inputs and outputs.
 
     Returns:
-        An onnx.ModelProto with the input "images" (N, H, W, 3). Its one output has the name
+        An onnx.ModelProto with the input "images" (N, H, W, C). Its one output has the name
         `spec.output`. The metadata are the property "vgg_jax".
     """
     nodes: list[Any] = []
@@ -76,7 +76,12 @@ def _tensors(spec: ExportSpec) -> dict[str, np.ndarray]:
     layout = LAYOUTS["timm" if _is_dense(spec) else "torchvision"]
     tensors: dict[str, np.ndarray] = {}
     for tensor in tensor_table(
-        layout, model.config, model.num_classes, model.batch_norm, model.image_size
+        layout,
+        model.config,
+        model.num_classes,
+        model.batch_norm,
+        model.image_size,
+        in_channels=model.in_channels,
     ):
         collection, layer, param = tensor.path
         array = tensor.to_foreign(np.asarray(variables[collection][layer][param], np.float32))
@@ -147,7 +152,9 @@ def _value_infos(spec: ExportSpec) -> tuple[Any, Any]:
     sides: list[Any] = ["H", "W"] if _is_dense(spec) else [model.image_size] * 2
     positions: list[Any] = ["h", "w"] if spec.output == "score_map" else []
     images = helper.make_tensor_value_info(
-        "images", TensorProto.UINT8 if spec.uint8 else TensorProto.FLOAT, ["N", *sides, 3]
+        "images",
+        TensorProto.UINT8 if spec.uint8 else TensorProto.FLOAT,
+        ["N", *sides, model.in_channels],
     )
     output = helper.make_tensor_value_info(
         spec.output, TensorProto.FLOAT, ["N", *positions, model.num_classes]

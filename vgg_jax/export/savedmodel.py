@@ -26,9 +26,10 @@ def write(path: Path, spec: ExportSpec) -> None:
         spec: The net, with its inputs and outputs.
     """
     module = Module(spec)
-    size = spec.weights.model.image_size if spec.output == "logits" else None
+    model = spec.weights.model
+    size = model.image_size if spec.output == "logits" else None
     images = tf.TensorSpec(
-        (None, size, size, 3), tf.uint8 if spec.uint8 else tf.float32, name="images"
+        (None, size, size, model.in_channels), tf.uint8 if spec.uint8 else tf.float32, name="images"
     )
     tf.saved_model.save(module, str(path), signatures=module.answer.get_concrete_function(images))
     (path / SAVEDMODEL_METADATA).parent.mkdir()
@@ -57,7 +58,7 @@ class Module(tf.Module):
 
     @tf.function
     def answer(self, images: Any) -> Any:
-        """Computes the output for images (N, H, W, 3), as {output name: tensor}."""
+        """Computes the output for images (N, H, W, C), as {output name: tensor}."""
         x = tf.cast(images, tf.float32) - self._mean if self._uint8 else images
         for layer in self._table:
             x = self._apply(layer, x)

@@ -44,11 +44,12 @@ def write(path: Path, spec: ExportSpec) -> None:
             variables.setdefault(collection, {}).setdefault(layer, {})[param] = array
         return spec(variables, images)
 
-    size = spec.weights.model.image_size
+    size, channels = spec.weights.model.image_size, spec.weights.model.in_channels
     if spec.output == "logits":
-        shape = export.symbolic_shape(f"n, {size}, {size}, 3")
+        shape = export.symbolic_shape(f"n, {size}, {size}, {channels}")
     else:
-        shape = export.symbolic_shape("n, h, w, 3", constraints=(f"h >= {size}", f"w >= {size}"))
+        constraints = (f"h >= {size}", f"w >= {size}")
+        shape = export.symbolic_shape(f"n, h, w, {channels}", constraints=constraints)
     images = jax.ShapeDtypeStruct(shape, jnp.uint8 if spec.uint8 else jnp.float32)
     weights = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in flat.items()}
     program = export.export(jax.jit(forward), platforms=PLATFORMS)(weights, images).serialize()

@@ -83,7 +83,8 @@ def load_best(workdir: str | os.PathLike) -> tuple[VGG, dict[str, Any], dict[str
     """
     run = load_run(to_path(workdir))
     model = build_model(run.config, len(run.classes))
-    images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), "float32")
+    shape = (1, model.image_size, model.image_size, model.in_channels)
+    images = jax.ShapeDtypeStruct(shape, "float32")
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     folder = to_path(workdir) / "best"
     restored = None

@@ -95,7 +95,8 @@ def init_variables(model: VGG, key: Array) -> dict[str, Any]:
     Returns:
         "params" and "batch_stats". The latter is empty without batch normalisation.
     """
-    images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32)
+    shape = (1, model.image_size, model.image_size, model.in_channels)
+    images = jax.ShapeDtypeStruct(shape, jnp.float32)
     return {"batch_stats": {}, **model.lazy_init(key, images)}
 
 
