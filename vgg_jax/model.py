@@ -58,11 +58,10 @@ class PlannedLayer(NamedTuple):
 class VGG(nn.Module):
     """The networks of Simonyan & Zisserman (arXiv 1409.1556), Table 1.
 
-    Images are float RGB (N, H, W, 3) on the 0-255 scale, minus the mean RGB value; `in_channels`
-    sets another number of channels. Parameters are
-    `params/conv1_1/{kernel,bias}` … `params/fc8/{kernel,bias}`. Batch normalisation adds
-    `params/bn1_1/{scale,bias}` and `batch_stats/bn1_1/{mean,var}`. One parameter set serves
-    `__call__`, `score_map` and `features`.
+    Images are float RGB (N, H, W, 3) on the 0-255 scale, minus the mean RGB value. `in_channels`
+    sets another number of channels. Parameters are `params/conv1_1/{kernel,bias}` …
+    `params/fc8/{kernel,bias}`. Batch normalisation adds `params/bn1_1/{scale,bias}` and
+    `batch_stats/bn1_1/{mean,var}`. One parameter set serves `__call__`, `score_map` and `features`.
 
     Attributes:
         config: Column of Table 1.
