@@ -24,6 +24,7 @@ def bilinear_conv(
     forward: Callable[..., Array],
     input_gradient: Callable[..., Array],
     kernel_gradient: Callable[..., Array],
+    is_matrix_product: bool = False,
 ) -> Callable[..., Array]:
     """Makes a convolution from three functions: its output and its two gradients.
 
@@ -38,6 +39,8 @@ def bilinear_conv(
             respect to an input of that shape.
         kernel_gradient: `kernel_gradient(x, g, *residuals, shape=…)` returns the gradient with
             respect to a kernel of that shape.
+        is_matrix_product: `vmap` over kernels batches the product, which suits a GPU. By default it
+            computes one after the other, which suits a CPU.
 
     Returns:
         A function `conv(x, kernel, *residuals)`. Residuals are pytrees of arrays whose first axis
@@ -59,7 +62,11 @@ def bilinear_conv(
     primitive.def_abstract_eval(_result_type)
     ad.primitive_jvps[primitive] = functools.partial(_jvp, primitive)
     ad.primitive_transposes[primitive] = functools.partial(_transpose, primitive)
-    batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)
+    batching.primitive_batchers[primitive] = (
+        functools.partial(_batch_matrix_product, compute)
+        if is_matrix_product
+        else functools.partial(_batch_conv, primitive)
+    )
     mlir.register_lowering(primitive, mlir.lower_fun(compute, multiple_results=False))
 
     def conv(x: Array, kernel: Array, *residuals: Any) -> Array:
@@ -129,7 +136,14 @@ def _transpose(
     return (*gradients, *(None for _ in leaves))
 
 
-def _batch(
+def _batch_matrix_product(
+    compute: Callable[..., Array], operands: tuple, dims: tuple, **params: Any
+) -> tuple[Array, int]:
+    """The rule of `vmap` for a matrix product. JAX then differentiates the batched product."""
+    return jax.vmap(functools.partial(compute, **params), dims)(*operands), 0
+
+
+def _batch_conv(
     primitive: Primitive,
     operands: tuple,
     dims: tuple,
@@ -138,34 +152,33 @@ def _batch(
     shape: tuple[int, ...],
     tree: Any,
 ) -> tuple[Array, int]:
-    """Joins the batches of `vmap` if they share a kernel, else computes one after the other.
+    """The rule of `vmap` for a convolution.
 
-    One alone fills all cores of a CPU.
+    It joins batches that share a kernel. Otherwise it computes one after the other, since one alone
+    fills all cores of a CPU.
     """
-    params = {"result": result, "tree": tree}
-    is_batched = [dim is not None for dim in dims]
     size = next(a.shape[dim] for a, dim in zip(operands, dims, strict=True) if dim is not None)
     kernel = _operand_roles(result).index(_KERNEL) if result != _KERNEL else None
-    if kernel is not None and not is_batched[kernel]:
-        joined = [
-            a if i == kernel else batching.bdim_at_front(a, dim, size)
+    if kernel is not None and dims[kernel] is None:
+        joined = (
+            a if i == kernel else _join(batching.bdim_at_front(a, dim, size))
             for i, (a, dim) in enumerate(zip(operands, dims, strict=True))
-        ]
-        joined = [a if i == kernel else a.reshape(-1, *a.shape[2:]) for i, a in enumerate(joined)]
-        y = primitive.bind(*joined, shape=(size * shape[0], *shape[1:]), **params)
-        return y.reshape(size, *shape), 0
-    stacked = [
-        batching.bdim_at_front(a, dim, size)
-        for a, dim in zip(operands, dims, strict=True)
-        if dim is not None
-    ]
-
-    def compute(rows: list[Array]) -> Array:
-        remaining = iter(rows)
-        one = (
-            next(remaining) if batched else a
-            for a, batched in zip(operands, is_batched, strict=True)
         )
-        return primitive.bind(*one, shape=shape, **params)
+        joined_shape = (size * shape[0], *shape[1:])
+        y = primitive.bind(*joined, result=result, shape=joined_shape, tree=tree)
+        return y.reshape(size, *shape), 0
+    stacked = {
+        i: batching.bdim_at_front(a, dim, size)
+        for i, (a, dim) in enumerate(zip(operands, dims, strict=True))
+        if dim is not None
+    }
+
+    def compute(rows: dict[int, Array]) -> Array:
+        one = (rows.get(i, a) for i, a in enumerate(operands))
+        return primitive.bind(*one, result=result, shape=shape, tree=tree)
 
     return lax.map(compute, stacked), 0
+
+
+def _join(x: Array) -> Array:
+    return x.reshape(-1, *x.shape[2:])

@@ -150,4 +150,5 @@ _pointwise_conv = bilinear_conv(
     kernel_gradient=lambda x, g, *, shape: (
         x.reshape(-1, x.shape[-1]).T @ g.reshape(-1, g.shape[-1])
     ),
+    is_matrix_product=True,
 )

@@ -124,6 +124,7 @@ _scale_by_image = bilinear_conv(
     forward=lambda ones, bias: ones * bias[None, None, None],
     input_gradient=lambda bias, g, *, shape: g @ bias[:, None],
     kernel_gradient=_bias_gradient,
+    is_matrix_product=True,
 )
 
 

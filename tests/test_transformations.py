@@ -1,0 +1,247 @@
+"""JAX's transformations of a net, compared with the same net of plain linen layers.
+
+`python -m tests.test_transformations` writes the table of docs/transformations.md.
+"""
+
+import functools
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tests.helpers.tiny import images
+from vgg_jax import VGG, Conv, VGGConfig
+from vgg_jax.ops.convolution import cuda_conv, default_conv
+
+PAGE = Path(__file__).parents[1] / "docs" / "transformations.md"
+
+# Images, maps of 4x4 and 2x2 positions, with and without a pooling, and a 1x1 kernel: every path of
+# a CPU.
+CONFIG = VGGConfig(((Conv(6),), (Conv(6), Conv(6)), (Conv(6, 1), Conv(6))), fc=(8, 8))
+MODEL = VGG(CONFIG, 3, image_size=8)
+LABELS = np.array([0, 2])
+
+
+class PlainVGG(nn.Module):
+    """The same net of linen's own layers."""
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        types = {"dtype": self.dtype, "param_dtype": x.dtype}
+        for stage, convs in enumerate(CONFIG.stages, 1):
+            for number, conv in enumerate(convs, 1):
+                window = (conv.kernel_size, conv.kernel_size)
+                x = nn.Conv(conv.features, window, name=f"conv{stage}_{number}", **types)(x)
+                x = nn.relu(x)
+            x = nn.max_pool(x, (2, 2), (2, 2))
+        x = x.reshape(len(x), -1)
+        x = nn.relu(nn.Dense(8, name="fc6", **types)(x))
+        x = nn.relu(nn.Dense(8, name="fc7", **types)(x))
+        return nn.Dense(3, name="fc8", **types)(x)
+
+
+def nll(logits):
+    """Sum of the losses of two images."""
+    one_hot = jax.nn.one_hot(LABELS, 3, dtype=logits.dtype)
+    return -jnp.sum(jax.nn.log_softmax(logits) * one_hot)
+
+
+def loss(apply, params, x):
+    return nll(apply(params, x).astype(x.dtype))
+
+
+def hvp_forward_over_reverse(apply, params, x):
+    gradient = jax.grad(functools.partial(loss, apply))
+    return jax.jvp(lambda p: gradient(p, x), (params,), (params,))[1]
+
+
+def hvp_reverse_over_reverse(apply, params, x):
+    def dot(p):
+        gradients = jax.grad(functools.partial(loss, apply))(p, x)
+        return jax.tree.reduce(jnp.add, jax.tree.map(jnp.vdot, gradients, params))
+
+    return jax.grad(dot)(params)
+
+
+def hvp_reverse_over_forward(apply, params, x):
+    return jax.grad(lambda p: jax.jvp(lambda p: loss(apply, p, x), (p,), (params,))[1])(params)
+
+
+def stack(params):
+    """Two nets."""
+    return jax.tree.map(lambda a: jnp.stack([a, a[::-1]]), params)
+
+
+def total_loss(apply, stacked, x):
+    logits = jax.vmap(apply, (0, None))(stacked, x)
+    return sum(map(nll, logits.astype(x.dtype)))
+
+
+def scan_gradient(apply, params, x):
+    def total(p):
+        batches = jnp.stack([x, 2 * x])
+        return lax.map(functools.partial(loss, apply, p), batches).sum()
+
+    return jax.grad(total)(params)
+
+
+def shard_map_gradient(apply, params, x):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+
+    def gradient(p, x):
+        return jax.grad(lambda p: lax.psum(jnp.sum(apply(p, x).astype(x.dtype) ** 2), "data"))(p)
+
+    return jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=(P(), P("data")), out_specs=P()))(
+        params, x
+    )
+
+
+def explicit_mesh_gradient(apply, params, x):
+    mesh = jax.make_mesh((2,), ("data",))  # explicit axes are the default
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, NamedSharding(mesh, P()))
+        x = jax.device_put(x, NamedSharding(mesh, P("data")))
+        return jax.jit(jax.grad(lambda p: jnp.sum(apply(p, x).astype(x.dtype) ** 2)))(params)
+
+
+def pmap_gradient(apply, params, x):
+    gradient = jax.grad(lambda p, x: jnp.sum(apply(p, x).astype(x.dtype) ** 2))
+    return jax.pmap(gradient, in_axes=(None, 0))(params, x[:, None])
+
+
+# `transform(apply, params, x)`, by the name in the table.
+TRANSFORMATIONS: dict[str, Callable] = {
+    "`jax.grad`": lambda f, p, x: jax.grad(loss, (1, 2))(f, p, x),
+    "`jax.jvp`": lambda f, p, x: jax.jvp(f, (p, x), (p, x[::-1]))[1],
+    "`jax.linearize`": lambda f, p, x: jax.linearize(f, p, x)[1](p, x[::-1]),
+    "`jax.jacfwd`": lambda f, p, x: jax.jacfwd(f, 1)(p, x),
+    "`jax.jacrev`": lambda f, p, x: jax.jacrev(f, 1)(p, x),
+    "`jax.hessian`": lambda f, p, x: jax.hessian(lambda row: loss(f, p, x.at[0, 3].set(row)))(
+        x[0, 3]
+    ),
+    "forward-over-reverse product": hvp_forward_over_reverse,
+    "reverse-over-forward product": hvp_reverse_over_forward,
+    "reverse-over-reverse product": hvp_reverse_over_reverse,
+    "`jax.vmap` over images": lambda f, p, x: jax.vmap(lambda row: f(p, row[None])[0])(x),
+    "`jax.vmap` over parameters": lambda f, p, x: jax.vmap(f, (0, None))(stack(p), x),
+    "gradient of such an ensemble": lambda f, p, x: jax.grad(total_loss, 1)(f, stack(p), x),
+    "gradient of each example": lambda f, p, x: jax.vmap(
+        jax.grad(lambda p, row: jnp.sum(f(p, row[None]).astype(x.dtype) ** 2)), (None, 0)
+    )(p, x),
+    "`jax.checkpoint`": lambda f, p, x: jax.grad(jax.checkpoint(functools.partial(loss, f)))(p, x),
+    "`jax.lax.scan` over batches": scan_gradient,
+    "`jax.pmap`": pmap_gradient,
+    "`jax.shard_map` with `check_vma=True`": shard_map_gradient,
+    "explicit mesh axes": explicit_mesh_gradient,
+}
+
+
+def random_params(dtype):
+    """Parameters with which every layer has derivatives of about the same size."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(MODEL.lazy_init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+
+    def draw(leaf):
+        deviation = np.sqrt(2 / np.prod(leaf.shape[:-1])) if leaf.ndim > 1 else 0.1
+        return jnp.asarray(rng.normal(0, deviation, leaf.shape), dtype)
+
+    return jax.tree.map(draw, shapes)
+
+
+# These compile by themselves.
+NOT_JITTED = ("`jax.pmap`", "explicit mesh axes")
+
+
+def outcomes(name, dtype, param_dtype):
+    """The result of a transformation of our net and of the plain one, as lists of arrays."""
+    model = MODEL.clone(dtype=dtype, param_dtype=param_dtype)
+    params = random_params(param_dtype)
+    x = jnp.asarray(images(2, 8, 8), param_dtype)
+
+    def transform(net):
+        function = functools.partial(
+            TRANSFORMATIONS[name], lambda params, x: net.apply({"params": params}, x)
+        )
+        result = (function if name in NOT_JITTED else jax.jit(function))(params, x)
+        return [np.asarray(a, np.float64) for a in jax.tree.leaves(result)]
+
+    return transform(model), transform(PlainVGG(dtype))
+
+
+def largest_error(actual, expected):
+    """The largest difference in an array, relative to its largest value."""
+    pairs = zip(actual, expected, strict=True)
+    return max(np.abs(a - e).max() / np.abs(e).max() for a, e in pairs)
+
+
+def float64_error(name):
+    with jax.enable_x64(True):
+        return largest_error(*outcomes(name, jnp.float64, jnp.float64))
+
+
+def float32_error(name):
+    return largest_error(*outcomes(name, jnp.float32, jnp.float32))
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_transformation_like_plain_net(name):
+    assert float64_error(name) < 1e-12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_transformation_in_float32_and_bfloat16(name):
+    """The error of bfloat16 against float32 is at most twice that of the plain net."""
+    assert float32_error(name) < 2e-5
+    _, exact = outcomes(name, jnp.float32, jnp.float32)
+    actual, plain = outcomes(name, jnp.bfloat16, jnp.float32)
+    assert largest_error(actual, exact) < 2 * largest_error(plain, exact)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [cuda_conv, default_conv])
+def test_transformations_on_paths_of_accelerators(path, monkeypatch):
+    """The CPU computes what a GPU or a TPU would."""
+
+    def convolve(x, epilogue, kernel, bias, filters):
+        return path(x, kernel, bias, epilogue)
+
+    monkeypatch.setattr("vgg_jax.ops.convolution._convolve", convolve)
+    jax.clear_caches()
+    try:
+        errors = {name: float64_error(name) for name in TRANSFORMATIONS}
+    finally:
+        jax.clear_caches()
+    assert max(errors.values()) < 1e-12, errors
+
+
+def table():
+    """The lines of the page's table, from new results."""
+    header = "| transformation | vgg_jax | plain linen | difference in float64 | in float32 |"
+    rows = (
+        f"| {name} | yes | yes | {float64_error(name):.0e} | {float32_error(name):.0e} |"
+        for name in TRANSFORMATIONS
+    )
+    return "\n".join([header, "|---|---|---|---|---|", *rows])
+
+
+def test_page_lists_all_transformations():
+    """The numbers are of the run that wrote them."""
+    rows = re.findall(r"^\| (.+?) \| yes \| yes \|", PAGE.read_text(), re.M)
+    assert rows == list(TRANSFORMATIONS)
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", 2)
+    before, _, after = re.split(r"((?:^\|.*\n)+)", PAGE.read_text(), flags=re.M)
+    PAGE.write_text(f"{before}{table()}\n{after}")
