@@ -13,7 +13,7 @@ from tests.helpers.compare import assert_close_to_largest
 from tests.helpers.tiny import TINY, images, init
 from vgg_jax import VGG, InputError, compile_inference, with_in_channels
 from vgg_jax.model import adaptive_avg_pool
-from vgg_jax.preprocessing import preprocess
+from vgg_jax.preprocessing import subtract_mean
 
 # More, fewer and as many positions as fc6 reads, and sizes that are no multiple of theirs.
 MAP_SIZES = ((7, 7), (9, 12), (14, 21), (1, 3), (4, 8), (30, 11))
@@ -89,7 +89,7 @@ def test_mean_of_other_channels():
     """A net for grey images cannot be evaluated on RGB photos."""
     photos = np.zeros((1, 4, 4, 3), np.uint8)
     with pytest.raises(InputError, match="the images have 3 channels and the net's mean 1:"):
-        preprocess(photos, (100.0,))
+        subtract_mean(photos, (100.0,))
 
 
 def test_with_in_channels_grey(tiny_net, caplog):

@@ -1,6 +1,7 @@
 """VGG (Simonyan & Zisserman, arXiv 1409.1556) in JAX/Flax.
 
     model, variables, metadata = vgg_jax.load("vgg16.safetensors")
+    images = vgg_jax.preprocess(["photo.jpg"], metadata)
     logits = model.apply(variables, images)
 
 `VGG` is the module, and `vgg11` … `vgg19` are its published configurations. Training, evaluation
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         with_in_channels,
         with_new_head,
     )
+    from vgg_jax.preprocessing import preprocess
     from vgg_jax.runtime.compiler import compiler_options
 
 __version__ = "0.2.0.dev0"
@@ -52,6 +54,7 @@ __all__ = [
     "compiler_options",
     "copy_matching_layers",
     "load",
+    "preprocess",
     "preset",
     "save",
     "vgg11",
@@ -64,10 +67,11 @@ __all__ = [
     "with_new_head",
 ]
 
-# Names that need jax are imported on first use, so that `vgg-jax --help` answers at once.
+# Names that need jax or numpy are imported on first use, so that `vgg-jax --help` answers at once.
 _LAZY = {
     "compile_inference": "vgg_jax.inference",
     "compiler_options": "vgg_jax.runtime.compiler",
+    "preprocess": "vgg_jax.preprocessing",
     **dict.fromkeys(
         (
             "PAPER_INIT_LAYERS",

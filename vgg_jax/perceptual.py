@@ -20,7 +20,7 @@ from jax import Array
 from vgg_jax.configs.models import CONFIGS
 from vgg_jax.errors import InputError
 from vgg_jax.model import VGG
-from vgg_jax.preprocessing import preprocess
+from vgg_jax.preprocessing import subtract_mean
 
 
 def content_loss(features: Mapping[str, Array], target: Mapping[str, Array]) -> Array:
@@ -128,7 +128,7 @@ def lpips(
             "expected (N, H, W, 3), the same for both"
         )
     a, b = (
-        _unit_features(model, variables, preprocess(x, mean_rgb), tuple(linear_weights))
+        _unit_features(model, variables, subtract_mean(x, mean_rgb), tuple(linear_weights))
         for x in (images, other_images)
     )
     total = jnp.float32(0)

@@ -1,18 +1,83 @@
-"""Preprocessing of images into the input of a net."""
+"""From image files, PIL images and arrays to the input of a net, without TensorFlow.
 
-import jax.numpy as jnp
-from jax import Array
+The pixels are those of the evaluation (`vgg_jax.data`), to one level in 256. Resized images
+differ in one value of 20,000 (docs/performance.md#resampling).
+"""
 
-from vgg_jax.errors import InputError
+import io
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from vgg_jax.configs.evaluation import MAX_IMAGE_PIXELS
+from vgg_jax.errors import DataError, InputError, install_hint, single_line
+from vgg_jax.paths import is_store_error, to_path
+
+if TYPE_CHECKING:
+    from jax import Array
+    from PIL.Image import Image as PILImage
+
+    ImageInput = str | os.PathLike[str] | PILImage | np.ndarray | Array
+
+AnyArray = TypeVar("AnyArray", np.ndarray, "Array")
+
+# Pillow has the same limit. A file of a few kilobytes can decode to gigabytes of pixels.
+MAX_DECODED_PIXELS = 178_956_970
+
+EXIF_HEAD = 4096  # bytes; EXIF is at the start of a JPEG, or after the 18 bytes of JFIF
+_EXIF_MARKER = b"Exif\0\0"
+_ORIENTATION_TAG = 0x112
+_LONG = 4  # EXIF's number for the type "32-bit integer"
+
+_FIELDS = ("mean_rgb", "image_size", "scale", "exif")  # of the metadata
 
 
 def preprocess(
-    images: Array, mean_rgb: tuple[float, ...], colour_shift: Array | None = None
-) -> Array:
+    images: "ImageInput | Sequence[ImageInput]", metadata: Mapping[str, Any]
+) -> np.ndarray:
+    """Turns images of any size into the input of a net.
+
+    The shorter side is resized to `scale`. The centre is cropped to `image_size`, and the mean is
+    subtracted. `metadata["preprocessing"]` has these values.
+
+    A grey image gets three equal channels, and an alpha channel is dropped. Of 16 bits, the high
+    8 are kept. A JPEG is turned upright by its EXIF orientation, if the metadata's `exif` is true.
+    A PIL image is turned as well, unless `ImageOps.exif_transpose` has turned it already.
+
+    Args:
+        images: One image or a list. An image is the path of a file, a PIL image, or a uint8 RGB
+            array (H, W, 3). A single array may be a batch (N, H, W, 3). Arrays of floats, of grey
+            pixels or with alpha are refused.
+        metadata: The metadata of the net, as `vgg_jax.load` returns them.
+
+    Returns:
+        float32 (N, image_size, image_size, 3): RGB on the 0-255 scale, less the mean.
+
+    Raises:
+        InputError: An array has another type or shape, or the metadata lack a field or are those
+            of a net that does not read RGB images.
+        DataError: A file cannot be read, or an image cannot be decoded.
+    """
+    settings = _check_settings(metadata)
+    size, scale, exif = (settings[name] for name in ("image_size", "scale", "exif"))
+    items = _as_list(images)
+    crops = np.empty((len(items), size, size, 3), np.uint8)
+    for number, image in enumerate(items):
+        pixels = _to_pixels(image, f"image {number}", exif)
+        crops[number] = _resize_and_crop_centre(pixels, scale, size)
+    return subtract_mean(crops, settings["mean_rgb"])
+
+
+def subtract_mean(
+    images: AnyArray, mean_rgb: tuple[float, ...], colour_shift: AnyArray | None = None
+) -> AnyArray:
     """Subtracts the mean RGB value (§2.1) and adds a colour shift to each image (§3.1).
 
     Args:
-        images: uint8 (N, H, W, 3), or (N, H, W, C) for a net with other channels.
+        images: uint8 (N, H, W, 3), of numpy or jax; or (N, H, W, C) for a net with other channels.
         mean_rgb: Mean of each channel of the training images, on the 0-255 scale.
         colour_shift: Shift (N, 3) of each image's colour, on the same scale; None for no shift.
 
@@ -27,5 +92,256 @@ def preprocess(
             f"the images have {images.shape[-1]} channels and the net's mean {len(mean_rgb)}: "
             "expected images with the channels of the net"
         )
-    images = images.astype(jnp.float32) - jnp.array(mean_rgb, jnp.float32)[None, None, None]
+    images = images.astype(np.float32) - np.array(mean_rgb, np.float32)[None, None, None]
     return images if colour_shift is None else images + colour_shift[:, None, None, :]
+
+
+def load_resized(
+    path: str | os.PathLike[str], scales: Sequence[int], exif: bool
+) -> list[np.ndarray]:
+    """Loads an image file at some test scales.
+
+    Args:
+        path: Path of the file.
+        scales: Lengths of the shorter side.
+        exif: Turn and mirror a JPEG as its EXIF orientation says.
+
+    Returns:
+        RGB pixels at each scale, uint8 (H, W, 3).
+
+    Raises:
+        DataError: The file cannot be read or decoded, or has more than `MAX_IMAGE_PIXELS` pixels
+            at a scale.
+    """
+    pixels = _load(path, exif)
+    resized = []
+    for scale in scales:
+        height, width = _resized_sides(pixels.shape[:2], scale)
+        if height * width > MAX_IMAGE_PIXELS:
+            raise DataError(
+                f"cannot decode {os.fspath(path)!r}: "
+                f"at the test scale it has more than {MAX_IMAGE_PIXELS:,} pixels"
+            )
+        resized.append(_resample(pixels, (height, width), (0, 0, *pixels.shape[:2])))
+    return resized
+
+
+def decode_by_pillow(encoded: bytes) -> np.ndarray:
+    """Decodes an image file without regard to its EXIF orientation.
+
+    Args:
+        encoded: Content of the file.
+
+    Returns:
+        RGB pixels as the file stores them, uint8 (H, W, 3).
+
+    Raises:
+        ValueError: The image cannot be decoded, or has more than `MAX_DECODED_PIXELS` pixels.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            return _rgb_pixels(image)
+    except Image.UnidentifiedImageError as error:
+        raise ValueError("not an image that Pillow can decode") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"it has more than {MAX_DECODED_PIXELS:,} pixels") from error
+    except (OSError, SyntaxError, EOFError, struct.error) as error:
+        raise ValueError(single_line(error)) from error
+
+
+def read_orientation(head: bytes) -> int:
+    """Reads the orientation tag in the first directory of EXIF.
+
+    Args:
+        head: The EXIF data, or the first bytes of a JPEG.
+
+    Returns:
+        The orientation, 1 to 8. Without a valid one it is 1, upright.
+    """
+    # Pillow's `Image.getexif` is no substitute. In damaged EXIF it loses orientations that are
+    # intact, or raises. It also warns, and `warnings.catch_warnings` is not safe in the threads
+    # that decode.
+    marker = head.find(_EXIF_MARKER)
+    start = marker + len(_EXIF_MARKER)
+    byte_order = {b"II": "<", b"MM": ">"}.get(head[start : start + 2])
+    if marker < 0 or byte_order is None:
+        return 1
+    try:
+        directory = start + struct.unpack_from(f"{byte_order}I", head, start + 4)[0]
+        for entry in range(struct.unpack_from(f"{byte_order}H", head, directory)[0]):
+            offset = directory + 2 + 12 * entry
+            tag, value_type = struct.unpack_from(f"{byte_order}HH", head, offset)
+            if tag == _ORIENTATION_TAG:
+                value_format = byte_order + ("I" if value_type == _LONG else "H")
+                value = struct.unpack_from(value_format, head, offset + 8)[0]
+                return int(value) if 1 <= value <= 8 else 1
+    except struct.error:  # the directory lies outside of `head`
+        pass
+    return 1
+
+
+def _check_settings(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns `metadata["preprocessing"]`, whose fields are all present."""
+    settings: Mapping[str, Any] = metadata.get("preprocessing", {})
+    missing = [name for name in _FIELDS if name not in settings]
+    if missing:
+        raise InputError(
+            f"the metadata's preprocessing has no {', '.join(missing)}: "
+            "expected the metadata that vgg_jax.load returns"
+        )
+    if len(settings["mean_rgb"]) != 3:
+        raise InputError(
+            f"the metadata's mean_rgb has {len(settings['mean_rgb'])} values: expected 3, because "
+            "the pixels are RGB; prepare images of other channels yourself"
+        )
+    if settings["scale"] < settings["image_size"]:
+        raise InputError(
+            f"the metadata's scale is {settings['scale']}: "
+            f"expected at least the size of the net's images, {settings['image_size']}"
+        )
+    return settings
+
+
+def _as_list(images: Any) -> list[Any]:
+    """Lists the images of a batch or a sequence. One image becomes a list of one."""
+    from PIL import Image
+
+    if isinstance(images, (str, os.PathLike, Image.Image)):
+        return [images]
+    if hasattr(images, "shape"):
+        array = np.asarray(images)
+        return list(array) if array.ndim == 4 else [array]
+    try:
+        return list(images)
+    except TypeError as error:
+        raise InputError(_unexpected("images", images)) from error
+
+
+def _unexpected(name: str, image: Any) -> str:
+    return (
+        f"{name} is a {type(image).__name__}: "
+        "expected the path of a file, a PIL image, or a uint8 RGB array (H, W, 3)"
+    )
+
+
+def _to_pixels(image: Any, name: str, exif: bool) -> np.ndarray:
+    """Reads one image. Returns upright RGB pixels, uint8 (H, W, 3)."""
+    from PIL import Image
+
+    if isinstance(image, (str, os.PathLike)):
+        return _load(image, exif)
+    if isinstance(image, Image.Image):
+        # As in the evaluation, only JPEG has an orientation. A converted image has no format.
+        has_orientation = exif and image.format in (None, "JPEG", "MPO")
+        try:
+            pixels = _rgb_pixels(image)
+        except (OSError, SyntaxError, EOFError, struct.error, ValueError) as error:
+            raise DataError(f"cannot decode {name}: {single_line(error)}") from error
+        orientation = read_orientation(image.info.get("exif", b"")) if has_orientation else 1
+        return _turn_upright(pixels, orientation)
+    if not hasattr(image, "shape"):
+        raise InputError(_unexpected(name, image))
+    array = np.asarray(image)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
+        raise InputError(
+            f"{name} is {array.dtype} {array.shape}: expected uint8 RGB (H, W, 3), "
+            "on the 0-255 scale, the mean not subtracted"
+        )
+    return array
+
+
+def _load(path: str | os.PathLike[str], exif: bool) -> np.ndarray:
+    """Reads and decodes a file. Returns RGB pixels, uint8 (H, W, 3), upright if `exif`."""
+    name = os.fspath(path)
+    try:
+        encoded = to_path(path).read_bytes()
+    except ImportError as error:  # of a library that reaches the object store
+        raise DataError(f"cannot read {name!r} ({error}): {install_hint('train')}") from error
+    except Exception as error:
+        if not (isinstance(error, (OSError, ValueError)) or is_store_error(error)):
+            raise
+        reason = getattr(error, "strerror", None) or single_line(error)
+        raise DataError(f"cannot read {name!r}: {reason}") from error
+    head, orientation = encoded[:EXIF_HEAD], 1
+    if head.startswith(b"\xff\xd8\xff") and _EXIF_MARKER in head:
+        orientation = read_orientation(head) if exif else 1
+        # Without its marker, Pillow does not read the EXIF: it would warn if it is damaged.
+        encoded = head.replace(_EXIF_MARKER, bytes(len(_EXIF_MARKER))) + encoded[EXIF_HEAD:]
+    try:
+        return _turn_upright(decode_by_pillow(encoded), orientation)
+    except ValueError as error:
+        raise DataError(f"cannot decode {name!r}: {error}") from error
+
+
+def _rgb_pixels(image: "PILImage") -> np.ndarray:
+    """Converts a PIL image as TensorFlow does. Returns stored pixels, uint8 (H, W, 3)."""
+    if image.width * image.height > MAX_DECODED_PIXELS:
+        raise ValueError(f"it has more than {MAX_DECODED_PIXELS:,} pixels")
+    if image.mode.startswith("I;16"):
+        return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, -1)
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its pixels have 32 bits (mode {image.mode}): expected 8 or 16")
+    if image.mode == "CMYK":
+        inks = np.asarray(image)
+        # Pillow inverts each JPEG, as Adobe's files need it.
+        inverted = image.format == "JPEG" and "adobe" not in image.info
+        light = (inks if inverted else 255 - inks).astype(np.uint16)
+        return (light[..., :3] * light[..., 3:] // 255).astype(np.uint8)
+    if image.mode == "P":
+        image = image.convert("RGBA")  # Pillow warns if it loses the alpha of a palette
+    return np.asarray(image.convert("RGB"))
+
+
+def _turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Turns and mirrors stored pixels (H, W, 3) of an EXIF orientation."""
+    pixels = pixels.swapaxes(0, 1) if orientation >= 5 else pixels
+    pixels = pixels[::-1] if orientation in (3, 4, 7, 8) else pixels
+    return pixels[:, ::-1] if orientation in (2, 3, 6, 7) else pixels
+
+
+def _resized_sides(sides: Sequence[int], scale: int) -> tuple[int, int]:
+    """Computes height and width of an image whose shorter side becomes `scale`."""
+    height, width = (round(side * scale / min(sides)) for side in sides)
+    return height, width
+
+
+def _resize_and_crop_centre(pixels: np.ndarray, scale: int, size: int) -> np.ndarray:
+    """Resizes the shorter side to `scale` and crops the centre. Returns uint8 (size, size, 3).
+
+    Only the pixels of the crop are resampled: a line of pixels would become gigabytes.
+    """
+    first, stop = [], []  # of the crop along y and x, in source pixels
+    sides = pixels.shape[:2]
+    for side, resized in zip(sides, _resized_sides(sides, scale), strict=True):
+        offset = (resized - size + 1) // 2
+        first.append(offset * side / resized)
+        stop.append((offset + size) * side / resized)
+    return _resample(pixels, (size, size), (*first, *stop))
+
+
+def _resample(pixels: np.ndarray, sides: tuple[int, int], window: tuple[float, ...]) -> np.ndarray:
+    """Resamples a window of an image, antialiased and bilinear.
+
+    Args:
+        pixels: The image, uint8 (H, W, 3). The filter reaches its pixels around the window too.
+        sides: Height and width of the result.
+        window: Top, left, bottom and right of the window, in pixels of the image.
+
+    Returns:
+        uint8 (height, width, 3).
+    """
+    from PIL import Image
+
+    top, left, bottom, right = window
+    result = np.empty((*sides, 3), np.uint8)
+    for channel in range(3):
+        # In floats. With 8 bits, Pillow rounds twice, and one value in six is another level.
+        image = Image.fromarray(np.ascontiguousarray(pixels[..., channel])).convert("F")
+        resized = image.resize(
+            (sides[1], sides[0]), Image.Resampling.BILINEAR, (left, top, right, bottom)
+        )
+        # Halves are rounded up, also those that rounding errors put just below a half.
+        result[..., channel] = np.asarray(resized) + np.float32(0.5 + 2**-10)
+    return result

@@ -39,7 +39,7 @@ import numpy as np
 from experiments.script import json_result, run
 from vgg_jax import CONFIGS, IMAGENET, VGG, TrainConfig, compile_inference
 from vgg_jax.distributed.sharding import make_mesh, shard_batch
-from vgg_jax.preprocessing import preprocess
+from vgg_jax.preprocessing import subtract_mean
 from vgg_jax.runtime.memory import configure_malloc, use_huge_pages
 from vgg_jax.summary import summarize
 from vgg_jax.training.optimizer import sgd
@@ -98,7 +98,7 @@ def time_steps(args: argparse.Namespace) -> dict[str, float | None]:
             nonlocal state
             state, _ = jax.block_until_ready(train_step(state, batch))
     else:
-        images = preprocess(batch["image"], IMAGENET.mean_rgb)
+        images = subtract_mean(batch["image"], IMAGENET.mean_rgb)
         infer = compile_inference(model, {"params": state.params})
 
         def run_step() -> None:

@@ -35,7 +35,7 @@ from vgg_jax.data import open_split, rescaled_images
 from vgg_jax.evaluation.dense import iter_windows
 from vgg_jax.export import ExportSpec, write
 from vgg_jax.inference import pack_kernels
-from vgg_jax.preprocessing import preprocess
+from vgg_jax.preprocessing import subtract_mean
 from vgg_jax.weights import Weights
 from vgg_jax.weights.imagenet import CLASSES
 from vgg_jax.weights.layouts import Preprocessing
@@ -84,7 +84,7 @@ def load_runtimes(net: str, folder: Path) -> dict[str, Runtime]:
 
     variables = pack_kernels({"params": params, "batch_stats": batch_stats})
     forward = jax.jit(
-        lambda variables, images: model.apply(variables, preprocess(images, IMAGENET.mean_rgb)),
+        lambda variables, images: model.apply(variables, subtract_mean(images, IMAGENET.mean_rgb)),
         compiler_options=compiler_options(optimize_runtime=True),
     )
     torch_net = torch_net.to(memory_format=torch.channels_last)

@@ -1,51 +1,24 @@
 """Pixels of image files, against Pillow's."""
 
 import io
-import itertools
-import struct
 
 import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
 
-from tests.helpers.corrupt_images import CORRUPT, PHOTO
+from tests.helpers.corrupt_images import CORRUPT
+from tests.helpers.image_files import FILES, ORIENTED, UNUSUAL, broken_exif, encode_in_mode
 from tests.helpers.tiny_data import (
     TINY_TRAIN,
     decode_by_pillow,
     encode,
-    encode_animation,
     encode_with_exif,
     noise,
 )
 from vgg_jax.configs.colours import IMAGENET
 from vgg_jax.data import decode, eval_batches, open_split, train_batches
-from vgg_jax.data.decode import MAX_DECODED_PIXELS
-
-
-def encode_in_mode(mode: str, format: str, **options) -> bytes:
-    return encode(Image.fromarray(noise(21, 34)).convert(mode), format, **options)
-
-
-FILES = {
-    "jpeg": encode_in_mode("RGB", "JPEG"),
-    "jpeg 4:4:4": encode_in_mode("RGB", "JPEG", subsampling=0),
-    "progressive jpeg": encode_in_mode("RGB", "JPEG", progressive=True),
-    "grey jpeg": encode_in_mode("L", "JPEG"),
-    "png": encode_in_mode("RGB", "PNG"),
-    "grey png": encode_in_mode("L", "PNG"),
-    "palette png": encode_in_mode("P", "PNG"),
-    "4-bit palette png": encode_in_mode("P", "PNG", bits=4),
-    "1-bit png": encode_in_mode("1", "PNG"),
-    "transparent palette png": encode_in_mode("P", "PNG", transparency=3),
-    "bmp": encode_in_mode("RGB", "BMP"),
-    "palette bmp": encode_in_mode("P", "BMP"),
-    "grey bmp": encode_in_mode("L", "BMP"),
-    "webp": encode_in_mode("RGB", "WEBP"),
-    "animated webp": encode_animation(21, 34, "WEBP"),
-    "gif": encode_in_mode("P", "GIF"),
-    "animated gif": encode_animation(21, 34, "GIF"),
-}
+from vgg_jax.preprocessing import MAX_DECODED_PIXELS
 
 
 def test_decode_equals_pillow(map_rows):
@@ -87,11 +60,6 @@ def test_decode_refuses_bomb():
         decode(tf.constant(CORRUPT["bomb.png"]))
 
 
-ORIENTED = [
-    encode_with_exif(*options) for options in itertools.product(range(1, 9), "<>", (True, False))
-]
-
-
 def test_decode_exif_orientation(map_rows):
     upright = map_rows(decode, ORIENTED)
     stored = map_rows(lambda encoded: decode(encoded, exif=False), ORIENTED)
@@ -101,45 +69,10 @@ def test_decode_exif_orientation(map_rows):
         np.testing.assert_array_equal(stored_pixels, decode_by_pillow(encoded, exif=False))
 
 
-def broken_exif():
-    intact = encode_with_exif(6)
-    start = intact.index(b"Exif\0\0") + 6
-    outside = intact[: start + 4] + struct.pack("<I", 10**9) + intact[start + 8 :]
-    no_byte_order = intact[:start] + b"XX" + intact[start + 2 :]
-    without_tag = intact[start + 10 :].replace(struct.pack("<H", 0x112), b"\0\0", 1)
-    endless = intact[: start + 8] + struct.pack("<H", 65535) + without_tag
-    no_such_orientation = encode_with_exif(9)
-    only_a_comment = encode(noise(21, 34), "JPEG", quality=95, comment=b"Exif\0\0")
-    return [outside, no_byte_order, endless, no_such_orientation, only_a_comment]
-
-
 def test_decode_ignores_broken_exif(map_rows):
     upright = decode_by_pillow(encode_with_exif(1))
     for pixels in map_rows(decode, broken_exif()):
         np.testing.assert_array_equal(pixels, upright)
-
-
-def turned_jpeg() -> bytes:
-    exif = Image.Exif()
-    exif[0x112] = 6
-    return encode(PHOTO, "JPEG", exif=exif)
-
-
-UNUSUAL = {
-    "one_pixel.png": encode(noise(1, 1)),
-    "line.png": encode(noise(1, 5000)),
-    "column.jpg": encode(noise(5000, 1), "JPEG"),
-    "sixteen_bits.png": encode(np.arange(40 * 50, dtype=np.uint16).reshape(40, 50) * 32),
-    "palette.png": encode(Image.fromarray(PHOTO).quantize(16)),
-    "one_bit.png": encode(Image.fromarray(PHOTO).convert("1")),
-    "alpha.png": encode(np.dstack([PHOTO, noise(40, 50, 1)[..., 0]])),
-    "cmyk.jpg": encode(Image.fromarray(PHOTO).convert("CMYK"), "JPEG"),
-    "grey.jpg": encode(Image.fromarray(PHOTO).convert("L"), "JPEG"),
-    "animated.gif": encode_animation(20, 30, "GIF"),
-    "animated.webp": encode_animation(20, 30, "WEBP"),
-    "a_png.jpg": encode(PHOTO),
-    "turned.jpg": turned_jpeg(),
-}
 
 
 @pytest.mark.parametrize("name", UNUSUAL)

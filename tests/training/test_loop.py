@@ -24,7 +24,7 @@ from vgg_jax import InputError, cli, compiler_options
 from vgg_jax.cli.parser import parser
 from vgg_jax.data import eval_batches, measure_colours, open_train_val
 from vgg_jax.distributed.multihost import ProcessLostError
-from vgg_jax.preprocessing import preprocess
+from vgg_jax.preprocessing import subtract_mean
 from vgg_jax.runs.checkpoint import CheckpointSaveError
 from vgg_jax.training.loop import fit
 from vgg_jax.training.step import init_state
@@ -119,7 +119,7 @@ def test_load_returns_best_epoch(finished_run, photos):
     _, validation = open_train_val(photos)
     apply = jax.jit(model.apply, compiler_options=compiler_options())
     for batch in eval_batches(validation, metadata["config"], 3):
-        images = preprocess(batch["image"], metadata["preprocessing"]["mean_rgb"])
+        images = subtract_mean(batch["image"], metadata["preprocessing"]["mean_rgb"])
         is_correct = np.asarray(apply(variables, images)).argmax(1) == batch["label"]
         num_correct += (is_correct & batch["mask"]).sum()
         num_images += batch["mask"].sum()

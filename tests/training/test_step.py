@@ -11,7 +11,7 @@ from tests.helpers.tiny import SHALLOW
 from vgg_jax import IMAGENET, VGG, TrainConfig
 from vgg_jax.distributed.sharding import make_mesh, shard_batch
 from vgg_jax.metrics import finalize
-from vgg_jax.preprocessing import preprocess
+from vgg_jax.preprocessing import subtract_mean
 from vgg_jax.training.optimizer import sgd
 from vgg_jax.training.step import init_state, jit_steps
 
@@ -45,12 +45,12 @@ def run_step(train_step, batch, config=CONFIG):
     return jax.tree.map(np.asarray, state.params), finalize(jax.tree.map(float, sums))
 
 
-def test_preprocess_subtracts_mean_and_adds_shift():
+def test_subtract_mean_adds_shift():
     image = np.full((1, 2, 2, 3), (10, 20, 30), np.uint8)
     shift = np.float32([[0.5, 0, -0.5]])
-    shifted = preprocess(image, (1.0, 2.0, 3.0), shift)
+    shifted = subtract_mean(image, (1.0, 2.0, 3.0), shift)
     np.testing.assert_allclose(shifted[0, 1, 1], [9.5, 18, 26.5])
-    np.testing.assert_allclose(preprocess(image, (1.0, 2.0, 3.0))[0, 0, 1], [9, 18, 27])
+    np.testing.assert_allclose(subtract_mean(image, (1.0, 2.0, 3.0))[0, 0, 1], [9, 18, 27])
 
 
 def test_init_state_depends_on_seed_only():

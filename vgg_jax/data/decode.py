@@ -1,22 +1,18 @@
 """Decodes image files to pixels, in TensorFlow operations."""
 
-import io
-import struct
-
 import numpy as np
 import tensorflow as tf
-from PIL import Image
+
+from vgg_jax.preprocessing import (
+    EXIF_HEAD,
+    MAX_DECODED_PIXELS,
+    decode_by_pillow,
+    read_orientation,
+)
 
 # Pillow and torchvision decode JPEG with this method, so the pixels equal theirs. TensorFlow's
 # default differs (docs/performance.md#jpeg-decoding).
 DCT = "INTEGER_ACCURATE"
-
-# Pillow has the same limit. A file of a few kilobytes can decode to gigabytes of pixels.
-MAX_DECODED_PIXELS = 178_956_970
-
-EXIF_HEAD = 4096  # bytes; EXIF is at the start of a JPEG, or after the 18 bytes of JFIF
-_ORIENTATION_TAG = 0x112
-_LONG = 4  # EXIF's number for the type "32-bit integer"
 
 
 def decode(encoded: tf.Tensor, exif: bool = True) -> tf.Tensor:
@@ -164,37 +160,11 @@ def apply_orientation(image: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
 
 def _decode_by_pillow(encoded: bytes | np.ndarray) -> np.ndarray:
     """Decodes formats that TensorFlow lacks: a BMP with a palette, and WebP before version 2.19."""
-    try:
-        with Image.open(io.BytesIO(_to_bytes(encoded))) as image:
-            return np.asarray(image.convert("RGB"))
-    except Image.UnidentifiedImageError as error:
-        raise ValueError("not an image that Pillow can decode") from error
-    except (OSError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise ValueError(str(error)) from error
+    return decode_by_pillow(_to_bytes(encoded))
 
 
 def _read_orientation(head: bytes | np.ndarray) -> np.int32:
-    """Reads the orientation tag in the first directory of EXIF, or returns 1."""
-    # Pillow's `Image.getexif` is no substitute. In damaged EXIF it loses orientations that are
-    # intact, or raises. It also warns, and `warnings.catch_warnings` is not safe in the threads
-    # that decode.
-    head = _to_bytes(head)
-    start = head.find(b"Exif\0\0") + 6
-    byte_order = {b"II": "<", b"MM": ">"}.get(head[start : start + 2])
-    if byte_order is None:
-        return np.int32(1)
-    try:
-        directory = start + struct.unpack_from(f"{byte_order}I", head, start + 4)[0]
-        for entry in range(struct.unpack_from(f"{byte_order}H", head, directory)[0]):
-            offset = directory + 2 + 12 * entry
-            tag, value_type = struct.unpack_from(f"{byte_order}HH", head, offset)
-            if tag == _ORIENTATION_TAG:
-                value_format = byte_order + ("I" if value_type == _LONG else "H")
-                value = struct.unpack_from(value_format, head, offset + 8)[0]
-                return np.int32(value if 1 <= value <= 8 else 1)
-    except struct.error:  # the directory lies outside of `head`
-        pass
-    return np.int32(1)
+    return np.int32(read_orientation(_to_bytes(head)))
 
 
 def _to_bytes(string: bytes | np.ndarray) -> bytes:

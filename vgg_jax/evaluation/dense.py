@@ -24,7 +24,7 @@ from vgg_jax.errors import InputError
 from vgg_jax.evaluation.packing import Batch, Window, pack_windows
 from vgg_jax.inference import pack_kernels
 from vgg_jax.model import VGG, transpose_kernels
-from vgg_jax.preprocessing import preprocess
+from vgg_jax.preprocessing import subtract_mean
 from vgg_jax.runtime.compiler import compiler_options
 
 # Positions of score maps that are computed together, per device. They are padded to a multiple of
@@ -61,7 +61,7 @@ def trunk_activations(
     """
     valid_mask = jnp.arange(images.shape[2])[None, None] < widths[:, :, None]
     activations: Any = model.apply(
-        variables, preprocess(images, mean_rgb), valid_mask, ceil, method="trunk"
+        variables, subtract_mean(images, mean_rgb), valid_mask, ceil, method="trunk"
     )
     return activations
 

@@ -20,7 +20,7 @@ from vgg_jax.configs.export import EXPORT_OUTPUTS
 from vgg_jax.configs.models import Layer, layer_table
 from vgg_jax.errors import InputError
 from vgg_jax.layers import BatchNorm
-from vgg_jax.preprocessing import preprocess
+from vgg_jax.preprocessing import subtract_mean
 from vgg_jax.runtime.compiler import compiler_options
 from vgg_jax.weights import Weights
 from vgg_jax.weights.weights import channels_name, to_metadata
@@ -99,7 +99,7 @@ class ExportSpec:
             The output, float32.
         """
         variables = jax.tree.map(lambda x: x.astype(jnp.float32), variables)
-        x = preprocess(images, self.mean_rgb) if self.uint8 else images
+        x = subtract_mean(images, self.mean_rgb) if self.uint8 else images
         method = None if self.output == "logits" else "score_map"
         scores: Any = self.weights.model.apply(variables, x, method=method)
         return jax.nn.softmax(scores.mean((1, 2))) if self.output == "posteriors" else scores

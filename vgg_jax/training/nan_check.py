@@ -10,7 +10,7 @@ import numpy as np
 from vgg_jax.configs.models import layer_table
 from vgg_jax.metrics import compute_sums
 from vgg_jax.model import VGG
-from vgg_jax.preprocessing import preprocess
+from vgg_jax.preprocessing import subtract_mean
 from vgg_jax.runtime.compiler import compiler_options
 from vgg_jax.training.step import Batch, TrainState
 
@@ -66,7 +66,7 @@ def _finite_parts(
         outputs: Any
         outputs, _ = model.apply(
             {"params": params, "batch_stats": state.batch_stats},
-            preprocess(batch["image"], mean_rgb, batch["colour_shift"]),
+            subtract_mean(batch["image"], mean_rgb, batch["colour_shift"]),
             names,
             train=True,
             mask=batch["mask"],

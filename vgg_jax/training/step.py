@@ -29,7 +29,7 @@ from vgg_jax.distributed.sharding import (
 from vgg_jax.metrics import MetricSums, compute_sums
 from vgg_jax.model import VGG
 from vgg_jax.ops.epilogue import materialize_on_cpu
-from vgg_jax.preprocessing import preprocess
+from vgg_jax.preprocessing import subtract_mean
 from vgg_jax.runtime.compiler import compiler_options
 from vgg_jax.training.optimizer import sgd
 
@@ -217,7 +217,7 @@ def _loss(
     mean_rgb: tuple[float, float, float],
 ) -> tuple[Array, tuple[Any, MetricSums]]:
     """The summed loss, with the new running statistics and the sums."""
-    images = preprocess(batch["image"], mean_rgb, batch["colour_shift"])
+    images = subtract_mean(batch["image"], mean_rgb, batch["colour_shift"])
     logits: Any
     logits, updated = model.apply(
         {"params": params, "batch_stats": batch_stats},
@@ -347,7 +347,7 @@ def eval_step(
 
     def local_fn(variables: dict[str, Any], batch: Batch) -> MetricSums:
         variables = jax.tree.map(_gather_param, variables, variable_specs)
-        images = preprocess(batch["image"], mean_rgb, batch["colour_shift"])
+        images = subtract_mean(batch["image"], mean_rgb, batch["colour_shift"])
         logits: Any = model.apply(variables, images)
         return _sum_over_data(compute_sums(logits, batch["label"], batch["mask"]), mesh)
 
