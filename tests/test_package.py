@@ -36,9 +36,10 @@ def test_help_needs_no_jax():
 
 @pytest.mark.integration
 def test_train_names_missing_extra():
-    """The net itself works without the packages of vgg-jax[train]."""
+    """Nets, `preprocess` and `predict` work without the packages of vgg-jax[train]."""
     result = run_program("without_train_extra")
-    assert result.returncode == 2
+    assert result.returncode == 2, result.stderr
+    assert result.stdout.count("photo.jpg: ") == 2
     assert "Total params: 132,863,336" in result.stdout
     assert result.stderr.count("\n") == 1
     assert "run pip install -e '.[train]' in a clone of vgg_jax" in result.stderr

@@ -146,7 +146,7 @@ def load_photos(count: int, size: int) -> list[np.ndarray]:
     if len(files) < count:
         shapes = [(size + 3 * i, size + 40 - 5 * (i % 8), 3) for i in range(count)]
         return [rng.integers(0, 256, shape).astype(np.uint8) for shape in shapes]
-    from vgg_jax.data import load_resized
+    from vgg_jax.preprocessing import load_resized
 
     return [load_resized(str(file), [size], True)[0] for file in files]
 

@@ -177,7 +177,7 @@ def read_weights(path: Path) -> None:
 
 
 def read_image(path: Path) -> None:
-    from vgg_jax.data import load_resized
+    from vgg_jax.preprocessing import load_resized
 
     load_resized(str(path), (32,), True)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 
 from tests.helpers.tiny import SHALLOW, init
 from vgg_jax import CONFIGS, IMAGENET, VGG, InputError, cli
+from vgg_jax.configs.evaluation import EvalProtocol
 from vgg_jax.data import decode, resize_shorter_side
 from vgg_jax.evaluation.dense import class_posteriors
 from vgg_jax.evaluation.predict import expand_paths, predict
@@ -65,7 +67,7 @@ def test_predict_breaks_ties_as_the_metrics_do(weight_file, photos, tmp_path, mo
 
 def test_predict_matches_class_posteriors(weight_file, photos):
     paths = [str(photos / "b.png"), str(photos / "deep")]
-    predictions = sorted(predict(weight_file, paths, top=2))
+    predictions = list(predict(weight_file, paths, top=2))
     files = [photos / "b.png", photos / "deep/er/c.jpeg"]
     assert [prediction.file for prediction in predictions] == list(map(str, files))
     model, variables, metadata = load(weight_file)
@@ -76,6 +78,42 @@ def test_predict_matches_class_posteriors(weight_file, photos):
         names, probabilities = zip(*prediction.top, strict=True)
         assert list(names) == [CLASSES[i] for i in posterior.argsort()[::-1][:2]]
         assert list(probabilities) == pytest.approx(np.sort(posterior)[::-1][:2], abs=1e-6)
+
+
+def test_predict_keeps_order_of_files(weight_file, tmp_path):
+    """Images of one width fill a batch first; the others, and bad files, are between them."""
+    rng = np.random.default_rng(1)
+    files = []
+    for i in range(12):
+        sides = (20, 20 + 7 * (i % 3))
+        files.append(str(tmp_path / f"{i * 7 % 12}.png"))
+        Image.fromarray(rng.integers(0, 256, (*sides, 3), np.uint8)).save(files[-1])
+    files[3:3] = [str(tmp_path / "missing.png")]
+    files.append(str(tmp_path / "gone.png"))
+    predictions = list(predict(weight_file, files))
+    assert [prediction.file for prediction in predictions] == files
+    failed = [i for i, prediction in enumerate(predictions) if prediction.error]
+    assert failed == [3, 13]
+    for prediction in predictions[::4]:
+        (alone,) = predict(weight_file, [prediction.file])
+        assert [name for name, _ in prediction.top] == [name for name, _ in alone.top]
+
+
+def test_predict_real_photos_as_tensorflow(weight_file, shared_data):
+    """Posteriors differ by the pixels' rounding only."""
+    files = sorted(map(str, shared_data.glob("ants-bees/val/*/*")))[::30]
+    model, variables, metadata = load(weight_file)
+    protocol = EvalProtocol("both")
+    scaled = [
+        [resize_shorter_side(decode(Path(file).read_bytes()), scale).numpy() for scale in (64, 96)]
+        for file in files
+    ]
+    mean_rgb = metadata["preprocessing"]["mean_rgb"]
+    expected = class_posteriors(model, variables, scaled, protocol=protocol, mean_rgb=mean_rgb)
+    predictions = predict(weight_file, files, protocol=protocol, scales=(64, 96), top=6)
+    for prediction, posterior in zip(predictions, expected, strict=True):
+        values = {CLASSES.index(name): value for name, value in prediction.top}
+        np.testing.assert_allclose([values[i] for i in range(6)], posterior, atol=1e-4)
 
 
 def test_expand_paths(photos):

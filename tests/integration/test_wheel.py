@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import vgg_jax
 
@@ -71,7 +72,7 @@ def find_python(version):
 
 @pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
 def test_wheel_works_outside_of_the_repository(version, archives, tmp_path):
-    """A light environment: jax, flax, numpy and safetensors."""
+    """A light environment: jax, flax, numpy, safetensors and Pillow."""
     base = find_python(version)
     if base is None:
         pytest.skip(f"needs Python {version}")
@@ -86,6 +87,8 @@ def test_wheel_works_outside_of_the_repository(version, archives, tmp_path):
     program = tmp_path / "user_program.py"
     program.write_text(USER_PROGRAM.read_text())
     assert run(python, str(program), cwd=tmp_path) == "(2, 10)\n"
+    Image.new("RGB", (50, 40)).save(tmp_path / "photo.jpg")
+    assert "photo.jpg: " in run(command, "predict", "net.safetensors", "photo.jpg", cwd=tmp_path)
     run(command, "export", "net.safetensors", "out.safetensors", cwd=tmp_path)
     assert "largest difference" in run(command, "verify", "out.safetensors", cwd=tmp_path)
     if version == "3.13":  # the types are the same for all

@@ -29,7 +29,7 @@ with contextlib.suppress(RuntimeError):
     # (docs/performance.md#threads-of-the-input).
     tf.config.threading.set_intra_op_parallelism_threads(1)
 
-from vgg_jax.data.batches import BatchIterator, load_resized
+from vgg_jax.data.batches import BatchIterator
 from vgg_jax.data.cache import cache_in_memory
 from vgg_jax.data.decode import decode
 from vgg_jax.data.pipeline import eval_batches, rescaled_images, train_batches
@@ -47,7 +47,6 @@ __all__ = [
     "cache_in_memory",
     "decode",
     "eval_batches",
-    "load_resized",
     "measure_colours",
     "open_split",
     "open_train_val",

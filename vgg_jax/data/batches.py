@@ -8,17 +8,14 @@ import itertools
 import logging
 import re
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import tensorflow as tf
 
-from vgg_jax.data.decode import decode
 from vgg_jax.data.splits import CORES, PARALLEL_EXAMPLES, DataSource, map_with_fallback
-from vgg_jax.data.transforms import resize_shorter_side
 from vgg_jax.errors import DataError
-from vgg_jax.paths import to_path
 
 logger = logging.getLogger(__name__)
 
@@ -152,29 +149,6 @@ def _blank(spec: dict[str, tf.TensorSpec], example: dict) -> dict:
     """Makes the example that replaces one that cannot be prepared."""
     zeros = {name: tf.zeros(tensor.shape, tensor.dtype) for name, tensor in spec.items()}
     return zeros | {"index": example["index"]}
-
-
-def load_resized(path: str, scales: Sequence[int], exif: bool) -> list[np.ndarray]:
-    """Loads an image file at some test scales.
-
-    Args:
-        path: Path of the file.
-        scales: Lengths of the shorter side.
-        exif: Turn and mirror a JPEG as its EXIF orientation says.
-
-    Returns:
-        RGB pixels at each scale, uint8 (H, W, 3).
-
-    Raises:
-        DataError: The file cannot be read or decoded.
-    """
-    try:
-        image = decode(tf.constant(to_path(path).read_bytes()), exif)
-        return [resize_shorter_side(image, scale).numpy() for scale in scales]
-    except OSError as error:
-        raise DataError(f"cannot read {path!r}: {error.strerror or error}") from error
-    except (tf.errors.OpError, ValueError) as error:
-        raise DataError(f"cannot decode {path!r}: {error_summary(error)}") from error
 
 
 def error_summary(error: tf.errors.OpError | OSError | ValueError) -> str:

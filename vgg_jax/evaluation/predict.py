@@ -3,9 +3,8 @@
 import glob
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -14,6 +13,7 @@ from vgg_jax.configs.evaluation import DENSE, EvalProtocol
 from vgg_jax.distributed.sharding import make_mesh
 from vgg_jax.errors import InputError
 from vgg_jax.evaluation.dense import iter_posteriors, resolve_protocol
+from vgg_jax.preprocessing import load_resized
 from vgg_jax.weights import load
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")  # of the images in a folder
@@ -45,8 +45,8 @@ def predict(
         top: Number of classes per image.
 
     Yields:
-        A prediction per file, as soon as it is computed. An unreadable file has an error instead of
-        classes, and does not stop the others.
+        A prediction per file, in the order of the files, as soon as it and those before it are
+        computed. An unreadable file has an error instead of classes, and does not stop the others.
 
     Raises:
         InputError: The net cannot be read, a setting is invalid, or there are no files.
@@ -56,24 +56,19 @@ def predict(
     files = expand_paths(images)
     model, variables, metadata = load(path)
     protocol, scales = resolve_protocol(protocol, scales, model, metadata, path)
-    from vgg_jax.data import load_resized  # imports TensorFlow
+    preprocessing = metadata["preprocessing"]
+    done: dict[int, Prediction] = {}  # by position in `files`, until the earlier ones are done
+    readable: list[int] = []  # positions
 
-    readable: list[str] = []
-    failures: list[Prediction] = []
-    exif = metadata["preprocessing"]["exif"]
-
-    def scaled_images() -> Iterator[list[Any]]:
-        # A KeyboardInterrupt inside a TensorFlow call corrupts its memory. Only the main thread
-        # receives the interrupt, so another thread makes the call.
-        with ThreadPoolExecutor(1, "reader") as reader:
-            for file in files:
-                try:
-                    image = reader.submit(load_resized, file, scales, exif).result()
-                except InputError as error:
-                    failures.append(Prediction(file, [], str(error)))
-                    continue
-                readable.append(file)
-                yield image
+    def scaled_images() -> Iterator[list[np.ndarray]]:
+        for position, file in enumerate(files):
+            try:
+                image = load_resized(file, scales, preprocessing["exif"])
+            except InputError as error:
+                done[position] = Prediction(file, [], str(error))
+                continue
+            readable.append(position)
+            yield image
 
     posteriors = iter_posteriors(
         model,
@@ -81,15 +76,18 @@ def predict(
         scaled_images(),
         mesh=make_mesh(1, jax.devices()[:1]),
         protocol=protocol,
-        mean_rgb=metadata["preprocessing"]["mean_rgb"],
+        mean_rgb=preprocessing["mean_rgb"],
     )
     classes = metadata["classes"]
+    first = 0  # position of the next prediction to yield
     for index, posterior in posteriors:
-        while failures:
-            yield failures.pop(0)
         best = np.argsort(-posterior, kind="stable")[:top]  # as `label_ranks` orders them
-        yield Prediction(readable[index], [(classes[i], float(posterior[i])) for i in best])
-    yield from failures
+        top_classes = [(classes[i], float(posterior[i])) for i in best]
+        done[readable[index]] = Prediction(files[readable[index]], top_classes)
+        while first in done:
+            yield done.pop(first)
+            first += 1
+    yield from (done[position] for position in sorted(done))
 
 
 def expand_paths(images: Sequence[str]) -> list[str]:
