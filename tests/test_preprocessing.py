@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 import vgg_jax
 from tests.helpers.corrupt_images import CORRUPT
-from tests.helpers.image_files import FILES, ORIENTED, UNUSUAL, broken_exif, encode_in_mode
+from tests.helpers.image_files import FILES, ORIENTED, UNUSUAL, broken_exif
 from tests.helpers.tiny_data import encode, encode_with_exif, noise
 from vgg_jax import InputError
 from vgg_jax.configs.train import TrainConfig
@@ -78,9 +78,17 @@ def test_preprocess_formats(tmp_path):
     assert check_against_evaluation(paths, describe()) < 0.01
 
 
+def test_preprocess_palette_with_several_alphas(tmp_path):
+    """Pillow would warn that RGB cannot have them."""
+    photo = Image.fromarray(noise(40, 60)).quantize(16)
+    paths = write(tmp_path, [encode(photo, transparency=bytes(range(0, 256, 16)))])
+    assert check_against_evaluation(paths, describe()) < 0.01
+
+
 def test_preprocess_cmyk_jpeg(tmp_path):
     """Adobe's files hold inverted inks, others do not."""
-    adobe = encode_in_mode("CMYK", "JPEG", quality=95)
+    inks = [Image.fromarray(noise(21, 34, seed)[..., 0]) for seed in range(4)]  # black too
+    adobe = encode(Image.merge("CMYK", inks), "JPEG", quality=95)
     start = adobe.index(b"\xff\xee")
     plain = adobe[:start] + adobe[start + 2 + int.from_bytes(adobe[start + 2 : start + 4]) :]
     paths = write(tmp_path, [adobe, plain])
