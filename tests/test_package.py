@@ -36,10 +36,16 @@ def test_help_needs_no_jax():
 
 @pytest.mark.integration
 def test_train_names_missing_extra():
-    """Nets, `preprocess` and `predict` work without the packages of vgg-jax[train]."""
+    """Nets, `preprocess`, `predict` and `help` work without the packages of vgg-jax[train]."""
     result = run_program("without_train_extra")
     assert result.returncode == 2, result.stderr
-    assert result.stdout.count("photo.jpg: ") == 2
+    hint = "run pip install -e '.[train]' in a clone of vgg_jax"
+    dense, both, fit, fit_without_optax, evaluate, *_ = result.stdout.splitlines()
+    assert "photo.jpg: " in dense and "photo.jpg: " in both
+    assert fit == f"reading and writing runs needs orbax-checkpoint: {hint}"
+    assert fit_without_optax.startswith("vgg_jax.fit cannot be imported (import of optax")
+    assert evaluate.startswith("the data pipeline needs TensorFlow")
+    assert fit_without_optax.endswith(hint) and evaluate.endswith(hint)
     assert "Total params: 132,863,336" in result.stdout
     assert result.stderr.count("\n") == 1
     assert "run pip install -e '.[train]' in a clone of vgg_jax" in result.stderr

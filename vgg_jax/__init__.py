@@ -4,22 +4,23 @@
     images = vgg_jax.preprocess(["photo.jpg"], metadata)
     logits = model.apply(variables, images)
 
-`VGG` is the module, and `vgg11` … `vgg19` are its published configurations. Training, evaluation
-and export are in the subpackages and in the command `vgg-jax`.
+`VGG` is the module, and `vgg11` … `vgg19` are its published configurations. `fit` and `evaluate` do
+what the commands `vgg-jax train` and `evaluate` do.
 """
 
 import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vgg_jax.configs.colours import IMAGENET, ColourStatistics
 from vgg_jax.configs.models import CONFIGS, Conv, VGGConfig
 from vgg_jax.configs.presets import preset
 from vgg_jax.configs.train import TrainConfig
-from vgg_jax.errors import InputError
+from vgg_jax.errors import InputError, install_hint
 
 if TYPE_CHECKING:
+    from vgg_jax.evaluation.evaluate import evaluate
     from vgg_jax.inference import compile_inference
     from vgg_jax.model import (
         PAPER_INIT_LAYERS,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     )
     from vgg_jax.preprocessing import preprocess
     from vgg_jax.runtime.compiler import compiler_options
+    from vgg_jax.training.loop import fit
 
 __version__ = "0.2.0.dev0"
 
@@ -53,6 +55,8 @@ __all__ = [
     "compile_inference",
     "compiler_options",
     "copy_matching_layers",
+    "evaluate",
+    "fit",
     "load",
     "preprocess",
     "preset",
@@ -71,6 +75,8 @@ __all__ = [
 _LAZY = {
     "compile_inference": "vgg_jax.inference",
     "compiler_options": "vgg_jax.runtime.compiler",
+    "evaluate": "vgg_jax.evaluation.evaluate",
+    "fit": "vgg_jax.training.loop",
     "preprocess": "vgg_jax.preprocessing",
     **dict.fromkeys(
         (
@@ -94,8 +100,29 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = getattr(importlib.import_module(_LAZY[name]), name)
+    try:
+        module = importlib.import_module(_LAZY[name])
+    except (ImportError, InputError) as error:
+        if name != "fit":
+            raise
+        return _unavailable(name, error)
+    globals()[name] = getattr(module, name)
     return globals()[name]
+
+
+def _unavailable(name: str, cause: Exception) -> Callable[..., Any]:
+    """Returns a function that raises InputError, for a missing package of the extra `train`.
+
+    An error while the attribute is looked up would break `help(vgg_jax)`.
+    """
+    message = str(cause)
+    if not isinstance(cause, InputError):  # one of ours names the extra already
+        message = f"vgg_jax.{name} cannot be imported ({message}): {install_hint('train')}"
+
+    def raise_error(*_args: Any, **_kwargs: Any) -> None:
+        raise InputError(message) from cause
+
+    return raise_error
 
 
 def __dir__() -> list[str]:

@@ -16,15 +16,17 @@ import argparse
 import dataclasses
 import json
 import sys
+import tempfile
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+import vgg_jax
 from experiments.script import run
-from vgg_jax.configs.evaluation import EvalProtocol
-from vgg_jax.evaluation.evaluate import Evaluation, evaluate
+from vgg_jax.evaluation.evaluate import Evaluation, load_evaluation
 from vgg_jax.runtime.compilation_cache import enable_compilation_cache
 
 # Protocols whose posteriors a technique averages.
@@ -57,16 +59,19 @@ def evaluate_all(
     args: argparse.Namespace,
 ) -> dict[tuple[str, int], tuple[Evaluation, dict[str, Any]]]:
     """Evaluates every protocol at every scale, and reports progress on stderr."""
-    outcomes = {}
+    outcomes, net = {}, vgg_jax.load(args.run)
     for name in ("center", "dense", "multi-crop"):
         for scale in args.scales:
-            evaluation, results = evaluate(
-                args.run,
-                split=args.split,
-                protocol=EvalProtocol(name),
-                scales=(scale,),
-                data_dir=args.data_dir,
-            )
+            with tempfile.TemporaryDirectory() as out:
+                results = vgg_jax.evaluate(
+                    *net,
+                    split=args.split,
+                    protocol=name,
+                    scales=(scale,),
+                    data_dir=args.data_dir,
+                    out=out,
+                )
+                evaluation = load_evaluation(Path(out) / "posteriors.npz")
             outcomes[name, scale] = evaluation, results
             print(
                 name, scale, results["top1_error"], results["seconds"], file=sys.stderr, flush=True

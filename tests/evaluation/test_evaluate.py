@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import vgg_jax
+from tests.helpers.runs import without_times
 from tests.helpers.tiny import init
 from vgg_jax import IMAGENET, InputError, TrainConfig, cli, load
 from vgg_jax.configs.evaluation import EvalProtocol
@@ -22,7 +24,6 @@ from vgg_jax.weights import read as read_weights
 from vgg_jax.weights import save as save_weights
 
 COUNT = 7  # photos per split
-CENTER = EvalProtocol("center")
 
 pytestmark = pytest.mark.usefixtures("small_nets")
 
@@ -67,8 +68,9 @@ def copy_run(workdir, target, old, new):
     return target
 
 
-def test_evaluate_keeps_order_of_data(workdir, photos):
-    evaluation, results = evaluate(workdir, scales=(18, 24))
+def test_evaluate_keeps_order_of_data(workdir, photos, tmp_path):
+    results = evaluate(*load(workdir), scales=(18, 24), out=tmp_path)
+    evaluation = load_evaluation(tmp_path / "posteriors.npz")
     files = [
         photos / "val" / label / f"{i}.png"
         for label, start in (("blue", 0), ("red", 1))
@@ -107,15 +109,18 @@ def exported(workdir, photos, tmp_path):
     return tmp_path / "net.safetensors", str(tmp_path / "photos")
 
 
-def test_evaluate_weight_file_matches_run(workdir, exported):
+def test_evaluate_weight_file_matches_run(workdir, exported, tmp_path):
     file, data = exported
-    expected, results = evaluate(workdir)
-    actual, _ = evaluate(file, data)
+    results = evaluate(*load(workdir), out=tmp_path / "run")
+    evaluate(*load(file), data, out=tmp_path / "file")
+    expected, actual = (
+        load_evaluation(tmp_path / name / "posteriors.npz") for name in ("run", "file")
+    )
     np.testing.assert_allclose(actual.posteriors[:, ::-1], expected.posteriors, atol=1e-6)
     np.testing.assert_array_equal(actual.labels, 1 - expected.labels)
     assert actual.errors()["top1_error"] == results["top1_error"]
-    with pytest.raises(InputError, match="is a file of weights and DATA is not given"):
-        evaluate(file)
+    with pytest.raises(InputError, match=r"net\.safetensors is not a run and no data is given"):
+        evaluate(*load(file))
 
 
 def test_evaluate_command_on_weight_file(exported, monkeypatch, capsys):
@@ -141,6 +146,8 @@ def test_evaluate_command_prints_and_writes(workdir, photos, capsys):
     protocol = {"name": "center", "flip": False, "softmax_first": False, "ceil": False}
     assert results["protocol"] == protocol
     assert results["data"] == str(photos)
+    metrics = vgg_jax.evaluate(*load(workdir), protocol="center")
+    assert without_times([json.loads(json.dumps(metrics))]) == without_times([results])
     evaluation = load_evaluation(workdir / "val-center-20" / "posteriors.npz")
     assert evaluation.posteriors.shape == (COUNT, 2)
     assert (workdir / "val-center-20-mirrored-ceil" / "posteriors.npz").exists()
@@ -148,7 +155,7 @@ def test_evaluate_command_prints_and_writes(workdir, photos, capsys):
 
 def test_evaluate_flips_if_run_did(workdir, tmp_path):
     def uses_flip(path, **settings):
-        return evaluate(path, **settings)[1]["protocol"]["flip"]
+        return evaluate(*load(path), **settings)["protocol"]["flip"]
 
     assert uses_flip(workdir)
     unflipped = copy_run(workdir, tmp_path / "run", '"flip": true', '"flip": false')
@@ -159,18 +166,19 @@ def test_evaluate_flips_if_run_did(workdir, tmp_path):
 def test_evaluate_rejects_changed_validation_data(workdir, photos, tmp_path):
     shutil.copytree(photos, tmp_path / "photos")
     moved = copy_run(workdir, tmp_path / "run", str(photos), str(tmp_path / "photos"))
-    evaluate(moved, protocol=CENTER)
+    net = load(moved)
+    evaluate(*net, protocol="center")
     photo = tmp_path / "photos" / "train" / "blue" / "0.png"
     photo.rename(photo.with_name("00.png"))
     message = r"is not what .*run was trained on: storage and sizes were \('folder, names"
     with pytest.raises(InputError, match=message):
-        evaluate(moved, protocol=CENTER)
+        evaluate(*net, protocol="center")
 
 
 def test_evaluate_rejects_missing_images(workdir, monkeypatch):
     monkeypatch.setattr("vgg_jax.evaluation.evaluate.iter_posteriors", lambda *_, **__: iter([]))
     with pytest.raises(RuntimeError, match=f"0 of {COUNT} images were evaluated"):
-        evaluate(workdir, protocol=CENTER)
+        evaluate(*load(workdir), protocol="center")
 
 
 def test_fuse_command_averages(workdir, tmp_path, capsys):

@@ -1,8 +1,10 @@
-"""Runs commands as if the packages of vgg-jax[train] were missing."""
+"""Uses the package as if those of vgg-jax[train] were missing; ends with the command `train`."""
 
+import pydoc
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 HIDDEN = ("tensorflow", "tensorflow_datasets", "sklearn", "tqdm", "optax", "orbax")
 sys.modules |= dict.fromkeys(HIDDEN)
@@ -32,6 +34,28 @@ with tempfile.TemporaryDirectory() as folder:
         command = ["predict", weights, photo, "--protocol", protocol, "--scales", "16", "20"]
         if main(command) != 0:
             raise SystemExit("predict failed")
+
+pydoc.render_doc(vgg_jax)
+
+
+def fit_without_optax():
+    """As if orbax were there."""
+    sys.modules["vgg_jax.runs.checkpoint"] = mock.MagicMock()
+    try:
+        vgg_jax.fit(vgg_jax.preset("digits"), "runs/none")
+    finally:
+        del sys.modules["vgg_jax.runs.checkpoint"]
+
+
+for call in (
+    lambda: vgg_jax.fit(vgg_jax.preset("digits"), "runs/none"),
+    fit_without_optax,
+    lambda: vgg_jax.evaluate(model, init(model), metadata, "digits"),
+):
+    try:
+        call()
+    except vgg_jax.InputError as error:
+        print(error)
 if main(["summary", "A"]) != 0:
     raise SystemExit("summary failed")
 sys.exit(main(["train"]))

@@ -324,35 +324,36 @@ def evaluate(
 ) -> ExitCode:
     """Evaluates a net on a split, prints the errors, and writes them with the posteriors."""
     configure_malloc()
-    from vgg_jax.evaluation.evaluate import evaluate as evaluate_split
-    from vgg_jax.evaluation.evaluate import format_errors, save_evaluation
+    from vgg_jax.evaluation.dense import resolve_protocol
+    from vgg_jax.evaluation.evaluate import evaluate as evaluate_net
+    from vgg_jax.evaluation.evaluate import format_errors
+    from vgg_jax.weights import load
 
-    parent = path if to_path(path).is_dir() else path + "-evaluated"
-    target = to_path(out or parent)
-    is_new = not target.is_dir() and (out is not None or to_path(path).is_file())
-    with _new_folder(target) if is_new else contextlib.nullcontext():
-        evaluation, results = evaluate_split(
-            path,
-            data,
-            split,
-            protocol=EvalProtocol(protocol, flip, softmax_first, ceil),
-            scales=scales,
-            **source_options,
-        )
-    flags = {
-        "mirrored": results["protocol"]["flip"],
-        "softmax-first": softmax_first,
-        "ceil": ceil,
-    }
+    model, variables, metadata = load(path)
+    settings = EvalProtocol(protocol, flip, softmax_first, ceil)
+    settings, test_scales = resolve_protocol(settings, scales, model, metadata, path)
+    flags = {"mirrored": settings.use_flip, "softmax-first": softmax_first, "ceil": ceil}
     flag_names = [name for name, is_on in flags.items() if is_on]
-    scale_names = [str(scale) for scale in results["scales"]]
+    scale_names = [str(scale) for scale in test_scales]
     data_names = [slugify(data)] if data else []
     name = "-".join([*data_names, split, protocol, *scale_names, *flag_names])
-    folder = out or os.path.join(parent, name)
-    save_evaluation(folder, evaluation, results)
-    num_classes = evaluation.posteriors.shape[1]
-    settings = ", ".join([protocol, f"Q = {', '.join(scale_names)}", *flag_names])
-    print(f"{settings}: {format_errors(results, num_classes)}")
+    parent = path if to_path(path).is_dir() else path + "-evaluated"
+    folder, target = out or os.path.join(parent, name), to_path(out or parent)
+    is_new = not target.is_dir() and (out is not None or to_path(path).is_file())
+    with _new_folder(target) if is_new else contextlib.nullcontext():
+        results = evaluate_net(
+            model,
+            variables,
+            metadata,
+            data,
+            split,
+            protocol=settings,
+            scales=test_scales,
+            out=folder,
+            **source_options,
+        )
+    heading = ", ".join([protocol, f"Q = {', '.join(scale_names)}", *flag_names])
+    print(f"{heading}: {format_errors(results, model.num_classes)}")
     print(
         f"{results['seconds']:.1f} s, {results['images_per_second']:.1f} images/s; "
         f"{folder}/evaluation.json, {folder}/posteriors.npz"
@@ -362,7 +363,7 @@ def evaluate(
 
 @contextlib.contextmanager
 def _new_folder(path: Path) -> Iterator[None]:
-    """Creates a folder before the work begins, and removes it again if the work fails.
+    """Creates a folder before the work begins, and removes it if the work leaves it empty.
 
     A folder that cannot be created is then reported at once, not after hours.
     """
@@ -370,7 +371,8 @@ def _new_folder(path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        path.rmdir()
+        with contextlib.suppress(OSError):  # a full disk may leave the first of the files
+            path.rmdir()
         raise
 
 

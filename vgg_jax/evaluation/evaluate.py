@@ -3,11 +3,12 @@
 import dataclasses
 import io
 import json
+import os
 import re
 import time
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vgg_jax.configs.evaluation import DENSE, MAX_PIXELS_PER_BATCH, EvalProtocol
-from vgg_jax.configs.train import TrainConfig
+from vgg_jax.configs.evaluation import MAX_PIXELS_PER_BATCH, EvalProtocol
 from vgg_jax.distributed.sharding import make_mesh
 from vgg_jax.errors import InputError
 from vgg_jax.evaluation.dense import iter_posteriors, resolve_protocol
 from vgg_jax.metrics import MetricSums, finalize, label_ranks, wilson_interval
+from vgg_jax.model import VGG
 from vgg_jax.paths import to_path
 from vgg_jax.runs.files import atomic_write
 from vgg_jax.runs.metadata import load_run
-from vgg_jax.weights import load
+from vgg_jax.weights import from_loaded
+from vgg_jax.weights.weights import to_metadata
 
 # Errors that np.load and zipfile raise for damaged or foreign files.
 _READ_ERRORS = (
@@ -71,26 +73,33 @@ class Evaluation:
 
 
 def evaluate(
-    path: str | Path,
-    data: str | None = None,
+    model: VGG,
+    variables: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+    data: str | os.PathLike | None = None,
     split: str = "val",
     *,
-    protocol: EvalProtocol = DENSE,
+    protocol: str | EvalProtocol = "dense",
     scales: Sequence[int] = (),
     data_dir: str | None = None,
     download: bool = False,
     skip_bad: bool = False,
     pixels: int = MAX_PIXELS_PER_BATCH,
-) -> tuple[Evaluation, dict[str, Any]]:
-    """Evaluates a run's best checkpoint, or a weight file, on a whole split.
+    out: str | os.PathLike | None = None,
+) -> dict[str, Any]:
+    """Evaluates a net on a whole split, as `vgg-jax evaluate` does.
 
     Args:
-        path: A run's folder or a weight file.
+        model: The net.
+        variables: Its variables.
+        metadata: Its metadata, as `vgg_jax.load` returns them. "net", "classes" and
+            "preprocessing" are enough if `data` is given.
         data: An image folder or a name of TensorFlow Datasets; the run's own by default. Its
             classes are some of the net's, in any order. ImageNet's are matched by WordNet id.
         split: Name of the split. For the run's own data, "val" is the run's validation split.
-        protocol: The evaluation protocol. Mirror images count by default, unless the run was
-            trained without them.
+        protocol: The evaluation protocol, or its name: one of "center", "ten-crop", "dense",
+            "multi-crop" and "both". Mirror images count by default, unless the run was trained
+            without them; never for "center".
         scales: Test scales Q. The default is the training scale S, the middle of its jitter (§4.1),
             or 256 for a weight file of a 224-pixel net.
         data_dir: Folder of the downloaded data sets.
@@ -98,63 +107,65 @@ def evaluate(
         skip_bad: Leave out files that are not images. An image that cannot be decoded still raises
             DataError.
         pixels: Most pixels of the windows that are computed at once.
+        out: Folder to write posteriors.npz and evaluation.json into (`save_evaluation`).
 
     Returns:
-        The evaluation, and the results: its errors and everything that they depend on.
+        "top1_error" and "top5_error" in [0, 1], each with its 95 % interval
+        ("top1_error_interval"), the mean cross-entropy "loss", the "count" of images, and the
+        settings and the time: the content of evaluation.json.
 
     Raises:
-        InputError: The net, the data or a setting is invalid.
+        InputError: The net, the data or a setting is invalid, or an extra is not installed.
         DataError: An image cannot be decoded.
     """
-    model, variables, metadata = load(path)
-    protocol, scales = resolve_protocol(protocol, scales, model, metadata, path)
+    net = to_metadata(from_loaded(model, variables, metadata))
+    path, preprocessing = metadata.get("path"), net["preprocessing"]
+    name = path or "the net"
+    if isinstance(protocol, str):
+        protocol = EvalProtocol(protocol)
+    protocol, scales = resolve_protocol(protocol, scales, model, net, name)
     data, source = _open_source(
-        path,
-        metadata.get("config"),
-        data,
-        split,
-        data_dir=data_dir,
-        download=download,
-        skip_bad=skip_bad,
+        metadata, data, split, data_dir=data_dir, download=download, skip_bad=skip_bad
     )
     class_indices = map_class_indices(
-        source.classes, metadata["classes"], f"{source.name} has classes that {path} does not know"
+        source.classes, net["classes"], f"{source.name} has classes that {name} does not know"
     )
-    images = _Images(source, scales, metadata["preprocessing"]["exif"], class_indices)
+    images = _Images(source, scales, preprocessing["exif"], class_indices)
     stream = iter_posteriors(
         model,
         variables,
         iter(images),
         mesh=make_mesh(len(jax.local_devices()), jax.local_devices()),
         protocol=protocol,
-        mean_rgb=metadata["preprocessing"]["mean_rgb"],
+        mean_rgb=preprocessing["mean_rgb"],
         pixels=pixels,
     )
     started = time.monotonic()
     posteriors = _collect(stream, source.size, model.num_classes)
     seconds = time.monotonic() - started
     evaluation = Evaluation(
-        posteriors, images.labels, np.array(images.files, str), np.array(metadata["classes"], str)
+        posteriors, images.labels, np.array(images.files, str), np.array(net["classes"], str)
     )
     results = {
-        "run": str(path),
+        "run": path,
         "epoch": metadata.get("epoch"),
         "data": data,
         "split": split,
-        "net": metadata["net"],
+        "net": net["net"],
         "scales": list(scales),
         "protocol": dataclasses.asdict(protocol) | {"flip": protocol.use_flip},
         **evaluation.errors(),
         "seconds": round(seconds, 3),
         "images_per_second": round(source.size / seconds, 2),
     }
-    return evaluation, results
+    if out is not None:
+        save_evaluation(out, evaluation, results)
+    return results
 
 
 def _open_source(
-    path: str | Path,
-    config: TrainConfig | None,
-    data: str | None,
+    metadata: Mapping[str, Any],
+    data: str | os.PathLike | None,
     split: str,
     *,
     data_dir: str | None,
@@ -164,8 +175,7 @@ def _open_source(
     """Opens a split.
 
     Args:
-        path: A run's folder or a weight file.
-        config: The run's configuration; None for a weight file.
+        metadata: The net's metadata. Those of a run have its "config" and its "path".
         data: The data, or None for the run's own.
         split: Name of the split.
         data_dir: As in `evaluate`.
@@ -177,13 +187,16 @@ def _open_source(
     """
     from vgg_jax.data import VALIDATION, open_split, open_train_val  # imports TensorFlow
 
+    path = metadata.get("path")
+    config = metadata.get("config") if path else None
     if data is None:
         if config is None:
             raise InputError(
-                f"{path} is a file of weights and DATA is not given: "
+                f"{path or 'the net'} is not a run and no data is given: "
                 "expected an image folder or a name of TensorFlow Datasets"
             )
         data = config.data
+    data = os.fspath(data)
     if config is None or data != config.data:
         return data, open_split(
             data, split, data_dir=data_dir, download=download, skip_bad=skip_bad, exclude=()
@@ -199,7 +212,7 @@ def _open_source(
     train, validation = open_train_val(
         data, validation_fraction=config.validation_fraction, seed=config.seed, **options
     )
-    run = load_run(to_path(path))
+    run = load_run(to_path(metadata["path"]))
     expected = (run.storage, run.train_size, run.validation_size)
     actual = (train.storage, train.size, validation.size)
     if actual != expected:
@@ -286,7 +299,9 @@ def _first_few(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:5])) + (", …" if len(names) > 5 else "")
 
 
-def save_evaluation(out: str | Path, evaluation: Evaluation, results: dict[str, Any]) -> None:
+def save_evaluation(
+    out: str | os.PathLike, evaluation: Evaluation, results: dict[str, Any]
+) -> None:
     """Writes posteriors.npz and evaluation.json into a folder.
 
     Each file is replaced atomically.

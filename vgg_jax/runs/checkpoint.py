@@ -75,8 +75,8 @@ def load_best(workdir: str | os.PathLike) -> tuple[VGG, dict[str, Any], dict[str
     Returns:
         `(model, variables, metadata)`. `model.apply(variables, images)` gives logits for images
         prepared as `metadata["preprocessing"]` says. The other keys of `metadata` are `config`,
-        `net`, `flip` (trained with mirror images), `top`, `classes`, `epoch` (from 1) and
-        `validation` (loss, errors, count).
+        `net`, `flip` (trained with mirror images), `top`, `classes`, `epoch` (from 1),
+        `validation` (loss, errors, count) and `path`, the workdir.
 
     Raises:
         InputError: The workdir holds no run, or the run has no readable network yet.
@@ -97,7 +97,8 @@ def load_best(workdir: str | os.PathLike) -> tuple[VGG, dict[str, Any], dict[str
             "run the same `vgg-jax train` again to resume"
         )
     arrays, progress = restored
-    return model, jax.tree.map(jnp.array, arrays), _network_metadata(run) | progress
+    metadata = _network_metadata(run) | progress | {"path": str(workdir)}
+    return model, jax.tree.map(jnp.array, arrays), metadata
 
 
 def _network_metadata(run: RunMetadata) -> dict[str, Any]:

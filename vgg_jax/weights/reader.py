@@ -87,14 +87,14 @@ def load_file(
         `(model, variables, metadata)`, for float RGB images (N, H, W, 3) on the 0-255 scale
         minus `metadata["preprocessing"]["mean_rgb"]`; `model.in_channels` may be other than 3 in a
         file of vgg_jax. A std of the preprocessing is folded into conv1_1; `metadata["source"]`
-        names such changes. If the file has no fully connected
-        layers, the model gives `features` up to pool5 only.
+        names such changes, and `metadata["path"]` the file. If
+        the file has no fully connected layers, the model gives `features` up to pool5 only.
 
     Raises:
         InputError: As `read` does.
     """
     weights = read(path, net)
-    return weights.model, weights.variables, to_metadata(weights)
+    return weights.model, weights.variables, to_metadata(weights) | {"path": str(path)}
 
 
 def _read_file(path: Path, net: str | None) -> Weights:

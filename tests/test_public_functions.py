@@ -1,0 +1,63 @@
+"""`fit` and `evaluate` in Python: they do what the commands of the same names do."""
+
+import json
+
+import jax
+import pytest
+
+import vgg_jax
+from tests.helpers.photos import make_photo_folder
+from tests.helpers.runs import make_config, without_times
+from vgg_jax import InputError, cli
+from vgg_jax.evaluation.evaluate import format_errors
+
+pytestmark = pytest.mark.usefixtures("small_nets")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return make_photo_folder(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="module")
+def run(photos, small_nets, tmp_path_factory):
+    """The folder of a run that `fit` made."""
+    folder = tmp_path_factory.mktemp("run")
+    result = vgg_jax.fit(make_config(photos, epochs=1, flip=False), folder)
+    assert [record["epoch"] for record in result.history] == [1]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def net(run):
+    return vgg_jax.load(run)
+
+
+def test_evaluate_gives_numbers_of_command(run, net, capsys):
+    metrics = vgg_jax.evaluate(*net, protocol="ten-crop", scales=[18, 22])
+    assert (metrics["count"], metrics["scales"], metrics["epoch"]) == (7, [18, 22], 1)
+    flags = ["--protocol", "ten-crop", "--scales", "18", "22"]
+    assert cli.main(["evaluate", str(run), *flags]) == 0
+    assert f": {format_errors(metrics, 2)}\n" in capsys.readouterr().out
+    results = json.loads((run / "val-ten-crop-18-22" / "evaluation.json").read_text())
+    assert without_times([json.loads(json.dumps(metrics))]) == without_times([results])
+
+
+def test_evaluate_saved_net(net, photos, tmp_path):
+    """Also with no more metadata than `save` takes."""
+    vgg_jax.save(tmp_path / "net.safetensors", *net)
+    saved = vgg_jax.load(tmp_path / "net.safetensors")
+    least = {name: net[2][name] for name in ("net", "classes", "preprocessing")}
+    expected = vgg_jax.evaluate(*net)
+    of_file = vgg_jax.evaluate(*saved, photos)
+    of_variables = vgg_jax.evaluate(net[0], net[1], least | {"flip": False}, photos)
+    for name in ("top1_error", "loss", "count", "scales", "protocol"):
+        assert of_file[name] == of_variables[name] == expected[name]
+    with pytest.raises(InputError, match="the net is not a run and no data is given: expected an"):
+        vgg_jax.evaluate(net[0], net[1], least)
+
+
+def test_evaluate_rejects_classes_of_another_head(net, photos):
+    model, variables = vgg_jax.with_new_head(*net[:2], 3, jax.random.key(0))
+    with pytest.raises(InputError, match="the metadata has 2 classes and the model 3"):
+        vgg_jax.evaluate(model, variables, net[2], photos)
