@@ -1,15 +1,21 @@
-"""`fit` and `evaluate` in Python: they do what the commands of the same names do."""
+"""`fit`, `evaluate` and `export` in Python: they do what the commands of the same names do."""
 
 import json
+import zipfile
 
 import jax
+import numpy as np
 import pytest
+from safetensors import safe_open
 
 import vgg_jax
+from tests.helpers.compare import assert_close_to_largest
+from tests.helpers.export_files import run_stablehlo
 from tests.helpers.photos import make_photo_folder
 from tests.helpers.runs import make_config, without_times
 from vgg_jax import InputError, cli
 from vgg_jax.evaluation.evaluate import format_errors
+from vgg_jax.export.verify import TOLERANCE, verify
 
 pytestmark = pytest.mark.usefixtures("small_nets")
 
@@ -61,3 +67,45 @@ def test_evaluate_rejects_classes_of_another_head(net, photos):
     model, variables = vgg_jax.with_new_head(*net[:2], 3, jax.random.key(0))
     with pytest.raises(InputError, match="the metadata has 2 classes and the model 3"):
         vgg_jax.evaluate(model, variables, net[2], photos)
+
+
+@pytest.mark.parametrize(
+    ("options", "flags"),
+    [
+        ({}, []),
+        ({"fold_batch_norm": True, "bfloat16": True}, ["--fold-batch-norm", "--bfloat16"]),
+    ],
+    ids=["default", "folded"],
+)
+def test_export_writes_file_of_command(options, flags, run, net, tmp_path):
+    ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
+    vgg_jax.export.export(ours, *net, **options)
+    assert cli.main(["export", str(run), str(theirs), *flags]) == 0
+    with safe_open(ours, "numpy") as one, safe_open(theirs, "numpy") as other:
+        assert one.metadata() == other.metadata()
+        assert {*one.keys()} == {*other.keys()}
+        for name in one.keys():  # noqa: SIM118 - the file is no dict
+            np.testing.assert_array_equal(one.get_tensor(name), other.get_tensor(name))
+    assert verify(ours)[1] < TOLERANCE
+
+
+def test_export_writes_program_of_command(run, net, tmp_path):
+    ours, theirs = tmp_path / "ours.stablehlo", tmp_path / "theirs.stablehlo"
+    vgg_jax.export.export(ours, *net, output="posteriors", uint8=False)
+    flags = ["--output", "posteriors", "--no-uint8"]
+    assert cli.main(["export", str(run), str(theirs), *flags]) == 0
+    with zipfile.ZipFile(ours) as one, zipfile.ZipFile(theirs) as other:
+        for name in ("metadata.json", "weights.safetensors"):
+            assert one.read(name) == other.read(name)
+    assert verify(ours)[1] < TOLERANCE
+    images = np.random.default_rng(0).normal(0, 50, (2, 16, 16, 3)).astype(np.float32)
+    posteriors = jax.nn.softmax(net[0].apply(net[1], images))
+    assert_close_to_largest(run_stablehlo(ours, images), posteriors)
+
+
+def test_export_rejects_layout_and_ending(net, tmp_path):
+    with pytest.raises(InputError, match="the net is shallow, which timm does not have"):
+        vgg_jax.export.export(tmp_path / "net.safetensors", *net, layout="timm")
+    with pytest.raises(InputError, match=r"ends in '.pb': expected \.safetensors, \.onnx"):
+        vgg_jax.export.export(tmp_path / "net.pb", *net)
+    assert not list(tmp_path.iterdir())

@@ -4,8 +4,8 @@
     images = vgg_jax.preprocess(["photo.jpg"], metadata)
     logits = model.apply(variables, images)
 
-`VGG` is the module, and `vgg11` … `vgg19` are its published configurations. `fit` and `evaluate` do
-what the commands `vgg-jax train` and `evaluate` do.
+`VGG` is the module, and `vgg11` … `vgg19` are its published configurations. `fit`, `evaluate` and
+`export.export` do what the commands `vgg-jax train`, `evaluate` and `export` do.
 """
 
 import importlib
@@ -20,6 +20,7 @@ from vgg_jax.configs.train import TrainConfig
 from vgg_jax.errors import InputError, install_hint
 
 if TYPE_CHECKING:
+    from vgg_jax import export as export
     from vgg_jax.evaluation.evaluate import evaluate
     from vgg_jax.inference import compile_inference
     from vgg_jax.model import (
@@ -56,6 +57,7 @@ __all__ = [
     "compiler_options",
     "copy_matching_layers",
     "evaluate",
+    "export",
     "fit",
     "load",
     "preprocess",
@@ -98,6 +100,8 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "export":  # a subpackage; its import sets the attribute
+        return importlib.import_module("vgg_jax.export")
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

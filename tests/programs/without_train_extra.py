@@ -35,6 +35,7 @@ with tempfile.TemporaryDirectory() as folder:
         if main(command) != 0:
             raise SystemExit("predict failed")
 
+vgg_jax.export.export.__call__  # noqa: B018 - without an import of the subpackage
 pydoc.render_doc(vgg_jax)
 
 

@@ -4,6 +4,6 @@ The formats are safetensors, ONNX, StableHLO and TensorFlow's SavedModel.
 """
 
 from vgg_jax.export.spec import ExportSpec, fold_batch_norm
-from vgg_jax.export.writer import write
+from vgg_jax.export.writer import export, write
 
-__all__ = ["ExportSpec", "fold_batch_norm", "write"]
+__all__ = ["ExportSpec", "export", "fold_batch_norm", "write"]

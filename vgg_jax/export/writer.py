@@ -1,14 +1,58 @@
 """Writes an exported file."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from vgg_jax.errors import InputError, install_hint
 from vgg_jax.export.spec import REQUIRED_EXTRA, SAVEDMODEL_METADATA, ExportSpec, format_of
+from vgg_jax.export.spec import fold_batch_norm as fold
+from vgg_jax.model import VGG
 from vgg_jax.paths import require_local
 from vgg_jax.runs.files import replace_atomically
-from vgg_jax.weights import save
+from vgg_jax.weights import from_loaded, save
+
+
+def export(
+    path: str | os.PathLike,
+    model: VGG,
+    variables: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+    *,
+    output: str = "logits",
+    uint8: bool = True,
+    fold_batch_norm: bool = False,
+    bfloat16: bool = False,
+    layout: str = "vgg_jax",
+) -> None:
+    """Exports a net to a file that other programs run, as `vgg-jax export` does.
+
+    The file is complete, or the target stays as it was. `vgg_jax.export.verify.verify` checks it.
+
+    Args:
+        path: A file ending in .onnx, .stablehlo or .safetensors, or a folder ending in
+            .savedmodel. The ending determines the format. An earlier export is replaced.
+        model: The net.
+        variables: Its variables.
+        metadata: "net", "classes" and "preprocessing", as `vgg_jax.load` returns them.
+        output: "logits" (N, K), for images of image_size; "posteriors" (N, K), for images of
+            image_size or larger; or "score_map" (N, h, w, K), likewise. A .safetensors file holds
+            weights, and takes "logits" only.
+        uint8: True for uint8 images (N, H, W, 3), which are preprocessed inside; False for float32
+            images on the 0-255 scale, less the mean. A .safetensors file takes True only.
+        fold_batch_norm: Folds batch normalisations into the convolutions.
+        bfloat16: Stores the weights as bfloat16. The computation is in float32.
+        layout: Names and axis order in a .safetensors file: "vgg_jax", "torchvision" or "timm".
+
+    Raises:
+        InputError: The arguments do not fit together, the ending is unknown, the library of the
+            format is not installed, or the path cannot be written to.
+    """
+    weights = from_loaded(model, variables, metadata)
+    if fold_batch_norm:
+        weights = fold(weights)
+    write(path, ExportSpec(weights, output, uint8, bfloat16), layout)
 
 
 def write(out: str | os.PathLike, spec: ExportSpec, layout: str = "vgg_jax") -> None:
