@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers.tiny import DEEP, TINY, images, init
+from tests.helpers.compare import assert_close_to_largest
+from tests.helpers.tiny import DEEP, TINY, images, init, narrow
 from vgg_jax import (
     CONFIGS,
     PAPER_INIT_LAYERS,
@@ -106,6 +107,17 @@ def test_features_before_and_after_relu(tiny_net):
     np.testing.assert_array_equal(features["relu7"], np.maximum(features["fc7"], 0))
     assert features["pool3"].shape == (1, 8, 8, 24)
     assert features["fc7"].shape == (1, 1, 1, 16)
+
+
+@pytest.mark.parametrize(
+    ("net", "layer"), [("A-LRN", "relu5_2"), ("C", "relu5_3"), ("E", "relu5_4")]
+)
+def test_head_continues_after_features(net, layer):
+    model = VGG(narrow(net), 7, image_size=64)
+    variables, x = init(model), images(2, 64, 64)
+    activations = model.apply(variables, x, method="features", layers=(layer,))[layer]
+    logits = model.apply(variables, activations, method="head")
+    assert_close_to_largest(logits, model.apply(variables, x))
 
 
 def test_features_reject_one_string(tiny_net):

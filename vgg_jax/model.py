@@ -193,11 +193,12 @@ class VGG(nn.Module):
         return self._forward(images, (layer,), valid_mask=valid_mask[..., None], ceil=ceil)[layer]
 
     def head(self, activations: Array) -> Array:
-        """Computes logits from the output of `trunk`, beginning with the last pooling.
+        """Computes logits from the activations before the last pooling, as in inference mode.
 
         Args:
-            activations: Crops (N, h, w, C) of `trunk` activations. The last pooling halves h and w
-                to image_size // 2**len(config.stages).
+            activations: (N, h, w, C), the output of the layer before the last pooling: "relu5_3" of
+                `features` in net D. The last pooling halves h and w to
+                image_size // 2**len(config.stages).
 
         Returns:
             Logits (N, K).

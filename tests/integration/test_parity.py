@@ -104,6 +104,38 @@ def test_logits_and_gradients_equal_pytorch(net, batch_norm):
     assert_trees_close(logits, expected_inference)
 
 
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_grad_cam_equals_pytorch(batch_norm):
+    """`head` after `features`: logits, and the mean gradient of each channel, in float64."""
+    size = 64
+    images, classes = images_and_labels(2, size)
+    reference = torch_vgg("A", FC, CLASSES, batch_norm, size)
+    reference = randomize(reference, seed=1).double().eval()
+    params, batch_stats = to_jax(reference, size // 32)
+    last_pool = [name for name, _ in reference.named_children()].index("pool5")
+    expected_maps = reference[:last_pool](to_torch(images).double()).detach().requires_grad_()
+    expected_logits = reference[last_pool:](expected_maps)
+    expected_logits[range(2), classes].sum().backward()
+
+    with jax.enable_x64(True):
+        double = {"dtype": jnp.float64, "param_dtype": jnp.float64}
+        config = dataclasses.replace(CONFIGS["A"], fc=FC)
+        model = VGG(config, CLASSES, batch_norm, image_size=size, **double)
+        variables = {"params": params, "batch_stats": batch_stats}
+        images = jnp.asarray(images, jnp.float64)
+        maps = model.apply(variables, images, layers=("relu5_2",), method="features")["relu5_2"]
+
+        def class_logits(maps):
+            logits = model.apply(variables, maps, method="head")
+            return logits[jnp.arange(2), classes].sum(), logits
+
+        gradient, logits = jax.grad(class_logits, has_aux=True)(maps)
+        assert_trees_close(logits, expected_logits.detach().numpy(), 1e-9)
+        # The sum over a pooling's window does not depend on which of equal maxima has the gradient.
+        weights = expected_maps.grad.mean((2, 3)).numpy()
+        assert_trees_close(gradient.mean((1, 2)), weights, 1e-9)
+
+
 @pytest.mark.slow
 def test_logits_of_full_net_d():
     images, _ = images_and_labels(1, 224)
