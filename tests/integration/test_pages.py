@@ -90,11 +90,13 @@ def workplace(narrow_nets, tmp_path_factory):
         net = VGG(CONFIGS["D"], 1000, image_size=32)
         preprocessing = Preprocessing(IMAGENET.mean_rgb)
         classes = tuple(f"class {i}" for i in range(1000))
-        params = init(net)["params"]
-        save(
-            "vgg16.safetensors",
-            Weights("D", "vgg_jax", net, params, {}, True, preprocessing, classes),
-        )
+        for name, model in (("vgg16", net), ("vgg16_bn", net.clone(batch_norm=True))):
+            variables = init(model)
+            arrays = variables["params"], variables.get("batch_stats", {})
+            save(
+                f"{name}.safetensors",
+                Weights("D", "vgg_jax", model, *arrays, True, preprocessing, classes),
+            )
         run_command(["vgg-jax", "export", "vgg16.safetensors", "t.safetensors", "--layout", "timm"])
         from safetensors.torch import load_file
 
@@ -146,6 +148,13 @@ def run_processes(lines):
     assert [process.wait(timeout=300) for process in processes] == [0, 0]
 
 
+def assert_changed_layers(before, after, kinds):
+    """Only layers whose names start with one of `kinds` differ."""
+    for name, layer in before.items():
+        is_equal = all(np.array_equal(layer[leaf], after[name][leaf]) for leaf in layer)
+        assert is_equal != name.startswith(kinds), name
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_page_runs(page, workplace, tmp_path, monkeypatch):
     shutil.copytree(workplace, tmp_path, dirs_exist_ok=True)
@@ -172,8 +181,15 @@ def test_page_runs(page, workplace, tmp_path, monkeypatch):
     if page.name == "jax.md":
         assert names["scores"].shape == (1, 2, 4, 1000)
         assert names["maps"]["pool5"].shape[1:3] == (9, 9)
+    if page.name == "recipes.md":
+        np.testing.assert_allclose(np.diag(names["similarity"]), np.ones(4), rtol=1e-5)
         assert names["distance"].shape == (1,)
-        assert names["distance_map"].shape == (1, 64, 64)
+        assert names["distance_map"].shape == (1, 32, 32)
+        assert names["heat_maps"].shape == (4, 32, 32)
+        assert_changed_layers(names["new_variables"]["params"], names["params"], ("conv", "fc"))
+        assert_changed_layers(names["params"], names["head_params"], ("fc",))
+        jax.tree.map(np.testing.assert_array_equal, names["restored"], names["state"])
+        np.testing.assert_allclose(names["posteriors"].sum(1), np.ones(8), rtol=1e-5)
         assert np.isfinite(names["loss"])
     if page.name == "evaluation.md":
         assert names["posteriors"].shape == (2, 1000)
