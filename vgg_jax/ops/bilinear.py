@@ -6,7 +6,7 @@ JAX's own is a primitive here, which is linear in its input and in its kernel.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import Array, lax
@@ -16,6 +16,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 # The arrays of a convolution. A primitive computes one of them from the other two.
 _INPUT, _KERNEL, _OUTPUT = _ROLES = range(3)
+
+
+class _Settings(NamedTuple):
+    """The parameters of a primitive."""
+
+    result: int  # which of the three arrays it computes
+    shape: tuple[int, ...]  # of the result
+    tree: Any  # the structure of the residuals
+    precision: Any  # `jax.default_matmul_precision` at the call; a primitive is traced later
 
 
 def bilinear_conv(
@@ -47,15 +56,15 @@ def bilinear_conv(
         is the batch, such as the mask of a ReLU. They are constants in derivatives.
     """
 
-    @functools.partial(jax.jit, static_argnames=("result", "shape", "tree"))  # traced once a shape
-    def compute(
-        a: Array, b: Array, *leaves: Array, result: int, shape: tuple[int, ...], tree: Any
-    ) -> Array:
-        residuals = jax.tree.unflatten(tree, leaves)
-        if result == _OUTPUT:
-            return forward(a, b, *residuals)
-        gradient = input_gradient if result == _INPUT else kernel_gradient
-        return gradient(a, b, *residuals, shape=shape)
+    @functools.partial(jax.jit, static_argnames=_Settings._fields)  # traced once for each shape
+    def compute(a: Array, b: Array, *leaves: Array, **params: Any) -> Array:
+        settings = _Settings(**params)
+        residuals = jax.tree.unflatten(settings.tree, leaves)
+        with jax.default_matmul_precision(settings.precision):
+            if settings.result == _OUTPUT:
+                return forward(a, b, *residuals)
+            gradient = input_gradient if settings.result == _INPUT else kernel_gradient
+            return gradient(a, b, *residuals, shape=settings.shape)
 
     primitive = Primitive(name)
     primitive.def_impl(compute)
@@ -63,16 +72,17 @@ def bilinear_conv(
     ad.primitive_jvps[primitive] = functools.partial(_jvp, primitive)
     ad.primitive_transposes[primitive] = functools.partial(_transpose, primitive)
     batching.primitive_batchers[primitive] = (
-        functools.partial(_batch_matrix_product, compute)
+        functools.partial(_batch_by_vmap, compute)
         if is_matrix_product
-        else functools.partial(_batch_conv, primitive)
+        else functools.partial(_batch_conv, primitive, compute)
     )
     mlir.register_lowering(primitive, mlir.lower_fun(compute, multiple_results=False))
 
     def conv(x: Array, kernel: Array, *residuals: Any) -> Array:
         leaves, tree = jax.tree.flatten(residuals)
         shape = jax.eval_shape(forward, x, kernel, *residuals).shape
-        return _bind(primitive, x, kernel, *leaves, result=_OUTPUT, shape=shape, tree=tree)
+        settings = _Settings(_OUTPUT, shape, tree, jax.config.jax_default_matmul_precision)
+        return _bind(primitive, x, kernel, *leaves, **settings._asdict())
 
     return conv
 
@@ -117,9 +127,7 @@ def _jvp(primitive: Primitive, primals: tuple, tangents: tuple, **params: Any) -
     return y, functools.reduce(ad.add_tangents, terms, ad.Zero(jax.typeof(y).to_tangent_aval()))
 
 
-def _transpose(
-    primitive: Primitive, ct: Any, *operands: Any, result: int, shape: tuple[int, ...], tree: Any
-) -> tuple:
+def _transpose(primitive: Primitive, ct: Any, *operands: Any, result: int, **params: Any) -> tuple:
     """The gradient with respect to the operand that is unknown."""
     arrays, leaves = dict(zip(_operand_roles(result), operands, strict=False)), operands[2:]
     unknown = next(role for role, array in arrays.items() if ad.is_undefined_primal(array))
@@ -128,15 +136,13 @@ def _transpose(
         primitive,
         *(arrays[role] for role in _operand_roles(unknown)),
         *leaves,
-        result=unknown,
-        shape=arrays[unknown].aval.shape,
-        tree=tree,
+        **(params | {"result": unknown, "shape": arrays[unknown].aval.shape}),
     )
     gradients = (gradient if role == unknown else None for role in _operand_roles(result))
     return (*gradients, *(None for _ in leaves))
 
 
-def _batch_matrix_product(
+def _batch_by_vmap(
     compute: Callable[..., Array], operands: tuple, dims: tuple, **params: Any
 ) -> tuple[Array, int]:
     """The rule of `vmap` for a matrix product. JAX then differentiates the batched product."""
@@ -145,12 +151,10 @@ def _batch_matrix_product(
 
 def _batch_conv(
     primitive: Primitive,
+    compute: Callable[..., Array],
     operands: tuple,
     dims: tuple,
-    *,
-    result: int,
-    shape: tuple[int, ...],
-    tree: Any,
+    **params: Any,
 ) -> tuple[Array, int]:
     """The rule of `vmap` for a convolution.
 
@@ -158,14 +162,16 @@ def _batch_conv(
     fills all cores of a CPU.
     """
     size = next(a.shape[dim] for a, dim in zip(operands, dims, strict=True) if dim is not None)
+    if not isinstance(size, int):  # a symbolic size, from jax.export
+        return _batch_by_vmap(compute, operands, dims, **params)
+    result, shape = params["result"], params["shape"]
     kernel = _operand_roles(result).index(_KERNEL) if result != _KERNEL else None
     if kernel is not None and dims[kernel] is None:
         joined = (
             a if i == kernel else _join(batching.bdim_at_front(a, dim, size))
             for i, (a, dim) in enumerate(zip(operands, dims, strict=True))
         )
-        joined_shape = (size * shape[0], *shape[1:])
-        y = primitive.bind(*joined, result=result, shape=joined_shape, tree=tree)
+        y = primitive.bind(*joined, **(params | {"shape": (size * shape[0], *shape[1:])}))
         return y.reshape(size, *shape), 0
     stacked = {
         i: batching.bdim_at_front(a, dim, size)
@@ -173,11 +179,10 @@ def _batch_conv(
         if dim is not None
     }
 
-    def compute(rows: dict[int, Array]) -> Array:
-        one = (rows.get(i, a) for i, a in enumerate(operands))
-        return primitive.bind(*one, result=result, shape=shape, tree=tree)
+    def bind_one(rows: dict[int, Array]) -> Array:
+        return primitive.bind(*(rows.get(i, a) for i, a in enumerate(operands)), **params)
 
-    return lax.map(compute, stacked), 0
+    return lax.map(bind_one, stacked), 0
 
 
 def _join(x: Array) -> Array:

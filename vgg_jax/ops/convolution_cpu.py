@@ -19,12 +19,10 @@ Activations have the shape (N, H, W, C), kernels (k, k, C, K).
 
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.custom_derivatives import SymbolicZero
 
 from vgg_jax.ops import winograd
 from vgg_jax.ops.bilinear import bilinear_conv
@@ -32,11 +30,13 @@ from vgg_jax.ops.epilogue import (
     NO_EPILOGUE,
     Epilogue,
     EpilogueResiduals,
+    add_tangents,
     apply_epilogue,
     bias_relu_pool_fwd,
     broadcast_bias,
     epilogue_gradient,
     epilogue_tangent,
+    is_zero,
     pooled_bias_tangent,
 )
 from vgg_jax.ops.pooling import crop_to_even
@@ -162,12 +162,14 @@ def _conv_few_channels_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Arra
     dx, dkernel, dbias, _ = tangents
     y, res = _conv_few_channels_fwd(*primals)
     terms = []
-    if not (_is_zero(dkernel) and _is_zero(dbias)):
-        rows = _append_bias(_instantiate(dkernel), _instantiate(dbias))
+    if not (is_zero(dkernel) and is_zero(dbias)):
+        dkernel = jnp.zeros_like(kernel) if is_zero(dkernel) else dkernel
+        dbias = jnp.zeros_like(bias) if is_zero(dbias) else dbias
+        rows = _append_bias(dkernel, dbias)
         terms.append(_conv_rows(_append_channel(x, 1), rows, res))
-    if not _is_zero(dx):
+    if not is_zero(dx):
         terms.append(_conv_rows(_append_channel(dx, 0), _append_bias(kernel, bias), res))
-    return y, _sum(terms, y)
+    return y, add_tangents(terms, y)
 
 
 def _append_channel(x: Array, value: float) -> Array:
@@ -307,17 +309,17 @@ def _conv_winograd_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     y, res = _conv_winograd_fwd(*primals)
     is_pooled = res.kind == "relu_pool"
     terms = []
-    if not _is_zero(dx):
+    if not is_zero(dx):
         terms.append(_winograd(dx, kernel))
-    if not _is_zero(dkernel):
+    if not is_zero(dkernel):
         terms.append(_winograd(x, dkernel))
-    if not (is_pooled or _is_zero(dbias)):
+    if not (is_pooled or is_zero(dbias)):
         terms.append(broadcast_bias(dbias, y.shape))
     # The barrier is for the transpose: the gradient is computed once, for three readers.
     outputs = [epilogue_tangent(res, lax.optimization_barrier(sum(terms)))] if terms else []
-    if is_pooled and not _is_zero(dbias):
+    if is_pooled and not is_zero(dbias):
         outputs.append(pooled_bias_tangent(res.saved, dbias))
-    return y, _sum(outputs, y)
+    return y, add_tangents(outputs, y)
 
 
 def _winograd_forward(x: Array, kernel: Array) -> Array:
@@ -336,15 +338,3 @@ _winograd = bilinear_conv(
     input_gradient=_winograd_input_gradient,
     kernel_gradient=lambda x, g, *, shape: winograd.kernel_gradient(x, g),
 )
-
-
-def _is_zero(tangent: Any) -> bool:
-    return isinstance(tangent, SymbolicZero)
-
-
-def _instantiate(tangent: Any) -> Array:
-    return jnp.zeros(tangent.shape, tangent.dtype) if _is_zero(tangent) else tangent
-
-
-def _sum(terms: list[Array], like: Array) -> Array:
-    return functools.reduce(jnp.add, terms) if terms else jnp.zeros_like(like)

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 
 from vgg_jax.ops.bilinear import bilinear_conv
 from vgg_jax.ops.pooling import crop_to_even, max_pool, max_pool_fwd, pool_tangent, relu
@@ -155,10 +156,39 @@ def add_bias(x: Array, bias: Array) -> Array:
     return x + bias[None, None, None]
 
 
-@add_bias.defjvp
+@functools.partial(add_bias.defjvp, symbolic_zeros=True)
 def _add_bias_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     x, bias = tangents
-    return add_bias(*primals), materialize_on_cpu(x + broadcast_bias(bias, x.shape))
+    y = add_bias(*primals)
+    terms = [] if is_zero(x) else [x]
+    if not is_zero(bias):
+        terms.append(broadcast_bias(bias, y.shape))
+    return y, materialize_on_cpu(add_tangents(terms, y))
+
+
+def is_zero(tangent: Any) -> bool:
+    """Tells if a rule with `symbolic_zeros` got no tangent.
+
+    Args:
+        tangent: A tangent.
+
+    Returns:
+        True if it is a symbolic zero.
+    """
+    return isinstance(tangent, SymbolicZero)
+
+
+def add_tangents(terms: list[Array], y: Array) -> Array:
+    """Adds the tangents of an output.
+
+    Args:
+        terms: Tangents; none if the output does not depend on what is differentiated.
+        y: The output.
+
+    Returns:
+        The sum.
+    """
+    return functools.reduce(jnp.add, terms) if terms else jnp.zeros_like(y)
 
 
 @jax.custom_jvp
@@ -180,11 +210,14 @@ def bias_relu_pool_fwd(x: Array, bias: Array) -> tuple[Array, Array]:
     return max_pool_fwd(x + bias[None, None, None], fuse_relu=True)
 
 
-@_bias_relu_pool.defjvp
+@functools.partial(_bias_relu_pool.defjvp, symbolic_zeros=True)
 def _bias_relu_pool_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     x, bias = tangents
     y, bits = bias_relu_pool_fwd(*primals)
-    return y, pool_tangent(bits, materialize_on_cpu(x)) + pooled_bias_tangent(bits, bias)
+    terms = [] if is_zero(x) else [pool_tangent(bits, materialize_on_cpu(x))]
+    if not is_zero(bias):
+        terms.append(pooled_bias_tangent(bits, bias))
+    return y, add_tangents(terms, y)
 
 
 def pooled_bias_tangent(bits: Array, tangent: Array) -> Array:

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.sharding import PartitionSpec
 
 from vgg_jax.errors import InputError
@@ -32,12 +32,13 @@ def map_over_batch(
         InputError: If another axis is sharded over an explicit axis.
     """
     spec = explicit_spec(batched[0])
-    other = [axis for leaf in jax.tree.leaves(shared) for axis in explicit_spec(leaf)]
-    if any(spec[1:]) or any(other):
+    shared_specs = [explicit_spec(leaf) for leaf in jax.tree.leaves(shared)]
+    sharded = [spec] * any(spec[1:]) + [other for other in shared_specs if any(other)]
+    if sharded:
         raise InputError(
-            f"an input is sharded as {spec}, and its parameters over {sorted(set(other))}: "
-            "expected only the batch axis to be sharded over explicit axes of the mesh; reshard "
-            "the arrays, or make the mesh with axis_types=(jax.sharding.AxisType.Auto, …)"
+            f"an array is sharded as {sharded[0]}: expected only the batch axis to be sharded over "
+            "explicit axes of the mesh; reshard the array, or make the mesh with "
+            "axis_types=(jax.sharding.AxisType.Auto, …)"
         )
     if not any(spec):
         return function(*batched, *shared)
@@ -45,8 +46,11 @@ def map_over_batch(
     batch_spec = PartitionSpec(axes)
     dtypes = jax.tree.map(lambda leaf: leaf.dtype, shared)
 
+    def narrow(leaf: Array, dtype: Any) -> Array:
+        return lax.pcast(leaf, axes, to="varying").astype(dtype)
+
     def compute(batched: tuple[Any, ...], shared: tuple[Any, ...]) -> Array:
-        return function(*batched, *jax.tree.map(lambda leaf, t: leaf.astype(t), shared, dtypes))
+        return function(*batched, *jax.tree.map(narrow, shared, dtypes))
 
     # The gradients of shared arrays are summed over devices in float32: that is more accurate, and
     # XLA aborts at sums in bfloat16 on CPUs if the mesh has another axis.
@@ -61,5 +65,12 @@ def map_over_batch(
 
 
 def explicit_spec(array: Array) -> PartitionSpec:
-    """The sharding of an array over explicit axes; auto axes do not appear in it."""
+    """The sharding of an array over explicit axes of a mesh.
+
+    Args:
+        array: An array.
+
+    Returns:
+        An entry for each axis of the array, None if no explicit axis shards it.
+    """
     return jax.typeof(array).sharding.spec

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from vgg_jax.ops.explicit_sharding import map_over_batch
+
 
 @jax.custom_jvp
 def relu(x: Array) -> Array:
@@ -62,10 +64,14 @@ def max_pool(x: Array, ceil: bool = False, fuse_relu: bool = False) -> Array:
     Returns:
         Output (N, H // 2, W // 2, C), with `ceil` rounded up.
     """
-    if ceil:
-        pad = ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0))
-        x = jnp.pad(x, pad, constant_values=-jnp.inf)
-    return _max_of_windows(crop_to_even(x), fuse_relu)
+
+    def pool(x: Array) -> Array:
+        if ceil:
+            pad = ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0))
+            x = jnp.pad(x, pad, constant_values=-jnp.inf)
+        return _max_of_windows(crop_to_even(x), fuse_relu)
+
+    return map_over_batch(pool, (x,), ())
 
 
 def crop_to_even(x: Array) -> Array:
@@ -147,8 +153,12 @@ def avg_pool(x: Array) -> Array:
     Returns:
         Output (N, H // 2, W // 2, C).
     """
-    n, h, w, c = x.shape
-    return crop_to_even(x).reshape(n, h // 2, 2, w // 2, 2, c).mean((2, 4))
+
+    def pool(x: Array) -> Array:
+        n, h, w, c = x.shape
+        return crop_to_even(x).reshape(n, h // 2, 2, w // 2, 2, c).mean((2, 4))
+
+    return map_over_batch(pool, (x,), ())
 
 
 def pool_mask(valid_mask: Array, ceil: bool = False) -> Array:

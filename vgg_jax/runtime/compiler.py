@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AbstractMesh
 
 _ONEDNN_OPTIONS: dict[str, str | int | bool] = {
     "xla_cpu_experimental_ynn_fusion_type": "",
@@ -75,5 +76,7 @@ def has_onednn_bfloat16() -> bool:
         layout = ("NHWC", "HWIO", "NHWC")
         return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=layout)
 
-    compiled = jax.jit(convolve, compiler_options=_ONEDNN_OPTIONS).lower(x, kernel).compile()
+    # Without the mesh of a surrounding `jax.shard_map`, which may name no devices.
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+        compiled = jax.jit(convolve, compiler_options=_ONEDNN_OPTIONS).lower(x, kernel).compile()
     return "__onednn$convolution" in (compiled.as_text() or "")
