@@ -145,13 +145,18 @@ def save(
 
     Args:
         path: The file, ending in .safetensors.
-        model: The network.
+        model: The network. `frozen`, `other_sizes` and `dtype` are not saved.
         variables: Its variables.
         metadata: "net", "classes" and "preprocessing", as `load` returns them. A net with another
-            head needs `metadata | {"classes": names}`.
+            head needs `metadata | {"classes": names}`, even if the number of classes is the same.
+            `preprocessing["mean_rgb"]` has one value for each channel. For a model with other
+            channels it may also be an RGB mean. The file then gets the mean of its three values
+            for one channel, and for others the values repeated cyclically (R, G, B, R, …), as
+            `with_in_channels` describes.
 
     Raises:
-        InputError: If the arguments do not fit together, or the file cannot be written.
+        InputError: If the path has another ending, the arguments do not fit together, or the file
+            cannot be written.
     """
     from vgg_jax.weights import from_loaded
     from vgg_jax.weights import save as save_weights

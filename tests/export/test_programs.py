@@ -73,6 +73,14 @@ def test_program_other_channels(file_format, output, channels, tmp_path):
     assert verify(path)[1] < TOLERANCE
 
 
+def test_program_average_pooling(file_format, tmp_path):
+    weights = random_weights("A")
+    spec = ExportSpec(dataclasses.replace(weights, model=weights.model.clone(pool="avg")))
+    path, images = tmp_path / f"net.{file_format}", random_images(2, 32, 32)
+    write(path, spec)
+    assert_close_to_largest(RUNNERS[file_format](path, images), own_output(spec, images))
+
+
 def float_images():
     return random_images(2, 32, 32).astype(np.float32) - np.float32(IMAGENET.mean_rgb)
 

@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import vgg_jax
 from tests.helpers.weights_files import random_tensors, torchvision_state
 from vgg_jax import cli
+from vgg_jax.weights import from_loaded
+from vgg_jax.weights.compare_torch import TOLERANCE, compare_with_torch
 
 
 def test_import_check_torch(tmp_path, capsys):
@@ -23,3 +26,12 @@ def test_import_check_torch(tmp_path, capsys):
     state["features.0.weight"][0, 0, 0, 0] = np.nan
     save_file(state, source)
     assert cli.main(command) == 1
+
+
+def test_compare_average_pooling(tmp_path):
+    pytest.importorskip("torch", reason="needs torch: pip install torch")
+    path = tmp_path / "net.safetensors"
+    save_file(torchvision_state(random_tensors("A"), "A"), path)
+    model, variables, metadata = vgg_jax.load(path)
+    average = from_loaded(model.clone(pool="avg"), variables, metadata)
+    assert max(compare_with_torch(average).values()) < TOLERANCE

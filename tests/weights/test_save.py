@@ -242,3 +242,28 @@ def test_file_with_other_channels_than_it_says(loaded, tmp_path):
         save_file(tensors, tmp_path / "bad.safetensors", {"vgg_jax": json.dumps(content)})
         with pytest.raises(InputError, match=message):
             vgg_jax.load(tmp_path / "bad.safetensors")
+
+
+def test_save_keeps_pool(loaded, tmp_path):
+    model, variables, metadata = loaded
+    average, path = model.clone(pool="avg"), tmp_path / "net.safetensors"
+    vgg_jax.save(path, average, variables, metadata)
+    again, restored, _ = vgg_jax.load(path)
+    assert again == average
+    expected = forward(average, variables, random_images())
+    np.testing.assert_array_equal(forward(again, restored, random_images()), expected)
+    with pytest.raises(InputError, match=r"pool is 'avg', and timm's nets .*expected 'max'"):
+        save(path, read(path), "timm")
+    tensors, header = load_file(path), header_of(path)
+    save_file(tensors, path, {"vgg_jax": json.dumps(header | {"pool": "min"})})
+    with pytest.raises(InputError, match="pool is 'min': expected one of max, avg"):
+        vgg_jax.load(path)
+    del header["pool"]  # as in files of 0.1.0
+    save_file(tensors, path, {"vgg_jax": json.dumps(header)})
+    assert vgg_jax.load(path)[0].pool == "max"
+
+
+def test_save_rejects_other_ending(loaded, tmp_path):
+    with pytest.raises(InputError, match=r"net\.npz: expected a name that ends in \.safetensors"):
+        vgg_jax.save(tmp_path / "net.npz", *loaded)
+    assert not any(tmp_path.iterdir())

@@ -111,7 +111,9 @@ def _operations(spec: ExportSpec) -> list[Any]:
     for layer in spec.table:
         if layer.name == "fc6" and not _is_dense(spec):
             add("Flatten", "flat")
-        op_type, params, attributes = _layer_operation(layer, _is_dense(spec))
+        op_type, params, attributes = _layer_operation(
+            layer, _is_dense(spec), spec.weights.model.pool
+        )
         add(op_type, layer.name, *(f"{layer.name}/{param}" for param in params), **attributes)
     if spec.output == "posteriors":
         add("ReduceMean", "mean_score", axes=[2, 3], keepdims=0)
@@ -123,7 +125,9 @@ def _operations(spec: ExportSpec) -> list[Any]:
     return nodes
 
 
-def _layer_operation(layer: Layer, dense: bool) -> tuple[str, tuple[str, ...], dict[str, Any]]:
+def _layer_operation(
+    layer: Layer, dense: bool, pool: str
+) -> tuple[str, tuple[str, ...], dict[str, Any]]:
     """The operation of a layer, the parameters that it reads, and its attributes."""
     kernel_size, kernel_and_bias = layer.kernel_size, ("kernel", "bias")
     match layer.type:
@@ -141,7 +145,8 @@ def _layer_operation(layer: Layer, dense: bool) -> tuple[str, tuple[str, ...], d
         case "lrn":  # ONNX divides alpha by the size
             return "LRN", (), {"size": 5, "alpha": 5e-4, "beta": 0.75, "bias": 2.0}
         case "pool":
-            return "MaxPool", (), {"kernel_shape": [2, 2], "strides": [2, 2]}
+            op_type = "AveragePool" if pool == "avg" else "MaxPool"
+            return op_type, (), {"kernel_shape": [2, 2], "strides": [2, 2]}
         case _:
             raise ValueError(f"layer {layer.name} has the unknown type {layer.type!r}")
 

@@ -44,6 +44,7 @@ class Module(tf.Module):
         self._mean = tf.constant(spec.mean_rgb, tf.float32)
         self._table = spec.table
         self._output, self._uint8 = spec.output, spec.uint8
+        self._pool = spec.weights.model.pool
         # TensorFlow's attribute names must not have a slash.
         self._weights = {
             f"{layer}_{param}": tf.Variable(
@@ -83,7 +84,8 @@ class Module(tf.Module):
                 x, depth_radius=2, bias=2.0, alpha=1e-4, beta=0.75
             )
         if layer.type == "pool":
-            return tf.nn.max_pool2d(x, 2, 2, "VALID")
+            pool = tf.nn.avg_pool2d if self._pool == "avg" else tf.nn.max_pool2d
+            return pool(x, 2, 2, "VALID")
         kernel_size = layer.kernel_size
         kernel = tf.reshape(param("kernel"), (kernel_size, kernel_size, x.shape[3], layer.features))
         return tf.nn.conv2d(x, kernel, 1, "VALID") + param("bias")

@@ -85,7 +85,7 @@ def _torch_activations(
     tensors = _torch_tensors(weights)
     x = torch.from_numpy(image).permute(0, 3, 1, 2)
     for layer in table:
-        x = _apply_torch(layer, tensors, x)
+        x = _apply_torch(layer, tensors, x, weights.model.pool)
         array = x.numpy()
         yield layer.name, array.transpose(0, 2, 3, 1) if x.ndim == 4 else array[:, None, None]
 
@@ -116,7 +116,7 @@ def _torch_tensors(weights: Weights) -> dict[tuple[str, str], Any]:
     return tensors
 
 
-def _apply_torch(layer: Layer, tensors: dict[tuple[str, str], Any], x: Any) -> Any:
+def _apply_torch(layer: Layer, tensors: dict[tuple[str, str], Any], x: Any, pool: str) -> Any:
     """Applies PyTorch's operation for one layer."""
     from torch.nn import functional
 
@@ -134,6 +134,6 @@ def _apply_torch(layer: Layer, tensors: dict[tuple[str, str], Any], x: Any) -> A
         case "lrn":
             return functional.local_response_norm(x, 5, alpha=5e-4, beta=0.75, k=2.0)
         case "pool":
-            return functional.max_pool2d(x, 2)
+            return functional.avg_pool2d(x, 2) if pool == "avg" else functional.max_pool2d(x, 2)
         case _:
             return functional.linear(x.flatten(1), *params("kernel", "bias"))

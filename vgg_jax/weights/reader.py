@@ -10,7 +10,7 @@ import numpy as np
 
 from vgg_jax.configs.models import CONFIGS
 from vgg_jax.errors import InputError
-from vgg_jax.model import VGG
+from vgg_jax.model import POOLS, VGG
 from vgg_jax.paths import local_copy, to_path
 from vgg_jax.weights.detect import DetectedModel, detect
 from vgg_jax.weights.formats import open_file, reraise_damaged
@@ -135,6 +135,7 @@ def _read_file(path: Path, net: str | None) -> Weights:
             len(classes),
             detected.batch_norm,
             image_size=detected.image_size,
+            pool=metadata["pool"],
             in_channels=in_channels,
         ),
         params=fold_std_into_conv1(params, std) if is_divided else params,
@@ -181,13 +182,13 @@ def _check_metadata(raw: Mapping[str, Any]) -> dict[str, Any]:
         raw: The metadata of the file.
 
     Returns:
-        "net", "image_size" and "classes", as far as the file has them, "in_channels", and
-        "preprocessing", a dict of fields of `Preprocessing`.
+        "net", "image_size" and "classes", as far as the file has them, "in_channels", "pool",
+        and "preprocessing", a dict of fields of `Preprocessing`.
 
     Raises:
         InputError: A value is not possible.
     """
-    metadata: dict[str, Any] = {"in_channels": 3}
+    metadata: dict[str, Any] = {"in_channels": 3, "pool": raw.get("pool", "max")}
     preprocessing: dict[str, Any] = {}
     try:
         if "net" in raw:
@@ -198,6 +199,8 @@ def _check_metadata(raw: Mapping[str, Any]) -> dict[str, Any]:
             metadata["image_size"] = _to_int("image_size", raw["image_size"])
         if "in_channels" in raw:
             metadata["in_channels"] = _to_int("in_channels", raw["in_channels"])
+        if metadata["pool"] not in POOLS:
+            raise ValueError(f"pool is {metadata['pool']!r}: expected one of {', '.join(POOLS)}")
         if "classes" in raw:
             metadata["classes"] = tuple(str(name) for name in raw["classes"])
         for name in ("mean_rgb", "std_rgb"):

@@ -33,7 +33,7 @@ def save(
     is in the metadata. The kernel of conv1_1 is multiplied by the std to match.
 
     Args:
-        path: The file, on this machine.
+        path: The file, on this machine, ending in .safetensors.
         weights: The net.
         layout: One of `SAVE_LAYOUTS`.
         dtype: Data type of the tensors. A float64 kernel of conv1_1, which comes from a division by
@@ -42,12 +42,13 @@ def save(
         more: JSON values to add to the metadata.
 
     Raises:
-        InputError: The library has no such net, the parameters are not those of the model, or the
-            file cannot be written.
+        InputError: The path has another ending, the library has no such net, the parameters are
+            not those of the model, or the file cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
+    file = require_local(path, is_output=True)
     if layout not in SAVE_LAYOUTS:
         raise InputError(f"layout is {layout!r}: expected one of {', '.join(SAVE_LAYOUTS)}")
     if layout != "vgg_jax" and weights.net not in _SHARED_NETS:
@@ -61,6 +62,11 @@ def save(
             f"the net's in_channels is {in_channels}, and {layout}'s preprocessing is for RGB: "
             "expected 3; pass the layout vgg_jax"
         )
+    if layout != "vgg_jax" and weights.model.pool != "max":
+        raise InputError(
+            f"the net's pool is {weights.model.pool!r}, and {layout}'s nets pool by maxima: "
+            "expected 'max'; pass the layout vgg_jax"
+        )
     scale = to_metadata(weights)["preprocessing"]["scale"]
     preprocessing = weights.preprocessing._replace(scale=scale)
     if layout != "vgg_jax":
@@ -69,14 +75,16 @@ def save(
         "net": weights.net,
         "image_size": weights.model.image_size,
         "in_channels": in_channels,
+        "pool": weights.model.pool,
         "classes": weights.classes,
         **preprocessing._asdict(),
         **(more or {}),
     }
     tensors = _foreign_tensors(weights, layout, dtype)
-    file = require_local(path, is_output=True)
     if file.is_dir():
         raise InputError(f"cannot write {path}: it is a folder; expected the name of a file")
+    if not file.name.endswith(".safetensors"):
+        raise InputError(f"cannot write {path}: expected a name that ends in .safetensors")
     try:
         with replace_atomically(file) as temporary:
             # safetensors would create a file that only its owner can read.
