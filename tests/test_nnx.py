@@ -359,3 +359,15 @@ def test_bad_arguments(model, variables):
     net.deterministic = True
     with pytest.raises(InputError, match=r"^deterministic is True and use_running_average is"):
         net(x)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_other_channels(channels):
+    """Trained nets that are adapted, and new parameters."""
+    rgb = VGG(SHALLOW, num_classes=7, image_size=16)
+    model, variables = vgg_jax.with_in_channels(rgb, init(rgb), channels)
+    x = images(2, 16, 16, channels=channels)
+    np.testing.assert_array_equal(to_nnx(model, variables)(x), model.apply(variables, x))
+    new = vgg_nnx.VGG(model, rngs=nnx.Rngs(0))
+    assert new.conv1_1.kernel.shape == (3, 3, channels, 8)
+    assert new.score_map(x).shape == (2, 1, 1, 7)

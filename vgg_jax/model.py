@@ -235,6 +235,16 @@ class VGG(nn.Module):
         return self._forward(images, tuple(layers))
 
     @nn.nowrap
+    def one_image(self) -> jax.ShapeDtypeStruct:
+        """Describes the smallest batch, for `lazy_init` and `jax.eval_shape`.
+
+        Returns:
+            The shape (1, image_size, image_size, in_channels), as float32.
+        """
+        shape = (1, self.image_size, self.image_size, self.in_channels)
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    @nn.nowrap
     def _layers(self) -> tuple[Layer, ...]:
         return layer_table(self.config, self.num_classes, self.batch_norm, self.image_size)
 

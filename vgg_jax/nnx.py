@@ -64,7 +64,7 @@ class VGG(nnx.Module):
         if variables is None:
             if rngs is None:
                 raise InputError("rngs is None: expected nnx.Rngs(seed), to draw the parameters")
-            variables = model.lazy_init(rngs.params(), _one_image(model))
+            variables = model.lazy_init(rngs.params(), model.one_image())
         else:
             _check_variables(model, variables)
         self.model = model
@@ -104,7 +104,7 @@ class VGG(nnx.Module):
         In training mode it updates the running statistics and takes a key from `rngs`.
 
         Args:
-            images: (N, image_size, image_size, 3).
+            images: (N, image_size, image_size, C), with the C channels of `model.in_channels`.
             mask: bool (N,), True for the examples that count in the batch's statistics.
 
         Returns:
@@ -130,7 +130,7 @@ class VGG(nnx.Module):
         """Computes the dense class-score map (§3.2), as in inference mode.
 
         Args:
-            images: (N, H, W, 3), at least image_size on each side.
+            images: (N, H, W, C), at least image_size on each side.
             ceil: Round up the sizes of poolings, as Caffe does.
 
         Returns:
@@ -146,7 +146,7 @@ class VGG(nnx.Module):
         """Computes activations by name, as in inference mode.
 
         Args:
-            images: (N, H, W, 3), large enough for the deepest layer.
+            images: (N, H, W, C), large enough for the deepest layer.
             layers: Names of layers, as of `vgg_jax.VGG.features`.
 
         Returns:
@@ -241,14 +241,10 @@ def to_nnx(model: linen.VGG, variables: Mapping[str, Any], *, rngs: nnx.Rngs | N
     return net
 
 
-def _one_image(model: linen.VGG) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32)
-
-
 def _check_variables(model: linen.VGG, variables: Mapping[str, Any]) -> None:
     """Raises InputError unless the names and shapes are the model's, with or without fc layers."""
     given = _shapes(variables)
-    expected = _shapes(jax.eval_shape(model.init, jax.random.key(0), _one_image(model)))
+    expected = _shapes(jax.eval_shape(model.init, jax.random.key(0), model.one_image()))
     if not any(name.startswith("params/fc") for name in given):
         expected = {name: shape for name, shape in expected.items() if "/fc" not in name}
     for name in [*expected, *given]:

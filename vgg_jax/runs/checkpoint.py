@@ -83,9 +83,7 @@ def load_best(workdir: str | os.PathLike) -> tuple[VGG, dict[str, Any], dict[str
     """
     run = load_run(to_path(workdir))
     model = build_model(run.config, len(run.classes))
-    shape = (1, model.image_size, model.image_size, model.in_channels)
-    images = jax.ShapeDtypeStruct(shape, "float32")
-    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), model.one_image())
     folder = to_path(workdir) / "best"
     restored = None
     if folder.is_dir():

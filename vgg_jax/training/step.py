@@ -95,9 +95,7 @@ def init_variables(model: VGG, key: Array) -> dict[str, Any]:
     Returns:
         "params" and "batch_stats". The latter is empty without batch normalisation.
     """
-    shape = (1, model.image_size, model.image_size, model.in_channels)
-    images = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return {"batch_stats": {}, **model.lazy_init(key, images)}
+    return {"batch_stats": {}, **model.lazy_init(key, model.one_image())}
 
 
 def state_shapes(model: VGG, optimizer: optax.GradientTransformation) -> TrainState:
