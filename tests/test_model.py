@@ -283,6 +283,22 @@ def test_with_new_head_of_convolutions(caplog):
         np.testing.assert_array_equal(only_fc8["params"]["fc8"][leaf], new["params"]["fc8"][leaf])
 
 
+def test_with_new_head_trains_new_layers(tiny_net, caplog):
+    """A new layer that stays frozen would have no gradient."""
+    model, variables = tiny_net
+    frozen = model.clone(frozen=("conv1_1", "fc7", "fc8"))
+    with caplog.at_level(logging.INFO, logger="vgg_jax"):
+        new_model, new = with_new_head(frozen, variables, 3, jax.random.key(0))
+    assert new_model == model.clone(num_classes=3, frozen=("conv1_1", "fc7"))
+    assert "no longer frozen, because new: fc8" in caplog.text
+    x = images(2, model.image_size, model.image_size)
+    gradients = jax.grad(lambda params: new_model.apply({"params": params}, x)[:, 0].sum())(
+        new["params"]
+    )
+    assert np.abs(gradients["fc8"]["bias"]).max() > 0
+    assert not np.abs(gradients["fc7"]["bias"]).any()
+
+
 def test_with_new_head_draws_the_head_only():
     """No array of the size of fc6 or of an activation is computed."""
     image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)

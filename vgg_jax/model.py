@@ -716,8 +716,12 @@ def with_new_head(
     """Replaces fc8 by a new one for other classes.
 
     All other layers are kept, and share their arrays with `variables`. Fully connected layers that
-    the variables lack are new as well. New layers are drawn by the model's `initializer`. A record
-    at INFO of the logger `vgg_jax.model` names them.
+    the variables lack are new as well. New layers are drawn by the model's `initializer`. They are
+    trained: the new model's `frozen` leaves them out. Records at INFO of the logger
+    `vgg_jax.model` name the new layers, and those that are no longer frozen.
+
+    `vgg_jax.save` needs the names of the new classes, `metadata | {"classes": names}`. If the
+    number of classes stays the same, it would save the old names without an error.
 
     Args:
         model: The net.
@@ -726,7 +730,7 @@ def with_new_head(
         key: Random key of the new layers.
 
     Returns:
-        The model with `num_classes`, and its variables.
+        The model with `num_classes` and without the new layers in `frozen`, and its variables.
 
     Raises:
         InputError: `num_classes` is below 1, or the variables lack convolutions of the net or have
@@ -755,7 +759,11 @@ def with_new_head(
         f"new head for {num_classes} classes: newly initialised {', '.join(new)} "
         f"({model.initializer}); all other layers are kept"
     )
-    return new_model, {**variables, "params": {**params, **head}}
+    thawed = [name for name in model.frozen if name in new]
+    if thawed:
+        logger.info(f"no longer frozen, because new: {', '.join(thawed)}")
+    frozen = tuple(name for name in model.frozen if name not in new)
+    return new_model.clone(frozen=frozen), {**variables, "params": {**params, **head}}
 
 
 def _shapes(layer: Mapping[str, Array] | FrozenDict) -> dict[str, tuple[int, ...]]:
