@@ -123,6 +123,16 @@ def test_preprocess_ignores_exif_of_png(tmp_path):
     exif[0x112] = 6
     paths = write(tmp_path, [encode(noise(40, 60), exif=exif.tobytes())])
     assert check_against_evaluation(paths, describe()) < 0.01
+    # A converted image has no format, and counts as a JPEG.
+    converted = open_image(paths[0]).convert("RGB")
+    turned = ImageOps.exif_transpose(converted)
+    np.testing.assert_array_equal(
+        vgg_jax.preprocess([converted], describe()), vgg_jax.preprocess([turned], describe())
+    )
+    del converted.info["exif"]
+    np.testing.assert_array_equal(
+        vgg_jax.preprocess([converted], describe()), vgg_jax.preprocess(paths, describe())
+    )
 
 
 def test_preprocess_arrays():
@@ -199,6 +209,8 @@ def test_preprocess_rejects_bad_input(tmp_path):
         vgg_jax.preprocess(pixels, grey)
     with pytest.raises(InputError, match=r"scale is 31: expected at least .* 32"):
         vgg_jax.preprocess(pixels, describe(scale=31))
+    with pytest.raises(InputError, match=r"scale is None: expected the length of the shorter"):
+        vgg_jax.preprocess(pixels, describe(scale=None))
 
 
 BAD = {

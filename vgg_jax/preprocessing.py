@@ -5,6 +5,7 @@ differ in one value of 20,000 (docs/performance.md#resampling).
 """
 
 import io
+import numbers
 import os
 import struct
 from collections.abc import Mapping, Sequence
@@ -44,8 +45,13 @@ def preprocess(
     subtracted. `metadata["preprocessing"]` has these values.
 
     A grey image gets three equal channels, and an alpha channel is dropped. Of 16 bits, the high
-    8 are kept. A JPEG is turned upright by its EXIF orientation, if the metadata's `exif` is true.
-    A PIL image is turned as well, unless `ImageOps.exif_transpose` has turned it already.
+    8 are kept.
+
+    A JPEG is turned upright by its EXIF orientation, if the metadata's `exif` is true. Files of
+    other formats are not turned. A PIL image is turned as its file would be, unless
+    `ImageOps.exif_transpose` has turned it already. A PIL image without a format, such as a
+    converted one, counts as a JPEG: with EXIF in its `info` it is turned, even if it comes from a
+    PNG. Pass the path or the opened image instead, or delete `info["exif"]`.
 
     Args:
         images: One image or a list. An image is the path of a file, a PIL image, or a uint8 RGB
@@ -196,6 +202,11 @@ def _check_settings(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
             f"the metadata's mean_rgb has {len(settings['mean_rgb'])} values: expected 3, because "
             "the pixels are RGB; prepare images of other channels yourself"
         )
+    if not isinstance(settings["scale"], numbers.Real):
+        raise InputError(
+            f"the metadata's scale is {settings['scale']!r}: expected the length of the shorter "
+            "side in pixels, as vgg_jax.load returns it"
+        )
     if settings["scale"] < settings["image_size"]:
         raise InputError(
             f"the metadata's scale is {settings['scale']}: "
@@ -233,7 +244,8 @@ def _to_pixels(image: Any, name: str, exif: bool) -> np.ndarray:
     if isinstance(image, (str, os.PathLike)):
         return _load(image, exif)
     if isinstance(image, Image.Image):
-        # As in the evaluation, only JPEG has an orientation. A converted image has no format.
+        # As in the evaluation, only JPEG has an orientation. A converted image has no format, and
+        # photos with an orientation are JPEGs most often.
         has_orientation = exif and image.format in (None, "JPEG", "MPO")
         try:
             pixels = _rgb_pixels(image)
