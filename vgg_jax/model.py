@@ -669,8 +669,8 @@ def with_in_channels(
 ) -> tuple[VGG, dict[str, Any]]:
     """Adapts a net for RGB images to images with another number of channels.
 
-    Only the kernel of conv1_1 changes. For one channel it is summed over RGB: a grey image gives
-    the response of the RGB image that repeats it three times. For C channels it is repeated
+    Only the kernel of conv1_1 changes. For one channel it is summed over RGB: a grey input gives
+    the response of the RGB input that repeats it three times. For C channels it is repeated
     cyclically (R, G, B, R, …) and multiplied by 3 / C, which keeps the scale of the response; timm
     does the same. A record at INFO of the logger `vgg_jax.model` names the change.
 

@@ -105,7 +105,8 @@ def lpips(
     Args:
         model: Net D.
         variables: Its variables. The fully connected layers are not needed.
-        images: RGB (N, H, W, 3) in 0-255, uint8 or float. The mean is not subtracted yet.
+        images: RGB (N, H, W, 3) in 0-255, uint8 or float. The mean is not subtracted yet. All
+            types are converted to float32.
         other_images: The same shape.
         mean_rgb: Mean of the net's training images, `metadata["preprocessing"]["mean_rgb"]` of
             `vgg_jax.load`. It is subtracted from the images.

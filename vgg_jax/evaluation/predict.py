@@ -45,8 +45,9 @@ def predict(
         top: Number of classes per image.
 
     Yields:
-        A prediction per file, in the order of the files, as soon as it and those before it are
-        computed. An unreadable file has an error instead of classes, and does not stop the others.
+        A prediction per file, in the order of the files. An unreadable file has an error instead
+        of classes, and does not stop the others. Images are computed in batches. Each batch yields
+        the files before the first one that is not done yet, among them the unreadable ones.
 
     Raises:
         InputError: The net cannot be read, a setting is invalid, or there are no files.

@@ -152,7 +152,14 @@ def _mean_of_channels(mean_rgb: tuple[float, ...], in_channels: int) -> tuple[fl
 
 
 def channels_name(in_channels: int) -> str:
-    """Names the channels of the images, for metadata."""
+    """Names the channels of the images, for metadata.
+
+    Args:
+        in_channels: Number of channels.
+
+    Returns:
+        "grey", "RGB", or such as "4 channels".
+    """
     return {1: "grey", 3: "RGB"}.get(in_channels, f"{in_channels} channels")
 
 
@@ -206,7 +213,15 @@ def fold_std_into_conv1(params: Params, std_rgb: tuple[float, ...]) -> Params:
 
 
 def unfold_std(params: Params, std_rgb: tuple[float, ...]) -> Params:
-    """Multiplies the kernel of conv1_1 by a std, the inverse of `fold_std_into_conv1`."""
+    """Multiplies the kernel of conv1_1 by a std, the inverse of `fold_std_into_conv1`.
+
+    Args:
+        params: Parameters for images that are not divided.
+        std_rgb: Standard deviation of each channel.
+
+    Returns:
+        Parameters for images that are divided by `std_rgb`. The kernel is float64.
+    """
     conv1 = params["conv1_1"]
     kernel = np.asarray(conv1["kernel"], np.float64) * np.array(std_rgb)[None, None, :, None]
     return {**params, "conv1_1": {**conv1, "kernel": kernel}}
