@@ -145,7 +145,8 @@ def save(
 
     Args:
         path: The file, ending in .safetensors.
-        model: The network. `frozen`, `other_sizes` and `dtype` are not saved.
+        model: The network. Its `config`, `num_classes`, `batch_norm`, `image_size`, `pool` and
+            `in_channels` are saved, and no other fields.
         variables: Its variables.
         metadata: "net", "classes" and "preprocessing", as `load` returns them. A net with another
             head needs `metadata | {"classes": names}`, even if the number of classes is the same.

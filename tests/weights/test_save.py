@@ -65,6 +65,9 @@ def test_save_rejects_other_net(loaded, tmp_path):
     _, variables, metadata = loaded
     with pytest.raises(InputError, match=r"net is 'A', and the model has other convolutions"):
         vgg_jax.save(tmp_path / "x.safetensors", VGG(CONFIGS["D"], 10), variables, metadata)
+    model = VGG(CONFIGS["A-LRN"], 10, image_size=IMAGE_SIZE)
+    with pytest.raises(InputError, match=r"net is 'A', .*local response normalisations: expected"):
+        vgg_jax.save(tmp_path / "x.safetensors", model, variables, metadata)
     with pytest.raises(InputError, match="preprocessing is missing"):
         vgg_jax.save(
             tmp_path / "x.safetensors",

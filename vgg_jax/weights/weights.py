@@ -111,10 +111,12 @@ def from_loaded(model: VGG, variables: Mapping[str, Any], metadata: Mapping[str,
             "vgg_jax.load returns"
         )
     net = metadata["net"]
-    if net not in CONFIGS or CONFIGS[net].stages != model.config.stages:
+    config = CONFIGS.get(net)
+    if config is None or (config.stages, config.lrn) != (model.config.stages, model.config.lrn):
         raise InputError(
-            f"the metadata's net is {net!r}, and the model has other convolutions: expected the "
-            f"name of the model's column of Table 1, one of {', '.join(CONFIGS)}"
+            f"the metadata's net is {net!r}, and the model has other convolutions or local "
+            "response normalisations: expected the name of the model's column of Table 1, one of "
+            f"{', '.join(CONFIGS)}"
         )
     params, classes = variables["params"], tuple(metadata["classes"])
     top = "fc8" in params
