@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 # The arrays of a convolution. A primitive computes one of them from the other two.
 _INPUT, _KERNEL, _OUTPUT = _ROLES = range(3)
+_CONFIG: Any = jax.config  # jax 0.10 does not declare the types of its settings
 
 
 class _Settings(NamedTuple):
@@ -81,7 +82,7 @@ def bilinear_conv(
     def conv(x: Array, kernel: Array, *residuals: Any) -> Array:
         leaves, tree = jax.tree.flatten(residuals)
         shape = jax.eval_shape(forward, x, kernel, *residuals).shape
-        settings = _Settings(_OUTPUT, shape, tree, jax.config.jax_default_matmul_precision)
+        settings = _Settings(_OUTPUT, shape, tree, _CONFIG.jax_default_matmul_precision)
         return _bind(primitive, x, kernel, *leaves, **settings._asdict())
 
     return conv
