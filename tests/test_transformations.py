@@ -23,9 +23,8 @@ from vgg_jax.ops.convolution import convolution, cuda_conv, default_conv, pointw
 
 PAGE = Path(__file__).parents[1] / "docs" / "transformations.md"
 
-# Images, maps of 4x4 and 2x2 positions, with and without a pooling, and a 1x1 kernel: every path of
-# a CPU.
-CONFIG = VGGConfig(((Conv(6),), (Conv(6), Conv(6)), (Conv(6, 1), Conv(6))), fc=(8, 8))
+# Images, maps of 4x4 and 2x2 positions, and a 1x1 kernel: every path of a CPU.
+CONFIG = VGGConfig(((Conv(6),), (Conv(6),), (Conv(6, 1), Conv(6))), fc=(8, 8))
 MODEL = VGG(CONFIG, 3, image_size=8)
 LABELS = np.array([0, 2])
 

@@ -138,12 +138,12 @@ ELEVEN_CELLS = mat_array_head(CELL, (11, 1), b"meta")
     ids=["sides", "names", "text", "no-content", "empty-cells", "growing-numbers"],
 )
 def test_matconvnet_rejects_huge_arrays(array, message, tmp_path):
-    """They are rejected within two seconds."""
+    """They are rejected within two seconds of computing."""
     (tmp_path / "x.mat").write_bytes(mat_file(mat_element(ARRAY, array)))
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(InputError, match=message):
         read(tmp_path / "x.mat")
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_matconvnet_rejects_deep_nesting(tmp_path):
