@@ -245,13 +245,18 @@ class VGG(nn.Module):
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
     @nn.nowrap
-    def _layers(self) -> tuple[Layer, ...]:
+    def layers(self) -> tuple[Layer, ...]:
+        """Lists the layers in the order of computation.
+
+        Returns:
+            Name, type, output features and kernel size of each layer.
+        """
         return layer_table(self.config, self.num_classes, self.batch_norm, self.image_size)
 
     @nn.nowrap
     def _trunk_end(self) -> str:
         """The name of the layer that the last pooling reads."""
-        names = [layer.name for layer in self._layers()]
+        names = [layer.name for layer in self.layers()]
         return names[names.index(f"pool{len(self.config.stages)}") - 1]
 
     @nn.compact
@@ -270,7 +275,7 @@ class VGG(nn.Module):
         `mask` (N,) marks real examples, `valid_mask` (N, H, W, 1) the pixels of images. If
         `start_after` is set, x is the output of that layer instead of images.
         """
-        layers = select_layers(self._layers(), targets, start_after)
+        layers = select_layers(self.layers(), targets, start_after)
         self._check_settings(ceil)
         if start_after is None:
             _check_shape(x, self.in_channels)
@@ -339,7 +344,7 @@ class VGG(nn.Module):
             raise InputError(
                 "ceil is set and pool is 'avg': expected pool 'max', the only one that can round up"
             )
-        _check_frozen(self.frozen, self._layers())
+        _check_frozen(self.frozen, self.layers())
 
     @nn.nowrap
     def _check_variables(self, layers: Sequence[Layer], in_channels: int) -> None:
@@ -696,7 +701,7 @@ def with_in_channels(
             f"the model's in_channels is {model.in_channels}: expected 3; adapt the RGB net"
         )
     params = variables.get("params", {})
-    expected = variable_shapes(model._layers(), 3)["params"]["conv1_1"]
+    expected = variable_shapes(model.layers(), 3)["params"]["conv1_1"]
     check_layers("params", params, {"conv1_1": expected})
     kernel = jnp.asarray(params["conv1_1"]["kernel"])
     if in_channels == 1:
@@ -738,7 +743,7 @@ def with_new_head(
     """
     new_model = model.clone(num_classes=num_classes)
     new_model._check_settings(ceil=False)
-    shapes = variable_shapes(new_model._layers(), model.in_channels)
+    shapes = variable_shapes(new_model.layers(), model.in_channels)
     old = {collection: variables.get(collection, {}) for collection in shapes}
     params = old["params"]
     new = [name for name in ("fc6", "fc7", "fc8") if name == "fc8" or name not in params]

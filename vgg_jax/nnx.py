@@ -15,7 +15,6 @@ from flax import nnx
 from jax import Array
 
 from vgg_jax import model as linen
-from vgg_jax.configs.models import Layer, layer_table
 from vgg_jax.errors import InputError
 
 _VARIABLE_TYPES: dict[str, type[nnx.Variable]] = {
@@ -174,20 +173,16 @@ class VGG(nnx.Module):
     def _variables(self) -> dict[str, Any]:
         """The variables of the linen module."""
         variables: dict[str, Any] = {}
-        for layer in self._table():
+        for layer in self.model.layers():
             for leaf, variable in getattr(self, layer.name, {}).items():
                 collection = "batch_stats" if isinstance(variable, nnx.BatchStat) else "params"
                 layers = variables.setdefault(collection, {})
                 layers.setdefault(layer.name, {})[leaf] = variable.get_value()
         return variables
 
-    def _table(self) -> tuple[Layer, ...]:
-        model = self.model
-        return layer_table(model.config, model.num_classes, model.batch_norm, model.image_size)
-
     def _check_layers(self, targets: tuple[str, ...]) -> None:
         """Raises InputError if the targets need a fully connected layer that is missing."""
-        layers = linen.select_layers(self._table(), targets)
+        layers = linen.select_layers(self.model.layers(), targets)
         missing = [
             layer.name for layer in layers if layer.type == "fc" and not hasattr(self, layer.name)
         ]

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from vgg_jax.configs.export import EXPORT_OUTPUTS
-from vgg_jax.configs.models import Layer, layer_table
+from vgg_jax.configs.models import Layer
 from vgg_jax.errors import InputError
 from vgg_jax.layers import BatchNorm
 from vgg_jax.preprocessing import subtract_mean
@@ -74,9 +74,7 @@ class ExportSpec:
     @property
     def table(self) -> tuple[Layer, ...]:
         """The layers that run in inference."""
-        model = self.weights.model
-        table = layer_table(model.config, model.num_classes, model.batch_norm, model.image_size)
-        return tuple(layer for layer in table if layer.type != "drop")
+        return tuple(layer for layer in self.weights.model.layers() if layer.type != "drop")
 
     @property
     def mean_rgb(self) -> tuple[float, ...]:

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vgg_jax.configs.models import layer_table
 from vgg_jax.metrics import compute_sums
 from vgg_jax.model import VGG
 from vgg_jax.preprocessing import subtract_mean
@@ -33,8 +32,7 @@ def first_nonfinite(
         "the output of conv3_1", "the loss" or "the gradient of fc7". "the update" if the
         outputs, the loss and the gradients are finite.
     """
-    table = layer_table(model.config, model.num_classes, model.batch_norm, model.image_size)
-    names = tuple(layer.name for layer in table)
+    names = tuple(layer.name for layer in model.layers())
     step = jax.jit(
         partial(_finite_parts, model=model, mean_rgb=mean_rgb, names=names),
         compiler_options=compiler_options(dtype=model.dtype),

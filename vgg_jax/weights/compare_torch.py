@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vgg_jax.configs.models import Layer, layer_table
+from vgg_jax.configs.models import Layer
 from vgg_jax.errors import InputError
 from vgg_jax.runtime.compiler import compiler_options
 from vgg_jax.weights.layouts import LAYOUTS, tensor_table
@@ -68,8 +68,7 @@ def compare_with_torch(weights: Weights, seed: int = 0) -> dict[str, float]:
 
 def _compared_layers(weights: Weights) -> tuple[Layer, ...]:
     """The layers of inference that the weights have parameters for."""
-    model = weights.model
-    table = layer_table(model.config, model.num_classes, model.batch_norm, model.image_size)
+    table = weights.model.layers()
     if not weights.top:
         end = next(i for i, layer in enumerate(table) if layer.type == "fc")
         table = table[:end]
