@@ -234,6 +234,12 @@ def test_variables_of_another_net(tiny_net):
         normalized.apply(variables, x)
     with pytest.raises(InputError, match=r"batch_stats has no bn1_1, bn2_1"):
         normalized.apply({"params": init(normalized)["params"]}, x)
+    with pytest.raises(InputError, match=r"params has bn1_1, bn2_1, .*, which this net has not"):
+        model.apply(init(normalized), x)
+    deeper = model.clone(config=narrow("B"))
+    shallower = model.clone(config=narrow("A"))
+    with pytest.raises(InputError, match=r"params has conv1_2, .*, which this net has not"):
+        shallower.apply(init(deeper), x, method="features", layers=("relu1_1",))
 
 
 @pytest.mark.parametrize("batch_norm", [False, True])

@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Concatenate, NamedTuple, ParamSpec
 
 import flax.linen as nn
@@ -349,12 +349,11 @@ class VGG(nn.Module):
     @nn.nowrap
     def _check_variables(self, layers: Sequence[Layer], in_channels: int) -> None:
         """Checks the collections that this call may not add to."""
+        known = variable_shapes(self.layers(), self.in_channels)
         for collection, expected in variable_shapes(layers, in_channels).items():
             if not self.is_mutable_collection(collection):
-                found: dict[str, Any] = {
-                    name: self.get_variable(collection, name, {}) for name in expected
-                }
-                check_layers(collection, found, expected)
+                found = self.variables.get(collection, {})
+                check_layers(collection, found, expected, known[collection])
 
 
 def select_layers(
@@ -522,16 +521,18 @@ def check_layers(
     collection: str,
     found: Mapping[str, Any],
     expected: Mapping[str, Mapping[str, tuple[int, ...]]],
+    known: Collection[str] | None = None,
 ) -> None:
     """Checks that the expected layers are there, with the expected shapes.
 
     Args:
         collection: "params" or "batch_stats", for the message.
-        found: Arrays, by layer and parameter. Further layers are not looked at.
+        found: Arrays, by layer and parameter.
         expected: Shapes, as `variable_shapes` lists them.
+        known: Names of all layers of the net. None accepts layers of any name.
 
     Raises:
-        InputError: A layer is missing or has another shape.
+        InputError: A layer is missing, has another shape, or does not belong to the net.
     """
     missing = [name for name, params in expected.items() if params.keys() - found.get(name, {})]
     if missing:
@@ -550,6 +551,12 @@ def check_layers(
                     f"{name}/{param} in {collection} has the shape {found_shape}: "
                     f"expected {shape}; pass the variables of this net"
                 )
+    unknown = [name for name in found if known is not None and name not in known]
+    if unknown:
+        raise InputError(
+            f"{collection} has {', '.join(unknown)}, which this net has not: "
+            "expected the variables of this net, as vgg_jax.load or model.init returns them"
+        )
 
 
 def _check_frozen(frozen: Sequence[str], layers: Sequence[Layer]) -> None:

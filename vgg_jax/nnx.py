@@ -9,7 +9,6 @@
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -237,29 +236,9 @@ def to_nnx(model: linen.VGG, variables: Mapping[str, Any], *, rngs: nnx.Rngs | N
 
 
 def _check_variables(model: linen.VGG, variables: Mapping[str, Any]) -> None:
-    """Raises InputError unless the names and shapes are the model's, with or without fc layers."""
-    given = _shapes(variables)
-    expected = _shapes(jax.eval_shape(model.init, jax.random.key(0), model.one_image()))
-    if not any(name.startswith("params/fc") for name in given):
-        expected = {name: shape for name, shape in expected.items() if "/fc" not in name}
-    for name in [*expected, *given]:
-        if name not in given:
-            problem = "is missing"
-        elif name not in expected:
-            problem = "is not in the model"
-        elif given[name] != expected[name]:
-            problem = f"has the shape {given[name]} instead of {expected[name]}"
-        else:
-            continue
-        raise InputError(
-            f"{name} {problem}: expected the variables of this model, "
-            "as vgg_jax.load or model.init returns them"
-        )
-
-
-def _shapes(variables: Any) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(variables)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): jnp.shape(leaf)
-        for path, leaf in leaves
-    }
+    """Raises InputError unless the layers are the model's, with or without fc layers."""
+    layers = model.layers()
+    if not any(name.startswith("fc") for name in variables.get("params", {})):
+        layers = tuple(layer for layer in layers if layer.type != "fc")
+    for collection, expected in linen.variable_shapes(layers, model.in_channels).items():
+        linen.check_layers(collection, variables.get(collection, {}), expected, expected)
