@@ -420,6 +420,8 @@ def test_copy_matching_layers_copies_all_that_fit():
     assert merged["batch_stats"]["bn5_3"] is source["batch_stats"]["bn5_3"]
     with pytest.raises(TypeError):
         copy_matching_layers(source, target)
+    with pytest.raises(InputError, match="layers is the string 'conv1_1': expected a tuple"):
+        copy_matching_layers(source=source, target=target, layers="conv1_1")
     with pytest.raises(InputError, match="source has no 'params', but bn1_1"):
         copy_matching_layers(source=source["params"], target=target)
 

@@ -345,9 +345,7 @@ def test_bad_arguments(model, variables):
     message = r"^fc8/kernel in params has the shape \(16, 7\): expected \(16, 9\); pass the"
     with pytest.raises(InputError, match=message):
         to_nnx(model.clone(num_classes=9), variables)
-    with pytest.raises(
-        InputError, match=r"^params has bn1_1, .*which this net has not: expected"
-    ):
+    with pytest.raises(InputError, match=r"^params has bn1_1, .*which this net has not: expected"):
         to_nnx(model.clone(batch_norm=False), variables)
     with pytest.raises(InputError, match=r"^batch_stats has no bn1_1, .*: expected"):
         to_nnx(model, {"params": variables["params"]})
@@ -355,6 +353,8 @@ def test_bad_arguments(model, variables):
     x = images(2, 16, 16)
     with pytest.raises(InputError, match="no layer 'conv9_9'"):
         net.features(x, ("conv9_9",))
+    with pytest.raises(InputError, match="layers is the string 'pool1': expected a tuple"):
+        net.features(x, "pool1")
     net.train()
     with pytest.raises(InputError, match=r"^rngs is None and the net is in training mode"):
         net(x)

@@ -188,6 +188,9 @@ def test_preprocess_one_list_and_batch(tmp_path):
 
 def test_preprocess_rejects_bad_input(tmp_path):
     pixels = noise(50, 60)
+    for metadata in (None, [pixels]):
+        with pytest.raises(InputError, match=r"the metadata are a .*: expected the dict that"):
+            vgg_jax.preprocess([pixels], metadata)
     for images, message in (
         (pixels / 255, r"image 0 is float64 \(50, 60, 3\): expected uint8 RGB"),
         (pixels[..., 0], r"image 0 is uint8 \(50, 60\): expected"),

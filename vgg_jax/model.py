@@ -649,7 +649,7 @@ def copy_matching_layers(
         The variables of the target with the copied layers, and the names of these layers.
 
     Raises:
-        InputError: An argument has no "params".
+        InputError: An argument has no "params", or `layers` is one string.
     """
     for name, variables in (("source", source), ("target", target)):
         if "params" not in variables:
@@ -657,6 +657,8 @@ def copy_matching_layers(
                 f"{name} has no 'params', but {', '.join(list(variables)[:3])}: expected the "
                 "variables of a net, as `vgg_jax.load` or `model.init` returns them"
             )
+    if isinstance(layers, str):
+        raise InputError(f"layers is the string {layers!r}: expected a tuple; pass ({layers!r},)")
     old, new = source["params"], target["params"]
     requested = set(new if layers is None else layers)
 

@@ -154,8 +154,9 @@ class VGG(nnx.Module):
             InputError: As `vgg_jax.VGG.features`, or if the net has no fully connected layers and
                 one is needed.
         """
-        layers = tuple(layers)
-        self._check_layers(layers)
+        if not isinstance(layers, str):  # the linen module refuses a string
+            layers = tuple(layers)
+            self._check_layers(layers)
         return self._apply(images, layers=layers, method="features")
 
     def to_linen(self) -> tuple[linen.VGG, dict[str, Any]]:

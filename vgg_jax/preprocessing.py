@@ -190,6 +190,11 @@ def read_orientation(head: bytes) -> int:
 
 def _check_settings(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns `metadata["preprocessing"]`, whose fields are all present."""
+    if not isinstance(metadata, Mapping):
+        raise InputError(
+            f"the metadata are a {type(metadata).__name__}: expected the dict that vgg_jax.load "
+            "returns; the order is preprocess(images, metadata)"
+        )
     settings: Mapping[str, Any] = metadata.get("preprocessing", {})
     missing = [name for name in _FIELDS if name not in settings]
     if missing:

@@ -56,6 +56,16 @@ def test_verify_rejects_damaged_file(file_format, tmp_path, capsys):
     assert f"cut.{file_format} cannot be run" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("file_format", ["safetensors", "stablehlo", "onnx", "savedmodel"])
+def test_missing_paths(file_format, tmp_path, capsys):
+    """No file to verify, and no folder to write to."""
+    path = tmp_path / "none" / f"net.{file_format}"
+    assert cli.main(["verify", str(path)]) == 2
+    assert f"there is no {path}: expected what" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"^cannot write .*none"):
+        write(path, ExportSpec(random_weights("A")))
+
+
 def test_savedmodel_without_metadata(tmp_path):
     """It cannot be verified, and it is not replaced: it may be somebody else's."""
     path, spec = tmp_path / "net.savedmodel", ExportSpec(random_weights("A"))

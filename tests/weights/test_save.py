@@ -68,6 +68,12 @@ def test_save_rejects_other_net(loaded, tmp_path):
     model = VGG(CONFIGS["A-LRN"], 10, image_size=IMAGE_SIZE)
     with pytest.raises(InputError, match=r"net is 'A', .*local response normalisations: expected"):
         vgg_jax.save(tmp_path / "x.safetensors", model, variables, metadata)
+    for change, message in (
+        ({"classes": "0123456789"}, "classes are the string '0123456789': expected a tuple"),
+        ({"preprocessing": {}}, "preprocessing has no mean_rgb: expected the metadata that"),
+    ):
+        with pytest.raises(InputError, match=message):
+            vgg_jax.save(tmp_path / "x.safetensors", loaded[0], variables, metadata | change)
     with pytest.raises(InputError, match="preprocessing is missing"):
         vgg_jax.save(
             tmp_path / "x.safetensors",

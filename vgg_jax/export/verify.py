@@ -35,10 +35,12 @@ def verify(path: str | os.PathLike) -> tuple[str, float]:
         A difference below `TOLERANCE` is fine.
 
     Raises:
-        InputError: The file is damaged, was not written by `vgg-jax export`, or needs a library
-            that is not installed.
+        InputError: The file is missing or damaged, was not written by `vgg-jax export`, or needs a
+            library that is not installed.
     """
     path, file_format = require_local(path), format_of(path)
+    if not path.exists():
+        raise InputError(f"there is no {path}: expected what `vgg-jax export` wrote")
     try:
         metadata, forward = _OPENERS[file_format](path)
         image = array_from_json(metadata["golden_image"])

@@ -67,7 +67,8 @@ def write(out: str | os.PathLike, spec: ExportSpec, layout: str = "vgg_jax") -> 
 
     Raises:
         InputError: The library of the format is not installed, the format cannot hold what
-            `spec` or `layout` ask for, or `out` is a folder that is no earlier export.
+            `spec` or `layout` ask for, its folder is missing, or `out` is a folder that is no
+            earlier export.
     """
     out, file_format = require_local(out, is_output=True), format_of(out)
     if file_format == "safetensors" and (spec.output, spec.uint8) != ("logits", True):
@@ -84,6 +85,8 @@ def write(out: str | os.PathLike, spec: ExportSpec, layout: str = "vgg_jax") -> 
     if file_format == "safetensors":
         save(out, spec.weights, layout, spec.dtype, spec.metadata())
         return
+    if not out.parent.is_dir():
+        raise InputError(f"cannot write {out}: there is no folder {out.parent}; create it")
     try:
         write_program = _program_writer(file_format)
     except ImportError as error:

@@ -118,6 +118,11 @@ def from_loaded(model: VGG, variables: Mapping[str, Any], metadata: Mapping[str,
             "response normalisations: expected the name of the model's column of Table 1, one of "
             f"{', '.join(CONFIGS)}"
         )
+    if isinstance(metadata["classes"], str):
+        raise InputError(
+            f"the metadata's classes are the string {metadata['classes']!r}: "
+            "expected a tuple of names"
+        )
     params, classes = variables["params"], tuple(metadata["classes"])
     top = "fc8" in params
     if top and len(classes) != model.num_classes:
@@ -126,6 +131,11 @@ def from_loaded(model: VGG, variables: Mapping[str, Any], metadata: Mapping[str,
             'a name for each; pass metadata | {"classes": names}'
         )
     preprocessing = metadata["preprocessing"]
+    if "mean_rgb" not in preprocessing:
+        raise InputError(
+            "the metadata's preprocessing has no mean_rgb: expected the metadata that vgg_jax.load "
+            "returns"
+        )
     return Weights(
         net=net,
         layout="vgg_jax",
