@@ -50,8 +50,9 @@ def open_file(path: Path) -> TensorFile:
     file_format = _detect_format(path, head)
     if file_format is None:
         raise InputError(
-            f"{path} has an unknown format: expected .safetensors, .pth (PyTorch), "
-            ".h5 (Keras, flaxmodels), .caffemodel, or .mat (MatConvNet)"
+            f"{path} is {'of an unknown format, or damaged' if head else 'empty'}: expected the "
+            "content of a .safetensors, .pth (PyTorch), .h5 (Keras, flaxmodels), .caffemodel or "
+            ".mat (MatConvNet) file"
         )
     try:
         with reraise_damaged(path, file_format):
