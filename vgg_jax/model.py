@@ -349,11 +349,11 @@ class VGG(nn.Module):
     @nn.nowrap
     def _check_variables(self, layers: Sequence[Layer], in_channels: int) -> None:
         """Checks the collections that this call may not add to."""
-        known = variable_shapes(self.layers(), self.in_channels)
+        all_layers = variable_shapes(self.layers(), self.in_channels)
         for collection, expected in variable_shapes(layers, in_channels).items():
             if not self.is_mutable_collection(collection):
-                found = self.variables.get(collection, {})
-                check_layers(collection, found, expected, known[collection])
+                variables = self.variables.get(collection, {})
+                check_layers(collection, variables, expected, all_layers[collection])
 
 
 def select_layers(
@@ -519,22 +519,22 @@ def variable_shapes(layers: Iterable[Layer], in_channels: int) -> VariableShapes
 
 def check_layers(
     collection: str,
-    found: Mapping[str, Any],
+    layers: Mapping[str, Any],
     expected: Mapping[str, Mapping[str, tuple[int, ...]]],
-    known: Collection[str] | None = None,
+    all_layers: Collection[str] | None = None,
 ) -> None:
     """Checks that the expected layers are there, with the expected shapes.
 
     Args:
         collection: "params" or "batch_stats", for the message.
-        found: Arrays, by layer and parameter.
+        layers: Arrays, by layer and parameter.
         expected: Shapes, as `variable_shapes` lists them.
-        known: Names of all layers of the net. None accepts layers of any name.
+        all_layers: Names of all layers of the net. None accepts layers of any name.
 
     Raises:
         InputError: A layer is missing, has another shape, or does not belong to the net.
     """
-    missing = [name for name, params in expected.items() if params.keys() - found.get(name, {})]
+    missing = [name for name, params in expected.items() if params.keys() - layers.get(name, {})]
     if missing:
         remedy = "expected the variables of this net, as vgg_jax.load or model.init returns them"
         if all(name.startswith("fc") for name in missing):
@@ -544,14 +544,14 @@ def check_layers(
             )
         raise InputError(f"{collection} has no {', '.join(missing)}: {remedy}")
     for name, params in expected.items():
-        for param, shape in params.items():
-            found_shape = nn.meta.unbox(found[name][param]).shape
-            if found_shape != shape:
+        for param, expected_shape in params.items():
+            shape = nn.meta.unbox(layers[name][param]).shape
+            if shape != expected_shape:
                 raise InputError(
-                    f"{name}/{param} in {collection} has the shape {found_shape}: "
-                    f"expected {shape}; pass the variables of this net"
+                    f"{name}/{param} in {collection} has the shape {shape}: "
+                    f"expected {expected_shape}; pass the variables of this net"
                 )
-    unknown = [name for name in found if known is not None and name not in known]
+    unknown = [name for name in layers if all_layers is not None and name not in all_layers]
     if unknown:
         raise InputError(
             f"{collection} has {', '.join(unknown)}, which this net has not: "
@@ -685,8 +685,8 @@ def with_in_channels(
 
     Only the kernel of conv1_1 changes. For one channel it is summed over RGB: a grey input gives
     the response of the RGB input that repeats it three times. For C channels it is repeated
-    cyclically (R, G, B, R, …) and multiplied by 3 / C, which keeps the scale of the response; timm
-    does the same. A record at INFO of the logger `vgg_jax.model` names the change.
+    cyclically (R, G, B, R, …), as timm does. The factor 3 / C keeps the scale of the response. A
+    record at INFO of the logger `vgg_jax.model` names the change.
 
     The input stays on the 0-255 scale, minus a mean of each channel. For one channel, that is the
     mean of the three values of `mean_rgb`. For others it is `mean_rgb`, repeated cyclically. A grey

@@ -16,7 +16,7 @@ import vgg_jax  # noqa: E402
 from vgg_jax.cli import main  # noqa: E402
 
 fields = {"mean_rgb": (1, 2, 3), "image_size": 16, "scale": 18, "exif": True}
-metadata = {"net": "shallow", "classes": "abcdef", "preprocessing": fields}
+metadata = {"net": "shallow", "classes": tuple("abcdef"), "preprocessing": fields}
 with tempfile.TemporaryDirectory() as folder:
     photo, weights = str(Path(folder, "photo.jpg")), str(Path(folder, "net.safetensors"))
     Image.fromarray(np.full((20, 30, 3), 77, np.uint8)).save(photo)
