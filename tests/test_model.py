@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import vgg_jax
 from tests.helpers.compare import assert_close_to_largest
 from tests.helpers.tiny import DEEP, TINY, images, init, narrow
 from vgg_jax import (
@@ -17,12 +18,16 @@ from vgg_jax import (
     Conv,
     InputError,
     VGGConfig,
+    compile_inference,
     compiler_options,
     copy_matching_layers,
+    with_in_channels,
     with_new_head,
 )
 from vgg_jax.configs.models import layer_table
 from vgg_jax.model import fuse_epilogues, select_layers, transpose_kernels
+from vgg_jax.nnx import to_nnx
+from vgg_jax.perceptual import lpips
 
 PAPER_LAYERS = ("conv1_1", "conv2_1", "conv3_1", "conv3_2", "fc6", "fc7", "fc8")
 
@@ -332,6 +337,54 @@ def test_with_new_head_errors(tiny_net):
         with_new_head(normalized, {"params": init(normalized)["params"]}, 3, key)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"config": "D"}, "config is 'D': expected a VGGConfig"),
+        ({"image_size": (32, 32)}, r"image_size is \(32, 32\): expected one integer"),
+        ({"num_classes": ["cat", "dog"]}, r"num_classes is \['cat', 'dog'\]: expected one integer"),
+        ({"num_classes": 0}, "num_classes is 0: expected at least 1"),
+        ({"image_size": 16}, "image_size is 16: expected at least 32"),
+        ({"in_channels": 0}, "in_channels is 0: expected at least 1"),
+        ({"initializer": "xavier"}, "initializer is 'xavier': expected one of paper, glorot, he"),
+        ({"pool": "min"}, "pool is 'min': expected one of max, avg"),
+        ({"other_sizes": "crop"}, "other_sizes is 'crop': expected one of error, mean, adaptive"),
+        ({"frozen": "fc6"}, r"frozen is the string 'fc6': expected a tuple; pass \('fc6',\)"),
+        ({"frozen": ("relu1_1",)}, "frozen has 'relu1_1': expected some of conv1_1, "),
+    ],
+)
+def test_wrong_fields(fields, message):
+    """A wrong field is an error where the net is made, not where it first runs."""
+    with pytest.raises(InputError, match=message):
+        VGG(**({"config": TINY} | fields))
+
+
+def test_integer_images(tiny_net):
+    """Pixels whose mean was not subtracted give wrong logits, without any other sign."""
+    model, variables = tiny_net
+    with pytest.raises(InputError, match=r"the images are uint8: expected floats .*vgg_jax.prepro"):
+        model.apply(variables, np.zeros((1, 64, 64, 3), np.uint8))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda model, variables: with_new_head(model, variables, 3, jax.random.key(0)),
+        lambda model, variables: with_in_channels(model, variables, 1),
+        compile_inference,
+        lambda model, variables: vgg_jax.save("a.safetensors", model, variables, {}),
+        lambda model, variables: vgg_jax.export.export("a.onnx", model, variables, {}),
+        lambda model, variables: vgg_jax.evaluate(model, variables, {}, "digits"),
+        lambda model, variables: lpips(model, variables, None, None, mean_rgb=(0, 0, 0)),
+        to_nnx,
+    ],
+)
+def test_swapped_model_and_variables(tiny_net, function):
+    model, variables = tiny_net
+    with pytest.raises(InputError, match="model is a dict and its variables are a VGG: expected"):
+        function(variables, model)
+
+
 def test_dropout_in_training_only():
     model = VGG(DEEP, num_classes=7, image_size=16)
     variables = init(model)
@@ -424,6 +477,12 @@ def test_copy_matching_layers_copies_all_that_fit():
         copy_matching_layers(source=source, target=target, layers="conv1_1")
     with pytest.raises(InputError, match="source has no 'params', but bn1_1"):
         copy_matching_layers(source=source["params"], target=target)
+
+
+def test_copy_matching_layers_unknown_layer(tiny_net):
+    _, variables = tiny_net
+    with pytest.raises(InputError, match="layers has conv9, which neither net has: expected some"):
+        copy_matching_layers(source=variables, target=variables, layers=("conv9", "conv1_1"))
 
 
 def test_copy_matching_layers_skips_other_shape():

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vgg_jax.model import VGG
+from vgg_jax.model import VGG, check_net
 from vgg_jax.ops import winograd
 from vgg_jax.ops.xla import MAX_IMAGE_CHANNELS
 from vgg_jax.runtime.compiler import compiler_options, has_onednn_bfloat16
@@ -74,8 +74,13 @@ def compile_inference(
         **settings: Further arguments of the method, such as `layers` of "features".
 
     Returns:
-        A function from images to the result. It compiles once for each shape of images.
+        A function from images to the result. It compiles once for each shape of images, with
+        options of its own: it cannot be called inside `jax.jit`.
+
+    Raises:
+        InputError: The arguments are not a net and its variables.
     """
+    check_net(model, variables)
     compute_model = model
     if jax.default_backend() == "cpu" and not (
         model.dtype == jnp.bfloat16 and has_onednn_bfloat16()

@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import numbers
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Concatenate, NamedTuple, ParamSpec
 
@@ -90,7 +91,8 @@ class VGG(nn.Module):
               scale and aspect ratio than in training. The cost of the fully connected layers stays
               the same, and smaller images work too, from 2**len(config.stages) on each side.
 
-            At image_size, all three are equal. `score_map` and `features` do not depend on it.
+            At image_size, all three are equal. `score_map`, `features` and `head` do not depend on
+            it.
     """
 
     config: VGGConfig = CONFIGS["D"]
@@ -107,6 +109,10 @@ class VGG(nn.Module):
     axis_name: str | None = None
     in_channels: int = 3
     other_sizes: str = "error"
+
+    def __post_init__(self) -> None:
+        self._check_fields()
+        super().__post_init__()
 
     def __call__(self, images: Array, train: bool = False, mask: Array | None = None) -> Array:
         """Computes logits of images of the net's own size, or of any size (`other_sizes`).
@@ -276,7 +282,7 @@ class VGG(nn.Module):
         `start_after` is set, x is the output of that layer instead of images.
         """
         layers = select_layers(self.layers(), targets, start_after)
-        self._check_settings(ceil)
+        self._check_ceil(ceil)
         if start_after is None:
             _check_shape(x, self.in_channels)
         _check_min_size(x, layers)
@@ -332,7 +338,16 @@ class VGG(nn.Module):
         return avg_pool(x) if self.pool == "avg" else max_pool(x, ceil, fuse_relu)
 
     @nn.nowrap
-    def _check_settings(self, ceil: bool) -> None:
+    def _check_fields(self) -> None:
+        if not isinstance(self.config, VGGConfig):
+            raise InputError(
+                f"config is {self.config!r}: expected a VGGConfig; "
+                'pass one of vgg_jax.CONFIGS, such as CONFIGS["D"]'
+            )
+        for name in ("num_classes", "image_size", "in_channels"):
+            value = getattr(self, name)
+            if not isinstance(value, numbers.Integral):
+                raise InputError(f"{name} is {value!r}: expected one integer")
         for name, value, allowed in (
             ("initializer", self.initializer, INITIALIZERS),
             ("pool", self.pool, POOLS),
@@ -340,11 +355,15 @@ class VGG(nn.Module):
         ):
             if value not in allowed:
                 raise InputError(f"{name} is {value!r}: expected one of {', '.join(allowed)}")
+        _check_in_channels(self.in_channels)
+        _check_frozen(self.frozen, self.layers())
+
+    @nn.nowrap
+    def _check_ceil(self, ceil: bool) -> None:
         if ceil and self.pool == "avg":
             raise InputError(
                 "ceil is set and pool is 'avg': expected pool 'max', the only one that can round up"
             )
-        _check_frozen(self.frozen, self.layers())
 
     @nn.nowrap
     def _check_variables(self, layers: Sequence[Layer], in_channels: int) -> None:
@@ -469,11 +488,15 @@ def adaptive_avg_pool(x: Array, size: int) -> Array:
 
 
 def _check_shape(x: Array, in_channels: int) -> None:
-    _check_in_channels(in_channels)
     if x.ndim != 4 or x.shape[3] != in_channels:
         raise InputError(
             f"the images have the shape {x.shape}: expected (N, H, W, {in_channels}), because "
             f"in_channels is {in_channels}; vgg_jax.with_in_channels adapts a net to other images"
+        )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise InputError(
+            f"the images are {x.dtype}: expected floats on the 0-255 scale, minus the mean; "
+            "vgg_jax.preprocess makes them"
         )
 
 
@@ -559,7 +582,26 @@ def check_layers(
         )
 
 
+def check_net(model: Any, variables: Any) -> None:
+    """Checks that a function got a net and its variables, in this order.
+
+    Args:
+        model: The first argument.
+        variables: The second argument.
+
+    Raises:
+        InputError: They have other types.
+    """
+    if not isinstance(model, VGG) or not isinstance(variables, Mapping):
+        raise InputError(
+            f"the model is a {type(model).__name__} and its variables are a "
+            f"{type(variables).__name__}: expected a vgg_jax.VGG and a dict, in this order"
+        )
+
+
 def _check_frozen(frozen: Sequence[str], layers: Sequence[Layer]) -> None:
+    if isinstance(frozen, str):
+        raise InputError(f"frozen is the string {frozen!r}: expected a tuple; pass ({frozen!r},)")
     learned = [layer.name for layer in layers if layer.type in ("conv", "fc", "bn")]
     unknown = [name for name in frozen if name not in learned]
     if unknown:
@@ -649,7 +691,8 @@ def copy_matching_layers(
         The variables of the target with the copied layers, and the names of these layers.
 
     Raises:
-        InputError: An argument has no "params", or `layers` is one string.
+        InputError: An argument has no "params", `layers` is one string, or neither net has one of
+            the layers.
     """
     for name, variables in (("source", source), ("target", target)):
         if "params" not in variables:
@@ -661,6 +704,12 @@ def copy_matching_layers(
         raise InputError(f"layers is the string {layers!r}: expected a tuple; pass ({layers!r},)")
     old, new = source["params"], target["params"]
     requested = set(new if layers is None else layers)
+    unknown = sorted(name for name in requested if name not in old and name not in new)
+    if unknown:
+        raise InputError(
+            f"layers has {', '.join(unknown)}, which neither net has: "
+            f"expected some of {', '.join(new)}"
+        )
 
     def matches(name: str) -> bool:
         return name in old and name in new and _shapes(old[name]) == _shapes(new[name])
@@ -704,6 +753,7 @@ def with_in_channels(
         InputError: `in_channels` is below 1, the net reads other images than RGB, or the variables
             have no conv1_1 for them.
     """
+    check_net(model, variables)
     _check_in_channels(in_channels)
     if model.in_channels != 3:
         raise InputError(
@@ -750,8 +800,8 @@ def with_new_head(
         InputError: `num_classes` is below 1, or the variables lack convolutions of the net or have
             other shapes.
     """
+    check_net(model, variables)
     new_model = model.clone(num_classes=num_classes)
-    new_model._check_settings(ceil=False)
     shapes = variable_shapes(new_model.layers(), model.in_channels)
     old = {collection: variables.get(collection, {}) for collection in shapes}
     params = old["params"]

@@ -59,6 +59,9 @@ class VGG(nnx.Module):
         *,
         rngs: nnx.Rngs | None = None,
     ) -> None:
+        linen.check_net(model, {} if variables is None else variables)
+        if rngs is not None and not isinstance(rngs, nnx.Rngs):
+            raise InputError(f"rngs is a {type(rngs).__name__}: expected nnx.Rngs(seed)")
         if variables is None:
             if rngs is None:
                 raise InputError("rngs is None: expected nnx.Rngs(seed), to draw the parameters")

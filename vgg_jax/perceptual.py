@@ -19,7 +19,7 @@ from jax import Array
 
 from vgg_jax.configs.models import CONFIGS
 from vgg_jax.errors import InputError
-from vgg_jax.model import VGG
+from vgg_jax.model import VGG, check_net
 from vgg_jax.preprocessing import subtract_mean
 
 
@@ -120,6 +120,7 @@ def lpips(
         InputError: If the images are not two arrays (N, H, W, 3) of one shape, or the linear
             weights do not fit the net.
     """
+    check_net(model, variables)
     if linear_weights is None:
         _check_published_net(model)
         linear_weights = _published_linear_weights()

@@ -83,6 +83,21 @@ def test_save_rejects_other_net(loaded, tmp_path):
         )
 
 
+def test_save_rejects_image_size_of_other_net(loaded, tmp_path):
+    """The scale of the metadata belongs to its image size."""
+    model, variables, metadata = loaded
+    convs = {name: layer for name, layer in variables["params"].items() if name[:2] != "fc"}
+    larger = model.clone(image_size=IMAGE_SIZE + 32)
+    message = f"image_size is {IMAGE_SIZE} and the model's {IMAGE_SIZE + 32}: expected the same"
+    path = tmp_path / "larger.safetensors"
+    with pytest.raises(InputError, match=message):
+        vgg_jax.save(path, larger, {"params": convs}, metadata)
+    preprocessing = metadata["preprocessing"] | {"image_size": IMAGE_SIZE + 32, "scale": 80}
+    vgg_jax.save(path, larger, {"params": convs}, metadata | {"preprocessing": preprocessing})
+    *_, restored = vgg_jax.load(path)
+    assert restored["preprocessing"]["scale"] == 80
+
+
 def test_saved_file_is_as_readable_as_others(loaded, tmp_path):
     vgg_jax.save(tmp_path / "net.safetensors", *loaded)
     (tmp_path / "other").touch()

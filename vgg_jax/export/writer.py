@@ -33,7 +33,8 @@ def export(
     Args:
         path: A file ending in .onnx, .stablehlo or .safetensors, or a folder ending in
             .savedmodel. The ending determines the format. An earlier export is replaced.
-        model: The net.
+        model: The net. Its `other_sizes` is not exported: the logits are those of images of
+            image_size.
         variables: Its variables.
         metadata: "net", "classes" and "preprocessing", as `vgg_jax.load` returns them.
         output: "logits" (N, K), for images of image_size; "posteriors" (N, K), for images of

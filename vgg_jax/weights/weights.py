@@ -9,7 +9,7 @@ import numpy as np
 
 from vgg_jax.configs.models import CONFIGS
 from vgg_jax.errors import InputError
-from vgg_jax.model import VGG
+from vgg_jax.model import VGG, check_net
 from vgg_jax.weights.layouts import LAYOUTS, Preprocessing
 
 Params = Mapping[str, Mapping[str, Any]]  # layer -> parameter -> array
@@ -100,9 +100,10 @@ def from_loaded(model: VGG, variables: Mapping[str, Any], metadata: Mapping[str,
         The weights.
 
     Raises:
-        InputError: A key of the metadata is missing, or the net, the classes or the mean are not
-            those of the model.
+        InputError: A key of the metadata is missing, or the net, the classes, the image size or
+            the mean are not those of the model.
     """
+    check_net(model, variables)
     missing = [name for name in ("net", "classes", "preprocessing") if name not in metadata]
     if missing or "params" not in variables:
         names = ", ".join(missing) or "params"
@@ -135,6 +136,13 @@ def from_loaded(model: VGG, variables: Mapping[str, Any], metadata: Mapping[str,
         raise InputError(
             "the metadata's preprocessing has no mean_rgb: expected the metadata that vgg_jax.load "
             "returns"
+        )
+    image_size = preprocessing.get("image_size", model.image_size)
+    if image_size != model.image_size:
+        raise InputError(
+            f"the metadata's image_size is {image_size} and the model's {model.image_size}: "
+            "expected the same; set image_size and scale, the shorter side before the crop, in "
+            'metadata["preprocessing"]'
         )
     return Weights(
         net=net,
