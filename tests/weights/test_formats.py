@@ -9,10 +9,12 @@ import sys
 import h5py
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from tests.helpers.weights_files import FC, random_tensors, reorder_kernel, torchvision_state
 from vgg_jax import InputError
 from vgg_jax.weights import load, read
+from vgg_jax.weights.formats import open_file
 
 
 class OpensFile:
@@ -136,6 +138,17 @@ def test_hdf5_rejects_absent_numbers(tmp_path):
             file.create_dataset(f"{name}/bias", bias_shape, "f4", chunks=True)
     with pytest.raises(InputError, match=r"claims 112,\d{3},\d{3} values in"):
         read(tmp_path / "hollow.h5")
+
+
+def test_safetensors_with_header_of_any_length(tmp_path):
+    """The low byte of a header's length is a multiple of 8, for one file in 32 a pickle's 0x80."""
+    low_bytes = set()
+    for padding in range(0, 256, 8):
+        path = tmp_path / f"{padding}.safetensors"
+        save_file({"weight": np.ones(3, np.float32)}, path, {"padding": padding * "x"})
+        low_bytes.add(path.read_bytes()[0])
+        assert open_file(path).tensors["weight"].read().tolist() == [1, 1, 1]
+    assert low_bytes == set(range(0, 256, 8))
 
 
 def test_safetensors_rejects_false_size(tmp_path):

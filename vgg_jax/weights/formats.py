@@ -63,14 +63,16 @@ def open_file(path: Path) -> TensorFile:
 
 def _detect_format(path: Path, head: bytes) -> str | None:
     """Returns a key of `_READERS`, or None."""
+    # The length of the header, below 2**32, and a JSON object. The length's low byte may be a
+    # pickle's 0x80; bytes 4 to 8 of all other formats are not 0, or byte 8 is no brace.
+    if head[4:9] == b"\0\0\0\0{" and len(head) > 9:
+        return "safetensors"
     if head.startswith(b"\x89HDF\r\n\x1a\n"):
         return "HDF5"
     if head.startswith(b"PK\x03\x04") or head[:1] == b"\x80":
         return "PyTorch"
     if head[:6] == b"MATLAB" and head[124:128] in (b"\x00\x01IM", b"\x01\x00MI"):
         return "MATLAB"
-    if head[8:9] == b"{" and len(head) > 9:
-        return "safetensors"
     return "Caffe" if path.suffix == ".caffemodel" else None
 
 
