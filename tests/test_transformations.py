@@ -157,6 +157,16 @@ def random_params(dtype):
     return jax.tree.map(draw, shapes)
 
 
+# These take the rules that the others take as well.
+LIKE_OTHERS = (
+    "`jax.linearize`",
+    "`jax.jacrev`",
+    "reverse-over-forward product",
+    "`jax.vmap` over images",
+    "`jax.vmap` over parameters",
+    "gradient of each example",
+    "`jax.lax.scan` over batches",
+)
 # These compile by themselves.
 NOT_JITTED = ("`jax.pmap`", "explicit mesh axes")
 
@@ -192,7 +202,13 @@ def float32_error(name):
     return largest_error(*outcomes(name, jnp.float32, jnp.float32))
 
 
-@pytest.mark.parametrize("name", TRANSFORMATIONS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in LIKE_OTHERS))
+        for name in TRANSFORMATIONS
+    ],
+)
 def test_transformation_like_plain_net(name):
     assert float64_error(name) < 1e-12
 

@@ -691,8 +691,7 @@ def copy_matching_layers(
         The variables of the target with the copied layers, and the names of these layers.
 
     Raises:
-        InputError: An argument has no "params", `layers` is one string, or neither net has one of
-            the layers.
+        InputError: An argument has no "params", `layers` is one string, or no layer fits.
     """
     for name, variables in (("source", source), ("target", target)):
         if "params" not in variables:
@@ -704,12 +703,6 @@ def copy_matching_layers(
         raise InputError(f"layers is the string {layers!r}: expected a tuple; pass ({layers!r},)")
     old, new = source["params"], target["params"]
     requested = set(new if layers is None else layers)
-    unknown = sorted(name for name in requested if name not in old and name not in new)
-    if unknown:
-        raise InputError(
-            f"layers has {', '.join(unknown)}, which neither net has: "
-            f"expected some of {', '.join(new)}"
-        )
 
     def matches(name: str) -> bool:
         return name in old and name in new and _shapes(old[name]) == _shapes(new[name])
@@ -719,6 +712,10 @@ def copy_matching_layers(
         return bool({name, conv} & requested) and matches(name) and matches(conv)
 
     copied = tuple(filter(is_copied, new))
+    if not copied:
+        raise InputError(
+            f"no layer fits: expected some of {', '.join(new)} in the source, with equal shapes"
+        )
     merged = {**target, "params": {**new, **{name: old[name] for name in copied}}}
     if "batch_stats" in target:
         old_stats, new_stats = source.get("batch_stats", {}), target["batch_stats"]

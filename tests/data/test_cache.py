@@ -33,9 +33,7 @@ def photos_of_one_size(folder):
     return open_split(str(folder), "train")
 
 
-@pytest.fixture(
-    params=["mixed sizes", "one size", "one size, large crops", "digits", "array_record"]
-)
+@pytest.fixture(params=["mixed sizes", "one size, large crops", "digits", "array_record"])
 def source_and_config(request, tmp_path):
     """Storage with random access, whose order is the same in memory, and a configuration."""
     if request.param == "mixed sizes":
@@ -45,8 +43,7 @@ def source_and_config(request, tmp_path):
     if request.param == "array_record":
         folder = request.getfixturevalue("prepared")["array_record"]
         return open_train_val("numbers", data_dir=folder)[0], FEW_SCALES
-    config = LARGE_CROPS if "large" in request.param else FEW_SCALES
-    return photos_of_one_size(tmp_path), config
+    return photos_of_one_size(tmp_path), LARGE_CROPS
 
 
 def assert_batches_equal(actual, expected):

@@ -24,17 +24,19 @@ def count_examples(batches):
 
 
 @pytest.mark.parametrize("name", CORRUPT)
-def test_batches_name_corrupt_image(name, tmp_path):
+def test_eval_batches_name_corrupt_image(name, tmp_path):
     source = open_split(make_folder(tmp_path / "data", name), "train")
-    for batches in (
-        train_batches(source, TINY_TRAIN, IMAGENET),
-        eval_batches(source, TINY_TRAIN, 4),
-    ):
-        with pytest.raises(DataError, match=rf"cannot decode '.*ants/{name}'"):
-            list(batches)
+    with pytest.raises(DataError, match=rf"cannot decode '.*ants/{name}'"):
+        list(eval_batches(source, TINY_TRAIN, 4))
 
 
-@pytest.mark.parametrize("name", CORRUPT)
+def test_train_batches_name_corrupt_image(tmp_path):
+    source = open_split(make_folder(tmp_path / "data", "cut.jpg"), "train")
+    with pytest.raises(DataError, match=r"cannot decode '.*ants/cut.jpg'"):
+        list(train_batches(source, TINY_TRAIN, IMAGENET))
+
+
+@pytest.mark.parametrize("name", ["cut.jpg", "bomb.png"])
 def test_batches_skip_corrupt_image(name, tmp_path, caplog):
     """The image is masked, one warning is logged, and all others arrive."""
     source = open_split(make_folder(tmp_path / "data", name), "train", skip_bad=True)

@@ -167,18 +167,16 @@ def test_mesh_matches_one_device(count, devices, flags, one_process_run, photos,
 @pytest.mark.slow
 @pytest.mark.integration
 def test_signal_to_one_process_stops_all(photos, tmp_path):
-    """Two processes, then four, are stopped. One resumes to the end of an undisturbed run."""
+    """Two processes are stopped. One resumes to the end of an undisturbed run."""
     workdir = tmp_path / "run"
-    for count, flags in ((2, ["--fsdp"]), (4, ["--mesh", "data=2,model=2"])):
-        epochs = count_epochs(workdir)
-        processes = start(count, photos, workdir, "--epochs", "12", *flags)
-        wait_for_epochs(processes, workdir, epochs + 1)
-        processes[1].send_signal(signal.SIGTERM)
-        signal_time = time.monotonic()
-        outputs = wait_all(processes)
-        assert [code for code, _, _ in outputs] == [75] * count, outputs
-        assert time.monotonic() - signal_time < 30
-        assert re.search(r"stopped in epoch \d+ and saved in", outputs[0][1])
+    processes = start(2, photos, workdir, "--epochs", "12", "--fsdp")
+    wait_for_epochs(processes, workdir, 1)
+    processes[1].send_signal(signal.SIGTERM)
+    signal_time = time.monotonic()
+    outputs = wait_all(processes)
+    assert [code for code, _, _ in outputs] == [75, 75], outputs
+    assert time.monotonic() - signal_time < 30
+    assert re.search(r"stopped in epoch \d+ and saved in", outputs[0][1])
     train(1, photos, workdir, "--epochs", "12")
     undisturbed = train(1, photos, tmp_path / "undisturbed", "--epochs", "12")
     # Rounding grows over the steps.

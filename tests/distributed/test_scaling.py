@@ -174,7 +174,7 @@ def parameter_sizes(batch_norm=False):
     }
 
 
-@pytest.mark.parametrize("microbatch", [None, 4])
+@pytest.mark.parametrize("microbatch", [None, pytest.param(4, marks=pytest.mark.slow)])
 def test_data_axis_sums_gradients_once(microbatch):
     """One sum holds all gradients and the metric sums, for any number of micro-batches."""
     assert collectives(MeshConfig(), microbatch=microbatch) == [

@@ -66,42 +66,29 @@ def test_program_any_size_and_batch(file_format, output, tmp_path):
     [("logits", 1), pytest.param("posteriors", 5, marks=pytest.mark.slow)],
 )
 def test_program_other_channels(file_format, output, channels, tmp_path):
-    spec = ExportSpec(random_weights("A", channels=channels), output)
+    """With average pooling, which no other program has."""
+    weights = random_weights("A", channels=channels)
+    weights = dataclasses.replace(weights, model=weights.model.clone(pool="avg"))
+    spec = ExportSpec(weights, output)
     path, images = tmp_path / f"net.{file_format}", random_images(2, 32, 32, channels=channels)
     write(path, spec)
     assert_close_to_largest(RUNNERS[file_format](path, images), own_output(spec, images))
     assert verify(path)[1] < TOLERANCE
 
 
-def test_program_average_pooling(file_format, tmp_path):
-    weights = random_weights("A")
-    spec = ExportSpec(dataclasses.replace(weights, model=weights.model.clone(pool="avg")))
-    path, images = tmp_path / f"net.{file_format}", random_images(2, 32, 32)
-    write(path, spec)
-    assert_close_to_largest(RUNNERS[file_format](path, images), own_output(spec, images))
-
-
-def float_images():
-    return random_images(2, 32, 32).astype(np.float32) - np.float32(IMAGENET.mean_rgb)
-
-
-def test_program_float_images(file_format, tmp_path):
-    spec, images = ExportSpec(random_weights("A-LRN"), uint8=False), float_images()
-    path = tmp_path / f"net.{file_format}"
-    write(path, spec)
-    assert_close_to_largest(RUNNERS[file_format](path, images), own_output(spec, images))
-
-
-def test_program_bfloat16_weights(file_format, tmp_path):
-    """The output is that of rounded weights, and the file has half the size."""
+def test_program_float_images_and_bfloat16_weights(file_format, tmp_path):
+    """With bfloat16 the output is that of rounded weights, and the file has half the size."""
     spec = ExportSpec(random_weights("A-LRN"), uint8=False, bfloat16=True)
-    images, params = float_images(), spec.weights.params
+    images = random_images(2, 32, 32).astype(np.float32) - np.float32(IMAGENET.mean_rgb)
+    params = spec.weights.params
     path, full = tmp_path / f"net.{file_format}", tmp_path / f"full.{file_format}"
     write(path, spec)
     rounded = jax.tree.map(lambda x: x.astype(spec.dtype).astype(np.float32), params)
     expected = np.asarray(spec.weights.model.apply({"params": rounded}, images))
     assert_close_to_largest(RUNNERS[file_format](path, images), expected)
-    write(full, dataclasses.replace(spec, bfloat16=False))
+    full_spec = dataclasses.replace(spec, bfloat16=False)
+    write(full, full_spec)
+    assert_close_to_largest(RUNNERS[file_format](full, images), own_output(full_spec, images))
     saved = size_on_disk(full) - size_on_disk(path)
     assert saved > 0.8 * 2 * sum(array.size for array in jax.tree.leaves(params))
 

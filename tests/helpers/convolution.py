@@ -27,8 +27,13 @@ def reference_conv(x, kernel, bias, epilogue=NO_EPILOGUE):
 
 def value_and_grads(function, *arrays):
     """Output and gradients of a function of all arrays but the last, the output's gradient."""
-    y, pullback = jax.vjp(function, *arrays[:-1])
-    return y, *pullback(arrays[-1])
+
+    @jax.jit  # compiled at once, instead of operation by operation
+    def compute(*arrays):
+        y, pullback = jax.vjp(function, *arrays[:-1])
+        return y, *pullback(arrays[-1])
+
+    return compute(*arrays)
 
 
 def assert_all_close(actual, expected, tolerance):

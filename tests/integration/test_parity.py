@@ -21,8 +21,6 @@ from tests.helpers.tiny import TINY  # noqa: E402
 from tests.helpers.torch_vgg import STAGES, randomize, to_jax, torch_vgg  # noqa: E402
 
 FC, CLASSES = (48, 32), 10
-# The other nets are slow; batch normalisation is compared by the twenty steps below.
-QUICK = (("C", False),)
 
 
 def to_torch(images):
@@ -39,19 +37,9 @@ def test_stages_cover_every_config():
     assert STAGES.keys() == CONFIGS.keys()
 
 
-@pytest.mark.parametrize(
-    ("net", "batch_norm"),
-    [
-        pytest.param(
-            net,
-            batch_norm,
-            id=f"{net}-{'batch_norm' if batch_norm else 'plain'}",
-            marks=[] if (net, batch_norm) in QUICK else pytest.mark.slow,
-        )
-        for net in CONFIGS
-        for batch_norm in (False, True)
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_norm", [False, True], ids=["plain", "batch_norm"])
+@pytest.mark.parametrize("net", CONFIGS)
 def test_logits_and_gradients_equal_pytorch(net, batch_norm):
     """In float64: in float32, rounding decides some ReLUs and maxima otherwise.
 

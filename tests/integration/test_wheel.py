@@ -70,12 +70,12 @@ def find_python(version):
     return None
 
 
-@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
-def test_wheel_works_outside_of_the_repository(version, archives, tmp_path):
-    """A light environment: jax, flax, numpy, safetensors and Pillow."""
-    base = find_python(version)
-    if base is None:
-        pytest.skip(f"needs Python {version}")
+def test_wheel_works_outside_of_the_repository(archives, tmp_path):
+    """A light environment: jax, flax, numpy, safetensors and Pillow.
+
+    The wheel is the same for all Pythons. .ci/run tests 3.11 and 3.13.
+    """
+    base = find_python("3.12") or sys.executable
     wheel, _ = archives
     python = str(tmp_path / "env" / "bin" / "python")
     run(base, "-m", "venv", "env", cwd=tmp_path)
@@ -91,7 +91,6 @@ def test_wheel_works_outside_of_the_repository(version, archives, tmp_path):
     assert "photo.jpg: " in run(command, "predict", "net.safetensors", "photo.jpg", cwd=tmp_path)
     run(command, "export", "net.safetensors", "out.safetensors", cwd=tmp_path)
     assert "largest difference" in run(command, "verify", "out.safetensors", cwd=tmp_path)
-    if version == "3.13":  # the types are the same for all
-        run(python, "-m", "pip", "install", "-q", "mypy", cwd=tmp_path)
-        assert "Success" in run(python, "-m", "mypy", "--strict", str(program), cwd=tmp_path)
     assert "tensorflow" not in run(python, "-m", "pip", "list", cwd=tmp_path)
+    run(python, "-m", "pip", "install", "-q", "mypy", cwd=tmp_path)
+    assert "Success" in run(python, "-m", "mypy", "--strict", str(program), cwd=tmp_path)

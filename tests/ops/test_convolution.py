@@ -54,12 +54,13 @@ def random_arrays(n, h, w, c, k, size, kind="none", seed=0):
 @pytest.mark.parametrize(
     ("shape", "kind"),
     [
-        *((shape, kind) for shape in SHAPES[:4] for kind in EPILOGUE_KINDS),
+        *((shape, kind) for shape in SHAPES[:4] for kind in EPILOGUE_KINDS[1:]),
         *((shape, "relu_pool") for shape in SHAPES[4:]),
         *((shape, "none") for shape in SHAPES_WITHOUT_EPILOGUE[1::2]),
         *(
             pytest.param(shape, kind, marks=pytest.mark.slow)
             for shapes, kinds in (
+                (SHAPES[:4], ("none",)),
                 (SHAPES[4:], ("none", "relu")),
                 (SHAPES_WITHOUT_EPILOGUE[::2], ("none",)),
             )
@@ -71,7 +72,7 @@ def random_arrays(n, h, w, c, k, size, kind="none", seed=0):
 def test_convolution_gradients(shape, kind):
     arrays = random_arrays(*shape, kind)
     compute, reference = (
-        jax.jit(functools.partial(value_and_grads, functools.partial(f, epilogue=Epilogue(kind))))
+        functools.partial(value_and_grads, functools.partial(f, epilogue=Epilogue(kind)))
         for f in (convolution, reference_conv)
     )
     with jax.enable_x64(True):

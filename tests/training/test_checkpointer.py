@@ -23,6 +23,7 @@ def log_info(caplog):
     caplog.set_level(logging.INFO, "vgg_jax")
 
 
+@pytest.mark.slow
 def test_fit_restarts_if_only_best_was_saved(photos, finished_run, tmp_path, monkeypatch, caplog):
     """The disk was full after the first epoch's best. The next start uses --init-from again."""
     config = make_config(photos, init_from=str(finished_run[0]), epochs=1)

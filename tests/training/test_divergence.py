@@ -110,6 +110,7 @@ def test_fit_halves_lr_after_divergence(config, tmp_path, caplog):
     ]
 
 
+@pytest.mark.slow
 def test_fit_restarts_after_divergence_before_save(config, tmp_path):
     fit(config, tmp_path / "run", on_nan="halve", trainer_class=diverging_trainer({2, 4}))
     assert learning_rates(tmp_path / "run") == [2.5e-4] * 3
@@ -169,6 +170,7 @@ def test_signal_during_divergence_stops_run(config, tmp_path):
     assert learning_rates(tmp_path / "run") == [1e-3]
 
 
+@pytest.mark.slow
 def test_halving_deletes_later_best(config, tmp_path, monkeypatch):
     """The second epoch's best checkpoint was saved, but nothing to resume from after it."""
     monkeypatch.setattr("vgg_jax.training.trainer.all_finite", lambda _: True)

@@ -93,11 +93,11 @@ def test_fit_logs_bottleneck(photos, tmp_path, caplog, bottleneck):
 
         def delay(self, batches):
             for batch in batches:
-                time.sleep(0.5)
+                time.sleep(0.2)
                 yield batch
 
         def train_step(self, state, batch):
-            time.sleep(0.5 if bottleneck == "device" else 0)
+            time.sleep(0.2 if bottleneck == "device" else 0)
             return super().train_step(state, batch)
 
     config = make_config(photos, epochs=2)
@@ -278,7 +278,11 @@ def test_fit_micro_batches_see_every_image(photos, tmp_path):
     assert result.history[0]["train"]["count"] == 22
 
 
-@pytest.mark.parametrize("batch_size", ["8", "22"], ids=["second_step", "only_step"])
+@pytest.mark.parametrize(
+    "batch_size",
+    ["8", pytest.param("22", marks=pytest.mark.slow)],
+    ids=["second_step", "only_step"],
+)
 def test_train_does_not_save_divergence(batch_size, photos, tmp_path, capsys):
     flags = f"--net shallow --image-size 16 --scale 18 --fc 24 16 --batch-size {batch_size}"
     workdir = tmp_path / "run"

@@ -44,14 +44,12 @@ def init_from_pretrained(
     model, variables, metadata = pretrained
     same_stages = model.config.stages == config.vgg.stages
     target = {"params": state.params, "batch_stats": state.batch_stats}
-    merged, copied = copy_matching_layers(
-        source=variables, target=target, layers=None if same_stages else PAPER_INIT_LAYERS
-    )
-    if not copied:
-        raise InputError(
-            f"no layer of {config.init_from} fits {config.net}: expected layers of equal names "
-            "and shapes; pass another --init-from"
+    try:
+        merged, copied = copy_matching_layers(
+            source=variables, target=target, layers=None if same_stages else PAPER_INIT_LAYERS
         )
+    except InputError as error:
+        raise InputError(f"{config.init_from}: {error}; pass another --init-from") from error
     transfer = describe_transfer(variables["params"], state.params, copied)
     logger.info(f"from {config.init_from}: {transfer}")
     source_mean = metadata["preprocessing"]["mean_rgb"]
