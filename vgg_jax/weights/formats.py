@@ -6,9 +6,12 @@ No code from a file runs: pickles go through `torch.load(weights_only=True)` of 
 known holes in it. HDF5 links and external storage are refused.
 """
 
+import argparse
 import contextlib
 import json
+import logging
 import mmap
+import pickle
 import pickletools
 import re
 import zipfile
@@ -21,7 +24,10 @@ import numpy as np
 
 from vgg_jax.errors import InputError, install_hint, single_line
 from vgg_jax.weights import caffe, matconvnet
+from vgg_jax.weights.state_dict import find_state_dict, plain_names
 from vgg_jax.weights.tensor_file import MAX_ENTRIES, Tensor, TensorFile
+
+logger = logging.getLogger(__name__)
 
 SAFE_TORCH = (2, 10)  # older releases have CVE-2025-32434 or CVE-2026-24747
 _MAX_HDF5_DEPTH = 8
@@ -56,9 +62,24 @@ def open_file(path: Path) -> TensorFile:
         )
     try:
         with reraise_damaged(path, file_format):
-            return _READERS[file_format](path)
+            content = _READERS[file_format](path)
     except ImportError as error:
         raise InputError(f"reading {path} needs {error.name}: {_INSTALL[file_format]}") from error
+    return _unwrap(path, content) if file_format in ("PyTorch", "safetensors") else content
+
+
+def _unwrap(path: Path, content: TensorFile) -> TensorFile:
+    """Gives the tensors of a net inside other PyTorch modules their plain names."""
+    try:
+        names = plain_names(content.tensors)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    if names.others:
+        logger.info(
+            f"{path}: the net is under {names.prefix!r}; left out: {', '.join(names.others[:5])}"
+        )
+    tensors = {plain: content.tensors[name] for name, plain in names.plain.items()}
+    return content._replace(tensors=tensors)
 
 
 def _detect_format(path: Path, head: bytes) -> str | None:
@@ -144,10 +165,21 @@ def _read_pytorch(path: Path) -> TensorFile:
     is_zip = zipfile.is_zipfile(path)
     if not is_zip:
         _check_legacy(path)
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
+    try:
+        # The arguments of torchvision's and timm's training scripts: attributes, and no code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        objects = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        if objects is None:
+            raise
+        raise InputError(
+            f"{path} holds a Python object, {objects[1]}, and to read it could run code: "
+            "expected a state_dict, as torch.save(model.state_dict(), …) writes"
+        ) from error
+    state, key, others = find_state_dict(state)
+    if others:
+        logger.info(f"{path}: read is {key!r}; left out: {', '.join(map(repr, others))}")
     if not isinstance(state, dict):
         raise InputError(
             f"{path} holds {type(state).__name__}: "
@@ -171,9 +203,7 @@ def _read_pytorch(path: Path) -> TensorFile:
                 f"{path}: {name} of the shape {tuple(value.shape)} is larger than its storage: "
                 "expected all of its values in the file"
             )
-        tensors[str(name).removeprefix("module.")] = Tensor(
-            tuple(value.shape), partial(_torch_to_numpy, value)
-        )
+        tensors[str(name)] = Tensor(tuple(value.shape), partial(_torch_to_numpy, value))
     return TensorFile(tensors, {})
 
 

@@ -1,0 +1,91 @@
+"""Finds a PyTorch VGG in a checkpoint: keys around its state_dict, and prefixes of its names."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from vgg_jax.errors import InputError
+
+# Keys under which training scripts save the weights, the wanted ones first: those of PyTorch's and
+# timm's scripts and of Lightning, of torchvision's, then the moving averages.
+CHECKPOINT_KEYS = ("state_dict", "model_state_dict", "model", "net", "model_ema", "state_dict_ema")
+_PARAM = r"(?:weight|bias|running_mean|running_var|num_batches_tracked)"
+# With a dropout before each fully connected layer, as in torchvision's AlexNet.
+_DROPOUT_FIRST = {"classifier.1": "classifier.0", "classifier.4": "classifier.3"}
+
+
+class Names(NamedTuple):
+    """Names of tensors as torchvision or timm have them.
+
+    Attributes:
+        plain: Maps each name of the net in the file to the plain name.
+        prefix: What stood before the names, for a message; "" if nothing did.
+        others: Names that are not under the prefix.
+    """
+
+    plain: dict[str, str]
+    prefix: str
+    others: tuple[str, ...]
+
+
+def find_state_dict(checkpoint: Any) -> tuple[Any, str, tuple[str, ...]]:
+    """Finds the weights among the other content of a checkpoint.
+
+    Args:
+        checkpoint: The content of a file, perhaps a dict with one of `CHECKPOINT_KEYS`.
+
+    Returns:
+        The weights, their key, and the keys that hold other weights. A checkpoint with none of the
+        keys is returned as it is.
+    """
+    if not isinstance(checkpoint, Mapping):
+        return checkpoint, "", ()
+    keys = [key for key in CHECKPOINT_KEYS if isinstance(checkpoint.get(key), Mapping)]
+    return (checkpoint[keys[0]], keys[0], tuple(keys[1:])) if keys else (checkpoint, "", ())
+
+
+def plain_names(names: Iterable[str]) -> Names:
+    """Removes what wrappers of a net add to its names.
+
+    Such as "module." (`DataParallel`), "_orig_mod." (`torch.compile`), "model." (Lightning), and
+    the number of a net in a `Sequential`. A `features` saved by itself gets its name back.
+
+    Args:
+        names: Names of all tensors of a file.
+
+    Returns:
+        The plain names. Files of other libraries keep theirs.
+
+    Raises:
+        InputError: The file holds several nets.
+    """
+    names = tuple(names)
+    if names and all(re.fullmatch(rf"\d+\.{_PARAM}", name) for name in names):
+        return Names({name: f"features.{name}" for name in names}, "", ())
+    unwrapped = {name: re.sub(r"\b(features|classifier)\.module\.", r"\1.", name) for name in names}
+    first = r"features\.0\.weight"
+    prefixes = {
+        name.removesuffix("features.0.weight")
+        for name in unwrapped.values()
+        if re.search(rf"(?:^|\.){first}$", name)
+    }
+    if len(prefixes) > 1:
+        raise InputError(
+            f"it holds several nets, under {', '.join(sorted(map(repr, prefixes)))}: "
+            "expected one; save the state_dict of one of them"
+        )
+    prefix = prefixes.pop() if prefixes else ""
+    plain = {
+        name: short.removeprefix(prefix)
+        for name, short in unwrapped.items()
+        if short.startswith(prefix)
+    }
+    if not {"classifier.0.weight", "classifier.3.weight"} & set(plain.values()):
+        plain = {name: _renumber(short) for name, short in plain.items()}
+    return Names(plain, prefix, tuple(name for name in names if name not in plain))
+
+
+def _renumber(name: str) -> str:
+    """Numbers fully connected layers as if the dropouts came after them."""
+    module, _, param = name.rpartition(".")
+    return f"{_DROPOUT_FIRST.get(module, module)}.{param}" if module else name
