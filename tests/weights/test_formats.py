@@ -174,6 +174,34 @@ def test_open_file_rejects_damaged(name, content, tmp_path):
         read(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "lfs.safetensors",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 553432081\n",
+            r"a pointer of Git LFS, .*\(git lfs pull gets them\)",
+        ),
+        (
+            "model.safetensors.index.json",
+            b'{"metadata": {}}',
+            "JSON text, perhaps the index of sev",
+        ),
+        ("page.pth", b"<!DOCTYPE html><html>", "a web page, perhaps of a failed download"),
+    ],
+)
+def test_open_file_names_likely_cause(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read(tmp_path / name)
+
+
+def test_open_file_rejects_npz(tmp_path):
+    np.savez(tmp_path / "net.npz", conv1_1=np.ones(3))
+    with pytest.raises(InputError, match=r"NumPy arrays \(.npz\): .*safetensors.numpy.save_file"):
+        read(tmp_path / "net.npz")
+
+
 def test_open_file_rejects_missing(tmp_path):
     with pytest.raises(InputError, match="expected a file of weights, or a run's folder"):
         load(tmp_path / "nothing.pth")

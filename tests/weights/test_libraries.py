@@ -22,7 +22,7 @@ from vgg_jax.weights import read, save
 @pytest.mark.filterwarnings("ignore:__array__ implementation")  # from Keras' own arrays
 @pytest.mark.parametrize("top", [True, False])
 def test_keras_files(top, tmp_path):
-    """Keras' VGG16 in its current and its legacy format."""
+    """Keras' VGG16 in its current format, with and without the model, and its legacy format."""
     keras = pytest.importorskip("keras", reason="needs keras, which comes with TensorFlow")
     from keras.src.legacy.saving import legacy_h5_format
 
@@ -34,11 +34,13 @@ def test_keras_files(top, tmp_path):
         classes=10,
         classifier_activation=None,
     )
-    path, legacy = tmp_path / "vgg.weights.h5", tmp_path / "legacy.h5"
+    path, whole, legacy = (tmp_path / name for name in ("vgg.weights.h5", "vgg.keras", "legacy.h5"))
+    net.save(whole)
     net.save_weights(path)
     with h5py.File(legacy, "w") as file:
         legacy_h5_format.save_weights_to_hdf5_group(file, net)
     jax.tree.map(np.testing.assert_array_equal, read(path).params, read(legacy).params)
+    jax.tree.map(np.testing.assert_array_equal, read(whole).params, read(path).params)
     assert (read(path).layout, read(legacy).layout) == ("keras 3", "keras")
     expected = net(keras.applications.vgg16.preprocess_input(images.copy()), training=False)
     model, variables, metadata = load(path)

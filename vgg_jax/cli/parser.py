@@ -260,7 +260,8 @@ def _add_import(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "file",
         metavar="FILE",
-        help=".pth, .safetensors (torchvision, timm), .h5 (Keras, flaxmodels), .caffemodel, .mat",
+        help=".pth, .safetensors (torchvision, timm), .h5 or .keras (Keras, flaxmodels), "
+        ".caffemodel, .mat",
     )
     command.add_argument("out", metavar="OUT", help="the .safetensors file to write")
     _add_net(command)

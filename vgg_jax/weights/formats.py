@@ -8,6 +8,7 @@ known holes in it. HDF5 links and external storage are refused.
 
 import argparse
 import contextlib
+import io
 import json
 import logging
 import mmap
@@ -25,12 +26,13 @@ import numpy as np
 from vgg_jax.errors import InputError, install_hint, single_line
 from vgg_jax.weights import caffe, matconvnet
 from vgg_jax.weights.state_dict import find_state_dict, plain_names
-from vgg_jax.weights.tensor_file import MAX_ENTRIES, Tensor, TensorFile
+from vgg_jax.weights.tensor_file import MAX_BYTES, MAX_ENTRIES, Tensor, TensorFile
 
 logger = logging.getLogger(__name__)
 
 SAFE_TORCH = (2, 10)  # older releases have CVE-2025-32434 or CVE-2026-24747
 _MAX_HDF5_DEPTH = 8
+_KERAS_WEIGHTS = "model.weights.h5"  # in a .keras file
 
 
 def open_file(path: Path) -> TensorFile:
@@ -56,9 +58,8 @@ def open_file(path: Path) -> TensorFile:
     file_format = _detect_format(path, head)
     if file_format is None:
         raise InputError(
-            f"{path} is {'of an unknown format, or damaged' if head else 'empty'}: expected the "
-            "content of a .safetensors, .pth (PyTorch), .h5 (Keras, flaxmodels), .caffemodel or "
-            ".mat (MatConvNet) file"
+            f"{path} is {_describe(head)}: expected the content of a .safetensors, .pth (PyTorch), "
+            ".h5 or .keras (Keras, flaxmodels), .caffemodel or .mat (MatConvNet) file"
         )
     try:
         with reraise_damaged(path, file_format):
@@ -90,11 +91,41 @@ def _detect_format(path: Path, head: bytes) -> str | None:
         return "safetensors"
     if head.startswith(b"\x89HDF\r\n\x1a\n"):
         return "HDF5"
-    if head.startswith(b"PK\x03\x04") or head[:1] == b"\x80":
+    if head.startswith(b"PK\x03\x04"):
+        return _detect_zip_format(path)
+    if head[:1] == b"\x80":
         return "PyTorch"
     if head[:6] == b"MATLAB" and head[124:128] in (b"\x00\x01IM", b"\x01\x00MI"):
         return "MATLAB"
     return "Caffe" if path.suffix == ".caffemodel" else None
+
+
+def _detect_zip_format(path: Path) -> str:
+    """Returns "Keras" for a .keras file, else "PyTorch"."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            names = file.namelist()
+    except zipfile.BadZipFile:
+        return "PyTorch"  # which then says what is wrong
+    if any(name.endswith(".npy") for name in names):
+        raise InputError(
+            f"{path} holds NumPy arrays (.npz): expected a file that names the layers as a library "
+            "does; write the arrays with safetensors.numpy.save_file"
+        )
+    return "Keras" if _KERAS_WEIGHTS in names else "PyTorch"
+
+
+def _describe(head: bytes) -> str:
+    """Says what a file of an unknown format probably is."""
+    if not head:
+        return "empty"
+    if head.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS, without the weights (git lfs pull gets them)"
+    if head.lstrip().startswith(b"{"):
+        return "JSON text, perhaps the index of several files (join them into one)"
+    if head.lstrip().startswith(b"<"):
+        return "a web page, perhaps of a failed download"
+    return "of an unknown format, or damaged"
 
 
 @contextlib.contextmanager
@@ -125,6 +156,7 @@ def reraise_damaged(path: Path, file_format: str = "weights") -> Iterator[None]:
 
 _INSTALL = {
     "HDF5": install_hint("weights"),
+    "Keras": install_hint("weights"),
     "PyTorch": "pip install torch, or convert it on a machine with torch: "
     "safetensors.torch.save_file(torch.load('x.pth', weights_only=True), 'x.safetensors')",
     "safetensors": "pip install safetensors",
@@ -233,9 +265,20 @@ def _torch_to_numpy(value: Any) -> np.ndarray:
     return value.detach().float().numpy()
 
 
-def _read_hdf5(path: Path) -> TensorFile:
+def _read_keras(path: Path) -> TensorFile:
+    """Reads the weights in a .keras file, without its Python objects."""
+    with zipfile.ZipFile(path) as file:
+        size = file.getinfo(_KERAS_WEIGHTS).file_size
+        if size > MAX_BYTES:
+            raise InputError(f"{path} claims {size:,} bytes of weights: expected those of one VGG")
+        return _read_hdf5(path, io.BytesIO(file.read(_KERAS_WEIGHTS)))
+
+
+def _read_hdf5(path: Path, source: io.BytesIO | None = None) -> TensorFile:
+    """Reads a file, or `source`, its content in memory."""
     import h5py
 
+    opened = path if source is None else source
     tensors: dict[str, Tensor] = {}
     num_entries = 0
 
@@ -265,10 +308,10 @@ def _read_hdf5(path: Path) -> TensorFile:
                     tensors[_keras_name(full_name)] = Tensor(item.shape, partial(read, full_name))
 
     def read(name: str) -> np.ndarray:
-        with h5py.File(path, "r") as file:
+        with h5py.File(opened, "r") as file:
             return file[name][()]
 
-    with h5py.File(path, "r") as file:
+    with h5py.File(opened, "r") as file:
         walk(file, "", 0)
     return TensorFile(tensors, {})
 
@@ -290,6 +333,7 @@ def _keras_name(path: str) -> str:
 
 _READERS: dict[str, Callable[[Path], TensorFile]] = {
     "HDF5": _read_hdf5,
+    "Keras": _read_keras,
     "PyTorch": _read_pytorch,
     "MATLAB": matconvnet.read,
     "safetensors": _read_safetensors,
