@@ -76,9 +76,8 @@ def _unwrap(path: Path, content: TensorFile) -> TensorFile:
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     if names.others:
-        logger.info(
-            f"{path}: the net is under {names.prefix!r}; left out: {', '.join(names.others[:5])}"
-        )
+        others = ", ".join(names.others[:5]) + ", …" * (len(names.others) > 5)
+        logger.info(f"{path}: the net is under {names.prefix!r}; left out: {others}")
     tensors = {plain: content.tensors[name] for name, plain in names.plain.items()}
     return content._replace(tensors=tensors)
 
