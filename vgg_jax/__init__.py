@@ -166,7 +166,7 @@ def save(
 
 
 def load(
-    path: str | os.PathLike, net: str | None = None
+    path: str | os.PathLike, net: str | None = None, preprocessing: str | None = None
 ) -> tuple["VGG", dict[str, Any], dict[str, Any]]:
     """Loads a trained net from a run's folder or from a weight file.
 
@@ -177,6 +177,10 @@ def load(
     Args:
         path: Folder of a run, or a weight file.
         net: Name of the net in a weight file whose shapes do not determine it, such as "A-LRN".
+        preprocessing: Images that the net of a weight file was trained with: "caffe" (BGR in 0-255,
+            less the authors' mean) or "torchvision" (RGB, divided by torchvision's standard
+            deviation). None means those of the library that the names belong to. A file of Keras 3
+            needs it, unless it is a KerasHub preset with its JSON files.
 
     Returns:
         The model, its variables, and metadata such as `classes` and `preprocessing`.
@@ -186,4 +190,4 @@ def load(
     """
     from vgg_jax.weights import load
 
-    return load(path, net)
+    return load(path, net, preprocessing)

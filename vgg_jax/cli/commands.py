@@ -212,12 +212,14 @@ def verify_data(data: str, data_dir: str | None, download: bool, out: str) -> Ex
     return ExitCode.BAD_IMAGE
 
 
-def import_(file: str, out: str, net: str | None, check: str | None) -> ExitCode:
+def import_(
+    file: str, out: str, net: str | None, preprocessing: str | None, check: str | None
+) -> ExitCode:
     """Converts another library's weights, and compares them with PyTorch if asked to."""
     from vgg_jax.weights import read, save
     from vgg_jax.weights.weights import channels_name
 
-    weights = read(file, net)
+    weights = read(file, net, preprocessing)
     save(out, weights)
     mean = ", ".join(f"{value:.3f}" for value in weights.preprocessing.mean_rgb)
     channels = channels_name(weights.model.in_channels)

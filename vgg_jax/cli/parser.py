@@ -266,6 +266,12 @@ def _add_import(command: argparse.ArgumentParser) -> None:
     command.add_argument("out", metavar="OUT", help="the .safetensors file to write")
     _add_net(command)
     command.add_argument(
+        "--preprocessing",
+        choices=("caffe", "torchvision"),
+        help="images that the net was trained with; needed for the names of Keras 3, which have "
+        "both (default: those of the library)",
+    )
+    command.add_argument(
         "--check",
         choices=("torch",),
         help="print the largest difference from PyTorch after each layer",

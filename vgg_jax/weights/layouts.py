@@ -44,6 +44,8 @@ TORCHVISION = Preprocessing(
 )
 # torchvision's IMAGENET1K_FEATURES, whose std is 1.
 TORCHVISION_FEATURES = Preprocessing((0.48235 * 255, 0.45882 * 255, 0.40784 * 255))
+# What `read` takes as `preprocessing`, and True if conv1_1 reads BGR.
+PREPROCESSINGS = {"caffe": (CAFFE_PREPROCESSING, True), "torchvision": (TORCHVISION, False)}
 
 
 class WeightLayout(NamedTuple):
@@ -57,6 +59,7 @@ class WeightLayout(NamedTuple):
         patterns: Axes of a kernel, by layer name or else by layer type ("conv", "fc").
         preprocessing: Images that the library's nets were trained with.
         bgr: True if conv1_1 reads the channels as blue, green, red.
+        shared: True if other libraries use the names for nets with other preprocessing.
         ignored: Regular expression for names of tensors that are not parameters.
     """
 
@@ -66,6 +69,7 @@ class WeightLayout(NamedTuple):
     patterns: Mapping[str, str]
     preprocessing: Preprocessing
     bgr: bool = False
+    shared: bool = False
     ignored: str = r"(?!)"
 
 
@@ -296,6 +300,7 @@ _LAYOUTS = (
         patterns={"conv": "H W I O", "fc": "HWI O"},
         preprocessing=CAFFE_PREPROCESSING,
         bgr=True,
+        shared=True,
         ignored=_KERAS_IGNORED,
     ),
     WeightLayout(

@@ -15,14 +15,23 @@ from vgg_jax.paths import local_copy, to_path
 from vgg_jax.weights.detect import DetectedModel, detect
 from vgg_jax.weights.formats import open_file, reraise_damaged
 from vgg_jax.weights.imagenet import CLASSES
-from vgg_jax.weights.layouts import CONV1_KERNEL, TORCHVISION_FEATURES
+from vgg_jax.weights.keras_hub import find_preprocessing
+from vgg_jax.weights.layouts import (
+    CONV1_KERNEL,
+    PREPROCESSINGS,
+    TORCHVISION_FEATURES,
+    Preprocessing,
+    WeightLayout,
+)
 from vgg_jax.weights.tensor_file import TensorFile
 from vgg_jax.weights.weights import Weights, fold_std_into_conv1, from_loaded, to_metadata
 
 Trees = dict[str, dict[str, dict[str, np.ndarray]]]  # collection -> layer -> parameter
 
 
-def read(path: str | os.PathLike, net: str | None = None) -> Weights:
+def read(
+    path: str | os.PathLike, net: str | None = None, preprocessing: str | None = None
+) -> Weights:
     """Reads the weights of a run's best epoch, or of a file.
 
     Names and shapes decide the layout and the net of a file.
@@ -30,6 +39,10 @@ def read(path: str | os.PathLike, net: str | None = None) -> Weights:
     Args:
         path: A run's folder or a weight file.
         net: Name of the net, for a file whose tensors fit several nets (A and A-LRN).
+        preprocessing: Images that the net of a file was trained with: "caffe" (BGR in 0-255, less
+            the authors' mean) or "torchvision" (RGB, divided by torchvision's standard deviation).
+            None means those of the library that the names belong to. The names of Keras 3 belong
+            to two: without the JSON files of a KerasHub preset, they need it.
 
     Returns:
         The weights, with the file's values as float32. A standard deviation by which the images of
@@ -41,20 +54,25 @@ def read(path: str | os.PathLike, net: str | None = None) -> Weights:
     """
     if net is not None and net not in CONFIGS:
         raise InputError(f"net is {net!r}: expected one of {', '.join(CONFIGS)}")
+    if preprocessing is not None and preprocessing not in PREPROCESSINGS:
+        raise InputError(
+            f"preprocessing is {preprocessing!r}: expected one of {', '.join(PREPROCESSINGS)}"
+        )
     if to_path(path).is_dir():
-        return from_loaded(*load(path, net))
+        return from_loaded(*load(path, net, preprocessing))
     with local_copy(path) as file:
-        return _read_file(file, net)
+        return _read_file(file, net, preprocessing)
 
 
 def load(
-    path: str | os.PathLike, net: str | None = None
+    path: str | os.PathLike, net: str | None = None, preprocessing: str | None = None
 ) -> tuple[VGG, dict[str, Any], dict[str, Any]]:
     """Loads the network of a run's folder or of a weight file.
 
     Args:
         path: A run's folder, for `vgg_jax.runs.checkpoint.load_best`, or a file, for `load_file`.
         net: Name of the net, for a file only.
+        preprocessing: As for `read`, for a file only.
 
     Returns:
         `(model, variables, metadata)`, as those functions do.
@@ -63,25 +81,27 @@ def load(
         InputError: There is no network, or it cannot be read.
     """
     if not to_path(path).is_dir():
-        return load_file(path, net)
-    if net is not None:
-        raise InputError(
-            f"net is {net!r} and {path} is a folder: "
-            "expected a net for a file of weights only; a run knows its own"
-        )
+        return load_file(path, net, preprocessing)
+    for name, value in (("net", net), ("preprocessing", preprocessing)):
+        if value is not None:
+            raise InputError(
+                f"{name} is {value!r} and {path} is a folder: "
+                f"expected a {name} for a file of weights only; a run knows its own"
+            )
     from vgg_jax.runs.checkpoint import load_best  # orbax comes with the extra `train`
 
     return load_best(path)
 
 
 def load_file(
-    path: str | os.PathLike, net: str | None = None
+    path: str | os.PathLike, net: str | None = None, preprocessing: str | None = None
 ) -> tuple[VGG, dict[str, Any], dict[str, Any]]:
     """Loads the network of a weight file.
 
     Args:
         path: A weight file.
         net: Name of the net, for a file whose tensors fit several nets.
+        preprocessing: As for `read`.
 
     Returns:
         `(model, variables, metadata)`, for float RGB images (N, H, W, 3) on the 0-255 scale
@@ -93,11 +113,11 @@ def load_file(
     Raises:
         InputError: As `read` does.
     """
-    weights = read(path, net)
+    weights = read(path, net, preprocessing)
     return weights.model, weights.variables, to_metadata(weights) | {"path": str(path)}
 
 
-def _read_file(path: Path, net: str | None) -> Weights:
+def _read_file(path: Path, net: str | None, preprocessing_name: str | None) -> Weights:
     file = open_file(path)
     try:
         metadata = _check_metadata(file.metadata)
@@ -108,15 +128,17 @@ def _read_file(path: Path, net: str | None) -> Weights:
         )
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    trees = _read_tensors(path, file, detected)
-    params, top, preprocessing = trees["params"], detected.top, detected.layout.preprocessing
+    preprocessing, bgr = _preprocessing(path, detected.layout, preprocessing_name)
+    trees = _read_tensors(path, file, detected, bgr)
+    params, top = trees["params"], detected.top
     head = [name for name in params if name.startswith("fc")]
     if detected.layout.name == "torchvision" and any(
         np.isnan(params[name]["kernel"]).all() for name in head
     ):
         # IMAGENET1K_FEATURES: the authors' convolutions for the authors' images, and a
         # classifier of NaN.
-        top, preprocessing = False, TORCHVISION_FEATURES
+        top = False
+        preprocessing = preprocessing if preprocessing_name else TORCHVISION_FEATURES
         params = {name: layer for name, layer in params.items() if name not in head}
     classes = metadata.get("classes") or _class_names(detected.num_classes)
     if top and len(classes) != detected.num_classes:
@@ -144,13 +166,33 @@ def _read_file(path: Path, net: str | None) -> Weights:
         preprocessing=preprocessing._replace(std_rgb=(1.0,) * in_channels),
         classes=classes,
         source_std=std if is_divided else (),
+        source_bgr=bgr and in_channels == 3,
     )
 
 
-def _read_tensors(path: Path, file: TensorFile, detected: DetectedModel) -> Trees:
+def _preprocessing(
+    path: Path, layout: WeightLayout, name: str | None
+) -> tuple[Preprocessing, bool]:
+    """The images that a file's net was trained with, and True if conv1_1 reads BGR."""
+    if name is not None:
+        return PREPROCESSINGS[name]
+    if not layout.shared:
+        return layout.preprocessing, layout.bgr
+    preset = find_preprocessing(path)
+    if preset is None:
+        raise InputError(
+            f"{path} has names that Keras Applications (preprocessing caffe) and KerasHub "
+            "(torchvision) share: expected one of these; pass preprocessing= to vgg_jax.load, or "
+            "--preprocessing to vgg-jax import"
+        )
+    return preset, False
+
+
+def _read_tensors(path: Path, file: TensorFile, detected: DetectedModel, bgr: bool) -> Trees:
     """Reads the values into the names and axis order of vgg_jax, as float32.
 
-    A float64 kernel of conv1_1 stays so. `save` writes one after a division by a std.
+    `bgr` tells that conv1_1 reads BGR. A float64 kernel of conv1_1 stays so: `save` writes one
+    after a division by a std.
     """
     count = sum(math.prod(tensor.foreign_shape) for tensor in detected.tensors)
     size = path.stat().st_size
@@ -166,6 +208,8 @@ def _read_tensors(path: Path, file: TensorFile, detected: DetectedModel) -> Tree
             array = file.tensors[tensor.foreign_name].read()
             if tensor.path != CONV1_KERNEL or array.dtype != np.float64:
                 array = array.astype(np.float32)
+            if tensor.path == CONV1_KERNEL:
+                tensor = tensor._replace(bgr=bgr and tensor.shape[2] == 3)
             trees[collection].setdefault(layer, {})[param] = tensor.from_foreign(array)
     return trees
 

@@ -10,7 +10,7 @@ import numpy as np
 from vgg_jax.configs.models import CONFIGS
 from vgg_jax.errors import InputError
 from vgg_jax.model import VGG, check_net
-from vgg_jax.weights.layouts import LAYOUTS, Preprocessing
+from vgg_jax.weights.layouts import Preprocessing
 
 Params = Mapping[str, Mapping[str, Any]]  # layer -> parameter -> array
 
@@ -33,6 +33,7 @@ class Weights:
         classes: Class names, in the order of the outputs.
         source_std: Standard deviation by which `read` divided the kernel of conv1_1; empty if it
             did not. It describes the file, and changes no value.
+        source_bgr: True if `read` reversed the input channels of conv1_1. It describes the file.
 
     Raises:
         InputError: The preprocessing has a std, or has not one mean for each channel.
@@ -47,6 +48,7 @@ class Weights:
     preprocessing: Preprocessing
     classes: tuple[str, ...]
     source_std: tuple[float, ...] = ()
+    source_bgr: bool = False
 
     def __post_init__(self) -> None:
         mean, std = self.preprocessing[:2]
@@ -78,7 +80,7 @@ class Weights:
         parts = [f"{self.net}{suffix} in {self.layout}'s layout"]
         if not self.top:
             parts.append("without fully connected layers")
-        if self.layout in LAYOUTS and LAYOUTS[self.layout].bgr:
+        if self.source_bgr:
             parts.append("conv1_1 reordered from BGR to RGB")
         if self.source_std:
             std = ", ".join(f"{value:.3f}" for value in self.source_std)

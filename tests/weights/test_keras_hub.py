@@ -1,0 +1,122 @@
+"""Files with the names of Keras 3, whose images the names do not tell."""
+
+import json
+import zipfile
+
+import h5py
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import vgg_jax
+from tests.helpers.compare import assert_trees_close
+from tests.helpers.weights_files import (
+    FC,
+    IMAGE_SIZE,
+    NUM_CLASSES,
+    random_tensors,
+    reorder_kernel,
+    torchvision_state,
+)
+from vgg_jax import CONFIGS, InputError, VGGConfig
+from vgg_jax.cli import main
+from vgg_jax.weights import read
+from vgg_jax.weights.layouts import LAYOUTS, tensor_table
+
+# As the presets have them: (x / 255 - mean) / std.
+CONVERTER = {
+    "class_name": "VGGImageConverter",
+    "config": {
+        "scale": [0.017124753831663668, 0.01750700280112045, 0.017429193899782133],
+        "offset": [-2.1179039301310043, -2.0357142857142856, -1.8044444444444445],
+    },
+}
+
+
+@pytest.fixture
+def tensors():
+    return random_tensors("A")
+
+
+@pytest.fixture
+def path(tensors, tmp_path):
+    """model.weights.h5, in a folder of its own."""
+    config = VGGConfig(CONFIGS["A"].stages, FC)
+    table = tensor_table(LAYOUTS["keras 3"], config, NUM_CLASSES, False, IMAGE_SIZE)
+    arrays = [array for layer in tensors.values() for array in layer]
+    with h5py.File(tmp_path / "model.weights.h5", "w") as file:
+        for mapping, array in zip(table, arrays, strict=True):
+            file[mapping.foreign_name] = (
+                reorder_kernel(array, "HWIO", "HWI O") if array.ndim > 1 else array
+            )
+    return tmp_path / "model.weights.h5"
+
+
+def as_torchvision(tensors, folder, preprocessing=None):
+    """The same weights, read from a file of torchvision."""
+    save_file(torchvision_state(tensors, "A"), folder / "torchvision.safetensors")
+    return read(folder / "torchvision.safetensors", preprocessing=preprocessing)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("image_converter.json", CONVERTER),
+        ("preprocessor.json", {"config": {"image_converter": CONVERTER}}),
+        ("task.json", {"config": {"preprocessor": {"config": {"image_converter": CONVERTER}}}}),
+    ],
+)
+def test_preset(name, content, path, tensors, tmp_path):
+    (tmp_path / name).write_text(json.dumps(content))
+    weights, expected = read(path), as_torchvision(tensors, tmp_path)
+    assert_trees_close(weights.params, expected.params, 1e-6)
+    assert weights.preprocessing.mean_rgb == pytest.approx(expected.preprocessing.mean_rgb)
+    assert "BGR" not in str(weights)
+    assert "conv1_1 divided by the standard deviation (58.395, 57.120, 57.375)" in str(weights)
+
+
+def test_keras_archive(path, tensors, tmp_path):
+    """A whole classifier of KerasHub, as model.save writes it."""
+    archive = tmp_path / "net.keras"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.write(path, "model.weights.h5")
+        file.writestr("config.json", json.dumps({"config": {"preprocessor": CONVERTER}}))
+    assert_trees_close(read(archive).params, as_torchvision(tensors, tmp_path).params, 1e-6)
+
+
+def test_without_preset_asks(path, tensors, tmp_path, capsys):
+    """Nothing is guessed: pool5 of the wrong choice is 57 times too large."""
+    message = r"Keras Applications \(preprocessing caffe\) and KerasHub \(torchvision\) share: exp"
+    for content in (None, "[]", "{", json.dumps({"class_name": "VGGImageConverter"})):
+        if content:
+            (tmp_path / "image_converter.json").write_text(content)
+        with pytest.raises(InputError, match=message):
+            vgg_jax.load(path)
+    assert main(["import", str(path), str(tmp_path / "out.safetensors")]) == 2
+    assert "--preprocessing" in capsys.readouterr().err
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("preprocessing", ["caffe", "torchvision"])
+def test_named_preprocessing(preprocessing, path, tensors, tmp_path, capsys):
+    """Both files have the same tensors, so that they have the same net."""
+    out = tmp_path / "out.safetensors"
+    assert main(["import", str(path), str(out), "--preprocessing", preprocessing]) == 0
+    bgr = "conv1_1 reordered from BGR to RGB" in capsys.readouterr().out
+    assert bgr == (preprocessing == "caffe")
+    expected = as_torchvision(tensors, tmp_path, preprocessing)
+    jax.tree.map(np.testing.assert_array_equal, read(out).params, expected.params)
+    assert read(out).preprocessing.mean_rgb == expected.preprocessing.mean_rgb
+    kernel = expected.params["conv1_1"]["kernel"]
+    if bgr:  # PyTorch's kernel (O, I, H, W), with the input channels reversed
+        np.testing.assert_array_equal(
+            kernel, tensors["conv1_1"][0].transpose(2, 3, 1, 0)[:, :, ::-1]
+        )
+
+
+def test_unknown_preprocessing(path, tmp_path):
+    with pytest.raises(InputError, match="preprocessing is 'tf': expected one of caffe, torchv"):
+        read(path, preprocessing="tf")
+    with pytest.raises(InputError, match=r"preprocessing is 'caffe' and .* is a folder: expected a"):
+        vgg_jax.load(tmp_path, preprocessing="caffe")

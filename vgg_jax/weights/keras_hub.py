@@ -1,0 +1,73 @@
+"""Finds the preprocessing of KerasHub's VGGs, which their weights' names do not tell."""
+
+import json
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vgg_jax.weights.layouts import Preprocessing
+
+_CONVERTER = "VGGImageConverter"
+# Files of a preset that describe its images.
+_PRESET_FILES = ("image_converter.json", "preprocessor.json", "task.json")
+
+
+def find_preprocessing(path: Path) -> Preprocessing | None:
+    """Reads the preprocessing from a .keras file, or from the files beside a preset's weights.
+
+    Args:
+        path: The file with the weights.
+
+    Returns:
+        The preprocessing of RGB images, or None if the files do not tell.
+    """
+    for text in _descriptions(path):
+        try:
+            converters = list(_converters(json.loads(text)))
+        except (ValueError, RecursionError):
+            continue
+        for converter in converters:
+            try:
+                return _to_preprocessing(**converter)
+            except (TypeError, ValueError):
+                continue
+    return None
+
+
+def _descriptions(path: Path) -> Iterator[bytes]:
+    """JSON texts that may describe the images."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            if "config.json" in file.namelist():
+                yield file.read("config.json")
+        return
+    for name in _PRESET_FILES:
+        if (path.parent / name).is_file():
+            yield (path.parent / name).read_bytes()
+
+
+def _converters(value: Any) -> Iterator[dict[str, Any]]:
+    """The scales and offsets of all image converters in a JSON value."""
+    if isinstance(value, dict):
+        config = value.get("config")
+        if value.get("class_name") == _CONVERTER and isinstance(config, dict):
+            yield {name: config.get(name) for name in ("scale", "offset")}
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from _converters(item)
+
+
+def _to_preprocessing(scale: Any, offset: Any) -> Preprocessing:
+    """Images are multiplied by a scale, and an offset is added."""
+    scales, offsets = (
+        np.broadcast_to(np.asarray(default if value is None else value, np.float64), 3)
+        for value, default in ((scale, 1), (offset, 0))
+    )
+    if not (np.isfinite(offsets).all() and np.isfinite(scales).all() and (scales > 0).all()):
+        raise ValueError("no such images")
+    mean, std = -offsets / scales, 1 / scales
+    return Preprocessing(tuple(mean.tolist()), tuple(std.tolist()))
