@@ -118,5 +118,5 @@ def test_named_preprocessing(preprocessing, path, tensors, tmp_path, capsys):
 def test_unknown_preprocessing(path, tmp_path):
     with pytest.raises(InputError, match="preprocessing is 'tf': expected one of caffe, torchv"):
         read(path, preprocessing="tf")
-    with pytest.raises(InputError, match=r"preprocessing is 'caffe' and .* is a folder: expected a"):
+    with pytest.raises(InputError, match=r"preprocessing is 'caffe' and .* is a folder: expected"):
         vgg_jax.load(tmp_path, preprocessing="caffe")
