@@ -78,9 +78,13 @@ def test_preset(name, content, path, tensors, tmp_path):
 
 def test_keras_archive(path, tensors, tmp_path):
     """A whole classifier of KerasHub, as model.save writes it."""
-    archive = tmp_path / "net.keras"
+    archive, inner = tmp_path / "net.keras", tmp_path / "classifier.h5"
+    with h5py.File(path) as file, h5py.File(inner, "w") as classifier:
+        for name, layer in file["layers"].items():
+            parent = "vgg_backbone" if name.startswith("conv") else "sequential"
+            file.copy(layer, classifier.require_group(f"layers/{parent}/layers"), name)
     with zipfile.ZipFile(archive, "w") as file:
-        file.write(path, "model.weights.h5")
+        file.write(inner, "model.weights.h5")
         file.writestr("config.json", json.dumps({"config": {"preprocessor": CONVERTER}}))
     assert_trees_close(read(archive).params, as_torchvision(tensors, tmp_path).params, 1e-6)
 

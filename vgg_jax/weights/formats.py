@@ -316,10 +316,12 @@ def _read_hdf5(path: Path, source: io.BytesIO | None = None) -> TensorFile:
 
 
 def _keras_name(path: str) -> str:
-    """Shortens the names of all Keras versions before 3; other names stay.
+    """Shortens the names of all Keras versions before 3, and of KerasHub's classifiers.
 
-    A kernel becomes `block1_conv1/0` and a bias `block1_conv1/1`.
+    Before Keras 3, a kernel becomes `block1_conv1/0` and a bias `block1_conv1/1`. A classifier of
+    KerasHub holds a `VGGBackbone` and a `Sequential`. Other names stay.
     """
+    path = re.sub(r"^layers/(?:vgg_backbone|sequential)/layers/", "layers/", path)
     match = re.fullmatch(
         r"(?:model_weights/)?(block\d_conv\d|fc[12]|predictions)/"
         r"(?:\w+/)*(?:\w+_)?(W|W_1|kernel|b|b_1|bias)(?::0)?",
