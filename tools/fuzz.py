@@ -22,6 +22,7 @@ import shutil
 import signal
 import tempfile
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,7 @@ WEIGHTS = (
     "old.pth",
     "h5",
     "3.h5",
+    "keras",
     "flax.h5",
     "mat",
     "packed.mat",
@@ -66,6 +68,7 @@ def weights_files() -> dict[str, bytes]:
         paths = {kind: Path(folder, f"valid.{kind}") for kind in WEIGHTS}
         write_torchvision(paths["safetensors"], paths["pth"], paths["old.pth"])
         write_hdf5(paths["h5"], paths["3.h5"], paths["flax.h5"])
+        write_keras(paths["keras"], paths["3.h5"])
         write_matconvnet(paths["mat"], compressed=False)
         write_matconvnet(paths["packed.mat"], compressed=True)
         write_caffe(paths["caffemodel"], v1=False)
@@ -95,6 +98,14 @@ def write_hdf5(keras: Path, keras3: Path, flaxmodels: Path) -> None:
         with h5py.File(path, "w") as file:
             for name, array in random_tensors(layout).items():
                 file[name] = array
+
+
+def write_keras(path: Path, weights: Path) -> None:
+    """A classifier of KerasHub, whose description tells the preprocessing."""
+    converter = {"class_name": "VGGImageConverter", "config": {"scale": [0.017] * 3}}
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("config.json", json.dumps({"config": {"image_converter": converter}}))
+        file.write(weights, "model.weights.h5")
 
 
 def write_matconvnet(path: Path, compressed: bool) -> None:
@@ -173,7 +184,8 @@ def other_files() -> dict[str, bytes]:
 
 
 def read_weights(path: Path) -> None:
-    read(path)
+    # The names of Keras 3 do not tell the preprocessing.
+    read(path, preprocessing="caffe" if path.name.endswith(".3.h5") else None)
 
 
 def read_image(path: Path) -> None:

@@ -104,8 +104,8 @@ def _detect_zip_format(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as file:
             names = file.namelist()
-    except zipfile.BadZipFile:
-        return "PyTorch"  # which then says what is wrong
+    except Exception:  # a damaged archive raises errors of many types; PyTorch says what is wrong
+        return "PyTorch"
     if any(name.endswith(".npy") for name in names):
         raise InputError(
             f"{path} holds NumPy arrays (.npz): expected a file that names the layers as a library "

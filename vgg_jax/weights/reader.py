@@ -178,7 +178,8 @@ def _preprocessing(
         return PREPROCESSINGS[name]
     if not layout.shared:
         return layout.preprocessing, layout.bgr
-    preset = find_preprocessing(path)
+    with reraise_damaged(path):
+        preset = find_preprocessing(path)
     if preset is None:
         raise InputError(
             f"{path} has names that Keras Applications (preprocessing caffe) and KerasHub "
