@@ -151,6 +151,14 @@ def test_safetensors_with_header_of_any_length(tmp_path):
     assert low_bytes == set(range(0, 256, 8))
 
 
+def test_name_with_line_break(tmp_path):
+    """The message is one line, whatever the names are."""
+    state = torchvision_state(random_tensors("A"), "A")
+    save_file(state | {"classifier.7\nweight": np.ones(3)}, tmp_path / "net.safetensors")
+    with pytest.raises(InputError, match=r"unexpected tensor classifier\.7 weight"):
+        read(tmp_path / "net.safetensors")
+
+
 def test_safetensors_rejects_false_size(tmp_path):
     entry = {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 4]}
     header = json.dumps({"features.0.weight": entry}).encode()

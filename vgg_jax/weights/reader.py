@@ -127,7 +127,8 @@ def _read_file(path: Path, net: str | None, preprocessing_name: str | None) -> W
             shapes, net or metadata.get("net"), metadata.get("image_size"), in_channels
         )
     except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+        message = " ".join(str(error).split())  # a tensor's name may hold a line break
+        raise InputError(f"{path}: {message}") from error
     preprocessing, bgr = _preprocessing(path, detected.layout, preprocessing_name)
     trees = _read_tensors(path, file, detected, bgr)
     params, top = trees["params"], detected.top
