@@ -351,6 +351,8 @@ def test_with_new_head_errors(tiny_net):
         ({"image_size": 16}, "image_size is 16: expected at least 32"),
         ({"in_channels": 0}, "in_channels is 0: expected at least 1"),
         ({"initializer": "xavier"}, "initializer is 'xavier': expected one of paper, glorot, he"),
+        ({"initializer": ["he"]}, r"initializer is \['he'\]: expected one of paper, glorot, he"),
+        ({"frozen": None}, "frozen is None: expected a tuple of names of layers"),
         ({"pool": "min"}, "pool is 'min': expected one of max, avg"),
         ({"other_sizes": "crop"}, "other_sizes is 'crop': expected one of error, mean, adaptive"),
         ({"frozen": "fc6"}, r"frozen is the string 'fc6': expected a tuple; pass \('fc6',\)"),

@@ -353,7 +353,7 @@ class VGG(nn.Module):
             ("pool", self.pool, POOLS),
             ("other_sizes", self.other_sizes, OTHER_SIZES),
         ):
-            if value not in allowed:
+            if value not in tuple(allowed):  # a list has no hash
                 raise InputError(f"{name} is {value!r}: expected one of {', '.join(allowed)}")
         _check_in_channels(self.in_channels)
         _check_frozen(self.frozen, self.layers())
@@ -602,6 +602,8 @@ def check_net(model: Any, variables: Any) -> None:
 def _check_frozen(frozen: Sequence[str], layers: Sequence[Layer]) -> None:
     if isinstance(frozen, str):
         raise InputError(f"frozen is the string {frozen!r}: expected a tuple; pass ({frozen!r},)")
+    if not isinstance(frozen, Sequence):
+        raise InputError(f"frozen is {frozen!r}: expected a tuple of names of layers")
     learned = [layer.name for layer in layers if layer.type in ("conv", "fc", "bn")]
     unknown = [name for name in frozen if name not in learned]
     if unknown:

@@ -119,6 +119,14 @@ def test_named_preprocessing(preprocessing, path, tensors, tmp_path, capsys):
         )
 
 
+def test_preprocessing_of_file_with_mean(tensors, tmp_path):
+    """A file's own mean is no guess."""
+    path, metadata = tmp_path / "own.safetensors", {"mean_rgb": [1, 2, 3], "std_rgb": [1, 1, 1]}
+    save_file(torchvision_state(tensors, "A"), path, {"vgg_jax": json.dumps(metadata)})
+    with pytest.raises(InputError, match=r"is 'caffe', and .* names a mean of its own: expected"):
+        read(path, preprocessing="caffe")
+
+
 def test_unknown_preprocessing(path, tmp_path):
     with pytest.raises(InputError, match="preprocessing is 'tf': expected one of caffe, torchv"):
         read(path, preprocessing="tf")

@@ -117,7 +117,7 @@ def test_moving_average_is_left_out(torch, net, params, tmp_path, caplog):
     torch.save({"model_ema": average.state_dict(), "model": net.state_dict()}, path)
     with caplog.at_level(logging.INFO, logger="vgg_jax"):
         assert_same(path, params)
-    assert "read is 'model'; left out: 'model_ema'" in caplog.text
+    assert "the key 'model' is read; left out: 'model_ema'" in caplog.text
     torch.save({"model_ema": average.state_dict()}, path)
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="vgg_jax"):
@@ -146,6 +146,14 @@ def test_two_nets(state, tmp_path):
     both = {prefix + name: array for name, array in state.items() for prefix in ("a.", "b.")}
     save_file(both, path)
     with pytest.raises(InputError, match=r"net.safetensors: it holds several nets, under 'a.', 'b"):
+        read(path)
+
+
+def test_two_tensors_for_one_layer(state, tmp_path):
+    path = tmp_path / "net.safetensors"
+    other = {"features.module.0.weight": state["features.0.weight"] + 1}
+    save_file(state | other, path)
+    with pytest.raises(InputError, match="it holds several tensors for one layer, such as feat"):
         read(path)
 
 

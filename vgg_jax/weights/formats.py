@@ -77,7 +77,7 @@ def _unwrap(path: Path, content: TensorFile) -> TensorFile:
         raise InputError(f"{path}: {error}") from error
     if names.others:
         others = ", ".join(names.others[:5]) + ", …" * (len(names.others) > 5)
-        logger.info(f"{path}: the net is under {names.prefix!r}; left out: {others}")
+        logger.warning(f"{path}: the net is under {names.prefix!r}; left out: {others}")
     tensors = {plain: content.tensors[name] for name, plain in names.plain.items()}
     return content._replace(tensors=tensors)
 
@@ -85,7 +85,7 @@ def _unwrap(path: Path, content: TensorFile) -> TensorFile:
 def _detect_format(path: Path, head: bytes) -> str | None:
     """Returns a key of `_READERS`, or None."""
     # The length of the header, below 2**32, and a JSON object. The length's low byte may be a
-    # pickle's 0x80; bytes 4 to 8 of all other formats are not 0, or byte 8 is no brace.
+    # pickle's 0x80; in all other formats bytes 4 to 7 are not 0, or byte 8 is no brace.
     if head[4:9] == b"\0\0\0\0{" and len(head) > 9:
         return "safetensors"
     if head.startswith(b"\x89HDF\r\n\x1a\n"):
@@ -210,7 +210,7 @@ def _read_pytorch(path: Path) -> TensorFile:
         ) from error
     state, key, others = find_state_dict(state)
     if others:
-        logger.info(f"{path}: read is {key!r}; left out: {', '.join(map(repr, others))}")
+        logger.info(f"{path}: the key {key!r} is read; left out: {', '.join(map(repr, others))}")
     if not isinstance(state, dict):
         raise InputError(
             f"{path} holds {type(state).__name__}: "

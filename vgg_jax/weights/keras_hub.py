@@ -11,6 +11,7 @@ import numpy as np
 from vgg_jax.weights.layouts import Preprocessing
 
 _CONVERTER = "VGGImageConverter"
+_MAX_BYTES = 2**24  # of a description
 # Files of a preset that describe its images.
 _PRESET_FILES = ("image_converter.json", "preprocessor.json", "task.json")
 
@@ -41,12 +42,14 @@ def _descriptions(path: Path) -> Iterator[bytes]:
     """JSON texts that may describe the images."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:
-            if "config.json" in file.namelist():
+            names = [info.filename for info in file.infolist() if info.file_size <= _MAX_BYTES]
+            if "config.json" in names:
                 yield file.read("config.json")
         return
     for name in _PRESET_FILES:
-        if (path.parent / name).is_file():
-            yield (path.parent / name).read_bytes()
+        beside = path.parent / name
+        if beside.is_file() and beside.stat().st_size <= _MAX_BYTES:
+            yield beside.read_bytes()
 
 
 def _converters(value: Any) -> Iterator[dict[str, Any]]:
@@ -67,7 +70,8 @@ def _to_preprocessing(scale: Any, offset: Any) -> Preprocessing:
         np.broadcast_to(np.asarray(default if value is None else value, np.float64), 3)
         for value, default in ((scale, 1), (offset, 0))
     )
-    if not (np.isfinite(offsets).all() and np.isfinite(scales).all() and (scales > 0).all()):
+    with np.errstate(all="ignore"):
+        mean, std = -offsets / scales, 1 / scales
+    if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
         raise ValueError("no such images")
-    mean, std = -offsets / scales, 1 / scales
     return Preprocessing(tuple(mean.tolist()), tuple(std.tolist()))

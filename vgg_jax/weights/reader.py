@@ -129,6 +129,11 @@ def _read_file(path: Path, net: str | None, preprocessing_name: str | None) -> W
     except InputError as error:
         message = " ".join(str(error).split())  # a tensor's name may hold a line break
         raise InputError(f"{path}: {message}") from error
+    if preprocessing_name and "mean_rgb" in metadata["preprocessing"]:
+        raise InputError(
+            f"preprocessing is {preprocessing_name!r}, and {path} names a mean of its own: "
+            "expected preprocessing for a file that does not; leave it out"
+        )
     preprocessing, bgr = _preprocessing(path, detected.layout, preprocessing_name)
     trees = _read_tensors(path, file, detected, bgr)
     params, top = trees["params"], detected.top
@@ -139,7 +144,7 @@ def _read_file(path: Path, net: str | None, preprocessing_name: str | None) -> W
         # IMAGENET1K_FEATURES: the authors' convolutions for the authors' images, and a
         # classifier of NaN.
         top = False
-        preprocessing = preprocessing if preprocessing_name else TORCHVISION_FEATURES
+        preprocessing = TORCHVISION_FEATURES
         params = {name: layer for name, layer in params.items() if name not in head}
     classes = metadata.get("classes") or _class_names(detected.num_classes)
     if top and len(classes) != detected.num_classes:

@@ -82,6 +82,11 @@ def plain_names(names: Iterable[str]) -> Names:
     }
     if not {"classifier.0.weight", "classifier.3.weight"} & set(plain.values()):
         plain = {name: _renumber(short) for name, short in plain.items()}
+    if len(set(plain.values())) < len(plain):
+        raise InputError(
+            "it holds several tensors for one layer, such as features.0 and features.module.0: "
+            "expected one net; save the state_dict of one"
+        )
     return Names(plain, prefix, tuple(name for name in names if name not in plain))
 
 
