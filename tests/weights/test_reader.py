@@ -2,10 +2,11 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from safetensors.numpy import save_file
 
 from tests.helpers.weights_files import random_tensors, torchvision_state
-from vgg_jax import load
+from vgg_jax import InputError, load
 from vgg_jax.weights import imagenet, read, save
 
 
@@ -28,6 +29,8 @@ def test_read_torchvision_features_only(tmp_path):
         weights.variables["params"]["conv1_1"]["kernel"],
         state["features.0.weight"].transpose(2, 3, 1, 0),
     )
+    with pytest.raises(InputError, match="is 'caffe', and .* is torchvision's IMAGENET1K_FEATURES"):
+        read(tmp_path / "features.safetensors", preprocessing="caffe")
 
 
 def test_read_run_keeps_preprocessing(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vgg_jax.configs.models import CONFIGS
-from vgg_jax.errors import InputError
+from vgg_jax.errors import InputError, single_line
 from vgg_jax.model import POOLS, VGG
 from vgg_jax.paths import local_copy, to_path
 from vgg_jax.weights.detect import DetectedModel, detect
@@ -127,12 +127,12 @@ def _read_file(path: Path, net: str | None, preprocessing_name: str | None) -> W
             shapes, net or metadata.get("net"), metadata.get("image_size"), in_channels
         )
     except InputError as error:
-        message = " ".join(str(error).split())  # a tensor's name may hold a line break
-        raise InputError(f"{path}: {message}") from error
+        # A tensor's name may hold a line break.
+        raise InputError(f"{path}: {single_line(error, max_length=None)}") from error
     if preprocessing_name and "mean_rgb" in metadata["preprocessing"]:
         raise InputError(
             f"preprocessing is {preprocessing_name!r}, and {path} names a mean of its own: "
-            "expected preprocessing for a file that does not; leave it out"
+            "expected no preprocessing for such a file; leave it out"
         )
     preprocessing, bgr = _preprocessing(path, detected.layout, preprocessing_name)
     trees = _read_tensors(path, file, detected, bgr)
@@ -143,8 +143,12 @@ def _read_file(path: Path, net: str | None, preprocessing_name: str | None) -> W
     ):
         # IMAGENET1K_FEATURES: the authors' convolutions for the authors' images, and a
         # classifier of NaN.
-        top = False
-        preprocessing = TORCHVISION_FEATURES
+        if preprocessing_name:
+            raise InputError(
+                f"preprocessing is {preprocessing_name!r}, and {path} is torchvision's "
+                "IMAGENET1K_FEATURES: expected no preprocessing for this file; leave it out"
+            )
+        top, preprocessing = False, TORCHVISION_FEATURES
         params = {name: layer for name, layer in params.items() if name not in head}
     classes = metadata.get("classes") or _class_names(detected.num_classes)
     if top and len(classes) != detected.num_classes:
