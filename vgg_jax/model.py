@@ -93,6 +93,9 @@ class VGG(nn.Module):
 
             At image_size, all three are equal. `score_map`, `features` and `head` do not depend on
             it.
+
+    Raises:
+        InputError: A field has a wrong type or value.
     """
 
     config: VGGConfig = CONFIGS["D"]
@@ -630,7 +633,8 @@ def transpose_kernels(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # The fields of VGG but `config`: the arguments of the published networks.
-_FIELD_DOCS = "".join(inspect.cleandoc(VGG.__doc__ or "").partition("    num_classes:")[1:])
+_DOCS = inspect.cleandoc(VGG.__doc__ or "").partition("\n\nRaises:")
+_FIELD_DOCS = "".join(_DOCS[0].partition("    num_classes:")[1:])
 
 
 def _published(
@@ -653,7 +657,7 @@ Args:
 {_FIELD_DOCS}
 
 Returns:
-    The module, without variables.
+    The module, without variables.{"".join(_DOCS[1:])}
 """
     parameters = inspect.signature(VGG).parameters
     shown = [parameters[key] for key in parameters if key not in ("config", "parent", "name")]
@@ -750,7 +754,7 @@ def with_in_channels(
 
     Raises:
         InputError: `in_channels` is below 1, the net reads other images than RGB, or the variables
-            have no conv1_1 for them.
+            have no conv1_1 for them. Or the arguments are not a net and its variables.
     """
     check_net(model, variables)
     _check_in_channels(in_channels)
@@ -797,7 +801,7 @@ def with_new_head(
 
     Raises:
         InputError: `num_classes` is below 1, or the variables lack convolutions of the net or have
-            other shapes.
+            other shapes. Or the arguments are not a net and its variables.
     """
     check_net(model, variables)
     new_model = model.clone(num_classes=num_classes)

@@ -118,7 +118,7 @@ def lpips(
 
     Raises:
         InputError: If the images are not two arrays (N, H, W, 3) of one shape, or the linear
-            weights do not fit the net.
+            weights do not fit the net. Or the arguments are not a net and its variables.
     """
     check_net(model, variables)
     if linear_weights is None:

@@ -22,7 +22,7 @@ from tests.helpers.weights_files import (
 from vgg_jax import CONFIGS, InputError, VGGConfig
 from vgg_jax.cli import main
 from vgg_jax.weights import read
-from vgg_jax.weights.layouts import LAYOUTS, tensor_table
+from vgg_jax.weights.layouts import LAYOUTS, PREPROCESSINGS, tensor_table
 
 # As the presets have them: (x / 255 - mean) / std.
 CONVERTER = {
@@ -102,7 +102,7 @@ def test_without_preset_asks(path, tensors, tmp_path, capsys):
     assert not (tmp_path / "out.safetensors").exists()
 
 
-@pytest.mark.parametrize("preprocessing", ["caffe", "torchvision"])
+@pytest.mark.parametrize("preprocessing", PREPROCESSINGS)
 def test_named_preprocessing(preprocessing, path, tensors, tmp_path, capsys):
     """Both files have the same tensors, so that they have the same net."""
     out = tmp_path / "out.safetensors"

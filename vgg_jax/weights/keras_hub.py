@@ -24,6 +24,10 @@ def find_preprocessing(path: Path) -> Preprocessing | None:
 
     Returns:
         The preprocessing of RGB images, or None if the files do not tell.
+
+    Raises:
+        OSError: A file cannot be read.
+        zipfile.BadZipFile: The .keras file is damaged.
     """
     for text in _descriptions(path):
         try:
@@ -47,9 +51,9 @@ def _descriptions(path: Path) -> Iterator[bytes]:
                 yield file.read("config.json")
         return
     for name in _PRESET_FILES:
-        beside = path.parent / name
-        if beside.is_file() and beside.stat().st_size <= _MAX_BYTES:
-            yield beside.read_bytes()
+        description = path.parent / name
+        if description.is_file() and description.stat().st_size <= _MAX_BYTES:
+            yield description.read_bytes()
 
 
 def _converters(value: Any) -> Iterator[dict[str, Any]]:

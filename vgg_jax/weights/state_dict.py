@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 from vgg_jax.errors import InputError
 
-# Keys under which training scripts save the weights, the wanted ones first: those of PyTorch's and
-# timm's scripts and of Lightning, of torchvision's, then the moving averages.
+# Keys under which training scripts save the weights. The first that is there is read. The moving
+# averages come last.
 CHECKPOINT_KEYS = ("state_dict", "model_state_dict", "model", "net", "model_ema", "state_dict_ema")
 _PARAM = r"(?:weight|bias|running_mean|running_var|num_batches_tracked)"
+_FIRST_KERNEL = "features.0.weight"
 # With a dropout before each fully connected layer, as in torchvision's AlexNet.
 _DROPOUT_FIRST = {"classifier.1": "classifier.0", "classifier.4": "classifier.3"}
 
@@ -19,7 +20,7 @@ class Names(NamedTuple):
 
     Attributes:
         plain: Maps each name of the net in the file to the plain name.
-        prefix: What stood before the names, for a message; "" if nothing did.
+        prefix: What stands before the names in the file, or "".
         others: Names that are not under the prefix.
     """
 
@@ -47,8 +48,8 @@ def find_state_dict(checkpoint: Any) -> tuple[Any, str, tuple[str, ...]]:
 def plain_names(names: Iterable[str]) -> Names:
     """Removes what wrappers of a net add to its names.
 
-    Such as "module." (`DataParallel`), "_orig_mod." (`torch.compile`), "model." (Lightning), and
-    the number of a net in a `Sequential`. A `features` saved by itself gets its name back.
+    `DataParallel` adds "module.", `torch.compile` adds "_orig_mod.", and Lightning adds "model.". A
+    `Sequential` adds the number of the net. A `features` saved by itself gets its name back.
 
     Args:
         names: Names of all tensors of a file.
@@ -57,17 +58,16 @@ def plain_names(names: Iterable[str]) -> Names:
         The plain names. Files of other libraries keep theirs.
 
     Raises:
-        InputError: The file holds several nets.
+        InputError: The file holds several nets, or several tensors for one layer.
     """
     names = tuple(names)
     if names and all(re.fullmatch(rf"\d+\.{_PARAM}", name) for name in names):
         return Names({name: f"features.{name}" for name in names}, "", ())
     unwrapped = {name: re.sub(r"\b(features|classifier)\.module\.", r"\1.", name) for name in names}
-    first = r"features\.0\.weight"
     prefixes = {
-        name.removesuffix("features.0.weight")
+        name.removesuffix(_FIRST_KERNEL)
         for name in unwrapped.values()
-        if re.search(rf"(?:^|\.){first}$", name)
+        if f".{name}".endswith(f".{_FIRST_KERNEL}")
     }
     if len(prefixes) > 1:
         raise InputError(
