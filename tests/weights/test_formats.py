@@ -204,6 +204,13 @@ def test_open_file_names_likely_cause(name, content, message, tmp_path):
         read(tmp_path / name)
 
 
+def test_open_file_rejects_damaged_keras(tmp_path):
+    """The message does not ask for PyTorch, which reads the other archives."""
+    (tmp_path / "cut.keras").write_bytes(b"PK\x03\x04 and no more")
+    with pytest.raises(InputError, match=r"cut\.keras cannot be read as a Keras file \(BadZipFile"):
+        read(tmp_path / "cut.keras")
+
+
 def test_open_file_rejects_npz(tmp_path):
     np.savez(tmp_path / "net.npz", conv1_1=np.ones(3))
     with pytest.raises(InputError, match=r"NumPy arrays \(.npz\): .*safetensors.numpy.save_file"):

@@ -104,8 +104,10 @@ def _detect_zip_format(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as file:
             names = file.namelist()
-    except Exception:  # a damaged archive raises errors of many types; PyTorch says what is wrong
-        return "PyTorch"
+    except (
+        Exception
+    ):  # a damaged archive raises errors of many types; its reader says what is wrong
+        return "Keras" if path.suffix == ".keras" else "PyTorch"
     if any(name.endswith(".npy") for name in names):
         raise InputError(
             f"{path} holds NumPy arrays (.npz): expected a file that names the layers as a library "
