@@ -19,7 +19,7 @@ FLAGS = """--net E --batch-norm --fc 10 20 --dropout-rate 0.1 --initializer pape
 --learning-rate 0.1 --momentum 0.8 --weight-decay 0 --decay-biases --schedule step --patience 1
 --drops 1 --drop-epochs 2 3 --epochs 4 --seed 7 --exclude list"""
 WITHOUT_EFFECT = {"patience", "drops"}  # with --schedule step
-COMMAND_FLAGS = {"command", "workdir", "data_dir", "download", "compilation_cache"}
+COMMAND_FLAGS = {"command", "workdir", "data_dir", "download", "compilation_cache", "verbose"}
 
 
 def test_train_has_flag_for_each_field():

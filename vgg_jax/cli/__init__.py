@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from vgg_jax.cli.commands import COMMANDS, train
 from vgg_jax.cli.exit_codes import explain
 from vgg_jax.cli.logs import configure_logging
+from vgg_jax.cli.messages import shorten
 from vgg_jax.cli.parser import parse_args
 from vgg_jax.runtime.compilation_cache import enable_compilation_cache
 from vgg_jax.runtime.memory import use_huge_pages
@@ -24,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code, see `vgg_jax.cli.exit_codes.ExitCode`.
     """
     arguments = parse_args(argv)
-    command = COMMANDS[arguments.pop("command")]
+    command, verbose = COMMANDS[arguments.pop("command")], arguments.pop("verbose")
     configure_logging()
     if argv is None and command is train:
         use_huge_pages()
@@ -38,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if explanation is None:
             raise
         code, message = explanation
-        print(f"vgg-jax: {message}", file=sys.stderr)
+        message = f"vgg-jax: {message}"
+        print(message if verbose else shorten(message), file=sys.stderr)
     if argv is None and code:
         # Ends at once: threads that still compile or write are not waited for.
         sys.stdout.flush()

@@ -83,6 +83,12 @@ def parser() -> Parser:
             description = f"{help[0].upper()}{help[1:]}."
             command = commands.add_parser(name, description=description, argument_default=default)
             add_flags(command)
+            command.add_argument(
+                "--verbose",
+                action="store_true",
+                default=False,
+                help="print an error message in full, however long it is",
+            )
     return top
 
 

@@ -67,10 +67,11 @@ def detect(
     ]
     nearest = min(candidates, key=lambda candidate: len(differences(shapes, candidate)))
     if not any(tensor.foreign_name in shapes for tensor in nearest.tensors):
-        names = ", ".join(sorted(shapes)[:5]) or "none"
-        more = ", …" if len(shapes) > 5 else ""
+        if not shapes:
+            raise InputError("it holds no floating-point tensors: expected the weights of a VGG")
         raise InputError(
-            f"no known layout has the tensors {names}{more}: expected those of {', '.join(LAYOUTS)}"
+            "these are not the weights of a VGG: expected the names of a VGG of "
+            f"{', '.join(LAYOUTS)}; it has {', '.join(sorted(shapes))}"
         )
     messages = differences(shapes, nearest)
     stride = 2 ** len(nearest.config.stages)
@@ -81,9 +82,11 @@ def detect(
             f"because fc6 reads {window}x{window} positions"
         )
     if messages:
+        is_part = all(message.endswith(" is missing") for message in messages)
+        remedy = "; if it is one of several parts, join them" if is_part else " and no others"
         raise InputError(
-            f"these are not the weights of a VGG; the closest match is {nearest}: "
-            f"{'; '.join(messages)}"
+            "these are not the weights of a VGG: expected all tensors of the closest match, "
+            f"{nearest}{remedy}; {'; '.join(messages)}"
         )
     return nearest._replace(image_size=image_size or nearest.image_size)
 

@@ -1,0 +1,73 @@
+"""Messages of at most 300 characters, and `--verbose`."""
+
+import re
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from tests.helpers.weights_files import random_tensors, torchvision_state
+from vgg_jax.cli import main
+from vgg_jax.cli.messages import MAX_LENGTH, shorten
+from vgg_jax.cli.parser import parser
+
+NAMES = [f"unexpected tensor layer{i}.weight" for i in range(40)]
+
+
+def test_short_message_stays():
+    message = "x" * MAX_LENGTH
+    assert shorten(message) == message
+
+
+@pytest.mark.parametrize(
+    ("message", "start", "end"),
+    [
+        (  # the remedy comes first
+            f"a.pth is no VGG: expected D, pass --net; {'; '.join(NAMES)}",
+            "a.pth is no VGG: expected D, pass --net; unexpected tensor layer0.weight; ",
+            " … and {} more; --verbose lists all",
+        ),
+        (  # the remedy comes last
+            f"no layout has {', '.join(NAMES)}: expected one of Keras; pass --net",
+            "no layout has unexpected tensor layer0.weight, ",
+            " … and {} more; --verbose lists all: expected one of Keras; pass --net",
+        ),
+    ],
+)
+def test_list_is_cut_and_remedy_stays(message, start, end):
+    text = shorten(message)
+    assert len(text) <= MAX_LENGTH
+    assert text.startswith(start)
+    left_out = len(NAMES) - text.count("unexpected tensor")
+    assert text.endswith(end.format(left_out))
+    kept = re.search(r"layer(\d+)\.weight …", text)
+    assert int(kept[1]) == len(NAMES) - left_out - 1
+
+
+@pytest.mark.parametrize("message", ["word " * 200, "x" * 1000, f"{'x' * 1000}: expected a file"])
+def test_other_text_is_cut_after_word(message):
+    text = shorten(message)
+    assert MAX_LENGTH - 30 < len(text) <= MAX_LENGTH
+    assert " … (--verbose shows all)" in text
+    assert text.endswith("expected a file") == message.endswith("expected a file")
+
+
+def test_verbose_shows_whole_message(tmp_path, capsys):
+    """The exception has the whole text in any case."""
+    state = torchvision_state(random_tensors("A"), "A")
+    state |= {f"features.{i}.weight": np.zeros(3, np.float32) for i in range(100, 140)}
+    save_file(state, tmp_path / "net.safetensors")
+    command = ["import", str(tmp_path / "net.safetensors"), str(tmp_path / "out.safetensors")]
+    assert main(command) == 2
+    short = capsys.readouterr().err
+    assert len(short.strip()) <= MAX_LENGTH
+    assert "--verbose lists all" in short
+    assert main([*command, "--verbose"]) == 2
+    message = capsys.readouterr().err
+    assert all(f"features.{i}.weight" in message for i in range(100, 140))
+    assert "--verbose" not in message
+
+
+def test_each_command_has_verbose():
+    for command in ("train", "summary A", "verify x", "selfcheck", "statistics", "fuse x"):
+        assert parser().parse_args([*command.split(), "--verbose"]).verbose
