@@ -166,7 +166,10 @@ def save(
 
 
 def load(
-    path: str | os.PathLike, net: str | None = None, preprocessing: str | None = None
+    path: str | os.PathLike,
+    net: str | None = None,
+    preprocessing: str | None = None,
+    image_size: int | None = None,
 ) -> tuple["VGG", dict[str, Any], dict[str, Any]]:
     """Loads a trained net from a run's folder or from a weight file.
 
@@ -181,6 +184,9 @@ def load(
             less the authors' mean) or "torchvision" (RGB, divided by torchvision's standard
             deviation). None means those of the library that the names belong to. A file of Keras 3
             needs it, unless it is a KerasHub preset with its JSON files.
+        image_size: Side of the images in pixels, for a weight file whose fc6 reads one position: 32
+            for a net of 32x32 images. A larger size means that fc6 reads the mean of pool5 of such
+            images (global average pooling). Other files tell the size.
 
     Returns:
         The model, its variables, and metadata such as `classes` and `preprocessing`.
@@ -190,4 +196,4 @@ def load(
     """
     from vgg_jax.weights import load
 
-    return load(path, net, preprocessing)
+    return load(path, net, preprocessing, image_size)

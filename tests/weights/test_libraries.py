@@ -14,7 +14,7 @@ from tests.helpers.weights_files import (
     forward,
     photos,
 )
-from vgg_jax import load
+from vgg_jax import InputError, load
 from vgg_jax.weights import read, save
 
 
@@ -39,18 +39,44 @@ def test_keras_files(top, tmp_path):
     net.save_weights(path)
     with h5py.File(legacy, "w") as file:
         legacy_h5_format.save_weights_to_hdf5_group(file, net)
-    weights = read(path, preprocessing="caffe")
-    for other in (read(whole, preprocessing="caffe"), read(legacy)):
+    size = 32 if top else None
+    weights = read(path, preprocessing="caffe", image_size=size)
+    others = read(whole, preprocessing="caffe", image_size=size), read(legacy, image_size=size)
+    for other in others:
         jax.tree.map(np.testing.assert_array_equal, weights.params, other.params)
-    assert (weights.layout, read(legacy).layout) == ("keras 3", "keras")
+    assert (weights.layout, others[1].layout) == ("keras 3", "keras")
     expected = net(keras.applications.vgg16.preprocess_input(images.copy()), training=False)
-    model, variables, metadata = load(path, preprocessing="caffe")
+    model, variables, metadata = load(path, preprocessing="caffe", image_size=size)
     x = images - np.float32(metadata["preprocessing"]["mean_rgb"])
     if top:
         output = forward(model, variables, x)
     else:
         output = model.apply(variables, x, layers=("pool5",), method="features")["pool5"]
         assert "without fully connected layers" in metadata["source"]
+    assert_close_to_largest(output, np.asarray(expected))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # from Keras' own arrays
+def test_keras_pooled_head(tmp_path):
+    """Three dense layers on global average pooling, as Keras' transfer learning guides add them."""
+    keras = pytest.importorskip("keras", reason="needs keras, which comes with TensorFlow")
+    base = keras.applications.VGG16(weights=None, include_top=False, input_shape=(96, 96, 3))
+    x = keras.layers.GlobalAveragePooling2D()(base.output)
+    for name, features, activation in (
+        ("fc1", 40, "relu"),
+        ("fc2", 30, "relu"),
+        ("predictions", 10, None),
+    ):
+        x = keras.layers.Dense(features, activation, name=name)(x)
+    net = keras.Model(base.input, x)
+    net.save(tmp_path / "net.keras")
+    with pytest.raises(InputError, match="fc6 reads one position, of 32-pixel images or of a mean"):
+        load(tmp_path / "net.keras", preprocessing="caffe")
+    model, variables, metadata = load(tmp_path / "net.keras", preprocessing="caffe", image_size=96)
+    images = photos(1, 96)
+    expected = net(keras.applications.vgg16.preprocess_input(images.copy()), training=False)
+    output = forward(model, variables, images - np.float32(metadata["preprocessing"]["mean_rgb"]))
     assert_close_to_largest(output, np.asarray(expected))
 
 

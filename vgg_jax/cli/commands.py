@@ -213,13 +213,18 @@ def verify_data(data: str, data_dir: str | None, download: bool, out: str) -> Ex
 
 
 def import_(
-    file: str, out: str, net: str | None, preprocessing: str | None, check: str | None
+    file: str,
+    out: str,
+    net: str | None,
+    preprocessing: str | None,
+    image_size: int | None,
+    check: str | None,
 ) -> ExitCode:
     """Converts another library's weights, and compares them with PyTorch if asked to."""
     from vgg_jax.weights import read, save
     from vgg_jax.weights.weights import channels_name
 
-    weights = read(file, net, preprocessing)
+    weights = read(file, net, preprocessing, image_size)
     save(out, weights)
     mean = ", ".join(f"{value:.3f}" for value in weights.preprocessing.mean_rgb)
     channels = channels_name(weights.model.in_channels)
@@ -248,13 +253,14 @@ def export(
     fold_batch_norm: bool,
     bfloat16: bool,
     net: str | None,
+    image_size: int | None,
 ) -> ExitCode:
     """Writes a net as a file for another program."""
     from vgg_jax.export import ExportSpec, write
     from vgg_jax.export import fold_batch_norm as fold
     from vgg_jax.weights import read
 
-    weights = read(path, net)
+    weights = read(path, net, image_size=image_size)
     if fold_batch_norm:
         weights = fold(weights)
     write(out, ExportSpec(weights, output, uint8, bfloat16), layout)

@@ -32,6 +32,7 @@ class DetectedModel(NamedTuple):
     image_size: int
     top: bool  # the file has fully connected layers
     tensors: list[TensorMapping]
+    mean_window: int = 1  # the file's fc6 reads the mean of so many positions of pool5, squared
 
     def __str__(self) -> str:
         suffix = " with batch normalisation" if self.batch_norm else ""
@@ -48,7 +49,8 @@ def detect(
         net: Name of the net, or None to try all but A-LRN. A-LRN has the tensors of A, so it
             has to be named.
         image_size: Side of the images in pixels, or None for the smallest that gives fc6's
-            window.
+            window. If that is 1x1, two nets have the tensors: one for the smallest images, and one
+            whose fc6 reads the mean of pool5 of larger images.
         in_channels: Channels of the images.
 
     Returns:
@@ -56,7 +58,8 @@ def detect(
 
     Raises:
         InputError: No layout has these tensors. The message lists every missing, unexpected or
-            misshapen tensor of the closest match.
+            misshapen tensor of the closest match. Or fc6's window is 1x1, and there is no
+            image_size.
     """
     nets = [net] if net else [name for name, config in CONFIGS.items() if not config.lrn]
     candidates = [
@@ -74,13 +77,6 @@ def detect(
             f"{', '.join(LAYOUTS)}; it has {', '.join(sorted(shapes))}"
         )
     messages = differences(shapes, nearest)
-    stride = 2 ** len(nearest.config.stages)
-    window = nearest.image_size // stride
-    if image_size is not None and nearest.top and image_size // stride != window:
-        messages.append(
-            f"image_size is {image_size}: expected {window * stride}, "
-            f"because fc6 reads {window}x{window} positions"
-        )
     if messages:
         is_part = all(message.endswith(" is missing") for message in messages)
         remedy = "; if it is one of several parts, join them" if is_part else " and no others"
@@ -88,7 +84,30 @@ def detect(
             "these are not the weights of a VGG: expected all tensors of the closest match, "
             f"{nearest}{remedy}; {'; '.join(messages)}"
         )
-    return nearest._replace(image_size=image_size or nearest.image_size)
+    return _with_image_size(nearest, image_size) if nearest.top else nearest
+
+
+def _with_image_size(detected: DetectedModel, image_size: int | None) -> DetectedModel:
+    """Checks the image size, which decides how fc6 reads pool5."""
+    stride = 2 ** len(detected.config.stages)
+    window = detected.image_size // stride
+    if image_size is None:
+        if window == 1:
+            raise InputError(
+                f"fc6 reads one position, of {stride}-pixel images or of a mean over pool5: "
+                f"expected the size of the images, {stride} or such as 224; pass image_size= to "
+                "vgg_jax.load, or --image-size to vgg-jax import"
+            )
+        return detected
+    mean_window = 1
+    if window == 1 < image_size // stride <= _MAX_FC6_WINDOW:
+        mean_window = image_size // stride
+    elif image_size // stride != window:
+        raise InputError(
+            f"image_size is {image_size}: expected {window * stride}, "
+            f"because fc6 reads {window}x{window} positions"
+        )
+    return detected._replace(image_size=image_size, mean_window=mean_window)
 
 
 def differences(shapes: Shapes, candidate: DetectedModel) -> list[str]:

@@ -1,5 +1,6 @@
 """Reads weights from a run's folder, or from a file of vgg_jax or another library."""
 
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -26,11 +27,16 @@ from vgg_jax.weights.layouts import (
 from vgg_jax.weights.tensor_file import TensorFile
 from vgg_jax.weights.weights import Weights, fold_std_into_conv1, from_loaded, to_metadata
 
+logger = logging.getLogger(__name__)
+
 Trees = dict[str, dict[str, dict[str, np.ndarray]]]  # collection -> layer -> parameter
 
 
 def read(
-    path: str | os.PathLike, net: str | None = None, preprocessing: str | None = None
+    path: str | os.PathLike,
+    net: str | None = None,
+    preprocessing: str | None = None,
+    image_size: int | None = None,
 ) -> Weights:
     """Reads the weights of a run's best epoch, or of a file.
 
@@ -43,6 +49,9 @@ def read(
             the authors' mean) or "torchvision" (RGB, divided by torchvision's standard deviation).
             None means those of the library that the names belong to. The names of Keras 3 belong
             to two: without the JSON files of a KerasHub preset, they need it.
+        image_size: Side of the images in pixels. A file whose fc6 reads one position needs it: 32,
+            or the size of images of which fc6 reads the mean of pool5. The kernel of fc6 is then
+            repeated over all positions, divided by their number. Other files tell the size.
 
     Returns:
         The weights, with the file's values as float32. A standard deviation by which the images of
@@ -59,13 +68,16 @@ def read(
             f"preprocessing is {preprocessing!r}: expected one of {', '.join(PREPROCESSINGS)}"
         )
     if to_path(path).is_dir():
-        return from_loaded(*load(path, net, preprocessing))
+        return from_loaded(*load(path, net, preprocessing, image_size))
     with local_copy(path) as file:
-        return _read_file(file, net, preprocessing)
+        return _read_file(file, net, preprocessing, image_size)
 
 
 def load(
-    path: str | os.PathLike, net: str | None = None, preprocessing: str | None = None
+    path: str | os.PathLike,
+    net: str | None = None,
+    preprocessing: str | None = None,
+    image_size: int | None = None,
 ) -> tuple[VGG, dict[str, Any], dict[str, Any]]:
     """Loads the network of a run's folder or of a weight file.
 
@@ -73,6 +85,7 @@ def load(
         path: A run's folder, for `vgg_jax.runs.checkpoint.load_best`, or a file, for `load_file`.
         net: Name of the net, for a file only.
         preprocessing: As for `read`, for a file only.
+        image_size: As for `read`, for a file only.
 
     Returns:
         `(model, variables, metadata)`, as those functions do.
@@ -81,8 +94,9 @@ def load(
         InputError: There is no network, or it cannot be read.
     """
     if not to_path(path).is_dir():
-        return load_file(path, net, preprocessing)
-    for name, value in (("net", net), ("preprocessing", preprocessing)):
+        return load_file(path, net, preprocessing, image_size)
+    passed = {"net": net, "preprocessing": preprocessing, "image_size": image_size}
+    for name, value in passed.items():
         if value is not None:
             raise InputError(
                 f"{name} is {value!r} and {path} is a folder: "
@@ -94,7 +108,10 @@ def load(
 
 
 def load_file(
-    path: str | os.PathLike, net: str | None = None, preprocessing: str | None = None
+    path: str | os.PathLike,
+    net: str | None = None,
+    preprocessing: str | None = None,
+    image_size: int | None = None,
 ) -> tuple[VGG, dict[str, Any], dict[str, Any]]:
     """Loads the network of a weight file.
 
@@ -102,6 +119,7 @@ def load_file(
         path: A weight file.
         net: Name of the net, for a file whose tensors fit several nets.
         preprocessing: As for `read`.
+        image_size: As for `read`.
 
     Returns:
         `(model, variables, metadata)`, for float RGB images (N, H, W, 3) on the 0-255 scale
@@ -113,19 +131,25 @@ def load_file(
     Raises:
         InputError: As `read` does.
     """
-    weights = read(path, net, preprocessing)
+    weights = read(path, net, preprocessing, image_size)
     return weights.model, weights.variables, to_metadata(weights) | {"path": str(path)}
 
 
-def _read_file(path: Path, net: str | None, preprocessing_name: str | None) -> Weights:
+def _read_file(
+    path: Path, net: str | None, preprocessing_name: str | None, image_size: int | None
+) -> Weights:
     file = open_file(path)
     try:
         metadata = _check_metadata(file.metadata)
         shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
         in_channels = metadata["in_channels"]
-        detected = detect(
-            shapes, net or metadata.get("net"), metadata.get("image_size"), in_channels
-        )
+        own_size = metadata.get("image_size")
+        if image_size is not None and own_size not in (None, image_size):
+            raise InputError(
+                f"image_size is {image_size}, and the file names {own_size}: expected no "
+                "image_size for such a file; leave it out"
+            )
+        detected = detect(shapes, net or metadata.get("net"), own_size or image_size, in_channels)
     except InputError as error:
         # A tensor's name may hold a line break.
         raise InputError(f"{path}: {single_line(error, max_length=None)}") from error
@@ -222,6 +246,13 @@ def _read_tensors(path: Path, file: TensorFile, detected: DetectedModel, bgr: bo
             if tensor.path == CONV1_KERNEL:
                 tensor = tensor._replace(bgr=bgr and tensor.shape[2] == 3)
             trees[collection].setdefault(layer, {})[param] = tensor.from_foreign(array)
+    if detected.mean_window > 1:
+        fc6, positions = trees["params"]["fc6"], detected.mean_window**2
+        fc6["kernel"] = np.tile(fc6["kernel"] / np.float32(positions), (positions, 1))
+        logger.info(
+            f"{path}: fc6 reads the mean of pool5, as {detected.mean_window}x"
+            f"{detected.mean_window} positions with one kernel"
+        )
     return trees
 
 
