@@ -193,7 +193,7 @@ def test_open_file_rejects_damaged(name, content, tmp_path):
         (
             "model.safetensors.index.json",
             b'{"metadata": {}}',
-            "JSON text, perhaps the index of sev",
+            "is JSON text: expected a .safetensors",
         ),
         ("page.pth", b"<!DOCTYPE html><html>", "a web page, perhaps of a failed download"),
     ],
@@ -213,7 +213,7 @@ def test_open_file_rejects_damaged_keras(tmp_path):
 
 def test_open_file_rejects_npz(tmp_path):
     np.savez(tmp_path / "net.npz", conv1_1=np.ones(3))
-    with pytest.raises(InputError, match=r"NumPy arrays \(.npz\): .*safetensors.numpy.save_file"):
+    with pytest.raises(InputError, match=r"NumPy arrays \(.npz\), .*safetensors.numpy.save_file"):
         read(tmp_path / "net.npz")
 
 

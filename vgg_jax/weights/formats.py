@@ -25,13 +25,23 @@ import numpy as np
 
 from vgg_jax.errors import InputError, install_hint, single_line
 from vgg_jax.weights import caffe, matconvnet
-from vgg_jax.weights.state_dict import find_state_dict, plain_names
+from vgg_jax.weights.file_kinds import (
+    HEAD_SIZE,
+    describe_archive,
+    describe_file,
+    describe_shard,
+)
+from vgg_jax.weights.state_dict import CHECKPOINT_KEYS, find_state_dict, plain_names
 from vgg_jax.weights.tensor_file import MAX_BYTES, MAX_ENTRIES, Tensor, TensorFile
 
 logger = logging.getLogger(__name__)
 
 SAFE_TORCH = (2, 10)  # older releases have CVE-2025-32434 or CVE-2026-24747
 _MAX_HDF5_DEPTH = 8
+_EXPECTED = (
+    "a .safetensors, .pth (PyTorch), .h5 or .keras (Keras, flaxmodels), .caffemodel or .mat "
+    "(MatConvNet) file"
+)
 _KERAS_WEIGHTS = "model.weights.h5"  # in a .keras file
 
 
@@ -49,18 +59,16 @@ def open_file(path: Path) -> TensorFile:
     """
     try:
         with path.open("rb") as file:
-            head = file.read(128)
+            head = file.read(HEAD_SIZE)
     except OSError as error:
         raise InputError(
             f"{path} cannot be read ({error.strerror}): "
             "expected a file of weights, or a run's folder"
         ) from error
+    problem = describe_shard(path)
+    if problem:
+        raise InputError(f"{path} {problem}")
     file_format = _detect_format(path, head)
-    if file_format is None:
-        raise InputError(
-            f"{path} is {_describe(head)}: expected the content of a .safetensors, .pth (PyTorch), "
-            ".h5 or .keras (Keras, flaxmodels), .caffemodel or .mat (MatConvNet) file"
-        )
     try:
         with reraise_damaged(path, file_format):
             content = _READERS[file_format](path)
@@ -82,21 +90,24 @@ def _unwrap(path: Path, content: TensorFile) -> TensorFile:
     return content._replace(tensors=tensors)
 
 
-def _detect_format(path: Path, head: bytes) -> str | None:
-    """Returns a key of `_READERS`, or None."""
+def _detect_format(path: Path, head: bytes) -> str:
+    """Returns a key of `_READERS`. An InputError says what a file of no such format is."""
     # The length of the header, below 2**32, and a JSON object. The length's low byte may be a
     # pickle's 0x80; in all other formats bytes 4 to 7 are not 0, or byte 8 is no brace.
     if head[4:9] == b"\0\0\0\0{" and len(head) > 9:
         return "safetensors"
     if head.startswith(b"\x89HDF\r\n\x1a\n"):
         return "HDF5"
-    if head.startswith(b"PK\x03\x04"):
-        return _detect_zip_format(path)
-    if head[:1] == b"\x80":
-        return "PyTorch"
     if head[:6] == b"MATLAB" and head[124:128] in (b"\x00\x01IM", b"\x01\x00MI"):
         return "MATLAB"
-    return "Caffe" if path.suffix == ".caffemodel" else None
+    if head.startswith(b"PK\x03\x04"):
+        return _detect_zip_format(path)
+    problem = describe_file(path, head)
+    if not problem and head[:1] == b"\x80":
+        return "PyTorch"
+    if not problem and path.suffix == ".caffemodel":
+        return "Caffe"
+    raise _unreadable(path, problem or "is of an unknown format")
 
 
 def _detect_zip_format(path: Path) -> str:
@@ -108,25 +119,20 @@ def _detect_zip_format(path: Path) -> str:
         Exception
     ):  # a damaged archive raises errors of many types; its reader says what is wrong
         return "Keras" if path.suffix == ".keras" else "PyTorch"
-    if any(name.endswith(".npy") for name in names):
-        raise InputError(
-            f"{path} holds NumPy arrays (.npz): expected a file that names the layers as a library "
-            "does; write the arrays with safetensors.numpy.save_file"
-        )
-    return "Keras" if _KERAS_WEIGHTS in names else "PyTorch"
+    if _KERAS_WEIGHTS in names:
+        return "Keras"
+    problem = describe_archive(path, names)
+    if problem:
+        raise _unreadable(path, problem)
+    return "PyTorch"
 
 
-def _describe(head: bytes) -> str:
-    """Says what a file of an unknown format probably is."""
-    if not head:
-        return "empty"
-    if head.startswith(b"version https://git-lfs"):
-        return "a pointer of Git LFS, without the weights (git lfs pull gets them)"
-    if head.lstrip().startswith(b"{"):
-        return "JSON text, perhaps the index of several files (join them into one)"
-    if head.lstrip().startswith(b"<"):
-        return "a web page, perhaps of a failed download"
-    return "of an unknown format, or damaged"
+def _unreadable(path: Path, problem: str) -> InputError:
+    if ": expected" in problem:
+        return InputError(f"{path} {problem}")
+    problem, mark, remedy = problem.partition("; ")
+    expected = "a file of weights" if remedy else _EXPECTED
+    return InputError(f"{path} {problem}: expected {expected}{mark}{remedy}")
 
 
 @contextlib.contextmanager
@@ -203,11 +209,8 @@ def _read_pytorch(path: Path) -> TensorFile:
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
-        objects = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
-        if objects is None:
-            raise
         raise InputError(
-            f"{path} holds a Python object, {objects[1]}, and to read it could run code: "
+            f"{path} {_describe_pickle(str(error))}: "
             "expected a state_dict, as torch.save(model.state_dict(), …) writes"
         ) from error
     state, key, others = find_state_dict(state)
@@ -227,7 +230,8 @@ def _read_pytorch(path: Path) -> TensorFile:
             or value.is_meta
         ):
             raise InputError(
-                f"{path}: {name} is not a plain tensor: expected a state_dict of arrays"
+                f"{path}: {name} is not a plain tensor: expected a state_dict of arrays, alone or "
+                f"under one of the keys {', '.join(CHECKPOINT_KEYS)}"
             )
         # A view may claim to be larger than its storage.
         num_bytes = value.numel() * value.element_size()
@@ -238,6 +242,16 @@ def _read_pytorch(path: Path) -> TensorFile:
             )
         tensors[str(name)] = Tensor(tuple(value.shape), partial(_torch_to_numpy, value))
     return TensorFile(tensors, {})
+
+
+def _describe_pickle(error: str) -> str:
+    """Says why PyTorch does not read a pickle, from its error."""
+    if objects := re.search(r"Unsupported global: GLOBAL (\S+)", error):
+        return f"holds a Python object, {objects[1]}, and to read it could run code"
+    reason = error.partition("WeightsUnpickler error:")[2].strip().partition("\n")[0] or error
+    if reason == "Unsupported operand 149":  # the first instruction of these protocols
+        return "has a pickle_protocol of 4 or 5, and PyTorch reads 2 without running code"
+    return f"cannot be read without running code ({reason[:200]})"
 
 
 def _check_legacy(path: Path) -> None:

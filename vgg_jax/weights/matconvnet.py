@@ -103,6 +103,11 @@ def read(path: Path) -> TensorFile:
             if mean.size:
                 is_image = mean.shape[-1] == 3
                 metadata["mean_rgb"] = mean.reshape(-1, 3).mean(0) if is_image else mean.ravel()
+    if "layers" not in variables:
+        raise InputError(
+            f"{path} has no layers of MatConvNet: expected the weights of a VGG; it has "
+            f"{', '.join(map(str, variables)) or 'no variables'}"
+        )
     tensors = {}
     for (layer,) in variables["layers"]:
         if len(layer.get("weights", [])):

@@ -14,6 +14,7 @@ from vgg_jax.errors import InputError, single_line
 from vgg_jax.model import POOLS, VGG
 from vgg_jax.paths import local_copy, to_path
 from vgg_jax.weights.detect import DetectedModel, detect
+from vgg_jax.weights.file_kinds import describe_folder
 from vgg_jax.weights.formats import open_file, reraise_damaged
 from vgg_jax.weights.imagenet import CLASSES
 from vgg_jax.weights.keras_hub import find_preprocessing
@@ -102,6 +103,10 @@ def load(
                 f"{name} is {value!r} and {path} is a folder: "
                 f"expected a {name} for a file of weights only; a run knows its own"
             )
+    folder = to_path(path)
+    problem = "" if (folder / "run.json").exists() else describe_folder(folder)
+    if problem:
+        raise InputError(f"{path} {problem}: expected the workdir of a run, or a weight file")
     from vgg_jax.runs.checkpoint import load_best  # orbax comes with the extra `train`
 
     return load_best(path)
