@@ -10,7 +10,7 @@
 
 import importlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vgg_jax.configs.colours import IMAGENET, ColourStatistics
@@ -168,8 +168,9 @@ def save(
 def load(
     path: str | os.PathLike,
     net: str | None = None,
-    preprocessing: str | None = None,
+    preprocessing: str | Mapping[str, Any] | None = None,
     image_size: int | None = None,
+    classes: Sequence[str] | None = None,
 ) -> tuple["VGG", dict[str, Any], dict[str, Any]]:
     """Loads a trained net from a run's folder or from a weight file.
 
@@ -180,20 +181,33 @@ def load(
     Args:
         path: Folder of a run, or a weight file.
         net: Name of the net in a weight file whose shapes do not determine it, such as "A-LRN".
-        preprocessing: Images that the net of a weight file was trained with: "caffe" (BGR in 0-255,
-            less the authors' mean) or "torchvision" (RGB, divided by torchvision's standard
-            deviation). None means those of the library that the names belong to. A file of Keras 3
-            needs it, unless it is a KerasHub preset with its JSON files.
+        preprocessing: Images that the net of another library's file was trained with: "caffe" (BGR
+            in 0-255, less the authors' mean), "torchvision" (RGB, divided by torchvision's standard
+            deviation), or a dict of
+
+            - "mean": subtracted from the images. One number, or one for each channel.
+            - "std": the images are then divided by it. 1 by default.
+            - "range": "0-255" (default) or "0-1", the scale of the images, the mean and the std.
+              Images in -1 to 1 are those in "0-1", with a mean and a std of 0.5.
+            - "channels": "rgb" (default) or "bgr", the order in the images, the mean and the std.
+              It has no default if the library's own nets read BGR.
+
+            None means those of the library that the names belong to. A file of Keras 3 needs a
+            value, unless it is a KerasHub preset with its JSON files.
         image_size: Side of the images in pixels, for a weight file whose fc6 reads one position: 32
             for a net of 32x32 images. A larger size means that fc6 reads the mean of pool5 of such
             images (global average pooling). Other files tell the size.
+        classes: Names of the classes, in the order of the outputs. They replace those of the run or
+            the file, or the numbers or ImageNet's names that a file without names gets.
 
     Returns:
-        The model, its variables, and metadata such as `classes` and `preprocessing`.
+        The model, its variables, and metadata such as `classes` and `preprocessing`. "source" tells
+        what was assumed of a file.
 
     Raises:
-        InputError: If there is no such run or file, or the file does not hold a VGG.
+        InputError: If there is no such run or file, the file does not hold a VGG, or the other
+            arguments do not fit it.
     """
     from vgg_jax.weights import load
 
-    return load(path, net, preprocessing, image_size)
+    return load(path, net, preprocessing, image_size, classes)

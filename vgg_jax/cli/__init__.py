@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from vgg_jax.cli.commands import COMMANDS, train
+from vgg_jax.cli.commands import COMMANDS, predict, train
 from vgg_jax.cli.exit_codes import explain
 from vgg_jax.cli.logs import configure_logging
 from vgg_jax.cli.messages import shorten
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = parse_args(argv)
     command, verbose = COMMANDS[arguments.pop("command")], arguments.pop("verbose")
-    configure_logging()
+    configure_logging(results_only=command is predict)
     if argv is None and command is train:
         use_huge_pages()
         exit_on_second_signal()

@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -216,19 +216,20 @@ def import_(
     file: str,
     out: str,
     net: str | None,
-    preprocessing: str | None,
     image_size: int | None,
     check: str | None,
+    **source: Any,
 ) -> ExitCode:
     """Converts another library's weights, and compares them with PyTorch if asked to."""
+    options = source_options(source)
     from vgg_jax.weights import read, save
     from vgg_jax.weights.weights import channels_name
 
-    weights = read(file, net, preprocessing, image_size)
+    weights = read(file, net, image_size=image_size, **options)
     save(out, weights)
     mean = ", ".join(f"{value:.3f}" for value in weights.preprocessing.mean_rgb)
     channels = channels_name(weights.model.in_channels)
-    print(f"{file}: {weights}; images are {channels}, 0-255, minus ({mean}); written to {out}")
+    print(f"wrote {out}; its images are {channels}, 0-255, minus ({mean})")
     if check is None:
         return ExitCode.DONE
     from vgg_jax.weights.compare_torch import TOLERANCE, compare_with_torch
@@ -254,18 +255,57 @@ def export(
     bfloat16: bool,
     net: str | None,
     image_size: int | None,
+    **source: Any,
 ) -> ExitCode:
     """Writes a net as a file for another program."""
+    options = source_options(source)
     from vgg_jax.export import ExportSpec, write
     from vgg_jax.export import fold_batch_norm as fold
     from vgg_jax.weights import read
 
-    weights = read(path, net, image_size=image_size)
+    weights = read(path, net, image_size=image_size, **options)
     if fold_batch_norm:
         weights = fold(weights)
     write(out, ExportSpec(weights, output, uint8, bfloat16), layout)
     print(f"wrote {out}; check it with `vgg-jax verify {out}`")
     return ExitCode.DONE
+
+
+def source_options(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Converts the flags that describe another library's file to arguments of `vgg_jax.load`.
+
+    Args:
+        flags: "preprocessing", "mean", "std", "range", "channels" and "classes", or None.
+
+    Returns:
+        "preprocessing" and "classes".
+
+    Raises:
+        InputError: Flags exclude each other, or the file with the classes cannot be read.
+    """
+    names = ("mean", "std", "range", "channels")
+    fields = {name: flags[name] for name in names if flags[name] is not None}
+    if flags["preprocessing"] is not None and fields:
+        raise InputError(
+            f"--preprocessing {flags['preprocessing']} with "
+            f"{', '.join('--' + name for name in fields)}: expected a name or a description; leave "
+            "one of them out"
+        )
+    classes = None if flags["classes"] is None else _read_classes(flags["classes"])
+    return {"preprocessing": fields or flags["preprocessing"], "classes": classes}
+
+
+def _read_classes(path: str) -> tuple[str, ...]:
+    """Reads one name per line. Blank lines at the end do not count."""
+    try:
+        text = to_path(path).read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{path} cannot be read as a list of classes ({error}): "
+            "expected a text file in UTF-8 with one name per line"
+        ) from error
+    lines = text.rstrip().split("\n")
+    return () if lines == [""] else tuple(line.strip() for line in lines)
 
 
 def verify(file: str) -> ExitCode:
@@ -292,15 +332,22 @@ def selfcheck() -> ExitCode:
 
 
 def predict(
-    path: str, images: list[str], top: int, as_json: bool, protocol: str, scales: list[int]
+    path: str,
+    images: list[str],
+    top: int,
+    as_json: bool,
+    protocol: str,
+    scales: list[int],
+    **source: Any,
 ) -> ExitCode:
     """Prints the most probable classes of images. An unreadable image gets an error instead."""
     configure_malloc()
+    options = source_options(source)
     from vgg_jax.evaluation.predict import predict as iter_predictions
 
     code = ExitCode.DONE
     for file, best, error in iter_predictions(
-        path, images, protocol=EvalProtocol(protocol), scales=scales, top=top
+        path, images, protocol=EvalProtocol(protocol), scales=scales, top=top, **options
     ):
         if error is not None:
             code = ExitCode.BAD_IMAGE
@@ -328,16 +375,21 @@ def evaluate(
     softmax_first: bool,
     ceil: bool,
     out: str | None,
-    **source_options: Any,
+    data_dir: str | None,
+    download: bool,
+    skip_bad: bool,
+    pixels: int,
+    **source: Any,
 ) -> ExitCode:
     """Evaluates a net on a split, prints the errors, and writes them with the posteriors."""
     configure_malloc()
+    options = source_options(source)
     from vgg_jax.evaluation.dense import resolve_protocol
     from vgg_jax.evaluation.evaluate import evaluate as evaluate_net
     from vgg_jax.evaluation.evaluate import format_errors
     from vgg_jax.weights import load
 
-    model, variables, metadata = load(path)
+    model, variables, metadata = load(path, **options)
     settings = EvalProtocol(protocol, flip, softmax_first, ceil)
     settings, test_scales = resolve_protocol(settings, scales, model, metadata, path)
     flags = {"mirrored": settings.use_flip, "softmax-first": softmax_first, "ceil": ceil}
@@ -358,7 +410,10 @@ def evaluate(
             protocol=settings,
             scales=test_scales,
             out=folder,
-            **source_options,
+            data_dir=data_dir,
+            download=download,
+            skip_bad=skip_bad,
+            pixels=pixels,
         )
     heading = ", ".join([protocol, f"Q = {', '.join(scale_names)}", *flag_names])
     print(f"{heading}: {format_errors(results, model.num_classes)}")

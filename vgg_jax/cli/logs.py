@@ -7,20 +7,29 @@ import sys
 class _ConsoleHandler(logging.Handler):
     """Prints INFO to stdout as it is, and WARNING and above to stderr as "warning: …".
 
+    With `results_only`, nothing is printed to stdout.
+
     The streams are looked up at each record, since tests and `os.dup2` replace them. An error of
     a stream, such as a closed pipe, reaches the caller as it does from `print`.
     """
+
+    results_only = False
 
     def emit(self, record: logging.LogRecord) -> None:
         message = self.format(record)
         if record.levelno >= logging.WARNING:
             print(f"warning: {message}", file=sys.stderr, flush=True)
         else:
-            print(message, flush=True)
+            print(message, file=sys.stderr if self.results_only else sys.stdout, flush=True)
 
 
-def configure_logging() -> None:
-    """Prints the log messages of `vgg_jax`. A second call adds no second handler."""
+def configure_logging(results_only: bool = False) -> None:
+    """Prints the log messages of `vgg_jax`. A second call adds no second handler.
+
+    Args:
+        results_only: Leave stdout to the results of the command, which other programs may read.
+    """
+    _ConsoleHandler.results_only = results_only
     logger = logging.getLogger("vgg_jax")
     logger.setLevel(logging.INFO)
     if any(isinstance(handler, _ConsoleHandler) for handler in logger.handlers):

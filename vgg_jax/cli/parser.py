@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from vgg_jax import __version__
+from vgg_jax.configs.colours import CHANNEL_ORDERS, IMAGE_RANGES
 from vgg_jax.configs.evaluation import MAX_PIXELS_PER_BATCH, PROTOCOLS
 from vgg_jax.configs.export import EXPORT_OUTPUTS, SAVE_LAYOUTS
 from vgg_jax.configs.models import CONFIGS
@@ -240,6 +241,7 @@ def _add_evaluate(command: argparse.ArgumentParser) -> None:
         help="folder for evaluation.json and posteriors.npz "
         "(default: SPLIT-PROTOCOL-SCALES-FLAGS in RUN, or in FILE-evaluated)",
     )
+    _add_source(command)
 
 
 def _add_fuse(command: argparse.ArgumentParser) -> None:
@@ -260,6 +262,7 @@ def _add_predict(command: argparse.ArgumentParser) -> None:
     )
     _add_protocol(command, "as for evaluate")
     _add_cache(command)
+    _add_source(command)
 
 
 def _add_import(command: argparse.ArgumentParser) -> None:
@@ -272,16 +275,11 @@ def _add_import(command: argparse.ArgumentParser) -> None:
     command.add_argument("out", metavar="OUT", help="the .safetensors file to write")
     _add_net(command)
     command.add_argument(
-        "--preprocessing",
-        choices=("caffe", "torchvision"),
-        help="images that the net was trained with; needed for the names of Keras 3, which have "
-        "both (default: those of the library)",
-    )
-    command.add_argument(
         "--check",
         choices=("torch",),
         help="print the largest difference from PyTorch after each layer",
     )
+    _add_source(command)
 
 
 def _add_export(command: argparse.ArgumentParser) -> None:
@@ -321,6 +319,7 @@ def _add_export(command: argparse.ArgumentParser) -> None:
         help="store the weights in bfloat16, which halves the size",
     )
     _add_net(command)
+    _add_source(command)
 
 
 def _add_verify(command: argparse.ArgumentParser) -> None:
@@ -408,6 +407,51 @@ def _add_net(flags: Flags) -> None:
         metavar="N",
         help="side of the images; only needed for a file whose fc6 reads one position: 32, or a "
         "larger size if fc6 reads the mean of pool5",
+    )
+
+
+def _add_source(command: argparse.ArgumentParser) -> None:
+    """Adds the flags that describe another library's file; commands.source_options reads them."""
+    group = command.add_argument_group(
+        "images and classes of another library's file",
+        "Without these flags, the images are those that the library's own nets are trained with.",
+    )
+    group.add_argument(
+        "--preprocessing",
+        choices=("caffe", "torchvision"),
+        help="images with a name: caffe (BGR less the authors' mean) or torchvision (RGB, divided "
+        "by its standard deviation); files of Keras 3 need it",
+    )
+    group.add_argument(
+        "--mean",
+        type=float,
+        nargs="+",
+        metavar="V",
+        help="mean that is subtracted from the images: one number, or one for each channel",
+    )
+    group.add_argument(
+        "--std",
+        type=float,
+        nargs="+",
+        metavar="V",
+        help="standard deviation that the images are then divided by, likewise (default: 1)",
+    )
+    group.add_argument(
+        "--range",
+        choices=tuple(IMAGE_RANGES),
+        help="scale of the images, of --mean and of --std (default: 0-255); images from -1 to 1 "
+        "are --range 0-1 --mean 0.5 --std 0.5",
+    )
+    group.add_argument(
+        "--channels",
+        choices=CHANNEL_ORDERS,
+        help="order of the channels in the images, in --mean and in --std (default: rgb)",
+    )
+    group.add_argument(
+        "--classes",
+        metavar="FILE",
+        help="text file with the name of a class on each line, in the order of the net's outputs; "
+        "it replaces those of a run or of a file",
     )
 
 

@@ -18,6 +18,10 @@ class ColourStatistics:
     eigenvectors: tuple[tuple[float, float, float], ...]
 
 
+# Scales of images in other libraries, and their largest values.
+IMAGE_RANGES = {"0-1": 1.0, "0-255": 255.0}
+CHANNEL_ORDERS = ("rgb", "bgr")
+
 IMAGENET = ColourStatistics(
     mean_rgb=(123.68, 116.779, 103.939),  # the mean pixel released with the authors' models
     # fb.resnet.torch gives the eigenvalues for pixels in [0, 1].

@@ -2,9 +2,9 @@
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -34,6 +34,8 @@ def predict(
     protocol: EvalProtocol = DENSE,
     scales: Sequence[int] = (),
     top: int = 5,
+    preprocessing: str | Mapping[str, Any] | None = None,
+    classes: Sequence[str] | None = None,
 ) -> Iterator[Prediction]:
     """Predicts the classes of image files.
 
@@ -43,6 +45,8 @@ def predict(
         protocol: The evaluation protocol.
         scales: Test scales; empty for the net's own.
         top: Number of classes per image.
+        preprocessing: Images that the net of a weight file was trained with, as in `vgg_jax.load`.
+        classes: Names of the classes, as in `vgg_jax.load`.
 
     Yields:
         A prediction per file, in the order of the files. An unreadable file has an error instead
@@ -55,16 +59,16 @@ def predict(
     if top < 1:
         raise InputError(f"top is {top}: expected at least 1")
     files = expand_paths(images)
-    model, variables, metadata = load(path)
+    model, variables, metadata = load(path, preprocessing=preprocessing, classes=classes)
     protocol, scales = resolve_protocol(protocol, scales, model, metadata, path)
-    preprocessing = metadata["preprocessing"]
+    expected, class_names = metadata["preprocessing"], metadata["classes"]
     done: dict[int, Prediction] = {}  # by position in `files`, until the earlier ones are done
     readable: list[int] = []  # positions
 
     def scaled_images() -> Iterator[list[np.ndarray]]:
         for position, file in enumerate(files):
             try:
-                image = load_resized(file, scales, preprocessing["exif"])
+                image = load_resized(file, scales, expected["exif"])
             except InputError as error:
                 done[position] = Prediction(file, [], str(error))
                 continue
@@ -77,13 +81,12 @@ def predict(
         scaled_images(),
         mesh=make_mesh(1, jax.devices()[:1]),
         protocol=protocol,
-        mean_rgb=preprocessing["mean_rgb"],
+        mean_rgb=expected["mean_rgb"],
     )
-    classes = metadata["classes"]
     first = 0  # position of the next prediction to yield
     for index, posterior in posteriors:
         best = np.argsort(-posterior, kind="stable")[:top]  # as `label_ranks` orders them
-        top_classes = [(classes[i], float(posterior[i])) for i in best]
+        top_classes = [(class_names[i], float(posterior[i])) for i in best]
         done[readable[index]] = Prediction(files[readable[index]], top_classes)
         while first in done:
             yield done.pop(first)

@@ -3,7 +3,7 @@
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,12 @@ from vgg_jax.weights.file_kinds import describe_folder
 from vgg_jax.weights.formats import open_file, reraise_damaged
 from vgg_jax.weights.imagenet import CLASSES
 from vgg_jax.weights.keras_hub import find_preprocessing
-from vgg_jax.weights.layouts import (
-    CONV1_KERNEL,
-    PREPROCESSINGS,
-    TORCHVISION_FEATURES,
-    Preprocessing,
-    WeightLayout,
+from vgg_jax.weights.layouts import CONV1_KERNEL, TORCHVISION_FEATURES, UNIT_STD
+from vgg_jax.weights.source_images import (
+    SourceImages,
+    check_classes,
+    from_preprocessing,
+    parse,
 )
 from vgg_jax.weights.tensor_file import TensorFile
 from vgg_jax.weights.weights import Weights, fold_std_into_conv1, from_loaded, to_metadata
@@ -36,23 +36,23 @@ Trees = dict[str, dict[str, dict[str, np.ndarray]]]  # collection -> layer -> pa
 def read(
     path: str | os.PathLike,
     net: str | None = None,
-    preprocessing: str | None = None,
+    preprocessing: str | Mapping[str, Any] | None = None,
     image_size: int | None = None,
+    classes: Sequence[str] | None = None,
 ) -> Weights:
     """Reads the weights of a run's best epoch, or of a file.
 
-    Names and shapes decide the layout and the net of a file.
+    Names and shapes decide the layout and the net of a file. A record at INFO says what a file of
+    another library was taken for.
 
     Args:
         path: A run's folder or a weight file.
         net: Name of the net, for a file whose tensors fit several nets (A and A-LRN).
-        preprocessing: Images that the net of a file was trained with: "caffe" (BGR in 0-255, less
-            the authors' mean) or "torchvision" (RGB, divided by torchvision's standard deviation).
-            None means those of the library that the names belong to. The names of Keras 3 belong
-            to two: without the JSON files of a KerasHub preset, they need it.
+        preprocessing: As in `vgg_jax.load`, for a file that does not name its own.
         image_size: Side of the images in pixels. A file whose fc6 reads one position needs it: 32,
             or the size of images of which fc6 reads the mean of pool5. The kernel of fc6 is then
             repeated over all positions, divided by their number. Other files tell the size.
+        classes: Names of the classes, as in `vgg_jax.load`.
 
     Returns:
         The weights, with the file's values as float32. A standard deviation by which the images of
@@ -60,25 +60,25 @@ def read(
 
     Raises:
         InputError: The file cannot be read or is not a VGG. The message lists every missing,
-            unexpected or misshapen tensor.
+            unexpected or misshapen tensor. Or an argument is not possible for the file.
     """
     if net is not None and net not in CONFIGS:
         raise InputError(f"net is {net!r}: expected one of {', '.join(CONFIGS)}")
-    if preprocessing is not None and preprocessing not in PREPROCESSINGS:
-        raise InputError(
-            f"preprocessing is {preprocessing!r}: expected one of {', '.join(PREPROCESSINGS)}"
-        )
     if to_path(path).is_dir():
-        return from_loaded(*load(path, net, preprocessing, image_size))
+        return from_loaded(*load(path, net, preprocessing, image_size, classes))
     with local_copy(path) as file:
-        return _read_file(file, net, preprocessing, image_size)
+        weights = _read_file(file, net, preprocessing, image_size, classes)
+    if weights.source_notes:
+        logger.info(f"{path}: {weights}")
+    return weights
 
 
 def load(
     path: str | os.PathLike,
     net: str | None = None,
-    preprocessing: str | None = None,
+    preprocessing: str | Mapping[str, Any] | None = None,
     image_size: int | None = None,
+    classes: Sequence[str] | None = None,
 ) -> tuple[VGG, dict[str, Any], dict[str, Any]]:
     """Loads the network of a run's folder or of a weight file.
 
@@ -87,6 +87,7 @@ def load(
         net: Name of the net, for a file only.
         preprocessing: As for `read`, for a file only.
         image_size: As for `read`, for a file only.
+        classes: As for `read`.
 
     Returns:
         `(model, variables, metadata)`, as those functions do.
@@ -95,7 +96,7 @@ def load(
         InputError: There is no network, or it cannot be read.
     """
     if not to_path(path).is_dir():
-        return load_file(path, net, preprocessing, image_size)
+        return load_file(path, net, preprocessing, image_size, classes)
     passed = {"net": net, "preprocessing": preprocessing, "image_size": image_size}
     for name, value in passed.items():
         if value is not None:
@@ -109,14 +110,18 @@ def load(
         raise InputError(f"{path} {problem}: expected the workdir of a run, or a weight file")
     from vgg_jax.runs.checkpoint import load_best  # orbax comes with the extra `train`
 
-    return load_best(path)
+    model, variables, metadata = load_best(path)
+    if classes is not None:
+        metadata |= {"classes": check_classes(classes, model.num_classes)}
+    return model, variables, metadata
 
 
 def load_file(
     path: str | os.PathLike,
     net: str | None = None,
-    preprocessing: str | None = None,
+    preprocessing: str | Mapping[str, Any] | None = None,
     image_size: int | None = None,
+    classes: Sequence[str] | None = None,
 ) -> tuple[VGG, dict[str, Any], dict[str, Any]]:
     """Loads the network of a weight file.
 
@@ -125,23 +130,28 @@ def load_file(
         net: Name of the net, for a file whose tensors fit several nets.
         preprocessing: As for `read`.
         image_size: As for `read`.
+        classes: As for `read`.
 
     Returns:
         `(model, variables, metadata)`, for float RGB images (N, H, W, 3) on the 0-255 scale
         minus `metadata["preprocessing"]["mean_rgb"]`; `model.in_channels` may be other than 3 in a
         file of vgg_jax. A std of the preprocessing is folded into conv1_1; `metadata["source"]`
-        names such changes, and `metadata["path"]` the file. If
+        names such changes and what was assumed, and `metadata["path"]` the file. If
         the file has no fully connected layers, the model gives `features` up to pool5 only.
 
     Raises:
         InputError: As `read` does.
     """
-    weights = read(path, net, preprocessing, image_size)
+    weights = read(path, net, preprocessing, image_size, classes)
     return weights.model, weights.variables, to_metadata(weights) | {"path": str(path)}
 
 
 def _read_file(
-    path: Path, net: str | None, preprocessing_name: str | None, image_size: int | None
+    path: Path,
+    net: str | None,
+    preprocessing: str | Mapping[str, Any] | None,
+    image_size: int | None,
+    classes: Sequence[str] | None,
 ) -> Weights:
     file = open_file(path)
     try:
@@ -158,42 +168,30 @@ def _read_file(
     except InputError as error:
         # A tensor's name may hold a line break.
         raise InputError(f"{path}: {single_line(error, max_length=None)}") from error
-    if preprocessing_name and "mean_rgb" in metadata["preprocessing"]:
-        raise InputError(
-            f"preprocessing is {preprocessing_name!r}, and {path} names a mean of its own: "
-            "expected no preprocessing for such a file; leave it out"
-        )
-    preprocessing, bgr = _preprocessing(path, detected.layout, preprocessing_name)
-    trees = _read_tensors(path, file, detected, bgr)
+    images = _source_images(path, detected, metadata, preprocessing)
+    trees = _read_tensors(path, file, detected, images.bgr)
     params, top = trees["params"], detected.top
-    head = [name for name in params if name.startswith("fc")]
-    if detected.layout.name == "torchvision" and any(
-        np.isnan(params[name]["kernel"]).all() for name in head
-    ):
-        # IMAGENET1K_FEATURES: the authors' convolutions for the authors' images, and a
-        # classifier of NaN.
-        if preprocessing_name:
+    if _is_features_only(detected, params):
+        if preprocessing is not None:
             raise InputError(
-                f"preprocessing is {preprocessing_name!r}, and {path} is torchvision's "
+                f"preprocessing is {preprocessing!r}, and {path} is torchvision's "
                 "IMAGENET1K_FEATURES: expected no preprocessing for this file; leave it out"
             )
-        top, preprocessing = False, TORCHVISION_FEATURES
-        params = {name: layer for name, layer in params.items() if name not in head}
-    classes = metadata.get("classes") or _class_names(detected.num_classes)
-    if top and len(classes) != detected.num_classes:
-        raise InputError(
-            f"{path} names {len(classes)} classes and fc8 has {detected.num_classes}: "
-            "expected a name for each"
-        )
-    preprocessing = preprocessing._replace(**metadata["preprocessing"])
-    std = preprocessing.std_rgb
+        top = False
+        if not _names_colours(metadata):
+            images = from_preprocessing(TORCHVISION_FEATURES, False, "of IMAGENET1K_FEATURES")
+        params = {name: layer for name, layer in params.items() if not name.startswith("fc")}
+    names, classes_note = _classes(path, metadata, detected.num_classes, top, classes)
+    colours = images.to_preprocessing()._replace(**metadata["preprocessing"])
+    std = colours.std_rgb
     is_divided = any(value != 1 for value in std)
+    notes = (*[f"image size {detected.image_size}"] * top, str(images), *[classes_note] * top)
     return Weights(
         net=detected.net,
         layout=detected.layout.name,
         model=VGG(
             detected.config,
-            len(classes),
+            len(names),
             detected.batch_norm,
             image_size=detected.image_size,
             pool=metadata["pool"],
@@ -202,30 +200,102 @@ def _read_file(
         params=fold_std_into_conv1(params, std) if is_divided else params,
         batch_stats=trees["batch_stats"],
         top=top,
-        preprocessing=preprocessing._replace(std_rgb=(1.0,) * in_channels),
-        classes=classes,
+        preprocessing=colours._replace(std_rgb=(1.0,) * in_channels),
+        classes=names,
         source_std=std if is_divided else (),
-        source_bgr=bgr and in_channels == 3,
+        source_bgr=images.bgr,
+        # The metadata of vgg_jax's own files name the net, and leave nothing to assume.
+        source_notes=() if "net" in metadata and _names_colours(metadata) else notes,
     )
 
 
-def _preprocessing(
-    path: Path, layout: WeightLayout, name: str | None
-) -> tuple[Preprocessing, bool]:
-    """The images that a file's net was trained with, and True if conv1_1 reads BGR."""
-    if name is not None:
-        return PREPROCESSINGS[name]
+def _names_colours(metadata: Mapping[str, Any]) -> bool:
+    return not {"mean_rgb", "std_rgb"}.isdisjoint(metadata["preprocessing"])
+
+
+def _source_images(
+    path: Path,
+    detected: DetectedModel,
+    metadata: Mapping[str, Any],
+    preprocessing: str | Mapping[str, Any] | None,
+) -> SourceImages:
+    """The images that a file's net was trained with: its own, passed, or assumed."""
+    layout, in_channels = detected.layout, metadata["in_channels"]
+    is_rgb = in_channels == 3
+    if _names_colours(metadata):
+        if preprocessing is not None:
+            raise InputError(
+                f"preprocessing is {preprocessing!r}, and {path} names a mean of its own: "
+                "expected no preprocessing for such a file; leave it out"
+            )
+        colours = layout.preprocessing
+        if not is_rgb and colours.std_rgb == UNIT_STD:
+            colours = colours._replace(std_rgb=(1.0,) * in_channels)
+        colours = colours._replace(**metadata["preprocessing"])
+        for name, values in (("mean_rgb", colours.mean_rgb), ("std_rgb", colours.std_rgb)):
+            if len(values) != in_channels:
+                raise InputError(
+                    f"{path} names no {name} for its {in_channels} channels: expected the metadata "
+                    f"mean_rgb and std_rgb, with a value for each"
+                )
+        return from_preprocessing(colours, layout.bgr and is_rgb, "from the file")
+    if preprocessing is not None:
+        return parse(preprocessing, layout, in_channels)
+    if not is_rgb:
+        raise InputError(
+            f"{path} has in_channels {in_channels} and names no mean: expected the mean and the "
+            "std of its images; pass mean and std in preprocessing= to vgg_jax.load, or --mean and "
+            "--std to vgg-jax"
+        )
     if not layout.shared:
-        return layout.preprocessing, layout.bgr
+        return from_preprocessing(layout.preprocessing, layout.bgr, "assumed from the layout")
     with reraise_damaged(path):
         preset = find_preprocessing(path)
     if preset is None:
         raise InputError(
             f"{path} has names that Keras Applications (preprocessing caffe) and KerasHub "
             "(torchvision) share: expected one of these; pass preprocessing= to vgg_jax.load, or "
-            "--preprocessing to vgg-jax import"
+            "--preprocessing to vgg-jax"
         )
-    return preset, False
+    return from_preprocessing(preset, False, "from KerasHub's JSON")
+
+
+def _is_features_only(detected: DetectedModel, params: Mapping[str, Mapping[str, Any]]) -> bool:
+    """True for IMAGENET1K_FEATURES: convolutions for the authors' images, a classifier of NaN."""
+    return detected.layout.name == "torchvision" and any(
+        np.isnan(layer["kernel"]).all() for name, layer in params.items() if name.startswith("fc")
+    )
+
+
+def _classes(
+    path: Path,
+    metadata: Mapping[str, Any],
+    num_classes: int,
+    top: bool,
+    passed: Sequence[str] | None,
+) -> tuple[tuple[str, ...], str]:
+    """The names of the classes, and whose names they are."""
+    if passed is not None:
+        if not top:
+            raise InputError(
+                f"{path} has no fully connected layers and classes are given: "
+                "expected no classes; leave them out"
+            )
+        return check_classes(passed, num_classes), "class names as passed"
+    names = metadata.get("classes")
+    if not names:
+        is_imagenet = num_classes == len(CLASSES)
+        note = (
+            "class names of ImageNet, assumed from their number"
+            if is_imagenet
+            else "classes are numbers"
+        )
+        return (CLASSES if is_imagenet else tuple(map(str, range(num_classes)))), note
+    if top and len(names) != num_classes:
+        raise InputError(
+            f"{path} names {len(names)} classes and fc8 has {num_classes}: expected a name for each"
+        )
+    return names, "class names from the file"
 
 
 def _read_tensors(path: Path, file: TensorFile, detected: DetectedModel, bgr: bool) -> Trees:
@@ -259,11 +329,6 @@ def _read_tensors(path: Path, file: TensorFile, detected: DetectedModel, bgr: bo
             f"{detected.mean_window} positions with one kernel"
         )
     return trees
-
-
-def _class_names(count: int) -> tuple[str, ...]:
-    """ImageNet's names for 1,000 classes, in the order of the released models; else numbers."""
-    return CLASSES if count == len(CLASSES) else tuple(map(str, range(count)))
 
 
 def _check_metadata(raw: Mapping[str, Any]) -> dict[str, Any]:

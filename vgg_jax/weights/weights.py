@@ -34,6 +34,8 @@ class Weights:
         source_std: Standard deviation by which `read` divided the kernel of conv1_1; empty if it
             did not. It describes the file, and changes no value.
         source_bgr: True if `read` reversed the input channels of conv1_1. It describes the file.
+        source_notes: What `read` took another library's file for: the size of its images, the
+            images, the class names, and where each comes from.
 
     Raises:
         InputError: The preprocessing has a std, or has not one mean for each channel.
@@ -49,6 +51,7 @@ class Weights:
     classes: tuple[str, ...]
     source_std: tuple[float, ...] = ()
     source_bgr: bool = False
+    source_notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         mean, std = self.preprocessing[:2]
@@ -85,7 +88,7 @@ class Weights:
         if self.source_std:
             std = ", ".join(f"{value:.3f}" for value in self.source_std)
             parts.append(f"conv1_1 divided by the standard deviation ({std})")
-        return ", ".join(parts)
+        return "; ".join([", ".join(parts), *self.source_notes])
 
 
 def from_loaded(model: VGG, variables: Mapping[str, Any], metadata: Mapping[str, Any]) -> Weights:
@@ -192,8 +195,8 @@ def to_metadata(weights: Weights) -> dict[str, Any]:
         weights: The net.
 
     Returns:
-        JSON values: "net", "flip", "top", "source" (the layout and the changes made),
-        "classes", and "preprocessing", a dict.
+        JSON values: "net", "flip", "top", "source" (the layout, the changes made, and
+        what was assumed), "classes", and "preprocessing", a dict.
     """
     image_size = weights.model.image_size
     preprocessing = weights.preprocessing
