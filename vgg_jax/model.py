@@ -9,6 +9,7 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import FrozenDict
 from jax import Array
 
@@ -349,8 +350,12 @@ class VGG(nn.Module):
             )
         for name in ("num_classes", "image_size", "in_channels"):
             value = getattr(self, name)
-            if not isinstance(value, numbers.Integral):
+            if not isinstance(value, numbers.Integral) or isinstance(value, bool):
                 raise InputError(f"{name} is {value!r}: expected one integer")
+        if not isinstance(self.batch_norm, bool | np.bool_):
+            raise InputError(f"batch_norm is {self.batch_norm!r}: expected True or False")
+        for name in ("dtype", "param_dtype"):
+            _check_dtype(name, getattr(self, name))
         for name, value, allowed in (
             ("initializer", self.initializer, INITIALIZERS),
             ("pool", self.pool, POOLS),
@@ -500,6 +505,17 @@ def _check_shape(x: Array, in_channels: int) -> None:
         raise InputError(
             f"the images are {x.dtype}: expected floats on the 0-255 scale, minus the mean; "
             "vgg_jax.preprocess makes them"
+        )
+
+
+def _check_dtype(name: str, value: Any) -> None:
+    try:
+        is_float = jnp.issubdtype(jnp.dtype(value), jnp.floating)
+    except TypeError:
+        is_float = False
+    if not is_float:
+        raise InputError(
+            f"{name} is {value!r}: expected a type of floats, such as jnp.float32 or jnp.bfloat16"
         )
 
 
