@@ -171,15 +171,18 @@ def load(
     preprocessing: str | Mapping[str, Any] | None = None,
     image_size: int | None = None,
     classes: Sequence[str] | None = None,
+    download: bool = False,
 ) -> tuple["VGG", dict[str, Any], dict[str, Any]]:
-    """Loads a trained net from a run's folder or from a weight file.
+    """Loads a trained net from a run's folder, from a weight file, or by name.
 
     Weight files may come from this package or from another library
     (`vgg_jax.weights.load_file`). A run gives its best checkpoint
-    (`vgg_jax.runs.checkpoint.load_best`).
+    (`vgg_jax.runs.checkpoint.load_best`). The file of a name is looked for in the caches of torch,
+    Hugging Face, Keras and vgg_jax.
 
     Args:
-        path: Folder of a run, or a weight file.
+        path: Folder of a run, a weight file, or a name of published weights that `vgg-jax weights`
+            lists, such as "torchvision/vgg16". A path that exists goes before a name.
         net: Name of the net in a weight file whose shapes do not determine it, such as "A-LRN".
         preprocessing: Images that the net of another library's file was trained with: "caffe" (BGR
             in 0-255, less the authors' mean), "torchvision" (RGB, divided by torchvision's standard
@@ -199,6 +202,7 @@ def load(
             images (global average pooling). Other files tell the size.
         classes: Names of the classes, in the order of the outputs. They replace those of the run or
             the file, or the numbers or ImageNet's names that a file without names gets.
+        download: Download the file of a name if no cache has it. Nothing else is downloaded.
 
     Returns:
         The model, its variables, and metadata such as `classes` and `preprocessing`. "source" tells
@@ -210,4 +214,4 @@ def load(
     """
     from vgg_jax.weights import load
 
-    return load(path, net, preprocessing, image_size, classes)
+    return load(path, net, preprocessing, image_size, classes, download)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from vgg_jax.runs.checkpoint import CheckpointStore
 from vgg_jax.runs.metadata import RunMetadata, create_run
 from vgg_jax.weights import read as read_weights
 from vgg_jax.weights import save as save_weights
+from vgg_jax.weights.pretrained import WEIGHTS, own_file
 
 COUNT = 7  # photos per split
 
@@ -133,6 +135,24 @@ def test_evaluate_command_on_weight_file(exported, monkeypatch, capsys):
     assert cli.main(["evaluate", "cut.safetensors", "photos"]) == 2
     assert not (folder / "cut.safetensors-evaluated").exists()
     capsys.readouterr()
+
+
+def test_evaluate_command_by_name(exported, monkeypatch, capsys):
+    """The results of a file in a cache go to the current folder."""
+    name = "timm/vgg11_bn.tv_in1k"  # no digest of it is known, so another file can stand for it
+    folder = exported[0].parent
+    monkeypatch.setenv("VGG_JAX_CACHE", str(folder / "cache"))
+    cached = own_file(WEIGHTS[name])
+    cached.parent.mkdir(parents=True)
+    shutil.copy(exported[0], cached)
+    (folder / "work").mkdir()
+    monkeypatch.chdir(folder / "work")
+    assert cli.main(["evaluate", name, exported[1], "--protocol", "center"]) == 0
+    (results,) = Path("timm-vgg11_bn.tv_in1k-evaluated").iterdir()
+    assert f"{results}/evaluation.json" in capsys.readouterr().out
+    assert json.loads((results / "evaluation.json").read_text())["run"] == name
+    assert cli.main(["evaluate", name, "nowhere", "--protocol", "center", "--out", "out"]) == 2
+    assert [path.name for path in Path().iterdir()] == [results.parent.name]
 
 
 def test_evaluate_command_prints_and_writes(workdir, photos, capsys):

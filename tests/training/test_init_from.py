@@ -18,6 +18,7 @@ from vgg_jax.training.init_from import init_from_pretrained
 from vgg_jax.training.loop import fit
 from vgg_jax.training.optimizer import sgd
 from vgg_jax.training.step import init_state, jit_steps
+from vgg_jax.weights.pretrained import WEIGHTS, own_file
 
 pytestmark = pytest.mark.usefixtures("small_nets")
 
@@ -79,8 +80,11 @@ def test_init_from_copies_statistics(net, finished_run, photos):
     assert started.batch_stats.keys() == state.batch_stats.keys()
 
 
-def test_init_from_file_of_other_shapes(finished_run, photos, tmp_path, caplog):
-    """fc6 of another image size and fc8 of other classes are new; their shapes are logged."""
+def test_init_from_file_of_other_shapes(finished_run, photos, tmp_path, caplog, monkeypatch):
+    """fc6 of another image size and fc8 of other classes are new; their shapes are logged.
+
+    The file lies in a cache and has a name, which run.json keeps.
+    """
     _, variables, _ = vgg_jax.load(finished_run[0])
     rng = np.random.default_rng(0)
     params = {k: dict(v) for k, v in variables["params"].items() if not k.startswith("bn")}
@@ -92,12 +96,16 @@ def test_init_from_file_of_other_shapes(finished_run, photos, tmp_path, caplog):
         for param, array in layer.items()
     }
     metadata = {"mean_rgb": [1, 2, 3], "std_rgb": [1, 1, 1]}
-    path = tmp_path / "weights.safetensors"
+    name = "timm/vgg11_bn.tv_in1k"  # no digest of it is known, so another file can stand for it
+    monkeypatch.setenv("VGG_JAX_CACHE", str(tmp_path / "cache"))
+    path = own_file(WEIGHTS[name])
+    path.parent.mkdir(parents=True)
     save_file(tensors, path, {"vgg_jax": json.dumps(metadata)})
-    config = make_config(photos, batch_norm=False, init_from=str(path), epochs=1)
+    config = make_config(photos, batch_norm=False, init_from=name, epochs=1)
     fit(dataclasses.replace(config, freeze=("conv", "fc7")), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["config"]["init_from"] == name
     assert (
-        "copied: conv1_1, conv2_1, fc7; "
+        f"from {name}: copied: conv1_1, conv2_1, fc7; "
         "newly initialised: fc6 (kernel (1024, 24) in the source, (256, 24) here), fc8"
         in caplog.text
     )
@@ -106,10 +114,10 @@ def test_init_from_file_of_other_shapes(finished_run, photos, tmp_path, caplog):
         "this run subtracts (123.68, 116.78, 103.94)" in caplog.text
     )
     _, trained, _ = vgg_jax.load(tmp_path / "run")
-    for name in ("conv1_1", "conv2_1", "fc7"):
+    for layer in ("conv1_1", "conv2_1", "fc7"):
         for param in ("kernel", "bias"):
-            expected = tensors[f"{name}/{param}"]
-            np.testing.assert_array_equal(trained["params"][name][param], expected)
+            expected = tensors[f"{layer}/{param}"]
+            np.testing.assert_array_equal(trained["params"][layer][param], expected)
 
 
 def test_frozen_layers_stay_to_the_bit(finished_run, photos):

@@ -148,11 +148,13 @@ def summary(
 
 def _saved_shape(path: str) -> tuple[dict[str, Any], bool]:
     """Returns the fields of TrainConfig that shape a saved net, and whether it has FC layers."""
-    folder = to_path(path)
+    from vgg_jax.weights.fetch import resolve
+
+    folder = to_path(resolve(path)[0])
     if not folder.exists():
         raise InputError(
-            f"net is {path!r}: expected one of {', '.join(CONFIGS)}, the workdir of a run, or a "
-            "weight file"
+            f"net is {path!r}: expected one of {', '.join(CONFIGS)}, the workdir of a run, a "
+            "weight file, or a name that `vgg-jax weights` lists"
         )
     if folder.is_dir():
         from vgg_jax.runs.metadata import load_run
@@ -397,9 +399,12 @@ def evaluate(
     scale_names = [str(scale) for scale in test_scales]
     data_names = [slugify(data)] if data else []
     name = "-".join([*data_names, split, protocol, *scale_names, *flag_names])
-    parent = path if to_path(path).is_dir() else path + "-evaluated"
+    parent = path
+    if not to_path(path).is_dir():
+        # The file of a name lies in a cache. So its results go to the current folder.
+        parent = (path if to_path(path).exists() else slugify(path)) + "-evaluated"
     folder, target = out or os.path.join(parent, name), to_path(out or parent)
-    is_new = not target.is_dir() and (out is not None or to_path(path).is_file())
+    is_new = not target.is_dir()
     with _new_folder(target) if is_new else contextlib.nullcontext():
         results = evaluate_net(
             model,
@@ -439,6 +444,24 @@ def _new_folder(path: Path) -> Iterator[None]:
         raise
 
 
+def weights(as_json: bool) -> ExitCode:
+    """Lists the published weights that can be loaded by name."""
+    from vgg_jax.weights.pretrained import as_rows, format_table
+
+    print("\n".join(map(json.dumps, as_rows())) if as_json else format_table())
+    return ExitCode.DONE
+
+
+def fetch(names: list[str]) -> ExitCode:
+    """Downloads published weights, unless a cache has them."""
+    from vgg_jax.weights.fetch import fetch as fetch_file
+    from vgg_jax.weights.pretrained import lookup
+
+    for entry in [lookup(name) for name in names]:
+        fetch_file(entry)
+    return ExitCode.DONE
+
+
 def fuse(posteriors: list[str], out: str | None) -> ExitCode:
     """Averages the posteriors of several evaluations (§4.4)."""
     from vgg_jax.evaluation.evaluate import format_errors, save_evaluation
@@ -460,6 +483,8 @@ COMMANDS: dict[str, Callable[..., ExitCode]] = {
     "predict": predict,
     "import": import_,
     "export": export,
+    "weights": weights,
+    "fetch": fetch,
     "verify": verify,
     "summary": summary,
     "statistics": statistics,

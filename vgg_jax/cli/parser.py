@@ -239,7 +239,8 @@ def _add_evaluate(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--out",
         help="folder for evaluation.json and posteriors.npz "
-        "(default: SPLIT-PROTOCOL-SCALES-FLAGS in RUN, or in FILE-evaluated)",
+        "(default: SPLIT-PROTOCOL-SCALES-FLAGS in RUN, in FILE-evaluated, or in NAME-evaluated in "
+        "the current folder)",
     )
     _add_source(command)
 
@@ -270,7 +271,7 @@ def _add_import(command: argparse.ArgumentParser) -> None:
         "file",
         metavar="FILE",
         help=".pth, .safetensors (torchvision, timm), .h5 or .keras (Keras, flaxmodels), "
-        ".caffemodel, .mat",
+        ".caffemodel, .mat; or a name such as torchvision/vgg16",
     )
     command.add_argument("out", metavar="OUT", help="the .safetensors file to write")
     _add_net(command)
@@ -322,6 +323,23 @@ def _add_export(command: argparse.ArgumentParser) -> None:
     _add_source(command)
 
 
+def _add_weights(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--json", action="store_true", dest="as_json", help="print one JSON object per line"
+    )
+
+
+def _add_fetch(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Download published weights into the cache of vgg_jax, unless a cache has them. "
+        "The same command resumes a download. VGG_JAX_CACHE names another cache folder, "
+        "VGG_JAX_MIRROR and HF_ENDPOINT name mirrors."
+    )
+    command.add_argument(
+        "names", nargs="+", metavar="NAME", help="names that `vgg-jax weights` lists"
+    )
+
+
 def _add_verify(command: argparse.ArgumentParser) -> None:
     command.add_argument("file", metavar="FILE", help="a file that export wrote")
 
@@ -330,7 +348,8 @@ def _add_summary(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "net",
         metavar="NET_OR_RUN",
-        help=f"column of Table 1 ({', '.join(CONFIGS)}), the workdir of a run, or a weight file",
+        help=f"column of Table 1 ({', '.join(CONFIGS)}), the workdir of a run, a weight file, or a "
+        "name such as torchvision/vgg16",
     )
     shape = command.add_argument_group("shape of a column of Table 1")
     shape.add_argument("--num-classes", type=int, help="classes (default: 1000)")
@@ -391,7 +410,9 @@ def _add_data(flags: Flags, default: str | None = "digits", default_help: str = 
 
 def _add_path(flags: Flags) -> None:
     flags.add_argument(
-        "path", metavar="RUN_OR_WEIGHTS", help="the workdir of a run, or a weight file"
+        "path",
+        metavar="RUN_OR_WEIGHTS",
+        help="the workdir of a run, a weight file, or a name such as torchvision/vgg16",
     )
 
 
@@ -515,6 +536,8 @@ _COMMANDS = {
             "predict": ("print the most probable classes of images", _add_predict),
             "import": ("convert another library's weights to a .safetensors file", _add_import),
             "export": ("write a net as a file for another program", _add_export),
+            "weights": ("list published weights, and which of them are here", _add_weights),
+            "fetch": ("download published weights by name", _add_fetch),
         },
     ),
     "Inspect": _Group(

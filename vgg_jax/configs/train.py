@@ -82,8 +82,8 @@ class TrainConfig:
         initializer: Initialisation of the kernels: "glorot", the paper's note after its
             submission; "paper", a normal of `initializer_std` (§3.1); or "he".
         initializer_std: Standard deviation of the initializer "paper".
-        init_from: A finished run or a weight file, whose layers are the start. None starts from
-            random parameters. The paper starts from net A (§3.1).
+        init_from: A finished run, a weight file or a name of published weights, whose layers are
+            the start. None starts from random parameters. The paper starts from net A (§3.1).
         freeze: Layers that training leaves unchanged: their names, or "conv" or "fc" for all of a
             type. () trains all layers.
         dtype: Type of the computation, "float32" or "bfloat16". Parameters are float32.
@@ -149,7 +149,7 @@ class TrainConfig:
     init_from: str | None = _field(
         None,
         "model",
-        "start from the layers of a finished run or a weight file",
+        "start from the layers of a finished run, a weight file, or a name of published weights",
         type=str,
         metavar="RUN_OR_WEIGHTS",
     )

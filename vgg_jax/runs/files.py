@@ -1,10 +1,10 @@
-"""Files of a workdir: the lock for one process at a time, and atomic writes."""
+"""Locks for one process at a time, and atomic writes."""
 
 import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -63,17 +63,35 @@ def workdir_lock(workdir: Path) -> Iterator[None]:
                         folder.rmdir()
 
 
-def _acquire_lock(file: IO) -> None:
-    """Locks an open file, or raises BlockingIOError if another process holds its lock.
+@contextlib.contextmanager
+def file_lock(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Locks a file, and waits as long as another process or thread holds its lock.
 
-    Does nothing on Windows, and on file systems without locks.
+    Args:
+        path: A local file in an existing folder. It is created, and stays.
+        on_wait: Called once before waiting.
+    """
+    with path.open("w") as file:
+        try:
+            _acquire_lock(file)
+        except BlockingIOError:
+            on_wait()
+            _acquire_lock(file, wait=True)
+        yield
+
+
+def _acquire_lock(file: IO, wait: bool = False) -> None:
+    """Locks an open file.
+
+    Raises BlockingIOError if another process holds its lock, unless it waits. Does nothing on
+    Windows, and on file systems without locks.
     """
     try:
         import fcntl
     except ImportError:
         return
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise
     except OSError as error:

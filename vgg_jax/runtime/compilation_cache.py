@@ -1,14 +1,22 @@
-"""The persistent cache of compiled programs."""
+"""The cache folder of vgg_jax, and the persistent cache of compiled programs in it."""
 
 import os
 import platform
 import warnings
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Returns $VGG_JAX_CACHE, or the folder `vgg_jax` in the user's cache folder."""
+    user_cache = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+    folder = os.environ.get("VGG_JAX_CACHE") or os.path.join(user_cache, "vgg_jax")
+    return Path(os.path.expanduser(folder))
 
 
 def enable_compilation_cache() -> None:
     """Keeps compiled programs on disk, so that the next start need not compile them again.
 
-    The folder is $JAX_COMPILATION_CACHE_DIR, or one in the user's cache folder.
+    The folder is $JAX_COMPILATION_CACHE_DIR, or one in `cache_folder`.
     """
     # For each program in the cache, jaxlib 0.10 logs a long error about a preference of LLVM's.
     # Real failures are raised, so nothing is lost.
@@ -22,8 +30,4 @@ def enable_compilation_cache() -> None:
     if not jax.config.values["jax_compilation_cache_dir"]:
         # Machines may share a home, and a program for one processor may not run on another. So
         # each machine has its own folder.
-        cache = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
-        jax.config.update(
-            "jax_compilation_cache_dir",
-            os.path.join(os.path.expanduser(cache), "vgg_jax", platform.node()),
-        )
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / platform.node()))

@@ -14,6 +14,7 @@ from vgg_jax.errors import InputError, single_line
 from vgg_jax.model import POOLS, VGG
 from vgg_jax.paths import local_copy, to_path
 from vgg_jax.weights.detect import DetectedModel, detect
+from vgg_jax.weights.fetch import resolve
 from vgg_jax.weights.file_kinds import describe_folder
 from vgg_jax.weights.formats import open_file, reraise_damaged
 from vgg_jax.weights.imagenet import CLASSES
@@ -39,20 +40,23 @@ def read(
     preprocessing: str | Mapping[str, Any] | None = None,
     image_size: int | None = None,
     classes: Sequence[str] | None = None,
+    download: bool = False,
 ) -> Weights:
-    """Reads the weights of a run's best epoch, or of a file.
+    """Reads the weights of a run's best epoch, of a file, or of a name of published weights.
 
     Names and shapes decide the layout and the net of a file. A record at INFO says what a file of
     another library was taken for.
 
     Args:
-        path: A run's folder or a weight file.
+        path: A run's folder, a weight file, or a name that `vgg-jax weights` lists, such as
+            "torchvision/vgg16", whose file is in a cache. A path that exists goes before a name.
         net: Name of the net, for a file whose tensors fit several nets (A and A-LRN).
         preprocessing: As in `vgg_jax.load`, for a file that does not name its own.
         image_size: Side of the images in pixels. A file whose fc6 reads one position needs it: 32,
             or the size of images of which fc6 reads the mean of pool5. The kernel of fc6 is then
             repeated over all positions, divided by their number. Other files tell the size.
         classes: Names of the classes, as in `vgg_jax.load`.
+        download: Download the file of a name if no cache has it.
 
     Returns:
         The weights, with the file's values as float32. A standard deviation by which the images of
@@ -64,9 +68,12 @@ def read(
     """
     if net is not None and net not in CONFIGS:
         raise InputError(f"net is {net!r}: expected one of {', '.join(CONFIGS)}")
-    if to_path(path).is_dir():
-        return from_loaded(*load(path, net, preprocessing, image_size, classes))
-    with local_copy(path) as file:
+    source, published = resolve(path, download)
+    if to_path(source).is_dir():
+        return from_loaded(*load(source, net, preprocessing, image_size, classes))
+    if published is not None and preprocessing is None:
+        preprocessing = published.preprocessing
+    with local_copy(source) as file:
         weights = _read_file(file, net, preprocessing, image_size, classes)
     if weights.source_notes:
         logger.info(f"{path}: {weights}")
@@ -79,15 +86,18 @@ def load(
     preprocessing: str | Mapping[str, Any] | None = None,
     image_size: int | None = None,
     classes: Sequence[str] | None = None,
+    download: bool = False,
 ) -> tuple[VGG, dict[str, Any], dict[str, Any]]:
-    """Loads the network of a run's folder or of a weight file.
+    """Loads the network of a run's folder, of a weight file, or of a name of published weights.
 
     Args:
-        path: A run's folder, for `vgg_jax.runs.checkpoint.load_best`, or a file, for `load_file`.
+        path: A run's folder, for `vgg_jax.runs.checkpoint.load_best`, or a file or a name, for
+            `load_file`.
         net: Name of the net, for a file only.
         preprocessing: As for `read`, for a file only.
         image_size: As for `read`, for a file only.
         classes: As for `read`.
+        download: As for `read`.
 
     Returns:
         `(model, variables, metadata)`, as those functions do.
@@ -96,7 +106,7 @@ def load(
         InputError: There is no network, or it cannot be read.
     """
     if not to_path(path).is_dir():
-        return load_file(path, net, preprocessing, image_size, classes)
+        return load_file(path, net, preprocessing, image_size, classes, download)
     passed = {"net": net, "preprocessing": preprocessing, "image_size": image_size}
     for name, value in passed.items():
         if value is not None:
@@ -122,27 +132,29 @@ def load_file(
     preprocessing: str | Mapping[str, Any] | None = None,
     image_size: int | None = None,
     classes: Sequence[str] | None = None,
+    download: bool = False,
 ) -> tuple[VGG, dict[str, Any], dict[str, Any]]:
     """Loads the network of a weight file.
 
     Args:
-        path: A weight file.
+        path: A weight file, or a name of published weights.
         net: Name of the net, for a file whose tensors fit several nets.
         preprocessing: As for `read`.
         image_size: As for `read`.
         classes: As for `read`.
+        download: As for `read`.
 
     Returns:
         `(model, variables, metadata)`, for float RGB images (N, H, W, 3) on the 0-255 scale
         minus `metadata["preprocessing"]["mean_rgb"]`; `model.in_channels` may be other than 3 in a
         file of vgg_jax. A std of the preprocessing is folded into conv1_1; `metadata["source"]`
-        names such changes and what was assumed, and `metadata["path"]` the file. If
+        names such changes and what was assumed, and `metadata["path"]` is `path`. If
         the file has no fully connected layers, the model gives `features` up to pool5 only.
 
     Raises:
         InputError: As `read` does.
     """
-    weights = read(path, net, preprocessing, image_size, classes)
+    weights = read(path, net, preprocessing, image_size, classes, download)
     return weights.model, weights.variables, to_metadata(weights) | {"path": str(path)}
 
 
