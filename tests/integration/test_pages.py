@@ -37,6 +37,7 @@ SMALLER = {
     "vgg-jax train": f"{SMALL_RUN} --no-compilation-cache",
     "vgg-jax evaluate": "--no-compilation-cache",
     "vgg-jax predict": "--no-compilation-cache",
+    "vgg-jax import": "--image-size 32",
     "python -m experiments.examples.style_transfer": "--size 64 --steps 2",
 }
 # The tests have two devices and no object store; tests/test_paths.py has one.
