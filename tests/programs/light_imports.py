@@ -18,6 +18,8 @@ for name in (
     "vgg_jax.runtime.compilation_cache",
     "vgg_jax.runtime.memory",
     "vgg_jax.runtime.signals",
+    "vgg_jax.weights.fetch",
+    "vgg_jax.weights.pretrained",
 ):
     importlib.import_module(name)
 try:

@@ -6,7 +6,10 @@ import http.server
 import json
 import logging
 import os
+import shutil
 import signal
+import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -218,8 +221,8 @@ def test_next_call_resumes(server):
     server.cut = [500_000, 0, 0]
     with pytest.raises(
         InputError,
-        match=r"cut after 500,000 of 1,280,000 bytes, 3 times\).*`vgg-jax fetch tiny/net` goes on "
-        "after the 500,000 bytes",
+        match=r"3 times, the last time: .* cut after 500,000 of 1,280,000 bytes\): .*"
+        "`vgg-jax fetch tiny/net` resumes after 500,000 bytes",
     ):
         quick(entry, tries=3)
     assert leftovers(entry) == ["tiny.bin.lock", "tiny.bin.part", "tiny.bin.part.json"]
@@ -323,9 +326,9 @@ def test_unknown_length(server):
         quick(unknown)
 
 
-def test_no_network(server):
-    server.server_close()
-    entry = small_entry(f"{server.url}/tiny.bin")
+def test_no_network():
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        entry = small_entry(f"http://127.0.0.1:{closed.getsockname()[1]}/tiny.bin")
     started = time.monotonic()
     with pytest.raises(InputError, match=r"cannot be reached \(.*refused.*https_proxy"):
         fetch(entry)  # with the pauses: it does not try again
@@ -375,13 +378,37 @@ def test_unsafe_redirect(location, server):
         quick(small_entry(f"{server.url}/tiny.bin", digest=None))
 
 
-def test_redirect_from_https_to_http(server, monkeypatch):
-    """A proxy answers for the https server, so no certificate is needed."""
-    server.location = f"{server.url}/moved/tiny.bin"
-    request = fetch_module.urllib.request.Request("https://example.org/tiny.bin")
-    redirects = fetch_module._Redirects(small_entry())
-    with pytest.raises(InputError, match=f"https led to {server.location}: expected https"):
-        redirects.redirect_request(request, None, 302, "Found", {}, server.location)
+@pytest.fixture
+def certificate(home):
+    """A certificate of 127.0.0.1 that nobody trusts, with its key."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs the program openssl")
+    path = home / "certificate.pem"
+    subprocess.run(
+        "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=127.0.0.1 "
+        f"-addext subjectAltName=IP:127.0.0.1 -keyout {path} -out {home / 'only.pem'}",
+        shell=True,
+        check=True,
+        capture_output=True,
+    )
+    path.write_text(path.read_text() + (home / "only.pem").read_text())
+    return path
+
+
+def test_https(server, certificate, monkeypatch):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    url = server.url.replace("http:", "https:")
+    entry = small_entry(f"{url}/tiny.bin", digest=None)
+    with pytest.raises(InputError, match=r"cannot be reached .*CERTIFICATE_VERIFY_FAILED"):
+        quick(entry)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    server.location = "http://127.0.0.1/moved/tiny.bin"
+    with pytest.raises(InputError, match=r"https led to http://127\.0\.0\.1/moved.*expected https"):
+        quick(entry)
+    server.location = None
+    assert quick(entry).read_bytes() == CONTENT
 
 
 def test_endless_redirect(server):
@@ -498,7 +525,9 @@ def test_load_downloads_only_if_asked(server, home, monkeypatch):
     save(home / "net.safetensors", random_weights("A", batch_norm=True), "timm")
     server.content = (home / "net.safetensors").read_bytes()
     monkeypatch.setenv("HF_ENDPOINT", server.url + "/")
-    with pytest.raises(InputError, match=rf"to get {server.url}/timm/vgg11_bn\.tv_in1k/resolve/"):
+    with pytest.raises(
+        InputError, match=rf"gets it from {server.url}/timm/vgg11_bn\.tv_in1k/resolve/"
+    ):
         vgg_jax.load(UNCHECKED)
     assert server.requests == []
     assert vgg_jax.load(UNCHECKED, download=True)[0].batch_norm

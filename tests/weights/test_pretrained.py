@@ -267,7 +267,7 @@ def test_message_without_a_file():
         vgg_jax.load("torchvision/vgg16")
     message = str(error.value)
     assert "`vgg-jax fetch torchvision/vgg16`" in message
-    assert "https://download.pytorch.org/models/vgg16-397923af.pth (553 MB)" in message
+    assert "gets 553 MB from https://download.pytorch.org/models/vgg16-397923af.pth" in message
     assert len(message) <= 300
     for name in WEIGHTS:
         with pytest.raises(InputError) as error:

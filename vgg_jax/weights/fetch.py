@@ -84,10 +84,10 @@ def resolve(
 
 def _not_cached(entry: PublishedWeights, cached: CachedWeights) -> str:
     reason = "; ".join(cached.rejected) or "no cache has its file"
-    size = "" if entry.megabytes is None else f" ({entry.megabytes} MB)"
+    what = "it" if entry.megabytes is None else f"{entry.megabytes} MB"
     return (
-        f"{entry.name} is not here ({reason}): expected {entry.file}; run "
-        f"`vgg-jax fetch {entry.name}`, or pass download=True, to get {_address(entry)}{size}"
+        f"{entry.name} is not here ({reason}): expected {entry.file}; `vgg-jax fetch {entry.name}` "
+        f"(in Python: download=True) gets {what} from {_address(entry)}"
     )
 
 
@@ -225,9 +225,10 @@ def _download(entry: PublishedWeights, url: str, part: Path, tries: int, pause: 
         except _CutError as error:
             cause = single_line(error)
     kept = part.stat().st_size if part.exists() else 0
+    resumes = f"resumes after {kept:,} bytes" if kept else "tries again"
     raise InputError(
-        f"{url} was not downloaded ({cause}, {tries} times): expected the whole file; "
-        f"`vgg-jax fetch {entry.name}` goes on after the {kept:,} bytes that are here"
+        f"{url} was not downloaded ({tries} times, the last time: {cause}): expected the whole "
+        f"file; `vgg-jax fetch {entry.name}` {resumes}"
     )
 
 
@@ -285,13 +286,14 @@ def _open(entry: PublishedWeights, url: str, headers: dict[str, str], is_retry: 
     except (http.client.InvalidURL, UnicodeError) as error:
         raise InputError(_NO_ADDRESS.format(url=url)) from error
     except (OSError, http.client.HTTPException) as error:
-        cause = getattr(error, "reason", error)
+        cause = getattr(error, "reason", error)  # of a URLError
+        reason = " ".join(str(cause).split()) or type(cause).__name__
         # A wrong name or certificate stays wrong, unless it was right a moment ago.
         final = (socket.gaierror, ConnectionRefusedError, ssl.SSLCertVerificationError)
         if is_retry or not isinstance(cause, final):
-            raise _CutError(single_line(error)) from error
+            raise _CutError(reason) from error
         raise InputError(
-            f"{url} cannot be reached ({single_line(error)}): expected a connection; check the "
+            f"{url} cannot be reached ({reason}): expected a connection; check the "
             "network and the proxy (https_proxy)"
         ) from error
 
