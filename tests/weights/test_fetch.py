@@ -141,7 +141,7 @@ def test_fetch_checks_and_finishes(server, caplog):
     assert path == own_file(entry)
     assert path.read_bytes() == CONTENT
     assert leftovers(entry) == ["tiny.bin", "tiny.bin.lock"]
-    assert f"1,280,000 bytes in {path} (the sha256 is the published one)" in caplog.text
+    assert f"1,280,000 bytes in {path} (checked against the published sha256)" in caplog.text
     assert quick(entry) == path
     assert f"tiny/net is here already: {path}" in caplog.text
     assert len(server.requests) == 1
@@ -150,11 +150,14 @@ def test_fetch_checks_and_finishes(server, caplog):
 @pytest.mark.parametrize(
     ("digest", "said"),
     [
-        (Digest("md5", hashlib.md5(CONTENT).hexdigest()), "the md5 is the published one"),
-        (Digest("sha384", hashlib.sha384(CONTENT).hexdigest()), "the sha384 is the published one"),
+        (Digest("md5", hashlib.md5(CONTENT).hexdigest()), "checked against the published md5"),
+        (
+            Digest("sha384", hashlib.sha384(CONTENT).hexdigest()),
+            "checked against the published sha384",
+        ),
         (
             Digest("sha256", hashlib.sha256(CONTENT).hexdigest()[:8]),
-            "the first 8 digits of sha256 is the published one",
+            "checked against the published first 8 digits of sha256",
         ),
         (None, "no digest is known, so the content was not checked"),
     ],

@@ -164,7 +164,7 @@ def _checked(entry: PublishedWeights) -> str:
     """Says what the bytes of a file were compared with."""
     if entry.digest is None:
         return "no digest is known, so the content was not checked"
-    return f"the {entry.digest} is the published one"
+    return f"checked against the published {entry.digest}"
 
 
 def _address(entry: PublishedWeights) -> str:
