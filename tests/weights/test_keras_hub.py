@@ -89,6 +89,53 @@ def test_keras_archive(path, tensors, tmp_path):
     assert_trees_close(read(archive).params, as_torchvision(tensors, tmp_path).params, 1e-6)
 
 
+def split_head(path, folder, pooling="flatten", whole=False):
+    """task.weights.h5 with the head of the net in `path`, or with the whole net."""
+    task = folder / "task.weights.h5"
+    with h5py.File(path) as file, h5py.File(task, "w") as classifier:
+        for name, layer in file["layers"].items():
+            if name.startswith("dense"):
+                head = classifier.require_group("layers/sequential/layers")
+                new = {"dense": "conv2d", "dense_1": "conv2d_1", "dense_2": "dense"}[name]
+                file.copy(layer, head, name if pooling == "flatten" else new)
+            elif whole:
+                file.copy(layer, classifier.require_group("layers/vgg_backbone/layers"), name)
+        if pooling != "flatten":  # fc6 and fc7 are convolutions
+            for name, side in (("conv2d", 2), ("conv2d_1", 1)):
+                group = classifier[f"layers/sequential/layers/{name}/vars"]
+                kernel = group["0"][()]
+                del group["0"]
+                group["0"] = kernel.reshape(side, side, -1, kernel.shape[-1])
+        classifier["optimizer/vars/1"] = np.float32(0.1)
+    return task
+
+
+@pytest.mark.parametrize("pooling", ["flatten", "avg"])
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "head"])
+def test_task_weights(whole, pooling, path, tensors, tmp_path):
+    """With the head alone, as KerasHub 0.32 saves it, the convolutions are read beside it."""
+    (tmp_path / "task.json").write_text(json.dumps({"config": {"preprocessor": CONVERTER}}))
+    task = split_head(path, tmp_path, pooling, whole)
+    with h5py.File(path, "a") as file:  # model.weights.h5 of a preset has no head
+        for name in list(file["layers"]):
+            if name.startswith("dense") or whole:
+                del file["layers"][name]
+    weights = read(task)
+    assert weights.top
+    assert_trees_close(weights.params, as_torchvision(tensors, tmp_path).params, 1e-6)
+
+
+def test_task_weights_alone(path, tmp_path):
+    task = split_head(path, tmp_path)
+    path.unlink()
+    with pytest.raises(
+        InputError,
+        match=r"task.weights.h5 holds the head of a KerasHub preset only: expected its convol.*, "
+        "model.weights.h5, in the same folder",
+    ):
+        read(task)
+
+
 def test_without_preset_asks(path, tensors, tmp_path, capsys):
     """Nothing is guessed: pool5 of the wrong choice is 57 times too large."""
     message = r"Keras Applications \(preprocessing caffe\) and KerasHub \(torchvision\) share: exp"

@@ -80,6 +80,36 @@ def test_keras_pooled_head(tmp_path):
     assert_close_to_largest(output, np.asarray(expected))
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # from Keras' own arrays
+@pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file")
+@pytest.mark.parametrize("suffix", [".keras", ".weights.h5", ".h5"])
+def test_keras_net_in_sequential(suffix, tmp_path, caplog):
+    """Transfer learning as Keras' guides show it: VGG16 is one layer, before a head of its own."""
+    keras = pytest.importorskip("keras", reason="needs keras, which comes with TensorFlow")
+    base = keras.applications.VGG16(weights=None, include_top=False, input_shape=(64, 64, 3))
+    net = keras.Sequential(
+        [
+            keras.layers.Input((64, 64, 3)),
+            keras.layers.RandomFlip("horizontal"),
+            base,
+            keras.layers.GlobalAveragePooling2D(),
+            keras.layers.Dense(2),
+        ]
+    )
+    net.compile(keras.optimizers.SGD(0.1, momentum=0.9), "mse")
+    images = photos(1, 64)
+    net.fit(images, np.ones((1, 2)), verbose=0)  # the optimizer has state
+    (net.save_weights if suffix == ".weights.h5" else net.save)(tmp_path / f"net{suffix}")
+    model, variables, metadata = load(tmp_path / f"net{suffix}", preprocessing="caffe")
+    assert not metadata["top"]
+    assert "left out: " in caplog.text and "dense" in caplog.text
+    expected = base(keras.applications.vgg16.preprocess_input(images.copy()), training=False)
+    x = images - np.float32(metadata["preprocessing"]["mean_rgb"])
+    output = model.apply(variables, x, layers=("pool5",), method="features")["pool5"]
+    assert_close_to_largest(output, np.asarray(expected))
+
+
 @pytest.mark.parametrize(
     "name", ["vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn"]
 )

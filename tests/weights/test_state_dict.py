@@ -108,6 +108,16 @@ def test_training_checkpoint(torch, net, key, params, tmp_path):
     assert_same(tmp_path / "checkpoint.pth", params)
 
 
+def test_unknown_key(torch, net, params, tmp_path):
+    """It is read if no other key holds a VGG."""
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"epoch": 3, "weights": net.state_dict()}, path)
+    assert_same(path, params)
+    torch.save({"student": net.state_dict(), "teacher": net.state_dict()}, path)
+    with pytest.raises(InputError, match="student is not a plain tensor: expected a state_dict"):
+        read(path)
+
+
 def test_moving_average_is_left_out(torch, net, params, tmp_path, caplog):
     """The net itself is read, and a record says so."""
     average = torch.optim.swa_utils.AveragedModel(net)

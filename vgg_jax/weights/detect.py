@@ -1,7 +1,8 @@
 """Recognises the layout and the net of a weight file from its names and shapes."""
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from vgg_jax.configs.models import CONFIGS, VGGConfig, layer_table
@@ -32,6 +33,7 @@ class DetectedModel(NamedTuple):
     image_size: int
     top: bool  # the file has fully connected layers
     tensors: list[TensorMapping]
+    left_out: tuple[str, ...] = ()  # tensors of another head
     mean_window: int = 1  # the file's fc6 reads the mean of so many positions of pool5, squared
 
     def __str__(self) -> str:
@@ -78,6 +80,10 @@ def detect(
         )
     messages = differences(shapes, nearest)
     if messages:
+        # Layouts may share the names of the convolutions. None of them may know the head.
+        fitting = [candidate for candidate in candidates if _has_convolutions(shapes, candidate)]
+        if fitting and all(_has_other_head(shapes, candidate) for candidate in fitting):
+            return _without_head(shapes, fitting[0], in_channels)
         is_part = all(message.endswith(" is missing") for message in messages)
         remedy = "; if it is one of several parts, join them" if is_part else " and no others"
         raise InputError(
@@ -108,6 +114,83 @@ def _with_image_size(detected: DetectedModel, image_size: int | None) -> Detecte
             f"because fc6 reads {window}x{window} positions"
         )
     return detected._replace(image_size=image_size, mean_window=mean_window)
+
+
+def _convolutions(candidate: DetectedModel) -> list[TensorMapping]:
+    return [tensor for tensor in candidate.tensors if not tensor.path[1].startswith("fc")]
+
+
+def _has_convolutions(shapes: Shapes, candidate: DetectedModel) -> bool:
+    """True if all convolutions of the candidate are there."""
+    return all(
+        shapes.get(tensor.foreign_name) == tensor.foreign_shape
+        for tensor in _convolutions(candidate)
+    )
+
+
+def _head(shapes: Shapes, candidate: DetectedModel) -> list[str]:
+    """Names of the other tensors."""
+    names = {tensor.foreign_name for tensor in _convolutions(candidate)}
+    ignored = re.compile(candidate.layout.ignored)
+    return [name for name in shapes if name not in names and not ignored.fullmatch(name)]
+
+
+def _without_head(shapes: Shapes, candidate: DetectedModel, in_channels: int) -> DetectedModel:
+    """The convolutions of a candidate, with the names that are left out."""
+    layout, net, batch_norm = candidate.layout, candidate.net, candidate.batch_norm
+    convolutions = {t.foreign_name: t.foreign_shape for t in _convolutions(candidate)}
+    found = _candidate(convolutions, layout, net, batch_norm, in_channels)
+    return found._replace(left_out=tuple(_head(shapes, candidate)))
+
+
+def _has_other_head(shapes: Shapes, candidate: DetectedModel) -> bool:
+    """True if the tensors beside the convolutions are no part of a VGG, perhaps a damaged one."""
+    layout, head = candidate.layout, _head(shapes, candidate)
+    # More layers between the convolutions make another net. Their names differ in the last number.
+    more = "|".join(
+        re.sub(r"\d+(\D*)$", r"\\d+\1", re.escape(name.removesuffix(suffix))) + re.escape(suffix)
+        for name in (tensor.foreign_name for tensor in _convolutions(candidate))
+        for suffix in layout.param_names.values()
+        if name.endswith(suffix)
+    )
+    if any(re.fullmatch(more, name) for name in head):
+        return False
+    has_norms = _count_norms(shapes, head) >= len(candidate.config.stages)
+    return (layout.numbered or not has_norms) and _fits_no_vgg(shapes, candidate)
+
+
+def _count_norms(shapes: Shapes, names: Iterable[str]) -> int:
+    """Counts modules that have vectors only, as normalisations do."""
+    modules: dict[str, int] = {}
+    for name in names:
+        module = re.split(r"[./]", name)[:-1]
+        module = module[:-1] if module[-1:] == ["vars"] else module
+        key = "/".join(module)
+        modules[key] = max(modules.get(key, 0), len(shapes[name]))
+    return sum(ndim == 1 for ndim in modules.values())
+
+
+def _fits_no_vgg(shapes: Shapes, candidate: DetectedModel) -> bool:
+    """True if the layers with the names of fc6 to fc8 are less than three that fit together."""
+    layout, config = candidate.layout, CONFIGS[candidate.net]
+    modules = layout.modules(layer_table(config))
+    kernels = {name: modules[name] + layout.param_names["kernel"] for name in ("fc6", "fc7", "fc8")}
+    found = [name for name, kernel in kernels.items() if kernel in shapes]
+    if found not in ([], ["fc6"], ["fc6", "fc7"], ["fc8"]):
+        return False
+    in_features, window = config.stages[-1][-1].features, _MAX_FC6_WINDOW
+    for name in found:
+        shape = shapes[kernels[name]]
+        pattern = (layout.patterns.get(name) or layout.patterns["fc"]).split()
+        out_features = shape[0 if pattern[0] == "O" else -1] if shape else 0
+        area = math.prod(shape) // max(1, in_features * out_features)
+        side = math.isqrt(area)
+        is_whole = math.prod(shape) == side**2 * in_features * out_features
+        if not (is_whole and 0 < side <= window):
+            return False
+        in_features, window = out_features, 1
+    # VGG's fc6 and fc7 without fc8 are no other head.
+    return not found or in_features not in config.fc
 
 
 def differences(shapes: Shapes, candidate: DetectedModel) -> list[str]:

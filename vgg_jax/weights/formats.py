@@ -11,12 +11,13 @@ import contextlib
 import io
 import json
 import logging
+import math
 import mmap
 import pickle
 import pickletools
 import re
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
@@ -31,7 +32,8 @@ from vgg_jax.weights.file_kinds import (
     describe_file,
     describe_shard,
 )
-from vgg_jax.weights.state_dict import CHECKPOINT_KEYS, find_state_dict, plain_names
+from vgg_jax.weights.keras_names import BACKBONE, is_head, keras_names
+from vgg_jax.weights.state_dict import CHECKPOINT_KEYS, Names, find_state_dict, plain_names
 from vgg_jax.weights.tensor_file import MAX_BYTES, MAX_ENTRIES, Tensor, TensorFile
 
 logger = logging.getLogger(__name__)
@@ -72,22 +74,38 @@ def open_file(path: Path) -> TensorFile:
     try:
         with reraise_damaged(path, file_format):
             content = _READERS[file_format](path)
+            content = content._replace(num_bytes=path.stat().st_size)
+            if file_format == "HDF5" and is_head(content.tensors):
+                content = _add_backbone(path, content)
     except ImportError as error:
         raise InputError(f"reading {path} needs {error.name}: {_INSTALL[file_format]}") from error
-    return _unwrap(path, content) if file_format in ("PyTorch", "safetensors") else content
+    return _unwrap(path, content, file_format) if file_format in _PLAIN_NAMES else content
 
 
-def _unwrap(path: Path, content: TensorFile) -> TensorFile:
-    """Gives the tensors of a net inside other PyTorch modules their plain names."""
+def _unwrap(path: Path, content: TensorFile, file_format: str) -> TensorFile:
+    """Gives the tensors of a net inside another model their plain names."""
     try:
-        names = plain_names(content.tensors)
+        names = _PLAIN_NAMES[file_format](content.tensors)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     if names.others:
         others = ", ".join(names.others[:5]) + ", …" * (len(names.others) > 5)
         logger.warning(f"{path}: the net is under {names.prefix!r}; left out: {others}")
-    tensors = {plain: content.tensors[name] for name, plain in names.plain.items()}
+    tensors = {
+        plain: _to_matrix(content.tensors[name])
+        if re.fullmatch(r"layers/dense(_\d+)?/vars/0", plain)
+        else content.tensors[name]
+        for name, plain in names.plain.items()
+    }
     return content._replace(tensors=tensors)
+
+
+def _to_matrix(tensor: Tensor) -> Tensor:
+    """Joins the window and the inputs of a convolution that is a fully connected layer of VGG."""
+    if len(tensor.shape) != 4:
+        return tensor
+    shape = (math.prod(tensor.shape[:3]), tensor.shape[3])
+    return Tensor(shape, lambda: tensor.read().reshape(shape))
 
 
 def _detect_format(path: Path, head: bytes) -> str:
@@ -320,7 +338,7 @@ def _read_hdf5(path: Path, source: io.BytesIO | None = None) -> TensorFile:
                         "expected the weights in the file itself"
                     )
                 if item.dtype.kind == "f":
-                    tensors[_keras_name(full_name)] = Tensor(item.shape, partial(read, full_name))
+                    tensors[full_name] = Tensor(item.shape, partial(read, full_name))
 
     def read(name: str) -> np.ndarray:
         with h5py.File(opened, "r") as file:
@@ -331,23 +349,28 @@ def _read_hdf5(path: Path, source: io.BytesIO | None = None) -> TensorFile:
     return TensorFile(tensors, {})
 
 
-def _keras_name(path: str) -> str:
-    """Shortens the names of all Keras versions before 3, and of KerasHub's classifiers.
+def _add_backbone(path: Path, head: TensorFile) -> TensorFile:
+    """Adds the convolutions beside the head of a KerasHub preset."""
+    backbone = path.with_name(_KERAS_WEIGHTS)
+    if not backbone.is_file():
+        raise InputError(
+            f"{path} holds the head of a KerasHub preset only: expected its convolutions, "
+            f"{_KERAS_WEIGHTS}, in the same folder; copy it there"
+        )
+    tensors = {
+        name if name.startswith(BACKBONE) else f"{BACKBONE}{name.removeprefix('layers/')}": tensor
+        for name, tensor in _read_hdf5(backbone).tensors.items()
+    }
+    num_bytes = head.num_bytes + backbone.stat().st_size
+    return TensorFile(tensors | head.tensors, head.metadata, num_bytes)
 
-    Before Keras 3, a kernel becomes `block1_conv1/0` and a bias `block1_conv1/1`. A classifier of
-    KerasHub holds a `VGGBackbone` and a `Sequential`. Other names stay.
-    """
-    path = re.sub(r"^layers/(?:vgg_backbone|sequential)/layers/", "layers/", path)
-    match = re.fullmatch(
-        r"(?:model_weights/)?(block\d_conv\d|fc[12]|predictions)/"
-        r"(?:\w+/)*(?:\w+_)?(W|W_1|kernel|b|b_1|bias)(?::0)?",
-        path,
-    )
-    if match is None:
-        return path
-    return f"{match[1]}/{0 if match[2] in ('W', 'W_1', 'kernel') else 1}"
 
-
+_PLAIN_NAMES: dict[str, Callable[[Iterable[str]], Names]] = {
+    "HDF5": keras_names,
+    "Keras": keras_names,
+    "PyTorch": plain_names,
+    "safetensors": plain_names,
+}
 _READERS: dict[str, Callable[[Path], TensorFile]] = {
     "HDF5": _read_hdf5,
     "Keras": _read_keras,

@@ -59,7 +59,8 @@ class WeightLayout(NamedTuple):
         patterns: Axes of a kernel, by layer name or else by layer type ("conv", "fc").
         preprocessing: Images that the library's nets were trained with.
         bgr: True if conv1_1 reads the channels as blue, green, red.
-        shared: True if other libraries use the names for nets with other preprocessing.
+        shared: Who use the names, if their nets have different preprocessing.
+        numbered: True if the numbers in the names count normalisations and activations as well.
         ignored: Regular expression for names of tensors that are not parameters.
     """
 
@@ -69,7 +70,8 @@ class WeightLayout(NamedTuple):
     patterns: Mapping[str, str]
     preprocessing: Preprocessing
     bgr: bool = False
-    shared: bool = False
+    shared: str = ""
+    numbered: bool = False
     ignored: str = r"(?!)"
 
 
@@ -258,7 +260,7 @@ _TORCH_IGNORED = r".*\.num_batches_tracked"
 # "/0" and "/1" number the blobs of a Caffe layer; `formats` gives Keras' tensors the same names.
 _BLOBS = {"kernel": "/0", "bias": "/1"}
 # State of a Keras model that was trained.
-_KERAS_IGNORED = r"(optimizer|optimizer_weights|top_level_model_weights|metrics|vars)\b.*"
+KERAS_IGNORED = r"(optimizer|optimizer_weights|top_level_model_weights|metrics|vars)\b.*"
 
 _LAYOUTS = (
     WeightLayout(
@@ -274,6 +276,7 @@ _LAYOUTS = (
         param_names=_TORCH_PARAMS,
         patterns={"conv": "O I H W", "fc": "O IHW"},
         preprocessing=TORCHVISION,
+        numbered=True,
         ignored=_TORCH_IGNORED,
     ),
     WeightLayout(
@@ -282,6 +285,7 @@ _LAYOUTS = (
         param_names=_TORCH_PARAMS,
         patterns={"conv": "O I H W", "fc": "O I H W", "fc8": "O IHW"},
         preprocessing=TORCHVISION,
+        numbered=True,
         ignored=_TORCH_IGNORED,
     ),
     WeightLayout(
@@ -291,7 +295,7 @@ _LAYOUTS = (
         patterns={"conv": "H W I O", "fc": "HWI O"},
         preprocessing=CAFFE_PREPROCESSING,
         bgr=True,
-        ignored=_KERAS_IGNORED,
+        ignored=KERAS_IGNORED,
     ),
     WeightLayout(
         "keras 3",
@@ -300,8 +304,8 @@ _LAYOUTS = (
         patterns={"conv": "H W I O", "fc": "HWI O"},
         preprocessing=CAFFE_PREPROCESSING,
         bgr=True,
-        shared=True,
-        ignored=_KERAS_IGNORED,
+        shared="Keras Applications (preprocessing caffe) and KerasHub (torchvision)",
+        ignored=KERAS_IGNORED,
     ),
     WeightLayout(
         "caffe",
@@ -310,6 +314,16 @@ _LAYOUTS = (
         patterns={"conv": "O I H W", "fc": "O IHW"},
         preprocessing=CAFFE_PREPROCESSING,
         bgr=True,
+    ),
+    WeightLayout(
+        "caffe-pytorch",  # the authors' names in a state_dict
+        modules=_same_names,
+        param_names=_TORCH_PARAMS,
+        patterns={"conv": "O I H W", "fc": "O IHW"},
+        preprocessing=CAFFE_PREPROCESSING,
+        bgr=True,
+        shared="copies of the authors' nets (preprocessing caffe) and PyTorch's (torchvision)",
+        ignored=_TORCH_IGNORED,
     ),
     WeightLayout(
         "matconvnet",

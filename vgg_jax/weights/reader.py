@@ -180,6 +180,11 @@ def _read_file(
     except InputError as error:
         # A tensor's name may hold a line break.
         raise InputError(f"{path}: {single_line(error, max_length=None)}") from error
+    if detected.left_out:
+        logger.warning(
+            f"{path}: only the convolutions are read, {detected}; another head is left out: "
+            f"{', '.join(detected.left_out)}"
+        )
     images = _source_images(path, detected, metadata, preprocessing)
     trees = _read_tensors(path, file, detected, images.bgr)
     params, top = trees["params"], detected.top
@@ -265,8 +270,8 @@ def _source_images(
         preset = find_preprocessing(path)
     if preset is None:
         raise InputError(
-            f"{path} has names that Keras Applications (preprocessing caffe) and KerasHub "
-            "(torchvision) share: expected one of these; pass preprocessing= to vgg_jax.load, or "
+            f"{path} has names that {layout.shared} share: "
+            "expected one of these; pass preprocessing= to vgg_jax.load, or "
             "--preprocessing to vgg-jax"
         )
     return from_preprocessing(preset, False, "from KerasHub's JSON")
@@ -317,7 +322,7 @@ def _read_tensors(path: Path, file: TensorFile, detected: DetectedModel, bgr: bo
     after a division by a std.
     """
     count = sum(math.prod(tensor.foreign_shape) for tensor in detected.tensors)
-    size = path.stat().st_size
+    size = file.num_bytes
     # A value has at least 2 bytes, and weights compress by less than 8.
     if count > 4 * size:
         raise InputError(

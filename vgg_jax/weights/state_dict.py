@@ -1,5 +1,6 @@
 """Finds a PyTorch VGG in a checkpoint: keys around its state_dict, and prefixes of its names."""
 
+import collections
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -10,7 +11,9 @@ from vgg_jax.errors import InputError
 # averages come last.
 CHECKPOINT_KEYS = ("state_dict", "model_state_dict", "model", "net", "model_ema", "state_dict_ema")
 _PARAM = r"(?:weight|bias|running_mean|running_var|num_batches_tracked)"
-_FIRST_KERNEL = "features.0.weight"
+# The first kernel of a net, in torchvision's and in the authors' names.
+_FIRST_KERNELS = ("features.0.weight", "conv1_1.weight")
+_FEWEST_CONVS = 5  # of the nets in Table 1 and §2.3
 # With a dropout before each fully connected layer, as in torchvision's AlexNet.
 _DROPOUT_FIRST = {"classifier.1": "classifier.0", "classifier.4": "classifier.3"}
 
@@ -36,20 +39,30 @@ def find_state_dict(checkpoint: Any) -> tuple[Any, str, tuple[str, ...]]:
         checkpoint: The content of a file, perhaps a dict with one of `CHECKPOINT_KEYS`.
 
     Returns:
-        The weights, their key, and the keys that hold other weights. A checkpoint with none of the
-        keys is returned as it is.
+        The weights, their key, and the keys that hold other weights. Another key counts if it is
+        the only one that holds a VGG. A checkpoint with none is returned as it is.
     """
     if not isinstance(checkpoint, Mapping):
         return checkpoint, "", ()
     keys = [key for key in CHECKPOINT_KEYS if isinstance(checkpoint.get(key), Mapping)]
+    if not keys:
+        nets = [key for key, value in checkpoint.items() if _holds_net(value)]
+        keys = nets if len(nets) == 1 else []
     return (checkpoint[keys[0]], keys[0], tuple(keys[1:])) if keys else (checkpoint, "", ())
+
+
+def _holds_net(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(
+        f".{name}".endswith(tuple(f".{kernel}" for kernel in _FIRST_KERNELS)) for name in value
+    )
 
 
 def plain_names(names: Iterable[str]) -> Names:
     """Removes what wrappers of a net add to its names.
 
     `DataParallel` adds "module.", `torch.compile` adds "_orig_mod.", and Lightning adds "model.". A
-    `Sequential` adds the number of the net. A `features` saved by itself gets its name back.
+    `Sequential` adds the number of the net. A `features` gets its name back, if it was saved by
+    itself or under another name. The authors' names lose those of the modules around them.
 
     Args:
         names: Names of all tensors of a file.
@@ -61,14 +74,18 @@ def plain_names(names: Iterable[str]) -> Names:
         InputError: The file holds several nets, or several tensors for one layer.
     """
     names = tuple(names)
-    if names and all(re.fullmatch(rf"\d+\.{_PARAM}", name) for name in names):
-        return Names({name: f"features.{name}" for name in names}, "", ())
-    unwrapped = {name: re.sub(r"\b(features|classifier)\.module\.", r"\1.", name) for name in names}
+    unwrapped = {name: _unwrap(name) for name in names}
     prefixes = {
-        name.removesuffix(_FIRST_KERNEL)
+        name.removesuffix(kernel)
         for name in unwrapped.values()
-        if f".{name}".endswith(f".{_FIRST_KERNEL}")
+        for kernel in _FIRST_KERNELS
+        if f".{name}".endswith(f".{kernel}")
     }
+    unnamed = _unnamed_features(names)
+    if not prefixes and len(unnamed) == 1:
+        (prefix,) = prefixes = unnamed
+        numbered = re.compile(rf"{re.escape(prefix)}(\d+\.{_PARAM})")
+        unwrapped = {name: numbered.sub(rf"{prefix}features.\1", name) for name in names}
     if len(prefixes) > 1:
         raise InputError(
             f"it holds several nets, under {', '.join(sorted(map(repr, prefixes)))}: "
@@ -88,6 +105,22 @@ def plain_names(names: Iterable[str]) -> Names:
             "expected one net; save the state_dict of one"
         )
     return Names(plain, prefix, tuple(name for name in names if name not in plain))
+
+
+def _unwrap(name: str) -> str:
+    """Removes modules within a net: those of `DataParallel`, and those around authors' names."""
+    name = re.sub(r"\b(features|classifier)\.module\.", r"\1.", name)
+    return re.sub(r"\b(?:features|classifier)\.(?=(?:conv\d_\d|bn\d_\d|fc[678])\.)", "", name)
+
+
+def _unnamed_features(names: Iterable[str]) -> set[str]:
+    """Prefixes of numbered layers, such as those of `features` by itself or in a `Sequential`."""
+    matches = [re.fullmatch(r"((?:.+\.)?)(\d+)\.weight", name) for name in names]
+    numbers = [match.groups() for match in matches if match]
+    counts = collections.Counter(prefix for prefix, _ in numbers)
+    return {
+        prefix for prefix, number in numbers if number == "0" and counts[prefix] >= _FEWEST_CONVS
+    }
 
 
 def _renumber(name: str) -> str:

@@ -21,3 +21,4 @@ class TensorFile(NamedTuple):
 
     tensors: dict[str, Tensor]
     metadata: dict[str, Any]
+    num_bytes: int = 0  # on the disk
