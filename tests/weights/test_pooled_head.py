@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import save_file
 
 import vgg_jax
@@ -64,6 +65,17 @@ def test_asks_for_image_size(path, tmp_path, capsys):
     assert not (tmp_path / "out.safetensors").exists()
 
 
+def test_predict_takes_image_size(path, tmp_path, capsys):
+    """As import, export and evaluate do, by the same flags."""
+    photo = tmp_path / "photo.png"
+    Image.fromarray(np.zeros((70, 80, 3), np.uint8)).save(photo)
+    command = ["predict", str(path), str(photo), "--protocol", "center"]
+    assert main(command) == 2
+    assert "--image-size" in capsys.readouterr().err
+    assert main([*command, "--image-size", "64"]) == 0
+    assert "photo.png: " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("image_size", "window"), [(32, 1), (64, 2), (100, 3)])
 def test_logits_equal_those_of_pytorch(image_size, window, path, tensors):
     """One position, or global average pooling of pool5."""
@@ -79,7 +91,7 @@ def test_import_states_size_and_keeps_it(path, tmp_path, capsys):
     """The file that is written names the size, and is never asked."""
     out, again = tmp_path / "out.safetensors", tmp_path / "again.safetensors"
     assert main(["import", str(path), str(out), "--image-size", "64"]) == 0
-    assert "fc6 reads the mean of pool5, as 2x2 positions" in capsys.readouterr().out
+    assert "image size 64, fc6 reads the mean of pool5;" in capsys.readouterr().out
     weights = read(out)
     assert weights.model.image_size == 64
     save(again, read(path, image_size=32))

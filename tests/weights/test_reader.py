@@ -42,7 +42,8 @@ def test_read_run_keeps_preprocessing(tmp_path, monkeypatch):
     preprocessing |= {"scale": 70, "exif": False}
     trained = model.clone(dtype=jnp.bfloat16), variables, metadata | {"flip": False}
     monkeypatch.setattr("vgg_jax.runs.checkpoint.load_best", lambda _: trained)
-    weights = read(tmp_path)
+    (tmp_path / "run").mkdir()
+    weights = read(tmp_path / "run")
     assert weights.model.dtype == np.float32
     save(tmp_path / "run.safetensors", weights)
     _, _, saved = load(tmp_path / "run.safetensors")

@@ -214,20 +214,13 @@ def verify_data(data: str, data_dir: str | None, download: bool, out: str) -> Ex
     return ExitCode.BAD_IMAGE
 
 
-def import_(
-    file: str,
-    out: str,
-    net: str | None,
-    image_size: int | None,
-    check: str | None,
-    **source: Any,
-) -> ExitCode:
+def import_(file: str, out: str, net: str | None, check: str | None, **source: Any) -> ExitCode:
     """Converts another library's weights, and compares them with PyTorch if asked to."""
     options = source_options(source)
     from vgg_jax.weights import read, save
     from vgg_jax.weights.weights import channels_name
 
-    weights = read(file, net, image_size=image_size, **options)
+    weights = read(file, net, **options)
     save(out, weights)
     mean = ", ".join(f"{value:.3f}" for value in weights.preprocessing.mean_rgb)
     channels = channels_name(weights.model.in_channels)
@@ -256,7 +249,6 @@ def export(
     fold_batch_norm: bool,
     bfloat16: bool,
     net: str | None,
-    image_size: int | None,
     **source: Any,
 ) -> ExitCode:
     """Writes a net as a file for another program."""
@@ -265,7 +257,7 @@ def export(
     from vgg_jax.export import fold_batch_norm as fold
     from vgg_jax.weights import read
 
-    weights = read(path, net, image_size=image_size, **options)
+    weights = read(path, net, **options)
     if fold_batch_norm:
         weights = fold(weights)
     write(out, ExportSpec(weights, output, uint8, bfloat16), layout)
@@ -277,10 +269,11 @@ def source_options(flags: Mapping[str, Any]) -> dict[str, Any]:
     """Converts the flags that describe another library's file to arguments of `vgg_jax.load`.
 
     Args:
-        flags: "preprocessing", "mean", "std", "range", "channels" and "classes", or None.
+        flags: "preprocessing", "mean", "std", "range", "channels", "image_size" and "classes", or
+            None.
 
     Returns:
-        "preprocessing" and "classes".
+        "preprocessing", "image_size" and "classes".
 
     Raises:
         InputError: Flags exclude each other, or the file with the classes cannot be read.
@@ -294,7 +287,12 @@ def source_options(flags: Mapping[str, Any]) -> dict[str, Any]:
             "one of them out"
         )
     classes = None if flags["classes"] is None else _read_classes(flags["classes"])
-    return {"preprocessing": fields or flags["preprocessing"], "classes": classes}
+    preprocessing = fields or flags["preprocessing"]
+    return {
+        "preprocessing": preprocessing,
+        "image_size": flags["image_size"],
+        "classes": classes,
+    }
 
 
 def _read_classes(path: str) -> tuple[str, ...]:

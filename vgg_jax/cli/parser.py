@@ -422,13 +422,6 @@ def _add_net(flags: Flags) -> None:
         choices=tuple(CONFIGS),
         help="name of the net; only needed for A-LRN, which has the shapes of A",
     )
-    flags.add_argument(
-        "--image-size",
-        type=int,
-        metavar="N",
-        help="side of the images; only needed for a file whose fc6 reads one position: 32, or a "
-        "larger size if fc6 reads the mean of pool5",
-    )
 
 
 def _add_source(command: argparse.ArgumentParser) -> None:
@@ -473,6 +466,13 @@ def _add_source(command: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="text file with the name of a class on each line, in the order of the net's outputs; "
         "it replaces those of a run or of a file",
+    )
+    group.add_argument(
+        "--image-size",
+        type=int,
+        metavar="N",
+        help="side of the images; only needed for a file whose fc6 reads one position: 32, or a "
+        "larger size if fc6 reads the mean of pool5",
     )
 
 

@@ -35,6 +35,7 @@ def predict(
     scales: Sequence[int] = (),
     top: int = 5,
     preprocessing: str | Mapping[str, Any] | None = None,
+    image_size: int | None = None,
     classes: Sequence[str] | None = None,
 ) -> Iterator[Prediction]:
     """Predicts the classes of image files.
@@ -46,6 +47,7 @@ def predict(
         scales: Test scales; empty for the net's own.
         top: Number of classes per image.
         preprocessing: Images that the net of a weight file was trained with, as in `vgg_jax.load`.
+        image_size: Side of the images, as in `vgg_jax.load`.
         classes: Names of the classes, as in `vgg_jax.load`.
 
     Yields:
@@ -59,7 +61,9 @@ def predict(
     if top < 1:
         raise InputError(f"top is {top}: expected at least 1")
     files = expand_paths(images)
-    model, variables, metadata = load(path, preprocessing=preprocessing, classes=classes)
+    model, variables, metadata = load(
+        path, preprocessing=preprocessing, image_size=image_size, classes=classes
+    )
     protocol, scales = resolve_protocol(protocol, scales, model, metadata, path)
     expected, class_names = metadata["preprocessing"], metadata["classes"]
     done: dict[int, Prediction] = {}  # by position in `files`, until the earlier ones are done

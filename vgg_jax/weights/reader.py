@@ -202,7 +202,10 @@ def _read_file(
     colours = images.to_preprocessing()._replace(**metadata["preprocessing"])
     std = colours.std_rgb
     is_divided = any(value != 1 for value in std)
-    notes = (*[f"image size {detected.image_size}"] * top, str(images), *[classes_note] * top)
+    size_note = f"image size {detected.image_size}"
+    if detected.mean_window > 1:
+        size_note += ", fc6 reads the mean of pool5"
+    notes = (*[size_note] * top, str(images), *[classes_note] * top)
     return Weights(
         net=detected.net,
         layout=detected.layout.name,
@@ -266,8 +269,10 @@ def _source_images(
         )
     if not layout.shared:
         return from_preprocessing(layout.preprocessing, layout.bgr, "assumed from the layout")
-    with reraise_damaged(path):
-        preset = find_preprocessing(path)
+    preset = None
+    if layout.name == "keras 3":
+        with reraise_damaged(path):
+            preset = find_preprocessing(path)
     if preset is None:
         raise InputError(
             f"{path} has names that {layout.shared} share: "
@@ -341,10 +346,6 @@ def _read_tensors(path: Path, file: TensorFile, detected: DetectedModel, bgr: bo
     if detected.mean_window > 1:
         fc6, positions = trees["params"]["fc6"], detected.mean_window**2
         fc6["kernel"] = np.tile(fc6["kernel"] / np.float32(positions), (positions, 1))
-        logger.info(
-            f"{path}: fc6 reads the mean of pool5, as {detected.mean_window}x"
-            f"{detected.mean_window} positions with one kernel"
-        )
     return trees
 
 
