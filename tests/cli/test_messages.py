@@ -68,6 +68,23 @@ def test_verbose_shows_whole_message(tmp_path, capsys):
     assert "--verbose" not in message
 
 
+def test_warning_is_shortened(tmp_path, capsys):
+    """It lists the tensors of a decoder, which is no part of the VGG."""
+    state = torchvision_state(random_tensors("A"), "A")
+    state = {name: array for name, array in state.items() if name.startswith("features")}
+    state |= {f"decoder.{i}.weight": np.zeros((3, 3), np.float32) for i in range(40)}
+    save_file(state, tmp_path / "net.safetensors")
+    command = ["import", str(tmp_path / "net.safetensors"), str(tmp_path / "out.safetensors")]
+    assert main(command) == 0
+    warning = capsys.readouterr().err.strip()
+    assert warning.startswith("warning: ")
+    assert re.search(r"decoder\.\d+\.weight … and \d+ more; --verbose lists all$", warning)
+    assert len(warning) <= MAX_LENGTH
+    assert main([*command, "--verbose"]) == 0
+    warning = capsys.readouterr().err
+    assert all(f"decoder.{i}.weight" in warning for i in range(40))
+
+
 def test_each_command_has_verbose():
     for command in ("train", "summary A", "verify x", "selfcheck", "statistics", "fuse x"):
         assert parser().parse_args([*command.split(), "--verbose"]).verbose

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = parse_args(argv)
     command, verbose = COMMANDS[arguments.pop("command")], arguments.pop("verbose")
-    configure_logging(results_only=command is predict)
+    configure_logging(results_only=command is predict, verbose=verbose)
     if argv is None and command is train:
         use_huge_pages()
         exit_on_second_signal()

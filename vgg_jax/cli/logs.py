@@ -3,33 +3,38 @@
 import logging
 import sys
 
+from vgg_jax.cli.messages import shorten
+
 
 class _ConsoleHandler(logging.Handler):
     """Prints INFO to stdout as it is, and WARNING and above to stderr as "warning: …".
 
-    With `results_only`, nothing is printed to stdout.
+    With `results_only`, nothing is printed to stdout. Without `verbose`, a warning is shortened.
 
     The streams are looked up at each record, since tests and `os.dup2` replace them. An error of
     a stream, such as a closed pipe, reaches the caller as it does from `print`.
     """
 
     results_only = False
+    verbose = False
 
     def emit(self, record: logging.LogRecord) -> None:
         message = self.format(record)
         if record.levelno >= logging.WARNING:
-            print(f"warning: {message}", file=sys.stderr, flush=True)
+            message = f"warning: {message}"
+            print(message if self.verbose else shorten(message), file=sys.stderr, flush=True)
         else:
             print(message, file=sys.stderr if self.results_only else sys.stdout, flush=True)
 
 
-def configure_logging(results_only: bool = False) -> None:
+def configure_logging(results_only: bool = False, verbose: bool = False) -> None:
     """Prints the log messages of `vgg_jax`. A second call adds no second handler.
 
     Args:
         results_only: Leave stdout to the results of the command, which other programs may read.
+        verbose: Print warnings in full.
     """
-    _ConsoleHandler.results_only = results_only
+    _ConsoleHandler.results_only, _ConsoleHandler.verbose = results_only, verbose
     logger = logging.getLogger("vgg_jax")
     logger.setLevel(logging.INFO)
     if any(isinstance(handler, _ConsoleHandler) for handler in logger.handlers):

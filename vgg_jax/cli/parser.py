@@ -88,7 +88,7 @@ def parser() -> Parser:
                 "--verbose",
                 action="store_true",
                 default=False,
-                help="print an error message in full, however long it is",
+                help="print errors and warnings in full, however long they are",
             )
     return top
 

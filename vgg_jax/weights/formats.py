@@ -89,7 +89,7 @@ def _unwrap(path: Path, content: TensorFile, file_format: str) -> TensorFile:
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     if names.others:
-        others = ", ".join(names.others[:5]) + ", …" * (len(names.others) > 5)
+        others = ", ".join(names.others)
         logger.warning(f"{path}: the net is under {names.prefix!r}; left out: {others}")
     tensors = {
         plain: _to_matrix(content.tensors[name])
