@@ -14,7 +14,7 @@ from tests.helpers.weights_files import (
     forward,
     photos,
 )
-from vgg_jax import InputError, load
+from vgg_jax import InputError, compiler_options, load
 from vgg_jax.weights import read, save
 
 
@@ -108,6 +108,30 @@ def test_keras_net_in_sequential(suffix, tmp_path, caplog):
     x = images - np.float32(metadata["preprocessing"]["mean_rgb"])
     output = model.apply(variables, x, layers=("pool5",), method="features")["pool5"]
     assert_close_to_largest(output, np.asarray(expected))
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # from Keras' own arrays
+def test_authors_layers_equal_keras(shared_data):
+    """Each layer of the authors' VGG-16 on photos. Keras preprocesses the pixels itself."""
+    keras = pytest.importorskip("keras", reason="needs keras, which comes with TensorFlow")
+    (path,) = (shared_data / "vgg16-oxford").glob("*.h5")
+    net = keras.applications.VGG16(weights=None, include_top=False)
+    net.load_weights(path)
+    images = photos(2, 96)
+    expected = keras.Model(net.input, [layer.output for layer in net.layers[1:]])(
+        keras.applications.vgg16.preprocess_input(images.copy()), training=False
+    )
+
+    model, variables, metadata = load(path)
+    # The convolutions of Keras end with a ReLU.
+    layers = [layer.name for layer in model.layers() if layer.type in ("relu", "pool")]
+    layers = [name for name in layers if name not in ("relu6", "relu7")]
+    features = jax.jit(
+        lambda variables, x: model.apply(variables, x, layers=layers, method="features"),
+        compiler_options=compiler_options(),
+    )(variables, images - np.float32(metadata["preprocessing"]["mean_rgb"]))
+    for name, array in zip(layers, expected, strict=True):
+        assert_close_to_largest(features[name], np.asarray(array), 1e-5)
 
 
 @pytest.mark.parametrize(
