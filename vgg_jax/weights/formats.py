@@ -233,7 +233,10 @@ def _read_pytorch(path: Path) -> TensorFile:
         ) from error
     state, key, others = find_state_dict(state)
     if others:
-        logger.info(f"{path}: the key {key!r} is read; left out: {', '.join(map(repr, others))}")
+        logger.warning(
+            f"{path}: the key {key!r} is read; left out: {', '.join(map(repr, others))}; to read "
+            "another, save its weights to a file of their own"
+        )
     if not isinstance(state, dict):
         raise InputError(
             f"{path} holds {type(state).__name__}: "
