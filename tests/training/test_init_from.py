@@ -14,7 +14,7 @@ from tests.helpers.runs import make_config
 from vgg_jax import IMAGENET
 from vgg_jax.distributed.sharding import make_mesh, shard_batch
 from vgg_jax.model import build_model
-from vgg_jax.training.init_from import init_from_pretrained
+from vgg_jax.training.init_from import Pretrained, init_from_pretrained
 from vgg_jax.training.loop import fit
 from vgg_jax.training.optimizer import sgd
 from vgg_jax.training.step import init_state, jit_steps
@@ -70,11 +70,11 @@ def test_init_from_shallower_net(finished_run, photos, tmp_path, caplog):
 
 @pytest.mark.parametrize("net", ["shallow", "deep"])
 def test_init_from_copies_statistics(net, finished_run, photos):
-    source = vgg_jax.load(finished_run[0])
+    source = Pretrained(*vgg_jax.load(finished_run[0]))
     config = make_config(photos, net=net, init_from="unused")
     state = init_state(build_model(config, 2), sgd(config), 1, make_mesh(8))
     started = init_from_pretrained(source, config, state, IMAGENET.mean_rgb)
-    for name, layer in source[1]["batch_stats"].items():
+    for name, layer in source.variables["batch_stats"].items():
         jax.tree.map(np.testing.assert_array_equal, started.batch_stats[name], layer)
         assert np.abs(layer["mean"]).max() > 0
     assert started.batch_stats.keys() == state.batch_stats.keys()
@@ -122,7 +122,7 @@ def test_init_from_file_of_other_shapes(finished_run, photos, tmp_path, caplog, 
 
 def test_frozen_layers_stay_to_the_bit(finished_run, photos):
     """Also their batch normalisation and their momentum; all other layers change."""
-    source = vgg_jax.load(finished_run[0])
+    source = Pretrained(*vgg_jax.load(finished_run[0]))
     config = make_config(
         photos, init_from="unused", freeze=("conv",), decay_biases=True, learning_rate=0.1
     )
@@ -147,3 +147,84 @@ def test_frozen_layers_stay_to_the_bit(finished_run, photos):
             assert is_unchanged == name.startswith(("conv", "bn")), name
             assert is_unchanged == (np.asarray(velocity[name][param]) == 0).all()
     jax.tree.map(np.testing.assert_array_equal, state.batch_stats, batch_stats)
+
+
+@pytest.fixture(scope="module")
+def convolutions(finished_run, tmp_path_factory):
+    """A file with the convolutions of a net that has large activations after the last pooling."""
+    model, variables, metadata = vgg_jax.load(finished_run[0])
+    model = model.clone(batch_norm=False)
+    params = {k: v for k, v in variables["params"].items() if k.startswith("conv")}
+    # A ReLU net with biases of 0 multiplies its outputs by the factors of its kernels.
+    params = {
+        name: {"kernel": 3 * layer["kernel"], "bias": 0 * layer["bias"]}
+        for name, layer in params.items()
+    }
+    path = tmp_path_factory.mktemp("weights") / "convolutions.safetensors"
+    vgg_jax.save(path, model, {"params": params}, metadata)
+    return path
+
+
+def pool_rms(path, photos, config):
+    """Root mean square of pool2 over the first batch of training images."""
+    from vgg_jax.data import open_train_val, train_batches
+    from vgg_jax.preprocessing import subtract_mean
+
+    model, variables, _ = vgg_jax.load(path)
+    train, _ = open_train_val(str(photos), data_dir=None, validation_fraction=0.1, seed=0)
+    config = dataclasses.replace(config, batch_size=32)
+    batch = next(iter(train_batches(train, config, IMAGENET)))
+    images = subtract_mean(batch["image"][:22], IMAGENET.mean_rgb, batch["colour_shift"][:22])
+    maps = model.apply(variables, images, ("pool2",), method="features")["pool2"]
+    return float(np.sqrt((np.asarray(maps, np.float64) ** 2).mean()))
+
+
+def test_new_head_fits_the_activations(convolutions, photos, tmp_path, caplog):
+    """fc6 begins with outputs of its usual scale, and the learning rate is lower."""
+    config = make_config(
+        photos, batch_norm=False, init_from=str(convolutions), epochs=1, learning_rate=None
+    )
+    rms = pool_rms(convolutions, photos, config)
+    assert rms > 10
+    fit(config, tmp_path / "run")
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    np.testing.assert_allclose(run["activation_rms"], rms, rtol=1e-4)
+    expected_lr = float(f"{1e-3 / rms**2:.0e}")
+    assert run["config"]["learning_rate"] == expected_lr
+    assert f"fc6 reads activations of root mean square {rms:.3g}" in caplog.text
+    assert f"the learning rate is {expected_lr:g}" in caplog.text
+
+    # The same command resumes, and measures nothing.
+    caplog.clear()
+    fit(config, tmp_path / "run")
+    assert "finished in epoch 1" in caplog.text and "fc6 reads" not in caplog.text
+
+    state = init_state(build_model(config, 2), sgd(load_config(run)), config.seed, make_mesh(8))
+    pretrained = Pretrained(*vgg_jax.load(convolutions))
+    started = init_from_pretrained(pretrained, load_config(run), state, IMAGENET.mean_rgb, rms)
+    kernels = [np.asarray(each.params["fc6"]["kernel"]) for each in (started, state)]
+    np.testing.assert_allclose(kernels[0] * rms, kernels[1], rtol=1e-5)
+    for name in ("fc7", "fc8"):
+        np.testing.assert_array_equal(started.params[name]["kernel"], state.params[name]["kernel"])
+
+
+def load_config(run):
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in run["config"].items()}
+    return vgg_jax.TrainConfig(**values)
+
+
+def test_given_learning_rate_is_kept(convolutions, photos, tmp_path):
+    config = make_config(photos, batch_norm=False, init_from=str(convolutions), epochs=1)
+    fit(config, tmp_path)
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["config"]["learning_rate"] == config.learning_rate
+    assert run["activation_rms"] > 10
+
+
+def test_copied_head_keeps_the_default(finished_run, photos, tmp_path, caplog):
+    config = make_config(photos, init_from=str(finished_run[0]), epochs=1, learning_rate=None)
+    fit(config, tmp_path)
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["activation_rms"] is None
+    assert run["config"]["learning_rate"] == 1e-3
+    assert "fc6 reads" not in caplog.text

@@ -79,19 +79,31 @@ def preset(data: str, **overrides: Any) -> TrainConfig:
     return config
 
 
-def resolve_learning_rate(config: TrainConfig, num_classes: int) -> TrainConfig:
+def resolve_learning_rate(
+    config: TrainConfig, num_classes: int, activation_rms: float | None = None
+) -> TrainConfig:
     """Fills in the default learning rate: the paper's 1e-2, or 1e-3 for fewer than 100 classes.
 
     Few classes mean that many images pull at the same logit. A net then diverges at 1e-2
     (docs/performance.md#learning-rate-and-classes).
 
+    The gradient of a new fc6 grows with the activations that it reads, and so does the change of
+    its outputs by a step. So the default is divided by the square of activations above 1
+    (docs/performance.md#new-head-on-pretrained-convolutions).
+
     Args:
         config: A configuration.
         num_classes: Number of classes of its data.
+        activation_rms: Root mean square of the pretrained activations that a new fc6 reads. None
+            if fc6 is not new, or reads no pretrained activations.
 
     Returns:
-        The configuration itself if it has a learning rate, else a copy with the default.
+        The configuration itself if it has a learning rate, else a copy with the default, which has
+        one significant digit.
     """
     if config.learning_rate is not None:
         return config
-    return dataclasses.replace(config, learning_rate=1e-2 if num_classes >= 100 else 1e-3)
+    default = 1e-2 if num_classes >= 100 else 1e-3
+    if activation_rms is not None and activation_rms > 1:
+        default = float(f"{default / activation_rms**2:.0e}")
+    return dataclasses.replace(config, learning_rate=default)

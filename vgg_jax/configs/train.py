@@ -110,7 +110,8 @@ class TrainConfig:
         microbatch: Images whose activations are held at once, a divisor of `batch_size`. A step
             adds up the gradients. None holds the whole batch.
         learning_rate: Initial learning rate. None means 0.01 (§3.1), or 0.001 for fewer than 100
-            classes.
+            classes, and less for a new head on large pretrained activations
+            (`vgg_jax.configs.presets.resolve_learning_rate`).
         momentum: Momentum of SGD (§3.1).
         weight_decay: Factor of the L2 penalty (§3.1): the gradient of w gains weight_decay * w.
         decay_biases: Decay biases and batch normalisation parameters too. Caffe's recipes and
@@ -229,7 +230,8 @@ class TrainConfig:
     learning_rate: float | None = _field(
         None,
         "optimiser",
-        "initial learning rate (default: 0.01, or 0.001 for fewer than 100 classes)",
+        "initial learning rate (default: 0.01, or 0.001 for fewer than 100 classes, and less for "
+        "a new head on large pretrained activations)",
         type=float,
         above=0,
     )

@@ -25,6 +25,8 @@ class RunMetadata:
     storage: str  # how the training images are stored, such as "folder, names <digest>"
     train_size: int  # images
     validation_size: int  # images
+    # Root mean square of the pretrained activations that a new fc6 reads, if there is one.
+    activation_rms: float | None = None
 
 
 def load_existing_run(workdir: Path) -> RunMetadata | None:
@@ -170,6 +172,8 @@ def _check_types(run: RunMetadata) -> None:
         raise TypeError("its classes and its storage are not names")
     if not all(isinstance(size, int) for size in (run.train_size, run.validation_size)):
         raise TypeError("its sizes are not integers")
+    if not isinstance(run.activation_rms, float | None):
+        raise TypeError("its activation_rms is not a number")
 
 
 def _flatten(run: dict[str, Any]) -> dict[str, Any]:

@@ -2,38 +2,106 @@
 
 import dataclasses
 import logging
+import math
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from vgg_jax.configs.train import TrainConfig
 from vgg_jax.distributed.sharding import put_global
 from vgg_jax.errors import InputError
-from vgg_jax.model import PAPER_INIT_LAYERS, VGG, copy_matching_layers
-from vgg_jax.training.step import TrainState
+from vgg_jax.model import PAPER_INIT_LAYERS, VGG, build_model, copy_matching_layers
+from vgg_jax.preprocessing import subtract_mean
+from vgg_jax.runtime.compiler import compiler_options
+from vgg_jax.training.step import TrainState, init_variables
 
 logger = logging.getLogger(__name__)
 
-Pretrained = tuple[VGG, dict[str, Any], dict[str, Any]]  # model, variables, metadata
+Colour = tuple[float, float, float]
+
+
+class Pretrained(NamedTuple):
+    """A net whose layers start a run, as `vgg_jax.load` returns it."""
+
+    model: VGG
+    variables: dict[str, Any]
+    metadata: dict[str, Any]
+
+
+def has_new_head(pretrained: Pretrained, config: TrainConfig, num_classes: int) -> bool:
+    """Tells if a run's fc6 is new, and reads the activations of pretrained convolutions.
+
+    Args:
+        pretrained: The net that the run starts from.
+        config: Settings of the run.
+        num_classes: Number of classes of its data.
+
+    Returns:
+        True if all convolutions are copied and fc6 is not.
+
+    Raises:
+        InputError: No layer matches.
+    """
+    model = build_model(config, num_classes)
+    target = jax.eval_shape(partial(init_variables, model), jax.random.key(0))
+    _, copied = _copy_layers(pretrained, config, target)
+    convolutions = {layer.name for layer in model.layers() if layer.type == "conv"}
+    return convolutions <= set(copied) and "fc6" not in copied
+
+
+def measure_activations(
+    pretrained: Pretrained, batch: Mapping[str, np.ndarray], mean_rgb: Colour
+) -> float | None:
+    """Measures the activations after the last pooling, which fc6 reads.
+
+    Args:
+        pretrained: The net.
+        batch: Training images, as `vgg_jax.data.train_batches` makes them.
+        mean_rgb: The mean colour to subtract, on the 0-255 scale.
+
+    Returns:
+        Their root mean square over the images in the mask. None if it is 0 or not finite.
+    """
+    model = pretrained.model
+    layer = f"pool{len(model.config.stages)}"
+
+    @partial(jax.jit, compiler_options=compiler_options())
+    def mean_squares(variables: dict[str, Any], images: np.ndarray) -> jax.Array:
+        features: Any = model.apply(variables, images, (layer,), method="features")
+        return (features[layer] ** 2).mean((1, 2, 3))
+
+    images = subtract_mean(batch["image"], mean_rgb, batch["colour_shift"])
+    squares = np.asarray(mean_squares(pretrained.variables, images), np.float64)
+    rms = float(np.sqrt(squares[batch["mask"]].mean()))
+    return rms if 0 < rms < math.inf else None
 
 
 def init_from_pretrained(
     pretrained: Pretrained,
     config: TrainConfig,
     state: TrainState,
-    mean_rgb: tuple[float, float, float],
+    mean_rgb: Colour,
+    activation_rms: float | None = None,
 ) -> TrainState:
     """Copies layers of a pretrained net into a state.
 
     All matching layers are copied if both nets have the same stages, else the paper's seven
     (§3.1). Logs the names of the copied, the newly initialised and the unused layers.
 
+    A new fc6 on pretrained activations is divided by their root mean square. Its outputs then have
+    the scale that the initialiser is made for
+    (docs/performance.md#new-head-on-pretrained-convolutions).
+
     Args:
-        pretrained: Model, variables and metadata, as `vgg_jax.load` returns them.
-        config: Settings of the run.
+        pretrained: The net.
+        config: Settings of the run, with a learning rate.
         state: A state on the devices.
         mean_rgb: The mean colour that this run subtracts, on the 0-255 scale.
+        activation_rms: Root mean square of the activations that a new fc6 reads. None leaves fc6
+            as it is.
 
     Returns:
         The state with the copied layers, placed like the old ones.
@@ -41,18 +109,11 @@ def init_from_pretrained(
     Raises:
         InputError: No layer matches.
     """
-    model, variables, metadata = pretrained
-    same_stages = model.config.stages == config.vgg.stages
     target = {"params": state.params, "batch_stats": state.batch_stats}
-    try:
-        merged, copied = copy_matching_layers(
-            source=variables, target=target, layers=None if same_stages else PAPER_INIT_LAYERS
-        )
-    except InputError as error:
-        raise InputError(f"{config.init_from}: {error}; pass another --init-from") from error
-    transfer = describe_transfer(variables["params"], state.params, copied)
+    merged, copied = _copy_layers(pretrained, config, target)
+    transfer = describe_transfer(pretrained.variables["params"], state.params, copied)
     logger.info(f"from {config.init_from}: {transfer}")
-    source_mean = metadata["preprocessing"]["mean_rgb"]
+    source_mean = pretrained.metadata["preprocessing"]["mean_rgb"]
     if any(abs(source - target) > 1 for source, target in zip(source_mean, mean_rgb, strict=True)):
         logger.info(
             f"{config.init_from} was trained with mean colour {_format_colour(source_mean)}; "
@@ -64,7 +125,30 @@ def init_from_pretrained(
         merged,
         target,
     )
+    if activation_rms is not None:
+        logger.info(
+            f"new head: fc6 reads activations of root mean square {activation_rms:.3g}; its "
+            f"initial kernel is divided by it, and the learning rate is {config.learning_rate:g}"
+        )
+        fc6 = placed["params"]["fc6"]
+        fc6 = {**fc6, "kernel": fc6["kernel"] / activation_rms}
+        placed["params"] = {**placed["params"], "fc6": fc6}
     return dataclasses.replace(state, **placed)
+
+
+def _copy_layers(
+    pretrained: Pretrained, config: TrainConfig, target: Mapping[str, Any]
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Copies layers into the variables of the run's net. Returns these and the copied names."""
+    same_stages = pretrained.model.config.stages == config.vgg.stages
+    try:
+        return copy_matching_layers(
+            source=pretrained.variables,
+            target=target,
+            layers=None if same_stages else PAPER_INIT_LAYERS,
+        )
+    except InputError as error:
+        raise InputError(f"{config.init_from}: {error}; pass another --init-from") from error
 
 
 def describe_transfer(
@@ -97,5 +181,5 @@ def _describe_new_layer(name: str, source: Mapping[str, Any], target: Mapping[st
     return f"{name} (kernel {kernels[0].shape} in the source, {kernels[1].shape} here)"
 
 
-def _format_colour(colour: tuple[float, float, float]) -> str:
+def _format_colour(colour: Colour) -> str:
     return "({})".format(", ".join(f"{value:.2f}" for value in colour))

@@ -1,5 +1,6 @@
 """The fixed part of a training run: its data, its metadata and its devices."""
 
+import contextlib
 import dataclasses
 import enum
 import logging
@@ -17,6 +18,7 @@ from vgg_jax.data import (
     measure_colours,
     open_train_val,
     split_names,
+    train_batches,
 )
 from vgg_jax.distributed.multihost import assert_same_on_all, run_on_main_and_broadcast
 from vgg_jax.distributed.sharding import MeshConfig, make_mesh
@@ -29,10 +31,12 @@ from vgg_jax.runs.metadata import (
     has_checkpoint,
     load_existing_run,
 )
-from vgg_jax.training.init_from import Pretrained
+from vgg_jax.training.init_from import Pretrained, has_new_head, measure_activations
 from vgg_jax.weights import load
 
 logger = logging.getLogger(__name__)
+
+MEASURED_IMAGES = 32  # whose activations show the scale of what a new fc6 reads
 
 
 class Start(enum.Enum):
@@ -84,14 +88,13 @@ def prepare_run(
     mesh = make_mesh(config.microbatch or config.batch_size, mesh_config=mesh_config)
     existing, start = find_existing_run(workdir)
     if existing is not None:  # compare before the slow reading of the data
-        resolved = resolve_learning_rate(config, len(existing.classes))
-        check_same_run(workdir, existing, dataclasses.replace(existing, config=resolved))
+        config = resolve_learning_rate(config, len(existing.classes), existing.activation_rms)
+        check_same_run(workdir, existing, dataclasses.replace(existing, config=config))
     pretrained = None
     if config.init_from is not None and start is not Start.RESUMED:
-        pretrained = load(config.init_from)
+        pretrained = Pretrained(*load(config.init_from))
 
     train, validation = _open_data(config, data_dir, download)
-    config = resolve_learning_rate(config, len(train.classes))
     run = RunMetadata(
         config,
         train.classes,
@@ -99,6 +102,7 @@ def prepare_run(
         train.storage,
         train.size,
         validation.size,
+        existing.activation_rms if existing else None,
     )
     assert_same_on_all(
         as_json(run)["config"]
@@ -111,6 +115,10 @@ def prepare_run(
     if existing is None:
         if config.statistics == "measure":
             run = _with_measured_colours(run, train)
+        if pretrained is not None and has_new_head(pretrained, config, len(train.classes)):
+            run = _with_measured_activations(run, train, pretrained)
+        config = resolve_learning_rate(config, len(train.classes), run.activation_rms)
+        run = dataclasses.replace(run, config=config)
         run_on_main_and_broadcast(lambda: create_run(workdir, run))
     setup = Setup(workdir, config, run, start, train, validation, mesh, mesh_config)
     return setup, pretrained
@@ -184,3 +192,16 @@ def _with_measured_colours(run: RunMetadata, train: DataSource) -> RunMetadata:
         return as_json(dataclasses.replace(run, colours=measurements.statistics))
 
     return from_json(run_on_main_and_broadcast(measure))
+
+
+def _with_measured_activations(
+    run: RunMetadata, train: DataSource, pretrained: Pretrained
+) -> RunMetadata:
+    """Fills in the run's `activation_rms`, measured on its first training images."""
+
+    def measure() -> float | None:
+        config = dataclasses.replace(run.config, batch_size=MEASURED_IMAGES, microbatch=None)
+        with contextlib.closing(iter(train_batches(train, config, run.colours))) as batches:
+            return measure_activations(pretrained, next(batches), run.colours.mean_rgb)
+
+    return dataclasses.replace(run, activation_rms=run_on_main_and_broadcast(measure))

@@ -158,7 +158,9 @@ class Trainer:
         setup = self.setup
         resumed = setup.start is not Start.NEW and self._restore()
         if not resumed and pretrained is not None:
-            self.state = init_from_pretrained(pretrained, setup.config, self.state, self._mean_rgb)
+            self.state = init_from_pretrained(
+                pretrained, setup.config, self.state, self._mean_rgb, setup.run.activation_rms
+            )
         if not resumed and setup.start is not Start.NEW:
             logger.info(f"{setup.workdir}: nothing to resume from, so the run starts again")
         if halvings > self.progress.halvings:
