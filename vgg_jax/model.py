@@ -220,7 +220,24 @@ class VGG(nn.Module):
         h, w = activations.shape[1:3]
         if (h // 2, w // 2) != (size, size):
             raise InputError(f"the activations are {h}x{w}: expected {2 * size}x{2 * size}")
-        return self._forward(activations, ("fc8",), start_after=self._trunk_end())["fc8"][:, 0, 0]
+        return self.logits_after(activations, self._trunk_end())
+
+    def logits_after(
+        self, activations: Array, layer: str, train: bool = False, mask: Array | None = None
+    ) -> Array:
+        """Computes logits from the output of a layer, for images of the net's own size.
+
+        Args:
+            activations: (N, h, w, C), the output of the layer, as `features` returns it.
+            layer: Name of the layer.
+            train: As for `__call__`.
+            mask: As for `__call__`.
+
+        Returns:
+            Logits (N, K).
+        """
+        outputs = self._forward(activations, ("fc8",), train, mask, start_after=layer)
+        return outputs["fc8"][:, 0, 0]
 
     def features(self, images: Array, layers: Iterable[str]) -> dict[str, Array]:
         """Computes activations by name. Nothing after the deepest layer is computed.

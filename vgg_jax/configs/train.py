@@ -90,6 +90,7 @@ class TrainConfig:
         image_size: Side in pixels of the square crop that the net reads (§2.1).
         scale: Training scale S in pixels, to which the shorter side of an image is rescaled. Two
             values, S_min and S_max, draw S for each image (§3.1).
+        crop: "random", a random position for each image (§3.1); or "centre".
         flip: Mirror a random half of the images (§3.1).
         colour_shift: Standard deviation of the random shift along the principal colours (§3.1), in
             the unit of `colour_convention`. 0.1 is Krizhevsky's; 0 turns the shift off.
@@ -106,6 +107,9 @@ class TrainConfig:
             none.
         cache: Keep the encoded images in memory, or the pixels of small images. This changes the
             order of images from TFRecord files.
+        cache_features: Compute the output of the frozen layers once, and keep it in memory. Needs
+            images that stay the same: `crop` "centre", one `scale`, no `flip` and no
+            `colour_shift`.
         batch_size: Images per step, on all devices together (§3.1).
         microbatch: Images whose activations are held at once, a divisor of `batch_size`. A step
             adds up the gradients. None holds the whole batch.
@@ -175,6 +179,12 @@ class TrainConfig:
         nargs="+",
         metavar="S",
     )
+    crop: str = _field(
+        "random",
+        "augmentation",
+        "position of the crop in each training image",
+        choices=("random", "centre"),
+    )
     flip: bool = _field(True, "augmentation", "mirror a random half of the images")
     colour_shift: float = _field(
         0.1,
@@ -217,6 +227,13 @@ class TrainConfig:
         "data",
         "keep the encoded images in memory, or the pixels of small images; "
         "changes the image order of TFRecord files",
+    )
+
+    cache_features: bool = _field(
+        False,
+        "data",
+        "compute the output of the frozen layers once and keep it in memory; needs --crop centre, "
+        "--no-flip and --colour-shift 0",
     )
 
     batch_size: int = _field(256, "optimiser", "images per step", above=0)
@@ -285,6 +302,20 @@ class TrainConfig:
         return (*(layer.name for layer in layers), *batch_norms)
 
     @property
+    def feature_layer(self) -> str | None:
+        """The last layer before any that training changes. `cache_features` keeps its output.
+
+        None if training changes the first convolution.
+        """
+        frozen, name = self.frozen, None
+        for layer in layer_table(self.vgg, 1, self.batch_norm, self.image_size):
+            is_trained = layer.type in ("conv", "bn", "fc") and layer.name not in frozen
+            if is_trained or layer.type == "drop":
+                break
+            name = layer.name
+        return name
+
+    @property
     def test_scale(self) -> int:
         """The test scale Q: S, or the middle of the jitter's range (§4.1)."""
         return (self.scale[0] + self.scale[-1]) // 2
@@ -301,6 +332,7 @@ class TrainConfig:
                 _check_value(field, getattr(self, field.name))
         _check_sizes(self)
         _check_freeze(self)
+        _check_cache_features(self)
         _check_microbatch(self)
         _check_schedule(self)
 
@@ -337,6 +369,22 @@ def _check_freeze(config: TrainConfig) -> None:
         )
     if set(learned) <= set(config.frozen):
         raise InputError(f"freeze is {config.freeze}: expected a layer that is left to train")
+
+
+def _check_cache_features(config: TrainConfig) -> None:
+    if not config.cache_features:
+        return
+    if config.feature_layer is None:
+        raise InputError(
+            f"cache_features is set and freeze is {config.freeze}: expected the first layers to be "
+            "frozen, as by --freeze conv"
+        )
+    if config.crop != "centre" or config.flip or config.colour_shift or len(config.scale) > 1:
+        raise InputError(
+            "cache_features is set, and crops, flips, the colour shift or the scale are random: "
+            "expected images that stay the same, by --crop centre --no-flip --colour-shift 0 and "
+            "one --scale"
+        )
 
 
 def _check_microbatch(config: TrainConfig) -> None:

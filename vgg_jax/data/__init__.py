@@ -32,6 +32,12 @@ with contextlib.suppress(RuntimeError):
 from vgg_jax.data.batches import BatchIterator
 from vgg_jax.data.cache import cache_in_memory
 from vgg_jax.data.decode import decode
+from vgg_jax.data.features import (
+    CachedFeatures,
+    cache_features,
+    eval_feature_batches,
+    train_feature_batches,
+)
 from vgg_jax.data.pipeline import eval_batches, rescaled_images, train_batches
 from vgg_jax.data.sources import VALIDATION, open_split, open_train_val, split_names
 from vgg_jax.data.splits import DataSource, steps_per_epoch
@@ -42,11 +48,14 @@ from vgg_jax.data.verify import read_exclude_list, verify_images, write_exclude_
 __all__ = [
     "VALIDATION",
     "BatchIterator",
+    "CachedFeatures",
     "ColourMeasurements",
     "DataSource",
+    "cache_features",
     "cache_in_memory",
     "decode",
     "eval_batches",
+    "eval_feature_batches",
     "measure_colours",
     "open_split",
     "open_train_val",
@@ -58,6 +67,7 @@ __all__ = [
     "steps_per_epoch",
     "tf",
     "train_batches",
+    "train_feature_batches",
     "verify_images",
     "write_exclude_list",
 ]

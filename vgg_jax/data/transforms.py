@@ -98,7 +98,7 @@ def sample_augmentation(
     Args:
         seed: Seed of the epoch, int64 (2,).
         index: Indices of the images, int64 (…), not negative.
-        config: Scales, flip and colour shift.
+        config: Scales, crop, flip and colour shift.
         statistics: Colours of the data set.
 
     Returns:
@@ -111,6 +111,8 @@ def sample_augmentation(
     alpha = tf.cast(tf.math.ndtri(tf.stack(uniform[4:], -1)), tf.float32) * config.colour_shift
     smallest, largest = config.scale[0], config.scale[-1]
     scale = smallest + tf.cast(uniform[0] * (largest - smallest + 1), tf.int32)
+    if config.crop == "centre":
+        uniform[1:3] = [tf.fill(tf.shape(index), tf.constant(0.5, tf.float64))] * 2
     components = _components(config.colour_convention, statistics)
     return AugmentParams(
         scale=tf.minimum(scale, largest),

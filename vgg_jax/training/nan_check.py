@@ -8,14 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from vgg_jax.metrics import compute_sums
-from vgg_jax.model import VGG
+from vgg_jax.model import VGG, select_layers
 from vgg_jax.preprocessing import subtract_mean
 from vgg_jax.runtime.compiler import compiler_options
 from vgg_jax.training.step import Batch, TrainState
 
 
 def first_nonfinite(
-    state: TrainState, batch: Batch, *, model: VGG, mean_rgb: tuple[float, float, float]
+    state: TrainState,
+    batch: Batch,
+    *,
+    model: VGG,
+    mean_rgb: tuple[float, float, float],
+    start_after: str | None = None,
 ) -> str:
     """Names the first non-finite value of one training step, in computation order.
 
@@ -27,14 +32,18 @@ def first_nonfinite(
         batch: The batch of the step, on the devices.
         model: The net.
         mean_rgb: The mean colour to subtract, on the 0-255 scale.
+        start_after: As for `vgg_jax.training.step.train_step`.
 
     Returns:
         "the output of conv3_1", "the loss" or "the gradient of fc7". "the update" if the
         outputs, the loss and the gradients are finite.
     """
-    names = tuple(layer.name for layer in model.layers())
+    layers = select_layers(model.layers(), ("fc8",), start_after)
+    names = tuple(layer.name for layer in layers)
     step = jax.jit(
-        partial(_finite_parts, model=model, mean_rgb=mean_rgb, names=names),
+        partial(
+            _finite_parts, model=model, mean_rgb=mean_rgb, names=names, start_after=start_after
+        ),
         compiler_options=compiler_options(dtype=model.dtype),
     )
     outputs, loss, gradients = jax.device_get(step(state, batch))
@@ -56,16 +65,22 @@ def _finite_parts(
     model: VGG,
     mean_rgb: tuple[float, float, float],
     names: tuple[str, ...],
+    start_after: str | None,
 ) -> tuple[dict, jax.Array, dict]:
     """Tells for each output, the loss and each gradient of a step if all values are finite."""
+    if start_after is None:
+        inputs = subtract_mean(batch["image"], mean_rgb, batch["colour_shift"])
+    else:
+        inputs = batch["features"]
 
     def loss_fn(params: Any) -> tuple[jax.Array, dict]:
         # All outputs are requested, so that no layer is fused: a fused ReLU hides minus infinity.
         outputs: Any
         outputs, _ = model.apply(
             {"params": params, "batch_stats": state.batch_stats},
-            subtract_mean(batch["image"], mean_rgb, batch["colour_shift"]),
+            inputs,
             names,
+            start_after=start_after,
             train=True,
             mask=batch["mask"],
             rngs={"dropout": jax.random.fold_in(state.key, state.step)},

@@ -1,12 +1,12 @@
 """The fixed part of a training run: its data, its metadata and its devices."""
 
-import contextlib
 import dataclasses
 import enum
 import logging
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from vgg_jax.configs.colours import IMAGENET
@@ -22,6 +22,7 @@ from vgg_jax.data import (
 )
 from vgg_jax.distributed.multihost import assert_same_on_all, run_on_main_and_broadcast
 from vgg_jax.distributed.sharding import MeshConfig, make_mesh
+from vgg_jax.errors import InputError
 from vgg_jax.runs.metadata import (
     RunMetadata,
     as_json,
@@ -85,6 +86,11 @@ def prepare_run(
     Raises:
         InputError: The workdir holds another run, or the input is wrong.
     """
+    if config.cache_features and jax.process_count() > 1:
+        raise InputError(
+            f"cache_features is set in one of {jax.process_count()} processes: expected one "
+            "process, which holds all features; leave out --cache-features"
+        )
     mesh = make_mesh(config.microbatch or config.batch_size, mesh_config=mesh_config)
     existing, start = find_existing_run(workdir)
     if existing is not None:  # compare before the slow reading of the data
@@ -201,7 +207,7 @@ def _with_measured_activations(
 
     def measure() -> float | None:
         config = dataclasses.replace(run.config, batch_size=MEASURED_IMAGES, microbatch=None)
-        with contextlib.closing(iter(train_batches(train, config, run.colours))) as batches:
-            return measure_activations(pretrained, next(batches), run.colours.mean_rgb)
+        batch = next(iter(train_batches(train, config, run.colours)))
+        return measure_activations(pretrained, batch, run.colours.mean_rgb)
 
     return dataclasses.replace(run, activation_rms=run_on_main_and_broadcast(measure))

@@ -1,7 +1,8 @@
 """One step of training and one of evaluation, as pure functions of a state and a batch.
 
 A batch is a dict of arrays: "image" uint8 (N, H, W, 3), "colour_shift" float32 (N, 3),
-"label" int32 (N,), "mask" bool (N,).
+"label" int32 (N,), "mask" bool (N,). With `start_after`, it has "features", the output of that
+layer, instead of the first two.
 """
 
 import dataclasses
@@ -138,6 +139,7 @@ def train_step(
     mesh: Mesh,
     mesh_config: MeshConfig = DATA_PARALLEL,
     microbatch: int | None = None,
+    start_after: str | None = None,
 ) -> tuple[TrainState, MetricSums]:
     """One step of SGD on the mean loss of the examples whose mask is true.
 
@@ -152,6 +154,8 @@ def train_step(
         microbatch: Number of examples in a forward and backward pass; the gradients of all
             passes are added. Batch normalisation then uses the statistics of a micro-batch, and
             dropout draws other masks; otherwise the step is the same. None: all N.
+        start_after: Name of the layer whose output is the batch's "features". None: the batch has
+            images.
 
     Returns:
         The next state, and the sums over the batch with dropout and augmentation on.
@@ -163,6 +167,7 @@ def train_step(
         _local_gradients,
         model=model.clone(axis_name=DATA if mesh.shape[DATA] > 1 else None),
         mean_rgb=mean_rgb,
+        start_after=start_after,
         num_microbatches=batch_size // (microbatch or batch_size),
         param_specs=param_specs,
         allreduce_dtype=mesh_config.reduce,
@@ -213,13 +218,16 @@ def _loss(
     *,
     model: VGG,
     mean_rgb: tuple[float, float, float],
+    start_after: str | None,
 ) -> tuple[Array, tuple[Any, MetricSums]]:
     """The summed loss, with the new running statistics and the sums."""
-    images = subtract_mean(batch["image"], mean_rgb, batch["colour_shift"])
     logits: Any
-    logits, updated = model.apply(
+    logits, updated = _apply(
+        model,
         {"params": params, "batch_stats": batch_stats},
-        images,
+        batch,
+        mean_rgb,
+        start_after,
         train=True,
         mask=batch["mask"],
         rngs={"dropout": key},
@@ -227,6 +235,21 @@ def _loss(
     )
     sums = compute_sums(logits, batch["label"], batch["mask"])
     return sums.loss, (updated.get("batch_stats", batch_stats), sums)
+
+
+def _apply(
+    model: VGG,
+    variables: dict[str, Any],
+    batch: Batch,
+    mean_rgb: tuple[float, float, float],
+    start_after: str | None,
+    **options: Any,
+) -> Any:
+    """Applies the net to a batch of images, or of features."""
+    if start_after is None:
+        images = subtract_mean(batch["image"], mean_rgb, batch["colour_shift"])
+        return model.apply(variables, images, **options)
+    return model.apply(variables, batch["features"], start_after, method="logits_after", **options)
 
 
 def _local_gradients(
@@ -237,6 +260,7 @@ def _local_gradients(
     *,
     model: VGG,
     mean_rgb: tuple[float, float, float],
+    start_after: str | None,
     num_microbatches: int,
     param_specs: Any,
     allreduce_dtype: str,
@@ -247,7 +271,8 @@ def _local_gradients(
     Devices exchange gradients once a step, after the last micro-batch.
     """
     params = jax.tree.map(_gather_param, params, param_specs)
-    grad_fn = jax.grad(partial(_loss, model=model, mean_rgb=mean_rgb), has_aux=True)
+    loss_fn = partial(_loss, model=model, mean_rgb=mean_rgb, start_after=start_after)
+    grad_fn = jax.grad(loss_fn, has_aux=True)
     if num_microbatches == 1:
         gradients, (batch_stats, sums) = grad_fn(params, batch_stats, batch, key)
     else:
@@ -327,6 +352,7 @@ def eval_step(
     mean_rgb: tuple[float, float, float],
     mesh: Mesh,
     mesh_config: MeshConfig = DATA_PARALLEL,
+    start_after: str | None = None,
 ) -> MetricSums:
     """Evaluates a batch, without dropout and with the running statistics.
 
@@ -337,6 +363,7 @@ def eval_step(
         mean_rgb: The mean colour to subtract, on the 0-255 scale.
         mesh: Devices.
         mesh_config: The parallelism of the run.
+        start_after: As for `train_step`.
 
     Returns:
         The sums over the examples whose mask is true.
@@ -345,12 +372,47 @@ def eval_step(
 
     def local_fn(variables: dict[str, Any], batch: Batch) -> MetricSums:
         variables = jax.tree.map(_gather_param, variables, variable_specs)
-        images = subtract_mean(batch["image"], mean_rgb, batch["colour_shift"])
-        logits: Any = model.apply(variables, images)
+        logits: Any = _apply(model, variables, batch, mean_rgb, start_after)
         return _sum_over_data(compute_sums(logits, batch["label"], batch["mask"]), mesh)
 
     in_specs = (variable_specs, PartitionSpec(DATA))
     return _shard_map_data(local_fn, mesh, in_specs, PartitionSpec())(variables, batch)
+
+
+def feature_step(
+    variables: dict[str, Any],
+    batch: Batch,
+    *,
+    model: VGG,
+    layer: str,
+    mean_rgb: tuple[float, float, float],
+    mesh: Mesh,
+    mesh_config: MeshConfig = DATA_PARALLEL,
+) -> Array:
+    """Computes the output of a layer for a batch of images, in inference mode.
+
+    Args:
+        variables: "params" and "batch_stats" of the net.
+        batch: A batch with images, sharded over "data".
+        model: The net.
+        layer: Name of the layer.
+        mean_rgb: The mean colour to subtract, on the 0-255 scale.
+        mesh: Devices.
+        mesh_config: The parallelism of the run.
+
+    Returns:
+        Activations (N, h, w, C), sharded over "data".
+    """
+    variable_specs = jax.tree.map(data_axis_spec, infer_shardings(variables, mesh, mesh_config))
+
+    def local_fn(variables: dict[str, Any], batch: Batch) -> Array:
+        variables = jax.tree.map(_gather_param, variables, variable_specs)
+        images = subtract_mean(batch["image"], mean_rgb, batch["colour_shift"])
+        features: Any = model.apply(variables, images, (layer,), method="features")
+        return features[layer]
+
+    in_specs = (variable_specs, PartitionSpec(DATA))
+    return _shard_map_data(local_fn, mesh, in_specs, PartitionSpec(DATA))(variables, batch)
 
 
 def jit_steps(
@@ -380,6 +442,7 @@ def jit_steps(
         "mean_rgb": mean_rgb,
         "mesh": mesh,
         "mesh_config": mesh_config,
+        "start_after": config.feature_layer if config.cache_features else None,
     }
     options: dict[str, Any] = {"compiler_options": compiler_options(dtype=model.dtype)}
     state_shardings = infer_shardings(state_shapes(model, optimizer), mesh, mesh_config)

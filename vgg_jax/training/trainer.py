@@ -15,20 +15,30 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from vgg_jax.data import DataSource, eval_batches, steps_per_epoch, train_batches
+from vgg_jax.data import (
+    CachedFeatures,
+    DataSource,
+    cache_features,
+    eval_batches,
+    eval_feature_batches,
+    steps_per_epoch,
+    train_batches,
+    train_feature_batches,
+)
 from vgg_jax.distributed.multihost import StepSynchronizer, Watchdog, is_main_process
 from vgg_jax.distributed.sharding import DATA, local_rows, shard_batch
 from vgg_jax.errors import InputError
 from vgg_jax.metrics import MetricSums, merge
 from vgg_jax.model import build_model
 from vgg_jax.runs.checkpoint import CheckpointSaveError
+from vgg_jax.runtime.compiler import compiler_options
 from vgg_jax.training.checkpointer import BestInfo, Checkpointer
 from vgg_jax.training.init_from import Pretrained, init_from_pretrained
 from vgg_jax.training.nan_check import first_nonfinite
 from vgg_jax.training.optimizer import next_epoch_lr, set_learning_rate, sgd
 from vgg_jax.training.report import at_chance_hint, epoch_record, format_epoch, is_at_chance
 from vgg_jax.training.setup import Setup, Start
-from vgg_jax.training.step import Batch, TrainState, init_state, jit_steps
+from vgg_jax.training.step import Batch, TrainState, feature_step, init_state, jit_steps
 
 logger = logging.getLogger(__name__)
 
@@ -129,14 +139,10 @@ class Trainer:
 
         self._steps_per_epoch = steps_per_epoch(setup.train, config.batch_size)
         data_axis_size = mesh.shape[DATA]
-        eval_batch_size = min(
+        self._eval_batch_size = min(
             config.microbatch or config.batch_size,
             -(-setup.validation.size // data_axis_size) * data_axis_size,
         )
-        self._validation_batches = eval_batches(
-            setup.validation, config, eval_batch_size, local_rows(mesh, eval_batch_size)
-        )
-
         self.progress = Progress([])
         self._epoch, self._lr = 1, 0.0
         self._pending: PendingStep | None = None  # dispatched; its sums are not read yet
@@ -170,17 +176,56 @@ class Trainer:
         self._checkpointer.write_metrics(self.progress.history)
 
         self._epoch = len(self.progress.history) + 1
-        self.batches = iter(
-            train_batches(
-                setup.train,
-                setup.config,
-                setup.run.colours,
-                first_epoch=len(self.progress.history),
-                first_batch=self.progress.batch,
-                rows=local_rows(setup.mesh, setup.config.batch_size),
-            )
-        )
+        if self.next_learning_rate() is not None:
+            self._make_batches()
         self._saved_at = time.monotonic()
+
+    def _make_batches(self) -> None:
+        """Makes the batches from the restored position on, and those of a validation."""
+        setup, config = self.setup, self.setup.config
+        position = {"first_epoch": self._epoch - 1, "first_batch": self.progress.batch}
+        batch_size = self._eval_batch_size
+        if config.cache_features:
+            train, validation = map(self._cache_features, (setup.train, setup.validation))
+            self.batches = train_feature_batches(train, config, **position)
+            self._validation_batches = partial(eval_feature_batches, validation, batch_size)
+            return
+        rows = local_rows(setup.mesh, config.batch_size)
+        self.batches = iter(
+            train_batches(setup.train, config, setup.run.colours, rows=rows, **position)
+        )
+        rows = local_rows(setup.mesh, batch_size)
+        validation_batches = eval_batches(setup.validation, config, batch_size, rows)
+        self._validation_batches = partial(iter, validation_batches)
+
+    def _cache_features(self, source: DataSource) -> CachedFeatures:
+        """Computes the output of the frozen layers for all images of a source."""
+        setup, start = self.setup, time.monotonic()
+        layer = setup.config.feature_layer
+        assert layer is not None  # TrainConfig has checked it
+        step = jax.jit(
+            partial(
+                feature_step,
+                model=self._model,
+                layer=layer,
+                mean_rgb=self._mean_rgb,
+                mesh=setup.mesh,
+                mesh_config=setup.mesh_config,
+            ),
+            compiler_options=compiler_options(dtype=self._model.dtype),
+        )
+        variables = {"params": self.state.params, "batch_stats": self.state.batch_stats}
+
+        def compute(batch: dict[str, Any]) -> np.ndarray:
+            self._watchdog.heartbeat()
+            return np.asarray(step(variables, self.put_batch(batch)))
+
+        cached = cache_features(source, setup.config, self._eval_batch_size, compute)
+        logger.info(
+            f"computed {layer} of {source.size} images of {source.name} in "
+            f"{time.monotonic() - start:.1f} s; {cached.features.nbytes / 1e6:.0f} MB"
+        )
+        return cached
 
     def _restore(self) -> bool:
         """Restores the last checkpoint if there is one."""
@@ -269,7 +314,14 @@ class Trainer:
         self.progress.batch += 1
         step = PendingStep(sums, self.progress.batch, batch["index"])
         if self._debug_nans and not all_finite((sums, self.state.params, self.state.batch_stats)):
-            part = first_nonfinite(state, device_batch, model=self._model, mean_rgb=self._mean_rgb)
+            config = self.setup.config
+            part = first_nonfinite(
+                state,
+                device_batch,
+                model=self._model,
+                mean_rgb=self._mean_rgb,
+                start_after=config.feature_layer if config.cache_features else None,
+            )
             raise self.divergence_error(part, step)
         # The host reads the previous step's sums while the devices compute this step.
         self._read_pending_sums()
@@ -328,7 +380,7 @@ class Trainer:
         variables = {"params": self.state.params, "batch_stats": self.state.batch_stats}
         sums, pending = MetricSums(), None
         with progress_bar("validation", self.setup.validation.size) as bar:
-            for batch in self._validation_batches:
+            for batch in self._validation_batches():
                 stopping, _ = self._poll()
                 if stopping:
                     return None
@@ -461,8 +513,8 @@ class Trainer:
 
     def put_batch(self, batch: dict[str, Any]) -> Batch:
         """Copies this process's rows of a batch to its devices."""
-        names = ("image", "colour_shift", "label", "mask")
-        return shard_batch({name: batch[name] for name in names}, self.setup.mesh)
+        arrays = {name: array for name, array in batch.items() if name != "index"}
+        return shard_batch(arrays, self.setup.mesh)
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, MetricSums]:
         """Dispatches a training step, see `vgg_jax.training.step.train_step`."""
