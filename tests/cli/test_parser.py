@@ -14,7 +14,7 @@ from vgg_jax.cli.parser import TRAIN_GROUPS, parse_args, parse_mesh, parser
 
 FLAGS = """--net E --batch-norm --fc 10 20 --dropout-rate 0.1 --initializer paper
 --initializer-std 0.1 --init-from r --freeze conv fc6 --dtype bfloat16 --cache --image-size 100
---scale 300 400 --no-flip --colour-shift 0 --colour-convention variance --no-exif
+--scale 300 --crop centre --cache-features --no-flip --colour-shift 0 --colour-convention variance --no-exif
 --statistics measure --validation-fraction 0.2 --skip-bad --batch-size 8 --microbatch 4
 --learning-rate 0.1 --momentum 0.8 --weight-decay 0 --decay-biases --schedule step --patience 1
 --drops 1 --drop-epochs 2 3 --epochs 4 --seed 7 --exclude list"""
@@ -29,7 +29,7 @@ def test_train_has_flag_for_each_field():
     fields = {name: value for name, value in fields.items() if name not in WITHOUT_EFFECT}
     config = preset(**fields | {"exclude": ("a.jpg",)})
     assert config.fc == (10, 20)
-    assert config.scale == (300, 400)
+    assert config.scale == (300,)
     expected = {"flip": False, "exif": False, "batch_norm": True, "microbatch": 4, "seed": 7}
     assert dataclasses.asdict(config).items() >= expected.items()
 
