@@ -7,6 +7,7 @@ import pickle
 import sys
 import tarfile
 import zipfile
+from fractions import Fraction
 
 import h5py
 import numpy as np
@@ -157,7 +158,7 @@ def test_pickle_protocol(zipped, refused, tmp_path):
 
 def test_pickled_objects(refused, tmp_path):
     torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
-    for value in (torch.nn.Linear(3, 2), {"accuracy": np.float64(3), "x": torch.ones(3)}):
+    for value in (torch.nn.Linear(3, 2), {"version": Fraction(3), "x": torch.ones(3)}):
         torch.save(value, tmp_path / "net.pth")
         assert "holds a Python object" in refused(tmp_path / "net.pth")
     torch.save({"epoch": 3, "weights": {}}, tmp_path / "net.pth")

@@ -108,6 +108,25 @@ def test_training_checkpoint(torch, net, key, params, tmp_path):
     assert_same(tmp_path / "checkpoint.pth", params)
 
 
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_values_beside_weights(torch, net, params, is_zip, tmp_path):
+    """NumPy's and pathlib's values are skipped. A state_dict of NumPy arrays is refused."""
+    path = tmp_path / "checkpoint.pth"
+    checkpoint = {
+        "state_dict": net.state_dict(),
+        "best_accuracy": np.float64(71.5),
+        "confusion": np.eye(2),
+        "random_state": np.random.RandomState(0).get_state(),
+        "args": argparse.Namespace(output=tmp_path),
+    }
+    torch.save(checkpoint, path, _use_new_zipfile_serialization=is_zip)
+    assert_same(path, params)
+    arrays = {name: array.numpy() for name, array in net.state_dict().items()}
+    torch.save(arrays, path, _use_new_zipfile_serialization=is_zip)
+    with pytest.raises(InputError, match="weight is not a plain tensor: expected a state_dict"):
+        read(path)
+
+
 def test_unknown_key(torch, net, params, tmp_path):
     """It is read if no other key holds a VGG."""
     path = tmp_path / "checkpoint.pth"

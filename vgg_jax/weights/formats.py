@@ -45,6 +45,30 @@ _EXPECTED = (
     "(MatConvNet) file"
 )
 _KERAS_WEIGHTS = "model.weights.h5"  # in a .keras file
+# Values that training scripts save beside the weights: an accuracy, a random state, a path.
+_UNREAD = (
+    *(f"numpy.{name}" for name in ("dtype", "ndarray")),
+    *(
+        f"numpy.{core}.multiarray.{name}"
+        for core in ("core", "_core")  # of NumPy 1 and 2
+        for name in ("scalar", "_reconstruct")
+    ),
+    *(
+        f"{module}.{name}"
+        for module in ("pathlib", "pathlib._local")  # the second is Python 3.13's
+        for name in ("PosixPath", "WindowsPath")
+    ),
+)
+
+
+class _Unread:
+    """Stands for a value of `_UNREAD`, so that a file calls no code of NumPy or pathlib."""
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
 
 
 def open_file(path: Path) -> TensorFile:
@@ -224,7 +248,8 @@ def _read_pytorch(path: Path) -> TensorFile:
         _check_legacy(path)
     try:
         # The arguments of torchvision's and timm's training scripts: attributes, and no code.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        allowed = [argparse.Namespace, *((_Unread, name) for name in _UNREAD)]
+        with torch.serialization.safe_globals(allowed):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         raise InputError(
