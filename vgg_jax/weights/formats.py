@@ -248,7 +248,7 @@ def _read_pytorch(path: Path) -> TensorFile:
         _check_legacy(path)
     try:
         # The arguments of torchvision's and timm's training scripts: attributes, and no code.
-        allowed = [argparse.Namespace, *((_Unread, name) for name in _UNREAD)]
+        allowed: list[Any] = [argparse.Namespace, *((_Unread, name) for name in _UNREAD)]
         with torch.serialization.safe_globals(allowed):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
