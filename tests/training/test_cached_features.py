@@ -32,7 +32,10 @@ def config_with_cache(photos, **changes):
     return make_config(photos, freeze=("conv",), **SAME_IMAGES | {"cache_features": True} | changes)
 
 
-@pytest.mark.parametrize("changes", [{}, {"microbatch": 4, "batch_norm": False}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, pytest.param({"microbatch": 4, "batch_norm": False}, marks=pytest.mark.slow)],
+)
 def test_same_run_as_without_cache(changes, finished_run, photos, tmp_path):
     """All losses are equal up to rounding: the order, the dropout and the images are the same."""
     config = config_with_cache(photos, init_from=str(finished_run[0]), **changes)
@@ -85,6 +88,7 @@ def test_resumed_run_equals_undisturbed_run(photos, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, *arrays)
 
 
+@pytest.mark.slow
 def test_skipped_image_is_left_out(photos, tmp_path):
     """An image that cannot be decoded does not count, in any epoch."""
     import shutil

@@ -213,6 +213,7 @@ def load_config(run):
     return vgg_jax.TrainConfig(**values)
 
 
+@pytest.mark.slow
 def test_given_learning_rate_is_kept(convolutions, photos, tmp_path):
     config = make_config(photos, batch_norm=False, init_from=str(convolutions), epochs=1)
     fit(config, tmp_path)

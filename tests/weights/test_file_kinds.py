@@ -173,6 +173,7 @@ def test_files_of_pytorch_need_no_torch_to_be_named(refused, tmp_path, monkeypat
     assert "is a TorchScript program" in refused(tmp_path / "net.pt")
 
 
+@pytest.mark.slow
 def test_tensorflow_checkpoint(refused, tmp_path):
     tf = pytest.importorskip("tensorflow", reason="needs tensorflow")
     tf.train.Checkpoint(v=tf.Variable([1.0])).write(str(tmp_path / "ckpt" / "vgg"))

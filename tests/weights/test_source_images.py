@@ -327,6 +327,7 @@ def test_programs_have_the_description(file_format, path, tmp_path, capsys):
     assert_close_to_largest(actual, loaded_logits(path, preprocessing=SYMMETRIC), 1e-5)
 
 
+@pytest.mark.slow
 def test_predict_and_evaluate(path, tmp_path, capsys):
     """They give what the imported file gives. JSON on stdout is nothing but JSON."""
     data = Path(make_photo_folder(tmp_path / "photos", train=1, val=1))
