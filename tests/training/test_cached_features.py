@@ -36,10 +36,24 @@ def config_with_cache(photos, **changes):
     "changes",
     [{}, pytest.param({"microbatch": 4, "batch_norm": False}, marks=pytest.mark.slow)],
 )
-def test_same_run_as_without_cache(changes, finished_run, photos, tmp_path):
-    """All losses are equal up to rounding: the order, the dropout and the images are the same."""
+def test_same_run_as_without_cache(changes, finished_run, photos, tmp_path, caplog):
+    """All losses are equal up to rounding: the order, the dropout and the images are the same.
+
+    Each batch holds the features of pool2, which are computed once.
+    """
+    caplog.set_level(logging.INFO, "vgg_jax")
+    seen = []
+
+    class Recorder(Trainer):
+        def train_step(self, state, batch):
+            seen.append({name: array.shape for name, array in batch.items()})
+            return super().train_step(state, batch)
+
     config = config_with_cache(photos, init_from=str(finished_run[0]), **changes)
-    cached = fit(config, tmp_path / "cached").history
+    cached = fit(config, tmp_path / "cached", trainer_class=Recorder).history
+    assert seen == [{"features": (8, 4, 4, 16), "label": (8,), "mask": (8,)}] * 9
+    lines = [r.getMessage() for r in caplog.records if "computed pool2" in r.getMessage()]
+    assert len(lines) == 2 and "of 22 images" in lines[0] and "of 7 images" in lines[1]
     usual = fit(dataclasses.replace(config, cache_features=False), tmp_path / "usual").history
     for record, expected in zip(cached, usual, strict=True):
         for split in ("train", "validation"):
@@ -51,26 +65,7 @@ def test_same_run_as_without_cache(changes, finished_run, photos, tmp_path):
     np.testing.assert_allclose(*kernels, atol=1e-4)
 
 
-def test_features_are_computed_once(photos, tmp_path, caplog):
-    """The second epoch runs no convolution: its batches hold the features of pool2."""
-    caplog.set_level(logging.INFO, "vgg_jax")
-    seen = []
-
-    class Recorder(Trainer):
-        def train_step(self, state, batch):
-            seen.append({name: array.shape for name, array in batch.items()})
-            return super().train_step(state, batch)
-
-    fit(config_with_cache(photos), tmp_path, trainer_class=Recorder)
-    assert len(seen) == 3 * 3
-    assert all(
-        shapes == {"features": (8, 4, 4, 16), "label": (8,), "mask": (8,)} for shapes in seen
-    )
-    lines = [r.getMessage() for r in caplog.records if "computed pool2" in r.getMessage()]
-    assert ["of 22 images" in line for line in lines] == [True, False]
-    assert "of 7 images" in lines[1]
-
-
+@pytest.mark.slow
 def test_resumed_run_equals_undisturbed_run(photos, tmp_path):
     config = config_with_cache(photos)
 
