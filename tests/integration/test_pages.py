@@ -33,8 +33,11 @@ LPIPS_WEIGHTS = {
 SMALL_RUN = "--image-size 32 --scale 32 36 --fc 12 8 --batch-size 32 --epochs 1"
 CLASS_FOLDERS = {"blue": "class 0", "red": "class 1"}
 # Appended to a command, so that it ends soon.
+FINE_TUNED = "--net D --init-from vgg16.safetensors --freeze conv"
 SMALLER = {
     "vgg-jax train": f"{SMALL_RUN} --no-compilation-cache",
+    # Cached features need one scale.
+    f"vgg-jax train PHOTOS {FINE_TUNED} --cache-features": "--scale 32",
     "vgg-jax evaluate": "--no-compilation-cache",
     "vgg-jax predict": "--no-compilation-cache",
     "vgg-jax import": "--image-size 32",
