@@ -14,7 +14,7 @@ from tests.helpers.runs import make_config
 from vgg_jax import IMAGENET
 from vgg_jax.distributed.sharding import make_mesh, shard_batch
 from vgg_jax.model import build_model
-from vgg_jax.training.init_from import Pretrained, init_from_pretrained
+from vgg_jax.training.init_from import Pretrained, has_new_head, init_from_pretrained
 from vgg_jax.training.loop import fit
 from vgg_jax.training.optimizer import sgd
 from vgg_jax.training.step import init_state, jit_steps
@@ -206,6 +206,14 @@ def test_new_head_fits_the_activations(convolutions, photos, tmp_path, caplog):
     np.testing.assert_allclose(kernels[0] * rms, kernels[1], rtol=1e-5)
     for name in ("fc7", "fc8"):
         np.testing.assert_array_equal(started.params[name]["kernel"], state.params[name]["kernel"])
+
+
+def test_head_on_other_activations_is_not_measured(convolutions, photos):
+    """With batch normalisation, the same convolutions give fc6 other activations."""
+    pretrained = Pretrained(*vgg_jax.load(convolutions))
+    for batch_norm in (False, True):
+        config = make_config(photos, batch_norm=batch_norm, init_from=str(convolutions))
+        assert has_new_head(pretrained, config, 2) == (not batch_norm)
 
 
 def load_config(run):

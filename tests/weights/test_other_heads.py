@@ -264,3 +264,18 @@ def test_authors_names_with_other_layers(tensors, params, tmp_path, caplog):
     weights = read(tmp_path / "s3fd.safetensors", preprocessing="torchvision")
     jax.tree.map(np.testing.assert_array_equal, weights.params, params)
     assert "left out: conv3_3_norm.weight, conv6_1.weight, fc6.weight, fc7.weight" in caplog.text
+
+
+@pytest.mark.parametrize("net", ["D", "E"])
+def test_deeper_nets_with_other_heads(net, tmp_path):
+    """The convolutions of A have names that D and E have as well."""
+    convolutions = {
+        f"{layer}.{param}": array
+        for layer, arrays in random_tensors(net).items()
+        if layer.startswith("conv")
+        for param, array in zip(("weight", "bias"), arrays, strict=True)
+    }
+    path = tmp_path / "net.safetensors"
+    save_file(convolutions | HEADS["fc"], path)
+    weights = read(path, preprocessing="caffe")
+    assert weights.net == net and not weights.top

@@ -33,6 +33,16 @@ def test_read_torchvision_features_only(tmp_path):
         read(tmp_path / "features.safetensors", preprocessing="caffe")
 
 
+def test_diverged_head_is_kept(tmp_path):
+    """NaN in one layer is no sign of IMAGENET1K_FEATURES: the head and the mean stay."""
+    state = torchvision_state(random_tensors("A"), "A")
+    state["classifier.6.weight"] = np.full_like(state["classifier.6.weight"], np.nan)
+    save_file(state, tmp_path / "vgg.safetensors")
+    weights = read(tmp_path / "vgg.safetensors")
+    assert weights.top and np.isnan(weights.params["fc8"]["kernel"]).all()
+    np.testing.assert_allclose(weights.preprocessing.mean_rgb[0], 0.485 * 255)
+
+
 def test_read_run_keeps_preprocessing(tmp_path, monkeypatch):
     """A file of a run keeps Q, flip and EXIF; its net is float32, in place of the run's dtype."""
     save_file(torchvision_state(random_tensors("A"), "A"), tmp_path / "vgg.safetensors")

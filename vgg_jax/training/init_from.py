@@ -40,7 +40,8 @@ def has_new_head(pretrained: Pretrained, config: TrainConfig, num_classes: int) 
         num_classes: Number of classes of its data.
 
     Returns:
-        True if all convolutions are copied and fc6 is not.
+        True if all convolutions are copied and fc6 is not, and both nets compute the same
+        activations from them: their normalisations are the same.
 
     Raises:
         InputError: No layer matches.
@@ -48,8 +49,13 @@ def has_new_head(pretrained: Pretrained, config: TrainConfig, num_classes: int) 
     model = build_model(config, num_classes)
     target = jax.eval_shape(partial(init_variables, model), jax.random.key(0))
     _, copied = _copy_layers(pretrained, config, target)
-    convolutions = {layer.name for layer in model.layers() if layer.type == "conv"}
-    return convolutions <= set(copied) and "fc6" not in copied
+    trunk, source_trunk = (
+        [(layer.name, layer.type) for layer in net.layers() if layer.type in ("conv", "bn", "lrn")]
+        for net in (model, pretrained.model)
+    )
+    is_copied = {name for name, kind in trunk if kind == "conv"} <= set(copied)
+    is_same = trunk == source_trunk and model.pool == pretrained.model.pool
+    return is_copied and is_same and "fc6" not in copied
 
 
 def measure_activations(

@@ -82,6 +82,9 @@ def detect(
     if messages:
         # Layouts may share the names of the convolutions. None of them may know the head.
         fitting = [candidate for candidate in candidates if _has_convolutions(shapes, candidate)]
+        # The names of A's convolutions are among those of D.
+        most = max((len(_convolutions(candidate)) for candidate in fitting), default=0)
+        fitting = [candidate for candidate in fitting if len(_convolutions(candidate)) == most]
         if fitting and all(_has_other_head(shapes, candidate) for candidate in fitting):
             return _without_head(shapes, fitting[0], in_channels)
         is_part = all(message.endswith(" is missing") for message in messages)

@@ -284,9 +284,15 @@ def _source_images(
 
 def _is_features_only(detected: DetectedModel, params: Mapping[str, Mapping[str, Any]]) -> bool:
     """True for IMAGENET1K_FEATURES: convolutions for the authors' images, a classifier of NaN."""
-    return detected.layout.name == "torchvision" and any(
-        np.isnan(layer["kernel"]).all() for name, layer in params.items() if name.startswith("fc")
-    )
+    if detected.layout.name != "torchvision" or not detected.top:
+        return False
+    # A net that diverged has NaN in some layers of its head only, or in its convolutions too.
+    is_nan = {
+        name: bool(np.isnan(layer["kernel"]).all())
+        for name, layer in params.items()
+        if "kernel" in layer
+    }
+    return all(value == name.startswith("fc") for name, value in is_nan.items())
 
 
 def _classes(
