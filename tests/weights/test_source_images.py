@@ -159,6 +159,8 @@ def test_source_says_what_was_assumed(path):
         ({"mean": 0.5, "std": 58, "range": "0-1"}, "std is .*58.*'0-1': expected .* at most 2"),
         ({"mean": 0.5, "std": 0.5}, "as if the images were in 0-1: expected a range"),
         ({"mean": 0.5}, "as if the images were in 0-1: expected a range"),
+        ({"mean": 0}, "as if the images were in 0-1: expected a range"),
+        ({"mean": (124, 116, 104), "std": (0.23, 0.22, 0.23)}, "on two scales: expected both"),
         ({"mean": 120, "range": "0-2"}, "range is '0-2': expected one of 0-1, 0-255"),
         ({"mean": 120, "range": (0, 255)}, r"range is \(0, 255\): expected one of 0-1, 0-255"),
         ({"mean": 120, "channels": "BGR"}, "channels is 'BGR': expected one of rgb, bgr"),
@@ -167,6 +169,11 @@ def test_source_says_what_was_assumed(path):
 def test_wrong_description(description, message, path):
     with pytest.raises(InputError, match=message):
         vgg_jax.load(path, preprocessing=description)
+
+
+def test_wrong_image_size(path):
+    with pytest.raises(InputError, match="image_size is '224': expected a number of pixels"):
+        vgg_jax.load(path, image_size="224")
 
 
 def test_small_mean_is_right_if_range_is_passed(path):
@@ -263,6 +270,7 @@ def test_classes(path, tmp_path, capsys):
         (NAMES[:-1], "classes has 9 names and the net has 10 classes: expected one name for each"),
         ((*NAMES[:-1], NAMES[0]), "classes has 'class a' more than once: expected another name"),
         ((*NAMES[:-1], ""), "the name of class 9 is empty"),
+        (set(NAMES), "classes is .*: expected a list of names"),
         ("abcdefghij", "classes is 'abcdefghij': expected a list of names"),
         (range(10), r"classes is range\(0, 10\): expected a list of names"),
         (10, "classes is 10: expected a list of names"),

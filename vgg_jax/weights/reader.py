@@ -2,6 +2,7 @@
 
 import logging
 import math
+import numbers
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -68,6 +69,8 @@ def read(
     """
     if net is not None and net not in CONFIGS:
         raise InputError(f"net is {net!r}: expected one of {', '.join(CONFIGS)}")
+    if image_size is not None and not isinstance(image_size, numbers.Integral):
+        raise InputError(f"image_size is {image_size!r}: expected a number of pixels, an integer")
     source, published = resolve(path, download)
     if to_path(source).is_dir():
         return from_loaded(*load(source, net, preprocessing, image_size, classes))

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -171,7 +171,12 @@ def _check_scale(
             f"std is {std} and range is {image_range!r}: expected positive numbers, at most "
             f"{2 * largest:g}; mean and std are given on the scale of the range"
         )
-    is_of_unit_range = max(mean) <= 1 and (max(mean) > 0 or max(std) < 1)
+    if max(mean) > 1 > max(std):
+        raise InputError(
+            f"mean is {mean} and std is {std}, on two scales: expected both on the scale of the "
+            f"range, {image_range!r}"
+        )
+    is_of_unit_range = max(mean) <= 1 and (max(mean) > 0 or max(std) <= 1)
     if is_of_unit_range and not is_passed:
         raise InputError(
             f"mean is {mean} and std is {std}, as if the images were in 0-1: expected a range, "
@@ -193,7 +198,7 @@ def check_classes(classes: Any, num_classes: int) -> tuple[str, ...]:
         InputError: There is not one name for each class, a name occurs twice or is empty, or the
             classes are not names.
     """
-    is_list = isinstance(classes, Iterable) and not isinstance(classes, str)
+    is_list = isinstance(classes, Sequence) and not isinstance(classes, str)  # a set has no order
     names = tuple(classes) if is_list else ()
     if not is_list or not all(isinstance(name, str) for name in names):
         raise InputError(f"classes is {classes!r}: expected a list of names")
