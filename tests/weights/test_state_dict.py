@@ -127,6 +127,14 @@ def test_values_beside_weights(torch, net, params, is_zip, tmp_path):
         read(path)
 
 
+def test_allowed_globals_of_the_caller_stay(torch, net, params, tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"model": net.state_dict(), "args": argparse.Namespace(lr=0.1)}, path)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        assert_same(path, params)
+        assert argparse.Namespace in torch.serialization.get_safe_globals()
+
+
 def test_unknown_key(torch, net, params, tmp_path):
     """It is read if no other key holds a VGG."""
     path = tmp_path / "checkpoint.pth"

@@ -249,7 +249,9 @@ def _read_pytorch(path: Path) -> TensorFile:
     try:
         # The arguments of torchvision's and timm's training scripts: attributes, and no code.
         allowed: list[Any] = [argparse.Namespace, *((_Unread, name) for name in _UNREAD)]
-        with torch.serialization.safe_globals(allowed):
+        # At its end, the block would remove what the caller had allowed before.
+        known = torch.serialization.get_safe_globals()
+        with torch.serialization.safe_globals([item for item in allowed if item not in known]):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         raise InputError(
