@@ -105,7 +105,7 @@ def _with_image_size(detected: DetectedModel, image_size: int | None) -> Detecte
             raise InputError(
                 f"fc6 reads one position, of {stride}-pixel images or of a mean over pool5: "
                 f"expected the size of the images, {stride} or such as 224; pass image_size= to "
-                "vgg_jax.load, or --image-size to vgg-jax"
+                "vgg_jax.load, or --image-size to vgg-jax import"
             )
         return detected
     mean_window = 1

@@ -268,7 +268,7 @@ def _source_images(
         raise InputError(
             f"{path} has in_channels {in_channels} and names no mean: expected the mean and the "
             "std of its images; pass mean and std in preprocessing= to vgg_jax.load, or --mean and "
-            "--std to vgg-jax"
+            "--std to vgg-jax import"
         )
     if not layout.shared:
         return from_preprocessing(layout.preprocessing, layout.bgr, "assumed from the layout")
@@ -280,7 +280,7 @@ def _source_images(
         raise InputError(
             f"{path} has names that {layout.shared} share: "
             "expected one of these; pass preprocessing= to vgg_jax.load, or "
-            "--preprocessing to vgg-jax"
+            "--preprocessing to vgg-jax import"
         )
     return from_preprocessing(preset, False, "from KerasHub's JSON")
 
