@@ -43,6 +43,21 @@ def test_diverged_head_is_kept(tmp_path):
     np.testing.assert_allclose(weights.preprocessing.mean_rgb[0], 0.485 * 255)
 
 
+@pytest.mark.parametrize("file", ["safetensors", "pth"])
+def test_integers_are_no_weights(file, tmp_path):
+    """A quantised kernel without its scale would be wrong by a factor."""
+    state = torchvision_state(random_tensors("A"), "A")
+    state["features.3.weight"] = np.int8(100 * state["features.3.weight"])
+    path = tmp_path / f"vgg.{file}"
+    if file == "pth":
+        torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
+        torch.save({name: torch.from_numpy(array) for name, array in state.items()}, path)
+    else:
+        save_file(state, path)
+    with pytest.raises(InputError, match=r"features.3.weight is int8: expected floats"):
+        read(path)
+
+
 def test_read_run_keeps_preprocessing(tmp_path, monkeypatch):
     """A file of a run keeps Q, flip and EXIF; its net is float32, in place of the run's dtype."""
     save_file(torchvision_state(random_tensors("A"), "A"), tmp_path / "vgg.safetensors")

@@ -325,7 +325,9 @@ def _check_legacy(path: Path) -> None:
 
 
 def _torch_to_numpy(value: Any) -> np.ndarray:
-    return value.detach().float().numpy()
+    value = value.detach()
+    # NumPy has no bfloat16. Integers stay, and the reader refuses them.
+    return (value.float() if value.is_floating_point() else value).numpy()
 
 
 def _read_keras(path: Path) -> TensorFile:

@@ -347,6 +347,11 @@ def _read_tensors(path: Path, file: TensorFile, detected: DetectedModel, bgr: bo
         for tensor in detected.tensors:
             collection, layer, param = tensor.path
             array = file.tensors[tensor.foreign_name].read()
+            if array.dtype.kind in "biuc":
+                raise InputError(
+                    f"{path}: {tensor.foreign_name} is {array.dtype}: expected floats; a quantised "
+                    "net has to be converted to floats first"
+                )
             if tensor.path != CONV1_KERNEL or array.dtype != np.float64:
                 array = array.astype(np.float32)
             if tensor.path == CONV1_KERNEL:
