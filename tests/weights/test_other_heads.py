@@ -155,7 +155,9 @@ def write_keras3(file, tensors, group, head):
 
 @pytest.mark.parametrize("suffix", ["weights.h5", "keras"])
 @pytest.mark.parametrize("head", [(512, 2), (2048, 64, 2)])
-@pytest.mark.parametrize("group", ["", "layers/functional/", "layers/functional_1/layers/vgg11/"])
+@pytest.mark.parametrize(
+    "group", ["", "layers/sequential/", "layers/functional/", "layers/functional_1/layers/vgg11/"]
+)
 def test_keras3_head(group, head, suffix, tensors, params, tmp_path, caplog):
     path, content = tmp_path / f"net.{suffix}", io.BytesIO()
     with h5py.File(content, "w") as file:
@@ -169,6 +171,37 @@ def test_keras3_head(group, head, suffix, tensors, params, tmp_path, caplog):
     jax.tree.map(np.testing.assert_array_equal, weights.params, params)
     assert "left out: layers/dense/vars/0, layers/dense/vars/1" in caplog.text
     assert "optimizer" not in caplog.text
+
+
+@pytest.mark.parametrize("group", ["layers/sequential/", "layers/a/layers/b/"])
+def test_keras3_outer_head(group, tensors, tmp_path):
+    """Dense layers after a nested net without any are its own if there are three that fit."""
+    path, flat = tmp_path / "net.weights.h5", tmp_path / "flat.weights.h5"
+    for file, name in ((path, group), (flat, "")):
+        with h5py.File(file, "w") as opened:
+            write_keras3(opened, tensors, name, (2048, 24, 16, 3))
+    weights, expected = (read(file, preprocessing="caffe") for file in (path, flat))
+    assert weights.top and weights.model.image_size == 64
+    jax.tree.map(np.testing.assert_array_equal, weights.params, expected.params)
+    with h5py.File(path, "a") as file:
+        for i in range(4):
+            file[f"layers/batch_normalization/vars/{i}"] = np.ones(24, np.float32)
+    assert not read(path, preprocessing="caffe").top
+
+
+@pytest.mark.parametrize("suffix", ["weights.h5", "keras"])
+def test_keras3_whole_net_in_sequential(suffix, tensors, tmp_path):
+    """The name of any Sequential is that of the head of a KerasHub classifier."""
+    content, path = io.BytesIO(), tmp_path / f"net.{suffix}"
+    with h5py.File(content, "w") as file:
+        write_keras3(file, tensors, "", (2048, 24, 16, 3))
+        file.move("layers", "net/layers")
+        file.move("net", "layers/sequential")
+    path.write_bytes(content.getvalue())
+    if suffix == "keras":
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("model.weights.h5", content.getvalue())
+    assert read(path, preprocessing="caffe").top
 
 
 def test_keras3_with_normalisations_is_an_error(tensors, tmp_path):

@@ -1,23 +1,27 @@
 """Finds a VGG among the names of a Keras file of any version, also inside another model."""
 
 import re
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 
-from vgg_jax.errors import InputError
 from vgg_jax.weights.layouts import KERAS_IGNORED
-from vgg_jax.weights.state_dict import Names
+from vgg_jax.weights.state_dict import Names, remove_prefix
 
-# The two parts of a KerasHub classifier.
+# The backbone of a KerasHub classifier, and its head, which is a Sequential as others are.
 BACKBONE, _HEAD = "layers/vgg_backbone/layers/", "layers/sequential/layers/"
+# The layers of the two heads. With pooling "avg" or "max", fc6 and fc7 are convolutions.
+_DENSE_HEAD, _POOLED_HEAD = {"dense", "dense_1", "dense_2"}, {"conv2d", "conv2d_1", "dense"}
+_CONV_TO_DENSE = {"conv2d": "dense", "conv2d_1": "dense_1", "dense": "dense_2"}
 # A convolution that each net of Table 1 has, in the names of Keras 3 and of versions before it.
 _MARKS = ("layers/conv2d_4/vars/0", "block1_conv1/0")
+# A parameter of fc6 to fc8, and the model around it.
+_DENSE_PARAM = re.compile(r"((?:.+/)?)((?:layers/dense(?:_[12])?/vars|fc[12]|predictions)/[01])")
 
 
 def keras_names(names: Iterable[str]) -> Names:
     """Shortens the names of all Keras versions before 3, and removes the groups around a net.
 
-    Before Keras 3, a kernel becomes `block1_conv1/0` and a bias `block1_conv1/1`. A classifier of
-    KerasHub holds a `VGGBackbone` and a `Sequential`, which make one net.
+    Before Keras 3, a kernel becomes `block1_conv1/0` and a bias `block1_conv1/1`. Dense layers
+    after a net without any become its own, such as those of KerasHub's classifiers.
 
     Args:
         names: Names of all tensors of a file.
@@ -28,49 +32,43 @@ def keras_names(names: Iterable[str]) -> Names:
     Raises:
         InputError: The file holds several nets, or several tensors for one layer.
     """
-    names = tuple(names)
     shortened = {name: _shorten(name) for name in names if not re.fullmatch(KERAS_IGNORED, name)}
-    if is_head(names) or any(name.startswith(BACKBONE) for name in names):
-        shortened = {name: _join_parts(short, shortened) for name, short in shortened.items()}
+    if any(name.startswith(BACKBONE) for name in shortened):
+        shortened = {name: _number_dense(short, shortened) for name, short in shortened.items()}
     prefixes = {
         short.removesuffix(mark)
         for short in shortened.values()
         for mark in _MARKS
         if f"/{short}".endswith(f"/{mark}")
     }
-    if len(prefixes) > 1:
-        raise InputError(
-            f"it holds several nets, under {', '.join(sorted(map(repr, prefixes)))}: "
-            "expected one; save the weights of one of them"
-        )
-    prefix = prefixes.pop() if prefixes else ""
-    plain = {
-        name: short.removeprefix(prefix)
-        for name, short in shortened.items()
-        if short.startswith(prefix)
-    }
-    if len(set(plain.values())) < len(plain):
-        raise InputError(
-            "it holds several tensors for one layer: expected one net; save the weights of one"
-        )
-    return Names(plain, prefix, tuple(name for name in shortened if name not in plain))
+    return _with_outer_head(remove_prefix(shortened, prefixes), shortened)
 
 
 def is_head(names: Iterable[str]) -> bool:
     """True for the names in a KerasHub preset's task.weights.h5, if it has the head only."""
     names = [name for name in names if not re.fullmatch(KERAS_IGNORED, name)]
-    return f"{_HEAD}dense/vars/0" in names and all(name.startswith(_HEAD) for name in names)
+    layers = {name.removeprefix(_HEAD).partition("/")[0] for name in names}
+    is_whole = layers in (_DENSE_HEAD, _POOLED_HEAD)
+    return is_whole and all(name.startswith(_HEAD) for name in names)
 
 
-def _join_parts(name: str, names: Container[str]) -> str:
-    """Numbers fc6 to fc8 of a KerasHub classifier as dense layers.
+def _number_dense(name: str, names: Container[str]) -> str:
+    """Gives fc6 to fc8 of a KerasHub classifier the names of dense layers."""
+    layer, _, param = name.removeprefix(_HEAD).partition("/")
+    if not name.startswith(_HEAD) or f"{_HEAD}conv2d/vars/0" not in names:
+        return name
+    return f"{_HEAD}{_CONV_TO_DENSE.get(layer, layer)}/{param}"
 
-    With pooling "avg" or "max", fc6 and fc7 are convolutions.
-    """
-    if name.startswith(_HEAD) and f"{_HEAD}conv2d/vars/0" in names:
-        name = re.sub(rf"^{_HEAD}dense/", f"{_HEAD}dense_2/", name)
-        name = re.sub(rf"^{_HEAD}conv2d(_1)?/", rf"{_HEAD}dense\1/", name)
-    return re.sub(f"^(?:{BACKBONE}|{_HEAD})", "layers/", name)
+
+def _with_outer_head(found: Names, shortened: Mapping[str, str]) -> Names:
+    """Adds dense layers of the model around a net that has none, if nothing else is around it."""
+    matches = {name: _DENSE_PARAM.fullmatch(shortened[name]) for name in found.others}
+    is_headless = not any(_DENSE_PARAM.fullmatch(name) for name in found.plain.values())
+    models = {match[1] if match else None for match in matches.values()}
+    if len(models) != 1 or None in models or not is_headless:
+        return found
+    head = {name: match[2] for name, match in matches.items() if match}
+    return found._replace(plain=found.plain | head, others=())
 
 
 def _shorten(name: str) -> str:

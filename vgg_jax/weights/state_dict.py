@@ -2,7 +2,7 @@
 
 import collections
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from vgg_jax.errors import InputError
@@ -86,25 +86,44 @@ def plain_names(names: Iterable[str]) -> Names:
         (prefix,) = prefixes = unnamed
         numbered = re.compile(rf"{re.escape(prefix)}(\d+\.{_PARAM})")
         unwrapped = {name: numbered.sub(rf"{prefix}features.\1", name) for name in names}
+    found = remove_prefix(unwrapped, prefixes)
+    if {"classifier.0.weight", "classifier.3.weight"} & set(found.plain.values()):
+        return found
+    return found._replace(plain={name: _renumber(short) for name, short in found.plain.items()})
+
+
+def remove_prefix(shortened: Mapping[str, str], prefixes: Collection[str]) -> Names:
+    """Removes what stands before the names of the one net in a file.
+
+    Args:
+        shortened: Maps each name in the file to the name that has the prefix.
+        prefixes: What stands before the first layer of each net in the file.
+
+    Returns:
+        The plain names. Without a prefix, all of them.
+
+    Raises:
+        InputError: There are several nets, or several tensors for one layer.
+    """
     if len(prefixes) > 1:
         raise InputError(
             f"it holds several nets, under {', '.join(sorted(map(repr, prefixes)))}: "
-            "expected one; save the state_dict of one of them"
+            "expected one; save the weights of one of them"
         )
-    prefix = prefixes.pop() if prefixes else ""
+    prefix = next(iter(prefixes), "")
     plain = {
         name: short.removeprefix(prefix)
-        for name, short in unwrapped.items()
+        for name, short in shortened.items()
         if short.startswith(prefix)
     }
-    if not {"classifier.0.weight", "classifier.3.weight"} & set(plain.values()):
-        plain = {name: _renumber(short) for name, short in plain.items()}
-    if len(set(plain.values())) < len(plain):
+    counts = collections.Counter(plain.values())
+    repeated = [name for name, short in plain.items() if counts[short] > 1]
+    if repeated:
         raise InputError(
-            "it holds several tensors for one layer, such as features.0 and features.module.0: "
-            "expected one net; save the state_dict of one"
+            f"it holds several tensors for one layer, {', '.join(repeated)}: "
+            "expected one net; save the weights of one"
         )
-    return Names(plain, prefix, tuple(name for name in names if name not in plain))
+    return Names(plain, prefix, tuple(name for name in shortened if name not in plain))
 
 
 def _unwrap(name: str) -> str:
