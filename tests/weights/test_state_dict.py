@@ -141,8 +141,39 @@ def test_unknown_key(torch, net, params, tmp_path):
     torch.save({"epoch": 3, "weights": net.state_dict()}, path)
     assert_same(path, params)
     torch.save({"student": net.state_dict(), "teacher": net.state_dict()}, path)
-    with pytest.raises(InputError, match="student is not a plain tensor: expected a state_dict"):
+    with pytest.raises(InputError, match="several nets, under the keys 'student', 'teacher': exp"):
         read(path)
+
+
+@pytest.mark.parametrize("known", ["net", "model", "state_dict"])
+def test_known_key_without_tensors(torch, net, known, params, tmp_path, caplog):
+    """It names the architecture, and the weights have a key of their own."""
+    path = tmp_path / "checkpoint.pth"
+    for other in ("weights", "model_ema"):
+        torch.save({known: {"arch": "vgg11"}, other: net.state_dict()}, path)
+        assert_same(path, params)
+    optimizer = {"momentum": {0: torch.zeros(3)}, known: {}}
+    torch.save(optimizer | {"features": net.features.state_dict()}, path)
+    assert read(path).net == "A"
+    assert not [record for record in caplog.records if "the key" in record.getMessage()]
+
+
+def test_key_of_another_net(torch, net, params, tmp_path):
+    """The message tells what is under the key."""
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"net": {"arch": "x"}, "model": {"conv1.weight": torch.zeros(64, 3, 7, 7)}}, path)
+    with pytest.raises(InputError, match=r"these are not the weights of a VGG.* conv1\.weight"):
+        read(path)
+    torch.save({"net": {}, "epoch": 3}, path)
+    with pytest.raises(InputError, match="holds no floating-point tensors"):
+        read(path)
+
+
+def test_warning_names_all_other_nets(torch, net, params, tmp_path, caplog):
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"best": net.state_dict(), "model": net.state_dict(), "ema": {"decay": 0.9}}, path)
+    assert_same(path, params)
+    assert "the key 'model' is read; left out: 'best'; to read another" in caplog.text
 
 
 def test_moving_average_is_left_out(torch, net, params, tmp_path, caplog):

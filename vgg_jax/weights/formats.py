@@ -258,7 +258,10 @@ def _read_pytorch(path: Path) -> TensorFile:
             f"{path} {_describe_pickle(str(error))}: "
             "expected a state_dict, as torch.save(model.state_dict(), …) writes"
         ) from error
-    state, key, others = find_state_dict(state)
+    try:
+        state, key, others = find_state_dict(state)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     if others:
         logger.warning(
             f"{path}: the key {key!r} is read; left out: {', '.join(map(repr, others))}; to read "

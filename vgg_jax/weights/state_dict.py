@@ -39,22 +39,37 @@ def find_state_dict(checkpoint: Any) -> tuple[Any, str, tuple[str, ...]]:
         checkpoint: The content of a file, perhaps a dict with one of `CHECKPOINT_KEYS`.
 
     Returns:
-        The weights, their key, and the keys that hold other weights. Another key counts if it is
-        the only one that holds a VGG. A checkpoint with none is returned as it is.
+        The weights, their key, and the other keys that hold a VGG. The key is the first of
+        `CHECKPOINT_KEYS` that holds a VGG, or else the only other one. Without a VGG, it is the
+        first of `CHECKPOINT_KEYS` that holds tensors. A checkpoint with none is returned as it is.
+
+    Raises:
+        InputError: Several keys hold a VGG, and none of them is in `CHECKPOINT_KEYS`.
     """
     if not isinstance(checkpoint, Mapping):
         return checkpoint, "", ()
-    keys = [key for key in CHECKPOINT_KEYS if isinstance(checkpoint.get(key), Mapping)]
-    if not keys:
-        nets = [key for key, value in checkpoint.items() if _holds_net(value)]
-        keys = nets if len(nets) == 1 else []
-    return (checkpoint[keys[0]], keys[0], tuple(keys[1:])) if keys else (checkpoint, "", ())
-
-
-def _holds_net(value: Any) -> bool:
-    return isinstance(value, Mapping) and any(
-        f".{name}".endswith(tuple(f".{kernel}" for kernel in _FIRST_KERNELS)) for name in value
+    tensors = {
+        key: [str(name) for name, item in value.items() if hasattr(item, "shape")]
+        for key, value in checkpoint.items()
+        if isinstance(value, Mapping)
+    }
+    known = [key for key in CHECKPOINT_KEYS if key in tensors]
+    nets = [key for key, names in tensors.items() if _named_nets(names) or _numbered_nets(names)]
+    if len(nets) > 1 and not set(nets) & set(known):
+        raise InputError(
+            f"it holds several nets, under the keys {', '.join(map(repr, nets))}: "
+            "expected one; save the weights of one to a file of their own"
+        )
+    ranked = (
+        [key for key in known if key in nets],
+        nets,
+        [key for key in known if tensors[key]],
+        known,
     )
+    key = next((keys[0] for keys in ranked if keys), None)
+    if key is None:
+        return checkpoint, "", ()
+    return checkpoint[key], key, tuple(other for other in nets if other != key)
 
 
 def plain_names(names: Iterable[str]) -> Names:
@@ -75,13 +90,8 @@ def plain_names(names: Iterable[str]) -> Names:
     """
     names = tuple(names)
     unwrapped = {name: _unwrap(name) for name in names}
-    prefixes = {
-        name.removesuffix(kernel)
-        for name in unwrapped.values()
-        for kernel in _FIRST_KERNELS
-        if f".{name}".endswith(f".{kernel}")
-    }
-    unnamed = _unnamed_features(names)
+    prefixes = _named_nets(unwrapped.values())
+    unnamed = _numbered_nets(names)
     if not prefixes and len(unnamed) == 1:
         (prefix,) = prefixes = unnamed
         numbered = re.compile(rf"{re.escape(prefix)}(\d+\.{_PARAM})")
@@ -132,7 +142,17 @@ def _unwrap(name: str) -> str:
     return re.sub(r"\b(?:features|classifier)\.(?=(?:conv\d_\d|bn\d_\d|fc[678])\.)", "", name)
 
 
-def _unnamed_features(names: Iterable[str]) -> set[str]:
+def _named_nets(names: Iterable[str]) -> set[str]:
+    """Prefixes of nets with the names of torchvision or of the authors."""
+    return {
+        name.removesuffix(kernel)
+        for name in names
+        for kernel in _FIRST_KERNELS
+        if f".{name}".endswith(f".{kernel}")
+    }
+
+
+def _numbered_nets(names: Iterable[str]) -> set[str]:
     """Prefixes of numbered layers, such as those of `features` by itself or in a `Sequential`."""
     matches = [re.fullmatch(r"((?:.+\.)?)(\d+)\.weight", name) for name in names]
     numbers = [match.groups() for match in matches if match]
