@@ -250,7 +250,9 @@ def test_two_nets_in_keras_file(tensors, tmp_path):
         read(tmp_path / "net.weights.h5")
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "vgg.", "features.", "model.features."])
+@pytest.mark.parametrize(
+    "prefix", ["", "module.", "vgg.", "features.", "model.features.module._orig_mod."]
+)
 @pytest.mark.parametrize("top", [True, False])
 def test_authors_names_in_state_dict(prefix, top, tensors, params, tmp_path, capsys):
     """Gatys' vgg_conv.pth and its like: conv1_1.weight, for images that the names do not tell."""

@@ -92,6 +92,30 @@ def test_wrapped_modules(torch, net, params, tmp_path):
     assert_same(path, params)
 
 
+@pytest.mark.parametrize("prefix", ["", "module.", "net.vgg."])
+@pytest.mark.parametrize("part", ["features", "classifier", "features.0", "features.18"])
+def test_wrapped_part(prefix, part, state, params, tmp_path):
+    """A part of a net was compiled, or is in parallel, or both."""
+    path = tmp_path / "net.safetensors"
+    for wrapper in ("_orig_mod", "module", "module._orig_mod"):
+        names = {name: name.replace(f"{part}.", f"{part}.{wrapper}.") for name in state}
+        save_file({prefix + names[name]: array for name, array in state.items()}, path)
+        assert_same(path, params)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`")  # from PyTorch itself
+def test_compiled_parts(torch, net, params, tmp_path):
+    """Compiled by PyTorch itself."""
+    net.features = torch.compile(net.features)
+    net.classifier[3] = torch.nn.DataParallel(torch.compile(net.classifier[3]))
+    torch.save(torch.nn.Sequential(net).state_dict(), tmp_path / "net.pth")
+    assert "features._orig_mod.0.weight" in net.state_dict()
+    assert_same(tmp_path / "net.pth", params)
+    torch.save(net.features.state_dict(), tmp_path / "features.pth")
+    convs = {name: layer for name, layer in params.items() if name.startswith("conv")}
+    assert_same(tmp_path / "features.pth", convs)
+
+
 @pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model", "net", "model_ema"])
 def test_training_checkpoint(torch, net, key, params, tmp_path):
     """With the arguments of the script, an optimizer and a schedule."""

@@ -2,7 +2,8 @@
 
 import collections
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 from vgg_jax.errors import InputError
@@ -11,8 +12,13 @@ from vgg_jax.errors import InputError
 # averages come last.
 CHECKPOINT_KEYS = ("state_dict", "model_state_dict", "model", "net", "model_ema", "state_dict_ema")
 _PARAM = r"(?:weight|bias|running_mean|running_var|num_batches_tracked)"
-# The first kernel of a net, in torchvision's and in the authors' names.
-_FIRST_KERNELS = ("features.0.weight", "conv1_1.weight")
+# Modules around another one: of DataParallel, and of torch.compile.
+_WRAPPER = r"(?:module|_orig_mod)\."
+# The first kernel of a net, in torchvision's or in the authors' names, and what stands before it.
+_FIRST_KERNEL = re.compile(
+    rf"((?:.+?\.)??)(?:features\.(?:{_WRAPPER})*0|(?:(?:features|classifier)\.(?:{_WRAPPER})*)?"
+    rf"conv1_1)\.(?:{_WRAPPER})*weight"
+)
 _FEWEST_CONVS = 5  # of the nets in Table 1 and §2.3
 # With a dropout before each fully connected layer, as in torchvision's AlexNet.
 _DROPOUT_FIRST = {"classifier.1": "classifier.0", "classifier.4": "classifier.3"}
@@ -76,8 +82,9 @@ def plain_names(names: Iterable[str]) -> Names:
     """Removes what wrappers of a net add to its names.
 
     `DataParallel` adds "module.", `torch.compile` adds "_orig_mod.", and Lightning adds "model.". A
-    `Sequential` adds the number of the net. A `features` gets its name back, if it was saved by
-    itself or under another name. The authors' names lose those of the modules around them.
+    `Sequential` adds the number of the net. The first two may also be around parts of a net. A
+    `features` gets its name back, if it was saved by itself or under another name. The authors'
+    names lose those of the modules around them.
 
     Args:
         names: Names of all tensors of a file.
@@ -89,25 +96,30 @@ def plain_names(names: Iterable[str]) -> Names:
         InputError: The file holds several nets, or several tensors for one layer.
     """
     names = tuple(names)
-    unwrapped = {name: _unwrap(name) for name in names}
-    prefixes = _named_nets(unwrapped.values())
-    unnamed = _numbered_nets(names)
-    if not prefixes and len(unnamed) == 1:
-        (prefix,) = prefixes = unnamed
-        numbered = re.compile(rf"{re.escape(prefix)}(\d+\.{_PARAM})")
-        unwrapped = {name: numbered.sub(rf"{prefix}features.\1", name) for name in names}
-    found = remove_prefix(unwrapped, prefixes)
+    prefixes = _named_nets(names)
+    numbered = set() if prefixes else _numbered_nets(names)
+    is_numbered = len(numbered) == 1
+    found = remove_prefix(
+        dict(zip(names, names, strict=True)),
+        numbered if is_numbered else prefixes,
+        partial(_unwrap, is_numbered=is_numbered),
+    )
     if {"classifier.0.weight", "classifier.3.weight"} & set(found.plain.values()):
         return found
     return found._replace(plain={name: _renumber(short) for name, short in found.plain.items()})
 
 
-def remove_prefix(shortened: Mapping[str, str], prefixes: Collection[str]) -> Names:
+def remove_prefix(
+    shortened: Mapping[str, str],
+    prefixes: Collection[str],
+    rename: Callable[[str], str] = str,
+) -> Names:
     """Removes what stands before the names of the one net in a file.
 
     Args:
         shortened: Maps each name in the file to the name that has the prefix.
         prefixes: What stands before the first layer of each net in the file.
+        rename: Makes a plain name of one without the prefix.
 
     Returns:
         The plain names. Without a prefix, all of them.
@@ -122,7 +134,7 @@ def remove_prefix(shortened: Mapping[str, str], prefixes: Collection[str]) -> Na
         )
     prefix = next(iter(prefixes), "")
     plain = {
-        name: short.removeprefix(prefix)
+        name: rename(short.removeprefix(prefix))
         for name, short in shortened.items()
         if short.startswith(prefix)
     }
@@ -136,26 +148,23 @@ def remove_prefix(shortened: Mapping[str, str], prefixes: Collection[str]) -> Na
     return Names(plain, prefix, tuple(name for name in shortened if name not in plain))
 
 
-def _unwrap(name: str) -> str:
-    """Removes modules within a net: those of `DataParallel`, and those around authors' names."""
-    name = re.sub(r"\b(features|classifier)\.module\.", r"\1.", name)
-    return re.sub(r"\b(?:features|classifier)\.(?=(?:conv\d_\d|bn\d_\d|fc[678])\.)", "", name)
+def _unwrap(name: str, is_numbered: bool) -> str:
+    """Removes modules within a net: wrappers of a part, and those around the authors' names."""
+    name = re.sub(rf"(?<![^.]){_WRAPPER}", "", name)
+    if is_numbered:
+        return re.sub(rf"^(?=\d+\.{_PARAM}$)", "features.", name)
+    return re.sub(r"^(?:features|classifier)\.(?=(?:conv\d_\d|bn\d_\d|fc[678])\.)", "", name)
 
 
 def _named_nets(names: Iterable[str]) -> set[str]:
     """Prefixes of nets with the names of torchvision or of the authors."""
-    return {
-        name.removesuffix(kernel)
-        for name in names
-        for kernel in _FIRST_KERNELS
-        if f".{name}".endswith(f".{kernel}")
-    }
+    return {match[1] for name in names if (match := _FIRST_KERNEL.fullmatch(name))}
 
 
 def _numbered_nets(names: Iterable[str]) -> set[str]:
     """Prefixes of numbered layers, such as those of `features` by itself or in a `Sequential`."""
-    matches = [re.fullmatch(r"((?:.+\.)?)(\d+)\.weight", name) for name in names]
-    numbers = [match.groups() for match in matches if match]
+    pattern = re.compile(rf"((?:.+\.)?)(\d+)\.(?:{_WRAPPER})*weight")
+    numbers = [match.groups() for name in names if (match := pattern.fullmatch(name))]
     counts = collections.Counter(prefix for prefix, _ in numbers)
     return {
         prefix for prefix, number in numbers if number == "0" and counts[prefix] >= _FEWEST_CONVS
