@@ -20,11 +20,11 @@ def install_hint(extra: str) -> str:
     return f"run pip install -e '.[{extra}]' in a clone of vgg_jax"
 
 
-def single_line(error: BaseException, max_length: int | None = 200) -> str:
+def single_line(error: BaseException | str, max_length: int | None = 200) -> str:
     """Returns an exception's message on one line, cut to a length, for use inside another message.
 
     Args:
-        error: The exception.
+        error: The exception, or a text.
         max_length: Characters that are kept; None keeps all. Some libraries put a whole stack into
             a message.
 

@@ -30,8 +30,8 @@ def test_detect_lists_all_differences(tmp_path):
 
 def test_detect_rejects_unknown_layout(tmp_path):
     save_file({"a": np.zeros(3, np.float32)}, tmp_path / "other.safetensors")
-    message = "not the weights of a VGG: expected the names of a VGG of vgg_jax, torchvision, timm,"
-    with pytest.raises(InputError, match=rf"{re.escape(message)}.*; it has a$"):
+    message = "VGG; it has a: expected the names of a VGG of vgg_jax, torchvision, timm, keras"
+    with pytest.raises(InputError, match=re.escape(message)):
         read(tmp_path / "other.safetensors")
 
 
@@ -41,7 +41,7 @@ def test_detect_with_named_net(tmp_path):
     assert read(path, "A").net == "A"
     with pytest.raises(
         InputError,
-        match=r"D in the torchvision layout.*features.28.weight \(512, 512, 3, 3\) is missing",
+        match=r"features.28.weight \(512, 512, 3, 3\) is missing.*D in the torchvision layout",
     ):
         read(path, "D")
     with pytest.raises(InputError, match=r"net is 'F': expected one of A, A-LRN"):

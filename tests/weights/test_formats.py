@@ -151,12 +151,22 @@ def test_safetensors_with_header_of_any_length(tmp_path):
     assert low_bytes == set(range(0, 256, 8))
 
 
-def test_name_with_line_break(tmp_path):
-    """The message is one line, whatever the names are."""
+def test_name_with_line_break(tmp_path, caplog):
+    """A message is one line, whatever the names are."""
     state = torchvision_state(random_tensors("A"), "A")
-    save_file(state | {"classifier.7\nweight": np.ones(3)}, tmp_path / "net.safetensors")
-    with pytest.raises(InputError, match=r"unexpected tensor classifier\.7 weight"):
-        read(tmp_path / "net.safetensors")
+    path = tmp_path / "net.safetensors"
+    save_file(state | {"classifier.7\nweight": np.ones(3)}, path)
+    read(path)
+    save_file({f"net.{name}": array for name, array in state.items()} | {"a\nb": np.ones(3)}, path)
+    read(path)
+    messages = [record.getMessage() for record in caplog.records]
+    assert any("classifier.7 weight" in message for message in messages)
+    assert any("left out: a b" in message for message in messages)
+    assert not any("\n" in message for message in messages)
+    del state["features.0.weight"]
+    save_file(state | {"features.30\nweight": np.ones(3)}, path)
+    with pytest.raises(InputError, match=r"unexpected tensor features\.30 weight"):
+        read(path)
 
 
 def test_safetensors_rejects_false_size(tmp_path):

@@ -12,11 +12,20 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tests.helpers.weights_files import random_tensors, reorder_kernel, torchvision_state
+from tests.helpers.compare import assert_close_to_largest
+from tests.helpers.weights_files import (
+    TORCHVISION_STD,
+    forward,
+    photos,
+    pytorch_state,
+    random_tensors,
+    reorder_kernel,
+    torchvision_state,
+)
 from vgg_jax import InputError
 from vgg_jax.cli import main
 from vgg_jax.cli.messages import MAX_LENGTH
-from vgg_jax.weights import read
+from vgg_jax.weights import load, read
 
 
 @pytest.fixture(scope="module")
@@ -72,28 +81,122 @@ def test_pytorch_head(head, convs, params, tmp_path, caplog):
     assert all(name in message for name in HEADS[head])
 
 
-WRONG = {
-    "fc6 and fc7 of VGG": linear("classifier.0", 25088, 4096) | linear("classifier.3", 4096, 4096),
-    "fc6 of VGG": linear("classifier.0", 25088, 4096),
-    "misshapen fc6": linear("classifier.0", 25000, 10),
-    "fc7 does not read fc6": linear("classifier.0", 512, 64) | linear("classifier.3", 32, 10),
-    "fc8 of VGG": linear("classifier.6", 4096, 10),
-    "misshapen fc8": linear("classifier.0", 2048, 24)
-    | linear("classifier.3", 24, 16)
-    | linear("classifier.6", 15, 10),
-    "one more convolution": {"features.21.weight": np.ones((512, 512, 3, 3), np.float32)},
-}
-
-
-@pytest.mark.parametrize("head", WRONG)
-def test_damaged_head_is_an_error(head, convs, tmp_path, capsys):
-    """It may be a VGG that lost a part, so that nothing is dropped."""
+def test_one_more_convolution_is_an_error(convs, tmp_path, capsys):
     path = tmp_path / "net.safetensors"
-    save_file(convs | WRONG[head], path)
-    with pytest.raises(InputError, match="these are not the weights of a VGG: expected all tens"):
+    save_file(convs | {"features.21.weight": np.ones((512, 512, 3, 3), np.float32)}, path)
+    with pytest.raises(InputError, match=r"features\.21\.weight: expected all tensors of the clo"):
         read(path)
     assert main(["import", str(path), str(tmp_path / "out.safetensors")]) == 2
     assert len(capsys.readouterr().err.strip()) <= MAX_LENGTH
+
+
+# fc6 to fc8 in other modules: dropouts and activations have numbers, and no weights.
+OTHER_NUMBERS = {
+    "no dropout": ("0", "2", "4"),
+    "dropout first": ("1", "4", "6"),
+    "dropout after flatten": ("1", "4", "7"),
+    "Sequential(Dropout, Linear)": ("0", "3", "6.1"),
+    "Sequential(Linear, LogSoftmax)": ("0", "3", "6.0"),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tensors, tmp_path_factory):
+    path = tmp_path_factory.mktemp("whole") / "net.safetensors"
+    save_file(torchvision_state(tensors, "A"), path)
+    return read(path).params
+
+
+@pytest.mark.parametrize("numbers", OTHER_NUMBERS.values(), ids=OTHER_NUMBERS)
+def test_whole_net_with_other_numbers(numbers, tensors, convs, whole, tmp_path):
+    path = tmp_path / "net.safetensors"
+    modules = [f"classifier.{number}" for number in numbers]
+    indices = [name.removesuffix(".weight") for name in convs if name.endswith(".weight")]
+    save_file(pytorch_state(tensors, indices, modules), path)
+    weights = read(path)
+    jax.tree.map(np.testing.assert_array_equal, weights.params, whole)
+    assert f"fc6 to fc8 are {', '.join(modules)}, with a ReLU between them" in str(weights)
+
+
+def test_whole_net_in_one_sequential(tensors, convs, whole, tmp_path):
+    """All layers have numbers: Flatten is 21, and the fully connected layers 22, 24 and 26."""
+    path = tmp_path / "net.safetensors"
+    indices = [name.split(".")[1] for name in convs if name.endswith(".weight")]
+    save_file(pytorch_state(tensors, indices, ["22", "24", "26"]), path)
+    jax.tree.map(np.testing.assert_array_equal, read(path).params, whole)
+
+
+def test_logits_without_dropout_equal_pytorch(tensors, tmp_path):
+    torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
+    nn, layers, in_features = torch.nn, [], 3
+    for stage in ((64,), (128,), (256, 256), (512, 512), (512, 512)):
+        for features in stage:
+            layers += [nn.Conv2d(in_features, features, 3, padding=1), nn.ReLU()]
+            in_features = features
+        layers.append(nn.MaxPool2d(2))
+    head = [nn.Linear(2048, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 10)]
+    net = nn.Sequential(*layers, nn.Flatten(), *head)
+    indices = [i for i, layer in enumerate(net) if isinstance(layer, nn.Conv2d)]
+    state = pytorch_state(tensors, indices, [22, 24, 26])
+    net.load_state_dict({name: torch.tensor(array) for name, array in state.items()})
+    save_file(state, tmp_path / "net.safetensors")
+    model, variables, metadata = load(tmp_path / "net.safetensors")
+    images = photos() - np.float32(metadata["preprocessing"]["mean_rgb"])
+    scaled = torch.tensor((images / np.float32(TORCHVISION_STD)).transpose(0, 3, 1, 2))
+    with torch.no_grad():
+        expected = net(scaled).numpy()
+    assert_close_to_largest(forward(model, variables, images), expected)
+
+
+# Not the three layers of VGG, or not all of them: only the convolutions can be read.
+PARTS = {
+    "fc6 and fc7 of VGG": linear("classifier.0", 2048, 24) | linear("classifier.3", 24, 16),
+    "fc6 of VGG": linear("classifier.0", 2048, 24),
+    "fc8 of VGG": linear("classifier.6", 16, 10),
+    "6x7 positions": linear("classifier.0", 21504, 10),
+    "fc7 does not read fc6": linear("classifier.0", 512, 64) | linear("classifier.3", 32, 10),
+    "fc8 reads more than fc7": linear("classifier.0", 2048, 24)
+    | linear("classifier.3", 24, 16)
+    | linear("classifier.6", 26, 10),
+    "one more layer": linear("classifier.0", 2048, 24)
+    | linear("classifier.3", 24, 16)
+    | linear("classifier.6", 16, 10)
+    | linear("classifier.7", 10, 2),
+    "two layers in the last": linear("classifier.0", 2048, 24)
+    | linear("classifier.3", 24, 16)
+    | linear("classifier.6.0", 16, 8)
+    | linear("classifier.6.3", 8, 2),
+    "no activation between": linear("classifier.{}", 2048, 24, 16, 10),
+    "no bias": {"classifier.0.weight": np.ones((24, 2048), np.float32)},
+    "activations in blocks": linear("classifier.0.0", 2048, 24)
+    | linear("classifier.2.0", 24, 16)
+    | linear("classifier.4", 16, 10),
+    "normalisation": linear("classifier.0", 2048, 24)
+    | {"classifier.2.weight": np.ones(24, np.float32), "classifier.2.bias": np.ones(24, np.float32)}
+    | linear("classifier.4", 24, 10),
+}
+
+
+@pytest.mark.parametrize("head", PARTS)
+def test_part_of_a_head_is_left_out(head, convs, params, tmp_path, caplog):
+    """Nothing is damaged: another net, or a file that someone cut on purpose."""
+    path = tmp_path / "net.safetensors"
+    save_file(convs | PARTS[head], path)
+    weights = read(path)
+    assert not weights.top
+    jax.tree.map(np.testing.assert_array_equal, weights.params, params)
+    (record,) = (r for r in caplog.records if r.levelno >= logging.WARNING)
+    message = record.getMessage()
+    assert "only the convolutions are read, A in the torchvision layout; another" in message
+    assert all(name in message for name in PARTS[head])
+
+
+def test_four_dense_layers_of_keras(tensors, params, tmp_path, caplog):
+    with h5py.File(tmp_path / "net.weights.h5", "w") as file:
+        write_keras3(file, tensors, "", (2048, 24, 16, 8, 3))
+    weights = read(tmp_path / "net.weights.h5", preprocessing="torchvision")
+    jax.tree.map(np.testing.assert_array_equal, weights.params, params)
+    assert "another head is left out: layers/dense/vars/0" in caplog.text
 
 
 def test_damaged_convolution_is_an_error(convs, tmp_path):

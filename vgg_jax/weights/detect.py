@@ -1,6 +1,5 @@
 """Recognises the layout and the net of a weight file from its names and shapes."""
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -75,8 +74,8 @@ def detect(
         if not shapes:
             raise InputError("it holds no floating-point tensors: expected the weights of a VGG")
         raise InputError(
-            "these are not the weights of a VGG: expected the names of a VGG of "
-            f"{', '.join(LAYOUTS)}; it has {', '.join(sorted(shapes))}"
+            f"these are not the weights of a VGG; it has {', '.join(sorted(shapes))}: expected the "
+            f"names of a VGG of {', '.join(LAYOUTS)}"
         )
     messages = differences(shapes, nearest)
     if messages:
@@ -88,10 +87,10 @@ def detect(
         if fitting and all(_has_other_head(shapes, candidate) for candidate in fitting):
             return _without_head(shapes, fitting[0], in_channels)
         is_part = all(message.endswith(" is missing") for message in messages)
-        remedy = "; if it is one of several parts, join them" if is_part else " and no others"
+        remedy = "; if it is one of several parts, join them" if is_part else ", and no others"
         raise InputError(
-            "these are not the weights of a VGG: expected all tensors of the closest match, "
-            f"{nearest}{remedy}; {'; '.join(messages)}"
+            f"these are not the weights of a VGG; {'; '.join(messages)}: expected all tensors of "
+            f"the closest match, {nearest}{remedy}"
         )
     return _with_image_size(nearest, image_size) if nearest.top else nearest
 
@@ -147,19 +146,23 @@ def _without_head(shapes: Shapes, candidate: DetectedModel, in_channels: int) ->
 
 
 def _has_other_head(shapes: Shapes, candidate: DetectedModel) -> bool:
-    """True if the tensors beside the convolutions are no part of a VGG, perhaps a damaged one."""
+    """True if the tensors beside the convolutions are no layers between them.
+
+    A head of VGG's own that lost a layer is another head as well.
+    """
     layout, head = candidate.layout, _head(shapes, candidate)
-    # More layers between the convolutions make another net. Their names differ in the last number.
-    more = "|".join(
-        re.sub(r"\d+(\D*)$", r"\\d+\1", re.escape(name.removesuffix(suffix))) + re.escape(suffix)
-        for name in (tensor.foreign_name for tensor in _convolutions(candidate))
-        for suffix in layout.param_names.values()
-        if name.endswith(suffix)
-    )
-    if any(re.fullmatch(more, name) for name in head):
+    series = {_series(tensor.foreign_name, layout) for tensor in _convolutions(candidate)}
+    if any(_series(name, layout) in series for name in head):
         return False
     has_norms = _count_norms(shapes, head) >= len(candidate.config.stages)
-    return (layout.numbered or not has_norms) and _fits_no_vgg(shapes, candidate)
+    return layout.numbered or not has_norms
+
+
+def _series(name: str, layout: WeightLayout) -> str:
+    """The name of a tensor without the last number of its layer, which others between may have."""
+    suffix = next((s for s in layout.param_names.values() if name.endswith(s)), "")
+    layer = name.removesuffix(suffix)
+    return re.sub(r"\d+(?=\D*$)", "", layer) + suffix
 
 
 def _count_norms(shapes: Shapes, names: Iterable[str]) -> int:
@@ -171,29 +174,6 @@ def _count_norms(shapes: Shapes, names: Iterable[str]) -> int:
         key = "/".join(module)
         modules[key] = max(modules.get(key, 0), len(shapes[name]))
     return sum(ndim == 1 for ndim in modules.values())
-
-
-def _fits_no_vgg(shapes: Shapes, candidate: DetectedModel) -> bool:
-    """True if the layers with the names of fc6 to fc8 are less than three that fit together."""
-    layout, config = candidate.layout, CONFIGS[candidate.net]
-    modules = layout.modules(layer_table(config))
-    kernels = {name: modules[name] + layout.param_names["kernel"] for name in ("fc6", "fc7", "fc8")}
-    found = [name for name, kernel in kernels.items() if kernel in shapes]
-    if found not in ([], ["fc6"], ["fc6", "fc7"], ["fc8"]):
-        return False
-    in_features, window = config.stages[-1][-1].features, _MAX_FC6_WINDOW
-    for name in found:
-        shape = shapes[kernels[name]]
-        pattern = (layout.patterns.get(name) or layout.patterns["fc"]).split()
-        out_features = shape[0 if pattern[0] == "O" else -1] if shape else 0
-        area = math.prod(shape) // max(1, in_features * out_features)
-        side = math.isqrt(area)
-        is_whole = math.prod(shape) == side**2 * in_features * out_features
-        if not (is_whole and 0 < side <= window):
-            return False
-        in_features, window = out_features, 1
-    # VGG's fc6 and fc7 without fc8 are no other head.
-    return not found or in_features not in config.fc
 
 
 def differences(shapes: Shapes, candidate: DetectedModel) -> list[str]:

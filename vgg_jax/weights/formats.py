@@ -17,7 +17,7 @@ import pickle
 import pickletools
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
@@ -109,11 +109,11 @@ def open_file(path: Path) -> TensorFile:
 def _unwrap(path: Path, content: TensorFile, file_format: str) -> TensorFile:
     """Gives the tensors of a net inside another model their plain names."""
     try:
-        names = _PLAIN_NAMES[file_format](content.tensors)
+        names = _PLAIN_NAMES[file_format]({n: t.shape for n, t in content.tensors.items()})
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     if names.others:
-        others = ", ".join(names.others)
+        others = single_line(", ".join(names.others), max_length=None)
         logger.warning(f"{path}: the net is under {names.prefix!r}; left out: {others}")
     tensors = {
         plain: _to_matrix(content.tensors[name])
@@ -121,7 +121,7 @@ def _unwrap(path: Path, content: TensorFile, file_format: str) -> TensorFile:
         else content.tensors[name]
         for name, plain in names.plain.items()
     }
-    return content._replace(tensors=tensors)
+    return content._replace(tensors=tensors, note=names.note)
 
 
 def _to_matrix(tensor: Tensor) -> Tensor:
@@ -400,7 +400,7 @@ def _add_backbone(path: Path, head: TensorFile) -> TensorFile:
     return TensorFile(tensors | head.tensors, head.metadata, num_bytes)
 
 
-_PLAIN_NAMES: dict[str, Callable[[Iterable[str]], Names]] = {
+_PLAIN_NAMES: dict[str, Callable[[Mapping[str, Sequence[int]]], Names]] = {
     "HDF5": keras_names,
     "Keras": keras_names,
     "PyTorch": plain_names,

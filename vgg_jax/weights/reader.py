@@ -184,9 +184,10 @@ def _read_file(
         # A tensor's name may hold a line break.
         raise InputError(f"{path}: {single_line(error, max_length=None)}") from error
     if detected.left_out:
+        left_out = single_line(", ".join(detected.left_out), max_length=None)
         logger.warning(
             f"{path}: only the convolutions are read, {detected}; another head is left out: "
-            f"{', '.join(detected.left_out)}"
+            f"{left_out}"
         )
     images = _source_images(path, detected, metadata, preprocessing)
     trees = _read_tensors(path, file, detected, images.bgr)
@@ -208,7 +209,8 @@ def _read_file(
     size_note = f"image size {detected.image_size}"
     if detected.mean_window > 1:
         size_note += ", fc6 reads the mean of pool5"
-    notes = (*[size_note] * top, str(images), *[classes_note] * top)
+    head_notes = [file.note] if file.note else []
+    notes = (*[size_note, *head_notes] * top, str(images), *[classes_note] * top)
     return Weights(
         net=detected.net,
         layout=detected.layout.name,

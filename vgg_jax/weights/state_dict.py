@@ -1,8 +1,9 @@
 """Finds a PyTorch VGG in a checkpoint: keys around its state_dict, and prefixes of its names."""
 
 import collections
+import itertools
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,8 +21,7 @@ _FIRST_KERNEL = re.compile(
     rf"conv1_1)\.(?:{_WRAPPER})*weight"
 )
 _FEWEST_CONVS = 5  # of the nets in Table 1 and §2.3
-# With a dropout before each fully connected layer, as in torchvision's AlexNet.
-_DROPOUT_FIRST = {"classifier.1": "classifier.0", "classifier.4": "classifier.3"}
+_CLASSIFIER = ("classifier.0", "classifier.3", "classifier.6")  # fc6 to fc8 of torchvision
 
 
 class Names(NamedTuple):
@@ -31,11 +31,13 @@ class Names(NamedTuple):
         plain: Maps each name of the net in the file to the plain name.
         prefix: What stands before the names in the file, or "".
         others: Names that are not under the prefix.
+        note: What fully connected layers with other numbers were taken for, or "".
     """
 
     plain: dict[str, str]
     prefix: str
     others: tuple[str, ...]
+    note: str = ""
 
 
 def find_state_dict(checkpoint: Any) -> tuple[Any, str, tuple[str, ...]]:
@@ -78,16 +80,17 @@ def find_state_dict(checkpoint: Any) -> tuple[Any, str, tuple[str, ...]]:
     return checkpoint[key], key, tuple(other for other in nets if other != key)
 
 
-def plain_names(names: Iterable[str]) -> Names:
+def plain_names(shapes: Mapping[str, Sequence[int]]) -> Names:
     """Removes what wrappers of a net add to its names.
 
     `DataParallel` adds "module.", `torch.compile` adds "_orig_mod.", and Lightning adds "model.". A
     `Sequential` adds the number of the net. The first two may also be around parts of a net. A
     `features` gets its name back, if it was saved by itself or under another name. The authors'
-    names lose those of the modules around them.
+    names lose those of the modules around them. Three fully connected layers get the numbers that
+    torchvision's have, also without a dropout or with the dropout first.
 
     Args:
-        names: Names of all tensors of a file.
+        shapes: Shape of each tensor of a file by its name.
 
     Returns:
         The plain names. Files of other libraries keep theirs.
@@ -95,18 +98,49 @@ def plain_names(names: Iterable[str]) -> Names:
     Raises:
         InputError: The file holds several nets, or several tensors for one layer.
     """
-    names = tuple(names)
-    prefixes = _named_nets(names)
-    numbered = set() if prefixes else _numbered_nets(names)
-    is_numbered = len(numbered) == 1
-    found = remove_prefix(
-        dict(zip(names, names, strict=True)),
-        numbered if is_numbered else prefixes,
-        partial(_unwrap, is_numbered=is_numbered),
-    )
-    if {"classifier.0.weight", "classifier.3.weight"} & set(found.plain.values()):
+    prefixes, rename = _named_nets(shapes), _unwrap
+    numbered = set() if prefixes else _numbered_nets(shapes)
+    if len(numbered) == 1:
+        (prefix,) = prefixes = numbered
+        places = {
+            name.removeprefix(prefix).partition(".")[0]: "classifier"
+            for name, shape in shapes.items()
+            if name.startswith(prefix) and len(shape) == 2
+        }
+        rename = partial(_name_place, places=places)
+    found = remove_prefix({name: name for name in shapes}, prefixes, rename)
+    numbers = _number_head({plain: shapes[name] for name, plain in found.plain.items()})
+    if not numbers or set(numbers) == set(numbers.values()):
         return found
-    return found._replace(plain={name: _renumber(short) for name, short in found.plain.items()})
+    plain = {}
+    for name, short in found.plain.items():
+        module, _, param = short.rpartition(".")
+        plain[name] = f"{numbers[module]}.{param}" if module in numbers else short
+    note = f"fc6 to fc8 are {', '.join(numbers)}, with a ReLU between them"
+    return found._replace(plain=plain, note=note)
+
+
+def _number_head(shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    """Maps the three fully connected layers of a classifier to those of torchvision.
+
+    Without room for a ReLU between them, or with other layers, they are another head. The last one
+    may be in a `Sequential`, with layers without weights.
+    """
+    params: dict[tuple[int, str], dict[str, int]] = {}
+    for name, shape in shapes.items():
+        if name.startswith("classifier."):
+            match = re.fullmatch(r"classifier\.(\d+)((?:\.\d+)?)\.(\w+)", name)
+            if match is None:
+                return {}
+            params.setdefault((int(match[1]), match[2]), {})[match[3]] = len(shape)
+    layers = sorted(params)
+    has_room = all(after[0] - layer[0] > 1 for layer, after in itertools.pairwise(layers))
+    is_linear = all(value == {"weight": 2, "bias": 1} for value in params.values())
+    is_nested = any(inner for _, inner in layers[:-1])
+    if len(layers) != len(_CLASSIFIER) or not has_room or not is_linear or is_nested:
+        return {}
+    modules = [f"classifier.{number}{inner}" for number, inner in layers]
+    return dict(zip(modules, _CLASSIFIER, strict=True))
 
 
 def remove_prefix(
@@ -148,12 +182,18 @@ def remove_prefix(
     return Names(plain, prefix, tuple(name for name in shortened if name not in plain))
 
 
-def _unwrap(name: str, is_numbered: bool) -> str:
+def _unwrap(name: str) -> str:
     """Removes modules within a net: wrappers of a part, and those around the authors' names."""
     name = re.sub(rf"(?<![^.]){_WRAPPER}", "", name)
-    if is_numbered:
-        return re.sub(rf"^(?=\d+\.{_PARAM}$)", "features.", name)
     return re.sub(r"^(?:features|classifier)\.(?=(?:conv\d_\d|bn\d_\d|fc[678])\.)", "", name)
+
+
+def _name_place(name: str, places: Mapping[str, str]) -> str:
+    """Names the `Sequential` that a numbered layer is in: `features` if `places` has no other."""
+    name = _unwrap(name)
+    number = name.partition(".")[0]
+    is_layer = re.fullmatch(rf"\d+\.{_PARAM}", name)
+    return f"{places.get(number, 'features')}.{name}" if is_layer else name
 
 
 def _named_nets(names: Iterable[str]) -> set[str]:
@@ -169,9 +209,3 @@ def _numbered_nets(names: Iterable[str]) -> set[str]:
     return {
         prefix for prefix, number in numbers if number == "0" and counts[prefix] >= _FEWEST_CONVS
     }
-
-
-def _renumber(name: str) -> str:
-    """Numbers fully connected layers as if the dropouts came after them."""
-    module, _, param = name.rpartition(".")
-    return f"{_DROPOUT_FIRST.get(module, module)}.{param}" if module else name

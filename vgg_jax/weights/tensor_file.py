@@ -22,3 +22,4 @@ class TensorFile(NamedTuple):
     tensors: dict[str, Tensor]
     metadata: dict[str, Any]
     num_bytes: int = 0  # on the disk
+    note: str = ""  # what the head was taken for, if its names leave that open
