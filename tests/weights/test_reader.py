@@ -1,5 +1,8 @@
 """Preprocessing and classes of files and runs."""
 
+import json
+import struct
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -54,8 +57,30 @@ def test_integers_are_no_weights(file, tmp_path):
         torch.save({name: torch.from_numpy(array) for name, array in state.items()}, path)
     else:
         save_file(state, path)
-    with pytest.raises(InputError, match=r"features.3.weight is int8: expected floats"):
+    with pytest.raises(InputError, match=r"features.3.weight is int8: expected float16, bf"):
         read(path)
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2"])
+def test_small_floats_in_safetensors(dtype, tmp_path):
+    """The file is whole, and its type is named."""
+    path, header, size = tmp_path / "vgg.safetensors", {}, 0
+    for name, array in torchvision_state(random_tensors("A"), "A").items():
+        offsets = [size, size := size + array.size]
+        header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(size))
+    with pytest.raises(InputError, match=rf"features.0.weight is {dtype}: .*; convert a quantised"):
+        read(path)
+
+
+def test_small_floats_in_pytorch(tmp_path):
+    torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
+    state = torchvision_state(random_tensors("A"), "A")
+    small = {name: torch.tensor(array).to(torch.float8_e5m2) for name, array in state.items()}
+    torch.save(small, tmp_path / "vgg.pth")
+    with pytest.raises(InputError, match=r"features.0.weight is torch.float8_e5m2: expected flo"):
+        read(tmp_path / "vgg.pth")
 
 
 def test_read_run_keeps_preprocessing(tmp_path, monkeypatch):

@@ -203,6 +203,23 @@ def reraise_damaged(path: Path, file_format: str = "weights") -> Iterator[None]:
         ) from error
 
 
+def unsupported_dtype(path: Path, name: str, dtype: Any) -> InputError:
+    """Names a tensor of integers or small floats, which mean nothing without their scale.
+
+    Args:
+        path: The file.
+        name: Name of the tensor.
+        dtype: Its type.
+
+    Returns:
+        The error to raise.
+    """
+    return InputError(
+        f"{path}: {name} is {dtype}: expected float16, bfloat16, float32 or float64; convert a "
+        "quantised net with the library that wrote it, with its scales"
+    )
+
+
 _INSTALL = {
     "HDF5": install_hint("weights"),
     "Keras": install_hint("weights"),
@@ -218,7 +235,10 @@ def _read_safetensors(path: Path) -> TensorFile:
     file = safe_open(path, framework="numpy")
 
     def read(name: str) -> np.ndarray:
-        if file.get_slice(name).get_dtype() == "BF16":  # NumPy has no such type, JAX has
+        dtype = file.get_slice(name).get_dtype()
+        if re.match(r"F\d(_|$)", dtype):
+            raise unsupported_dtype(path, name, dtype)
+        if dtype == "BF16":  # NumPy has no such type, JAX has
             return np.asarray(safe_open(path, framework="flax").get_tensor(name))
         return file.get_tensor(name)
 
@@ -291,7 +311,9 @@ def _read_pytorch(path: Path) -> TensorFile:
                 f"{path}: {name} of the shape {tuple(value.shape)} is larger than its storage: "
                 "expected all of its values in the file"
             )
-        tensors[str(name)] = Tensor(tuple(value.shape), partial(_torch_to_numpy, value))
+        tensors[str(name)] = Tensor(
+            tuple(value.shape), partial(_torch_to_numpy, path, str(name), value)
+        )
     return TensorFile(tensors, {})
 
 
@@ -327,7 +349,9 @@ def _check_legacy(path: Path) -> None:
                     )
 
 
-def _torch_to_numpy(value: Any) -> np.ndarray:
+def _torch_to_numpy(path: Path, name: str, value: Any) -> np.ndarray:
+    if value.is_floating_point() and value.element_size() == 1:
+        raise unsupported_dtype(path, name, value.dtype)
     value = value.detach()
     # NumPy has no bfloat16. Integers stay, and the reader refuses them.
     return (value.float() if value.is_floating_point() else value).numpy()

@@ -17,7 +17,7 @@ from vgg_jax.paths import local_copy, to_path
 from vgg_jax.weights.detect import DetectedModel, detect
 from vgg_jax.weights.fetch import resolve
 from vgg_jax.weights.file_kinds import describe_folder
-from vgg_jax.weights.formats import open_file, reraise_damaged
+from vgg_jax.weights.formats import open_file, reraise_damaged, unsupported_dtype
 from vgg_jax.weights.imagenet import CLASSES
 from vgg_jax.weights.keras_hub import find_preprocessing
 from vgg_jax.weights.layouts import CONV1_KERNEL, TORCHVISION_FEATURES, UNIT_STD
@@ -350,10 +350,7 @@ def _read_tensors(path: Path, file: TensorFile, detected: DetectedModel, bgr: bo
             collection, layer, param = tensor.path
             array = file.tensors[tensor.foreign_name].read()
             if array.dtype.kind in "biuc":
-                raise InputError(
-                    f"{path}: {tensor.foreign_name} is {array.dtype}: expected floats; a quantised "
-                    "net has to be converted to floats first"
-                )
+                raise unsupported_dtype(path, tensor.foreign_name, array.dtype)
             if tensor.path != CONV1_KERNEL or array.dtype != np.float64:
                 array = array.astype(np.float32)
             if tensor.path == CONV1_KERNEL:
