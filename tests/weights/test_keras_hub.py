@@ -53,6 +53,15 @@ def path(tensors, tmp_path):
     return tmp_path / "model.weights.h5"
 
 
+@pytest.fixture
+def backbone(path):
+    """model.weights.h5 as a preset has it, without a head."""
+    with h5py.File(path, "a") as file:
+        for name in ("dense", "dense_1", "dense_2"):
+            del file["layers"][name]
+    return path
+
+
 def as_torchvision(tensors, folder, preprocessing=None):
     """The same weights, read from a file of torchvision."""
     save_file(torchvision_state(tensors, "A"), folder / "torchvision.safetensors")
@@ -67,13 +76,28 @@ def as_torchvision(tensors, folder, preprocessing=None):
         ("task.json", {"config": {"preprocessor": {"config": {"image_converter": CONVERTER}}}}),
     ],
 )
-def test_preset(name, content, path, tensors, tmp_path):
+def test_preset(name, content, backbone, tensors, tmp_path):
     (tmp_path / name).write_text(json.dumps(content))
-    weights, expected = read(path), as_torchvision(tensors, tmp_path)
-    assert_trees_close(weights.params, expected.params, 1e-6)
+    weights, expected = read(backbone), as_torchvision(tensors, tmp_path)
+    convolutions = {layer: expected.params[layer] for layer in weights.params}
+    assert len(convolutions) == 8
+    assert_trees_close(weights.params, convolutions, 1e-6)
     assert weights.preprocessing.mean_rgb == pytest.approx(expected.preprocessing.mean_rgb)
     assert "BGR" not in str(weights)
     assert "conv1_1 divided by the standard deviation (58.395, 57.120, 57.375)" in str(weights)
+
+
+@pytest.mark.parametrize("name", ["model.weights.h5", "task.weights.h5", "mine.weights.h5", "m.h5"])
+def test_other_weights_beside_a_preset(name, path, tmp_path):
+    """A net of Keras Applications in the folder of a preset does not get its preprocessing."""
+    (tmp_path / "image_converter.json").write_text(json.dumps(CONVERTER))
+    other = path.rename(tmp_path / name)
+    if name == "task.weights.h5":  # the head is KerasHub's, or none
+        with h5py.File(other, "a") as file:
+            for layer in ("dense", "dense_1", "dense_2"):
+                del file["layers"][layer]
+    with pytest.raises(InputError, match=r"and KerasHub \(torchvision\) share: expected one of"):
+        read(other)
 
 
 def test_keras_archive(path, tensors, tmp_path):

@@ -14,13 +14,16 @@ _CONVERTER = "VGGImageConverter"
 _MAX_BYTES = 2**24  # of a description
 # Files of a preset that describe its images.
 _PRESET_FILES = ("image_converter.json", "preprocessor.json", "task.json")
+# Files of its weights: without a head, and with one. Others in the folder are of other nets.
+_WEIGHTS_FILES = ("model.weights.h5", "task.weights.h5")
 
 
-def find_preprocessing(path: Path) -> Preprocessing | None:
+def find_preprocessing(path: Path, has_head: bool) -> Preprocessing | None:
     """Reads the preprocessing from a .keras file, or from the files beside a preset's weights.
 
     Args:
         path: The file with the weights.
+        has_head: It has layers after the convolutions.
 
     Returns:
         The preprocessing of RGB images, or None if the files do not tell.
@@ -29,7 +32,7 @@ def find_preprocessing(path: Path) -> Preprocessing | None:
         OSError: A file cannot be read.
         zipfile.BadZipFile: The .keras file is damaged.
     """
-    for text in _descriptions(path):
+    for text in _descriptions(path, has_head):
         try:
             converters = list(_converters(json.loads(text)))
         except (ValueError, RecursionError):
@@ -42,13 +45,15 @@ def find_preprocessing(path: Path) -> Preprocessing | None:
     return None
 
 
-def _descriptions(path: Path) -> Iterator[bytes]:
+def _descriptions(path: Path, has_head: bool) -> Iterator[bytes]:
     """JSON texts that may describe the images."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:
             names = [info.filename for info in file.infolist() if info.file_size <= _MAX_BYTES]
             if "config.json" in names:
                 yield file.read("config.json")
+        return
+    if path.name != _WEIGHTS_FILES[has_head]:
         return
     for name in _PRESET_FILES:
         description = path.parent / name

@@ -277,7 +277,8 @@ def _source_images(
     preset = None
     if layout.name == "keras 3":
         with reraise_damaged(path):
-            preset = find_preprocessing(path)
+            has_head = detected.top or bool(detected.left_out)
+            preset = find_preprocessing(path, has_head)
     if preset is None:
         raise InputError(
             f"{path} has names that {layout.shared} share: "
