@@ -374,9 +374,28 @@ def test_commands_take_a_name(weight_file, home, capsys):
     assert sorted(os.listdir()) == ["exported.safetensors", "imported.safetensors"]
 
 
+@pytest.mark.parametrize("name", ["timm/vgg13.tv_in1k", "keras/vgg_16_imagenet"])
+def test_rounded_size(name, home):
+    """No digest of these is known. A file of some bytes is not taken for one of many megabytes."""
+    entry = WEIGHTS[name]
+    assert entry.size is None and entry.digest is None
+    path = own_file(entry)
+    in_cache(path)
+    with pytest.raises(InputError, match=rf"has [\d,]+ bytes, not about {entry.megabytes} MB"):
+        resolve(name)
+    convolutions = {"timm/vgg13.tv_in1k": 133_047_848, "keras/vgg_16_imagenet": 14_714_688}
+    os.truncate(path, 4 * convolutions[name] + 40_000)  # float32, and their names
+    assert resolve(name) == (path, entry)
+    os.truncate(path, 4 * convolutions[name] - 2_000_000)
+    with pytest.raises(InputError, match=rf"not about {entry.megabytes} MB"):
+        resolve(name)
+
+
 def test_weights_command(home, capsys):
-    in_cache(caches()["torch"] / WEIGHTS["torchvision/vgg11"].file)
-    in_cache(caches()["torch"] / WEIGHTS["torchvision/vgg16"].file)  # has another size
+    for name in ("vgg11", "vgg13", "vgg16"):
+        in_cache(caches()["torch"] / WEIGHTS[f"torchvision/{name}"].file)
+    # The size of the first is known in megabytes. The two others keep another size.
+    os.truncate(caches()["torch"] / WEIGHTS["torchvision/vgg11"].file, 531_456_000)
     snapshot(home, WEIGHTS[UNCHECKED], "a" * 40)
     assert cli.main(["weights"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -388,6 +407,7 @@ def test_weights_command(home, capsys):
         for start in starts.values():
             assert line[start - 1] == " " and line[start] != " ", name
     assert re.search(r"  69\.02  88\.63  531  BSD-3 +torch$", table["torchvision/vgg11"])
+    assert re.search(r"  69\.93  89\.25  532  BSD-3 +-$", table["torchvision/vgg13"])
     assert re.search(r"  71\.59  90\.38  553  BSD-3 +-$", table["torchvision/vgg16"])
     assert table[UNCHECKED].endswith("  Hugging Face")
     assert cli.main(["weights", "--json"]) == 0

@@ -8,6 +8,7 @@ import http.client
 import json
 import logging
 import os
+import re
 import socket
 import ssl
 import sys
@@ -266,7 +267,7 @@ def _transfer(entry: PublishedWeights, url: str, part: Path, is_retry: bool) -> 
         if response.status == 206 and not start:
             _remove(part)
             raise _CutError("the server sent another part of the file")
-        total = None if response.length is None else start + response.length
+        total = _total_length(response, start)
         _check_length(entry, url, part, total, is_bounded=total is not None or response.chunked)
         if not start:
             _begin(entry, part, url, response.headers)
@@ -298,13 +299,21 @@ def _open(entry: PublishedWeights, url: str, headers: dict[str, str], is_retry: 
         ) from error
 
 
+def _total_length(response: Any, start: int) -> int | None:
+    """Bytes of the whole file as the server tells them, or None."""
+    content_range = response.headers.get("Content-Range", "")
+    if start and (match := re.fullmatch(r"bytes \d+-\d+/(\d+)", content_range)):
+        return int(match[1])  # the answer may be shorter than the rest of the file
+    return None if response.length is None else start + response.length
+
+
 def _check_length(
     entry: PublishedWeights, url: str, part: Path, total: int | None, is_bounded: bool
 ) -> None:
     """Raises InputError if the answer is not as long as the published file."""
-    if total is not None and entry.size not in (None, total):
+    if total is not None and (fault := entry.size_fault(total)):
         _remove(part)
-        raise InputError(f"{url} has {total:,} bytes: expected the {entry.size:,} of the file")
+        raise InputError(f"{url} {fault}: expected the published file; check VGG_JAX_MIRROR")
     if not is_bounded and entry.size is None and entry.digest is None:
         raise InputError(
             f"{url} does not tell its length, and no digest is known: expected one of them; "
@@ -333,8 +342,12 @@ def _receive(
                     rest = rest[file.write(rest) :]
             done += len(chunk)
             progress.show(done)
-    if total is not None and done < total:
-        raise _CutError(f"the connection was cut after {done:,} of {total:,} bytes")
+    with _disk_errors(part.parent, entry):
+        done = part.stat().st_size
+    # Without a length, the end of the connection is no sign of the end of the file.
+    expected = f"at least {entry.min_bytes:,}" if total is None else f"{total:,}"
+    if done < (entry.min_bytes if total is None else total):
+        raise _CutError(f"the connection was cut after {done:,} of {expected} bytes")
 
 
 def _resumable(part: Path, url: str) -> tuple[str, int]:

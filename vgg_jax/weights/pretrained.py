@@ -75,6 +75,28 @@ class PublishedWeights(NamedTuple):
         return self.url.rsplit("/", 1)[-1]
 
     @property
+    def min_bytes(self) -> int:
+        """Bytes that the file has at least; 0 if nothing is known about its size."""
+        if self.size is not None:
+            return self.size
+        return 0 if self.megabytes is None else (self.megabytes - 1) * 10**6
+
+    def size_fault(self, num_bytes: int) -> str | None:
+        """Compares a number of bytes with the published size, which may be rounded.
+
+        Args:
+            num_bytes: Size of a file.
+
+        Returns:
+            A clause such as "has 12 bytes, not 553,433,881", or None if the size is possible.
+        """
+        if self.size is not None:
+            return None if num_bytes == self.size else f"has {num_bytes:,} bytes, not {self.size:,}"
+        if self.megabytes is not None and abs(num_bytes / 1e6 - self.megabytes) > 1:
+            return f"has {num_bytes:,} bytes, not about {self.megabytes} MB"
+        return "is empty" if num_bytes == 0 else None
+
+    @property
     def repository(self) -> str | None:
         """Repository on Hugging Face, such as "timm/vgg16.tv_in1k", or None."""
         if not self.url.startswith(HUGGING_FACE + "/"):
@@ -380,13 +402,9 @@ def find_fault(path: Path, entry: PublishedWeights, digits: str | None = None) -
         A clause such as "has 12 bytes, not 553,433,881", or None if no fault is found.
     """
     try:
-        size = path.stat().st_size
-        if entry.size is not None and size != entry.size:
-            return f"has {size:,} bytes, not {entry.size:,}"
-        if size == 0:
-            return "is empty"
-        if entry.digest is None:
-            return None
+        fault = entry.size_fault(path.stat().st_size)
+        if fault or entry.digest is None:
+            return fault
         found = digits or _remembered_digest(path, entry.digest.algorithm)
     except OSError as error:
         return f"cannot be read ({error.strerror})"
@@ -526,5 +544,5 @@ _LEGEND = (
 def _plausible_copies(entry: PublishedWeights) -> Iterator[tuple[str, Path]]:
     """The copies in the caches that do not have a wrong size."""
     for name, path in cached_files(entry):
-        if entry.size is None or path.stat().st_size == entry.size:
+        if entry.size_fault(path.stat().st_size) is None:
             yield name, path
