@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from tests.helpers.caches import use_caches
 from tests.helpers.weights_files import random_tensors, torchvision_state
 from vgg_jax.cli import main
 from vgg_jax.cli.messages import MAX_LENGTH, shorten
 from vgg_jax.cli.parser import parser
+from vgg_jax.weights.pretrained import WEIGHTS, own_file
 
 NAMES = [f"unexpected tensor layer{i}.weight" for i in range(40)]
 
@@ -25,7 +27,7 @@ def test_short_message_stays():
         (  # the remedy comes first
             f"a.pth is no VGG: expected D, pass --net; {'; '.join(NAMES)}",
             "a.pth is no VGG: expected D, pass --net; unexpected tensor layer0.weight; ",
-            " … and {} more; --verbose lists all",
+            " … and {} more; --verbose lists all; unexpected tensor layer39.weight",
         ),
         (  # the remedy comes last
             f"no layout has {', '.join(NAMES)}: expected one of Keras; pass --net",
@@ -41,7 +43,46 @@ def test_list_is_cut_and_remedy_stays(message, start, end):
     left_out = len(NAMES) - text.count("unexpected tensor")
     assert text.endswith(end.format(left_out))
     kept = re.search(r"layer(\d+)\.weight …", text)
-    assert int(kept[1]) == len(NAMES) - left_out - 1
+    assert int(kept[1]) == text.partition("…")[0].count("unexpected tensor") - 1
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_absent_weights_keep_url_and_command(is_damaged, tmp_path, monkeypatch, capsys):
+    """Also if a copy in a cache is refused, whose path is long."""
+    use_caches(monkeypatch, tmp_path)
+    for name, entry in WEIGHTS.items():
+        if is_damaged:
+            own_file(entry).parent.mkdir(parents=True)
+            own_file(entry).write_bytes(b"")
+        assert main(["import", name, str(tmp_path / "out.safetensors")]) == 2
+        message = capsys.readouterr().err.strip()
+        assert len(message) <= MAX_LENGTH
+        assert message.startswith(f"vgg-jax: {name} is not here ")
+        assert f"`vgg-jax fetch {name}`" in message
+        assert message.endswith(f" from {entry.url}")
+
+
+@pytest.mark.parametrize(
+    ("message", "end"),
+    [
+        (  # a warning has no "expected"
+            f"{'long/' * 20}a.pth: the key 'model' is read; left out: {', '.join(NAMES)}; "
+            "to read another, save its weights to a file of their own",
+            "; to read another, save its weights to a file of their own",
+        ),
+        (  # the last clause only, after a list of choices
+            f"net is 'F': expected one of {', '.join(NAMES)}; pass --net",
+            " … and 34 more; --verbose lists all; pass --net",
+        ),
+        (f"{'word ' * 80}see https://example.org/x", " https://example.org/x"),
+        (f"{'word ' * 80}: expected a URL, {'word ' * 50}https://a.org/x", " https://a.org/x"),
+    ],
+)
+def test_end_stays(message, end):
+    text = shorten(message)
+    assert len(text) <= MAX_LENGTH
+    assert text.endswith(end)
+    assert " … " in text and "--verbose" in text
 
 
 @pytest.mark.parametrize("message", ["word " * 200, "x" * 1000, f"{'x' * 1000}: expected a file"])

@@ -3,13 +3,15 @@
 import re
 
 MAX_LENGTH = 300
-_REMEDY = ": expected "  # what follows tells the user what to do
+_MIN_HEAD = 60  # characters that are left for the problem itself
+_MARKS = (": expected ", "; ")  # what follows tells the user what to do
 
 
 def shorten(message: str, limit: int = MAX_LENGTH) -> str:
     """Shortens a message to a length, and tells how to see the rest.
 
-    What was expected and what to do stay, if they fit. The list that is too long loses its end.
+    The end, which tells what to do, stays if it fits. What stands before it loses its own end, or
+    that of a list.
 
     Args:
         message: One sentence, such as "problem; problem; problem: expected this; do that".
@@ -20,11 +22,18 @@ def shorten(message: str, limit: int = MAX_LENGTH) -> str:
     """
     if len(message) <= limit:
         return message
-    head, mark, remedy = message.rpartition(_REMEDY)
-    if mark and len(remedy) <= limit // 2:
-        remedy = mark + remedy
-        return _cut(head, limit - len(remedy)) + remedy
-    return _cut(message, limit)
+    remedy = _remedy(message, limit - _MIN_HEAD)
+    return _cut(message.removesuffix(remedy), limit - len(remedy)) + remedy
+
+
+def _remedy(message: str, room: int) -> str:
+    """The end of a message: all that was expected, the last clause, or a URL; "" if none fits."""
+    for mark in _MARKS:
+        _, found, remedy = message.rpartition(mark)
+        if found and len(mark + remedy) <= room:
+            return mark + remedy
+    last_word = " " + message.rpartition(" ")[2]
+    return last_word if "://" in last_word and len(last_word) <= room else ""
 
 
 def _cut(text: str, limit: int) -> str:

@@ -87,7 +87,7 @@ def _not_cached(entry: PublishedWeights, cached: CachedWeights) -> str:
     reason = "; ".join(cached.rejected) or "no cache has its file"
     what = "it" if entry.megabytes is None else f"{entry.megabytes} MB"
     return (
-        f"{entry.name} is not here ({reason}): expected {entry.file}; `vgg-jax fetch {entry.name}` "
+        f"{entry.name} is not here ({reason}): expected its file; `vgg-jax fetch {entry.name}` "
         f"(in Python: download=True) gets {what} from {_address(entry)}"
     )
 
