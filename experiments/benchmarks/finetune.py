@@ -1,0 +1,73 @@
+"""Fine-tunes net D on photos from pretrained convolutions, next to PyTorch.
+
+    python -m experiments.benchmarks.finetune PHOTOS --init-from FILE --freeze --seeds 0 1 2 \\
+        [--peer "python -m experiments.benchmarks.torch_finetune"]
+
+PHOTOS has the folders train/CLASS and val/CLASS. The peer runs after each run of `vgg-jax train`,
+with the same settings and number of epochs. Prints one JSON document. With 400 photos on two cores,
+a run takes 80 s with frozen convolutions. With free ones an epoch takes two minutes.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from experiments.paper.record_runs import record_run
+from experiments.script import run, stdout_of
+
+SETTINGS = "--net D --fc 256 256 --batch-size 32 --skip-bad --scale 384 --crop centre --no-flip"
+SETTINGS += " --colour-shift 0"
+FREEZE = "--freeze conv --cache-features"
+
+
+def fine_tune(args: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """Runs `vgg-jax train` and returns the numbers of its epochs."""
+    with tempfile.TemporaryDirectory() as folder:
+        workdir = Path(folder, "run")
+        options = f"{SETTINGS} {FREEZE if args.freeze else ''} --epochs {args.epochs} --seed {seed}"
+        command = [sys.executable, "-m", "vgg_jax", "train", args.photos, *shlex.split(options)]
+        command += ["--init-from", args.init_from, "--workdir", str(workdir)]
+        started = time.perf_counter()
+        print(stdout_of(command), file=sys.stderr)
+        seconds = time.perf_counter() - started
+        return {"seconds": round(seconds, 1)} | record_run(str(workdir))
+
+
+def fine_tune_peer(args: argparse.Namespace, seed: int, num_epochs: int) -> dict[str, Any]:
+    command = [*shlex.split(args.peer), args.photos, "--init-from", args.init_from]
+    command += ["--epochs", str(num_epochs), "--seed", str(seed)]
+    command += ["--freeze"] if args.freeze else []
+    started = time.perf_counter()
+    result = json.loads(stdout_of(command))
+    return {"seconds": round(time.perf_counter() - started, 1)} | result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("photos", metavar="PHOTOS")
+    parser.add_argument(
+        "--init-from", required=True, metavar="FILE", help="pretrained convolutions"
+    )
+    parser.add_argument("--freeze", action="store_true", help="freeze the convolutions")
+    parser.add_argument("--epochs", type=int, default=74, help="largest number of epochs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--peer", help="command of another program")
+    args = parser.parse_args()
+    runs = []
+    for seed in args.seeds:
+        own = fine_tune(args, seed)
+        runs.append({"vgg_jax": own})
+        if args.peer:
+            runs[-1]["peer"] = fine_tune_peer(args, seed, len(own["epochs"]))
+    print(json.dumps({"command": " ".join(sys.argv), "runs": runs}, indent=1))
+
+
+if __name__ == "__main__":
+    run(main)
