@@ -1,5 +1,9 @@
 """Nets whose fc6 reads one position: of 32-pixel images, or of the mean of pool5."""
 
+import json
+import zipfile
+
+import h5py
 import jax
 import numpy as np
 import pytest
@@ -17,9 +21,11 @@ from tests.helpers.weights_files import (
     random_tensors,
     torchvision_state,
 )
-from vgg_jax import InputError
+from vgg_jax import CONFIGS, InputError
 from vgg_jax.cli import main
+from vgg_jax.configs.models import layer_table
 from vgg_jax.weights import read, save
+from vgg_jax.weights.layouts import LAYOUTS
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +67,9 @@ def test_asks_for_image_size(path, tmp_path, capsys):
     with pytest.raises(InputError, match=r"expected the size of the images, 32 or such as 224; pa"):
         vgg_jax.load(path)
     assert main(["import", str(path), str(tmp_path / "out.safetensors")]) == 2
-    assert "--image-size" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "or after global average (not max) pooling: expected" in message
+    assert "--image-size" in message
     assert not (tmp_path / "out.safetensors").exists()
 
 
@@ -91,7 +99,7 @@ def test_import_states_size_and_keeps_it(path, tmp_path, capsys):
     """The file that is written names the size, and is never asked."""
     out, again = tmp_path / "out.safetensors", tmp_path / "again.safetensors"
     assert main(["import", str(path), str(out), "--image-size", "64"]) == 0
-    assert "image size 64, fc6 reads the mean of pool5;" in capsys.readouterr().out
+    assert "image size 64, global average pooling before fc6;" in capsys.readouterr().out
     weights = read(out)
     assert weights.model.image_size == 64
     save(again, read(path, image_size=32))
@@ -109,3 +117,35 @@ def test_rejects_impossible_image_size(path, tmp_path):
     with pytest.raises(InputError, match="image_size is 224: expected 64, because fc6 reads 2x2"):
         read(tmp_path / "64.safetensors", image_size=224)
     assert read(tmp_path / "64.safetensors").model.image_size == 64
+
+
+@pytest.mark.parametrize("suffix", ["keras", "h5"])
+@pytest.mark.parametrize("pooling", ["GlobalAveragePooling2D", "GlobalMaxPooling2D"])
+def test_pooling_of_keras(pooling, suffix, tensors, tmp_path):
+    """The file describes its layers. On one position, the maximum is the mean."""
+    layers = [{"class_name": name, "config": {"name": name}} for name in ("Conv2D", pooling)]
+    config = json.dumps({"class_name": "Functional", "config": {"layers": layers}})
+    path = tmp_path / f"net.{suffix}"
+    names = LAYOUTS["keras 3" if suffix == "keras" else "keras"].modules(layer_table(CONFIGS["A"]))
+    params = ("/vars/0", "/vars/1") if suffix == "keras" else ("/kernel:0", "/bias:0")
+    with h5py.File(tmp_path / "weights", "w") as file:
+        for layer, (kernel, bias) in tensors.items():
+            file[names[layer] + params[0]] = (
+                kernel.T.swapaxes(0, -3) if kernel.ndim > 2 else kernel.T
+            )
+            file[names[layer] + params[1]] = bias
+        file.attrs["model_config"] = config
+    if suffix == "keras":
+        with zipfile.ZipFile(path, "w") as file:
+            file.write(tmp_path / "weights", "model.weights.h5")
+            file.writestr("config.json", config)
+    else:
+        (tmp_path / "weights").rename(path)
+    assert read(path, preprocessing="caffe", image_size=32).top
+    for image_size in (None, 64):
+        if pooling == "GlobalMaxPooling2D":
+            message = "it has GlobalMaxPooling2D before its dense layers: expected GlobalAverage"
+            with pytest.raises(InputError, match=message):
+                read(path, preprocessing="caffe", image_size=image_size)
+        elif image_size:
+            assert read(path, preprocessing="caffe", image_size=image_size).top

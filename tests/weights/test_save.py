@@ -129,12 +129,9 @@ def source(request, tmp_path):
     """A file in each layout, and one as vgg_jax 0.1.0 converted torchvision's weights."""
     layout, _, has_std = request.param.partition(" with")
     metadata = {"mean_rgb": [120, 110, 100], "std_rgb": TORCHVISION_STD} if has_std else None
-    if layout == "caffe-pytorch":  # its names do not tell the images
+    if LAYOUTS[layout].shared:  # the names do not tell the images
         metadata = {"mean_rgb": [120, 110, 100]}
     foreign_file(tmp_path / "source.safetensors", layout, metadata)
-    if layout == "keras 3":  # a preset of KerasHub, since the names do not tell
-        converter = {"class_name": "VGGImageConverter", "config": {"offset": [-120, -110, -100]}}
-        (tmp_path / "image_converter.json").write_text(json.dumps(converter))
     assert read(tmp_path / "source.safetensors").layout == layout
     return tmp_path / "source.safetensors"
 

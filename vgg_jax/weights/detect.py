@@ -40,27 +40,21 @@ class DetectedModel(NamedTuple):
         return f"{self.net}{suffix} in the {self.layout.name} layout"
 
 
-def detect(
-    shapes: Shapes, net: str | None = None, image_size: int | None = None, in_channels: int = 3
-) -> DetectedModel:
+def detect(shapes: Shapes, net: str | None = None, in_channels: int = 3) -> DetectedModel:
     """Finds the layout and the net whose tensors have these names and shapes.
 
     Args:
         shapes: Shape of each tensor by its name in the file.
         net: Name of the net, or None to try all but A-LRN. A-LRN has the tensors of A, so it
             has to be named.
-        image_size: Side of the images in pixels, or None for the smallest that gives fc6's
-            window. If that is 1x1, two nets have the tensors: one for the smallest images, and one
-            whose fc6 reads the mean of pool5 of larger images.
         in_channels: Channels of the images.
 
     Returns:
-        The net and its layout.
+        The net and its layout. The image size is the smallest that gives fc6's window.
 
     Raises:
         InputError: No layout has these tensors. The message lists every missing, unexpected or
-            misshapen tensor of the closest match. Or fc6's window is 1x1, and there is no
-            image_size.
+            misshapen tensor of the closest match.
     """
     nets = [net] if net else [name for name, config in CONFIGS.items() if not config.lrn]
     candidates = [
@@ -92,19 +86,35 @@ def detect(
             f"these are not the weights of a VGG; {'; '.join(messages)}: expected all tensors of "
             f"the closest match, {nearest}{remedy}"
         )
-    return _with_image_size(nearest, image_size) if nearest.top else nearest
+    return nearest
 
 
-def _with_image_size(detected: DetectedModel, image_size: int | None) -> DetectedModel:
-    """Checks the image size, which decides how fc6 reads pool5."""
+def set_image_size(detected: DetectedModel, image_size: int | None) -> DetectedModel:
+    """Checks the image size, which decides how fc6 reads pool5.
+
+    If the window of fc6 is 1x1, two nets have the tensors: one for the smallest images, and one
+    whose fc6 reads the mean of pool5 of larger images.
+
+    Args:
+        detected: The net with its smallest image size.
+        image_size: Side of the images in pixels, or None for the smallest.
+
+    Returns:
+        The net for images of this size. Without fully connected layers, the same net.
+
+    Raises:
+        InputError: The window of fc6 is 1x1, and there is no image_size. Or it does not fit.
+    """
+    if not detected.top:
+        return detected
     stride = 2 ** len(detected.config.stages)
     window = detected.image_size // stride
     if image_size is None:
         if window == 1:
             raise InputError(
-                f"fc6 reads one position, of {stride}-pixel images or of a mean over pool5: "
-                f"expected the size of the images, {stride} or such as 224; pass image_size= to "
-                "vgg_jax.load, or --image-size to vgg-jax import"
+                f"fc6 reads one position, of {stride}-pixel images or after global average (not "
+                f"max) pooling: expected the size of the images, {stride} or such as 224; pass "
+                "image_size=, or --image-size on the command line"
             )
         return detected
     mean_window = 1

@@ -34,7 +34,13 @@ from vgg_jax.weights.file_kinds import (
 )
 from vgg_jax.weights.keras_names import BACKBONE, is_head, keras_names
 from vgg_jax.weights.state_dict import CHECKPOINT_KEYS, Names, find_state_dict, plain_names
-from vgg_jax.weights.tensor_file import MAX_BYTES, MAX_ENTRIES, Tensor, TensorFile
+from vgg_jax.weights.tensor_file import (
+    MAX_BYTES,
+    MAX_CONFIG_BYTES,
+    MAX_ENTRIES,
+    Tensor,
+    TensorFile,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -363,7 +369,11 @@ def _read_keras(path: Path) -> TensorFile:
         size = file.getinfo(_KERAS_WEIGHTS).file_size
         if size > MAX_BYTES:
             raise InputError(f"{path} claims {size:,} bytes of weights: expected those of one VGG")
-        return _read_hdf5(path, io.BytesIO(file.read(_KERAS_WEIGHTS)))
+        sizes = {info.filename: info.file_size for info in file.infolist()}
+        has_config = sizes.get("config.json", MAX_CONFIG_BYTES + 1) <= MAX_CONFIG_BYTES
+        config = file.read("config.json") if has_config else b""
+        content = _read_hdf5(path, io.BytesIO(file.read(_KERAS_WEIGHTS)))
+        return content._replace(config=config)
 
 
 def _read_hdf5(path: Path, source: io.BytesIO | None = None) -> TensorFile:
@@ -405,7 +415,8 @@ def _read_hdf5(path: Path, source: io.BytesIO | None = None) -> TensorFile:
 
     with h5py.File(opened, "r") as file:
         walk(file, "", 0)
-    return TensorFile(tensors, {})
+        config = file.attrs.get("model_config", "")
+    return TensorFile(tensors, {}, config=config if isinstance(config, str | bytes) else "")
 
 
 def _add_backbone(path: Path, head: TensorFile) -> TensorFile:

@@ -1,7 +1,6 @@
-"""Finds the preprocessing of KerasHub's VGGs, which their weights' names do not tell."""
+"""Reads descriptions of Keras' models, such as the preprocessing of KerasHub's VGGs."""
 
 import json
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,20 +8,20 @@ from typing import Any
 import numpy as np
 
 from vgg_jax.weights.layouts import Preprocessing
+from vgg_jax.weights.tensor_file import MAX_CONFIG_BYTES
 
-_CONVERTER = "VGGImageConverter"
-_MAX_BYTES = 2**24  # of a description
 # Files of a preset that describe its images.
 _PRESET_FILES = ("image_converter.json", "preprocessor.json", "task.json")
 # Files of its weights: without a head, and with one. Others in the folder are of other nets.
 _WEIGHTS_FILES = ("model.weights.h5", "task.weights.h5")
 
 
-def find_preprocessing(path: Path, has_head: bool) -> Preprocessing | None:
-    """Reads the preprocessing from a .keras file, or from the files beside a preset's weights.
+def find_preprocessing(path: Path, config: str | bytes, has_head: bool) -> Preprocessing | None:
+    """Reads the preprocessing from a model's description, or from the files beside a preset.
 
     Args:
         path: The file with the weights.
+        config: JSON that describes the model, or "" if the file has none.
         has_head: It has layers after the convolutions.
 
     Returns:
@@ -30,47 +29,51 @@ def find_preprocessing(path: Path, has_head: bool) -> Preprocessing | None:
 
     Raises:
         OSError: A file cannot be read.
-        zipfile.BadZipFile: The .keras file is damaged.
     """
-    for text in _descriptions(path, has_head):
-        try:
-            converters = list(_converters(json.loads(text)))
-        except (ValueError, RecursionError):
-            continue
-        for converter in converters:
+    for text in (config, *_descriptions(path, has_head)):
+        for converter in _find_configs(text, "VGGImageConverter"):
             try:
-                return _to_preprocessing(**converter)
+                return _to_preprocessing(converter.get("scale"), converter.get("offset"))
             except (TypeError, ValueError):
                 continue
     return None
 
 
+def has_layer(config: str | bytes, class_name: str) -> bool:
+    """True if a description of a Keras model has a layer of a class.
+
+    Args:
+        config: JSON that describes the model, or "".
+        class_name: Name of the class, such as "GlobalMaxPooling2D".
+    """
+    return any(True for _ in _find_configs(config, class_name))
+
+
 def _descriptions(path: Path, has_head: bool) -> Iterator[bytes]:
     """JSON texts that may describe the images."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as file:
-            names = [info.filename for info in file.infolist() if info.file_size <= _MAX_BYTES]
-            if "config.json" in names:
-                yield file.read("config.json")
-        return
     if path.name != _WEIGHTS_FILES[has_head]:
         return
     for name in _PRESET_FILES:
         description = path.parent / name
-        if description.is_file() and description.stat().st_size <= _MAX_BYTES:
+        if description.is_file() and description.stat().st_size <= MAX_CONFIG_BYTES:
             yield description.read_bytes()
 
 
-def _converters(value: Any) -> Iterator[dict[str, Any]]:
-    """The scales and offsets of all image converters in a JSON value."""
-    if isinstance(value, dict):
-        config = value.get("config")
-        if value.get("class_name") == _CONVERTER and isinstance(config, dict):
-            yield {name: config.get(name) for name in ("scale", "offset")}
-        value = list(value.values())
-    if isinstance(value, list):
-        for item in value:
-            yield from _converters(item)
+def _find_configs(text: str | bytes, class_name: str) -> Iterator[dict[str, Any]]:
+    """The configurations of all objects of a class in a JSON text."""
+    try:
+        values = [json.loads(text)]
+    except (ValueError, RecursionError):
+        return
+    while values:
+        value = values.pop()
+        if isinstance(value, dict):
+            config = value.get("config")
+            if value.get("class_name") == class_name and isinstance(config, dict):
+                yield config
+            value = list(value.values())
+        if isinstance(value, list):
+            values += value
 
 
 def _to_preprocessing(scale: Any, offset: Any) -> Preprocessing:

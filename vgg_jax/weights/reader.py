@@ -14,12 +14,12 @@ from vgg_jax.configs.models import CONFIGS
 from vgg_jax.errors import InputError, single_line
 from vgg_jax.model import POOLS, VGG
 from vgg_jax.paths import local_copy, to_path
-from vgg_jax.weights.detect import DetectedModel, detect
+from vgg_jax.weights.detect import DetectedModel, detect, set_image_size
 from vgg_jax.weights.fetch import resolve
 from vgg_jax.weights.file_kinds import describe_folder
 from vgg_jax.weights.formats import open_file, reraise_damaged, unsupported_dtype
 from vgg_jax.weights.imagenet import CLASSES
-from vgg_jax.weights.keras_hub import find_preprocessing
+from vgg_jax.weights.keras_hub import find_preprocessing, has_layer
 from vgg_jax.weights.layouts import CONV1_KERNEL, TORCHVISION_FEATURES, UNIT_STD
 from vgg_jax.weights.source_images import (
     SourceImages,
@@ -179,7 +179,9 @@ def _read_file(
                 f"image_size is {image_size}, and the file names {own_size}: expected no "
                 "image_size for such a file; leave it out"
             )
-        detected = detect(shapes, net or metadata.get("net"), own_size or image_size, in_channels)
+        detected = detect(shapes, net or metadata.get("net"), in_channels)
+        _check_pooling(file, detected, image_size)
+        detected = set_image_size(detected, own_size or image_size)
     except InputError as error:
         # A tensor's name may hold a line break.
         raise InputError(f"{path}: {single_line(error, max_length=None)}") from error
@@ -189,7 +191,7 @@ def _read_file(
             f"{path}: only the convolutions are read, {detected}; another head is left out: "
             f"{left_out}"
         )
-    images = _source_images(path, detected, metadata, preprocessing)
+    images = _source_images(path, file, detected, metadata, preprocessing)
     trees = _read_tensors(path, file, detected, images.bgr)
     params, top = trees["params"], detected.top
     if _is_features_only(detected, params):
@@ -208,7 +210,7 @@ def _read_file(
     is_divided = any(value != 1 for value in std)
     size_note = f"image size {detected.image_size}"
     if detected.mean_window > 1:
-        size_note += ", fc6 reads the mean of pool5"
+        size_note += ", global average pooling before fc6"
     head_notes = [file.note] if file.note else []
     notes = (*[size_note, *head_notes] * top, str(images), *[classes_note] * top)
     return Weights(
@@ -234,12 +236,24 @@ def _read_file(
     )
 
 
+def _check_pooling(file: TensorFile, detected: DetectedModel, image_size: int | None) -> None:
+    """Refuses a head after global max pooling, unless it pools one position."""
+    smallest = 2 ** len(detected.config.stages)
+    is_pooled = detected.top and detected.image_size == smallest != image_size
+    if is_pooled and has_layer(file.config, "GlobalMaxPooling2D"):
+        raise InputError(
+            "it has GlobalMaxPooling2D before its dense layers: expected GlobalAveragePooling2D, "
+            "which fc6 can compute; save a model of the convolutions alone to use those"
+        )
+
+
 def _names_colours(metadata: Mapping[str, Any]) -> bool:
     return not {"mean_rgb", "std_rgb"}.isdisjoint(metadata["preprocessing"])
 
 
 def _source_images(
     path: Path,
+    file: TensorFile,
     detected: DetectedModel,
     metadata: Mapping[str, Any],
     preprocessing: str | Mapping[str, Any] | None,
@@ -278,7 +292,7 @@ def _source_images(
     if layout.name == "keras 3":
         with reraise_damaged(path):
             has_head = detected.top or bool(detected.left_out)
-            preset = find_preprocessing(path, has_head)
+            preset = find_preprocessing(path, file.config, has_head)
     if preset is None:
         raise InputError(
             f"{path} has names that {layout.shared} share: "

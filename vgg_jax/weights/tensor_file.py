@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 MAX_BYTES = 2**31  # E with ImageNet's classes has 575 MB
+MAX_CONFIG_BYTES = 2**24  # of a JSON description
 MAX_ENTRIES = 2000  # names, groups or fields; no VGG has as many
 
 
@@ -22,4 +23,5 @@ class TensorFile(NamedTuple):
     tensors: dict[str, Tensor]
     metadata: dict[str, Any]
     num_bytes: int = 0  # on the disk
+    config: str | bytes = ""  # JSON that describes a model of Keras
     note: str = ""  # what the head was taken for, if its names leave that open
