@@ -2,7 +2,11 @@
 
 import argparse
 import collections
+import datetime
+import enum
 import logging
+import pathlib
+from fractions import Fraction
 
 import jax
 import numpy as np
@@ -132,22 +136,56 @@ def test_training_checkpoint(torch, net, key, params, tmp_path):
     assert_same(tmp_path / "checkpoint.pth", params)
 
 
+class Phase(enum.Enum):
+    """A class of a training script."""
+
+    TRAIN = 1
+
+
+BESIDE = {
+    "accuracies": [np.float64(71.5), np.float32(0.7), np.float16(1), np.int64(3), np.bool_(True)],
+    "types": [np.float32, np.dtype("float32"), np.int64],
+    "confusion": np.eye(2),
+    "random_state": np.random.RandomState(0).get_state(),
+    "counts": collections.Counter("aab"),
+    "history": collections.defaultdict(list, loss=[1.0, 0.5]),
+    "nested": collections.defaultdict(dict, a={"b": collections.OrderedDict(c=1)}),
+    "totals": [collections.defaultdict(kind, a=kind()) for kind in (int, float, str, set)],
+    "time": datetime.datetime(2026, 1, 2, 3, 4, tzinfo=datetime.UTC),
+    "day": datetime.date(2026, 1, 2),
+    "took": datetime.timedelta(hours=3),
+    "args": argparse.Namespace(output=pathlib.Path("runs"), rate=np.float32(0.1)),
+}
+
+
 @pytest.mark.parametrize("is_zip", [True, False])
 def test_values_beside_weights(torch, net, params, is_zip, tmp_path):
-    """NumPy's and pathlib's values are skipped. A state_dict of NumPy arrays is refused."""
+    """They are skipped, and no code of their classes runs."""
     path = tmp_path / "checkpoint.pth"
-    checkpoint = {
-        "state_dict": net.state_dict(),
-        "best_accuracy": np.float64(71.5),
-        "confusion": np.eye(2),
-        "random_state": np.random.RandomState(0).get_state(),
-        "args": argparse.Namespace(output=tmp_path),
-    }
+    checkpoint = {"state_dict": net.state_dict()} | BESIDE
     torch.save(checkpoint, path, _use_new_zipfile_serialization=is_zip)
     assert_same(path, params)
-    arrays = {name: array.numpy() for name, array in net.state_dict().items()}
-    torch.save(arrays, path, _use_new_zipfile_serialization=is_zip)
+    weights = collections.defaultdict(list, net.state_dict())
+    torch.save({"model": weights}, path, _use_new_zipfile_serialization=is_zip)
+    assert_same(path, params)
+
+
+def test_state_dict_of_numpy_arrays(torch, net, tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    torch.save({name: array.numpy() for name, array in net.state_dict().items()}, path)
     with pytest.raises(InputError, match="weight is not a plain tensor: expected a state_dict"):
+        read(path)
+
+
+@pytest.mark.parametrize("value", [Phase.TRAIN, collections.defaultdict(Phase), Fraction(1, 3)])
+def test_other_objects_are_named(torch, net, value, tmp_path):
+    """To make them, their own code would run."""
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"state_dict": net.state_dict(), "value": value}, path)
+    message = (
+        r"a Python object, \S+\.(Phase|Fraction), .*: expected a state_dict; where the file was"
+    )
+    with pytest.raises(InputError, match=message):
         read(path)
 
 

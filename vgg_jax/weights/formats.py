@@ -51,9 +51,10 @@ _EXPECTED = (
     "(MatConvNet) file"
 )
 _KERAS_WEIGHTS = "model.weights.h5"  # in a .keras file
-# Values that training scripts save beside the weights: an accuracy, a random state, a path.
-_UNREAD = (
-    *(f"numpy.{name}" for name in ("dtype", "ndarray")),
+# Values that training scripts save beside the weights: an accuracy, a random state, a path, a time.
+_SKIPPED_VALUES = (
+    *(f"numpy.{name}" for name in ("dtype", "ndarray", "bool_")),
+    *sorted({f"numpy.{scalar.__name__}" for scalar in np.sctypeDict.values()}),
     *(
         f"numpy.{core}.multiarray.{name}"
         for core in ("core", "_core")  # of NumPy 1 and 2
@@ -64,17 +65,25 @@ _UNREAD = (
         for module in ("pathlib", "pathlib._local")  # the second is Python 3.13's
         for name in ("PosixPath", "WindowsPath")
     ),
+    *(f"datetime.{name}" for name in ("date", "datetime", "time", "timedelta", "timezone")),
+    # What a defaultdict makes.
+    *(f"builtins.{name}" for name in ("bool", "dict", "float", "int", "list", "str", "tuple")),
 )
 
 
-class _Unread:
-    """Stands for a value of `_UNREAD`, so that a file calls no code of NumPy or pathlib."""
+class _Placeholder:
+    """Stands for a value of `_SKIPPED_VALUES`, so that a file calls no code of its class."""
 
     def __init__(self, *args: Any) -> None:
         pass
 
     def __setstate__(self, state: Any) -> None:
         pass
+
+
+def _empty_dict(*factory: Any) -> dict[Any, Any]:
+    """Stands for `collections.defaultdict`. PyTorch adds the items."""
+    return {}
 
 
 def open_file(path: Path) -> TensorFile:
@@ -92,10 +101,10 @@ def open_file(path: Path) -> TensorFile:
     try:
         with path.open("rb") as file:
             head = file.read(HEAD_SIZE)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a path with a NUL is a ValueError
+        reason = getattr(error, "strerror", None) or error
         raise InputError(
-            f"{path} cannot be read ({error.strerror}): "
-            "expected a file of weights, or a run's folder"
+            f"{path} cannot be read ({reason}): expected a file of weights, or a run's folder"
         ) from error
     problem = describe_shard(path)
     if problem:
@@ -274,15 +283,19 @@ def _read_pytorch(path: Path) -> TensorFile:
         _check_legacy(path)
     try:
         # The arguments of torchvision's and timm's training scripts: attributes, and no code.
-        allowed: list[Any] = [argparse.Namespace, *((_Unread, name) for name in _UNREAD)]
+        allowed: list[Any] = [
+            argparse.Namespace,
+            (_empty_dict, "collections.defaultdict"),
+            *((_Placeholder, name) for name in _SKIPPED_VALUES),
+        ]
         # At its end, the block would remove what the caller had allowed before.
         known = torch.serialization.get_safe_globals()
         with torch.serialization.safe_globals([item for item in allowed if item not in known]):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         raise InputError(
-            f"{path} {_describe_pickle(str(error))}: "
-            "expected a state_dict, as torch.save(model.state_dict(), …) writes"
+            f"{path} {_describe_pickle(str(error))}: expected a state_dict; where the file was "
+            "written, save it with torch.save(model.state_dict(), …)"
         ) from error
     try:
         state, key, others = find_state_dict(state)
