@@ -14,8 +14,9 @@ import pytest
 
 from tests.helpers.runs import TIME_FIELDS
 from tests.helpers.tiny_data import encode, indices, noise
-from vgg_jax import InputError
+from vgg_jax import InputError, load
 from vgg_jax.paths import is_remote, local_copy, to_path
+from vgg_jax.weights import read
 
 ROOT = Path(__file__).parents[1]
 REMOTE_RUN = "gs://bucket/runs/one"
@@ -156,6 +157,20 @@ def test_image_folder_in_store():
 def test_is_remote():
     paths = ("runs/a", Path("/a"), "gs://b/a", "C:\\a")
     assert [is_remote(path) for path in paths] == [False, False, True, False]
+
+
+@pytest.mark.parametrize("path", [b"runs/a", None, 3, ["a"]])
+def test_no_path(path):
+    for function in (load, read, to_path, is_remote):
+        with pytest.raises(InputError, match=r"the path is .*: expected a string, or a path"):
+            function(path)
+
+
+def test_path_with_nul():
+    with pytest.raises(
+        InputError, match=r"null byte.*: expected a file of weights, or a run's fol"
+    ):
+        load("a\0b")
 
 
 def test_to_path(tmp_path):

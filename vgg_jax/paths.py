@@ -15,8 +15,18 @@ from vgg_jax.errors import InputError
 
 
 def is_remote(path: str | os.PathLike) -> bool:
-    """Tells if a path has a scheme such as gs://, so that it lies in an object store."""
-    return "://" in os.fspath(path)
+    """Tells if a path has a scheme such as gs://, so that it lies in an object store.
+
+    Args:
+        path: A path that a user passed.
+
+    Raises:
+        InputError: It is no path, or one of bytes.
+    """
+    text = path.__fspath__() if isinstance(path, os.PathLike) else path
+    if not isinstance(text, str):
+        raise InputError(f"the path is {path!r}: expected a string, or a pathlib.Path")
+    return "://" in text
 
 
 def to_path(path: str | os.PathLike) -> Any:

@@ -46,3 +46,5 @@ def test_detect_with_named_net(tmp_path):
         read(path, "D")
     with pytest.raises(InputError, match=r"net is 'F': expected one of A, A-LRN"):
         read(path, "F")
+    with pytest.raises(InputError, match=r"net is \['A'\]: expected one of A, A-LRN"):
+        read(path, ["A"])

@@ -69,7 +69,9 @@ def test_save_rejects_other_net(loaded, tmp_path):
     with pytest.raises(InputError, match=r"net is 'A', .*local response normalisations: expected"):
         vgg_jax.save(tmp_path / "x.safetensors", model, variables, metadata)
     for change, message in (
-        ({"classes": "0123456789"}, "classes are the string '0123456789': expected a tuple"),
+        ({"classes": "0123456789"}, "classes are '0123456789': expected a tuple of names"),
+        ({"classes": np.array("a")}, r"classes are array\(.*: expected a tuple of names"),
+        ({"preprocessing": {"mean_rgb": np.array(3)}}, r"mean_rgb is array\(3\): expected a tuple"),
         ({"preprocessing": {}}, "preprocessing has no mean_rgb: expected the metadata that"),
     ):
         with pytest.raises(InputError, match=message):
@@ -208,6 +210,9 @@ def test_save_rejects_other_layers(loaded, tmp_path):
     with pytest.raises(InputError, match=r"params has no conv2_1: expected"):
         some = {name: layer for name, layer in params.items() if name != "conv2_1"}
         vgg_jax.save(path, model, {"params": some}, metadata)
+    for wrong in (np.array(1.0), {**params, "conv2_1": np.array(1.0)}, {**params, "conv2_1": 3}):
+        with pytest.raises(InputError, match=r"params has no .*conv2_1.*: expected the variables"):
+            vgg_jax.save(path, model, {"params": wrong}, metadata)
     with pytest.raises(InputError, match=r"fc8/kernel in params .*\(16, 10\): expected \(16, 3\)"):
         model = model.clone(num_classes=3)
         vgg_jax.save(path, model, {"params": params}, metadata | {"classes": ("a", "b", "c")})
@@ -293,3 +298,5 @@ def test_save_rejects_other_ending(loaded, tmp_path):
     with pytest.raises(InputError, match=r"net\.npz: expected a name that ends in \.safetensors"):
         vgg_jax.save(tmp_path / "net.npz", *loaded)
     assert not any(tmp_path.iterdir())
+    with pytest.raises(InputError, match=r"the path is b'net\.safetensors': expected a string"):
+        vgg_jax.save(b"net.safetensors", *loaded)

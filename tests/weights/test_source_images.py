@@ -91,7 +91,7 @@ def bgr(images):
             {"mean": np.float32([90, 100, 110]), "std": 50},
             lambda x: (x - [90, 100, 110]) / 50,
         ),
-        ({"mean": 0, "std": 255.0}, lambda x: x / 255),
+        ({"mean": np.array(0), "std": np.array(255.0)}, lambda x: x / 255),
         ("caffe", lambda x: bgr(x) - np.array([103.939, 116.779, 123.68])),
         (None, lambda x: (x - TORCHVISION_MEAN) / TORCHVISION_STD),
     ],
@@ -163,6 +163,10 @@ def test_source_says_what_was_assumed(path):
         ({"mean": (124, 116, 104), "std": (0.23, 0.22, 0.23)}, "on two scales: expected both"),
         ({"mean": 120, "range": "0-2"}, "range is '0-2': expected one of 0-1, 0-255"),
         ({"mean": 120, "range": (0, 255)}, r"range is \(0, 255\): expected one of 0-1, 0-255"),
+        (
+            {"mean": 120, "range": np.array("0-1")},
+            r"range is array\(.*: expected one of 0-1, 0-255",
+        ),
         ({"mean": 120, "channels": "BGR"}, "channels is 'BGR': expected one of rgb, bgr"),
     ],
 )

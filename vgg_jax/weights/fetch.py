@@ -66,9 +66,9 @@ def resolve(
         InputError: The file of a name is not in a cache, or cannot be downloaded; or a path does
             not exist and resembles a name.
     """
-    name = os.fspath(path)
-    if is_remote(name) or os.path.lexists(name):
+    if is_remote(path) or os.path.lexists(path):
         return path, None
+    name = os.fspath(path)
     entry = WEIGHTS.get(name)
     if entry is None:
         if names := similar_names(name):

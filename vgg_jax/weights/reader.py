@@ -67,7 +67,7 @@ def read(
         InputError: The file cannot be read or is not a VGG. The message lists every missing,
             unexpected or misshapen tensor. Or an argument is not possible for the file.
     """
-    if net is not None and net not in CONFIGS:
+    if net is not None and net not in tuple(CONFIGS):  # a list has no hash
         raise InputError(f"net is {net!r}: expected one of {', '.join(CONFIGS)}")
     if image_size is not None and not isinstance(image_size, numbers.Integral):
         raise InputError(f"image_size is {image_size!r}: expected a number of pixels, an integer")

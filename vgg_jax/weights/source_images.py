@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -134,13 +134,15 @@ def _parse_fields(
     return SourceImages(mean, std, values["range"], values["channels"], origin)
 
 
-def _check_choice(name: str, value: Any, allowed: Iterable[str]) -> None:
-    if value not in tuple(allowed):  # a list has no hash
+def _check_choice(name: str, value: Any, allowed: Collection[str]) -> None:
+    if not isinstance(value, str) or value not in allowed:
         raise InputError(f"{name} is {value!r}: expected one of {', '.join(allowed)}")
 
 
 def _parse_colour(name: str, value: Any, in_channels: int) -> tuple[float, ...]:
     """Reads one number for all channels, or one for each."""
+    if getattr(value, "ndim", None) == 0:  # an array of one number is no list
+        value = value.item()
     is_list = isinstance(value, Iterable) and not isinstance(value, str)
     numbers: list[Any] = list(value) if is_list else [value]
     is_finite = all(

@@ -124,10 +124,9 @@ def from_loaded(model: VGG, variables: Mapping[str, Any], metadata: Mapping[str,
             "response normalisations: expected the name of the model's column of Table 1, one of "
             f"{', '.join(CONFIGS)}"
         )
-    if isinstance(metadata["classes"], str):
+    if np.ndim(metadata["classes"]) == 0:  # a string, a number, a set
         raise InputError(
-            f"the metadata's classes are the string {metadata['classes']!r}: "
-            "expected a tuple of names"
+            f"the metadata's classes are {metadata['classes']!r}: expected a tuple of names"
         )
     params, classes = variables["params"], tuple(metadata["classes"])
     top = "fc8" in params
@@ -141,6 +140,11 @@ def from_loaded(model: VGG, variables: Mapping[str, Any], metadata: Mapping[str,
         raise InputError(
             "the metadata's preprocessing has no mean_rgb: expected the metadata that vgg_jax.load "
             "returns"
+        )
+    if np.ndim(preprocessing["mean_rgb"]) != 1:
+        raise InputError(
+            f"the preprocessing's mean_rgb is {preprocessing['mean_rgb']!r}: expected a tuple with "
+            "a mean for each channel"
         )
     image_size = preprocessing.get("image_size", model.image_size)
     if image_size != model.image_size:
