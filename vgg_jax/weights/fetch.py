@@ -43,11 +43,11 @@ PAUSE = 1.0  # seconds before the second try; each further pause is twice as lon
 _TIMEOUT = 30  # seconds without a byte
 _CHUNK = 2**20  # bytes
 _NO_ADDRESS = "{url} is no address: expected https://…; check VGG_JAX_MIRROR and HF_ENDPOINT"
-_PASSING = (408, 429, 500, 502, 503, 504)  # answers of a server that may be others later
+_RETRY_CODES = (408, 429, 500, 502, 503, 504)  # of answers that may change
 
 
-class _CutError(Exception):
-    """A connection that ended early. Another try may go on where it ended."""
+class _TransferError(Exception):
+    """A transfer that failed, and that another try may resume."""
 
 
 def resolve(
@@ -223,7 +223,7 @@ def _download(entry: PublishedWeights, url: str, part: Path, tries: int, pause: 
         try:
             _transfer(entry, url, part, is_retry=attempt > 0)
             return
-        except _CutError as error:
+        except _TransferError as error:
             cause = single_line(error)
     kept = part.stat().st_size if part.exists() else 0
     resumes = f"resumes after {kept:,} bytes" if kept else "tries again"
@@ -236,7 +236,7 @@ def _download(entry: PublishedWeights, url: str, part: Path, tries: int, pause: 
 def _transfer(entry: PublishedWeights, url: str, part: Path, is_retry: bool) -> None:
     """Downloads the missing bytes over one connection.
 
-    Raises _CutError if another try may help.
+    Raises _TransferError if another try may help.
     """
     validator, start = _resumable(part, url)
     headers = {"User-Agent": "vgg_jax", "Accept-Encoding": "identity"}
@@ -250,8 +250,8 @@ def _transfer(entry: PublishedWeights, url: str, part: Path, is_retry: bool) -> 
             return
         if error.code == 416:
             _remove(part)
-        if error.code in (416, *_PASSING):
-            raise _CutError(f"the server answered {error.code} {error.reason}") from error
+        if error.code in (416, *_RETRY_CODES):
+            raise _TransferError(f"the server answered {error.code} {error.reason}") from error
         raise InputError(
             f"{url} cannot be downloaded (the server answered {error.code} {error.reason}): "
             "expected the file there; check VGG_JAX_MIRROR and HF_ENDPOINT, or pass a path"
@@ -266,7 +266,7 @@ def _transfer(entry: PublishedWeights, url: str, part: Path, is_retry: bool) -> 
             start = 0
         if response.status == 206 and not start:
             _remove(part)
-            raise _CutError("the server sent another part of the file")
+            raise _TransferError("the server sent another part of the file")
         total = _total_length(response, start)
         _check_length(entry, url, part, total, is_bounded=total is not None or response.chunked)
         if not start:
@@ -277,7 +277,7 @@ def _transfer(entry: PublishedWeights, url: str, part: Path, is_retry: bool) -> 
 def _open(entry: PublishedWeights, url: str, headers: dict[str, str], is_retry: bool) -> Any:
     """Connects, and returns the response.
 
-    Raises HTTPError, _CutError if another try may help, and InputError.
+    Raises HTTPError, _TransferError if another try may help, and InputError.
     """
     opener = urllib.request.build_opener(_Redirects(entry))
     try:
@@ -292,7 +292,7 @@ def _open(entry: PublishedWeights, url: str, headers: dict[str, str], is_retry: 
         # A wrong name or certificate stays wrong, unless it was right a moment ago.
         final = (socket.gaierror, ConnectionRefusedError, ssl.SSLCertVerificationError)
         if is_retry or not isinstance(cause, final):
-            raise _CutError(reason) from error
+            raise _TransferError(reason) from error
         raise InputError(
             f"{url} cannot be reached ({reason}): expected a connection; check the "
             "network and the proxy (https_proxy)"
@@ -333,7 +333,7 @@ def _receive(
             try:
                 chunk = response.read1(_CHUNK)  # what has arrived, so that little is lost
             except (OSError, http.client.HTTPException) as error:
-                raise _CutError(f"the connection was cut ({single_line(error)})") from error
+                raise _TransferError(f"the connection was cut ({single_line(error)})") from error
             if not chunk:
                 break
             rest = memoryview(chunk)
@@ -347,7 +347,7 @@ def _receive(
     # Without a length, the end of the connection is no sign of the end of the file.
     expected = f"at least {entry.min_bytes:,}" if total is None else f"{total:,}"
     if done < (entry.min_bytes if total is None else total):
-        raise _CutError(f"the connection was cut after {done:,} of {expected} bytes")
+        raise _TransferError(f"the connection was cut after {done:,} of {expected} bytes")
 
 
 def _resumable(part: Path, url: str) -> tuple[str, int]:

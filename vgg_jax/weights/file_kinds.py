@@ -69,7 +69,7 @@ def describe_file(path: Path, head: bytes) -> str:
         return f"is a tar archive{_UNPACK}"
     if head[:6] == b"MATLAB" and head[124:128] == b"\x00\x02IM":
         return "is a file of MATLAB 7.3; save it with -v7 in MATLAB"
-    if head[:1] == b"\x80" and head[4:9] != b"\0\0\0\0{" and _TORCH_MAGIC not in head[:32]:
+    if head[:1] == b"\x80" and _TORCH_MAGIC not in head[:32]:
         return "is a pickle that torch.save did not write"
     if _is_text(head):
         return _describe_text(path, head)
