@@ -1,12 +1,19 @@
 """The cost of importing the package, and its public names."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+import tomllib
+import zipfile
+from pathlib import Path
 
 import pytest
 
 import vgg_jax
+
+ROOT = Path(__file__).parents[1]
 
 
 def run_program(name):
@@ -49,6 +56,27 @@ def test_train_names_missing_extra():
     assert "Total params: 132,863,336" in result.stdout
     assert result.stderr.count("\n") == 1
     assert "run pip install -e '.[train]' in a clone of vgg_jax" in result.stderr
+
+
+@pytest.mark.integration
+def test_editable_install_works_from_the_folder_above(tmp_path):
+    """A clone is called vgg_jax, as the package, and Python finds it in the current folder."""
+    clone, packages = tmp_path / "vgg_jax", tmp_path / "site-packages"
+    without_caches = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "vgg_jax", clone / "vgg_jax", ignore=without_caches)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, clone)
+    backend = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["build-backend"]
+    # What `pip install -e` does: build a wheel in the clone, and unpack it.
+    build = f"import {backend} as backend; backend.build_editable('..')"
+    subprocess.run([sys.executable, "-c", build], cwd=clone, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(packages)
+    program = f"import site; site.addsitedir({str(packages)!r}); import vgg_jax; print(vgg_jax)"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-S", "-c", program]  # -S: no other installation is found
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert str(clone / "vgg_jax" / "__init__.py") in result.stdout, result.stderr
 
 
 def test_public_names_exist():
