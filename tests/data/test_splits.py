@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.helpers.tiny_data import encode, indices, noise
-from vgg_jax.data import open_train_val
+from tests.helpers.tiny_data import encode, indices, list_examples, noise
+from vgg_jax.data import open_train_val, sources
 from vgg_jax.data.splits import epoch_seeds, permute_indices
 from vgg_jax.errors import InputError
 
@@ -34,21 +34,74 @@ def test_permute_indices_of_short_sequences():
     assert one.numpy().tolist() == [0]
 
 
-def test_train_val_split_is_frozen():
+def test_division_of_version_1_is_frozen():
     """A resumed run must not validate on its training images, whatever the version of numpy.
 
     The list was printed once.
     """
-    assert indices(open_train_val("digits", seed=0)[1])[:5] == [10, 17, 26, 32, 36]
+    validation = open_train_val("digits", seed=0, version=1)[1]
+    assert indices(validation)[:5] == [10, 17, 26, 32, 36]
 
 
-def test_train_val_split_of_few_images(tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "1.png").write_bytes(encode(noise(4, 4)))
-    sources = open_train_val(str(tmp_path), validation_fraction=0.0)
+def write_images(root, counts):
+    for name, count in counts.items():
+        (root / name).mkdir()
+        for i in range(count):
+            (root / name / f"{i}.png").write_bytes(encode(noise(4, 4, i)))
+    return str(root)
+
+
+def labels_of(source):
+    return [int(example["label"]) for example in list_examples(source)]
+
+
+@pytest.mark.parametrize("storage", ["digits", "folder", "tfrecord", "array_record"])
+def test_classes_are_held_out_alike(storage, tmp_path, request):
+    data, folder = storage, None
+    if storage == "folder":
+        data = write_images(tmp_path, {"a": 10, "b": 20, "c": 7})
+    elif storage != "digits":
+        data, folder = "numbers", request.getfixturevalue("prepared")[storage]
+    for seed in range(3):
+        train, validation = open_train_val(
+            data, data_dir=folder, seed=seed, validation_fraction=0.3
+        )
+        counts, held_out = (np.bincount(labels_of(source)) for source in (train, validation))
+        assert np.all(np.abs(held_out - 0.3 * (counts + held_out)) < 1)
+
+
+def test_images_left_out_are_not_divided(tmp_path):
+    data = write_images(tmp_path, {"a": 10, "b": 10})
+    exclude = [f"a/{i}.png" for i in range(8)]
+    train, validation = open_train_val(data, exclude=exclude, validation_fraction=0.5)
+    assert np.bincount(labels_of(train)).tolist() == [1, 5]
+    assert np.bincount(labels_of(validation)).tolist() == [1, 5]
+
+
+def test_classes_without_validation_images_are_reported(tmp_path, caplog):
+    data = write_images(tmp_path, {"a": 10, "b": 1})
+    train, validation = open_train_val(data)
+    assert (set(labels_of(train)), labels_of(validation)) == ({0, 1}, [0])
+    assert "1 of the 2 classes of" in caplog.text and "for example 'b', which has 1" in caplog.text
+    caplog.clear()
+    open_train_val(data, version=1)
+    assert not caplog.text
+
+
+def test_division_of_few_images(tmp_path):
+    data = write_images(tmp_path, {"a": 1})
+    sources = open_train_val(data, validation_fraction=0.0)
     assert [source.size for source in sources] == [1, 0]
-    with pytest.raises(InputError, match="no image is left to train on"):
-        open_train_val(str(tmp_path))
+    with pytest.raises(InputError, match=r"no image of .* can be held out"):
+        open_train_val(data)
     (tmp_path / "a" / "2.png").write_bytes(encode(noise(4, 4)))
-    sources = open_train_val(str(tmp_path), validation_fraction=0.01)
+    sources = open_train_val(data, validation_fraction=0.01)
     assert [source.size for source in sources] == [1, 1]
+
+
+def test_large_records_are_divided_at_random(prepared, monkeypatch, caplog):
+    """Their labels are not read."""
+    caplog.set_level("INFO")
+    monkeypatch.setattr(sources, "MAX_BYTES_IN_MEMORY", 1)
+    open_train_val("numbers", data_dir=prepared["tfrecord"])
+    assert "without regard to their classes" in caplog.text

@@ -1,7 +1,9 @@
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from tests.helpers.tiny_data import (
     NUMBERS,
@@ -11,7 +13,8 @@ from tests.helpers.tiny_data import (
     colour,
     list_examples,
 )
-from vgg_jax.data import decode, open_split, open_train_val
+from vgg_jax.data import decode, open_split, open_train_val, tfds
+from vgg_jax.data.splits import epoch_seeds
 from vgg_jax.data.tfds import find_prepared, record_splits
 from vgg_jax.errors import InputError
 
@@ -116,3 +119,75 @@ def test_records_of_cifar10(shared_data, folder_name):
         for examples in (source.examples(None, 0), reference.examples(None, 0))
     )
     assert actual == expected
+
+
+def places(reader, size, epochs):
+    """The place of each record in each epoch, int (epochs, size)."""
+    places = np.empty((epochs, size), int)
+    for epoch in range(epochs):
+        seed, _ = epoch_seeds(0, tf.constant(epoch, tf.int64))
+        batches = reader(seed).map(lambda example: example["index"]).batch(size)
+        (order,) = batches.as_numpy_iterator()
+        assert len(order) == size
+        places[epoch, np.argsort(np.argsort(order))] = np.arange(size)
+    return places
+
+
+def reader_of(files, version):
+    """A reader of all records of 10 bytes each."""
+    num_bytes = 10 * files.num_examples
+    select = tfds._tfrecord_selector(files, num_bytes, lambda record: record, version)
+    return select(np.arange(files.num_examples))
+
+
+def largest_correlation(places):
+    epochs = len(places)
+    return np.abs(np.corrcoef(places) - np.eye(epochs)).max()
+
+
+@pytest.fixture(scope="module")
+def five_files(tmp_path_factory):
+    """5,000 records in five TFRecord files, as CIFAR-10's 45,000 are stored."""
+    folder = tmp_path_factory.mktemp("five_files")
+    paths = [str(folder / f"{i}.tfrecord") for i in range(5)]
+    for i, path in enumerate(paths):
+        with tf.io.TFRecordWriter(path) as writer:
+            for j in range(1000):
+                writer.write(f"{i} {j}".encode())
+    return SimpleNamespace(filepaths=paths, shard_lengths=[1000] * 5, num_examples=5000)
+
+
+def test_records_that_fit_into_memory_are_shuffled_completely(five_files, monkeypatch):
+    in_epochs = places(reader_of(five_files, 2), 5000, epochs=8)
+    assert largest_correlation(in_epochs) < 5 / np.sqrt(5000)
+    neighbours = np.abs(np.diff(in_epochs)).mean() / 5000
+    assert abs(neighbours - 1 / 3) < 0.01  # the mean distance of two random places
+    monkeypatch.setattr(tfds, "SHUFFLE_BUFFER_OF_VERSION_1", 5000 * 8192 // 45000)
+    assert largest_correlation(places(reader_of(five_files, 1), 5000, epochs=2)) > 0.7
+
+
+def test_larger_records_are_shuffled_by_files_and_a_buffer(five_files, monkeypatch):
+    """The correlation of two epochs is that of five random rotations: 0 on average."""
+    monkeypatch.setattr(tfds, "MAX_BYTES_IN_MEMORY", 10_000)  # a fifth of the records
+    in_epochs = places(reader_of(five_files, 2), 5000, epochs=12)
+    correlations = np.corrcoef(in_epochs)[np.triu_indices(12, 1)]
+    assert abs(correlations.mean()) < 0.1 and np.abs(correlations).max() < 0.6
+    assert all(sorted(place) == list(range(5000)) for place in in_epochs.tolist())
+
+
+def test_records_in_memory_of_another_number(five_files):
+    files = SimpleNamespace(**vars(five_files) | {"num_examples": 5001})
+    with pytest.raises(tf.errors.OpError, match="5000 records instead of 5001: prepare it again"):
+        next(iter(reader_of(files, 2)(SEED)))
+
+
+def test_large_records_resume(prepared, monkeypatch):
+    monkeypatch.setattr(tfds, "MAX_BYTES_IN_MEMORY", 1000)
+    check_order(open_split("numbers", "train", data_dir=prepared["tfrecord"]))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_records_of_cifar10_are_shuffled(shared_data, version):
+    source, _ = open_train_val("cifar10", data_dir=str(shared_data / "tfds"), version=version)
+    correlation = largest_correlation(places(source.examples, source.size, epochs=2))
+    assert correlation > 0.5 if version == 1 else correlation < 5 / np.sqrt(source.size)

@@ -4,6 +4,7 @@ All randomness is on: dropout, scale jitter, mirroring and colour shift.
 """
 
 import dataclasses
+import json
 import logging
 import os
 import signal
@@ -13,10 +14,11 @@ import numpy as np
 import pytest
 
 from tests.helpers.runs import make_config
-from tests.helpers.tiny_data import encode, noise
+from tests.helpers.tiny_data import encode, indices, noise
 from tools.soak import result
-from vgg_jax import preset
+from vgg_jax import evaluate, load, preset
 from vgg_jax.distributed.sharding import make_mesh
+from vgg_jax.evaluation.evaluate import load_evaluation
 from vgg_jax.training.loop import fit
 from vgg_jax.training.trainer import Trainer
 
@@ -150,3 +152,34 @@ def test_fit_resumes_on_fewer_devices(tmp_path, monkeypatch):
         np.testing.assert_allclose(array, expected, rtol=1e-3, atol=1e-5)
 
     jax.tree.map(assert_close, arrays, expected_arrays)
+
+
+def test_run_of_version_1_keeps_its_validation_images(tmp_path, monkeypatch):
+    """When it resumes and when it is evaluated. A new run divides by class."""
+    data, workdir = write_photos(tmp_path / "data"), tmp_path / "run"
+    config = make_config(data, validation_fraction=0.25, epochs=1)
+    held_out = []
+
+    class RecordingTrainer(Trainer):
+        def __init__(self, setup, *args, **options):
+            source = setup.validation
+            held_out.append([source.file_name(index) for index in indices(source)])
+            super().__init__(setup, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vgg_jax.training.setup.INPUT_VERSION", 1)
+        fit(config, workdir, trainer_class=RecordingTrainer)
+    path = workdir / "run.json"
+    run = json.loads(path.read_text())
+    assert run.pop("input_version") == 1
+    path.write_text(json.dumps(run))  # 0.1.0 wrote no version
+    fit(config, workdir, trainer_class=RecordingTrainer)
+    fit(config, tmp_path / "new", trainer_class=RecordingTrainer)
+    assert held_out[0] == held_out[1] != held_out[2]
+    counts = [sum("/ants/" in name for name in names) for names in held_out]
+    assert (
+        counts[2] == 3 != counts[0]
+        and json.loads((tmp_path / "new" / "run.json").read_text())["input_version"] == 2
+    )
+    evaluate(*load(workdir), protocol="center", out=tmp_path / "evaluated")
+    assert load_evaluation(tmp_path / "evaluated" / "posteriors.npz").files.tolist() == held_out[0]

@@ -128,6 +128,7 @@ def _read_split(
         file_name=lambda index: os.fsdecode(paths[index].numpy()),
         skipped=tuple(not_images),
         excluded=len(listed.paths) - len(files.paths),
+        labels=images.labels,
     )
 
 

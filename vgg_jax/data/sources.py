@@ -2,14 +2,17 @@
 
 import dataclasses
 import functools
+import logging
 import os
 from collections.abc import Callable, Collection, Iterable
 
 import numpy as np
 import tensorflow as tf
 
+from vgg_jax.data.batches import BatchIterator
 from vgg_jax.data.folder import folder_splits
 from vgg_jax.data.splits import (
+    MAX_BYTES_IN_MEMORY,
     DataSource,
     StoredSplit,
     exclude_records,
@@ -17,12 +20,15 @@ from vgg_jax.data.splits import (
     random_access,
     record_name,
     subset,
-    train_val_split,
 )
 from vgg_jax.data.tfds import record_splits
+from vgg_jax.division import INPUT_VERSION, Division, divide_at_random, divide_by_class
 from vgg_jax.errors import InputError, install_hint
 from vgg_jax.paths import is_remote
 
+logger = logging.getLogger(__name__)
+
+LABELS_PER_BATCH = 1024
 VALIDATION = ("validation", "val", "valid")  # names of the validation split
 
 
@@ -35,10 +41,12 @@ def open_train_val(
     skip_bad: bool = False,
     exclude: Collection[str] = (),
     download: bool = False,
+    version: int = INPUT_VERSION,
 ) -> tuple[DataSource, DataSource]:
     """Opens the training and the validation split of a data set, but never a test split.
 
-    Without a validation split, a part of the training split is held out.
+    Without a validation split, a part of the training split is held out: the same fraction of each
+    class, if its labels are known or are read soon.
 
     Args:
         data: "digits", an image folder, or a name of TensorFlow Datasets.
@@ -49,6 +57,7 @@ def open_train_val(
         skip_bad: Leave out files that are not images. Otherwise they are an error.
         exclude: Names of images to leave out, as from `read_exclude_list`.
         download: Download a data set that is not prepared.
+        version: Version of the choice of images, and of the orders of epochs.
 
     Returns:
         The training and the validation source.
@@ -57,7 +66,7 @@ def open_train_val(
         InputError: The data is missing or cannot be used.
     """
     exclude = frozenset(exclude)
-    splits = _find_splits(data, data_dir, skip_bad, exclude, download)
+    splits = _find_splits(data, data_dir, skip_bad, exclude, download, version)
     train = _pick(splits, ("train",), data)()
     for name in VALIDATION:
         if name in splits:
@@ -65,18 +74,37 @@ def open_train_val(
             _check_exclude_list(exclude, train.excluded + validation.excluded, data, splits)
             return full(train), full(validation)
     _check_exclude_list(exclude, train.excluded, data, splits)
-    kept, held_out = (
-        train.usable[positions]
-        for positions in train_val_split(len(train.usable), validation_fraction, seed)
-    )
-    if not len(kept):
-        raise InputError(
-            f"{train.name} has {len(train.usable)} image(s) and validation takes {len(held_out)}: "
-            "no image is left to train on; pass a smaller --validation-fraction"
-        )
+    division = _divide(train, validation_fraction, seed, version)
+    kept, held_out = train.usable[division.train], train.usable[division.held_out]
     # The skipped files are counted with the training source.
     held_out_source = subset(train, held_out, f"{train.name} (held out)")
     return subset(train, kept, train.name), dataclasses.replace(held_out_source, skipped=())
+
+
+def _divide(split: StoredSplit, fraction: float, seed: int, version: int) -> Division:
+    """Divides the usable images of a split."""
+    size = len(split.usable)
+    if version == 1 or (split.labels is None and split.num_bytes > MAX_BYTES_IN_MEMORY):
+        if version > 1 and fraction:
+            logger.info(
+                f"{split.name}: the validation images are drawn without regard to their classes, "
+                f"since reading all labels would take a pass over {split.num_bytes / 1e9:.0f} GB"
+            )
+        return divide_at_random(size, fraction, seed)
+    labels = _read_labels(split) if split.labels is None else split.labels
+    return divide_by_class(split.name, split.classes, labels, fraction, seed)
+
+
+def _read_labels(split: StoredSplit) -> np.ndarray:
+    """Reads the classes of the usable images, int32 (n,)."""
+    source = full(split)
+    batches = BatchIterator(
+        source,
+        lambda number: source.examples(None, number * LABELS_PER_BATCH),
+        lambda example: {"index": example["index"], "label": example["label"]},
+        LABELS_PER_BATCH,
+    )
+    return np.concatenate([batch["label"] for batch in batches])
 
 
 def open_split(
@@ -130,7 +158,12 @@ def split_names(
 
 
 def _find_splits(
-    data: str, data_dir: str | None, skip_bad: bool, exclude: Collection[str], download: bool
+    data: str,
+    data_dir: str | None,
+    skip_bad: bool,
+    exclude: Collection[str],
+    download: bool,
+    version: int = INPUT_VERSION,
 ) -> dict[str, Callable[[], StoredSplit]]:
     if data == "digits":
         return {"train": functools.partial(_digits, exclude)}
@@ -144,7 +177,7 @@ def _find_splits(
         or folder.endswith(os.sep)
     ):
         return folder_splits(folder, skip_bad, exclude)
-    return record_splits(data, data_dir, exclude, download)
+    return record_splits(data, data_dir, exclude, download, version)
 
 
 def _pick(

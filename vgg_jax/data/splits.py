@@ -19,8 +19,9 @@ INDICES_PER_CALL = 64
 # Examples that are prepared at the same time. With one per core, a slow one would hold up the
 # others.
 PARALLEL_EXAMPLES = 2 * CORES
-# Encoded records of a sequential file in memory (docs/performance.md#memory-of-the-input).
-SHUFFLE_BUFFER = 8192
+# Encoded records of a split in memory (docs/performance.md#memory-of-the-input). A split of this
+# size is shuffled completely.
+MAX_BYTES_IN_MEMORY = 2**30
 
 
 class HostShard(NamedTuple):
@@ -95,6 +96,9 @@ class StoredSplit:
         usable: Indices of the examples that are images and are not excluded, int64 (n,), sorted.
         select: Makes the reader of the examples at some indices, int64 (n,), sorted.
         excluded: Number of examples that are left out because they were to be excluded.
+        labels: Class of each usable example, int (n,), or None if it is only known once the
+            example is read.
+        num_bytes: Size of the encoded examples, if known.
     """
 
     name: str
@@ -105,6 +109,8 @@ class StoredSplit:
     file_name: Callable[[int], str]
     skipped: tuple[str, ...] = ()
     excluded: int = 0
+    labels: np.ndarray | None = None
+    num_bytes: int = 0
 
 
 def steps_per_epoch(source: DataSource, batch_size: int) -> int:
@@ -201,25 +207,6 @@ def map_with_fallback(
     )
 
 
-def train_val_split(size: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Divides examples at random into a training and a validation part.
-
-    Args:
-        size: Number of examples.
-        fraction: Fraction for validation, which gets at least one example unless it is 0.
-        seed: Seed of the division.
-
-    Returns:
-        Indices for training and for validation, both int64 and sorted.
-    """
-    # RandomState's stream is frozen. A new numpy must not move training images into the validation
-    # part of a resumed run.
-    permutation = np.random.RandomState(np.random.MT19937(seed)).permutation(size)
-    count = max(1, round(size * fraction)) if fraction else 0
-    train, validation = np.sort(permutation[count:]), np.sort(permutation[:count])
-    return train.astype(np.int64), validation.astype(np.int64)
-
-
 def epoch_seeds(seed: int, epoch: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """Derives the seeds of an epoch.
 
@@ -307,6 +294,7 @@ def sequential(
     size: int,
     scan: Callable[[tf.Tensor | None], tf.data.Dataset],
     parse: Callable[[dict], dict],
+    shuffle_buffer: int,
 ) -> ExampleReader:
     """Makes a reader for storage that is read from its beginning.
 
@@ -317,6 +305,7 @@ def sequential(
         size: Number of all records.
         scan: Reads all records {"index", "record"}, and takes the files in a seeded order.
         parse: Makes an example of a record.
+        shuffle_buffer: Records that are shuffled together, after the files are.
 
     Returns:
         The reader.
@@ -332,7 +321,7 @@ def sequential(
         if seed is not None:
             # The second number of a folded seed is the epoch itself, so draw one from both.
             number = tf.random.stateless_uniform((), seed, minval=None, maxval=None, dtype=tf.int64)
-            records = records.shuffle(SHUFFLE_BUFFER, seed=number, reshuffle_each_iteration=False)
+            records = records.shuffle(shuffle_buffer, seed=number, reshuffle_each_iteration=False)
         records = records.skip(start)
         if shard is not None:
             batch_size = shard.batch_size

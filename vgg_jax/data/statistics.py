@@ -1,54 +1,16 @@
-"""Colours of a data set: the mean to subtract, and the basis of the colour shift (§2.1, §3.1)."""
-
-import dataclasses
+"""Measures the colours of image files."""
 
 import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-from vgg_jax.configs.colours import ColourStatistics
+from vgg_jax.colours import ColourMeasurements, from_sums
 from vgg_jax.data.batches import BatchIterator
 from vgg_jax.data.decode import decode
 from vgg_jax.data.splits import DataSource
 from vgg_jax.errors import InputError
 
 IMAGES_PER_BATCH = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class ColourMeasurements:
-    """Colours of a data set, RGB, 0-255.
-
-    `pixel_*` count each pixel once. `image_*` are averages over the images. `image_std` is smaller
-    than `pixel_std`, because it does not contain the variance of the images' means.
-
-    Attributes:
-        count: Number of images.
-        pixel_mean: Mean of all pixels, float64 (3,), as are the next four.
-        pixel_std: Standard deviation of all pixels.
-        image_mean: Average of the images' means.
-        image_std: Average of the images' standard deviations.
-        eigenvalues: Eigenvalues of the covariance of all pixels, largest first.
-        eigenvectors: float64 (3, 3); column j belongs to eigenvalue j, and its largest entry is
-            positive.
-    """
-
-    count: int
-    pixel_mean: np.ndarray
-    pixel_std: np.ndarray
-    image_mean: np.ndarray
-    image_std: np.ndarray
-    eigenvalues: np.ndarray
-    eigenvectors: np.ndarray
-
-    @property
-    def statistics(self) -> ColourStatistics:
-        """The mean, eigenvalues and eigenvectors as plain numbers, for training."""
-        return ColourStatistics(
-            mean_rgb=tuple(self.pixel_mean.tolist()),
-            eigenvalues=tuple(self.eigenvalues.tolist()),
-            eigenvectors=tuple(map(tuple, self.eigenvectors.tolist())),
-        )
 
 
 def measure_colours(
@@ -94,21 +56,7 @@ def measure_colours(
             sums += batch["sums"].sum(0)
             count += int(batch["mask"].sum())
             bar.update(len(batch["sums"]))
-    num_pixels = sums[0, 0, 0]
-    mean = sums[1, 0] / num_pixels
-    covariance = sums[2] / num_pixels - np.outer(mean, mean)
-    eigenvalues, eigenvectors = np.linalg.eigh(covariance)
-    eigenvalues, eigenvectors = np.maximum(eigenvalues[::-1], 0), eigenvectors[:, ::-1]
-    largest = np.take_along_axis(eigenvectors, np.abs(eigenvectors).argmax(0)[None], 0)
-    return ColourMeasurements(
-        count=count,
-        pixel_mean=mean,
-        pixel_std=np.sqrt(np.diag(covariance).clip(0)),
-        image_mean=sums[3, 0] / count,
-        image_std=sums[4, 0] / count,
-        eigenvalues=eigenvalues,
-        eigenvectors=eigenvectors * np.sign(largest),
-    )
+    return from_sums(sums, count)
 
 
 def _sums(example: dict) -> dict:

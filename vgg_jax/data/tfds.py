@@ -3,6 +3,7 @@
 import functools
 import os
 import re
+import threading
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -12,6 +13,9 @@ import tensorflow as tf
 from vgg_jax.data.filesystem import exists, is_dir, listdir
 from vgg_jax.data.splits import (
     CORES,
+    MAX_BYTES_IN_MEMORY,
+    ExampleReader,
+    HostShard,
     StoredSplit,
     exclude_records,
     permute_indices,
@@ -19,6 +23,7 @@ from vgg_jax.data.splits import (
     record_name,
     sequential,
 )
+from vgg_jax.division import INPUT_VERSION
 from vgg_jax.errors import InputError, install_hint, single_line
 from vgg_jax.paths import is_remote
 
@@ -26,10 +31,19 @@ NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[\w.+-]+))?(:(?P<version>\d+\.\d+\
 VERSION = re.compile(r"\d+\.\d+\.\d+")
 # TFRecord files that are interleaved, so that the records of one file do not come together.
 CYCLE_LENGTH = 16
+# Files of a large split that are few enough to begin at a random record of each. More files are in
+# another order each epoch, which is enough (docs/performance.md#orders-of-an-epoch).
+FEW_FILES = 64
+SHUFFLE_BUFFER_OF_VERSION_1 = 8192  # records
+RECORDS_PER_READ = 1024
 
 
 def record_splits(
-    data: str, data_dir: str | None, exclude: Collection[str], download: bool
+    data: str,
+    data_dir: str | None,
+    exclude: Collection[str],
+    download: bool,
+    version: int = INPUT_VERSION,
 ) -> dict[str, Callable[[], StoredSplit]]:
     """Finds the splits of a data set of TensorFlow Datasets.
 
@@ -38,6 +52,7 @@ def record_splits(
         data_dir: Folder of the prepared data sets.
         exclude: Names of records to leave out.
         download: Download and prepare the data set if it is not prepared.
+        version: Version of the orders of epochs.
 
     Returns:
         For each split, a function that opens it. It raises InputError if files are missing.
@@ -64,7 +79,7 @@ def record_splits(
     image, label = _image_and_label(tfds, info, data)
     return {
         name: functools.partial(
-            _open_split, tfds, info, f"{data} {name}", name, image, label, exclude
+            _open_split, tfds, info, f"{data} {name}", name, image, label, exclude, version
         )
         for name in info.splits
     }
@@ -186,7 +201,14 @@ def _image_and_label(tfds: Any, info: Any, data: str) -> tuple[str, str]:
 
 
 def _open_split(
-    tfds: Any, info: Any, name: str, split: str, image: str, label: str, exclude: Collection[str]
+    tfds: Any,
+    info: Any,
+    name: str,
+    split: str,
+    image: str,
+    label: str,
+    exclude: Collection[str],
+    version: int,
 ) -> StoredSplit:
     features = tfds.features.FeaturesDict({key: info.features[key] for key in (image, label)})
     files = info.splits[split]
@@ -207,9 +229,9 @@ def _open_split(
         }
 
     size, file_format = files.num_examples, info.file_format
+    num_bytes = files.num_bytes or sum(tf.io.gfile.stat(path).length for path in files.filepaths)
     if file_format == tfds.core.FileFormat.TFRECORD:
-        scan = functools.partial(_scan, files)
-        select = functools.partial(sequential, size=size, scan=scan, parse=parse)
+        select = _tfrecord_selector(files, num_bytes, parse, version)
     elif file_format == tfds.core.FileFormat.ARRAY_RECORD:
         read = functools.partial(_read, _open_array_records(files), parse)
         select = functools.partial(random_access, read=read)
@@ -223,23 +245,93 @@ def _open_split(
         classes=tuple(info.features[label].names),
         select=select,
         file_name=functools.partial(record_name, name),
+        num_bytes=num_bytes,
         **exclude_records(name, f"{info.full_name} {file_format.value}", size, exclude),
     )
 
 
-def _scan(files: Any, seed: tf.Tensor | None) -> tf.data.Dataset:
+def _tfrecord_selector(
+    files: Any, num_bytes: int, parse: Callable[[dict], dict], version: int
+) -> Callable[[np.ndarray], ExampleReader]:
+    """Makes `StoredSplit.select` for TFRecord files, which are read from their beginning.
+
+    A split that fits into memory is read once, and then shuffled as storage with random access is.
+    A larger one is shuffled by files, and by a buffer.
+    """
+    size, is_first = files.num_examples, version == 1
+    if is_first:
+        buffer = SHUFFLE_BUFFER_OF_VERSION_1
+    else:
+        buffer = max(1, MAX_BYTES_IN_MEMORY * size // max(1, num_bytes))
+    scan = functools.partial(
+        _scan, files, rotate=not is_first and len(files.filepaths) <= FEW_FILES
+    )
+    scan_selected = functools.partial(
+        sequential, size=size, scan=scan, parse=parse, shuffle_buffer=buffer
+    )
+    if is_first or buffer < size:
+        return scan_selected
+    read = functools.partial(_read, _RecordsInMemory(files), parse)
+
+    def select(indices: np.ndarray) -> ExampleReader:
+        in_order, shuffled = scan_selected(indices), random_access(indices, read)
+
+        def examples(
+            seed: tf.Tensor | None, start: tf.Tensor | int = 0, shard: HostShard | None = None
+        ) -> tf.data.Dataset:
+            return (in_order if seed is None else shuffled)(seed, start, shard)
+
+        return examples
+
+    return select
+
+
+class _RecordsInMemory:
+    """All records of a split's TFRecord files, which are read at the first access."""
+
+    def __init__(self, files: Any) -> None:
+        self._paths, self._size = [os.fspath(path) for path in files.filepaths], files.num_examples
+        self._records: list[bytes] = []
+        self._lock = threading.Lock()
+
+    def __getitems__(self, indices: list[int]) -> list[bytes]:
+        with self._lock:
+            if not self._records:
+                self._records = self._read_all()
+        return [self._records[index] for index in indices]
+
+    def _read_all(self) -> list[bytes]:
+        batches = tf.data.TFRecordDataset(self._paths).batch(RECORDS_PER_READ)
+        records = [record for batch in batches.as_numpy_iterator() for record in batch]
+        if len(records) != self._size:
+            raise ValueError(
+                f"its files hold {len(records)} records instead of {self._size}: prepare it again"
+            )
+        return records
+
+
+def _scan(files: Any, seed: tf.Tensor | None, rotate: bool) -> tf.data.Dataset:
     """Reads {"index", "record"} of all TFRecord files of a split.
 
     Without a seed, one file follows the other. With a seed, the files are shuffled and
-    interleaved.
+    interleaved. With `rotate`, each begins at a random record, and its first records follow its
+    last one.
     """
     paths = tf.constant([os.fspath(path) for path in files.filepaths])
+    lengths = tf.constant(files.shard_lengths, tf.int64)
     first = tf.constant(np.cumsum([0, *files.shard_lengths])[:-1], tf.int64)
 
     def read_file(file: tf.Tensor) -> tf.data.Dataset:
         if seed is not None:
             file = permute_indices(file, seed, len(files.filepaths))
-        return tf.data.TFRecordDataset(paths[file]).enumerate(first[file])
+        records = tf.data.TFRecordDataset(paths[file]).enumerate(first[file])
+        if seed is None or not rotate:
+            return records
+        file_seed = tf.random.experimental.stateless_fold_in(seed, file)
+        start = tf.random.stateless_uniform(
+            (), file_seed, minval=0, maxval=tf.maximum(lengths[file], 1), dtype=tf.int64
+        )
+        return records.skip(start).concatenate(records.take(start))
 
     cycle_length = 1 if seed is None else min(CYCLE_LENGTH, len(files.filepaths))
     records = tf.data.Dataset.range(len(files.filepaths)).interleave(

@@ -5,9 +5,9 @@ They work eagerly and inside `Dataset.map`. Sides are (height, width) in pixels.
 
 from typing import NamedTuple
 
-import numpy as np
 import tensorflow as tf
 
+from vgg_jax.colours import shift_components
 from vgg_jax.configs.colours import ColourStatistics
 from vgg_jax.configs.evaluation import MAX_IMAGE_PIXELS
 from vgg_jax.configs.train import TrainConfig
@@ -113,7 +113,7 @@ def sample_augmentation(
     scale = smallest + tf.cast(uniform[0] * (largest - smallest + 1), tf.int32)
     if config.crop == "centre":
         uniform[1:3] = [tf.fill(tf.shape(index), tf.constant(0.5, tf.float64))] * 2
-    components = _components(config.colour_convention, statistics)
+    components = shift_components(config.colour_convention, statistics)
     return AugmentParams(
         scale=tf.minimum(scale, largest),
         y_fraction=uniform[1],
@@ -121,20 +121,6 @@ def sample_augmentation(
         flip=uniform[3] < (0.5 if config.flip else 0.0),
         colour_shift=sum(column * alpha[..., k, None] for k, column in enumerate(components.T)),
     )
-
-
-def _components(convention: str, statistics: ColourStatistics) -> np.ndarray:
-    """Eigenvectors, scaled so that three normal alphas give a colour shift.
-
-    They are the columns of a float32 (3, 3): RGB, in the units of 0-255 pixels. The printed
-    formula multiplies an eigenvector by its variance. For 0-255 pixels, that shift would be far
-    too large.
-    """
-    eigenvalues = np.array(statistics.eigenvalues)
-    # "deviation" is the convention of Krizhevsky's own code and of MatConvNet. "variance" is that
-    # of fb.resnet.torch, whose pixels are in [0, 1]: divide by 255², then multiply by 255.
-    scale = np.sqrt(eigenvalues) if convention == "deviation" else eigenvalues / 255
-    return (np.array(statistics.eigenvectors) * scale).astype(np.float32)
 
 
 def flip(image: tf.Tensor, mirror: tf.Tensor) -> tf.Tensor:

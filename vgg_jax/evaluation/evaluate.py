@@ -209,10 +209,14 @@ def _open_source(
     }
     if split not in VALIDATION:
         return data, open_split(data, split, **options)
-    train, validation = open_train_val(
-        data, validation_fraction=config.validation_fraction, seed=config.seed, **options
-    )
     run = load_run(to_path(metadata["path"]))
+    train, validation = open_train_val(
+        data,
+        validation_fraction=config.validation_fraction,
+        seed=config.seed,
+        version=run.input_version,
+        **options,
+    )
     expected = (run.storage, run.train_size, run.validation_size)
     actual = (train.storage, train.size, validation.size)
     if actual != expected:

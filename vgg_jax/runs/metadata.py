@@ -7,6 +7,7 @@ from typing import Any
 
 from vgg_jax.configs.colours import ColourStatistics
 from vgg_jax.configs.train import TrainConfig
+from vgg_jax.division import INPUT_VERSION
 from vgg_jax.errors import InputError, single_line
 from vgg_jax.paths import is_remote, to_path
 from vgg_jax.runs.files import atomic_write, translate_write_errors
@@ -27,6 +28,7 @@ class RunMetadata:
     validation_size: int  # images
     # Root mean square of the pretrained activations that a new fc6 reads, if there is one.
     activation_rms: float | None = None
+    input_version: int = 1  # see `vgg_jax.division.INPUT_VERSION`; 0.1.0 did not write it
 
 
 def load_existing_run(workdir: Path) -> RunMetadata | None:
@@ -172,6 +174,8 @@ def _check_types(run: RunMetadata) -> None:
         raise TypeError("its classes and its storage are not names")
     if not all(isinstance(size, int) for size in (run.train_size, run.validation_size)):
         raise TypeError("its sizes are not integers")
+    if run.input_version not in range(1, INPUT_VERSION + 1):
+        raise TypeError(f"its input_version is not one of 1 to {INPUT_VERSION}")
     if not isinstance(run.activation_rms, float | None):
         raise TypeError("its activation_rms is not a number")
 

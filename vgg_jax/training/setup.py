@@ -22,6 +22,7 @@ from vgg_jax.data import (
 )
 from vgg_jax.distributed.multihost import assert_same_on_all, run_on_main_and_broadcast
 from vgg_jax.distributed.sharding import MeshConfig, make_mesh
+from vgg_jax.division import INPUT_VERSION
 from vgg_jax.errors import InputError
 from vgg_jax.runs.metadata import (
     RunMetadata,
@@ -100,7 +101,8 @@ def prepare_run(
     if config.init_from is not None and start is not Start.RESUMED:
         pretrained = Pretrained(*load(config.init_from))
 
-    train, validation = _open_data(config, data_dir, download)
+    version = existing.input_version if existing else INPUT_VERSION
+    train, validation = _open_data(config, data_dir, download, version)
     run = RunMetadata(
         config,
         train.classes,
@@ -109,6 +111,7 @@ def prepare_run(
         train.size,
         validation.size,
         existing.activation_rms if existing else None,
+        input_version=version,
     )
     assert_same_on_all(
         as_json(run)["config"]
@@ -158,7 +161,7 @@ def find_existing_run(workdir: Path) -> tuple[RunMetadata | None, Start]:
 
 
 def _open_data(
-    config: TrainConfig, data_dir: str | Path | None, download: bool
+    config: TrainConfig, data_dir: str | Path | None, download: bool, version: int
 ) -> tuple[DataSource, DataSource]:
     """Opens the training and the validation images, and logs their numbers."""
     folder = None if data_dir is None else str(data_dir)
@@ -177,6 +180,7 @@ def _open_data(
         skip_bad=config.skip_bad,
         exclude=config.exclude,
         download=download,
+        version=version,
     )
     logger.info(
         f"{config.data}: {train.size} training and {validation.size} validation images "
