@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 import vgg_jax
 from tests.helpers.corrupt_images import CORRUPT
-from tests.helpers.image_files import FILES, ORIENTED, UNUSUAL, broken_exif
+from tests.helpers.image_files import FILES, ORIENTED, TURNED, UNUSUAL, broken_exif
 from tests.helpers.tiny_data import encode, encode_with_exif, noise
 from vgg_jax import InputError
 from vgg_jax.configs.train import TrainConfig
@@ -118,21 +118,13 @@ def test_preprocess_exif_orientation(tmp_path, exif):
         )
 
 
-def test_preprocess_ignores_exif_of_png(tmp_path):
-    exif = Image.Exif()
-    exif[0x112] = 6
-    paths = write(tmp_path, [encode(noise(40, 60), exif=exif.tobytes())])
+@pytest.mark.parametrize("name", TURNED)
+def test_preprocess_finds_exif_in_each_container(tmp_path, name):
+    paths = write(tmp_path, [TURNED[name]])
     assert check_against_evaluation(paths, describe()) < 0.01
-    # A converted image has no format, and counts as a JPEG.
-    converted = open_image(paths[0]).convert("RGB")
-    turned = ImageOps.exif_transpose(converted)
-    np.testing.assert_array_equal(
-        vgg_jax.preprocess([converted], describe()), vgg_jax.preprocess([turned], describe())
-    )
-    del converted.info["exif"]
-    np.testing.assert_array_equal(
-        vgg_jax.preprocess([converted], describe()), vgg_jax.preprocess(paths, describe())
-    )
+    expected = vgg_jax.preprocess([ImageOps.exif_transpose(open_image(paths[0]))], describe())
+    for image in (paths[0], open_image(paths[0])):
+        np.testing.assert_array_equal(vgg_jax.preprocess([image], describe()), expected)
 
 
 def test_preprocess_arrays():

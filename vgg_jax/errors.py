@@ -1,5 +1,7 @@
 """Exceptions whose message is meant for the user."""
 
+from collections.abc import Sequence
+
 # The exit code if another process of the run ended. `vgg_jax.cli.exit_codes` lists the others.
 PROCESS_LOST_EXIT_CODE = 76
 
@@ -32,3 +34,17 @@ def single_line(error: BaseException | str, max_length: int | None = 200) -> str
         The message with single spaces. It is the class's name if the message is empty.
     """
     return " ".join(str(error).split())[:max_length] or type(error).__name__
+
+
+def shorten_names(names: Sequence[str], max_names: int = 5) -> str:
+    """Lists names, for use inside a message.
+
+    Args:
+        names: The names.
+        max_names: Number of names that are shown.
+
+    Returns:
+        "'ants', 'bees' and 3 more".
+    """
+    shown = ", ".join(map(repr, names[:max_names]))
+    return shown + (f" and {len(names) - max_names} more" if len(names) > max_names else "")

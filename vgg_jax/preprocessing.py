@@ -8,7 +8,7 @@ import io
 import numbers
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -28,7 +28,6 @@ AnyArray = TypeVar("AnyArray", np.ndarray, "Array")
 # Pillow has the same limit. A file of a few kilobytes can decode to gigabytes of pixels.
 MAX_DECODED_PIXELS = 178_956_970
 
-EXIF_HEAD = 4096  # bytes; EXIF is at the start of a JPEG, or after the 18 bytes of JFIF
 _EXIF_MARKER = b"Exif\0\0"
 _ORIENTATION_TAG = 0x112
 _LONG = 4  # EXIF's number for the type "32-bit integer"
@@ -47,11 +46,8 @@ def preprocess(
     A grey image gets three equal channels, and an alpha channel is dropped. Of 16 bits, the high
     8 are kept.
 
-    A JPEG is turned upright by its EXIF orientation, if the metadata's `exif` is true. Files of
-    other formats are not turned. A PIL image is turned as its file would be, unless
-    `ImageOps.exif_transpose` has turned it already. A PIL image without a format, such as a
-    converted one, counts as a JPEG: with EXIF in its `info` it is turned, even if it comes from a
-    PNG. Pass the path or the opened image instead, or delete `info["exif"]`.
+    An image is turned upright by its EXIF orientation, if the metadata's `exif` is true. A PIL
+    image is turned as its file would be, unless `ImageOps.exif_transpose` has turned it already.
 
     Args:
         images: One image or a list. An image is the path of a file, a PIL image, or a uint8 RGB
@@ -110,7 +106,7 @@ def load_resized(
     Args:
         path: Path of the file.
         scales: Lengths of the shorter side.
-        exif: Turn and mirror a JPEG as its EXIF orientation says.
+        exif: Turn and mirror an image as its EXIF orientation says.
 
     Returns:
         RGB pixels at each scale, uint8 (H, W, 3).
@@ -146,6 +142,10 @@ def decode_by_pillow(encoded: bytes) -> np.ndarray:
     """
     from PIL import Image
 
+    if encoded.startswith(b"\xff\xd8\xff"):
+        # Without its marker, Pillow does not read the EXIF: it would warn if it is damaged.
+        stop = _find_exif(encoded).stop
+        encoded = encoded[:stop].replace(_EXIF_MARKER, bytes(6)) + encoded[stop:]
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             return _rgb_pixels(image)
@@ -157,11 +157,32 @@ def decode_by_pillow(encoded: bytes) -> np.ndarray:
         raise ValueError(single_line(error)) from error
 
 
-def read_orientation(head: bytes) -> int:
+def file_orientation(encoded: bytes) -> int:
+    """Reads the EXIF orientation of an image file.
+
+    Args:
+        encoded: Content of a JPEG, PNG, WebP or AVIF file. Pillow turns a TIFF by itself. Other
+            formats have no EXIF.
+
+    Returns:
+        The orientation, 1 to 8. Without a valid one it is 1, upright.
+    """
+    if encoded[4:8] != b"ftyp":
+        return read_orientation(encoded[_find_exif(encoded)])
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            return read_orientation(image.info.get("exif", b""))
+    except (OSError, ValueError, SyntaxError, RuntimeError):
+        return 1
+
+
+def read_orientation(exif: bytes) -> int:
     """Reads the orientation tag in the first directory of EXIF.
 
     Args:
-        head: The EXIF data, or the first bytes of a JPEG.
+        exif: The EXIF data, with or without its marker.
 
     Returns:
         The orientation, 1 to 8. Without a valid one it is 1, upright.
@@ -169,23 +190,71 @@ def read_orientation(head: bytes) -> int:
     # Pillow's `Image.getexif` is no substitute. In damaged EXIF it loses orientations that are
     # intact, or raises. It also warns, and `warnings.catch_warnings` is not safe in the threads
     # that decode.
-    marker = head.find(_EXIF_MARKER)
-    start = marker + len(_EXIF_MARKER)
-    byte_order = {b"II": "<", b"MM": ">"}.get(head[start : start + 2])
-    if marker < 0 or byte_order is None:
+    exif = exif.removeprefix(_EXIF_MARKER)
+    byte_order = {b"II": "<", b"MM": ">"}.get(exif[:2])
+    if byte_order is None:
         return 1
     try:
-        directory = start + struct.unpack_from(f"{byte_order}I", head, start + 4)[0]
-        for entry in range(struct.unpack_from(f"{byte_order}H", head, directory)[0]):
+        directory = struct.unpack_from(f"{byte_order}I", exif, 4)[0]
+        for entry in range(struct.unpack_from(f"{byte_order}H", exif, directory)[0]):
             offset = directory + 2 + 12 * entry
-            tag, value_type = struct.unpack_from(f"{byte_order}HH", head, offset)
+            tag, value_type = struct.unpack_from(f"{byte_order}HH", exif, offset)
             if tag == _ORIENTATION_TAG:
                 value_format = byte_order + ("I" if value_type == _LONG else "H")
-                value = struct.unpack_from(value_format, head, offset + 8)[0]
+                value = struct.unpack_from(value_format, exif, offset + 8)[0]
                 return int(value) if 1 <= value <= 8 else 1
-    except struct.error:  # the directory lies outside of `head`
+    except struct.error:  # the directory lies outside of the data
         pass
     return 1
+
+
+def _find_exif(encoded: bytes) -> slice:
+    """Finds the EXIF data of a JPEG, PNG or WebP file. The slice is empty if there is none."""
+    if encoded.startswith(b"\xff\xd8\xff"):
+        chunks, name = _jpeg_segments(encoded), b"\xff\xe1"
+    elif encoded.startswith(b"\x89PNG"):
+        chunks, name = _png_chunks(encoded), b"eXIf"
+    elif encoded.startswith(b"RIFF"):
+        chunks, name = _webp_chunks(encoded), b"EXIF"
+    else:
+        return slice(0)
+    for found, start, stop in chunks:
+        # XMP has the same name in a JPEG.
+        is_exif = name != b"\xff\xe1" or encoded.startswith(_EXIF_MARKER, start)
+        if found == name and is_exif:
+            return slice(start, stop)
+    return slice(0)
+
+
+def _jpeg_segments(encoded: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Yields name, start and stop of the segments before the pixels of a JPEG."""
+    position = 2
+    while encoded.startswith(b"\xff", position):
+        if encoded.startswith(b"\xff", position + 1):  # fill bytes may precede a segment
+            position += 1
+            continue
+        name = encoded[position : position + 2]
+        stop = position + 2 + int.from_bytes(encoded[position + 2 : position + 4], "big")
+        if name == b"\xff\xda" or stop < position + 4:  # the pixels, or damage
+            return
+        yield name, position + 4, stop
+        position = stop
+
+
+def _png_chunks(encoded: bytes) -> Iterator[tuple[bytes, int, int]]:
+    position = 8
+    while position + 8 <= len(encoded):
+        length, name = struct.unpack_from(">I4s", encoded, position)
+        yield name, position + 8, position + 8 + length
+        position += 12 + length  # with the checksum
+
+
+def _webp_chunks(encoded: bytes) -> Iterator[tuple[bytes, int, int]]:
+    position = 12
+    while position + 8 <= len(encoded):
+        name, length = struct.unpack_from("<4sI", encoded, position)
+        yield name, position + 8, position + 8 + length
+        position += 8 + length + length % 2
 
 
 def _check_settings(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -249,14 +318,11 @@ def _to_pixels(image: Any, name: str, exif: bool) -> np.ndarray:
     if isinstance(image, (str, os.PathLike)):
         return _load(image, exif)
     if isinstance(image, Image.Image):
-        # As in the evaluation, only JPEG has an orientation. A converted image has no format, and
-        # photos with an orientation are JPEGs most often.
-        has_orientation = exif and image.format in (None, "JPEG", "MPO")
         try:
             pixels = _rgb_pixels(image)
         except (OSError, SyntaxError, EOFError, struct.error, ValueError) as error:
             raise DataError(f"cannot decode {name}: {single_line(error)}") from error
-        orientation = read_orientation(image.info.get("exif", b"")) if has_orientation else 1
+        orientation = read_orientation(image.info.get("exif", b"")) if exif else 1
         return _turn_upright(pixels, orientation)
     if not hasattr(image, "shape"):
         raise InputError(_unexpected(name, image))
@@ -281,11 +347,7 @@ def _load(path: str | os.PathLike[str], exif: bool) -> np.ndarray:
             raise
         reason = getattr(error, "strerror", None) or single_line(error)
         raise DataError(f"cannot read {name!r}: {reason}") from error
-    head, orientation = encoded[:EXIF_HEAD], 1
-    if head.startswith(b"\xff\xd8\xff") and _EXIF_MARKER in head:
-        orientation = read_orientation(head) if exif else 1
-        # Without its marker, Pillow does not read the EXIF: it would warn if it is damaged.
-        encoded = head.replace(_EXIF_MARKER, bytes(len(_EXIF_MARKER))) + encoded[EXIF_HEAD:]
+    orientation = file_orientation(encoded) if exif else 1
     try:
         return _turn_upright(decode_by_pillow(encoded), orientation)
     except ValueError as error:

@@ -1,8 +1,12 @@
 """Exit codes and messages of errors."""
 
+import io
+import os
+import sys
+
 import pytest
 
-from vgg_jax import InputError
+from vgg_jax import InputError, cli
 from vgg_jax.cli.exit_codes import explain
 from vgg_jax.errors import DataError
 
@@ -39,3 +43,20 @@ def test_explain(error, code, message):
 )
 def test_explain_leaves_bugs(error, workdir):
     assert explain(error, {"workdir": workdir, "seed": 0}) is None
+
+
+def test_output_that_is_closed(monkeypatch):
+    """As `vgg-jax weights | head`, after head has ended."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert cli.main(["weights"]) == 141
+
+
+def test_output_that_has_few_characters(monkeypatch, tmp_path):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert cli.main(["verify", str(tmp_path / "caf\N{LATIN SMALL LETTER E WITH ACUTE}.onnx")]) == 2
+    stream.flush()
+    assert b"caf\\xe9.onnx" in stream.buffer.getvalue()

@@ -141,7 +141,7 @@ def test_folder_with_files_of_other_kinds(tmp_path):
     os.mkfifo(ants / "pipe.jpg")
     writer = os.open(ants / "pipe.jpg", os.O_RDWR)  # a reader would wait for more
     os.write(writer, encode(PHOTO))
-    (tmp_path / "data" / "loop").symlink_to("loop")  # beside the class folders
+    (tmp_path / "data" / "loop.txt").symlink_to("loop.txt")  # beside the class folders
     with pytest.raises(DataError, match="5 of 15 files"):
         open_split(root, "train")
     assert len(open_split(root, "train", skip_bad=True).skipped) == 5

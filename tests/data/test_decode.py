@@ -8,7 +8,14 @@ import tensorflow as tf
 from PIL import Image
 
 from tests.helpers.corrupt_images import CORRUPT
-from tests.helpers.image_files import FILES, ORIENTED, UNUSUAL, broken_exif, encode_in_mode
+from tests.helpers.image_files import (
+    FILES,
+    ORIENTED,
+    TURNED,
+    UNUSUAL,
+    broken_exif,
+    encode_in_mode,
+)
 from tests.helpers.tiny_data import (
     TINY_TRAIN,
     decode_by_pillow,
@@ -17,7 +24,7 @@ from tests.helpers.tiny_data import (
     noise,
 )
 from vgg_jax.configs.colours import IMAGENET
-from vgg_jax.data import decode, eval_batches, open_split, train_batches
+from vgg_jax.data import decode, eval_batches, open_split, resize_and_crop, train_batches
 from vgg_jax.preprocessing import MAX_DECODED_PIXELS
 
 
@@ -69,6 +76,16 @@ def test_decode_exif_orientation(map_rows):
         np.testing.assert_array_equal(stored_pixels, decode_by_pillow(encoded, exif=False))
 
 
+@pytest.mark.parametrize("name", TURNED)
+def test_decode_finds_exif_in_each_container(map_rows, name):
+    (pixels,) = map_rows(decode, [TURNED[name]])
+    assert pixels.shape == (50, 40, 3)
+    np.testing.assert_array_equal(pixels, decode_by_pillow(TURNED[name]))
+    crop = resize_and_crop(tf.constant(TURNED[name]), 40, 32, 0.5, 0.5)
+    stored = resize_and_crop(tf.constant(TURNED[name]), 40, 32, 0.5, 0.5, exif=False)
+    assert np.any(crop != stored) or name == "tiff"  # Pillow always turns a TIFF
+
+
 def test_decode_ignores_broken_exif(map_rows):
     upright = decode_by_pillow(encode_with_exif(1))
     for pixels in map_rows(decode, broken_exif()):
@@ -80,7 +97,7 @@ def test_decode_unusual_image(name):
     with Image.open(io.BytesIO(UNUSUAL[name])) as image:
         if name == "turned.jpg":
             image = image.transpose(Image.Transpose.ROTATE_270)
-        if name == "sixteen_bits.png":
+        if name.startswith("sixteen_bits"):
             expected = np.repeat((np.asarray(image) >> 8)[..., None], 3, -1)
         elif name == "alpha.png":
             expected = np.asarray(image)[..., :3]

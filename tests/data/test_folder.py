@@ -11,8 +11,7 @@ from tests.helpers.tiny_data import (
     list_examples,
     noise,
 )
-from vgg_jax.data import folder as folder_module
-from vgg_jax.data import open_split, open_train_val
+from vgg_jax.data import file_split, open_split, open_train_val
 from vgg_jax.errors import InputError
 
 
@@ -114,7 +113,7 @@ def test_folder_names_ten_files_at_most(folder):
 
 def test_folder_labels_with_many_tasks(folder, monkeypatch):
     """The folder has more files than one task of a thread looks at."""
-    monkeypatch.setattr(folder_module, "FILES_PER_TASK", 3)
+    monkeypatch.setattr(file_split, "FILES_PER_TASK", 3)
     (folder / "train" / "ants" / "2b.png").write_text("no image")
     source = open_split(str(folder), "train", skip_bad=True)
     examples = list_examples(source)
@@ -145,11 +144,11 @@ def test_folder_without_data(tmp_path, folder):
         open_train_val(f"{tmp_path}/nowhere")
     with pytest.raises(InputError, match=r"no folder './nowhere'"):
         open_train_val("./nowhere")
-    message = r"no images under .*: expected .*/<class>/\*.jpg; pass another folder as DATA"
+    message = r"the 7 images of .*ants' have no labels: expected .*/<class>/\*.jpg, or a label file"
     with pytest.raises(InputError, match=message):
         open_train_val(str(folder / "train" / "ants"))
     os.rename(folder / "train", folder / "test")
-    with pytest.raises(InputError, match=r"no training images under .* beside 'val'"):
+    with pytest.raises(InputError, match=r"has no split 'train': expected one of test, val"):
         open_train_val(str(folder))
 
 

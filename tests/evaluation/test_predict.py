@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.helpers.tiny import SHALLOW, init
+from tests.helpers.tiny_data import noise
 from vgg_jax import CONFIGS, IMAGENET, VGG, InputError, cli
 from vgg_jax.configs.evaluation import EvalProtocol
 from vgg_jax.data import decode, resize_shorter_side
@@ -127,6 +128,25 @@ def test_expand_paths(photos):
     assert expand_paths([remote]) == [remote]
 
 
+def test_expand_paths_of_a_folder(tmp_path, caplog):
+    """Images are known by their first bytes, links are followed, and a line counts the rest."""
+    image = Image.fromarray(noise(8, 9))
+    (tmp_path / "photos" / "sub").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("photos/b.png", "photos/sub/a", "elsewhere/c.tif"):
+        image.save(tmp_path / name, "TIFF" if name.endswith("tif") else "PNG")
+    (tmp_path / "photos" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "photos" / "sub" / "loop").symlink_to(tmp_path / "photos")
+    (tmp_path / "photos" / "broken.jpg").write_text("no image")
+    for name in ("notes.txt", "clip.mp4", "Thumbs.db", "._b.png"):
+        (tmp_path / "photos" / name).write_text("no image")
+    with caplog.at_level("INFO", "vgg_jax"):
+        files = expand_paths([str(tmp_path / "photos")])
+    names = ["b.png", "broken.jpg", "link/c.tif", "sub/a"]
+    assert files == [str(tmp_path / "photos" / name) for name in names]
+    assert "skipped 2 files of" in caplog.text and "clip.mp4" in caplog.text
+
+
 def test_predict_command_reports_unreadable_files(weight_file, photos, tmp_path, capsys):
     Image.new("L", (12_500, 1)).save(tmp_path / "line.png")
     names = ("broken.jpg", "b.png", "missing.jpg", "notes.txt")
@@ -150,7 +170,7 @@ def test_predict_command_reports_unreadable_files(weight_file, photos, tmp_path,
     out, err = capsys.readouterr()
     assert "%" in out.splitlines()[0]
     assert len(out.splitlines()) == 1
-    assert sum("expected a JPEG" in line for line in err.splitlines()) == 4
+    assert sum("expected JPEG" in line for line in err.splitlines()) == 4
 
 
 def test_predict_command_with_crops_and_scales(weight_file, photos):

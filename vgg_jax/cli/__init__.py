@@ -1,11 +1,13 @@
 """The command line: runs a command, and turns its errors into one sentence and an exit code."""
 
+import contextlib
+import io
 import os
 import sys
 from collections.abc import Sequence
 
 from vgg_jax.cli.commands import COMMANDS, predict, train
-from vgg_jax.cli.exit_codes import explain
+from vgg_jax.cli.exit_codes import ExitCode, explain
 from vgg_jax.cli.logs import configure_logging
 from vgg_jax.cli.messages import shorten
 from vgg_jax.cli.parser import parse_args
@@ -26,6 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = parse_args(argv)
     command, verbose = COMMANDS[arguments.pop("command")], arguments.pop("verbose")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A name of a file or a class may have characters that the terminal cannot show.
+            stream.reconfigure(errors="backslashreplace")
     configure_logging(results_only=command is predict, verbose=verbose)
     if argv is None and command is train:
         use_huge_pages()
@@ -34,6 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.pop("compilation_cache", False):
             enable_compilation_cache()
         code = int(command(**arguments))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader, `head` for example, has had enough. Python would flush the rest at its exit.
+        with contextlib.suppress(OSError):  # a stream of a test has no file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = ExitCode.PIPE_CLOSED
     except (Exception, KeyboardInterrupt) as error:
         explanation = explain(error, arguments)
         if explanation is None:

@@ -16,6 +16,7 @@ from vgg_jax.configs.models import CONFIGS
 from vgg_jax.configs.presets import preset
 from vgg_jax.configs.train import TrainConfig
 from vgg_jax.errors import InputError
+from vgg_jax.image_files import FORMATS
 from vgg_jax.paths import to_path
 from vgg_jax.runtime.memory import configure_malloc
 
@@ -357,8 +358,7 @@ def predict(
             top_classes = [{"class": name, "probability": value} for name, value in best]
             print(json.dumps({"file": file, "top": top_classes}), flush=True)
         elif error is not None:
-            expected = "expected a JPEG, PNG, WebP, BMP or GIF image"
-            print(f"vgg-jax: {error}; {expected}", file=sys.stderr)
+            print(f"vgg-jax: {error}; expected {FORMATS}", file=sys.stderr)
         else:
             text = "; ".join(f"{name} {probability:.1%}" for name, probability in best)
             print(f"{file}: {text}", flush=True)

@@ -24,6 +24,7 @@ class ExitCode(enum.IntEnum):
     STOPPED = 75  # a run was stopped by a signal; the same command resumes it
     PROCESS_LOST = PROCESS_LOST_EXIT_CODE  # 76: another process of the run ended
     INTERRUPTED = 130  # Ctrl-C
+    PIPE_CLOSED = 141  # the reader of the output, such as head, ended first; as after SIGPIPE
 
 
 def explain(error: BaseException, arguments: Mapping[str, Any]) -> tuple[ExitCode, str] | None:

@@ -4,10 +4,9 @@ import numpy as np
 import tensorflow as tf
 
 from vgg_jax.preprocessing import (
-    EXIF_HEAD,
     MAX_DECODED_PIXELS,
     decode_by_pillow,
-    read_orientation,
+    file_orientation,
 )
 
 # Pillow and torchvision decode JPEG with this method, so the pixels equal theirs. TensorFlow's
@@ -18,12 +17,12 @@ DCT = "INTEGER_ACCURATE"
 def decode(encoded: tf.Tensor, exif: bool = True) -> tf.Tensor:
     """Decodes an image file.
 
-    JPEG, PNG, WebP, BMP, and the first frame of a GIF are decoded. An alpha channel is dropped, and
-    16 bits become 8.
+    The formats are those of `vgg_jax.image_files`; of several frames the first one is decoded. An
+    alpha channel is dropped, and 16 bits become 8.
 
     Args:
         encoded: Content of the file, a scalar string.
-        exif: Turn and mirror a JPEG as its EXIF orientation says.
+        exif: Turn and mirror an image as its EXIF orientation says.
 
     Returns:
         RGB pixels, uint8 (H, W, 3).
@@ -120,7 +119,7 @@ def is_jpeg(encoded: tf.Tensor) -> tf.Tensor:
 
 
 def exif_orientation(encoded: tf.Tensor) -> tf.Tensor:
-    """Reads the EXIF orientation of a JPEG.
+    """Reads the EXIF orientation of an image file.
 
     Args:
         encoded: Content of the file, a scalar string.
@@ -130,13 +129,23 @@ def exif_orientation(encoded: tf.Tensor) -> tf.Tensor:
     """
 
     def read() -> tf.Tensor:
-        return tf.ensure_shape(tf.numpy_function(_read_orientation, [head], tf.int32), ())
+        orientation = tf.numpy_function(_file_orientation, [encoded], tf.int32)
+        return tf.ensure_shape(orientation, ())
 
-    head = tf.strings.substr(encoded, 0, EXIF_HEAD)
-    # "\C" is any byte, while "." stops at bytes that are not UTF-8. Few photos have EXIF, and only
-    # those are worth a call of Python.
-    has_exif = is_jpeg(encoded) & tf.strings.regex_full_match(head, r"\C*Exif\x00\x00\C*")
-    return tf.cond(has_exif, read, lambda: tf.constant(1))
+    # Only files that may have EXIF are worth a call of Python. Most JPEGs begin with the tables of
+    # their pixels, alone or after 18 bytes of JFIF.
+    head = tf.strings.join([tf.strings.substr(encoded, 0, 22), tf.constant(bytes(22))])
+    is_jfif = tf.strings.substr(head, 2, 4) == b"\xff\xe0\x00\x10"
+    begins_with_tables = tf.strings.substr(head, tf.where(is_jfif, 20, 2), 2) == b"\xff\xdb"
+    is_png = tf.strings.substr(encoded, 0, 4) == b"\x89PNG"
+    may_have_exif = tf.case(
+        [
+            (is_jpeg(encoded), lambda: ~begins_with_tables),
+            (is_png, lambda: tf.strings.regex_full_match(encoded, r"\C*eXIf\C*")),
+        ],
+        default=lambda: tf.constant(True),
+    )
+    return tf.cond(may_have_exif, read, lambda: tf.constant(1))
 
 
 def apply_orientation(image: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
@@ -159,12 +168,12 @@ def apply_orientation(image: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
 
 
 def _decode_by_pillow(encoded: bytes | np.ndarray) -> np.ndarray:
-    """Decodes formats that TensorFlow lacks: a BMP with a palette, and WebP before version 2.19."""
+    """Decodes the other formats. TensorFlow lacks most of them."""
     return decode_by_pillow(_to_bytes(encoded))
 
 
-def _read_orientation(head: bytes | np.ndarray) -> np.int32:
-    return np.int32(read_orientation(_to_bytes(head)))
+def _file_orientation(encoded: bytes | np.ndarray) -> np.int32:
+    return np.int32(file_orientation(_to_bytes(encoded)))
 
 
 def _to_bytes(string: bytes | np.ndarray) -> bytes:

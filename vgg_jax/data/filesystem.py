@@ -6,13 +6,11 @@ than TensorFlow, which reads the images, and it hides names that end with "~".
 """
 
 import os
-import stat
 
 import tensorflow as tf
 
+from vgg_jax.image_files import HEADER_BYTES, read_local_header
 from vgg_jax.paths import is_remote
-
-HEADER_BYTES = 16  # enough to recognise the format of an image
 
 
 def is_dir(path: str) -> bool:
@@ -55,13 +53,9 @@ def read_header(path: bytes) -> bytes:
                 return file.read(HEADER_BYTES)
         except tf.errors.OpError:
             return b""
-    try:
-        # Without O_NONBLOCK, opening a named pipe would wait for a writer.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        try:
-            is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
-            return os.read(descriptor, HEADER_BYTES) if is_file else b""
-        finally:
-            os.close(descriptor)
-    except OSError:
-        return b""
+    return read_local_header(path)
+
+
+def is_dangling_link(path: str) -> bool:
+    """Tells whether a path of this machine is a link that leads to nothing."""
+    return not is_remote(path) and os.path.islink(path) and not os.path.exists(path)

@@ -1,26 +1,31 @@
-"""A folder of images: <root>/<class>/*, or <root>/{train,val,test}/<class>/*."""
+"""A folder of images: <root>/<class>/*, or <root>/{train,val,test}/<class>/*.
+
+A split may also hold its images directly, with a label file.
+"""
 
 import functools
-import hashlib
-import itertools
+import logging
 import os
+import unicodedata
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
-import tensorflow as tf
-from tqdm import tqdm
 
-from vgg_jax.data.filesystem import is_dir, list_subfolders, listdir, read_header
-from vgg_jax.data.splits import CORES, StoredSplit, map_with_fallback, random_access
-from vgg_jax.errors import DataError, InputError
+from vgg_jax.data.file_split import (
+    LabelledFiles,
+    check_images,
+    exclude_files,
+    split_images,
+    stored_split,
+)
+from vgg_jax.data.filesystem import is_dangling_link, is_dir, list_subfolders, listdir
+from vgg_jax.data.label_file import find_label_file, read_flat_labels
+from vgg_jax.data.splits import StoredSplit, split_kind
+from vgg_jax.errors import InputError, shorten_names
+from vgg_jax.image_files import is_note, is_system_name
 
-SPLITS = ("train", "val", "validation", "valid", "test")
-SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM")
-FILES_PER_TASK = 256  # handing single files to threads would take longer than to read them
-THREADS = 16  # they wait for the disk or the network, not for a core
-MAX_FILES_SHOWN = 10  # in an error message
+logger = logging.getLogger(__name__)
 
 
 def folder_splits(
@@ -36,187 +41,214 @@ def folder_splits(
 
     Returns:
         For each split, a function that reads it. A label is the index of the class folder in the
-        sorted class folders of the training split. The function raises DataError for files that
-        are not images, unless `skip_bad`. It raises InputError for a class folder without images,
-        and for a class that the training split does not have.
+        sorted class folders of the training split, or of the only split. The function raises
+        DataError for files that are not images, unless `skip_bad`. It raises InputError for photos
+        without labels, for a class folder without images, and for a class that the training split
+        does not have.
 
     Raises:
-        InputError: There are no class folders.
+        InputError: There are no images, or the names of the folders have two readings.
     """
     if not is_dir(root):
-        pattern = os.path.join(root, "<class>", "*.jpg")
-        raise InputError(f"no folder {root!r}: expected {pattern} there; pass another one as DATA")
-    names = [name for name in SPLITS if is_dir(os.path.join(root, name))]
-    if names and names[0] != "train" and set(_class_names(root)) <= set(SPLITS):
-        pattern = os.path.join(root, "train", "<class>", "*.jpg")
         raise InputError(
-            f"no training images under {root!r}: expected {pattern} beside {names[0]!r}"
+            f"no folder {root!r}: expected {_pattern(root)} there; pass another one as DATA"
         )
-    if "train" in names:
-        folders = {name: os.path.join(root, name) for name in names}
-    else:
-        folders = {"train": root}
-    classes = _class_names(folders["train"])
-    if not classes:
-        pattern = os.path.join(folders["train"], "<class>", "*.jpg")
-        raise InputError(
-            f"no images under {folders['train']!r}: expected {pattern}; pass another folder as DATA"
-        )
+    folders = _split_folders(root)
+    reference = next((name for name in folders if split_kind(name) == "train"), min(folders))
+    classes = _class_names(folders[reference])
     return {
         name: functools.partial(
-            _read_split, f"{root} {name}", root, folder, classes, skip_bad, exclude
+            _read_split, _Split(root, name, folder), classes, skip_bad, frozenset(exclude)
         )
         for name, folder in folders.items()
     }
 
 
-def relative_name(name: str, root: str) -> str:
-    """Names an image as in a list of images to exclude.
-
-    Args:
-        name: Path of an image, or the name of a record.
-        root: Folder of the data.
-
-    Returns:
-        The path relative to `root`, so that the data may be moved. Other names stay as they are.
-    """
-    return os.path.relpath(name, root) if name.startswith(os.path.join(root, "")) else name
+class _Split(NamedTuple):
+    root: str
+    name: str
+    folder: str
 
 
-class _Files(NamedTuple):
-    """Files of one split, sorted by class and name."""
-
-    paths: list[bytes]  # bytes, because a file name need not be Unicode
-    labels: np.ndarray  # int32 (n,)
-
-    def select(self, mask: np.ndarray) -> "_Files":
-        return _Files(list(itertools.compress(self.paths, mask)), self.labels[mask])
+def _split_folders(root: str) -> dict[str, str]:
+    """Finds the folders of the splits. Without any, the root is the training split."""
+    names = _class_names(root)
+    splits = {name: os.path.join(root, name) for name in names if split_kind(name)}
+    others = [name for name in names if name not in splits]
+    if not splits:
+        return {"train": root}
+    kinds: dict[str, str] = {}
+    for name in splits:
+        kind = str(split_kind(name))
+        if kind in kinds:
+            raise InputError(
+                f"{kinds[kind]!r} and {name!r} under {root!r} are both names of the {kind} split: "
+                "expected one of them; rename the other or move it"
+            )
+        kinds[kind] = name
+    if others and list(kinds) == ["train"] and not _class_names(splits[kinds["train"]]):
+        return {"train": root}  # a class of its own: trains beside cars
+    if others and "train" not in kinds:
+        raise InputError(
+            f"{root!r} has class folders ({shorten_names(others)}) and a folder of a split "
+            f"({shorten_names(list(splits))}): expected the class folders in {root}/train; move "
+            "them, or rename the split if it is a class"
+        )
+    if others:
+        logger.info("ignored beside the splits of %s: %s", root, shorten_names(others))
+    return splits
 
 
 def _read_split(
-    name: str,
-    root: str,
-    folder: str,
-    classes: tuple[str, ...],
-    skip_bad: bool,
-    exclude: Collection[str],
+    split: _Split, classes: tuple[str, ...], skip_bad: bool, exclude: Collection[str]
 ) -> StoredSplit:
-    class_names = _class_names(folder)
-    listed = _list_files(folder, class_names, classes)
-    files = listed.select(_not_excluded(listed.paths, root, exclude))
-    is_image = _sniff(files.paths, name)
-    not_images = [os.fsdecode(path) for path in itertools.compress(files.paths, ~is_image)]
-    if not_images and not skip_bad:
-        raise DataError(_not_images_message(not_images, len(files.paths), folder))
-    images = files.select(is_image)
-    for class_name in class_names:
-        if not np.any(images.labels == classes.index(class_name)):
-            raise InputError(
-                f"the class folder {os.path.join(folder, class_name)!r} has no images: "
-                "expected at least one; add some or remove the folder"
-            )
-
-    # One tensor of all paths, because a list of a million str is several times as large.
-    paths = tf.constant(images.paths, tf.string)
-    read = functools.partial(_read_images, paths, tf.constant(images.labels), skip_bad)
-    return StoredSplit(
-        name=name,
-        storage=f"folder, names {_digest_names(images.paths, folder)}",
-        classes=classes,
-        usable=np.arange(len(images.paths)),
-        select=functools.partial(random_access, read=read),
-        file_name=lambda index: os.fsdecode(paths[index].numpy()),
-        skipped=tuple(not_images),
-        excluded=len(listed.paths) - len(files.paths),
-        labels=images.labels,
+    if _class_names(split.folder):
+        listed, notes = _list_class_folders(split.folder, classes)
+    else:
+        listed, notes, classes = _list_flat(split, classes)
+    name = f"{split.root} {split.name}"
+    files, num_excluded = exclude_files(listed, split.root, exclude)
+    images, not_images = split_images(files, name)
+    notes += [path for path in not_images if is_note(os.fsdecode(os.path.basename(path)))]
+    not_images = [path for path in not_images if path not in set(notes)]
+    if notes:
+        logger.info(
+            "skipped beside the images of %s: %d notes or files of the system, for example %r",
+            name,
+            len(notes),
+            os.fsdecode(notes[0]),
+        )
+    empty = _classes_without_images(split.folder, images, classes)
+    _check_nested(split, empty)
+    check_images(not_images, len(images.paths) + len(not_images), split.folder, skip_bad)
+    if empty:
+        raise InputError(
+            f"the class folder {os.path.join(split.folder, empty[0])!r} has no images: expected at "
+            "least one; add some, or move the folder elsewhere"
+        )
+    return stored_split(
+        name, "folder", split.folder, images, classes, skip_bad, not_images, num_excluded
     )
 
 
 def _class_names(folder: str) -> tuple[str, ...]:
-    return tuple(sorted(name for name in list_subfolders(folder) if not name.startswith(".")))
+    """Lists the folders in a folder, sorted.
+
+    Raises:
+        InputError: One of them is a link to nothing, or two names look the same.
+    """
+    names = sorted(name for name in list_subfolders(folder) if not is_system_name(name))
+    for name in listdir(folder):
+        path = os.path.join(folder, name)
+        if not os.path.splitext(name)[1] and not is_system_name(name) and is_dangling_link(path):
+            raise InputError(
+                f"{path!r} is a link to {os.readlink(path)!r}, which cannot be opened: expected a "
+                "class folder; mend or remove the link"
+            )
+    by_form: dict[str, str] = {}
+    for name in names:
+        other = by_form.setdefault(unicodedata.normalize("NFC", name), name)
+        if other != name:
+            raise InputError(
+                f"two folders under {folder!r} differ only in their Unicode form, {other!a} "
+                f"and {name!a}: expected one folder for each class; merge them"
+            )
+    return tuple(names)
 
 
-def _list_files(folder: str, class_names: Sequence[str], classes: Sequence[str]) -> _Files:
-    """Lists all files in the class folders, except for hidden ones."""
-    paths, labels = [], []
-    for class_name in class_names:
+def _list_class_folders(folder: str, classes: Sequence[str]) -> tuple[LabelledFiles, list[bytes]]:
+    """Lists the files in the class folders, and separately those of operating systems."""
+    paths, labels, notes = [], [], []
+    for class_name in _class_names(folder):
         class_folder = os.path.join(folder, class_name)
         if class_name not in classes:
-            raise InputError(
-                f"the class folder {class_folder!r} is not one of the {len(classes)} training "
-                "classes: remove or rename it"
+            raise InputError(_unknown_class(class_folder, class_name, classes))
+        files, system_files = _list_files(class_folder)
+        paths += files
+        notes += system_files
+        labels.append(np.full(len(files), classes.index(class_name), np.int32))
+    return LabelledFiles(paths, np.concatenate([np.empty(0, np.int32), *labels])), notes
+
+
+def _list_files(folder: str) -> tuple[list[bytes], list[bytes]]:
+    """Lists the paths in a folder, and separately those of operating systems."""
+    # As bytes, since a name need not be Unicode. Hidden files are in a folder by intention.
+    names = sorted(map(os.fsencode, listdir(folder)))
+    paths = {name: os.path.join(os.fsencode(folder), name) for name in names}
+    system = [name for name in names if is_system_name(os.fsdecode(name))]
+    visible = [path for name, path in paths.items() if name not in set(system)]
+    shown = [paths[name] for name in system if not name.startswith(b".") or name[:2] == b"._"]
+    return visible, shown
+
+
+def _unknown_class(path: str, name: str, classes: Sequence[str]) -> str:
+    form = unicodedata.normalize("NFC", name)
+    for known in classes:
+        if unicodedata.normalize("NFC", known) == form:
+            return (
+                f"the class folder {path!r} differs from the training class {known!a} only in "
+                f"its Unicode form, {name!a}: expected the same name; rename it"
             )
-        names = sorted(map(os.fsencode, listdir(class_folder)))
-        visible = [name for name in names if not _is_hidden(name)]
-        paths += [os.path.join(os.fsencode(class_folder), name) for name in visible]
-        labels.append(np.full(len(visible), classes.index(class_name), np.int32))
-    return _Files(paths, np.concatenate([np.empty(0, np.int32), *labels]))
-
-
-def _is_hidden(name: bytes) -> bool:
-    return name.startswith(b".") or name == b"Thumbs.db"
-
-
-def _not_excluded(paths: Sequence[bytes], root: str, exclude: Collection[str]) -> np.ndarray:
-    """Tells which files are not in the list of files to exclude, as bool (n,)."""
-    if not exclude:
-        return np.ones(len(paths), bool)
-    return np.array([relative_name(os.fsdecode(path), root) not in exclude for path in paths], bool)
-
-
-def _sniff(paths: Sequence[bytes], name: str) -> np.ndarray:
-    """Tells which files begin as an image does, as bool (n,)."""
-    # Extensions are not reliable: ImageNet has a PNG that is named .JPEG.
-    result = np.zeros(len(paths), bool)
-    starts = range(0, len(paths), FILES_PER_TASK)
-
-    def sniff_from(start: int) -> list[bool]:
-        return [_is_image(path) for path in paths[start : start + FILES_PER_TASK]]
-
-    bar = tqdm(
-        total=len(paths), desc=f"looking at the files of {name}", unit="file", disable=None, delay=2
-    )
-    with bar, ThreadPoolExecutor(THREADS) as pool:
-        for start, are_images in zip(starts, pool.map(sniff_from, starts), strict=True):
-            result[start : start + len(are_images)] = are_images
-            bar.update(len(are_images))
-    return result
-
-
-def _is_image(path: bytes) -> bool:
-    """Tells whether a file can be opened and begins as a JPEG, PNG, GIF, BMP or WebP does."""
-    header = read_header(path)
-    is_webp = header.startswith(b"RIFF") and header[8:12] == b"WEBP"
-    return header.startswith(SIGNATURES) or is_webp
-
-
-def _not_images_message(not_images: Sequence[str], count: int, folder: str) -> str:
-    shown = ", ".join(map(repr, not_images[:MAX_FILES_SHOWN]))
-    ellipsis = ", …" if len(not_images) > MAX_FILES_SHOWN else ""
     return (
-        f"{len(not_images)} of {count} files under {folder!r} are not images, or cannot be read: "
-        f"{shown}{ellipsis}; remove them or pass --skip-bad"
+        f"the class folder {path!r} is not one of the {len(classes)} training classes "
+        f"({shorten_names(classes)}): expected the same names; rename or move it"
     )
 
 
-def _digest_names(paths: Sequence[bytes], folder: str) -> str:
-    """Digest of the names of all files, which determine the order of an epoch."""
-    names = b"\0".join(os.path.relpath(path, os.fsencode(folder)) for path in paths)
-    return hashlib.sha256(names).hexdigest()[:16]
+def _classes_without_images(
+    folder: str, images: LabelledFiles, classes: Sequence[str]
+) -> list[str]:
+    with_images = set(images.labels.tolist())
+    return [name for name in _class_names(folder) if classes.index(name) not in with_images]
 
 
-def _read_images(
-    paths: tf.Tensor, labels: tf.Tensor, skip_bad: bool, indices: tf.data.Dataset
-) -> tf.data.Dataset:
-    """Reads the files at batches of indices, and gives them one by one."""
+def _check_nested(split: _Split, class_folders: Sequence[str]) -> None:
+    """Checks that class folders without images have no folders instead.
 
-    def read(index: tf.Tensor) -> dict[str, tf.Tensor]:
-        encoded = tf.io.read_file(paths[index])
-        return {"index": index, "encoded": encoded, "label": labels[index]}
+    Raises:
+        InputError: The images lie deeper.
+    """
+    for class_folder in class_folders:
+        path = os.path.join(split.folder, class_folder)
+        nested = _class_names(path)
+        if any(split_kind(name) for name in nested):
+            raise InputError(
+                f"{path!r} has the folders of splits ({shorten_names(nested)}), and lies deeper "
+                f"than expected: pass {path!r} as DATA"
+            )
+        if nested:
+            raise InputError(
+                f"the class folder {path!r} has no images, but the folders "
+                f"{shorten_names(nested)}: expected {_pattern(split.folder)}; pass the folder "
+                "whose folders are the classes, or move the images up"
+            )
 
-    def read_nothing(index: tf.Tensor) -> dict[str, tf.Tensor]:
-        return {"index": index, "encoded": tf.constant(b""), "label": labels[index]}
 
-    if skip_bad:
-        return map_with_fallback(indices.unbatch(), read, read_nothing, CORES)
-    return indices.unbatch().map(read, num_parallel_calls=CORES, deterministic=True)
+def _list_flat(
+    split: _Split, classes: tuple[str, ...]
+) -> tuple[LabelledFiles, list[bytes], tuple[str, ...]]:
+    """Lists the files of a split without class folders, with labels from a label file."""
+    root, name, folder = split
+    listed, notes = _list_files(folder)
+    paths, others = split_images(LabelledFiles(listed, np.zeros(len(listed), np.int32)), name)
+    label_file = find_label_file(root, name, folder)
+    if not paths.paths:
+        raise InputError(
+            f"no images under {folder!r}: expected {_pattern(folder)}; pass another folder as "
+            f"DATA, or move an empty folder {name!r} elsewhere"
+        )
+    if label_file is None:
+        raise InputError(
+            f"the {len(paths.paths)} images of {folder!r} have no labels: expected "
+            f"{_pattern(folder)}, or a label file {root}/{name}.csv with lines of `file,label`; "
+            "without labels, they can only be predicted"
+        )
+    file_names = [os.fsdecode(os.path.basename(path)) for path in paths.paths]
+    labels, classes = read_flat_labels(label_file, file_names, classes)
+    remaining = [path for path in others if os.fsdecode(path) != label_file]
+    files = LabelledFiles(paths.paths + remaining, np.append(labels, [0] * len(remaining)))
+    return LabelledFiles(files.paths, files.labels.astype(np.int32)), notes, classes
+
+
+def _pattern(folder: str) -> str:
+    return os.path.join(folder, "<class>", "*.jpg")

@@ -9,19 +9,25 @@ from collections.abc import Callable, Collection, Iterable
 import numpy as np
 import tensorflow as tf
 
+from vgg_jax.configs.presets import PRESETS
 from vgg_jax.data.batches import BatchIterator
+from vgg_jax.data.filesystem import exists, is_dir
 from vgg_jax.data.folder import folder_splits
+from vgg_jax.data.label_file import SUFFIXES as LIST_SUFFIXES
+from vgg_jax.data.list_file import list_splits
 from vgg_jax.data.splits import (
     MAX_BYTES_IN_MEMORY,
+    SPLIT_NAMES,
     DataSource,
     StoredSplit,
     exclude_records,
     full,
     random_access,
     record_name,
+    split_kind,
     subset,
 )
-from vgg_jax.data.tfds import record_splits
+from vgg_jax.data.tfds import is_prepared, record_splits
 from vgg_jax.division import INPUT_VERSION, Division, divide_at_random, divide_by_class
 from vgg_jax.errors import InputError, install_hint
 from vgg_jax.paths import is_remote
@@ -29,7 +35,7 @@ from vgg_jax.paths import is_remote
 logger = logging.getLogger(__name__)
 
 LABELS_PER_BATCH = 1024
-VALIDATION = ("validation", "val", "valid")  # names of the validation split
+VALIDATION = SPLIT_NAMES["validation"]
 
 
 def open_train_val(
@@ -49,7 +55,7 @@ def open_train_val(
     class, if its labels are known or are read soon.
 
     Args:
-        data: "digits", an image folder, or a name of TensorFlow Datasets.
+        data: "digits", an image folder, a list of files, or a name of TensorFlow Datasets.
         data_dir: Folder of the prepared data sets of TensorFlow Datasets.
         validation_fraction: Fraction of the training split to hold out, if there is no validation
             split. At least one image is held out, unless it is 0.
@@ -67,12 +73,16 @@ def open_train_val(
     """
     exclude = frozenset(exclude)
     splits = _find_splits(data, data_dir, skip_bad, exclude, download, version)
-    train = _pick(splits, ("train",), data)()
-    for name in VALIDATION:
-        if name in splits:
-            validation = splits[name]()
-            _check_exclude_list(exclude, train.excluded + validation.excluded, data, splits)
-            return full(train), full(validation)
+    train = _pick(splits, "train", data)()
+    if len(train.classes) < 2:
+        raise InputError(
+            f"{train.name} has only one class, {train.classes[0]!r}: expected at least two; pass "
+            "the folder whose folders are the classes"
+        )
+    if "validation" in map(split_kind, splits):
+        validation = _pick(splits, "validation", data)()
+        _check_exclude_list(exclude, train.excluded + validation.excluded, data, splits)
+        return full(train), full(validation)
     _check_exclude_list(exclude, train.excluded, data, splits)
     division = _divide(train, validation_fraction, seed, version)
     kept, held_out = train.usable[division.train], train.usable[division.held_out]
@@ -119,9 +129,9 @@ def open_split(
     """Opens a whole split of a data set.
 
     Args:
-        data: "digits", an image folder, or a name of TensorFlow Datasets.
-        split: "train", "test", any name of the validation split, or another split that
-            TensorFlow Datasets has.
+        data: "digits", an image folder, a list of files, or a name of TensorFlow Datasets.
+        split: A name of the training, validation or test split, as `split_kind` knows them, or
+            another split that TensorFlow Datasets has.
         data_dir: Folder of the prepared data sets of TensorFlow Datasets.
         skip_bad: Leave out files that are not images. Otherwise they are an error.
         exclude: Names of images to leave out, as from `read_exclude_list`.
@@ -133,9 +143,8 @@ def open_split(
     Raises:
         InputError: The data or the split is missing or cannot be used.
     """
-    names = VALIDATION if split in VALIDATION else (split,)
     splits = _find_splits(data, data_dir, skip_bad, frozenset(exclude), download)
-    return full(_pick(splits, names, data)())
+    return full(_pick(splits, split, data)())
 
 
 def split_names(
@@ -144,7 +153,7 @@ def split_names(
     """Lists the splits that `open_split` can open.
 
     Args:
-        data: "digits", an image folder, or a name of TensorFlow Datasets.
+        data: "digits", an image folder, a list of files, or a name of TensorFlow Datasets.
         data_dir: Folder of the prepared data sets of TensorFlow Datasets.
         download: Download a data set that is not prepared.
 
@@ -165,31 +174,47 @@ def _find_splits(
     download: bool,
     version: int = INPUT_VERSION,
 ) -> dict[str, Callable[[], StoredSplit]]:
+    folder = data if is_remote(data) else os.path.expanduser(data)
+    is_path = is_remote(data) or folder.startswith((".", os.sep)) or folder.endswith(os.sep)
+    if folder.endswith(LIST_SUFFIXES) and exists(folder) and not is_dir(folder):
+        return list_splits(folder, skip_bad, exclude)
+    if not is_path and os.path.isdir(folder):
+        is_path = _names_folder(data, data_dir)
     if data == "digits":
         return {"train": functools.partial(_digits, exclude)}
-    folder = data if is_remote(data) else os.path.expanduser(data)
     # One separator inside a name does not make it a path: "imagenette/320px" may be a data set.
-    if (
-        is_remote(data)
-        or os.path.isdir(folder)
-        or folder.startswith((".", os.sep))
-        or folder.count(os.sep) > 1
-        or folder.endswith(os.sep)
-    ):
+    if is_path or folder.count(os.sep) > 1:
         return folder_splits(folder, skip_bad, exclude)
     return record_splits(data, data_dir, exclude, download, version)
 
 
-def _pick(
-    splits: dict[str, Callable[[], StoredSplit]], names: Iterable[str], data: str
-) -> Callable[[], StoredSplit]:
-    for name in names:
-        if name in splits:
-            return splits[name]
+def _names_folder(data: str, data_dir: str | None) -> bool:
+    """Tells whether the name of an existing folder means that folder.
+
+    Raises:
+        InputError: It also means a data set.
+    """
+    names_data_set = data in PRESETS or is_prepared(data, data_dir)
+    if not names_data_set:
+        return True
+    if is_prepared(data, ".") and is_prepared(data, data_dir):
+        return False  # the folder is the prepared data set
     raise InputError(
-        f"{data!r} has no split {' or '.join(map(repr, names))}: "
-        f"expected one of {', '.join(splits)}"
+        f"{data!r} is a data set and also a folder here: expected one reading; pass ./{data} for "
+        "the folder, or start in another folder for the data set"
     )
+
+
+def _pick(
+    splits: dict[str, Callable[[], StoredSplit]], split: str, data: str
+) -> Callable[[], StoredSplit]:
+    """Picks a split by its name, or by another name of the same split."""
+    if split in splits:
+        return splits[split]
+    for name, open_stored in splits.items():
+        if split_kind(name) is not None and split_kind(name) == split_kind(split):
+            return open_stored
+    raise InputError(f"{data!r} has no split {split!r}: expected one of {', '.join(splits)}")
 
 
 def _check_exclude_list(

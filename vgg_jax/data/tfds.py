@@ -1,5 +1,6 @@
 """Data sets that TensorFlow Datasets has prepared as TFRecord or ArrayRecord files."""
 
+import contextlib
 import functools
 import os
 import re
@@ -62,8 +63,7 @@ def record_splits(
             not have exactly one image and one label.
     """
     tfds = _import_tfds()
-    root = data_dir or os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets")
-    root = root if is_remote(root) else os.path.expanduser(root)
+    root = _prepared_root(data_dir)
     folder = find_prepared(data, root)
     if folder is None and download:
         folder = _download(tfds, data, root)
@@ -83,6 +83,28 @@ def record_splits(
         )
         for name in info.splits
     }
+
+
+def is_prepared(data: str, data_dir: str | None) -> bool:
+    """Tells whether a prepared data set has this name.
+
+    Args:
+        data: Any text.
+        data_dir: Folder of the prepared data sets, as for `record_splits`.
+
+    Returns:
+        True if `record_splits` would find it.
+    """
+    if NAME.fullmatch(data) is None:
+        return False
+    with contextlib.suppress(InputError):
+        return find_prepared(data, _prepared_root(data_dir)) is not None
+    return True  # it is there, and the message of the error helps
+
+
+def _prepared_root(data_dir: str | None) -> str:
+    root = data_dir or os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets")
+    return root if is_remote(root) else os.path.expanduser(root)
 
 
 def find_prepared(data: str, root: str) -> str | None:

@@ -157,7 +157,7 @@ def resize_and_crop(
             the last. A uniform fraction selects them with equal probability, and 0.5 selects the
             centre.
         x_fraction: The same for x.
-        exif: Turn and mirror a JPEG as its EXIF orientation says.
+        exif: Turn and mirror an image as its EXIF orientation says.
 
     Returns:
         RGB pixels, uint8 (size, size, 3).

@@ -11,10 +11,11 @@ from tqdm import tqdm
 
 from vgg_jax.data.batches import BatchIterator, error_summary
 from vgg_jax.data.decode import decode, exif_orientation
-from vgg_jax.data.folder import relative_name
+from vgg_jax.data.file_split import relative_name
 from vgg_jax.data.sources import open_split, split_names
 from vgg_jax.data.splits import DataSource
 from vgg_jax.errors import InputError
+from vgg_jax.image_files import FORMATS
 from vgg_jax.paths import is_remote, to_path
 
 IMAGES_PER_BATCH = 64
@@ -33,7 +34,7 @@ def verify_images(
     """Reads and decodes each image of each split once.
 
     Args:
-        data: "digits", an image folder, or a name of TensorFlow Datasets.
+        data: "digits", an image folder, a list of files, or a name of TensorFlow Datasets.
         data_dir: Folder of the prepared data sets of TensorFlow Datasets.
         download: Download a data set that is not prepared.
 
@@ -45,18 +46,19 @@ def verify_images(
         DataError: A file of records is damaged.
     """
     data = data if is_remote(data) else os.path.expanduser(data)
+    root = os.path.dirname(data) or "." if os.path.isfile(data) else data
     for split in split_names(data, data_dir=data_dir, download=download):
         source = open_split(data, split, data_dir=data_dir, skip_bad=True)
         bad = [
             BadImage(
-                relative_name(name, data),
-                "not an image: no JPEG, PNG, GIF, BMP or WebP header, or it cannot be opened",
+                relative_name(name, root),
+                f"not an image: it does not begin as {FORMATS} does, or cannot be opened",
             )
             for name in source.skipped
         ]
         for index, fault in _decode_each(source):
             if fault:
-                bad.append(BadImage(relative_name(source.file_name(index), data), fault.decode()))
+                bad.append(BadImage(relative_name(source.file_name(index), root), fault.decode()))
         yield split, source.size + len(source.skipped), bad
 
 

@@ -1,9 +1,9 @@
 """Predicts the most probable classes of image files."""
 
 import glob
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -13,10 +13,14 @@ from vgg_jax.configs.evaluation import DENSE, EvalProtocol
 from vgg_jax.distributed.sharding import make_mesh
 from vgg_jax.errors import InputError
 from vgg_jax.evaluation.dense import iter_posteriors, resolve_protocol
+from vgg_jax.image_files import FORMATS, is_image, is_system_name, read_local_header
 from vgg_jax.preprocessing import load_resized
 from vgg_jax.weights import load
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")  # of the images in a folder
+# A file in a folder with such a name is reported if it is no image.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2")
+
+logger = logging.getLogger(__name__)
 
 
 class Prediction(NamedTuple):
@@ -102,12 +106,14 @@ def expand_paths(images: Sequence[str]) -> list[str]:
     """Expands folders and patterns into files.
 
     Args:
-        images: Files, folders, whose images at any depth count, and glob patterns. Paths in an
-            object store must be files.
+        images: Files, folders, whose images at any depth count, and glob patterns. Images are
+            recognised by their first bytes. Links are followed. Paths in an object store must be
+            files.
 
     Returns:
         The files. A name that matches no local file stays in the list. It may be in an object
-        store; otherwise reading reports it.
+        store; otherwise reading reports it. A file in a folder that has an image's extension, and
+        is none, stays too.
 
     Raises:
         InputError: There are no files.
@@ -121,13 +127,40 @@ def expand_paths(images: Sequence[str]) -> list[str]:
         else:
             files += sorted(glob.glob(name, recursive=True)) or [name]
     if not files:
-        raise InputError(
-            f"no images in {', '.join(map(repr, images))}: "
-            f"expected files ending in {', '.join(SUFFIXES)}"
-        )
+        raise InputError(f"no images in {', '.join(map(repr, images))}: expected {FORMATS} files")
     return files
 
 
 def _images_under(folder: str) -> list[str]:
-    paths = Path(folder).rglob("*")
-    return sorted(str(path) for path in paths if path.suffix.lower() in SUFFIXES and path.is_file())
+    """Lists the images in a folder and below it, sorted, and logs how many files are left out."""
+    images: list[str] = []
+    skipped: list[str] = []
+    for path in _walk(folder):
+        name = os.path.basename(path)
+        if is_system_name(name):
+            continue
+        claims_image = os.path.splitext(name)[1].lower() in SUFFIXES
+        is_wanted = claims_image or is_image(read_local_header(path))
+        (images if is_wanted else skipped).append(path)
+    if skipped:
+        logger.info(
+            "skipped %d files of %s that are not images, for example %r",
+            len(skipped),
+            folder,
+            min(skipped),
+        )
+    return sorted(images)
+
+
+def _walk(folder: str) -> Iterator[str]:
+    """Yields the files below a folder. A folder that links lead to twice is read once."""
+    visited = set()
+    for parent, subfolders, names in os.walk(folder, followlinks=True):
+        visited.add(os.path.realpath(parent))
+        subfolders[:] = [
+            name
+            for name in sorted(subfolders)
+            if not is_system_name(name)
+            and os.path.realpath(os.path.join(parent, name)) not in visited
+        ]
+        yield from (os.path.join(parent, name) for name in names)

@@ -1,0 +1,199 @@
+"""Folders as people have them: other names of splits, notes, nested and empty folders, links."""
+
+import os
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vgg_jax.data import open_split, open_train_val, split_names
+from vgg_jax.errors import InputError
+
+
+def fill(root: Path, *classes: str, count: int = 3) -> None:
+    """Writes class folders, each with images of one colour."""
+    for number, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            image = Image.fromarray(np.full((8, 9, 3), number * 50 + i, np.uint8))
+            image.save(root / name / f"{i}.png")
+
+
+def sizes(root) -> tuple[int, int]:
+    train, validation = open_train_val(str(root))
+    return train.size, validation.size
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("Train", "Val"),
+        ("Training", "Testing"),
+        ("TRAIN", "Validation"),
+        ("train", "valid"),
+        ("training_set", "test_set"),
+        ("train", "Valid Set"),
+    ],
+)
+def test_folder_with_other_names_of_splits(tmp_path, names):
+    train, other = names
+    fill(tmp_path / train, "ants", "bees", count=5)
+    fill(tmp_path / other, "ants", "bees", count=2)
+    kind = "test" if other.lower().startswith("test") else "val"
+    assert open_split(str(tmp_path), "train").size == 10
+    assert open_split(str(tmp_path), kind).size == 4
+    # Without a validation split, one of the training images is held out.
+    assert sizes(tmp_path) == ((9, 1) if kind == "test" else (10, 4))
+
+
+def test_folder_with_two_names_of_a_split(tmp_path):
+    fill(tmp_path / "train", "ants", "bees")
+    fill(tmp_path / "val", "ants", "bees")
+    fill(tmp_path / "Valid", "ants", "bees")
+    with pytest.raises(
+        InputError, match=r"'Valid' and 'val' .* both names of the validation split"
+    ):
+        sizes(tmp_path)
+
+
+def test_folder_with_a_class_named_train(tmp_path):
+    fill(tmp_path, "bus", "car", "train", count=4)
+    assert open_split(str(tmp_path), "train").classes == ("bus", "car", "train")
+
+
+def test_folder_with_classes_beside_a_split(tmp_path):
+    fill(tmp_path, "cats", "dogs")
+    fill(tmp_path / "test", "cats", "dogs")
+    with pytest.raises(InputError, match=r"'cats', 'dogs'.*'test'.* expected .*/train; move them"):
+        sizes(tmp_path)
+
+
+def test_folder_with_one_split_only(tmp_path):
+    fill(tmp_path / "val", "ants", "bees")
+    assert split_names(str(tmp_path)) == ("val",)
+    assert open_split(str(tmp_path), "validation").classes == ("ants", "bees")
+
+
+NOTES = (
+    *("desktop.ini", "Thumbs.db", "._0.png", "labels.csv", "README", "notes.txt"),
+    *("@eaDir/0.png", "__MACOSX/x", ".ipynb_checkpoints/0.png"),
+)
+
+
+def test_folder_skips_notes_with_one_line(tmp_path, caplog):
+    fill(tmp_path, "ants", "bees", count=5)
+    for name in NOTES:
+        path = tmp_path / "ants" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"no image")
+    (tmp_path / "__MACOSX").mkdir()
+    (tmp_path / "@eaDir").mkdir()
+    with caplog.at_level("INFO", "vgg_jax"):
+        assert sizes(tmp_path) == (9, 1)
+    assert caplog.text.count("skipped beside the images") == 1
+    assert "8 notes or files of the system" in caplog.text
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_folder_with_nested_classes(tmp_path, split):
+    fill(tmp_path / "train", "ants", "bees")
+    fill(tmp_path / "val", "ants", "bees")
+    (tmp_path / split / "ants").rename(tmp_path / "inner")
+    (tmp_path / split / "ants").mkdir()
+    (tmp_path / "inner").rename(tmp_path / split / "ants" / "inner")
+    for skip_bad in (False, True):
+        with pytest.raises(InputError) as error:
+            open_train_val(str(tmp_path), skip_bad=skip_bad)
+        assert "inner" in str(error.value) and "<class>" in str(error.value)
+        assert "remove" not in str(error.value)
+
+
+def test_folder_below_another_folder(tmp_path):
+    """An archive unpacks to data/data/train."""
+    fill(tmp_path / "data" / "train", "ants", "bees")
+    with pytest.raises(InputError, match=r"'train'.*: pass .*/data' as DATA"):
+        sizes(tmp_path)
+
+
+@pytest.mark.parametrize("empty", ["", "ants", ".git"])
+def test_folder_with_empty_validation_split(tmp_path, empty):
+    fill(tmp_path / "train", "ants", "bees")
+    (tmp_path / "val" / empty).mkdir(parents=True)
+    with pytest.raises(InputError, match="val"):
+        sizes(tmp_path)
+    with pytest.raises(InputError, match="no images"):
+        open_split(str(tmp_path), "val")
+
+
+def test_folder_with_photos_without_labels(tmp_path):
+    fill(tmp_path / "train", "ants", "bees", count=5)
+    fill(tmp_path, "test")
+    assert sizes(tmp_path) == (9, 1)  # the test split is not read
+    with pytest.raises(InputError, match=r"3 images of .*test' have no labels.* only be predicted"):
+        open_split(str(tmp_path), "test")
+
+
+def test_folder_with_dangling_class_folder(tmp_path):
+    fill(tmp_path, "ants", "bees")
+    (tmp_path / "wasps").symlink_to("/nowhere/wasps")
+    with pytest.raises(InputError, match=r"wasps' is a link to '/nowhere/wasps', which cannot be"):
+        sizes(tmp_path)
+
+
+def test_folder_with_linked_class_folder(tmp_path):
+    fill(tmp_path / "elsewhere", "ants")
+    fill(tmp_path / "data", "bees")
+    (tmp_path / "data" / "ants").symlink_to(tmp_path / "elsewhere" / "ants")
+    assert open_split(str(tmp_path / "data"), "train").size == 6
+
+
+def test_folder_with_one_class(tmp_path):
+    fill(tmp_path, "ants")
+    with pytest.raises(InputError, match="only one class, 'ants': expected at least two"):
+        sizes(tmp_path)
+
+
+def test_folder_with_names_of_two_unicode_forms(tmp_path):
+    composed = unicodedata.normalize("NFC", "été")
+    decomposed = unicodedata.normalize("NFD", "été")
+    fill(tmp_path / "one", composed, decomposed)
+    with pytest.raises(InputError, match="differ only in their Unicode form") as error:
+        sizes(tmp_path / "one")
+    assert str(error.value).isascii()
+    fill(tmp_path / "two" / "train", composed, "hiver")
+    fill(tmp_path / "two" / "val", decomposed, "hiver")
+    with pytest.raises(InputError, match="only in its Unicode form"):
+        sizes(tmp_path / "two")
+
+
+@pytest.mark.parametrize("format", ["TIFF", "PPM", "AVIF", "JPEG2000"])
+def test_folder_with_other_formats(tmp_path, format):
+    fill(tmp_path, "ants", "bees")
+    Image.new("RGB", (9, 8)).save(tmp_path / "ants" / "x", format)
+    assert open_split(str(tmp_path), "train").size == 7
+
+
+def test_folder_names_heic_photos(tmp_path):
+    fill(tmp_path, "ants", "bees")
+    (tmp_path / "ants" / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
+    with pytest.raises(InputError, match=r"IMG_1\.HEIC'; .*convert HEIC photos to JPEG"):
+        sizes(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10"])
+def test_folder_named_as_a_data_set(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    fill(tmp_path / name, "ants", "bees", count=5)
+    with pytest.raises(
+        InputError, match=f"'{name}' is a data set and also a folder here.*./{name}"
+    ):
+        open_train_val(name)
+    assert open_split(f"./{name}", "train").classes == ("ants", "bees")
+
+
+def test_folder_that_is_the_prepared_data_set(prepared, monkeypatch):
+    monkeypatch.chdir(prepared["tfrecord"])
+    assert open_split("numbers", "train", data_dir=prepared["tfrecord"]).classes == tuple("abc")
+    assert open_split("numbers", "train", data_dir=os.curdir).size == 23

@@ -1,0 +1,198 @@
+"""Labels from files: flat folders with a label file, lists, and ImageNet as it is downloaded."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.io import savemat
+
+from tests.helpers.tiny_data import list_examples
+from vgg_jax.data import open_split, open_train_val, split_names
+from vgg_jax.errors import InputError
+
+# ImageNet's numbers are not the order of the sorted synsets.
+SYNSETS = {1: "n02119789", 2: "n02100735", 3: "n01440764"}
+
+
+def write_images(folder: Path, *names: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(names):
+        Image.fromarray(np.full((8, 9, 3), number, np.uint8)).save(folder / name, "PNG")
+
+
+def write_classes(root: Path, *classes: str) -> None:
+    for name in classes:
+        write_images(root / name, *(f"{i}.png" for i in range(5)))
+
+
+def labels_by_name(source) -> dict[str, str]:
+    return {
+        Path(source.file_name(int(example["index"]))).name: source.classes[example["label"]]
+        for example in list_examples(source)
+    }
+
+
+FLAT = {"b 1.jpg": "bees", "a.jpg": "ants", "c.jpg": "bees"}
+
+
+@pytest.mark.parametrize(
+    "name,content",
+    [
+        ("val.txt", "a.jpg ants\nb 1.jpg bees\nc.jpg bees\n"),
+        ("val.txt", "\ufeffa.jpg 0\r\nb 1.jpg 1\r\nc.jpg 1\r\n\r\n"),
+        ("val.csv", 'a.jpg,ants\n"b 1.jpg",bees\nc.jpg,bees\nelsewhere.jpg,ants\n'),
+        ("val_labels.csv", "id,breed\na,ants\nb 1,bees\nc,bees\n"),
+        ("labels.csv", "label;filename\nants;val/a.jpg\nbees;val/b 1.jpg\nbees;val/c.jpg\n"),
+        ("labels.csv", "a.jpg, 0\nb 1.jpg, 1\n# a comment\nc.jpg, 1\n"),
+        ("val/val_annotations.txt", "a.jpg\tants\t0\t0\nb 1.jpg\tbees\t0\t0\nc.jpg\tbees\t0\t0\n"),
+        ("LOC_val_solution.csv", "ImageId,PredictionString\na,ants 1 2\nb 1,bees 3\nc,bees 4 5\n"),
+    ],
+)
+def test_flat_validation_split_with_label_file(tmp_path, caplog, name, content):
+    write_classes(tmp_path / "train", "ants", "bees")
+    write_images(tmp_path / "val", *FLAT)
+    (tmp_path / name).write_text(content, "utf-8")
+    with caplog.at_level("INFO", "vgg_jax"):
+        train, validation = open_train_val(str(tmp_path))
+    assert (train.size, validation.classes) == (10, ("ants", "bees"))
+    assert labels_by_name(validation) == FLAT
+    reading = "numbers count the sorted class names from 0" if "0\r" in content else "labels"
+    assert f"labels of 3 photos are from {tmp_path / name}" in caplog.text
+    assert reading in caplog.text
+
+
+def test_flat_training_split_with_label_file(tmp_path):
+    write_images(tmp_path / "train", *FLAT)
+    write_images(tmp_path / "test", "x.jpg")
+    (tmp_path / "labels.csv").write_text("id,breed\na,ants\nb 1,bees\nc,bees\n")
+    train, validation = open_train_val(str(tmp_path))
+    assert train.size + validation.size == 3
+    assert labels_by_name(open_split(str(tmp_path), "train")) == FLAT
+
+
+@pytest.mark.parametrize(
+    "name,content,message",
+    [
+        ("val.txt", "", "val.txt is empty"),
+        ("val.txt", "a.jpg ants\nb 1.jpg bees\n", "1 of 3 photos have no label in .*'c.jpg'"),
+        ("val.txt", "a.jpg 1\nb 1.jpg 2\nc.jpg 2\n", "the label '2': .* 2 training classes"),
+        ("val.txt", "a.jpg ants\nb 1.jpg wasps\nc.jpg bees\n", "'b 1.jpg' the label 'wasps'"),
+        ("val.csv", "a.jpg,ants\nb 1.jpg,\nc.jpg,bees\n", "line 2 of .* has no label"),
+        ("val.csv", "a.jpg,ants\na.jpg,bees\n", "line 2 of .* gives 'a.jpg' a second label"),
+        ("val.csv", "image,kind\na.jpg,ants\n", "columns 'image', 'kind': .* one for the label"),
+        ("val.csv", b"a.jpg,\xe9t\xe9\n", "it is not UTF-8"),
+        ("val.txt", "1\n2\n", "2 labels for 3 photos"),
+        ("val.txt", "1\n2\n1\n", "an order of their own: .* meta.mat beside it"),
+    ],
+)
+def test_wrong_label_file(tmp_path, name, content, message):
+    write_classes(tmp_path / "train", "ants", "bees")
+    write_images(tmp_path / "val", *FLAT)
+    content = content if isinstance(content, bytes) else content.encode()
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        open_train_val(str(tmp_path))
+
+
+def test_two_label_files(tmp_path):
+    write_classes(tmp_path / "train", "ants", "bees")
+    write_images(tmp_path / "val", *FLAT)
+    for name in ("val.txt", "val.csv"):
+        (tmp_path / name).write_text("a.jpg,ants\n")
+    with pytest.raises(InputError, match="2 files may have the labels"):
+        open_train_val(str(tmp_path))
+
+
+def write_devkit(folder: Path, synsets: dict[int, str], numbers: list[int]) -> None:
+    """Writes ImageNet's development kit, with the fields of its meta.mat."""
+    folder.mkdir(parents=True, exist_ok=True)
+    records = np.array(
+        [(number, synset, "words") for number, synset in synsets.items()],
+        [("ILSVRC2012_ID", "f8"), ("WNID", "O"), ("words", "O")],
+    )
+    savemat(folder / "meta.mat", {"synsets": records[:, None]})
+    truth = "".join(f"{number}\n" for number in numbers)
+    (folder / "ILSVRC2012_validation_ground_truth.txt").write_text(truth)
+
+
+def test_imagenet_as_downloaded(tmp_path):
+    """The ground truth numbers the classes as meta.mat does, not in the order of the folders."""
+    write_classes(tmp_path / "train", *SYNSETS.values())
+    names = [f"ILSVRC2012_val_{i:08}.JPEG" for i in range(1, 7)]
+    write_images(tmp_path / "val", *reversed(names))
+    numbers = [3, 1, 2, 2, 3, 1]
+    write_devkit(tmp_path / "ILSVRC2012_devkit_t12" / "data", SYNSETS, numbers)
+    train, validation = open_train_val(str(tmp_path))
+    assert train.classes == tuple(sorted(SYNSETS.values()))
+    expected = {name: SYNSETS[number] for name, number in zip(names, numbers, strict=True)}
+    assert labels_by_name(validation) == expected
+
+
+def test_imagenet_with_photos(tmp_path, shared_data):
+    """Real photos get the label of their own synset. The kit's files may lie beside them."""
+    folders = [
+        path for path in sorted((shared_data / "imagenet-sample").iterdir()) if path.is_dir()
+    ]
+    synsets = {1: folders[2].name, 2: folders[0].name, 3: folders[1].name}
+    expected = {}
+    for number, folder in enumerate(reversed(folders[:3])):
+        photo = min(folder.iterdir()).read_bytes()
+        for path in (Path("train", folder.name, "x.JPEG"), Path("val", f"val_{number}.JPEG")):
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path).write_bytes(photo)
+        expected[f"val_{number}.JPEG"] = folder.name
+    number_of = {synset: number for number, synset in synsets.items()}
+    write_devkit(tmp_path / "val", synsets, [number_of[name] for name in expected.values()])
+    validation = open_split(str(tmp_path), "val")
+    assert labels_by_name(validation) == expected
+    for example in list_examples(validation):
+        synset = validation.classes[example["label"]]
+        assert (tmp_path / "train" / synset / "x.JPEG").read_bytes() == example["encoded"]
+
+
+LIST = """file,label,split
+photos/a.jpg,ants,train
+photos/b.jpg,bees,Train
+photos/c.jpg,ants,training
+{absolute}/d.jpg,bees,val
+photos\\e.jpg,ants,test
+"""
+
+
+def test_list_with_splits(tmp_path):
+    write_images(tmp_path / "photos", *(f"{name}.jpg" for name in "abcde"))
+    path = tmp_path / "list.csv"
+    path.write_text(LIST.format(absolute=tmp_path / "photos"))
+    assert split_names(str(path)) == ("train", "validation", "test")
+    train, validation = open_train_val(str(path))
+    assert labels_by_name(train) == {"a.jpg": "ants", "b.jpg": "bees", "c.jpg": "ants"}
+    assert labels_by_name(validation) == {"d.jpg": "bees"}
+    assert labels_by_name(open_split(str(path), "test")) == {"e.jpg": "ants"}
+
+
+def test_list_without_splits(tmp_path):
+    write_images(tmp_path, *(f"{i}.png" for i in range(12)))
+    path = tmp_path / "photos.txt"
+    path.write_text("".join(f"{i}.png {i % 11}\n" for i in range(12)))
+    train, validation = open_train_val(str(path))
+    assert (train.size, validation.size) == (11, 1)
+    assert train.classes == tuple(map(str, range(11)))  # in the order of the numbers
+
+
+@pytest.mark.parametrize(
+    "content,message",
+    [
+        ("a.jpg,ants\nmissing.jpg,bees\n", "1 of 2 files .*missing.jpg"),
+        ("a.jpg,ants,train\nb.jpg,bees,holdout\n", "line 2 of .* has the split 'holdout'"),
+        ("a.jpg,ants\na.jpg,bees\n", "line 2 of .* a second label"),
+        ("a.jpg,ants,train\nb.jpg,bees,train\na.jpg,wasps,val\n", "line 3 .* no training image"),
+        ("", "is empty"),
+        ("a.jpg,ants\nb.jpg,ants\n", "only one class, 'ants'"),
+    ],
+)
+def test_wrong_list(tmp_path, content, message):
+    write_images(tmp_path, "a.jpg", "b.jpg")
+    (tmp_path / "list.csv").write_text(content)
+    with pytest.raises(InputError, match=message):
+        open_train_val(str(tmp_path / "list.csv"))

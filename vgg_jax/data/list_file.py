@@ -1,0 +1,103 @@
+"""A data set as a list: a label file whose lines name files, labels and perhaps splits."""
+
+import functools
+import hashlib
+import os
+from collections.abc import Callable, Collection, Sequence
+
+import numpy as np
+
+from vgg_jax.data.file_split import (
+    LabelledFiles,
+    check_images,
+    exclude_files,
+    split_images,
+    stored_split,
+)
+from vgg_jax.data.label_file import Row, read_rows, sort_labels
+from vgg_jax.data.splits import SPLIT_NAMES, StoredSplit, split_kind
+from vgg_jax.errors import InputError, shorten_names
+from vgg_jax.paths import is_remote
+
+
+def list_splits(
+    path: str, skip_bad: bool, exclude: Collection[str]
+) -> dict[str, Callable[[], StoredSplit]]:
+    """Finds the splits of a list.
+
+    Args:
+        path: Path of the list, as for `read_rows`. Names of files are relative to its folder, or
+            absolute. Without a column for splits, all files are for training.
+        skip_bad: As for `folder_splits`.
+        exclude: Images to leave out, as paths relative to the folder of the list.
+
+    Returns:
+        For each split, a function that reads it, as `folder_splits` returns it. The classes are the
+        labels of the training split, sorted: as numbers if all are numbers.
+
+    Raises:
+        InputError: The list cannot be read, or a file has two labels.
+    """
+    by_split: dict[str, list[Row]] = {}
+    for row in read_rows(path):
+        kind = split_kind(row.split) if row.split else "train"
+        if kind is None:
+            raise InputError(
+                f"line {row.number} of {path} has the split {row.split!r}: "
+                f"expected {', '.join(SPLIT_NAMES)}"
+            )
+        by_split.setdefault(kind, []).append(row)
+    reference = by_split.get("train") or next(iter(by_split.values()))
+    classes = sort_labels([row.label for row in reference])
+    return {
+        kind: functools.partial(
+            _read_split, path, kind, rows, classes, skip_bad, frozenset(exclude)
+        )
+        for kind, rows in by_split.items()
+    }
+
+
+def _read_split(
+    path: str,
+    kind: str,
+    rows: Sequence[Row],
+    classes: tuple[str, ...],
+    skip_bad: bool,
+    exclude: Collection[str],
+) -> StoredSplit:
+    root = os.path.dirname(path) or "."
+    index = {name: label for label, name in enumerate(classes)}
+    by_file: dict[str, str] = {}
+    for row in rows:
+        if row.label not in index:
+            raise InputError(
+                f"line {row.number} of {path} has the label {row.label!r}, which no training image "
+                f"has: expected one of {shorten_names(classes)}"
+            )
+        if by_file.setdefault(row.file, row.label) != row.label:
+            raise InputError(
+                f"line {row.number} of {path} gives {row.file!r} a second label, {row.label!r} "
+                f"after {by_file[row.file]!r}: expected one"
+            )
+    paths = [os.fsencode(_resolve(root, row.file)) for row in rows]
+    labels = np.array([index[row.label] for row in rows], np.int32)
+    name = f"{path} {kind}"
+    files, num_excluded = exclude_files(LabelledFiles(paths, labels), root, exclude)
+    images, not_images = split_images(files, name)
+    check_images(not_images, len(files.paths), path, skip_bad)
+    if not images.paths:
+        raise InputError(f"{name} has no images: expected at least one")
+    digest = hashlib.sha256(images.labels.tobytes()).hexdigest()[:16]
+    return stored_split(
+        name, f"list, labels {digest}", root, images, classes, skip_bad, not_images, num_excluded
+    )
+
+
+def _resolve(root: str, file: str) -> str:
+    """Completes the name of a file. Lists from Windows have backslashes."""
+    if is_remote(file):
+        return file
+    path = os.path.join(root, os.path.expanduser(file))
+    if "\\" in file and not is_remote(root) and not os.path.exists(path):
+        return os.path.join(root, file.replace("\\", "/"))
+    return path
