@@ -16,7 +16,14 @@ from vgg_jax import IMAGENET, InputError, TrainConfig, cli, load
 from vgg_jax.configs.evaluation import EvalProtocol
 from vgg_jax.data import decode, open_train_val, resize_shorter_side
 from vgg_jax.evaluation.dense import class_posteriors
-from vgg_jax.evaluation.evaluate import Evaluation, evaluate, fuse, load_evaluation, save_evaluation
+from vgg_jax.evaluation.evaluate import (
+    Evaluation,
+    evaluate,
+    fuse,
+    load_evaluation,
+    map_class_indices,
+    save_evaluation,
+)
 from vgg_jax.metrics import wilson_interval
 from vgg_jax.model import build_model
 from vgg_jax.runs.checkpoint import CheckpointStore
@@ -68,6 +75,42 @@ def copy_run(workdir, target, old, new):
     assert old in text
     (target / "run.json").write_text(text.replace(old, new))
     return target
+
+
+IMAGENET_LIKE = (
+    "n01440764 tench, Tinca tinca",
+    "n02012849 crane",
+    "n03126707 crane",
+    "Great_White",
+)
+
+
+@pytest.mark.parametrize(
+    ("match", "names", "expected"),
+    [
+        ("exact", ["n03126707", "Great_White"], [2, 3]),
+        ("order", ["a", "b", "c", "d"], [0, 1, 2, 3]),
+        ("synset", ["n02012849-bird", "n01440764_tench"], [1, 0]),
+        ("name", ["great white", "TENCH", "tinca-tinca", "n9 no"], [3, 0, 0, None]),
+        ("name", ["crane"], [None]),  # two classes fit
+        ("order", ["a"], [None]),
+        ("exact", ["tench"], [None]),
+        ("synset", ["n014407640"], [None]),
+    ],
+)
+def test_map_class_indices(match, names, expected):
+    if None not in expected:
+        assert map_class_indices(names, IMAGENET_LIKE, "message", match).tolist() == expected
+        return
+    with pytest.raises(InputError, match=r"message: .*; pass .*--classes FILE"):
+        map_class_indices(names, IMAGENET_LIKE, "message", match)
+
+
+def test_map_class_indices_proposes_a_match():
+    with pytest.raises(InputError, match="pass --match name, or the net's names with --classes"):
+        map_class_indices(["tench"], IMAGENET_LIKE, "message")
+    with pytest.raises(InputError, match="pass --match order or name, or"):
+        map_class_indices(["x-y", "z"], ["X y", "Z"], "message")
 
 
 def test_evaluate_keeps_order_of_data(workdir, photos, tmp_path):

@@ -379,6 +379,7 @@ def evaluate(
     download: bool,
     skip_bad: bool,
     pixels: int,
+    match: str,
     **source: Any,
 ) -> ExitCode:
     """Evaluates a net on a split, prints the errors, and writes them with the posteriors."""
@@ -417,6 +418,7 @@ def evaluate(
             download=download,
             skip_bad=skip_bad,
             pixels=pixels,
+            match=match,
         )
     heading = ", ".join([protocol, f"Q = {', '.join(scale_names)}", *flag_names])
     print(f"{heading}: {format_errors(results, model.num_classes)}")

@@ -228,6 +228,14 @@ def _add_evaluate(command: argparse.ArgumentParser) -> None:
     _add_skip_bad(
         command, "leave out files that are not images; an image that cannot be decoded is an error"
     )
+    command.add_argument(
+        "--match",
+        choices=("exact", "order", "synset", "name"),
+        default="exact",
+        help="how the data's classes are found among the net's: by equal names (exact, the "
+        "default), by their number (order), by their WordNet ids (synset), or by names without "
+        "regard to case, spaces and synonyms (name)",
+    )
     _add_cache(command)
     command.add_argument(
         "--pixels",

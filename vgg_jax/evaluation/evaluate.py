@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import logging
 import os
 import re
 import time
@@ -27,6 +28,11 @@ from vgg_jax.runs.files import atomic_write
 from vgg_jax.runs.metadata import load_run
 from vgg_jax.weights import from_loaded
 from vgg_jax.weights.weights import to_metadata
+
+logger = logging.getLogger(__name__)
+
+# How the classes of a data set are found among those of a net.
+MATCHES = ("exact", "order", "synset", "name")
 
 # Errors that np.load and zipfile raise for damaged or foreign files.
 _READ_ERRORS = (
@@ -85,6 +91,7 @@ def evaluate(
     download: bool = False,
     skip_bad: bool = False,
     pixels: int = MAX_PIXELS_PER_BATCH,
+    match: str = "exact",
     out: str | os.PathLike | None = None,
 ) -> dict[str, Any]:
     """Evaluates a net on a whole split, as `vgg-jax evaluate` does.
@@ -95,7 +102,7 @@ def evaluate(
         metadata: Its metadata, as `vgg_jax.load` returns them. "net", "classes" and
             "preprocessing" are enough if `data` is given.
         data: An image folder or a name of TensorFlow Datasets; the run's own by default. Its
-            classes are some of the net's, in any order. ImageNet's are matched by WordNet id.
+            classes are some of the net's, in any order.
         split: Name of the split. For the run's own data, "val" is the run's validation split.
         protocol: The evaluation protocol, or its name: one of "center", "ten-crop", "dense",
             "multi-crop" and "both". Mirror images count by default, unless the run was trained
@@ -107,6 +114,8 @@ def evaluate(
         skip_bad: Leave out files that are not images. An image that cannot be decoded still raises
             DataError.
         pixels: Most pixels of the windows that are computed at once.
+        match: How the data's classes are found among the net's: "exact", "order", "synset" or
+            "name", as `map_class_indices` explains.
         out: Folder to write posteriors.npz and evaluation.json into (`save_evaluation`).
 
     Returns:
@@ -128,8 +137,14 @@ def evaluate(
         metadata, data, split, data_dir=data_dir, download=download, skip_bad=skip_bad
     )
     class_indices = map_class_indices(
-        source.classes, net["classes"], f"{source.name} has classes that {name} does not know"
+        source.classes,
+        net["classes"],
+        f"{source.name} has classes that {name} does not know",
+        match,
     )
+    if match != "exact":
+        first = net["classes"][class_indices[0]]
+        logger.info("classes by --match %s: %r is %r, and so on", match, source.classes[0], first)
     images = _Images(source, scales, preprocessing["exif"], class_indices)
     stream = iter_posteriors(
         model,
@@ -270,33 +285,73 @@ def _collect(stream: Iterable[tuple[int, np.ndarray]], size: int, num_classes: i
     return posteriors
 
 
-def map_class_indices(names: Sequence[str], net_classes: Sequence[str], message: str) -> np.ndarray:
+def map_class_indices(
+    names: Sequence[str], net_classes: Sequence[str], message: str, match: str = "exact"
+) -> np.ndarray:
     """Finds the classes of a data set among those of a net.
-
-    A WordNet id alone, "n01440764", matches "n01440764 tench, Tinca tinca".
 
     Args:
         names: The classes of the data set.
         net_classes: The classes of the net.
         message: Start of the error message.
+        match: One of `MATCHES`. "exact" takes equal names, and a WordNet id alone, "n01440764", for
+            "n01440764 tench, Tinca tinca". "order" takes the classes by their number. "synset"
+            compares the WordNet ids at the start of both names. "name" compares the names without
+            WordNet ids, case, spaces, "-" and "_"; each of several names between commas counts.
 
     Returns:
         The index of each name in `net_classes`, int (n,).
 
     Raises:
-        InputError: The net lacks a class. The message lists up to five of each.
+        InputError: The net lacks a class, or two of its classes fit. The message lists up to five
+            of each, and the matches that would fit.
     """
-    wordnet_ids = {
-        name.split()[0]: i for i, name in enumerate(net_classes) if re.match(r"n\d{8} ", name)
-    }
-    indices = wordnet_ids | {name: i for i, name in enumerate(net_classes)}
-    unknown = [name for name in names if name not in indices]
-    if unknown:
-        raise InputError(
-            f"{message}: {_first_few(unknown)}; "
-            f"expected some of its {len(net_classes)}: {_first_few(net_classes)}"
-        )
-    return np.array([indices[name] for name in names])
+    indices = _find_classes(names, net_classes, match)
+    unknown = [name for name, index in zip(names, indices, strict=True) if index is None]
+    if not unknown:
+        return np.array(indices)
+    fitting = [
+        m for m in MATCHES if m != match and None not in _find_classes(names, net_classes, m)
+    ]
+    remedy = "pass the net's names with --classes FILE"
+    if fitting:
+        remedy = f"pass --match {' or '.join(fitting)}, or {remedy.removeprefix('pass ')}"
+    raise InputError(
+        f"{message}: {_first_few(unknown)}; "
+        f"expected some of its {len(net_classes)}: {_first_few(net_classes)}; {remedy}"
+    )
+
+
+def _find_classes(names: Sequence[str], net_classes: Sequence[str], match: str) -> list[int | None]:
+    """Finds the index of each name among the net's classes; None if there is not exactly one."""
+    if match == "order":
+        same_number = len(names) == len(net_classes)
+        return [index if same_number else None for index in range(len(names))]
+    keys = {"exact": _exact_keys, "synset": _synset_keys, "name": _name_keys}[match]
+    found: dict[str, set[int]] = {}
+    for index, name in enumerate(net_classes):
+        for key in keys(name):
+            found.setdefault(key, set()).add(index)
+    result = []
+    for name in names:
+        own_keys = {name} if match == "exact" else keys(name)
+        indices = set().union(*(found.get(key, ()) for key in own_keys))
+        result.append(indices.pop() if len(indices) == 1 else None)
+    return result
+
+
+def _exact_keys(name: str) -> set[str]:
+    return {name} | _synset_keys(name)
+
+
+def _synset_keys(name: str) -> set[str]:
+    synset = re.match(r"n\d{8}(?!\d)", name)
+    return {synset[0]} if synset else set()
+
+
+def _name_keys(name: str) -> set[str]:
+    words = re.sub(r"^n\d{8}(?!\d)[ _-]*", "", name)
+    return {re.sub(r"[\s_-]", "", part).casefold() for part in words.split(",")} - {""}
 
 
 def _first_few(names: Sequence[str]) -> str:
