@@ -71,6 +71,18 @@ def test_flat_training_split_with_label_file(tmp_path):
     assert labels_by_name(open_split(str(tmp_path), "train")) == FLAT
 
 
+def test_flat_splits_with_one_label_file(tmp_path):
+    """The classes are those of the training split, also if the other split lacks one."""
+    write_images(tmp_path / "train", *FLAT)
+    write_images(tmp_path / "val", "x.jpg")
+    (tmp_path / "labels.csv").write_text(
+        "file,label\na.jpg,ants\nb 1.jpg,bees\nc.jpg,bees\nx.jpg,bees\n"
+    )
+    train, validation = open_train_val(str(tmp_path))
+    assert train.classes == validation.classes == ("ants", "bees")
+    assert labels_by_name(validation) == {"x.jpg": "bees"}
+
+
 @pytest.mark.parametrize(
     "name,content,message",
     [

@@ -46,9 +46,7 @@ def relative_name(name: str, root: str) -> str:
     return os.path.relpath(name, root) if name.startswith(os.path.join(root, "")) else name
 
 
-def exclude_files(
-    files: LabelledFiles, root: str, exclude: Collection[str]
-) -> tuple[LabelledFiles, int]:
+def exclude_files(files: LabelledFiles, root: str, exclude: Collection[str]) -> LabelledFiles:
     """Leaves out the files of a list.
 
     Args:
@@ -57,16 +55,15 @@ def exclude_files(
         exclude: Names of files to leave out, as from `relative_name`.
 
     Returns:
-        The other files, and the number of those that were left out.
+        The other files.
     """
     if not exclude:
-        return files, 0
+        return files
     names = [relative_name(os.fsdecode(path), root) for path in files.paths]
-    kept = files.select(np.array([name not in exclude for name in names], bool))
-    return kept, len(files.paths) - len(kept.paths)
+    return files.select(np.array([name not in exclude for name in names], bool))
 
 
-def split_images(files: LabelledFiles, name: str) -> tuple[LabelledFiles, list[bytes]]:
+def split_images(files: LabelledFiles, name: str) -> tuple[LabelledFiles, LabelledFiles]:
     """Separates images from other files by their first bytes.
 
     Args:
@@ -74,7 +71,7 @@ def split_images(files: LabelledFiles, name: str) -> tuple[LabelledFiles, list[b
         name: Name of the split, for the progress bar.
 
     Returns:
-        The images, and the paths of the other files or of those that cannot be opened.
+        The images, and the other files or those that cannot be opened.
     """
     mask = np.zeros(len(files.paths), bool)
     starts = range(0, len(files.paths), FILES_PER_TASK)
@@ -94,7 +91,7 @@ def split_images(files: LabelledFiles, name: str) -> tuple[LabelledFiles, list[b
         for start, are_images in zip(starts, pool.map(look_from, starts), strict=True):
             mask[start : start + len(are_images)] = are_images
             bar.update(len(are_images))
-    return files.select(mask), list(itertools.compress(files.paths, ~mask))
+    return files.select(mask), files.select(~mask)
 
 
 def check_images(not_images: Sequence[bytes], num_files: int, where: str, skip_bad: bool) -> None:

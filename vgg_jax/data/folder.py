@@ -54,13 +54,11 @@ def folder_splits(
             f"no folder {root!r}: expected {_pattern(root)} there; pass another one as DATA"
         )
     folders = _split_folders(root)
-    reference = next((name for name in folders if split_kind(name) == "train"), min(folders))
-    classes = _class_names(folders[reference])
+    splits = {name: _Split(root, name, folder) for name, folder in folders.items()}
+    reference = next((name for name in splits if split_kind(name) == "train"), min(splits))
     return {
-        name: functools.partial(
-            _read_split, _Split(root, name, folder), classes, skip_bad, frozenset(exclude)
-        )
-        for name, folder in folders.items()
+        name: functools.partial(_read_split, split, splits[reference], skip_bad, frozenset(exclude))
+        for name, split in splits.items()
     }
 
 
@@ -100,35 +98,50 @@ def _split_folders(root: str) -> dict[str, str]:
 
 
 def _read_split(
-    split: _Split, classes: tuple[str, ...], skip_bad: bool, exclude: Collection[str]
+    split: _Split, reference: _Split, skip_bad: bool, exclude: Collection[str]
 ) -> StoredSplit:
-    if _class_names(split.folder):
-        listed, notes = _list_class_folders(split.folder, classes)
-    else:
-        listed, notes, classes = _list_flat(split, classes)
-    name = f"{split.root} {split.name}"
-    files, num_excluded = exclude_files(listed, split.root, exclude)
-    images, not_images = split_images(files, name)
-    notes += [path for path in not_images if is_note(os.fsdecode(os.path.basename(path)))]
-    not_images = [path for path in not_images if path not in set(notes)]
-    if notes:
+    """Reads a split. The classes are those of the reference, the training split."""
+    root, folder = split.root, split.folder
+    classes = _class_names(reference.folder)
+    if not classes and split != reference:
+        classes = _read_split(reference, reference, skip_bad, exclude).classes
+    is_flat = not _class_names(folder)
+    listed, system_files = _list_flat(folder) if is_flat else _list_class_folders(folder, classes)
+    name = f"{root} {split.name}"
+    all_images, others = split_images(listed, name)
+    if is_flat:
+        all_images, classes = _label_images(split, all_images.paths, classes)
+    images, not_images = (
+        exclude_files(all_images, root, exclude),
+        exclude_files(others, root, exclude),
+    )
+    empty = _classes_without_images(folder, images, classes)
+    _check_nested(split, empty)
+    damaged = _without_notes(name, not_images.paths, system_files)
+    check_images(damaged, len(images.paths) + len(damaged), folder, skip_bad)
+    if empty:
+        raise InputError(
+            f"the class folder {os.path.join(folder, empty[0])!r} has no images: expected at least "
+            "one; add some, or move the folder elsewhere"
+        )
+    num_excluded = len(listed.paths) - len(images.paths) - len(not_images.paths)
+    return stored_split(name, "folder", folder, images, classes, skip_bad, damaged, num_excluded)
+
+
+def _without_notes(
+    name: str, not_images: Sequence[bytes], system_files: Sequence[bytes]
+) -> list[bytes]:
+    """Leaves out texts and the like, and logs their number."""
+    is_skipped = {path: is_note(os.fsdecode(os.path.basename(path))) for path in not_images}
+    skipped = [*system_files, *(path for path, skip in is_skipped.items() if skip)]
+    if skipped:
         logger.info(
             "skipped beside the images of %s: %d notes or files of the system, for example %r",
             name,
-            len(notes),
-            os.fsdecode(notes[0]),
+            len(skipped),
+            os.fsdecode(skipped[0]),
         )
-    empty = _classes_without_images(split.folder, images, classes)
-    _check_nested(split, empty)
-    check_images(not_images, len(images.paths) + len(not_images), split.folder, skip_bad)
-    if empty:
-        raise InputError(
-            f"the class folder {os.path.join(split.folder, empty[0])!r} has no images: expected at "
-            "least one; add some, or move the folder elsewhere"
-        )
-    return stored_split(
-        name, "folder", split.folder, images, classes, skip_bad, not_images, num_excluded
-    )
+    return [path for path, skip in is_skipped.items() if not skip]
 
 
 def _class_names(folder: str) -> tuple[str, ...]:
@@ -170,15 +183,22 @@ def _list_class_folders(folder: str, classes: Sequence[str]) -> tuple[LabelledFi
     return LabelledFiles(paths, np.concatenate([np.empty(0, np.int32), *labels])), notes
 
 
+def _list_flat(folder: str) -> tuple[LabelledFiles, list[bytes]]:
+    """Lists the files in a folder without class folders, with labels of -1."""
+    files, system_files = _list_files(folder)
+    return LabelledFiles(files, np.full(len(files), -1, np.int32)), system_files
+
+
 def _list_files(folder: str) -> tuple[list[bytes], list[bytes]]:
     """Lists the paths in a folder, and separately those of operating systems."""
-    # As bytes, since a name need not be Unicode. Hidden files are in a folder by intention.
-    names = sorted(map(os.fsencode, listdir(folder)))
-    paths = {name: os.path.join(os.fsencode(folder), name) for name in names}
-    system = [name for name in names if is_system_name(os.fsdecode(name))]
-    visible = [path for name, path in paths.items() if name not in set(system)]
-    shown = [paths[name] for name in system if not name.startswith(b".") or name[:2] == b"._"]
-    return visible, shown
+    files, system_files = [], []
+    for name in sorted(map(os.fsencode, listdir(folder))):  # a name need not be Unicode
+        path = os.path.join(os.fsencode(folder), name)
+        if not is_system_name(os.fsdecode(name)):
+            files.append(path)
+        elif name.startswith(b"._") or not name.startswith(b"."):  # the others are hidden
+            system_files.append(path)
+    return files, system_files
 
 
 def _unknown_class(path: str, name: str, classes: Sequence[str]) -> str:
@@ -224,30 +244,26 @@ def _check_nested(split: _Split, class_folders: Sequence[str]) -> None:
             )
 
 
-def _list_flat(
-    split: _Split, classes: tuple[str, ...]
-) -> tuple[LabelledFiles, list[bytes], tuple[str, ...]]:
-    """Lists the files of a split without class folders, with labels from a label file."""
+def _label_images(
+    split: _Split, paths: list[bytes], classes: tuple[str, ...]
+) -> tuple[LabelledFiles, tuple[str, ...]]:
+    """Labels the images of a split without class folders from its label file."""
     root, name, folder = split
-    listed, notes = _list_files(folder)
-    paths, others = split_images(LabelledFiles(listed, np.zeros(len(listed), np.int32)), name)
-    label_file = find_label_file(root, name, folder)
-    if not paths.paths:
+    if not paths:
         raise InputError(
             f"no images under {folder!r}: expected {_pattern(folder)}; pass another folder as "
             f"DATA, or move an empty folder {name!r} elsewhere"
         )
+    label_file = find_label_file(root, name, folder)
     if label_file is None:
         raise InputError(
-            f"the {len(paths.paths)} images of {folder!r} have no labels: expected "
+            f"the {len(paths)} images of {folder!r} have no labels: expected "
             f"{_pattern(folder)}, or a label file {root}/{name}.csv with lines of `file,label`; "
             "without labels, they can only be predicted"
         )
-    file_names = [os.fsdecode(os.path.basename(path)) for path in paths.paths]
+    file_names = [os.fsdecode(os.path.basename(path)) for path in paths]
     labels, classes = read_flat_labels(label_file, file_names, classes)
-    remaining = [path for path in others if os.fsdecode(path) != label_file]
-    files = LabelledFiles(paths.paths + remaining, np.append(labels, [0] * len(remaining)))
-    return LabelledFiles(files.paths, files.labels.astype(np.int32)), notes, classes
+    return LabelledFiles(paths, labels), classes
 
 
 def _pattern(folder: str) -> str:

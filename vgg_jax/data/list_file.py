@@ -82,14 +82,21 @@ def _read_split(
     paths = [os.fsencode(_resolve(root, row.file)) for row in rows]
     labels = np.array([index[row.label] for row in rows], np.int32)
     name = f"{path} {kind}"
-    files, num_excluded = exclude_files(LabelledFiles(paths, labels), root, exclude)
-    images, not_images = split_images(files, name)
-    check_images(not_images, len(files.paths), path, skip_bad)
+    files = exclude_files(LabelledFiles(paths, labels), root, exclude)
+    images, others = split_images(files, name)
+    check_images(others.paths, len(files.paths), path, skip_bad)
     if not images.paths:
         raise InputError(f"{name} has no images: expected at least one")
     digest = hashlib.sha256(images.labels.tobytes()).hexdigest()[:16]
     return stored_split(
-        name, f"list, labels {digest}", root, images, classes, skip_bad, not_images, num_excluded
+        name,
+        f"list, labels {digest}",
+        root,
+        images,
+        classes,
+        skip_bad,
+        others.paths,
+        len(paths) - len(files.paths),
     )
 
 
