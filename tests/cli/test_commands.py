@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 import vgg_jax
 from tests.helpers.weights_files import random_tensors, torchvision_state
 from vgg_jax import cli
-from vgg_jax.cli.commands import slugify
+from vgg_jax.cli.commands import default_workdir, slugify
 from vgg_jax.evaluation.evaluate import Evaluation, format_errors
 from vgg_jax.runtime.compilation_cache import enable_compilation_cache
 
@@ -148,6 +148,30 @@ def test_evaluate_removes_its_folder_after_error(capsys, tmp_path):
 )
 def test_slugify(data, slug):
     assert slugify(data) == slug
+
+
+@pytest.mark.parametrize(
+    ("data", "workdir"),
+    [
+        ("digits", "runs/digits-A"),
+        ("imagenette/320px", "runs/imagenette-320px-A"),
+        ("data/my photos/", "runs/my photos-A"),
+        ("{tmp}/data/my photos", "runs/my photos-A"),
+        ("data/../data/my photos/.", "runs/my photos-A"),
+        ("~/my photos", "runs/my photos-A"),
+        ("gs://bucket/photos/", "runs/photos-A"),
+        ("data/earlier", "runs/data-earlier-A"),
+        ("/", "runs/data-A"),
+    ],
+)
+def test_default_workdir(data, workdir, tmp_path, monkeypatch):
+    """The last name of a path, or the folder that an earlier version named after all of it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "data"))
+    for folder in ("data/my photos", "data/earlier", "runs/data-earlier-A"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "runs" / "data-earlier-A" / "run.json").touch()
+    assert default_workdir(data.format(tmp=tmp_path), "A") == workdir
 
 
 def test_compilation_cache_folder(monkeypatch, tmp_path):

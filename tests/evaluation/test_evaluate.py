@@ -238,6 +238,32 @@ def test_evaluate_rejects_changed_validation_data(workdir, photos, tmp_path):
         evaluate(*net, protocol="center")
 
 
+def test_evaluate_held_out_images_of_moved_data(workdir, photos, tmp_path):
+    """A run that held out a tenth evaluates it in a copy of the data, and not in other data."""
+    data, moved = tmp_path / "photos", tmp_path / "moved"
+    shutil.copytree(photos / "train", data)
+    train, validation = open_train_val(str(data))
+    run = copy_run(workdir, tmp_path / "run", str(photos), str(data))
+    content = json.loads((run / "run.json").read_text()) | {
+        "storage": train.storage,
+        "train_size": train.size,
+        "validation_size": validation.size,
+    }
+    (run / "run.json").write_text(json.dumps(content))
+    evaluate(*load(run), protocol="center", out=tmp_path / "before")
+    data.rename(moved)
+    with pytest.raises(InputError, match=f"no folder '{data}'"):
+        evaluate(*load(run), protocol="center")
+    evaluate(*load(run), moved, protocol="center", out=tmp_path / "after")
+    before, after = (load_evaluation(tmp_path / name) for name in ("before", "after"))
+    np.testing.assert_array_equal(before.posteriors, after.posteriors)
+    assert len(after.files) == validation.size < COUNT
+    assert len(fuse([tmp_path / "before", tmp_path / "after"]).labels) == validation.size
+    (moved / "blue" / "0.png").rename(moved / "blue" / "00.png")
+    with pytest.raises(InputError, match=r"moved is not what .*run was trained on"):
+        evaluate(*load(run), moved, protocol="center")
+
+
 def test_evaluate_rejects_missing_images(workdir, monkeypatch):
     monkeypatch.setattr("vgg_jax.evaluation.evaluate.iter_posteriors", lambda *_, **__: iter([]))
     with pytest.raises(RuntimeError, match=f"0 of {COUNT} images were evaluated"):
@@ -255,6 +281,19 @@ def test_fuse_command_averages(workdir, tmp_path, capsys):
     first, second = (load_evaluation(file).posteriors for file in files)
     fused = load_evaluation(tmp_path / "fused" / "posteriors.npz").posteriors
     np.testing.assert_allclose(fused, (first + second) / 2, atol=1e-7)
+
+
+def test_fuse_finds_evaluation_in_folder(tmp_path):
+    run, out = tmp_path / "run", tmp_path / "run" / "val-dense-256"
+    run.mkdir()
+    with pytest.raises(InputError, match=r"holds no evaluation: .*`vgg-jax evaluate .*run` first"):
+        fuse([run])
+    save_evaluation(out, EVALUATION, {})
+    for path in (run, out, out / "posteriors.npz"):
+        np.testing.assert_array_equal(fuse([path, path]).posteriors, EVALUATION.posteriors)
+    save_evaluation(run / "val-center-256", EVALUATION, {})
+    with pytest.raises(InputError, match=r"holds 2 evaluations: .*val-center-256.*val-dense-256"):
+        fuse([run])
 
 
 EVALUATION = Evaluation(

@@ -1,6 +1,7 @@
 """run.json, and the decision between a new run and a resumed one."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -45,6 +46,70 @@ def test_check_same_run_lists_differences(tmp_path):
         check_same_run(tmp_path, METADATA, other)
     assert "seed is 0 in run.json and 1 now" in str(error.value)
     assert "storage" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "storage", "is_allowed"),
+    [
+        ("data", "/moved/photos", "folder", True),
+        ("epochs", 75, "folder", True),
+        ("epochs", 73, "folder", False),
+        ("cache", True, "folder", True),
+        ("cache", True, "numbers/1.0.0 tfrecord", False),  # another order of the images
+        ("microbatch", 128, "folder", True),
+        ("batch_size", 128, "folder", False),
+        ("dtype", "bfloat16", "folder", False),
+        ("weight_decay", 0.0, "folder", False),
+    ],
+)
+def test_check_same_run_allows_how_it_is_carried_out(name, value, storage, is_allowed, tmp_path):
+    existing = dataclasses.replace(METADATA, storage=storage)
+    config = dataclasses.replace(existing.config, **{name: value})
+    run = dataclasses.replace(existing, config=config, command="vgg-jax train")
+    if is_allowed:
+        old = getattr(METADATA.config, name)
+        assert check_same_run(tmp_path, existing, run) == [f"{name} was {old!r} and is {value!r}"]
+        return
+    with pytest.raises(
+        InputError, match=rf"{name} is .* now; .*--workdir .*--init-from {tmp_path}"
+    ):
+        check_same_run(tmp_path, existing, run)
+
+
+def test_check_same_run_names_other_data(tmp_path):
+    """The path is no difference by itself, but it belongs to the message."""
+    config = dataclasses.replace(METADATA.config, data="/other/photos")
+    run = dataclasses.replace(METADATA, config=config, storage="folder, names 0")
+    message = "storage is 'folder' in .*; data is 'photos' in run.json and '/other/photos' now"
+    with pytest.raises(InputError, match=message):
+        check_same_run(tmp_path, METADATA, run)
+
+
+def test_check_same_run_accepts_other_spelling_of_net(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = [
+        dataclasses.replace(METADATA, config=dataclasses.replace(METADATA.config, init_from=path))
+        for path in ("runs/A", str(tmp_path / "runs" / "A" / ""), "runs/B")
+    ]
+    assert check_same_run(tmp_path, runs[0], runs[1]) == []
+    with pytest.raises(InputError, match="init_from"):
+        check_same_run(tmp_path, runs[0], runs[2])
+
+
+def test_load_run_reads_files_without_command(tmp_path):
+    """Those of version 0.1.0 have none."""
+    create_run(tmp_path, METADATA)
+    content = json.loads((tmp_path / "run.json").read_text())
+    del content["command"], content["activation_rms"]
+    (tmp_path / "run.json").write_text(json.dumps(content))
+    assert load_run(tmp_path) == METADATA
+
+
+@pytest.mark.parametrize("part", ["best", "last/7"])
+def test_load_run_names_run_of_part(part, tmp_path):
+    create_run(tmp_path, METADATA)
+    with pytest.raises(InputError, match=rf"no run in .*{part}: .*; pass {tmp_path}$"):
+        load_run(tmp_path / part)
 
 
 def test_load_existing_run_rejects_lost_checkpoint(tmp_path):

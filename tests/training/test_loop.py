@@ -251,6 +251,31 @@ def test_fit_does_not_repeat_finished_run(finished_run, photos, caplog):
     assert "done: best validation accuracy" in caplog.text
 
 
+def test_fit_resumes_moved_data_with_more_epochs(finished_run, photos, tmp_path, caplog):
+    """A grown run equals the one that had all epochs from the start, to the bit."""
+    shutil.copytree(photos, tmp_path / "moved")
+    config = make_config(photos, epochs=2)
+    history = fit(config, tmp_path / "run", command="vgg-jax train").history
+    assert len(history) == 2
+    moved = make_config(str(tmp_path / "moved"), cache=True)
+    result = fit(moved, tmp_path / "run", command="vgg-jax train --epochs 3")
+    assert "epochs was 2 and is 3" in caplog.text
+    workdir, expected_history = finished_run
+    assert without_times(result.history) == without_times(expected_history)
+    arrays, expected = load_last_arrays(tmp_path / "run"), load_last_arrays(workdir)
+    jax.tree.map(np.testing.assert_array_equal, arrays, expected)
+    content = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert content["config"]["data"] == moved.data
+    assert content["config"]["epochs"] == 3
+    assert content["command"] == "vgg-jax train"
+
+
+def test_fit_warns_of_microbatch_with_batch_norm(finished_run, photos, tmp_path, caplog):
+    shutil.copytree(finished_run[0], tmp_path / "copy")
+    fit(make_config(photos, microbatch=4), tmp_path / "copy")
+    assert "batch normalisation uses the statistics of a micro-batch" in caplog.text
+
+
 def test_fit_rejects_other_config(finished_run, photos):
     workdir, _ = finished_run
     with pytest.raises(InputError, match=r"seed is 0 in run\.json and 1 now; .*--workdir") as error:

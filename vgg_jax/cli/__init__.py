@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -32,6 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             # A name of a file or a class may have characters that the terminal cannot show.
             stream.reconfigure(errors="backslashreplace")
+    if command is train:
+        arguments["command_line"] = shlex.join(
+            ["vgg-jax", *(sys.argv[1:] if argv is None else argv)]
+        )
     configure_logging(results_only=command is predict, verbose=verbose)
     if argv is None and command is train:
         use_huge_pages()

@@ -17,14 +17,19 @@ from vgg_jax.configs.presets import preset
 from vgg_jax.configs.train import TrainConfig
 from vgg_jax.errors import InputError
 from vgg_jax.image_files import FORMATS
-from vgg_jax.paths import to_path
+from vgg_jax.paths import is_remote, to_path
 from vgg_jax.runtime.memory import configure_malloc
 
 # Each command imports the rest of the package itself, so that `vgg-jax --help` needs no jax.
 
 
 def train(
-    data: str, workdir: str | None, data_dir: str | None, download: bool, **flags: Any
+    data: str,
+    workdir: str | None,
+    data_dir: str | None,
+    download: bool,
+    command_line: str,
+    **flags: Any,
 ) -> ExitCode:
     """Trains a net. Flags that were not passed are absent from `flags`: the preset decides."""
     loop_options = _pop(flags, "save_seconds", "on_nan", "debug_nans")
@@ -49,11 +54,17 @@ def train(
     from vgg_jax.training.loop import fit
     from vgg_jax.training.trainer import DivergedError
 
-    workdir = workdir or f"runs/{slugify(data)}-{config.net}"
+    workdir = workdir or default_workdir(data, config.net)
     try:
         with multihost.shutdown_on_exit():
             result = fit(
-                config, workdir, data_dir, download, mesh_config=mesh_config, **loop_options
+                config,
+                workdir,
+                data_dir,
+                download,
+                mesh_config=mesh_config,
+                command=command_line,
+                **loop_options,
             )
             if not result.stopped and multihost.is_main_process():
                 print(_next_commands(workdir, data_dir), flush=True)
@@ -86,6 +97,26 @@ def _next_commands(workdir: str, data_dir: str | None) -> str:
 def _pop(flags: dict[str, Any], *names: str) -> dict[str, Any]:
     """Removes the flags of these names, if present, and returns them."""
     return {name: flags.pop(name) for name in names if name in flags}
+
+
+def default_workdir(data: str, net: str) -> str:
+    """Names the folder of a run after its data and its net.
+
+    Args:
+        data: The name of a data set, or the path of a folder.
+        net: Column of Table 1.
+
+    Returns:
+        "runs/NAME-NET", where NAME is the last one of a path. A run that an earlier version named
+        after the whole path keeps its folder.
+    """
+    earlier = f"runs/{slugify(data)}-{net}"
+    is_folder = is_remote(data) or os.path.isdir(os.path.expanduser(data))
+    path = data if is_remote(data) else os.path.abspath(os.path.expanduser(data))
+    name = os.path.basename(path.rstrip("/")) if is_folder else data
+    folder = f"runs/{slugify(name)}-{net}"
+    is_earlier = os.path.exists(f"{earlier}/run.json") and not os.path.exists(f"{folder}/run.json")
+    return earlier if is_earlier else folder
 
 
 def slugify(data: str) -> str:
@@ -464,9 +495,10 @@ def fetch(names: list[str]) -> ExitCode:
 
 def fuse(posteriors: list[str], out: str | None) -> ExitCode:
     """Averages the posteriors of several evaluations (§4.4)."""
-    from vgg_jax.evaluation.evaluate import format_errors, save_evaluation
+    from vgg_jax.evaluation.evaluate import find_posteriors, format_errors, save_evaluation
     from vgg_jax.evaluation.evaluate import fuse as fuse_files
 
+    posteriors = [find_posteriors(path) for path in posteriors]
     evaluation = fuse_files(posteriors)
     results = {"fused": posteriors} | evaluation.errors()
     if out is not None:

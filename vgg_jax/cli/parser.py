@@ -255,7 +255,10 @@ def _add_evaluate(command: argparse.ArgumentParser) -> None:
 
 def _add_fuse(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "posteriors", nargs="+", metavar="POSTERIORS.npz", help="files that evaluate wrote"
+        "posteriors",
+        nargs="+",
+        metavar="EVALUATION",
+        help="posteriors.npz files that evaluate wrote, their folders, or runs with one evaluation",
     )
     command.add_argument(
         "--out", help="folder for evaluation.json and posteriors.npz (default: none is written)"

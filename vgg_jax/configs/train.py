@@ -14,6 +14,8 @@ MAX_LR_HALVINGS = 5  # halvings of the learning rate in one run, with "halve"
 DISTRIBUTED_MODES = ("auto", "on", "off")  # joining the other processes of a run
 ALLREDUCE_DTYPES = ("float32", "bfloat16")  # of the gradients sent between devices
 SAVE_SECONDS = 600  # between two saves within an epoch
+# The fields that say how a run is carried out, not what it is. They may change when it resumes.
+RESUMABLE_CHANGES = ("data", "epochs", "cache", "microbatch")
 
 
 class _Bounds(NamedTuple):
@@ -67,7 +69,10 @@ def _field(
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Settings of a training run that must not change when it resumes.
+    """Settings of a training run.
+
+    They must not change when the run resumes, except for `RESUMABLE_CHANGES`
+    (`vgg_jax.runs.metadata.check_same_run`).
 
     The defaults are the paper's (§3.1); `vgg_jax.configs.presets.preset` adapts them to small
     images. Each field but `data` is a flag of `vgg-jax train`. Its metadata hold the flag and the

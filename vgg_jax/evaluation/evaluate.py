@@ -200,7 +200,12 @@ def _open_source(
     Returns:
         The name of the data, and its `vgg_jax.data.DataSource`.
     """
-    from vgg_jax.data import VALIDATION, open_split, open_train_val  # imports TensorFlow
+    from vgg_jax.data import (  # imports TensorFlow
+        VALIDATION,
+        open_split,
+        open_train_val,
+        split_names,
+    )
 
     path = metadata.get("path")
     config = metadata.get("config") if path else None
@@ -212,7 +217,14 @@ def _open_source(
             )
         data = config.data
     data = os.fspath(data)
-    if config is None or data != config.data:
+    is_own = config is not None and data == config.data
+    # The run may have held out its validation images, and the data may have moved since.
+    may_be_moved = config is not None and not is_own and split in VALIDATION
+    if may_be_moved:
+        may_be_moved = not set(VALIDATION) & set(
+            split_names(data, data_dir=data_dir, download=download)
+        )
+    if config is None or not (is_own or may_be_moved):
         return data, open_split(
             data, split, data_dir=data_dir, download=download, skip_bad=skip_bad, exclude=()
         )
@@ -237,8 +249,8 @@ def _open_source(
     if actual != expected:
         raise InputError(
             f"{data} is not what {path} was trained on: storage and sizes were {expected} and are "
-            f"{actual}, so the run's validation images are unknown; "
-            "pass another --split, or restore the data"
+            f"{actual}, so the run's validation images are unknown; pass another --split, as "
+            "--split train for all images of it, or the folder where the run's data is now"
         )
     return data, validation
 
@@ -377,11 +389,41 @@ def save_evaluation(
     atomic_write(folder / "evaluation.json", (json.dumps(results, indent=1) + "\n").encode())
 
 
+def find_posteriors(path: str | os.PathLike) -> str:
+    """Finds the posteriors.npz of an evaluation.
+
+    Args:
+        path: The file, its folder, or the folder of a run with one evaluation.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        InputError: The folder holds no evaluation, or several.
+    """
+    folder = to_path(path)
+    if not folder.is_dir():
+        return os.fspath(path)
+    if (folder / "posteriors.npz").exists():
+        return os.fspath(folder / "posteriors.npz")
+    found = sorted(map(os.fspath, folder.glob("*/posteriors.npz")))
+    if not found:
+        raise InputError(
+            f"{path} holds no evaluation: expected {folder / 'posteriors.npz'}, or one in a "
+            f"folder there; run `vgg-jax evaluate {path}` first"
+        )
+    if len(found) > 1:
+        raise InputError(
+            f"{path} holds {len(found)} evaluations: expected one; pass some of {', '.join(found)}"
+        )
+    return found[0]
+
+
 def load_evaluation(path: str | Path) -> Evaluation:
     """Reads a posteriors.npz.
 
     Args:
-        path: The file.
+        path: The file, or its folder as for `find_posteriors`.
 
     Returns:
         The evaluation.
@@ -389,6 +431,7 @@ def load_evaluation(path: str | Path) -> Evaluation:
     Raises:
         InputError: `save_evaluation` did not write the file, or it is damaged.
     """
+    path = find_posteriors(path)
     names = [field.name for field in dataclasses.fields(Evaluation)]
     try:
         with to_path(path).open("rb") as file, np.load(file, allow_pickle=False) as content:
@@ -418,7 +461,7 @@ def fuse(paths: Sequence[str | Path]) -> Evaluation:
     """Averages the posteriors of several files (§4.4).
 
     Args:
-        paths: The posteriors.npz files; at least one.
+        paths: The posteriors.npz files, or folders as for `find_posteriors`; at least one.
 
     Returns:
         The first evaluation, with the mean posteriors.
@@ -432,6 +475,8 @@ def fuse(paths: Sequence[str | Path]) -> Evaluation:
         other = load_evaluation(path)
         for name, noun in (("classes", "class"), ("files", "image"), ("labels", "label of image")):
             expected, actual = getattr(first, name), getattr(other, name)
+            if name == "files":  # the data may have moved between the evaluations
+                expected, actual = _without_root(expected), _without_root(actual)
             if not np.array_equal(expected, actual):
                 raise InputError(
                     f"{noun} {_first_difference(actual, path, expected, paths[0])}: "
@@ -439,6 +484,13 @@ def fuse(paths: Sequence[str | Path]) -> Evaluation:
                 )
         total += other.posteriors
     return dataclasses.replace(first, posteriors=(total / len(paths)).astype(np.float32))
+
+
+def _without_root(files: np.ndarray) -> np.ndarray:
+    """Removes the folder that all files have in common from their names."""
+    names = files.tolist()
+    root = os.path.commonpath({os.path.dirname(name) for name in names}) if names else ""
+    return np.array([name[len(root) :] for name in names], str)
 
 
 def format_errors(results: dict[str, Any], num_classes: int) -> str:

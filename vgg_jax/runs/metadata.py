@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from vgg_jax.configs.colours import ColourStatistics
-from vgg_jax.configs.train import TrainConfig
+from vgg_jax.configs.train import RESUMABLE_CHANGES, TrainConfig
 from vgg_jax.division import INPUT_VERSION
 from vgg_jax.errors import InputError, single_line
 from vgg_jax.paths import is_remote, to_path
@@ -29,6 +30,7 @@ class RunMetadata:
     # Root mean square of the pretrained activations that a new fc6 reads, if there is one.
     activation_rms: float | None = None
     input_version: int = 1  # see `vgg_jax.division.INPUT_VERSION`; 0.1.0 did not write it
+    command: str | None = None  # that started it; None if `vgg_jax.fit` was called
 
 
 def load_existing_run(workdir: Path) -> RunMetadata | None:
@@ -88,28 +90,58 @@ def create_run(workdir: Path, run: RunMetadata) -> None:
         atomic_write(workdir / "run.json", (json.dumps(as_json(run), indent=1) + "\n").encode())
 
 
-def check_same_run(workdir: Path, existing: RunMetadata, run: RunMetadata) -> None:
+def check_same_run(workdir: Path, existing: RunMetadata, run: RunMetadata) -> list[str]:
     """Checks that a run is the one that its workdir holds already.
+
+    What a run is may not change: its net, its recipe, its seed, and the names of its images and
+    classes. How it is carried out may: the path of its data, more epochs, the cache, and the
+    micro-batches.
 
     Args:
         workdir: The folder of the run, for the message.
         existing: The run in the workdir.
         run: The run that is about to resume it.
 
+    Returns:
+        The changes of how it is carried out, such as "epochs was 4 and is 6".
+
     Raises:
-        InputError: The two differ. The message lists every difference.
+        InputError: The two are different runs. The message lists every difference.
     """
     old, new = _flatten(as_json(existing)), _flatten(as_json(run))
+    names = [name for name in new if not _is_equal(name, old[name], new[name])]
+    changes = [name for name in names if _may_change(name, old, new)]
     differences = [
         f"{name} is {_shorten(old[name])} in run.json and {_shorten(new[name])} now"
-        for name in new
-        if old[name] != new[name]
+        for name in names
+        if name not in changes
     ]
     if differences:
         raise InputError(
             f"{workdir} holds another run: {'; '.join(differences)}; "
-            "pass another --workdir, or the same flags to resume that run"
+            "pass the same flags to resume that run, or another --workdir for a new one, which "
+            f"--init-from {workdir} starts from that net"
         )
+    return [f"{name} was {_shorten(old[name])} and is {_shorten(new[name])}" for name in changes]
+
+
+def _is_equal(name: str, old: Any, new: Any) -> bool:
+    """Compares a field of two runs. One path may be spelt in several ways."""
+    is_path = name == "init_from" and isinstance(old, str) and isinstance(new, str)
+    if is_path and not is_remote(old) and not is_remote(new):
+        return os.path.realpath(old) == os.path.realpath(new)
+    return old == new or name == "command"
+
+
+def _may_change(name: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Tells if a field of a run may have another value when it resumes."""
+    if name == "data":  # the same data, moved or spelt otherwise
+        described = ("storage", "classes", "train_size", "validation_size")
+        return all(old[field] == new[field] for field in described)
+    if name == "epochs":
+        return old[name] < new[name]
+    # In memory, the images of TFRecord files get another order.
+    return name in RESUMABLE_CHANGES and (name != "cache" or "tfrecord" not in old["storage"])
 
 
 def load_run(workdir: Path) -> RunMetadata:
@@ -128,9 +160,11 @@ def load_run(workdir: Path) -> RunMetadata:
     try:
         return from_json(json.loads(path.read_text()))
     except FileNotFoundError as error:
+        # A user may have passed best/, or a step in it.
+        runs = [parent for parent in path.parent.parents[:2] if (parent / "run.json").exists()]
+        remedy = f"pass {runs[0]}" if runs else "pass the workdir of a run"
         raise InputError(
-            f"no run in {workdir}: expected {path}, which `vgg-jax train` writes; "
-            "pass the workdir of a run"
+            f"no run in {workdir}: expected {path}, which `vgg-jax train` writes; {remedy}"
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise InputError(
@@ -178,6 +212,8 @@ def _check_types(run: RunMetadata) -> None:
         raise TypeError(f"its input_version is not one of 1 to {INPUT_VERSION}")
     if not isinstance(run.activation_rms, float | None):
         raise TypeError("its activation_rms is not a number")
+    if not isinstance(run.command, str | None):
+        raise TypeError("its command is not a text")
 
 
 def _flatten(run: dict[str, Any]) -> dict[str, Any]:

@@ -37,6 +37,7 @@ def fit(
     on_nan: str = "stop",
     debug_nans: bool = False,
     mesh_config: MeshConfig = DATA_PARALLEL,
+    command: str | None = None,
     trainer_class: type[Trainer] | None = None,
 ) -> FitResult:
     """Trains a net, or resumes the run in the workdir. Logs a line for each epoch.
@@ -58,6 +59,7 @@ def fit(
             `MAX_LR_HALVINGS` times.
         debug_nans: Checks each step, and names the layer in the DivergedError.
         mesh_config: The parallelism over the devices of all processes.
+        command: The command line that starts the run, kept in `run.json`.
         trainer_class: Replaces the `Trainer`, for tests.
 
     Returns:
@@ -75,7 +77,7 @@ def fit(
     if not save_seconds >= 0:
         raise InputError(f"save_seconds is {save_seconds}: expected 0 or more")
     folder, halvings = to_path(workdir), 0
-    prepare = partial(prepare_run, config, folder, data_dir, download, mesh_config)
+    prepare = partial(prepare_run, config, folder, data_dir, download, mesh_config, command)
     make_trainer = partial(
         trainer_class or Trainer, save_seconds=save_seconds, debug_nans=debug_nans
     )
@@ -86,6 +88,7 @@ def fit(
 
         assert_same_on_all({"on_nan": on_nan, "debug_nans": debug_nans})
         run_on_main_and_broadcast(lock_workdir)
+        logger.info(f"the folder of this run is {folder}")
         while True:
             try:
                 return _fit(prepare, make_trainer, halvings)

@@ -69,6 +69,7 @@ def prepare_run(
     data_dir: str | Path | None,
     download: bool,
     mesh_config: MeshConfig,
+    command: str | None = None,
 ) -> tuple[Setup, Pretrained | None]:
     """Opens the data, and creates the run or compares it with the one in the workdir.
 
@@ -78,6 +79,7 @@ def prepare_run(
         data_dir: Folder of prepared data sets.
         download: Downloads and prepares the data set first.
         mesh_config: The parallelism over all devices.
+        command: The command line that starts the run, for `run.json`.
 
     Returns:
         The setup, and the pretrained net of `config.init_from`. The net is None if the run
@@ -112,13 +114,15 @@ def prepare_run(
         validation.size,
         existing.activation_rms if existing else None,
         input_version=version,
+        command=existing.command if existing else command,
     )
     assert_same_on_all(
         as_json(run)["config"]
         | {"data": [run.storage, run.train_size, run.validation_size], "mesh_config": mesh_config}
     )
-    if existing is not None:
-        check_same_run(workdir, existing, run)
+    if existing is not None and (changes := check_same_run(workdir, existing, run)):
+        _log_changes(workdir, changes, config)
+        run_on_main_and_broadcast(lambda: create_run(workdir, run))
     if config.cache:
         train, validation = cache_in_memory(train, config), cache_in_memory(validation, config)
     if existing is None:
@@ -158,6 +162,16 @@ def find_existing_run(workdir: Path) -> tuple[RunMetadata | None, Start]:
     if existing["run"] is None:
         return None, Start.NEW
     return from_json(existing["run"]), Start.RESUMED if existing["resumes"] else Start.RESTARTED
+
+
+def _log_changes(workdir: Path, changes: list[str], config: TrainConfig) -> None:
+    """Logs how a run is carried out from now on, and warns if that may change its result."""
+    logger.info(f"{workdir}: {'; '.join(changes)}")
+    if config.batch_norm and any(change.startswith("microbatch ") for change in changes):
+        logger.warning(
+            "batch normalisation uses the statistics of a micro-batch, so the run goes on "
+            "otherwise than it would have with the earlier --microbatch"
+        )
 
 
 def _open_data(
