@@ -98,6 +98,64 @@ def test_net_added_to_configs_is_accepted(argv, monkeypatch):
     assert TrainConfig(net="shallow").vgg.stages == SHALLOW.stages
 
 
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ("import --mean 1 2 3 f o", {"mean": [1, 2, 3], "file": "f", "out": "o"}),
+        ("import f --mean -1 2.5 3e1 --std 2 o", {"mean": [-1, 2.5, 30], "std": [2], "out": "o"}),
+        ("import f --mean=1,2,3 o", {"mean": [1, 2, 3], "out": "o"}),
+        ("export --std 1,2,3 run o", {"std": [1, 2, 3], "path": "run", "out": "o"}),
+        ("train --scale 256 512 photos", {"scale": [256, 512], "data": "photos"}),
+        ("train --scal 256 512 photos", {"scale": [256, 512], "data": "photos"}),
+        ("train --scale 256 512photos", {"scale": [256], "data": "512photos"}),
+        ("train --freeze conv fc6 photos", {"freeze": ["conv", "fc6"], "data": "photos"}),
+        ("train --freeze conv1_1 bn", {"freeze": ["conv1_1"], "data": "bn"}),
+        ("train --schedule step --drop-epochs 3 6 photos", {"drop_epochs": [3, 6]}),
+        ("evaluate --scales 256 384 run photos", {"scales": [256, 384], "data": "photos"}),
+        ("predict run --scales 256 a.jpg", {"scales": [256], "images": ["a.jpg"]}),
+    ],
+)
+def test_values_of_flags_end_before_arguments(argv, expected):
+    assert parse_args(argv.split()).items() >= expected.items()
+
+
+def test_no_flag_takes_arguments_for_values():
+    actions = [
+        action
+        for commands in parser()._actions
+        if isinstance(commands.choices, dict)
+        for command in commands.choices.values()
+        for action in command._actions
+    ]
+    assert len(actions) > 100
+    assert not [
+        action for action in actions if action.option_strings and action.nargs in ("+", "*")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("train --scale x", "argument --scale: invalid int value: 'x'"),
+        ("train --scale 256,x", "argument --scale: invalid int value: '256,x'"),
+        ("predict --scales", "argument --scales: expected one argument"),
+        ("train --scale --flip", "argument --scale: expected one argument"),
+    ],
+)
+def test_invalid_values_of_flags(argv, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(argv.split())
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv", ["--verbose train", "train --verbose", "--verbose train --verbose"]
+)
+def test_verbose_before_or_after_command(argv):
+    assert parse_args(argv.split())["verbose"] is True
+    assert parse_args(["train"])["verbose"] is False
+
+
 def test_parse_mesh():
     assert parse_mesh("data=4,model=2") == {"data": 4, "model": 2}
     assert parse_mesh("model=2") == {"model": 2}

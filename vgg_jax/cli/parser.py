@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -29,8 +30,73 @@ Flags = argparse.ArgumentParser | argparse._ArgumentGroup
 TRAIN_GROUPS = ("data", "model", "augmentation", "optimiser", "schedule", "run", "devices")
 
 
+class Several:
+    """The type of a flag with one or more values: `--scale 256 512`, or `--scale 256,512`.
+
+    argparse's own way, `nargs="+"`, takes the arguments of the command for values, as the file in
+    `--mean 1 2 3 net.safetensors`. Here the values end at the first word that cannot be one.
+
+    Args:
+        convert: Converts one value.
+        pattern: Regular expression of one value. None: all that `convert` converts.
+    """
+
+    def __init__(self, convert: Callable[[str], Any], pattern: str | None = None) -> None:
+        self._convert, self._pattern = convert, pattern
+
+    def __call__(self, text: str) -> list[Any]:
+        """Converts the values, which commas or spaces separate."""
+        values = text.replace(",", " ").split()
+        try:
+            if not values:
+                raise ValueError
+            return list(map(self._convert, values))
+        except ValueError as error:
+            name = self._convert.__name__
+            raise argparse.ArgumentTypeError(f"invalid {name} value: {text!r}") from error
+
+    def accepts(self, word: str) -> bool:
+        """Tells if a word of the command line may be one more value."""
+        if self._pattern is not None:
+            return re.fullmatch(self._pattern, word) is not None
+        try:
+            self(word)
+        except argparse.ArgumentTypeError:
+            return False
+        return True
+
+
 class Parser(argparse.ArgumentParser):
-    """A parser that reports an error in one line, without the usage of all flags."""
+    """A parser that reports an error in one line, without the usage of all flags.
+
+    A flag whose type is `Several` takes the words after it that may be its values.
+    """
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parses the arguments, after the values of each flag have become one word."""
+        words = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(self._join_values(words), namespace)
+
+    def _join_values(self, words: list[str]) -> list[str]:
+        joined: list[str] = []
+        while words:
+            word = words.pop(0)
+            if word == "--":
+                return [*joined, word, *words]
+            several, values = self._several(word), []
+            while several is not None and words and several.accepts(words[0]):
+                values.append(words.pop(0))
+            joined.append(f"{word}={','.join(values)}" if values else word)
+        return joined
+
+    def _several(self, word: str) -> Several | None:
+        """The type of a flag with several values, whose name may be abbreviated."""
+        flags = {name: flag for name, flag in self._option_string_actions.items() if "--" in name}
+        names = [word] if word in flags else [name for name in flags if name.startswith(word)]
+        if not word.startswith("--") or len({id(flags[name]) for name in names}) != 1:
+            return None
+        kind = flags[names[0]].type
+        return kind if isinstance(kind, Several) else None
 
     def error(self, message: str) -> NoReturn:
         """Prints the error, and exits with code 2."""
@@ -72,6 +138,7 @@ def parser() -> Parser:
         epilog="`vgg-jax COMMAND --help` lists the flags of a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    _add_verbose(top, default=False)
     top.add_argument("--version", action="version", version=f"vgg-jax {__version__}")
     # The description has the commands in groups. Without `help`, argparse does not repeat them.
     commands = top.add_subparsers(
@@ -84,13 +151,18 @@ def parser() -> Parser:
             description = f"{help[0].upper()}{help[1:]}."
             command = commands.add_parser(name, description=description, argument_default=default)
             add_flags(command)
-            command.add_argument(
-                "--verbose",
-                action="store_true",
-                default=False,
-                help="print errors and warnings in full, however long they are",
-            )
+            # Absent unless it is passed, so that one before the command counts.
+            _add_verbose(command, default=argparse.SUPPRESS)
     return top
+
+
+def _add_verbose(flags: Flags, default: Any) -> None:
+    flags.add_argument(
+        "--verbose",
+        action="store_true",
+        default=default,
+        help="print errors and warnings in full, however long they are",
+    )
 
 
 def _overview() -> str:
@@ -125,6 +197,10 @@ def _add_field(group: Flags, field: dataclasses.Field) -> None:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, help=help)
         return
     options: dict[str, Any] = {"type": type(default)} | field.metadata["flag"]
+    if options.get("nargs") == "+":
+        del options["nargs"]
+        options["type"] = Several(options["type"], options.pop("pattern", None))
+        options["metavar"] += "..."
     if choices is not None:
         options["choices"] = tuple(choices)
     if default not in (None, ()):
@@ -449,16 +525,14 @@ def _add_source(command: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--mean",
-        type=float,
-        nargs="+",
-        metavar="V",
+        type=Several(float),
+        metavar="V...",
         help="mean that is subtracted from the images: one number, or one for each channel",
     )
     group.add_argument(
         "--std",
-        type=float,
-        nargs="+",
-        metavar="V",
+        type=Several(float),
+        metavar="V...",
         help="standard deviation that the images are then divided by, likewise (default: 1)",
     )
     group.add_argument(
@@ -496,10 +570,9 @@ def _add_protocol(flags: Flags, default_scales: str) -> None:
     )
     flags.add_argument(
         "--scales",
-        type=int,
-        nargs="+",
+        type=Several(int),
         default=[],
-        metavar="Q",
+        metavar="Q...",
         help=f"test scales (default: {default_scales})",
     )
 

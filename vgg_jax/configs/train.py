@@ -60,7 +60,8 @@ def _field(
         at_least: Inclusive lower bound.
         below: Exclusive upper bound.
         **flag: Further arguments of `argparse.ArgumentParser.add_argument`. The type is the
-            default's unless `type` is given.
+            default's unless `type` is given. With `nargs` "+", `type` and `pattern` are those of
+            `vgg_jax.cli.parser.Several`.
     """
     bounds = _Bounds(above, at_least, below)
     metadata = {"group": group, "help": help, "choices": choices, "bounds": bounds, "flag": flag}
@@ -169,6 +170,7 @@ class TrainConfig:
         "layers that training leaves unchanged: layer names, or conv or fc for all of a type",
         type=str,
         nargs="+",
+        pattern=r"(conv|fc)[\d_]*",
         metavar="LAYER",
     )
     dtype: str = _field(
