@@ -17,6 +17,10 @@ class DataError(InputError):
     """An image, or a file that holds images, cannot be read."""
 
 
+class OutOfMemoryError(Exception):
+    """Memory ran out. The message is one sentence with what would fit."""
+
+
 def install_hint(extra: str) -> str:
     """Tells how to install an extra of pyproject.toml, for use inside a message."""
     return f"run pip install -e '.[{extra}]' in a clone of vgg_jax"

@@ -1,5 +1,7 @@
 """Exit codes and output of the commands."""
 
+import dataclasses
+import json
 import platform
 import shutil
 import subprocess
@@ -217,6 +219,52 @@ def test_bad_input_exits_with_2(argv, words, capsys, tmp_path, monkeypatch):
     assert message.startswith("vgg-jax")
     assert all(word in message for word in words), message
     assert "Traceback" not in err
+
+
+@pytest.mark.usefixtures("small_nets")
+def test_config_of_runs(capsys, tmp_path):
+    """Of a run of 0.1.0, which has no command, and of one that has."""
+    with zipfile.ZipFile(REFERENCE / "run-0.1.0.zip") as file:
+        file.extractall(tmp_path)
+    code, out, _ = run_cli(capsys, "config", str(tmp_path / "run"))
+    assert code == 0
+    lines = dict(line.split(None, 1) for line in out.splitlines())
+    assert lines["command"].startswith("unknown: ")
+    fields = {field.name for field in dataclasses.fields(vgg_jax.TrainConfig)}
+    assert fields <= lines.keys()
+    content = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert lines["net"] == f"{content['config']['net']} *"
+    assert lines["momentum"] == str(content["config"]["momentum"])
+    (tmp_path / "run" / "run.json").write_text(json.dumps(content | {"command": "vgg-jax train d"}))
+    assert "vgg-jax train d\n" in run_cli(capsys, "config", str(tmp_path / "run"))[1]
+    code, _, err = run_cli(capsys, "config", str(tmp_path))
+    assert code == 2
+    assert "no run in" in err
+
+
+@pytest.mark.integration
+def test_verify_data_leaves_its_list_at_sigterm(tmp_path):
+    from tests.helpers.tiny_data import encode, noise
+
+    for split in ("train", "test"):
+        for i in range(64 if split == "test" else 1):
+            (tmp_path / split / "ants").mkdir(parents=True, exist_ok=True)
+            content = encode(noise(20, 24, i))[: 100 if split == "train" else None]
+            (tmp_path / split / "ants" / f"{i}.png").write_bytes(content)
+    out = tmp_path / "bad.jsonl"
+    program = (
+        "import os, signal, sys; from vgg_jax import cli; from vgg_jax.data import verify\n"
+        "def decode_each(source):\n"
+        "    if 'train' in source.name: return original(source)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "original = verify._decode_each; verify._decode_each = decode_each\n"
+        "cli.main()"
+    )
+    command = [sys.executable, "-c", program, "verify-data", str(tmp_path), "--out", str(out)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 143
+    assert result.stderr.splitlines()[-1] == "vgg-jax: ended by SIGTERM"
+    assert json.loads(out.read_text())["file"] == "train/ants/0.png"
 
 
 def test_statistics_of_digits(capsys):

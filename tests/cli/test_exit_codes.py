@@ -1,7 +1,9 @@
 """Exit codes and messages of errors."""
 
+import errno
 import io
 import os
+import subprocess
 import sys
 
 import pytest
@@ -31,6 +33,40 @@ StoreError = type("StoreError", (Exception,), {"__module__": "gcsfs.retry"})
 )
 def test_explain(error, code, message):
     assert explain(error, {"workdir": "gs://bucket/run"}) == (code, message)
+
+
+@pytest.mark.parametrize(
+    ("error", "arguments", "remedy"),
+    [
+        (MemoryError("Unable to allocate 9 GiB"), {"pixels": 9, "scales": []}, "--pixels than 9"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."), {}, "more memory"),
+        (RuntimeError("OOM when allocating tensor"), {"scales": []}, "smaller --scales"),
+        (RuntimeError("std::bad_alloc"), {"batch_size": 3}, "--microbatch or --batch-size"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), {"file": "x"}, "more memory"),
+    ],
+)
+def test_explain_lack_of_memory(error, arguments, remedy):
+    code, message = explain(error, arguments)
+    assert code == 71
+    assert message.startswith("out of memory (")
+    assert remedy in message
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("platform", ["cuda", "banana"])
+@pytest.mark.parametrize("command", ["train", "selfcheck"])
+def test_missing_platform_is_one_sentence(command, platform, tmp_path):
+    environment = os.environ | {"JAX_PLATFORMS": platform, "CUDA_VISIBLE_DEVICES": "-1"}
+    result = subprocess.run(
+        [sys.executable, "-m", "vgg_jax", command],
+        env=environment | {"PYTHONPATH": os.getcwd()},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert f"JAX_PLATFORMS is '{platform}', and jax finds no such device" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,10 @@
 import collections
 import dataclasses
 import logging
+import os
 import signal
+import threading
+import time
 from functools import partial
 
 import jax
@@ -21,7 +24,7 @@ from vgg_jax.training.loop import fit
 from vgg_jax.training.nan_check import first_nonfinite
 from vgg_jax.training.optimizer import sgd
 from vgg_jax.training.step import init_state, train_step
-from vgg_jax.training.trainer import Trainer
+from vgg_jax.training.trainer import FitResult, Trainer
 
 pytestmark = pytest.mark.usefixtures("small_nets")
 
@@ -81,6 +84,30 @@ def test_resumed_run_equals_undisturbed_run(photos, tmp_path):
     assert without_times(resumed) == without_times(undisturbed)
     arrays = [load_last_arrays(tmp_path / name) for name in ("resumed", "undisturbed")]
     jax.tree.map(np.testing.assert_array_equal, *arrays)
+
+
+@pytest.mark.parametrize("number", [1, 4])
+def test_fit_stops_while_features_are_computed(number, photos, tmp_path):
+    """At the first batch or a later one, of a new run or of a resumed one."""
+    config, calls, may_finish = config_with_cache(photos), 0, threading.Event()
+
+    class Stopper(Trainer):
+        def put_batch(self, batch):
+            nonlocal calls
+            calls += 1
+            if calls == number:
+                os.kill(os.getpid(), signal.SIGTERM)
+                may_finish.wait(60)
+            return super().put_batch(batch)
+
+    for _ in range(2):
+        calls, start = 0, time.monotonic()
+        may_finish.clear()
+        assert fit(config, tmp_path / "run", trainer_class=Stopper) == FitResult([], stopped=True)
+        assert time.monotonic() - start < 30
+        may_finish.set()
+    history = fit(config, tmp_path / "run").history
+    assert without_times(history) == without_times(fit(config, tmp_path / "undisturbed").history)
 
 
 @pytest.mark.slow

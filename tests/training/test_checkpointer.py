@@ -5,6 +5,7 @@ import shutil
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 import vgg_jax
@@ -75,6 +76,26 @@ def test_fit_survives_full_disk(until_end, photos, finished_run, tmp_path, monke
     )
     jax.tree.map(np.testing.assert_array_equal, variables, expected)
     assert metadata["epoch"] == expected_metadata["epoch"]
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_fit_keeps_checkpoints(keep, photos, tmp_path):
+    """The best ones hold the parameters and the running statistics, and no momentum."""
+    fit(make_config(photos), tmp_path, save_seconds=0, keep=keep)
+    assert len(list((tmp_path / "last").iterdir())) == keep
+    assert 1 <= len(list((tmp_path / "best").iterdir())) <= keep
+    with ocp.CheckpointManager(tmp_path / "best") as manager:
+        args = ocp.args.Composite(arrays=ocp.args.StandardRestore())
+        arrays = manager.restore(manager.latest_step(), args=args).arrays
+    assert arrays.keys() == {"params", "batch_stats"}
+    history = fit(make_config(photos, epochs=4), tmp_path, keep=keep).history
+    assert len(history) == 4
+
+
+@pytest.mark.parametrize(("keep", "on_nan"), [(0, "stop"), (1, "halve")])
+def test_fit_rejects_too_few_checkpoints(keep, on_nan, photos, tmp_path):
+    with pytest.raises(InputError, match=f"keep is {keep} and on_nan is '{on_nan}': expected"):
+        fit(make_config(photos), tmp_path, keep=keep, on_nan=on_nan)
 
 
 @pytest.mark.parametrize("disk_is_full", [False, True])

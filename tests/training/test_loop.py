@@ -21,9 +21,11 @@ import vgg_jax.training.trainer
 from tests.helpers.compare import log_compiles
 from tests.helpers.runs import load_last_arrays, make_config, without_times
 from vgg_jax import InputError, cli, compiler_options
+from vgg_jax.cli.exit_codes import explain
 from vgg_jax.cli.parser import parser
 from vgg_jax.data import eval_batches, measure_colours, open_train_val
 from vgg_jax.distributed.multihost import ProcessLostError
+from vgg_jax.errors import OutOfMemoryError
 from vgg_jax.preprocessing import subtract_mean
 from vgg_jax.runs.checkpoint import CheckpointSaveError
 from vgg_jax.training.loop import fit
@@ -66,6 +68,29 @@ def test_fit_interrupted_in_initialisation(finished_run, photos, tmp_path, monke
     assert without_times(history) == without_times(finished_run[1])
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("place", ["vgg_jax.data.file_split.read_header", "vgg_jax.data.cache.decode"])
+def test_fit_stops_while_data_is_read(place, number, finished_run, photos, tmp_path, monkeypatch):
+    """The files are looked at, or read into memory, for a minute."""
+    may_finish = threading.Event()
+
+    def read_slowly(*args):
+        os.kill(os.getpid(), number)
+        may_finish.wait(60)
+        return b""
+
+    config = make_config(photos, cache=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(place, read_slowly)
+        start = time.monotonic()
+        assert fit(config, tmp_path / "run") == FitResult([], stopped=True)
+        assert time.monotonic() - start < 30
+        may_finish.set()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    history = fit(config, tmp_path / "run").history
+    assert without_times(history) == without_times(finished_run[1])
+
+
 def test_fit_stops_while_compiling(finished_run, photos, tmp_path):
     may_finish, signal_times = threading.Event(), []
 
@@ -83,13 +108,45 @@ def test_fit_stops_while_compiling(finished_run, photos, tmp_path):
     assert without_times(history) == without_times(finished_run[1])
 
 
+@pytest.mark.parametrize("free", [1e5, 1e12])
+def test_fit_warns_before_step_that_does_not_fit(free, photos, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(vgg_jax.training.trainer, "free_device_memory", lambda device: free)
+    fit(make_config(photos, epochs=1), tmp_path)
+    warnings = [
+        record.getMessage()
+        for record in caplog.records
+        if record.levelno == logging.WARNING and record.name.startswith("vgg_jax")
+    ]
+    message = "GB on each device, and 0.0 GB are free: no --microbatch fits: pass a smaller"
+    assert [message in text for text in warnings] == ([True] if free < 1e12 else [])
+
+
+def test_fit_explains_lack_of_memory(photos, tmp_path):
+    """The run can go on with the micro-batch that the message names."""
+
+    class HungryTrainer(Trainer):
+        def train_step(self, state, batch):
+            if self.progress.history and not self.setup.config.microbatch:
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9")
+            return super().train_step(state, batch)
+
+    config = make_config(photos)
+    message = r"^out of memory \(RESOURCE_EXHAUSTED: .*\): --microbatch 4 fits, and also resumes"
+    with pytest.raises(OutOfMemoryError, match=message) as error:
+        fit(config, tmp_path, trainer_class=HungryTrainer)
+    assert explain(error.value, {})[0] == 71
+    result = fit(make_config(photos, microbatch=4), tmp_path, trainer_class=HungryTrainer)
+    assert len(result.history) == 3
+
+
 @pytest.mark.parametrize("bottleneck", ["input", "device"])
 def test_fit_logs_bottleneck(photos, tmp_path, caplog, bottleneck):
     class SlowTrainer(Trainer):
-        def restore_or_init(self, *args):
-            super().restore_or_init(*args)
+        def make_batches(self):
+            is_running = super().make_batches()
             if bottleneck == "input":
                 self.batches = self.delay(self.batches)
+            return is_running
 
         def delay(self, batches):
             for batch in batches:

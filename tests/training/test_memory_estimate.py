@@ -10,7 +10,13 @@ import jax
 import pytest
 
 from vgg_jax import TrainConfig, summary
-from vgg_jax.training.memory_estimate import XLA_RUNTIME_BYTES, estimate_step_memory
+from vgg_jax.training import memory_estimate
+from vgg_jax.training.memory_estimate import (
+    XLA_RUNTIME_BYTES,
+    describe_remedy,
+    estimate_step_memory,
+    largest_microbatch,
+)
 
 CONFIG = TrainConfig(image_size=32, scale=(32,), batch_size=8, learning_rate=1e-3)
 RUNTIME_BYTES = XLA_RUNTIME_BYTES if jax.default_backend() == "cpu" else 0
@@ -43,6 +49,30 @@ def test_estimate_equals_measured_memory():
     command = [sys.executable, "-m", "experiments.benchmarks.check_memory", *flags]
     process = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(process.stdout)["ratio"] == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize(
+    ("free", "num_devices", "expected"),
+    [(1000, 1, 32), (164, 1, 32), (163, 1, 16), (105, 1, 2), (104, 1, None), (120, 2, 16)],
+)
+def test_largest_microbatch(free, num_devices, expected, monkeypatch):
+    """A step takes 100 bytes, and 2 more for each image that a device holds at once, or 5."""
+
+    def estimate(config, num_classes):
+        assert config.batch_size == 64 // num_devices
+        return {"total": 100 + max(2 * config.microbatch, 5)}
+
+    monkeypatch.setattr(memory_estimate, "estimate_step_memory", estimate)
+    config = dataclasses.replace(CONFIG, batch_size=64, microbatch=None)
+    assert largest_microbatch(config, 5, num_devices, free) == expected
+    remedy = describe_remedy(config, 5, num_devices, free)
+    assert remedy.startswith(f"--microbatch {expected} fits" if expected else "no --microbatch")
+
+
+def test_largest_microbatch_is_smaller_than_the_runs(monkeypatch):
+    monkeypatch.setattr(memory_estimate, "estimate_step_memory", lambda *_: {"total": 0})
+    config = dataclasses.replace(CONFIG, batch_size=64, microbatch=16)
+    assert largest_microbatch(config, 5, 1, 0) == 8
 
 
 @pytest.mark.usefixtures("small_nets")

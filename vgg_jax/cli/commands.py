@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import shlex
 import sys
@@ -19,6 +20,7 @@ from vgg_jax.errors import InputError
 from vgg_jax.image_files import FORMATS
 from vgg_jax.paths import is_remote, to_path
 from vgg_jax.runtime.memory import configure_malloc
+from vgg_jax.runtime.signals import interrupt_on_sigterm
 
 # Each command imports the rest of the package itself, so that `vgg-jax --help` needs no jax.
 
@@ -32,7 +34,7 @@ def train(
     **flags: Any,
 ) -> ExitCode:
     """Trains a net. Flags that were not passed are absent from `flags`: the preset decides."""
-    loop_options = _pop(flags, "save_seconds", "on_nan", "debug_nans")
+    loop_options = _pop(flags, "save_seconds", "keep", "on_nan", "debug_nans")
     mesh_options = flags.pop("mesh", {}) | _pop(flags, "fsdp", "reduce")
     distributed = flags.pop("distributed", "auto")
     if "exclude" in flags:
@@ -133,6 +135,7 @@ def summary(
     batch_size: int | None,
     microbatch: int | None,
     dtype: str,
+    freeze: list[str] | None,
 ) -> ExitCode:
     """Prints a net's layers and cost, and the memory of a training step if asked to."""
     from vgg_jax.summary import table
@@ -152,11 +155,21 @@ def summary(
     else:
         shape, top = _saved_shape(net)
     num_classes, in_channels = shape.pop("num_classes", 1000), shape.pop("in_channels", 3)
-    config = TrainConfig(**shape, scale=(shape.get("image_size", 224),), dtype=dtype)
+    config = TrainConfig(
+        **shape,
+        scale=(shape.get("image_size", 224),),
+        dtype=dtype,
+        freeze=tuple(freeze or ()),
+    )
     if batch_size is not None:
         config = dataclasses.replace(config, batch_size=batch_size, microbatch=microbatch)
     elif microbatch is not None:
         raise InputError(f"microbatch is {microbatch}: expected --batch-size with it")
+    elif freeze:
+        raise InputError(
+            f"freeze is {' '.join(freeze)}: expected --batch-size with it, because it changes the "
+            "memory of a training step only"
+        )
     if batch_size is not None and in_channels != 3:
         raise InputError(
             f"the net's in_channels is {in_channels}: expected no --batch-size with it, because "
@@ -164,8 +177,12 @@ def summary(
         )
     print(table(config.vgg, num_classes, config.batch_norm, config.image_size, top, in_channels))
     if batch_size is not None:
-        from vgg_jax.training.memory_estimate import estimate_step_memory
+        import jax
 
+        from vgg_jax.training.memory_estimate import estimate_step_memory, free_device_memory
+
+        free = free_device_memory(jax.devices()[0])
+        here = f" {free / 1e9:.2f} GB are free here." if math.isfinite(free) else ""
         memory = estimate_step_memory(config, num_classes)
         total, state = memory["total"] / 1e9, memory["state"] / 1e9
         print(
@@ -173,7 +190,7 @@ def summary(
             f"{state:.2f} GB for parameters and momentum, the rest for\n"
             "activations, gradients and XLA, on one device like this; "
             "memory that the process already holds is not included. "
-            "The step was compiled, not run."
+            f"The step was compiled, not run.{here}"
         )
     return ExitCode.DONE
 
@@ -204,6 +221,14 @@ def _saved_shape(path: str) -> tuple[dict[str, Any], bool]:
     return shape | {"in_channels": model.in_channels}, weights.top
 
 
+def config(run: str) -> ExitCode:
+    """Prints a run's configuration and the command that started it."""
+    from vgg_jax.runs.metadata import describe_run, load_run
+
+    print(describe_run(load_run(to_path(run))))
+    return ExitCode.DONE
+
+
 def statistics(
     data: str, split: str, data_dir: str | None, download: bool, skip_bad: bool
 ) -> ExitCode:
@@ -229,11 +254,12 @@ def verify_data(data: str, data_dir: str | None, download: bool, out: str) -> Ex
 
     all_bad = []
     try:
-        for split, count, bad in verify_images(data, data_dir=data_dir, download=download):
-            print(f"{data} {split}: {len(bad)} of {count} images cannot be read", flush=True)
-            for image in bad:
-                print(f"  {image.file!r}: {image.reason}", flush=True)
-            all_bad += bad
+        with interrupt_on_sigterm():
+            for split, count, bad in verify_images(data, data_dir=data_dir, download=download):
+                print(f"{data} {split}: {len(bad)} of {count} images cannot be read", flush=True)
+                for image in bad:
+                    print(f"  {image.file!r}: {image.reason}", flush=True)
+                all_bad += bad
     except BaseException:
         # An interrupted pass leaves what it found. It does not replace a list by an empty one.
         if all_bad:
@@ -519,6 +545,7 @@ COMMANDS: dict[str, Callable[..., ExitCode]] = {
     "fetch": fetch,
     "verify": verify,
     "summary": summary,
+    "config": config,
     "statistics": statistics,
     "verify-data": verify_data,
     "selfcheck": selfcheck,

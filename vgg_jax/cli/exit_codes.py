@@ -1,11 +1,21 @@
 """Exit codes of the command line."""
 
 import enum
+import sys
 from collections.abc import Mapping
 from typing import Any
 
-from vgg_jax.errors import PROCESS_LOST_EXIT_CODE, DataError, InputError, install_hint
+from vgg_jax.errors import (
+    PROCESS_LOST_EXIT_CODE,
+    DataError,
+    InputError,
+    OutOfMemoryError,
+    install_hint,
+    single_line,
+)
 from vgg_jax.paths import is_remote, is_store_error
+from vgg_jax.runtime.memory import is_out_of_memory
+from vgg_jax.runtime.signals import Terminated
 
 
 class ExitCode(enum.IntEnum):
@@ -20,11 +30,40 @@ class ExitCode(enum.IntEnum):
     BAD_IMAGE = 3  # an image that cannot be read
     DIVERGED = 4  # a non-finite loss
     STORE_FAILED = 69  # the object store cannot be used
+    OUT_OF_MEMORY = 71  # the memory of this machine or of an accelerator does not suffice
     NOT_SAVED = 74  # the end of a run could not be saved
     STOPPED = 75  # a run was stopped by a signal; the same command resumes it
     PROCESS_LOST = PROCESS_LOST_EXIT_CODE  # 76: another process of the run ended
     INTERRUPTED = 130  # Ctrl-C
     PIPE_CLOSED = 141  # the reader of the output, such as head, ended first; as after SIGPIPE
+    TERMINATED = 143  # SIGTERM
+
+
+def _platform_fault() -> str | None:
+    """Tells why jax has no devices, if a command has imported it. Its own error may be empty."""
+    jax = sys.modules.get("jax")
+    try:
+        if jax is not None:
+            jax.devices()
+    except Exception as error:
+        reason = f" ({single_line(error)})" if str(error) else ""
+        return (
+            f"JAX_PLATFORMS is {jax.config.jax_platforms!r}, and jax finds no such device{reason}: "
+            "expected a platform of this machine, as cpu; unset it, or install jax for that "
+            "platform, as pip install 'jax[cuda13]'"
+        )
+    return None
+
+
+def _memory_remedy(arguments: Mapping[str, Any]) -> str:
+    """Names the flags of the command that take less memory."""
+    if "pixels" in arguments:
+        return f"pass fewer --pixels than {arguments['pixels']}, or smaller --scales"
+    if "batch_size" in arguments:
+        return "pass a smaller --microbatch or --batch-size"
+    if "scales" in arguments:
+        return "pass smaller --scales or images, or --protocol center"
+    return "close other programs, or use a machine with more memory"
 
 
 def explain(error: BaseException, arguments: Mapping[str, Any]) -> tuple[ExitCode, str] | None:
@@ -45,10 +84,19 @@ def explain(error: BaseException, arguments: Mapping[str, Any]) -> tuple[ExitCod
             return ExitCode.BAD_INPUT, message
         case ModuleNotFoundError(name=name) if not str(name).startswith("vgg_jax"):
             return ExitCode.BAD_INPUT, f"this command needs {name}: {install_hint('train')}"
+        case OutOfMemoryError():
+            return ExitCode.OUT_OF_MEMORY, message
+        case _ if is_out_of_memory(error):
+            remedy = _memory_remedy(arguments)
+            return ExitCode.OUT_OF_MEMORY, f"out of memory ({message[:200]}): {remedy}"
         case OSError():  # a full disk or a folder without permission; the message has the path
             return ExitCode.BAD_INPUT, str(error)
+        case Terminated():
+            return ExitCode.TERMINATED, "ended by SIGTERM"
         case KeyboardInterrupt():
             return ExitCode.INTERRUPTED, "interrupted"
+    if (fault := _platform_fault()) is not None:
+        return ExitCode.BAD_INPUT, fault
     uses_store = any(is_remote(str(value)) for value in arguments.values())
     if uses_store and is_store_error(error):
         return ExitCode.STORE_FAILED, f"the object store cannot be used ({message[:300]})"

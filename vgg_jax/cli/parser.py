@@ -17,6 +17,7 @@ from vgg_jax.configs.train import (
     ALLREDUCE_DTYPES,
     DISTRIBUTED_MODES,
     DTYPES,
+    KEEP,
     MAX_LR_HALVINGS,
     ON_NAN,
     SAVE_SECONDS,
@@ -215,6 +216,13 @@ def _add_run(group: Flags) -> None:
         "--save-seconds",
         type=float,
         help=f"seconds between two saves within an epoch (default: {SAVE_SECONDS})",
+    )
+    group.add_argument(
+        "--keep",
+        type=int,
+        metavar="N",
+        help="checkpoints to keep in last/, and in best/; with 1, a damaged one is a lost run "
+        f"(default: {KEEP})",
     )
     group.add_argument(
         "--on-nan",
@@ -453,7 +461,12 @@ def _add_summary(command: argparse.ArgumentParser) -> None:
         help="also compile a training step with this many images, and print the memory it needs",
     )
     command.add_argument("--microbatch", type=int, help="as for train")
+    _add_field(command, TrainConfig.__dataclass_fields__["freeze"])
     command.add_argument("--dtype", default="float32", choices=DTYPES, help="as for train")
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run", metavar="RUN", help="the workdir of a run")
 
 
 def _add_statistics(command: argparse.ArgumentParser) -> None:
@@ -628,6 +641,7 @@ _COMMANDS = {
         "vgg-jax summary D",
         {
             "summary": ("print a net's layers, parameters and cost", _add_summary),
+            "config": ("print a run's configuration and the command that started it", _add_config),
             "verify": ("compare an exported file with its output at export", _add_verify),
             "selfcheck": (
                 "check that this release of jax is right on these devices",

@@ -14,6 +14,7 @@ MAX_LR_HALVINGS = 5  # halvings of the learning rate in one run, with "halve"
 DISTRIBUTED_MODES = ("auto", "on", "off")  # joining the other processes of a run
 ALLREDUCE_DTYPES = ("float32", "bfloat16")  # of the gradients sent between devices
 SAVE_SECONDS = 600  # between two saves within an epoch
+KEEP = 2  # checkpoints in a folder: the previous one replaces the newest if that is damaged
 # The fields that say how a run is carried out, not what it is. They may change when it resumes.
 RESUMABLE_CHANGES = ("data", "epochs", "cache", "microbatch")
 

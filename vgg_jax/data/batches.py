@@ -8,7 +8,7 @@ import itertools
 import logging
 import re
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -16,6 +16,7 @@ import tensorflow as tf
 
 from vgg_jax.data.splits import CORES, PARALLEL_EXAMPLES, DataSource, map_with_fallback
 from vgg_jax.errors import DataError
+from vgg_jax.runtime.progress import ProgressBar
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +133,26 @@ class BatchIterator:
         except tf.errors.OpError as cause:
             error = cause
         return f"cannot read {name}: {error_summary(error)}; expected the files found at the start"
+
+
+def with_progress(
+    batches: Iterable[dict[str, np.ndarray]], name: str, total: int, quiet: bool = False
+) -> Iterator[dict[str, np.ndarray]]:
+    """Shows the progress of a pass over batches.
+
+    Args:
+        batches: The batches, with the key "index".
+        name: What the pass does, such as "reading digits into memory".
+        total: Number of examples.
+        quiet: Show nothing.
+
+    Yields:
+        The same batches.
+    """
+    with ProgressBar(name, total, quiet=quiet) as progress:
+        for batch in batches:
+            yield batch
+            progress.update(int((batch["index"] >= 0).sum()))  # not the padding
 
 
 def _options() -> tf.data.Options:

@@ -3,20 +3,18 @@
 It is read once. The encoded images stay in memory, and so do the pixels of small images.
 """
 
-import contextlib
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
-from tqdm import tqdm
 
 from vgg_jax.configs.train import TrainConfig
 from vgg_jax.data import in_memory
-from vgg_jax.data.batches import TRAINING_HINT, BatchIterator
+from vgg_jax.data.batches import TRAINING_HINT, BatchIterator, with_progress
 from vgg_jax.data.decode import decode
 from vgg_jax.data.splits import CORES, DataSource, DecodedImages, random_access
 from vgg_jax.errors import DataError, InputError
+from vgg_jax.runtime.memory import free_memory
 
 IMAGES_PER_BATCH = 64  # read or decoded by one call
 MAX_MEMORY_FRACTION = 0.8  # of the free memory; training needs the rest
@@ -66,26 +64,17 @@ def _read_all(source: DataSource) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         dict,
         IMAGES_PER_BATCH,
     )
-    bar = tqdm(
-        total=source.size,
-        desc=f"reading {source.name} into memory",
-        unit="image",
-        disable=None,
-        delay=2,
-    )
-    with bar:
-        for batch in batches:
-            for name, parts in columns.items():
-                parts.append(batch[name])
-            num_bytes += sum(map(len, batch["encoded"]))
-            count += len(batch["label"])
-            bar.update(len(batch["label"]))
-            if PEAK_COPIES * num_bytes > MAX_MEMORY_FRACTION * free:
-                raise InputError(
-                    f"{source.name} does not fit into memory: {count} of its {source.size} images "
-                    f"take {PEAK_COPIES} times {num_bytes / 1e9:.1f} GB of the {free / 1e9:.1f} GB "
-                    "that were free; leave out --cache, or free memory to resume a run"
-                )
+    for batch in with_progress(batches, f"reading {source.name} into memory", source.size):
+        for name, parts in columns.items():
+            parts.append(batch[name])
+        num_bytes += sum(map(len, batch["encoded"]))
+        count += len(batch["label"])
+        if PEAK_COPIES * num_bytes > MAX_MEMORY_FRACTION * free:
+            raise InputError(
+                f"{source.name} does not fit into memory: {count} of its {source.size} images "
+                f"take {PEAK_COPIES} times {num_bytes / 1e9:.1f} GB of the {free / 1e9:.1f} GB "
+                "that were free; leave out --cache, or free memory to resume a run"
+            )
     if count != source.size:
         raise DataError(
             f"{source.name} should have {source.size} images, but has {count}: prepare it again"
@@ -138,21 +127,3 @@ def _decode_all(source: DataSource, first: tf.Tensor, config: TrainConfig) -> tf
             return None
         raise
     return tf.constant(images)
-
-
-def free_memory() -> float:
-    """Bytes of memory that a process can still get; infinite if unknown."""
-    limits = [float("inf")]
-    # Linux: what it can give without swapping.
-    with contextlib.suppress(OSError, StopIteration, ValueError, IndexError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        line = next(line for line in lines if line.startswith("MemAvailable:"))
-        limits.append(int(line.split()[1]) * 1024.0)
-    # A container: what remains below its limit. The file may be missing, or say "max".
-    with contextlib.suppress(OSError, ValueError):
-        limit, used = (
-            int(Path("/sys/fs/cgroup", name).read_text())
-            for name in ("memory.max", "memory.current")
-        )
-        limits.append(float(limit - used))
-    return min(limits)

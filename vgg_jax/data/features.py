@@ -5,13 +5,14 @@ from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
-from tqdm import tqdm
 
 from vgg_jax.configs.train import TrainConfig
-from vgg_jax.data.cache import MAX_MEMORY_FRACTION, free_memory
+from vgg_jax.data.batches import with_progress
+from vgg_jax.data.cache import MAX_MEMORY_FRACTION
 from vgg_jax.data.pipeline import eval_batches
 from vgg_jax.data.splits import DataSource, epoch_seeds, permute_indices
 from vgg_jax.errors import InputError
+from vgg_jax.runtime.memory import free_memory
 
 Batch = dict[str, np.ndarray]
 
@@ -45,32 +46,24 @@ def cache_features(
     """
     cached: CachedFeatures | None = None
     start = 0
-    bar = tqdm(
-        total=source.size,
-        desc=f"computing features of {source.name}",
-        unit="image",
-        disable=None,
-        delay=2,
-    )
-    with bar:
-        for batch in eval_batches(source, config, batch_size):
-            is_example = batch["index"] >= 0
-            part = CachedFeatures(
-                features=compute(batch)[is_example],
-                labels=batch["label"][is_example],
-                indices=batch["index"][is_example],
-                mask=batch["mask"][is_example],
+    batches = eval_batches(source, config, batch_size)
+    for batch in with_progress(batches, f"computing features of {source.name}", source.size):
+        is_example = batch["index"] >= 0
+        part = CachedFeatures(
+            features=compute(batch)[is_example],
+            labels=batch["label"][is_example],
+            indices=batch["index"][is_example],
+            mask=batch["mask"][is_example],
+        )
+        if cached is None:
+            _check_memory(source, part.features[0].nbytes)
+            cached = CachedFeatures(
+                *(np.empty((source.size, *array.shape[1:]), array.dtype) for array in part)
             )
-            if cached is None:
-                _check_memory(source, part.features[0].nbytes)
-                cached = CachedFeatures(
-                    *(np.empty((source.size, *array.shape[1:]), array.dtype) for array in part)
-                )
-            stop = start + len(part.labels)
-            for array, values in zip(cached, part, strict=True):
-                array[start:stop] = values
-            bar.update(stop - start)
-            start = stop
+        stop = start + len(part.labels)
+        for array, values in zip(cached, part, strict=True):
+            array[start:stop] = values
+        start = stop
     assert cached is not None  # a source has images
     return cached
 

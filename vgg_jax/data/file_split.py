@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
-from tqdm import tqdm
 
 from vgg_jax.data.filesystem import read_header
 from vgg_jax.data.splits import CORES, StoredSplit, map_with_fallback, random_access
 from vgg_jax.errors import DataError
 from vgg_jax.image_files import FORMATS, is_heic, is_image
+from vgg_jax.runtime.progress import ProgressBar
 
 FILES_PER_TASK = 256  # handing single files to threads would take longer than to read them
 THREADS = 16  # they wait for the disk or the network, not for a core
@@ -80,17 +80,15 @@ def split_images(files: LabelledFiles, name: str) -> tuple[LabelledFiles, Labell
         paths = files.paths[start : start + FILES_PER_TASK]
         return [is_image(read_header(path)) for path in paths]
 
-    bar = tqdm(
-        total=len(files.paths),
-        desc=f"looking at the files of {name}",
-        unit="file",
-        disable=None,
-        delay=2,
-    )
-    with bar, ThreadPoolExecutor(THREADS) as pool:
-        for start, are_images in zip(starts, pool.map(look_from, starts), strict=True):
-            mask[start : start + len(are_images)] = are_images
-            bar.update(len(are_images))
+    pool = ThreadPoolExecutor(THREADS)
+    try:
+        with ProgressBar(f"looking at the files of {name}", len(files.paths), "file") as progress:
+            for start, are_images in zip(starts, pool.map(look_from, starts), strict=True):
+                mask[start : start + len(are_images)] = are_images
+                progress.update(len(are_images))
+    finally:
+        # An interrupt does not wait for the files that are left, nor for a disk that hangs.
+        pool.shutdown(wait=False, cancel_futures=True)
     return files.select(mask), files.select(~mask)
 
 

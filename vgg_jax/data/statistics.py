@@ -2,10 +2,9 @@
 
 import numpy as np
 import tensorflow as tf
-from tqdm import tqdm
 
 from vgg_jax.colours import ColourMeasurements, from_sums
-from vgg_jax.data.batches import BatchIterator
+from vgg_jax.data.batches import BatchIterator, with_progress
 from vgg_jax.data.decode import decode
 from vgg_jax.data.splits import DataSource
 from vgg_jax.errors import InputError
@@ -22,7 +21,7 @@ def measure_colours(
 
     Args:
         source: The images.
-        progress: Show a progress bar on a terminal.
+        progress: Show the progress.
         skip_bad: Leave out images that cannot be decoded, within the limit of `BatchIterator`.
 
     Returns:
@@ -44,18 +43,10 @@ def measure_colours(
         IMAGES_PER_BATCH,
         skip_bad,
     )
-    bar = tqdm(
-        total=source.size,
-        desc=f"colours of {source.name}",
-        unit="image",
-        disable=None if progress else True,
-        delay=2,
-    )
-    with bar:
-        for batch in batches:
-            sums += batch["sums"].sum(0)
-            count += int(batch["mask"].sum())
-            bar.update(len(batch["sums"]))
+    name = f"colours of {source.name}"
+    for batch in with_progress(batches, name, source.size, quiet=not progress):
+        sums += batch["sums"].sum(0)
+        count += int(batch["mask"].sum())
     return from_sums(sums, count)
 
 

@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
-from tqdm import tqdm
 
-from vgg_jax.data.batches import BatchIterator, error_summary
+from vgg_jax.data.batches import BatchIterator, error_summary, with_progress
 from vgg_jax.data.decode import decode, exif_orientation
 from vgg_jax.data.file_split import relative_name
 from vgg_jax.data.sources import open_split, split_names
@@ -111,10 +110,8 @@ def _decode_each(source: DataSource) -> Iterator[tuple[int, bytes]]:
         _with_fault,
         IMAGES_PER_BATCH,
     )
-    with tqdm(total=source.size, desc=source.name, unit="image", disable=None) as bar:
-        for batch in batches:
-            yield from zip(batch["index"].tolist(), batch["fault"].tolist(), strict=True)
-            bar.update(len(batch["index"]))
+    for batch in with_progress(batches, source.name, source.size):
+        yield from zip(batch["index"].tolist(), batch["fault"].tolist(), strict=True)
 
 
 def _with_fault(example: dict) -> dict:

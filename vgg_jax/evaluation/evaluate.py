@@ -26,6 +26,7 @@ from vgg_jax.model import VGG
 from vgg_jax.paths import to_path
 from vgg_jax.runs.files import atomic_write
 from vgg_jax.runs.metadata import load_run
+from vgg_jax.runtime.progress import ProgressBar
 from vgg_jax.weights import from_loaded
 from vgg_jax.weights.weights import to_metadata
 
@@ -282,16 +283,14 @@ class _Images:
 
 
 def _collect(stream: Iterable[tuple[int, np.ndarray]], size: int, num_classes: int) -> np.ndarray:
-    """Collects the posteriors of all images, float32 (N, K), and shows a progress bar."""
-    from tqdm import tqdm  # comes with the extra `train`
-
+    """Collects the posteriors of all images, float32 (N, K), and shows the progress."""
     posteriors = np.full((size, num_classes), np.nan, np.float32)
     count = 0
-    with tqdm(desc="evaluation", total=size, unit=" images", leave=False, disable=None) as bar:
+    with ProgressBar("evaluation", size) as progress:
         for index, posterior in stream:
             posteriors[index] = posterior
             count += 1
-            bar.update()
+            progress.update()
     if count != size:
         raise RuntimeError(f"{count} of {size} images were evaluated")
     return posteriors

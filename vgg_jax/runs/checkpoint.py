@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vgg_jax.configs.train import KEEP
 from vgg_jax.errors import InputError, install_hint, single_line
 from vgg_jax.model import VGG, build_model
 from vgg_jax.paths import is_remote, to_path
@@ -38,7 +39,6 @@ except ImportError as error:
 logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3  # of a save in an object store, which fails at times
-MAX_TO_KEEP = 2  # checkpoints: the previous one replaces the newest if that is damaged
 # These errors may be gone at the next attempt, so they do not prove that a file is damaged.
 _TRANSIENT_ERRNOS = {
     errno.EACCES,
@@ -119,7 +119,7 @@ def _network_metadata(run: RunMetadata) -> dict[str, Any]:
 
 
 class CheckpointStore:
-    """A folder of checkpoints, of which the newest two are kept.
+    """A folder of checkpoints, of which the newest are kept.
 
     A checkpoint is a tree of arrays and a JSON object, the progress. The store is a context
     manager, which closes it.
@@ -127,15 +127,16 @@ class CheckpointStore:
     Args:
         folder: The folder, local or in an object store. It is created unless `read_only`.
         read_only: Never writes to the folder, so that another process may use it.
+        keep: Number of checkpoints to keep. Older ones are deleted after a save.
     """
 
-    def __init__(self, folder: Path, read_only: bool = False) -> None:
+    def __init__(self, folder: Path, read_only: bool = False, keep: int = KEEP) -> None:
         if not read_only:
             folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._read_only = read_only
         self._is_remote = is_remote(folder)
-        self._manager = _open_manager(folder, read_only)
+        self._manager = _open_manager(folder, read_only, keep)
 
     def save(self, number: int, arrays: Any, progress: dict[str, Any]) -> None:
         """Saves a checkpoint.
@@ -312,7 +313,7 @@ class CheckpointStore:
         self._manager.close()
 
 
-def _open_manager(folder: Path, read_only: bool) -> ocp.CheckpointManager:
+def _open_manager(folder: Path, read_only: bool, keep: int) -> ocp.CheckpointManager:
     multiprocessing: dict[str, Any] = {}
     if jax.process_count() > 1:
         # Only this process uses the store. By default, orbax would wait for all the others.
@@ -327,7 +328,7 @@ def _open_manager(folder: Path, read_only: bool) -> ocp.CheckpointManager:
     # orbax warns that a read-only manager neither saves nor creates.
     with _absl_errors_only() if read_only else contextlib.nullcontext():
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=MAX_TO_KEEP,
+            max_to_keep=keep,
             create=False,
             # On a CPU, orbax's own thread would read arrays that were donated to the next step.
             enable_async_checkpointing=False,

@@ -112,7 +112,7 @@ def check_same_run(workdir: Path, existing: RunMetadata, run: RunMetadata) -> li
     names = [name for name in new if not _is_equal(name, old[name], new[name])]
     changes = [name for name in names if _may_change(name, old, new)]
     differences = [
-        f"{name} is {_shorten(old[name])} in run.json and {_shorten(new[name])} now"
+        f"{name} is {_shorten(repr(old[name]))} in run.json and {_shorten(repr(new[name]))} now"
         for name in names
         if name not in changes
     ]
@@ -122,7 +122,10 @@ def check_same_run(workdir: Path, existing: RunMetadata, run: RunMetadata) -> li
             "pass the same flags to resume that run, or another --workdir for a new one, which "
             f"--init-from {workdir} starts from that net"
         )
-    return [f"{name} was {_shorten(old[name])} and is {_shorten(new[name])}" for name in changes]
+    return [
+        f"{name} was {_shorten(repr(old[name]))} and is {_shorten(repr(new[name]))}"
+        for name in changes
+    ]
 
 
 def _is_equal(name: str, old: Any, new: Any) -> bool:
@@ -173,6 +176,40 @@ def load_run(workdir: Path) -> RunMetadata:
         ) from error
 
 
+def describe_run(run: RunMetadata) -> str:
+    """Lists what started a run, its data and its configuration, for people.
+
+    Args:
+        run: The run.
+
+    Returns:
+        A line for each fact. A field of the configuration that is not the paper's has a star.
+    """
+    unknown = "unknown: vgg_jax.fit, or an earlier version of vgg-jax"
+    sizes = f"{run.train_size:,} training and {run.validation_size:,} validation images"
+    lines = [
+        ("command", run.command or unknown),
+        ("images", f"{sizes} ({run.storage})"),
+        ("classes", f"{len(run.classes)}: {_shorten(', '.join(run.classes))}"),
+        ("mean RGB", _format_value(tuple(round(value, 3) for value in run.colours.mean_rgb))),
+    ]
+    for field in dataclasses.fields(TrainConfig):
+        value = getattr(run.config, field.name)
+        star = "" if value == field.default or field.name == "data" else " *"
+        lines.append((field.name, _format_value(value) + star))
+    width = max(len(name) for name, _ in lines) + 2
+    text = "\n".join(f"{name:<{width}}{value}" for name, value in lines)
+    return f"{text}\n* not the default of the paper"
+
+
+def _format_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return _shorten(" ".join(map(str, value))) or "none"
+    return "none" if value is None else str(value)
+
+
 def from_json(content: dict[str, Any]) -> RunMetadata:
     """Converts the JSON object of `as_json` back to the metadata.
 
@@ -221,8 +258,7 @@ def _flatten(run: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in run.items() if name != "config"} | run["config"]
 
 
-def _shorten(value: Any) -> str:
-    text = repr(value)
+def _shorten(text: str) -> str:
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 

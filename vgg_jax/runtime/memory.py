@@ -1,10 +1,16 @@
-"""Settings of glibc's malloc, which decide how often memory goes back to Linux."""
+"""The memory of this machine, and settings of glibc's malloc.
+
+The settings decide how often memory goes back to Linux.
+"""
 
 import contextlib
 import ctypes
+import errno
 import os
 import platform
+import re
 import sys
+from pathlib import Path
 
 
 def use_huge_pages() -> None:
@@ -38,3 +44,48 @@ def configure_malloc() -> None:
         mallopt(m_mmap_max, 0)
         # -1 means never. The largest int is too small: 2 GB may be free at the top of the heap.
         mallopt(m_trim_threshold, -1)
+
+
+def free_memory() -> float:
+    """Bytes of memory that a process can still get; infinite if unknown."""
+    limits = [float("inf")]
+    # Linux: what it can give without swapping.
+    with contextlib.suppress(OSError, StopIteration, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        line = next(line for line in lines if line.startswith("MemAvailable:"))
+        limits.append(int(line.split()[1]) * 1024.0)
+    return min(limits + [_free_in_cgroup(folder) for folder in _cgroups()])
+
+
+def _cgroups() -> list[Path]:
+    """The folders of this process's cgroup and of those above it, of which each has a limit."""
+    root = Path("/sys/fs/cgroup")
+    name = ""
+    with contextlib.suppress(OSError):
+        # Version 2 has the line "0::/name". In a container the name is that of the host.
+        match = re.search("^0::/(.*)$", Path("/proc/self/cgroup").read_text(), re.MULTILINE)
+        name = match[1] if match else ""
+    folder = root / name
+    return [folder, *(parent for parent in folder.parents if parent.is_relative_to(root))]
+
+
+def _free_in_cgroup(folder: Path) -> float:
+    """Bytes below the limit of a container. Its file cache counts, since it can be dropped."""
+    try:
+        # The file may be missing, or say "max".
+        limit = int((folder / "memory.max").read_text())
+        used = int((folder / "memory.current").read_text())
+        cache = re.search(
+            r"^inactive_file (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE
+        )
+    except (OSError, ValueError):
+        return float("inf")
+    return float(limit - used + (int(cache[1]) if cache else 0))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tells if an error of Python, XLA or TensorFlow says that memory ran out."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    text = r"out of memory|OOM when allocating|bad_alloc|failed to allocate"
+    return isinstance(error, MemoryError) or bool(re.search(text, str(error), re.IGNORECASE))

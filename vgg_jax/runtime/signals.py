@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the first one lets a run save, the second one ends it at once."""
+"""SIGINT and SIGTERM: the first one lets a command clean up, the second one ends it at once."""
 
 import contextlib
 import os
@@ -7,6 +7,30 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, where `interrupt_on_sigterm` turns it into an exception."""
+
+
+@contextlib.contextmanager
+def interrupt_on_sigterm() -> Iterator[None]:
+    """Raises `Terminated` in the block at SIGTERM, as SIGINT raises KeyboardInterrupt.
+
+    Does nothing outside the main thread, which alone handles signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: object) -> None:
+        raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from vgg_jax.configs.train import KEEP
 from vgg_jax.distributed.multihost import (
     broadcast_from_main,
     is_main_process,
@@ -50,13 +51,16 @@ class Checkpointer:
 
     Args:
         workdir: Folder of the run.
+        keep: Number of checkpoints in `last/` and in `best/`.
     """
 
-    def __init__(self, workdir: Path) -> None:
+    def __init__(self, workdir: Path, keep: int = KEEP) -> None:
         self._workdir = workdir
         self._stores: dict[str, CheckpointStore] = {}
         if is_main_process():
-            self._stores = {name: CheckpointStore(workdir / name) for name in ("last", "best")}
+            self._stores = {
+                name: CheckpointStore(workdir / name, keep=keep) for name in ("last", "best")
+            }
         self.last_error: CheckpointSaveError | None = None
         # The epoch, the variables and the metadata of a best state that is not written yet.
         self._pending_best: tuple[int, Any, dict[str, Any]] | None = None

@@ -2,11 +2,11 @@
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from vgg_jax.configs.train import MAX_LR_HALVINGS, ON_NAN, SAVE_SECONDS, TrainConfig
+from vgg_jax.configs.train import KEEP, MAX_LR_HALVINGS, ON_NAN, SAVE_SECONDS, TrainConfig
 from vgg_jax.distributed.multihost import (
     Watchdog,
     any_process,
@@ -15,10 +15,11 @@ from vgg_jax.distributed.multihost import (
     translate_lost_peer,
 )
 from vgg_jax.distributed.sharding import DATA_PARALLEL, MeshConfig
-from vgg_jax.errors import InputError
+from vgg_jax.errors import InputError, OutOfMemoryError, single_line
 from vgg_jax.paths import to_path
 from vgg_jax.runs.files import workdir_lock
-from vgg_jax.runtime.signals import graceful_stop
+from vgg_jax.runtime.memory import is_out_of_memory
+from vgg_jax.runtime.signals import graceful_stop, interrupt_on_sigterm
 from vgg_jax.training.checkpointer import Checkpointer
 from vgg_jax.training.init_from import Pretrained
 from vgg_jax.training.setup import Setup, prepare_run
@@ -34,6 +35,7 @@ def fit(
     download: bool = False,
     *,
     save_seconds: float = SAVE_SECONDS,
+    keep: int = KEEP,
     on_nan: str = "stop",
     debug_nans: bool = False,
     mesh_config: MeshConfig = DATA_PARALLEL,
@@ -54,6 +56,7 @@ def fit(
         data_dir: Folder of prepared data sets.
         download: Downloads and prepares the data set first.
         save_seconds: Seconds between two saves in an epoch. The end of each epoch is also saved.
+        keep: Number of checkpoints to keep in `last/`, and in `best/`.
         on_nan: "stop" raises DivergedError if the loss or a parameter is infinite or NaN.
             "halve" resumes from the last save with half the learning rate, at most
             `MAX_LR_HALVINGS` times.
@@ -70,12 +73,19 @@ def fit(
         DataError: An image cannot be read.
         DivergedError: The loss or a parameter is infinite or NaN.
         CheckpointSaveError: The end of the run could not be saved.
+        OutOfMemoryError: The device ran out of memory.
         ProcessLostError: Another process of the run has ended.
     """
     if on_nan not in ON_NAN:
         raise InputError(f"on_nan is {on_nan!r}: expected one of {', '.join(ON_NAN)}")
     if not save_seconds >= 0:
         raise InputError(f"save_seconds is {save_seconds}: expected 0 or more")
+    # The best checkpoint of a diverged attempt is deleted, and the one before takes its place.
+    if keep < 1 + (on_nan == "halve"):
+        raise InputError(
+            f"keep is {keep} and on_nan is {on_nan!r}: expected at least 1 checkpoint, and 2 with "
+            "'halve'"
+        )
     folder, halvings = to_path(workdir), 0
     prepare = partial(prepare_run, config, folder, data_dir, download, mesh_config, command)
     make_trainer = partial(
@@ -91,7 +101,7 @@ def fit(
         logger.info(f"the folder of this run is {folder}")
         while True:
             try:
-                return _fit(prepare, make_trainer, halvings)
+                return _fit(prepare, make_trainer, halvings, keep)
             except DivergedError as error:
                 is_last_attempt = on_nan == "stop" or error.halvings == MAX_LR_HALVINGS
                 if is_last_attempt or any_process(error.stop.is_set()):
@@ -104,22 +114,46 @@ def _fit(
     prepare: Callable[[], tuple[Setup, Pretrained | None]],
     make_trainer: Callable[..., Trainer],
     halvings: int,
+    keep: int,
 ) -> FitResult:
     """Trains to the end of the run, a signal or an error."""
-    setup, pretrained = prepare()
+    try:
+        with interrupt_on_sigterm():
+            setup, pretrained = prepare()
+    except KeyboardInterrupt:  # nothing is lost: what the run has done is on the disk
+        logger.info("stopped before training: run the same command again")
+        return FitResult([], stopped=True)
     # From here on JAX traces and compiles. A KeyboardInterrupt raised there is swallowed, or it
     # crashes the process.
     with (
         graceful_stop() as stop,
-        Checkpointer(setup.workdir) as checkpointer,
+        Checkpointer(setup.workdir, keep) as checkpointer,
         Watchdog() as watchdog,
     ):
         trainer = make_trainer(setup, checkpointer, watchdog, stop)
-        trainer.restore_or_init(pretrained, halvings)
-        del pretrained  # free its memory
-        while (lr := trainer.next_learning_rate()) is not None:
-            if not trainer.train_epoch(lr) or not trainer.validate():
+        with _explain_out_of_memory(trainer):
+            trainer.restore_or_init(pretrained, halvings)
+            del pretrained  # free its memory
+            if not trainer.make_batches():
                 return trainer.save_and_stop()
-            trainer.finish_epoch()
-        checkpointer.wait_until_finished()
+            while (lr := trainer.next_learning_rate()) is not None:
+                if not trainer.train_epoch(lr) or not trainer.validate():
+                    return trainer.save_and_stop()
+                trainer.finish_epoch()
+            checkpointer.wait_until_finished()
     return trainer.result()
+
+
+@contextlib.contextmanager
+def _explain_out_of_memory(trainer: Trainer) -> Iterator[None]:
+    """Turns an error of missing memory into an OutOfMemoryError that names what would fit."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, InputError) or not is_out_of_memory(error):
+            raise
+        message = f"out of memory ({single_line(error)})"
+    else:
+        return
+    # After the block, so that the error's traceback holds no arrays any more.
+    raise OutOfMemoryError(f"{message}: {trainer.memory_remedy()}")

@@ -1,19 +1,18 @@
 """Trains and validates the epochs of a run, saves them and resumes (§3.1)."""
 
-import contextlib
 import dataclasses
 import logging
 import math
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from vgg_jax.data import (
     CachedFeatures,
@@ -32,8 +31,10 @@ from vgg_jax.metrics import MetricSums, merge
 from vgg_jax.model import build_model
 from vgg_jax.runs.checkpoint import CheckpointSaveError
 from vgg_jax.runtime.compiler import compiler_options
+from vgg_jax.runtime.progress import ProgressBar
 from vgg_jax.training.checkpointer import BestInfo, Checkpointer
 from vgg_jax.training.init_from import Pretrained, init_from_pretrained
+from vgg_jax.training.memory_estimate import describe_remedy, free_device_memory, peak_bytes
 from vgg_jax.training.nan_check import first_nonfinite
 from vgg_jax.training.optimizer import next_epoch_lr, set_learning_rate, sgd
 from vgg_jax.training.report import at_chance_hint, epoch_record, format_epoch, is_at_chance
@@ -60,6 +61,10 @@ class DivergedError(Exception):
         self.rate = rate
         self.halvings = halvings
         self.stop = stop
+
+
+class StopRequestedError(Exception):
+    """A signal came while features were computed. They are computed again when the run resumes."""
 
 
 class PendingStep(NamedTuple):
@@ -127,6 +132,7 @@ class Trainer:
         self._debug_nans = debug_nans
 
         config, mesh, mesh_config = setup.config, setup.mesh, setup.mesh_config
+        self._free_memory = free_device_memory(mesh.local_devices[0])
         self._model = build_model(config, len(setup.train.classes))
         self._mean_rgb = setup.run.colours.mean_rgb
         # A check of a step needs the state before it, so the state is not donated.
@@ -176,20 +182,27 @@ class Trainer:
         self._checkpointer.write_metrics(self.progress.history)
 
         self._epoch = len(self.progress.history) + 1
-        if self.next_learning_rate() is not None:
-            self._make_batches()
-        self._saved_at = time.monotonic()
 
-    def _make_batches(self) -> None:
-        """Makes the batches from the restored position on, and those of a validation."""
+    def make_batches(self) -> bool:
+        """Makes the batches from the restored position on, and those of a validation.
+
+        Returns:
+            False if a signal came while features were computed.
+        """
         setup, config = self.setup, self.setup.config
+        self._saved_at = time.monotonic()
+        if self.next_learning_rate() is None:
+            return True
         position = {"first_epoch": self._epoch - 1, "first_batch": self.progress.batch}
         batch_size = self._eval_batch_size
         if config.cache_features:
-            train, validation = map(self._cache_features, (setup.train, setup.validation))
+            try:
+                train, validation = map(self._cache_features, (setup.train, setup.validation))
+            except StopRequestedError:
+                return False
             self.batches = train_feature_batches(train, config, **position)
             self._validation_batches = partial(eval_feature_batches, validation, batch_size)
-            return
+            return True
         rows = local_rows(setup.mesh, config.batch_size)
         self.batches = iter(
             train_batches(setup.train, config, setup.run.colours, rows=rows, **position)
@@ -197,6 +210,7 @@ class Trainer:
         rows = local_rows(setup.mesh, batch_size)
         validation_batches = eval_batches(setup.validation, config, batch_size, rows)
         self._validation_batches = partial(iter, validation_batches)
+        return True
 
     def _cache_features(self, source: DataSource) -> CachedFeatures:
         """Computes the output of the frozen layers for all images of a source."""
@@ -218,7 +232,12 @@ class Trainer:
 
         def compute(batch: dict[str, Any]) -> np.ndarray:
             self._watchdog.heartbeat()
-            return np.asarray(step(variables, self.put_batch(batch)))
+            features = run_unless_stopped(
+                lambda: np.asarray(step(variables, self.put_batch(batch))), self.stop
+            )
+            if features is None:
+                raise StopRequestedError
+            return features.result()
 
         cached = cache_features(source, setup.config, self._eval_batch_size, compute)
         logger.info(
@@ -281,7 +300,8 @@ class Trainer:
         self._epoch_start = time.monotonic() - progress.seconds
         stopping, _ = self._poll()
         num_done = progress.batch * setup.config.batch_size
-        with progress_bar(f"epoch {self._epoch}", setup.train.size, num_done) as self._bar:
+        name, quiet = f"epoch {self._epoch}", not is_main_process()
+        with ProgressBar(name, setup.train.size, initial=num_done, quiet=quiet) as self._bar:
             while progress.batch < self._steps_per_epoch and not stopping:
                 batch = self._next_batch()
                 if batch is None:
@@ -307,7 +327,8 @@ class Trainer:
         device_batch, state = self.put_batch(batch), self.state
         if not self._is_compiled:
             compile_step = partial(self.compile_train_step, state, device_batch)
-            if not compile_unless_stopped(compile_step, self.stop):
+            # Calling the step repeats an error of its compilation.
+            if run_unless_stopped(compile_step, self.stop) is None:
                 return False
             self._is_compiled = True
         self.state, sums = self.train_step(state, device_batch)
@@ -379,7 +400,8 @@ class Trainer:
         """The sums over the validation images, or None if the run must stop."""
         variables = {"params": self.state.params, "batch_stats": self.state.batch_stats}
         sums, pending = MetricSums(), None
-        with progress_bar("validation", self.setup.validation.size) as bar:
+        size, quiet = self.setup.validation.size, not is_main_process()
+        with ProgressBar("validation", size, quiet=quiet) as bar:
             for batch in self._validation_batches():
                 stopping, _ = self._poll()
                 if stopping:
@@ -525,37 +547,52 @@ class Trainer:
         return self._jit_eval_step(variables, batch)
 
     def compile_train_step(self, state: TrainState, batch: Batch) -> None:
-        """Compiles the training step. The first `train_step` then finds it in jax's cache."""
-        self._jit_train_step.lower(state, batch).compile()
+        """Compiles the training step. The first `train_step` then finds it in jax's cache.
+
+        Warns if the step does not fit into the memory that was free before the run took any.
+        """
+        needed = peak_bytes(self._jit_train_step.lower(state, batch).compile())
+        if needed > self._free_memory and is_main_process():
+            logger.warning(
+                f"a training step takes about {needed / 1e9:.1f} GB on each device, and "
+                f"{self._free_memory / 1e9:.1f} GB are free: {self.memory_remedy()}"
+            )
+
+    def memory_remedy(self) -> str:
+        """Names what would fit into memory. Compiles a few steps."""
+        setup = self.setup
+        num_classes, num_devices = len(setup.train.classes), setup.mesh.shape[DATA]
+        return describe_remedy(setup.config, num_classes, num_devices, self._free_memory)
 
 
-def compile_unless_stopped(compile_step: Callable[[], object], stop: threading.Event) -> bool:
-    """Compiles in a thread, because the main thread handles no signal while it compiles.
+def run_unless_stopped(function: Callable[[], Any], stop: threading.Event) -> Future | None:
+    """Runs a function in a thread, because the main thread handles no signal inside XLA.
 
-    With several processes, compilation always runs to the end: the others wait for the step.
+    With several processes, the function always runs to its end: the others wait for the step.
 
     Args:
-        compile_step: Compiles the step. Its errors are ignored, since calling the step repeats
-            them.
+        function: Compiles or runs a program.
         stop: The event that a signal sets.
 
     Returns:
-        False if a signal came first.
+        The result, or None if a signal came first.
     """
+    future: Future = Future()
 
     def run() -> None:
-        with contextlib.suppress(Exception):
-            compile_step()
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
 
     def is_stopped() -> bool:
         return stop.is_set() and jax.process_count() == 1
 
     # Not a daemon: Python would kill it in the middle of XLA's code and abort the process.
-    thread = threading.Thread(target=run)
-    thread.start()
-    while thread.is_alive() and not is_stopped():
-        thread.join(0.05)
-    return not is_stopped()
+    threading.Thread(target=run).start()
+    while not future.done() and not is_stopped():
+        wait([future], timeout=0.05)
+    return None if is_stopped() else future
 
 
 def file_names_of(source: DataSource, step: PendingStep) -> str:
@@ -574,13 +611,13 @@ def file_names_of(source: DataSource, step: PendingStep) -> str:
     return f"{text} and {num_others} more" if num_others > 0 else text
 
 
-def accumulate(sums: MetricSums, pending: MetricSums | None, bar: tqdm) -> MetricSums:
+def accumulate(sums: MetricSums, pending: MetricSums | None, bar: ProgressBar) -> MetricSums:
     """Waits for the sums of a step, and adds them in double precision.
 
     Args:
         sums: Sums so far, as Python numbers.
         pending: Sums of a step, on the devices. None adds nothing.
-        bar: Progress bar to move.
+        bar: The progress, which counts the step's images.
 
     Returns:
         The new sums.
@@ -588,26 +625,9 @@ def accumulate(sums: MetricSums, pending: MetricSums | None, bar: tqdm) -> Metri
     if pending is None:
         return sums
     step_sums = jax.tree.map(float, jax.device_get(pending))
-    bar.update(int(step_sums.count))
-    bar.set_postfix_str(f"loss {step_sums.loss / max(step_sums.count, 1):.3f}", refresh=False)
+    loss = step_sums.loss / max(step_sums.count, 1)
+    bar.update(int(step_sums.count), f"loss {loss:.3f}")
     return merge(sums, step_sums)
-
-
-def progress_bar(name: str, total: int, initial: int = 0) -> tqdm:
-    """A progress bar on the terminal of the main process, if it has one.
-
-    Args:
-        name: Text in front of the bar.
-        total: Number of images.
-        initial: Number of images that are done already.
-
-    Returns:
-        The bar. It is disabled in other processes and without a terminal.
-    """
-    disable = None if is_main_process() else True  # None disables it without a terminal
-    return tqdm(
-        desc=name, total=total, initial=initial, unit=" images", leave=False, disable=disable
-    )
 
 
 @jax.jit
