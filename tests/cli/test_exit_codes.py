@@ -40,6 +40,7 @@ def test_explain(error, code, message):
     [
         (MemoryError("Unable to allocate 9 GiB"), {"pixels": 9, "scales": []}, "--pixels than 9"),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."), {}, "more memory"),
+        (MemoryError(), {}, "(MemoryError): close other programs"),
         (RuntimeError("OOM when allocating tensor"), {"scales": []}, "smaller --scales"),
         (RuntimeError("std::bad_alloc"), {"batch_size": 3}, "--microbatch or --batch-size"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), {"file": "x"}, "more memory"),

@@ -351,6 +351,12 @@ def test_shorter_part_than_asked_for(server, caplog):
     assert [asked for _, asked, _ in server.requests[1:]] == ["bytes=300000-", "bytes=800000-"]
 
 
+def test_log_shows_progress_each_minute(server, caplog, monkeypatch):
+    monkeypatch.setattr(fetch_module, "SECONDS_PER_LINE", 0)
+    quick(small_entry(f"{server.url}/tiny.bin"))
+    assert "tiny.bin: 1 of 1 MB" in caplog.text
+
+
 def test_no_network():
     with socket.create_server(("127.0.0.1", 0)) as closed:
         entry = small_entry(f"http://127.0.0.1:{closed.getsockname()[1]}/tiny.bin")

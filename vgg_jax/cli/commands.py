@@ -177,11 +177,9 @@ def summary(
         )
     print(table(config.vgg, num_classes, config.batch_norm, config.image_size, top, in_channels))
     if batch_size is not None:
-        import jax
-
         from vgg_jax.training.memory_estimate import estimate_step_memory, free_device_memory
 
-        free = free_device_memory(jax.devices()[0])
+        free = free_device_memory()
         here = f" {free / 1e9:.2f} GB are free here." if math.isfinite(free) else ""
         memory = estimate_step_memory(config, num_classes)
         total, state = memory["total"] / 1e9, memory["state"] / 1e9

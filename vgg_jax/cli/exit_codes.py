@@ -41,7 +41,7 @@ class ExitCode(enum.IntEnum):
 
 def _platform_fault() -> str | None:
     """Tells why jax has no devices, if a command has imported it. Its own error may be empty."""
-    jax = sys.modules.get("jax")
+    jax: Any = sys.modules.get("jax")
     try:
         if jax is not None:
             jax.devices()
@@ -88,7 +88,7 @@ def explain(error: BaseException, arguments: Mapping[str, Any]) -> tuple[ExitCod
             return ExitCode.OUT_OF_MEMORY, message
         case _ if is_out_of_memory(error):
             remedy = _memory_remedy(arguments)
-            return ExitCode.OUT_OF_MEMORY, f"out of memory ({message[:200]}): {remedy}"
+            return ExitCode.OUT_OF_MEMORY, f"out of memory ({single_line(error)}): {remedy}"
         case OSError():  # a full disk or a folder without permission; the message has the path
             return ExitCode.BAD_INPUT, str(error)
         case Terminated():

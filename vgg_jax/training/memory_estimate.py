@@ -76,18 +76,18 @@ def peak_bytes(compiled: jax.stages.Compiled) -> int:
     )
 
 
-def free_device_memory(device: jax.Device) -> float:
+def free_device_memory(device: jax.Device | None = None) -> float:
     """Bytes that a program can get on a device; infinite if unknown.
 
     Args:
-        device: An accelerator, or a CPU device.
+        device: An accelerator, or a CPU device. None: the first one of this process.
 
     Returns:
         Its free memory. The CPU devices of a process share that of the machine or the container.
     """
+    device = device or jax.local_devices()[0]
     if device.platform == "cpu":
-        num_devices = sum(other.platform == "cpu" for other in jax.local_devices())
-        return free_memory() / num_devices
+        return free_memory() / jax.local_device_count("cpu")
     stats = device.memory_stats()
     if not stats or "bytes_limit" not in stats:
         return math.inf

@@ -23,6 +23,7 @@ from typing import Any
 from vgg_jax.errors import InputError, single_line
 from vgg_jax.paths import is_remote
 from vgg_jax.runs.files import atomic_write, file_lock, fsync
+from vgg_jax.runtime.progress import SECONDS_PER_LINE
 from vgg_jax.weights.pretrained import (
     HUGGING_FACE,
     WEIGHTS,
@@ -397,21 +398,26 @@ def _disk_errors(folder: Path, entry: PublishedWeights) -> Iterator[None]:
 
 
 class _Progress:
-    """A progress bar on a terminal, without a package for it."""
+    """A progress bar on a terminal, without a package for it, or a line a minute in a log."""
 
     def __init__(self, file: str, total: int | None) -> None:
         self.file, self.total, self.shown = file, total, 0.0
+        self.logged = time.monotonic()
         self.is_terminal = sys.stderr is not None and sys.stderr.isatty()
 
     def __enter__(self) -> "_Progress":
         return self
 
     def show(self, done: int) -> None:
-        """Draws the bar, at most five times a second."""
-        is_last = done == self.total
-        if not self.is_terminal or (time.monotonic() - self.shown < 0.2 and not is_last):
+        """Draws the bar, at most five times a second, or logs a line."""
+        is_last, now = done == self.total, time.monotonic()
+        if not self.is_terminal and now - self.logged >= SECONDS_PER_LINE:
+            self.logged = now
+            of_total = f" of {self.total / 1e6:.0f}" if self.total else ""
+            logger.info(f"{self.file}: {done / 1e6:.0f}{of_total} MB")
+        if not self.is_terminal or (now - self.shown < 0.2 and not is_last):
             return
-        self.shown = time.monotonic()
+        self.shown = now
         text = f"{done / 1e6:.0f} MB"
         if self.total:
             bar = "#" * (30 * done // self.total)
