@@ -69,7 +69,9 @@ def test_fit_interrupted_in_initialisation(finished_run, photos, tmp_path, monke
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("place", ["vgg_jax.data.file_split.read_header", "vgg_jax.data.cache.decode"])
+@pytest.mark.parametrize(
+    "place", ["vgg_jax.data.file_split.read_header", "vgg_jax.data.cache.decode"]
+)
 def test_fit_stops_while_data_is_read(place, number, finished_run, photos, tmp_path, monkeypatch):
     """The files are looked at, or read into memory, for a minute."""
     may_finish = threading.Event()
