@@ -162,6 +162,7 @@ def test_slugify(data, slug):
         ("data/../data/my photos/.", "runs/my photos-A"),
         ("~/my photos", "runs/my photos-A"),
         ("gs://bucket/photos/", "runs/photos-A"),
+        ("{tmp}/data/labels.csv", "runs/data-labels-A"),
         ("data/earlier", "runs/data-earlier-A"),
         ("/", "runs/data-A"),
     ],
@@ -173,6 +174,7 @@ def test_default_workdir(data, workdir, tmp_path, monkeypatch):
     for folder in ("data/my photos", "data/earlier", "runs/data-earlier-A"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "runs" / "data-earlier-A" / "run.json").touch()
+    (tmp_path / "data" / "labels.csv").touch()
     assert default_workdir(data.format(tmp=tmp_path), "A") == workdir
 
 

@@ -105,18 +105,22 @@ def default_workdir(data: str, net: str) -> str:
     """Names the folder of a run after its data and its net.
 
     Args:
-        data: The name of a data set, or the path of a folder.
+        data: The name of a data set, or the path of a folder or a file.
         net: Column of Table 1.
 
     Returns:
-        "runs/NAME-NET", where NAME is the last one of a path. A run that an earlier version named
-        after the whole path keeps its folder.
+        "runs/NAME-NET". NAME is the last part of the path of a folder, and the last two of a file.
+        A run that an earlier version named after the whole path keeps its folder.
     """
-    earlier = f"runs/{slugify(data)}-{net}"
-    is_folder = is_remote(data) or os.path.isdir(os.path.expanduser(data))
-    path = data if is_remote(data) else os.path.abspath(os.path.expanduser(data))
-    name = os.path.basename(path.rstrip("/")) if is_folder else data
-    folder = f"runs/{slugify(name)}-{net}"
+    name, path = data, os.path.abspath(os.path.expanduser(data))
+    if is_remote(data):
+        name = os.path.basename(data.rstrip("/"))
+    elif os.path.isdir(path):
+        name = os.path.basename(path)
+    elif os.path.isfile(path):
+        stem = os.path.splitext(path)[0]
+        name = "/".join(stem.split(os.sep)[-2:])
+    earlier, folder = f"runs/{slugify(data)}-{net}", f"runs/{slugify(name)}-{net}"
     is_earlier = os.path.exists(f"{earlier}/run.json") and not os.path.exists(f"{folder}/run.json")
     return earlier if is_earlier else folder
 
