@@ -92,7 +92,7 @@ class Parser(argparse.ArgumentParser):
 
     def _several(self, word: str) -> Several | None:
         """The type of a flag with several values, whose name may be abbreviated."""
-        flags = {name: flag for name, flag in self._option_string_actions.items() if "--" in name}
+        flags = self._option_string_actions
         names = [word] if word in flags else [name for name in flags if name.startswith(word)]
         if not word.startswith("--") or len({id(flags[name]) for name in names}) != 1:
             return None
