@@ -25,6 +25,12 @@ _SIGNATURES = (
 _BMP_HEADER_SIZES = (12, 40, 52, 56, 64, 108, 124)
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 
+_SUFFIXES = frozenset(
+    (
+        *(".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"),
+        *(".ppm", ".pgm", ".pbm", ".avif", ".jp2", ".j2k", ".heic"),
+    )
+)
 _SYSTEM_NAMES = frozenset(
     ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "__macosx", "$recycle.bin")
 )
@@ -68,6 +74,18 @@ def is_heic(header: bytes) -> bool:
         True for HEIC.
     """
     return header[4:8] == b"ftyp" and header[8:12] in _HEIC_BRANDS
+
+
+def has_image_suffix(name: str) -> bool:
+    """Tells whether a file claims to be an image by its name.
+
+    Args:
+        name: Name or path of the file.
+
+    Returns:
+        True for names such as "a.JPG".
+    """
+    return os.path.splitext(name)[1].lower() in _SUFFIXES
 
 
 def is_system_name(name: str) -> bool:

@@ -67,6 +67,18 @@ def test_decode_refuses_bomb():
         decode(tf.constant(CORRUPT["bomb.png"]))
 
 
+@pytest.mark.parametrize("format", ["GIF", "TIFF", "WEBP", "AVIF"])
+def test_decode_prints_no_traceback(format, capfd):
+    """TensorFlow prints the traceback of an exception in a Python function."""
+    damaged = encode(noise(40, 50), format)[:-300]
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        decode(tf.constant(damaged))
+    dataset = tf.data.Dataset.from_tensors(damaged).map(decode)
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        list(dataset)
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_decode_exif_orientation(map_rows):
     upright = map_rows(decode, ORIENTED)
     stored = map_rows(lambda encoded: decode(encoded, exif=False), ORIENTED)

@@ -183,6 +183,14 @@ def test_list_with_splits(tmp_path):
     assert labels_by_name(open_split(str(path), "test")) == {"e.jpg": "ants"}
 
 
+def test_list_of_excel(tmp_path):
+    """Excel's "Unicode text" is UTF-16, with tabs."""
+    write_images(tmp_path, "a.jpg", "\u00e9.jpg", "c.jpg")
+    path = tmp_path / "list.txt"
+    path.write_text("file\tlabel\na.jpg\tants\n\u00e9.jpg\tbees\nc.jpg\tants\n", "utf-16")
+    assert labels_by_name(open_split(str(path), "train"))["\u00e9.jpg"] == "bees"
+
+
 def test_list_without_splits(tmp_path):
     write_images(tmp_path, *(f"{i}.png" for i in range(12)))
     path = tmp_path / "photos.txt"
@@ -195,16 +203,25 @@ def test_list_without_splits(tmp_path):
 @pytest.mark.parametrize(
     "content,message",
     [
-        ("a.jpg,ants\nmissing.jpg,bees\n", "1 of 2 files .*missing.jpg"),
+        (
+            "a.jpg,ants\nmissing.jpg,bees\n",
+            "1 of the 2 files .* not exist.*'missing.jpg' in line 2",
+        ),
         ("a.jpg,ants,train\nb.jpg,bees,holdout\n", "line 2 of .* has the split 'holdout'"),
         ("a.jpg,ants\na.jpg,bees\n", "line 2 of .* a second label"),
         ("a.jpg,ants,train\nb.jpg,bees,train\na.jpg,wasps,val\n", "line 3 .* no training image"),
         ("", "is empty"),
+        ("file,label\n", "has names of columns only"),
+        ("Bild,Klasse\na.jpg,ants\nb.jpg,bees\n", "'Bild' in line 1: .* names of columns has"),
+        ("ants,a.jpg\nbees,b.jpg\n", "files in its second column, for example 'a.jpg'"),
+        ("0,a.jpg,ants\n1,b.jpg,bees\n", "files in its second column"),
+        ("a.jpg,ants\n".encode("utf-16-le"), "it is not UTF-8"),
         ("a.jpg,ants\nb.jpg,ants\n", "only one class, 'ants'"),
     ],
 )
 def test_wrong_list(tmp_path, content, message):
     write_images(tmp_path, "a.jpg", "b.jpg")
-    (tmp_path / "list.csv").write_text(content)
+    content = content if isinstance(content, bytes) else content.encode()
+    (tmp_path / "list.csv").write_bytes(content)
     with pytest.raises(InputError, match=message):
         open_train_val(str(tmp_path / "list.csv"))

@@ -30,7 +30,6 @@ def decode(encoded: tf.Tensor, exif: bool = True) -> tf.Tensor:
     Raises:
         tf.errors.InvalidArgumentError: The image cannot be decoded, or has more than
             `MAX_DECODED_PIXELS` pixels.
-        ValueError: The same for other formats than JPEG and PNG, if called eagerly.
     """
     image = decode_pixels(encoded)
     return apply_orientation(image, exif_orientation(encoded)) if exif else image
@@ -47,7 +46,6 @@ def decode_pixels(encoded: tf.Tensor) -> tf.Tensor:
 
     Raises:
         tf.errors.InvalidArgumentError: As `decode` does.
-        ValueError: As `decode` does.
     """
 
     def jpeg() -> tf.Tensor:
@@ -60,8 +58,8 @@ def decode_pixels(encoded: tf.Tensor) -> tf.Tensor:
         return tf.io.decode_png(check_pixel_limit(encoded, sides), channels=3)
 
     def other() -> tf.Tensor:
-        image = tf.numpy_function(_decode_by_pillow, [encoded], tf.uint8)
-        return tf.ensure_shape(image, (None, None, 3))
+        image, fault = tf.numpy_function(_decode_by_pillow, [encoded], [tf.uint8, tf.string])
+        return tf.ensure_shape(assert_then(fault != b"", fault, image), (None, None, 3))
 
     is_png = tf.strings.substr(encoded, 0, 4) == b"\x89PNG"
     return tf.cond(is_jpeg(encoded), jpeg, lambda: tf.cond(is_png, png, other))
@@ -84,7 +82,7 @@ def check_pixel_limit(encoded: tf.Tensor, sides: tf.Tensor) -> tf.Tensor:
     return assert_then(too_many, f"it has more than {MAX_DECODED_PIXELS:,} pixels", encoded)
 
 
-def assert_then(wrong: tf.Tensor, message: str, tensor: tf.Tensor) -> tf.Tensor:
+def assert_then(wrong: tf.Tensor, message: str | tf.Tensor, tensor: tf.Tensor) -> tf.Tensor:
     """Returns `tensor` unless `wrong`.
 
     In a graph, the tensor waits for the assertion. A plain assertion would run beside the
@@ -167,9 +165,12 @@ def apply_orientation(image: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
     return tf.cond(is_one_of(2, 3, 6, 7), lambda: image[:, ::-1], lambda: image)
 
 
-def _decode_by_pillow(encoded: bytes | np.ndarray) -> np.ndarray:
-    """Decodes the other formats. TensorFlow lacks most of them."""
-    return decode_by_pillow(_to_bytes(encoded))
+def _decode_by_pillow(encoded: bytes | np.ndarray) -> tuple[np.ndarray, bytes]:
+    """Decodes the other formats, most of which TensorFlow lacks. Returns pixels, or a fault."""
+    try:
+        return decode_by_pillow(_to_bytes(encoded)), b""
+    except ValueError as error:  # TensorFlow would print the traceback of an exception
+        return np.zeros((1, 1, 3), np.uint8), str(error).encode()
 
 
 def _file_orientation(encoded: bytes | np.ndarray) -> np.int32:

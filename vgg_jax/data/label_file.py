@@ -14,6 +14,7 @@ import numpy as np
 
 from vgg_jax.data.filesystem import exists
 from vgg_jax.errors import InputError, install_hint, shorten_names
+from vgg_jax.image_files import has_image_suffix
 from vgg_jax.paths import to_path
 
 SUFFIXES = (".csv", ".tsv", ".txt", ".lst")
@@ -88,6 +89,8 @@ def read_rows(path: str) -> list[Row]:
     if not lines:
         raise InputError(f"{path} is empty: expected lines of `file,label`")
     file_column, label_column, split_column, has_header = _find_columns(path, lines[0][1])
+    if has_header and len(lines) == 1:
+        raise InputError(f"{path} has names of columns only: expected lines of `file,label` below")
     rows = []
     for number, cells in lines[has_header:]:
         if len(cells) <= max(file_column, label_column) or not cells[label_column]:
@@ -245,11 +248,17 @@ def _labels_by_file(label_file: str, file_names: Sequence[str]) -> list[str]:
 def _read_lines(path: str) -> list[tuple[int, list[str]]]:
     """Reads the cells of each line with its number."""
     try:
-        text = to_path(path).read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        content = to_path(path).read_bytes()
+        # Excel's "Unicode text" is UTF-16, with a mark at the start.
+        is_utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+        text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
+        if "\0" in text:
+            raise ValueError("it has zero bytes")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise InputError(
-            f"{path} cannot be read as a label file ({reason}): expected lines of `file,label`"
+            f"{path} cannot be read as a label file ({reason}): expected lines of `file,label` in "
+            "UTF-8"
         ) from error
     lines = [
         (number, line)
@@ -291,6 +300,11 @@ def _find_columns(path: str, first: Sequence[str]) -> tuple[int, int, int | None
     )
     if file_column is not None and label_column is not None:
         return file_column, label_column, split_column, True
+    if len(first) > 1 and has_image_suffix(first[1]) and not has_image_suffix(first[0]):
+        raise InputError(
+            f"{path} has files in its second column, for example {first[1]!r}: expected "
+            "`file,label`; move the column, or name the columns in a first line"
+        )
     if file_column is not None or label_column is not None:
         missing, known = (
             ("label", LABEL_COLUMNS) if label_column is None else ("file", FILE_COLUMNS)

@@ -14,9 +14,10 @@ from vgg_jax.data.file_split import (
     split_images,
     stored_split,
 )
+from vgg_jax.data.filesystem import exists
 from vgg_jax.data.label_file import Row, read_rows, sort_labels
 from vgg_jax.data.splits import SPLIT_NAMES, StoredSplit, split_kind
-from vgg_jax.errors import InputError, shorten_names
+from vgg_jax.errors import DataError, InputError, shorten_names
 from vgg_jax.paths import is_remote
 
 
@@ -84,6 +85,8 @@ def _read_split(
     name = f"{path} {kind}"
     files = exclude_files(LabelledFiles(paths, labels), root, exclude)
     images, others = split_images(files, name)
+    if others.paths and not skip_bad:
+        _check_exist(path, rows, root)
     check_images(others.paths, len(files.paths), path, skip_bad)
     if not images.paths:
         raise InputError(f"{name} has no images: expected at least one")
@@ -97,6 +100,22 @@ def _read_split(
         skip_bad,
         others.paths,
         len(paths) - len(files.paths),
+    )
+
+
+def _check_exist(path: str, rows: Sequence[Row], root: str) -> None:
+    """Checks that all files exist."""
+    missing = [row for row in rows if not exists(_resolve(root, row.file))]
+    if not missing:
+        return
+    first = missing[0]
+    hint = "pass --skip-bad to leave them out"
+    if first.number == 1:
+        hint = "a first line with names of columns has `file,label`"
+    raise DataError(
+        f"{len(missing)} of the {len(rows)} files that {path} names do not exist, for example "
+        f"{first.file!r} in line {first.number}: expected paths from {root!r}, or absolute ones; "
+        f"{hint}"
     )
 
 

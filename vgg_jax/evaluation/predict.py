@@ -13,12 +13,15 @@ from vgg_jax.configs.evaluation import DENSE, EvalProtocol
 from vgg_jax.distributed.sharding import make_mesh
 from vgg_jax.errors import InputError
 from vgg_jax.evaluation.dense import iter_posteriors, resolve_protocol
-from vgg_jax.image_files import FORMATS, is_image, is_system_name, read_local_header
+from vgg_jax.image_files import (
+    FORMATS,
+    has_image_suffix,
+    is_image,
+    is_system_name,
+    read_local_header,
+)
 from vgg_jax.preprocessing import load_resized
 from vgg_jax.weights import load
-
-# A file in a folder with such a name is reported if it is no image.
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2")
 
 logger = logging.getLogger(__name__)
 
@@ -139,8 +142,8 @@ def _images_under(folder: str) -> list[str]:
         name = os.path.basename(path)
         if is_system_name(name):
             continue
-        claims_image = os.path.splitext(name)[1].lower() in SUFFIXES
-        is_wanted = claims_image or is_image(read_local_header(path))
+        # A file that claims to be an image is reported if it is none.
+        is_wanted = has_image_suffix(name) or is_image(read_local_header(path))
         (images if is_wanted else skipped).append(path)
     if skipped:
         logger.info(
