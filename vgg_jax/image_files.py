@@ -32,7 +32,10 @@ _SUFFIXES = frozenset(
     )
 )
 _SYSTEM_NAMES = frozenset(
-    ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "__macosx", "$recycle.bin")
+    (
+        *("thumbs.db", "ehthumbs.db", "thumbs.db:encryptable", "desktop.ini", "icon\r", "@eadir"),
+        *("__macosx", "__pycache__", "lost+found", "$recycle.bin", "system volume information"),
+    )
 )
 # Of texts, tables and pages.
 _NOTE_SUFFIXES = frozenset(

@@ -144,7 +144,9 @@ def test_folder_without_data(tmp_path, folder):
         open_train_val(f"{tmp_path}/nowhere")
     with pytest.raises(InputError, match=r"no folder './nowhere'"):
         open_train_val("./nowhere")
-    message = r"the 7 images of .*ants' have no labels: expected .*/<class>/\*.jpg, or a label file"
+    message = (
+        r"no labels for the 7 images of .*ants', .*expected .*/<class>/\*.jpg, or a label file"
+    )
     with pytest.raises(InputError, match=message):
         open_train_val(str(folder / "train" / "ants"))
     os.rename(folder / "train", folder / "test")

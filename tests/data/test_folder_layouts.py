@@ -131,7 +131,9 @@ def test_folder_with_photos_without_labels(tmp_path):
     fill(tmp_path / "train", "ants", "bees", count=5)
     fill(tmp_path, "test")
     assert sizes(tmp_path) == (9, 1)  # the test split is not read
-    with pytest.raises(InputError, match=r"3 images of .*test' have no labels.* only be predicted"):
+    with pytest.raises(
+        InputError, match=r"no labels for the 3 images of .*test', which can only be predicted"
+    ):
         open_split(str(tmp_path), "test")
 
 
@@ -197,3 +199,35 @@ def test_folder_that_is_the_prepared_data_set(prepared, monkeypatch):
     monkeypatch.chdir(prepared["tfrecord"])
     assert open_split("numbers", "train", data_dir=prepared["tfrecord"]).classes == tuple("abc")
     assert open_split("numbers", "train", data_dir=os.curdir).size == 23
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("train", "test1"), ("train_images", "test_images"), ("train2017", "val2017"), ("images",)],
+)
+def test_folder_with_parts_of_a_data_set(tmp_path, names):
+    """The folders are no classes, as in Kaggle's Dogs vs Cats."""
+    fill(tmp_path, *names)
+    with pytest.raises(InputError, match="named like parts of a data set"):
+        open_split(str(tmp_path), "train")
+
+
+def test_folder_with_images_in_two_levels(tmp_path):
+    fill(tmp_path, "ants", "bees")
+    fill(tmp_path / "ants", "more")
+    for skip_bad in (False, True):
+        with pytest.raises(InputError, match=r"ants/more' is a folder with images.*move them up"):
+            open_split(str(tmp_path), "train", skip_bad=skip_bad)
+
+
+def test_folder_with_images_in_no_class(tmp_path, caplog):
+    fill(tmp_path, "ants", "bees")
+    Image.new("RGB", (9, 8)).save(tmp_path / "loose.png")
+    assert open_split(str(tmp_path), "train").size == 6
+    assert "1 images of" in caplog.text and "lie in no class folder" in caplog.text
+
+
+def test_data_that_is_a_file(tmp_path):
+    (tmp_path / "photos.zip").write_bytes(b"PK")
+    with pytest.raises(InputError, match=r"photos\.zip' is a file: expected a folder .* unpack"):
+        open_split(str(tmp_path / "photos.zip"), "train")

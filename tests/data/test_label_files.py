@@ -183,6 +183,21 @@ def test_list_with_splits(tmp_path):
     assert labels_by_name(open_split(str(path), "test")) == {"e.jpg": "ants"}
 
 
+def test_list_says_which_columns_it_ignores(tmp_path, caplog):
+    write_images(tmp_path, "a.jpg", "b.jpg")
+    (tmp_path / "LIST.CSV").write_text("file\tlabel\tis_valid\na.jpg\tants\t0\nb.jpg\tbees\t1\n")
+    with caplog.at_level("INFO", "vgg_jax"):
+        assert open_split(str(tmp_path / "LIST.CSV"), "train").size == 2
+    assert "ignored the columns of" in caplog.text and "'is_valid'" in caplog.text
+
+
+def test_list_never_takes_names_of_columns_for_a_class(tmp_path):
+    write_images(tmp_path, "a.jpg", "b.jpg")
+    (tmp_path / "list.csv").write_text("Bild,Klasse\na.jpg,ants\nb.jpg,bees\n")
+    with pytest.raises(InputError, match="'Bild' in line 1"):
+        open_split(str(tmp_path / "list.csv"), "train", skip_bad=True)
+
+
 def test_list_of_excel(tmp_path):
     """Excel's "Unicode text" is UTF-16, with tabs."""
     write_images(tmp_path, "a.jpg", "\u00e9.jpg", "c.jpg")
@@ -210,6 +225,9 @@ def test_list_without_splits(tmp_path):
         ("a.jpg,ants,train\nb.jpg,bees,holdout\n", "line 2 of .* has the split 'holdout'"),
         ("a.jpg,ants\na.jpg,bees\n", "line 2 of .* a second label"),
         ("a.jpg,ants,train\nb.jpg,bees,train\na.jpg,wasps,val\n", "line 3 .* no training image"),
+        ("https://host/a.jpg,ants\nb.jpg,bees\n", "line 1 .* names 'https://host/a.jpg'"),
+        ("a.jpg,ants,4,5\nb.jpg,bees,4,5\n", "line 1 of .* has the split '4'"),
+        ("file,label\na.jpg,ants\nb.jpg,bees,val\n", "line 3 of .* has 3 columns: .* the 2 of"),
         ("", "is empty"),
         ("file,label\n", "has names of columns only"),
         ("Bild,Klasse\na.jpg,ants\nb.jpg,bees\n", "'Bild' in line 1: .* names of columns has"),

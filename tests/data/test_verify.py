@@ -128,3 +128,12 @@ def test_train_with_missing_exclude_list(tmp_path, capsys):
     path = str(tmp_path / "nowhere")
     assert cli.main(["train", "digits", "--exclude", path, "--no-compilation-cache"]) == 2
     assert "nowhere (No such file or directory)" in capsys.readouterr().err
+
+
+def test_verify_data_replaces_no_other_file(folder, tmp_path, capsys):
+    photo = folder / "train" / "ants" / "0.png"
+    content = photo.read_bytes()
+    for out in (photo, tmp_path, tmp_path / "nowhere" / "list"):
+        assert cli.main(["verify-data", str(folder), "--out", str(out)]) == 2
+    assert photo.read_bytes() == content
+    assert "is not a list of verify-data" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -138,13 +139,14 @@ def test_expand_paths_of_a_folder(tmp_path, caplog):
     (tmp_path / "photos" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "photos" / "sub" / "loop").symlink_to(tmp_path / "photos")
     (tmp_path / "photos" / "broken.jpg").write_text("no image")
+    os.mkfifo(tmp_path / "photos" / "pipe.jpg")  # reading it would never end
     for name in ("notes.txt", "clip.mp4", "Thumbs.db", "._b.png"):
         (tmp_path / "photos" / name).write_text("no image")
     with caplog.at_level("INFO", "vgg_jax"):
         files = expand_paths([str(tmp_path / "photos")])
     names = ["b.png", "broken.jpg", "link/c.tif", "sub/a"]
     assert files == [str(tmp_path / "photos" / name) for name in names]
-    assert "skipped 2 files of" in caplog.text and "clip.mp4" in caplog.text
+    assert "skipped 3 files of" in caplog.text and "clip.mp4" in caplog.text
 
 
 def test_predict_command_reports_unreadable_files(weight_file, photos, tmp_path, capsys):

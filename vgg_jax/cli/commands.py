@@ -239,6 +239,8 @@ def statistics(
 
     source = open_split(data, split, data_dir=data_dir, download=download, skip_bad=skip_bad)
     colours = measure_colours(source, skip_bad=skip_bad)
+    if source.skipped:
+        print(f"skipped {len(source.skipped)} files, for example {source.skipped[0]!r}")
     print(f"{source.name}: {colours.count} images, RGB on the 0-255 scale")
     for label, values in (
         ("mean over all pixels", colours.pixel_mean),
@@ -252,8 +254,9 @@ def statistics(
 
 def verify_data(data: str, data_dir: str | None, download: bool, out: str) -> ExitCode:
     """Reads every image once, and writes a list of the unreadable ones."""
-    from vgg_jax.data import verify_images, write_exclude_list
+    from vgg_jax.data import check_exclude_list_path, verify_images, write_exclude_list
 
+    check_exclude_list_path(out)
     all_bad = []
     try:
         with interrupt_on_sigterm():

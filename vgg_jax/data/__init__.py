@@ -43,7 +43,12 @@ from vgg_jax.data.sources import VALIDATION, open_split, open_train_val, split_n
 from vgg_jax.data.splits import DataSource, steps_per_epoch
 from vgg_jax.data.statistics import ColourMeasurements, measure_colours
 from vgg_jax.data.transforms import resize_and_crop, resize_shorter_side
-from vgg_jax.data.verify import read_exclude_list, verify_images, write_exclude_list
+from vgg_jax.data.verify import (
+    check_exclude_list_path,
+    read_exclude_list,
+    verify_images,
+    write_exclude_list,
+)
 
 __all__ = [
     "VALIDATION",
@@ -53,6 +58,7 @@ __all__ = [
     "DataSource",
     "cache_features",
     "cache_in_memory",
+    "check_exclude_list_path",
     "decode",
     "eval_batches",
     "eval_feature_batches",

@@ -6,6 +6,7 @@ A split may also hold its images directly, with a label file.
 import functools
 import logging
 import os
+import re
 import unicodedata
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
@@ -19,11 +20,26 @@ from vgg_jax.data.file_split import (
     split_images,
     stored_split,
 )
-from vgg_jax.data.filesystem import is_dangling_link, is_dir, list_subfolders, listdir
+from vgg_jax.data.filesystem import (
+    exists,
+    is_dangling_link,
+    is_dir,
+    list_subfolders,
+    listdir,
+    read_header,
+)
+from vgg_jax.data.label_file import SUFFIXES as LIST_SUFFIXES
 from vgg_jax.data.label_file import find_label_file, read_flat_labels
 from vgg_jax.data.splits import StoredSplit, split_kind
 from vgg_jax.errors import InputError, shorten_names
-from vgg_jax.image_files import is_note, is_system_name
+from vgg_jax.image_files import is_image, is_note, is_system_name
+
+# Folders that are parts of a data set and not classes: "train2017", "images", "HAM_images_part_1".
+_PART = re.compile(
+    r"(.*[ _-])?(train|training|test|testing|val|valid|validation|images?|imgs|photos|labels|masks"
+    r"|annotations)([ _-]?(\d+|[a-c]|images?|data|set|input|part))*",
+    re.IGNORECASE,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +65,11 @@ def folder_splits(
     Raises:
         InputError: There are no images, or the names of the folders have two readings.
     """
+    if exists(root) and not is_dir(root):
+        raise InputError(
+            f"{root!r} is a file: expected a folder of images, or a list that ends in "
+            f"{', '.join(LIST_SUFFIXES)}; unpack an archive first"
+        )
     if not is_dir(root):
         raise InputError(
             f"no folder {root!r}: expected {_pattern(root)} there; pass another one as DATA"
@@ -73,8 +94,6 @@ def _split_folders(root: str) -> dict[str, str]:
     names = _class_names(root)
     splits = {name: os.path.join(root, name) for name in names if split_kind(name)}
     others = [name for name in names if name not in splits]
-    if not splits:
-        return {"train": root}
     kinds: dict[str, str] = {}
     for name in splits:
         kind = str(split_kind(name))
@@ -84,8 +103,17 @@ def _split_folders(root: str) -> dict[str, str]:
                 "expected one of them; rename the other or move it"
             )
         kinds[kind] = name
-    if others and list(kinds) == ["train"] and not _class_names(splits[kinds["train"]]):
+    has_classes = any(_class_names(folder) for folder in splits.values())
+    if names and not has_classes and (others or not splits) and all(map(_PART.fullmatch, names)):
+        raise InputError(
+            f"the folders of {root!r} are named like parts of a data set, not like classes "
+            f"({shorten_names(names)}): expected {_pattern(root)}, or {root}/train and a label "
+            f"file {root}/train.csv; rename them if they are classes"
+        )
+    if others and list(kinds) == ["train"] and not has_classes:
         return {"train": root}  # a class of its own: trains beside cars
+    if not splits:
+        return {"train": root}
     if others and "train" not in kinds:
         raise InputError(
             f"{root!r} has class folders ({shorten_names(others)}) and a folder of a split "
@@ -118,6 +146,9 @@ def _read_split(
     empty = _classes_without_images(folder, images, classes)
     _check_nested(split, empty)
     damaged = _without_notes(name, not_images.paths, system_files)
+    _check_deeper_images(damaged)
+    if not is_flat:
+        _report_loose_images(folder)
     check_images(damaged, len(images.paths) + len(damaged), folder, skip_bad)
     if empty:
         raise InputError(
@@ -201,6 +232,28 @@ def _list_files(folder: str) -> tuple[list[bytes], list[bytes]]:
     return files, system_files
 
 
+def _check_deeper_images(not_images: Sequence[bytes]) -> None:
+    """Checks that no folder beside the images of a class has images, too."""
+    for path in map(os.fsdecode, not_images):
+        if is_dir(path) and any(is_image(read_header(file)) for file in _list_files(path)[0]):
+            raise InputError(
+                f"{path!r} is a folder with images, beside other images of its class: expected all "
+                "images of a class in its folder; move them up"
+            )
+
+
+def _report_loose_images(folder: str) -> None:
+    """Logs how many images lie beside the class folders."""
+    loose = [path for path in _list_files(folder)[0] if is_image(read_header(path))]
+    if loose:
+        logger.warning(
+            "%d images of %s lie in no class folder and are left out, for example %r",
+            len(loose),
+            folder,
+            os.fsdecode(loose[0]),
+        )
+
+
 def _unknown_class(path: str, name: str, classes: Sequence[str]) -> str:
     form = unicodedata.normalize("NFC", name)
     for known in classes:
@@ -209,6 +262,12 @@ def _unknown_class(path: str, name: str, classes: Sequence[str]) -> str:
                 f"the class folder {path!r} differs from the training class {known!a} only in "
                 f"its Unicode form, {name!a}: expected the same name; rename it"
             )
+    if _PART.fullmatch(name):
+        return (
+            f"{path!r} is named like a part of a data set, and is no training class "
+            f"({shorten_names(classes)}): expected {_pattern(os.path.dirname(path))}, or images "
+            f"and a label file in {os.path.dirname(path)!r}; move its images up"
+        )
     return (
         f"the class folder {path!r} is not one of the {len(classes)} training classes "
         f"({shorten_names(classes)}): expected the same names; rename or move it"
@@ -251,15 +310,14 @@ def _label_images(
     root, name, folder = split
     if not paths:
         raise InputError(
-            f"no images under {folder!r}: expected {_pattern(folder)}; pass another folder as "
-            f"DATA, or move an empty folder {name!r} elsewhere"
+            f"no images under {folder!r}: expected {_pattern(folder)}; pass another folder as DATA"
         )
     label_file = find_label_file(root, name, folder)
     if label_file is None:
         raise InputError(
-            f"the {len(paths)} images of {folder!r} have no labels: expected "
-            f"{_pattern(folder)}, or a label file {root}/{name}.csv with lines of `file,label`; "
-            "without labels, they can only be predicted"
+            f"no labels for the {len(paths)} images of {folder!r}, which can only be predicted: "
+            f"expected {_pattern(folder)}, or a label file {root}/{name}.csv with lines of "
+            "`file,label`"
         )
     file_names = [os.fsdecode(os.path.basename(path)) for path in paths]
     labels, classes = read_flat_labels(label_file, file_names, classes)

@@ -25,9 +25,9 @@ FILE_COLUMNS = (
 )
 LABEL_COLUMNS = (
     *("label", "labels", "label_name", "class", "class_name", "classname", "class_id"),
-    *("category", "target", "breed", "species", "predictionstring", "y"),
+    *("category", "target", "breed", "species", "predictionstring", "classid", "y"),
 )
-SPLIT_COLUMNS = ("split", "subset", "set", "partition", "data set", "fold")
+SPLIT_COLUMNS = ("split", "subset", "set", "partition", "dataset", "data set", "phase", "usage")
 DEVKIT = "ILSVRC2012_devkit_t12/data"  # ImageNet's development kit, as its archive unpacks
 
 logger = logging.getLogger(__name__)
@@ -96,6 +96,11 @@ def read_rows(path: str) -> list[Row]:
         if len(cells) <= max(file_column, label_column) or not cells[label_column]:
             raise InputError(
                 f"line {number} of {path} has no label: expected `file,label`, got {cells}"
+            )
+        if len(cells) > len(lines[0][1]):
+            raise InputError(
+                f"line {number} of {path} has {len(cells)} columns: expected the "
+                f"{len(lines[0][1])} of the first line"
             )
         split = None
         if split_column is not None and split_column < len(cells):
@@ -277,7 +282,7 @@ def _split_cells(path: str, lines: Sequence[tuple[int, str]]) -> Iterator[tuple[
     is_csv = path.lower().endswith(".csv")
     for number, line in lines:
         if is_csv or ("\t" not in line and "," in line):
-            delimiter = ";" if ";" in line and "," not in line else ","
+            delimiter = next((mark for mark in ",;\t" if mark in line), ",")
             cells = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True))
         elif "\t" in line:
             cells = line.split("\t")
@@ -299,6 +304,10 @@ def _find_columns(path: str, first: Sequence[str]) -> tuple[int, int, int | None
         find, (FILE_COLUMNS, LABEL_COLUMNS, SPLIT_COLUMNS)
     )
     if file_column is not None and label_column is not None:
+        used = (file_column, label_column, split_column)
+        ignored = [name for column, name in enumerate(first) if column not in used]
+        if ignored:
+            logger.info("ignored the columns of %s: %s", path, shorten_names(ignored))
         return file_column, label_column, split_column, True
     if len(first) > 1 and has_image_suffix(first[1]) and not has_image_suffix(first[0]):
         raise InputError(
@@ -313,4 +322,4 @@ def _find_columns(path: str, first: Sequence[str]) -> tuple[int, int, int | None
             f"{path} has the columns {', '.join(map(repr, first))}: expected one for the "
             f"{missing}, for example {known[0]!r}; rename it"
         )
-    return 0, 1, 2 if len(first) == 3 else None, False
+    return 0, 1, 2 if len(first) > 2 else None, False

@@ -70,6 +70,10 @@ def _read_split(
     index = {name: label for label, name in enumerate(classes)}
     by_file: dict[str, str] = {}
     for row in rows:
+        if is_remote(row.file) and not row.file.startswith("gs://"):
+            raise InputError(
+                f"line {row.number} of {path} names {row.file!r}: expected a file; download it"
+            )
         if row.label not in index:
             raise InputError(
                 f"line {row.number} of {path} has the label {row.label!r}, which no training image "
@@ -85,8 +89,8 @@ def _read_split(
     name = f"{path} {kind}"
     files = exclude_files(LabelledFiles(paths, labels), root, exclude)
     images, others = split_images(files, name)
-    if others.paths and not skip_bad:
-        _check_exist(path, rows, root)
+    if others.paths:
+        _check_exist(path, rows, root, skip_bad and bool(images.paths))
     check_images(others.paths, len(files.paths), path, skip_bad)
     if not images.paths:
         raise InputError(f"{name} has no images: expected at least one")
@@ -103,10 +107,10 @@ def _read_split(
     )
 
 
-def _check_exist(path: str, rows: Sequence[Row], root: str) -> None:
-    """Checks that all files exist."""
+def _check_exist(path: str, rows: Sequence[Row], root: str, skip_bad: bool) -> None:
+    """Checks that all files exist; with `skip_bad`, only the file of the first line."""
     missing = [row for row in rows if not exists(_resolve(root, row.file))]
-    if not missing:
+    if not missing or (skip_bad and missing[0].number > 1):
         return
     first = missing[0]
     hint = "pass --skip-bad to leave them out"

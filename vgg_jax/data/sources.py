@@ -176,7 +176,7 @@ def _find_splits(
 ) -> dict[str, Callable[[], StoredSplit]]:
     folder = data if is_remote(data) else os.path.expanduser(data)
     is_path = is_remote(data) or folder.startswith((".", os.sep)) or folder.endswith(os.sep)
-    if folder.endswith(LIST_SUFFIXES) and exists(folder) and not is_dir(folder):
+    if folder.lower().endswith(LIST_SUFFIXES) and exists(folder) and not is_dir(folder):
         return list_splits(folder, skip_bad, exclude)
     if not is_path and os.path.isdir(folder):
         is_path = _names_folder(data, data_dir)

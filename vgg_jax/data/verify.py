@@ -73,6 +73,27 @@ def write_exclude_list(path: str, bad: list[BadImage]) -> None:
     to_path(path).write_text("".join(json.dumps(image._asdict()) + "\n" for image in bad))
 
 
+def check_exclude_list_path(path: str) -> None:
+    """Checks that a list of images to exclude can be written, and replaces no other file.
+
+    Args:
+        path: Path of the list.
+
+    Raises:
+        InputError: The folder is missing, or another file has that name.
+    """
+    target = to_path(path)
+    if not target.parent.exists() or target.is_dir():
+        raise InputError(f"cannot write {path}: expected the name of a file in an existing folder")
+    if target.exists() and target.stat().st_size:
+        try:
+            read_exclude_list(path)
+        except InputError as error:
+            raise InputError(
+                f"{path} exists and is not a list of verify-data: expected another name for --out"
+            ) from error
+
+
 def read_exclude_list(path: str) -> tuple[str, ...]:
     """Reads a list of images to exclude.
 

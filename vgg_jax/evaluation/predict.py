@@ -143,7 +143,8 @@ def _images_under(folder: str) -> list[str]:
         if is_system_name(name):
             continue
         # A file that claims to be an image is reported if it is none.
-        is_wanted = has_image_suffix(name) or is_image(read_local_header(path))
+        header = read_local_header(path)
+        is_wanted = is_image(header) or (has_image_suffix(name) and not _is_pipe(path))
         (images if is_wanted else skipped).append(path)
     if skipped:
         logger.info(
@@ -153,6 +154,11 @@ def _images_under(folder: str) -> list[str]:
             min(skipped),
         )
     return sorted(images)
+
+
+def _is_pipe(path: str) -> bool:
+    """Tells whether a path is a named pipe or the like, which may never end."""
+    return os.path.exists(path) and not os.path.isfile(path)
 
 
 def _walk(folder: str) -> Iterator[str]:
