@@ -249,7 +249,9 @@ class FullyConnected(nn.Module):
         # Three such products in bfloat16 give NaN. The barrier prevents the call.
         x = materialize_on_cpu(x)
         if h == w == size or size == 1:
-            x = x.reshape(n, h // size, w // size, len(kernel))
+            if size > 1:
+                # jax 0.10 refuses one reshape where the batch is sharded over an explicit axis.
+                x = x.reshape(n, len(kernel))[:, None, None]
             if kernel_t is None:
                 y = pointwise_conv(x, kernel)
             else:
