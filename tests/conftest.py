@@ -4,6 +4,7 @@ The tests are strict: warnings are errors (pyproject.toml), and shapes do not br
 There are two CPU devices.
 """
 
+import gc
 import os
 import signal
 import tempfile
@@ -26,18 +27,22 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Many tests compile the same programs, and so do the processes that they start. The cache keeps
-# small programs too (docs/performance.md#tests).
-CACHE = tempfile.TemporaryDirectory()
-for name, value in (
-    ("jax_compilation_cache_dir", CACHE.name),
-    ("jax_persistent_cache_min_compile_time_secs", 0),
-):
-    jax.config.update(name, value)
-    os.environ[name.upper()] = str(value)
+# Many tests compile the same programs, and so do all workers and the processes that they start. The
+# cache keeps small programs too (docs/performance.md#tests). Workers inherit the folder's name.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    CACHE = tempfile.TemporaryDirectory()
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 # Photos and weights that are not part of the project. Without them this is no folder.
 DATA = Path(os.environ.get("VGG_JAX_DATA", os.devnull))
+
+
+def pytest_collection_finish() -> None:
+    """Excludes the imported modules from garbage collection, which costs time."""
+    gc.freeze()
 
 
 def pytest_report_header() -> str:
