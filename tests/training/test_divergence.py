@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers.runs import make_config
 from tests.helpers.tiny_data import encode, noise
-from vgg_jax import InputError, TrainConfig
+from vgg_jax import InputError
 from vgg_jax.configs.train import MAX_LR_HALVINGS
 from vgg_jax.distributed.sharding import make_mesh
 from vgg_jax.metrics import MetricSums
@@ -31,22 +32,15 @@ pytestmark = pytest.mark.usefixtures("small_nets")
 
 @pytest.fixture
 def config(tmp_path):
-    """Three steps an epoch, on twelve images."""
-    for split in ("train", "val"):
+    """Three steps an epoch, on 24 images. Its programs are those of `make_config`'s defaults."""
+    for split, count in (("train", 12), ("val", 6)):
         for label in ("ants", "bees"):
             folder = tmp_path / "data" / split / label
             folder.mkdir(parents=True)
-            for i in range(6):
+            for i in range(count):
                 (folder / f"{i}.png").write_bytes(encode(noise(20, 24, i)))
-    return TrainConfig(
-        data=str(tmp_path / "data"),
-        net="shallow",
-        fc=(8, 8),
-        image_size=16,
-        scale=(16,),
-        batch_size=4,
-        epochs=3,
-        learning_rate=1e-3,
+    return make_config(
+        str(tmp_path / "data"), learning_rate=1e-3, schedule="plateau", drop_epochs=()
     )
 
 
@@ -200,6 +194,6 @@ def test_debug_nans_names_layer_and_step(config, tmp_path):
         r"the output of (conv|fc)\w+ is not finite in epoch 1, "
         r"in batch 2 \(images .*train/ants/\d.png"
     )
-    config = dataclasses.replace(config, learning_rate=1e18)
+    config = dataclasses.replace(config, learning_rate=1e18, batch_norm=False)
     with pytest.raises(DivergedError, match=message):
         fit(config, tmp_path / "run", debug_nans=True)

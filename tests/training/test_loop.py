@@ -26,6 +26,7 @@ from vgg_jax.cli.parser import parser
 from vgg_jax.data import eval_batches, measure_colours, open_train_val
 from vgg_jax.distributed.multihost import ProcessLostError
 from vgg_jax.errors import OutOfMemoryError
+from vgg_jax.metrics import MetricSums
 from vgg_jax.preprocessing import subtract_mean
 from vgg_jax.runs.checkpoint import CheckpointSaveError
 from vgg_jax.training.loop import fit
@@ -56,7 +57,9 @@ def test_fit_from_cache_equals_files(finished_run, photos, tmp_path):
         assert cached["validation"]["accuracy"] == expected["validation"]["accuracy"]
 
 
-def test_fit_interrupted_in_initialisation(finished_run, photos, tmp_path, monkeypatch):
+def test_fit_stopped_before_first_step(finished_run, photos, tmp_path, monkeypatch):
+    """In the initialisation, and while the step is compiled. The run then starts as a new one."""
+
     def interrupted_init_state(*args):
         signal.raise_signal(signal.SIGINT)
         return init_state(*args)
@@ -64,36 +67,7 @@ def test_fit_interrupted_in_initialisation(finished_run, photos, tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr(vgg_jax.training.trainer, "init_state", interrupted_init_state)
         assert fit(make_config(photos), tmp_path) == FitResult([], stopped=True)
-    history = fit(make_config(photos), tmp_path).history
-    assert without_times(history) == without_times(finished_run[1])
 
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize(
-    "place", ["vgg_jax.data.file_split.read_header", "vgg_jax.data.cache.decode"]
-)
-def test_fit_stops_while_data_is_read(place, number, finished_run, photos, tmp_path, monkeypatch):
-    """The files are looked at, or read into memory, for a minute."""
-    may_finish = threading.Event()
-
-    def read_slowly(*args):
-        os.kill(os.getpid(), number)
-        may_finish.wait(60)
-        return b""
-
-    config = make_config(photos, cache=True)
-    with monkeypatch.context() as patch:
-        patch.setattr(place, read_slowly)
-        start = time.monotonic()
-        assert fit(config, tmp_path / "run") == FitResult([], stopped=True)
-        assert time.monotonic() - start < 30
-        may_finish.set()
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    history = fit(config, tmp_path / "run").history
-    assert without_times(history) == without_times(finished_run[1])
-
-
-def test_fit_stops_while_compiling(finished_run, photos, tmp_path):
     may_finish, signal_times = threading.Event(), []
 
     class SlowlyCompilingTrainer(Trainer):
@@ -139,6 +113,31 @@ def test_fit_explains_lack_of_memory(photos, tmp_path):
     assert explain(error.value, {})[0] == 71
     result = fit(make_config(photos, microbatch=4), tmp_path, trainer_class=HungryTrainer)
     assert len(result.history) == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "place", ["vgg_jax.data.file_split.read_header", "vgg_jax.data.cache.decode"]
+)
+def test_fit_stops_while_data_is_read(place, number, finished_run, photos, tmp_path, monkeypatch):
+    """The files are looked at, or read into memory, for a minute."""
+    may_finish = threading.Event()
+
+    def read_slowly(*args):
+        os.kill(os.getpid(), number)
+        may_finish.wait(60)
+        return b""
+
+    config = make_config(photos, cache=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(place, read_slowly)
+        start = time.monotonic()
+        assert fit(config, tmp_path / "run") == FitResult([], stopped=True)
+        assert time.monotonic() - start < 30
+        may_finish.set()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    history = fit(config, tmp_path / "run").history
+    assert without_times(history) == without_times(finished_run[1])
 
 
 @pytest.mark.parametrize("bottleneck", ["input", "device"])
@@ -207,53 +206,84 @@ class KilledError(BaseException):
     """Stands for kill -9: nothing is saved after it."""
 
 
-@pytest.mark.parametrize(
-    ("at_batch", "killed"),
-    [
-        pytest.param(2, False, id="in_epoch"),
-        pytest.param(4, False, id="in_validation"),
-        pytest.param(5, False, id="in_second_epoch"),
-        pytest.param(3, True, id="killed_after_save"),
-    ],
-)
-def test_fit_resumes_to_the_bit(at_batch, killed, photos, finished_run, tmp_path):
-    """Parameters, momentum, statistics and metrics, with all that is random."""
+class InterruptedTrainer(Trainer):
+    """Is sent SIGTERM, or killed, at batches of these numbers, over all runs."""
+
+    stop_at: tuple[int, ...] = ()
+    kill_at: tuple[int, ...] = ()
     num_batches = 0
 
-    class InterruptedTrainer(Trainer):
-        def put_batch(self, batch):
-            nonlocal num_batches
-            num_batches += 1
-            if num_batches == at_batch and killed:
-                raise KilledError
-            if num_batches == at_batch:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return super().put_batch(batch)
+    def put_batch(self, batch):
+        cls = type(self)
+        cls.num_batches += 1
+        if cls.num_batches in cls.kill_at:
+            raise KilledError
+        if cls.num_batches in cls.stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().put_batch(batch)
+
+
+def assert_equal_runs(workdir, history, finished_run):
+    """Parameters, momentum, statistics and metrics are equal to the bit."""
+    expected_workdir, expected_history = finished_run
+    assert without_times(history) == without_times(expected_history)
+    arrays, expected = load_last_arrays(workdir), load_last_arrays(expected_workdir)
+    jax.tree.map(np.testing.assert_array_equal, arrays, expected)
+
+
+def test_fit_resumes_to_the_bit(photos, finished_run, tmp_path):
+    """Stopped in an epoch, in its validation, and in the second epoch; with all that is random.
+
+    An epoch has 3 batches of training and 1 of validation. Training uses the batch at which the
+    signal comes, and validation starts again.
+    """
+
+    class StoppedTrainer(InterruptedTrainer):
+        stop_at = (2, 4, 7)
 
     config = make_config(photos)
-    if killed:
-        with pytest.raises(KilledError):
-            fit(config, tmp_path, save_seconds=0, trainer_class=InterruptedTrainer)
-    else:
-        result = fit(config, tmp_path, trainer_class=InterruptedTrainer)
+    for num_batches, num_epochs in ((2, 0), (4, 0), (7, 1)):
+        result = fit(config, tmp_path, trainer_class=StoppedTrainer)
         assert result.stopped
-        assert len(result.history) == (at_batch == 5)
-    num_before = num_batches
-    result = fit(config, tmp_path, trainer_class=InterruptedTrainer)
+        assert len(result.history) == num_epochs
+        assert StoppedTrainer.num_batches == num_batches
+    result = fit(config, tmp_path, trainer_class=StoppedTrainer)
     assert not result.stopped
-    # An epoch has 3 batches of training and 1 of validation. Training uses the batch at which the
-    # signal comes, and validation starts again.
-    assert num_batches - num_before == 12 - at_batch + (killed or at_batch == 4)
-    workdir, history = finished_run
-    assert without_times(result.history) == without_times(history)
-    arrays, expected = load_last_arrays(tmp_path), load_last_arrays(workdir)
-    jax.tree.map(np.testing.assert_array_equal, arrays, expected)
+    assert StoppedTrainer.num_batches == 13
+    assert_equal_runs(tmp_path, result.history, finished_run)
+
+
+def test_fit_resumes_to_the_bit_after_kill(photos, finished_run, tmp_path):
+    """The batch at which the process is killed comes again."""
+
+    class KilledTrainer(InterruptedTrainer):
+        kill_at = (3,)
+
+    config = make_config(photos)
+    with pytest.raises(KilledError):
+        fit(config, tmp_path, save_seconds=0, trainer_class=KilledTrainer)
+    result = fit(config, tmp_path, trainer_class=KilledTrainer)
+    assert not result.stopped
+    assert KilledTrainer.num_batches == 13
+    assert_equal_runs(tmp_path, result.history, finished_run)
 
 
 def test_fit_measures_colours_once(photos, tmp_path, monkeypatch):
     config = make_config(photos, statistics="measure", epochs=1)
 
-    class StoppedTrainer(Trainer):
+    class UncompiledTrainer(Trainer):
+        """The mean is a constant of the programs, so they would be compiled for it."""
+
+        def compile_train_step(self, state, batch):
+            pass
+
+        def train_step(self, state, batch):
+            return state, MetricSums(1.0, 0.0, 0.0, float(batch["mask"].sum()))
+
+        def evaluate(self):
+            return MetricSums(1.0, 0.0, 0.0, 7.0)
+
+    class StoppedTrainer(UncompiledTrainer):
         def evaluate(self):
             return None
 
@@ -263,7 +293,7 @@ def test_fit_measures_colours_once(photos, tmp_path, monkeypatch):
         pytest.fail("measured again")
 
     monkeypatch.setattr("vgg_jax.training.setup.measure_colours", fail)
-    fit(config, tmp_path)
+    fit(config, tmp_path, trainer_class=UncompiledTrainer)
     _, _, metadata = vgg_jax.load(tmp_path)
     expected = measure_colours(open_train_val(photos)[0]).pixel_mean
     assert metadata["preprocessing"]["mean_rgb"] == pytest.approx(tuple(expected))
@@ -368,7 +398,9 @@ def test_fit_micro_batches_see_every_image(photos, tmp_path):
     ids=["second_step", "only_step"],
 )
 def test_train_does_not_save_divergence(batch_size, photos, tmp_path, capsys):
+    # With batches of 8, the programs are those of `make_config`.
     flags = f"--net shallow --image-size 16 --scale 18 --fc 24 16 --batch-size {batch_size}"
+    flags += " --batch-norm"
     workdir = tmp_path / "run"
     argv = ["train", photos, *flags.split(), "--learning-rate", "1e20", "--workdir", str(workdir)]
     assert cli.main(argv) == 4
