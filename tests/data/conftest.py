@@ -16,19 +16,24 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """An image folder with 7 ants and 6 bees for training, 3 and 2 for validation.
+def write_folder(root):
+    """Writes an image folder with 7 ants and 6 bees for training, 3 and 2 for validation.
 
     Each image has one colour, which identifies its class and number.
     """
     for split, counts in {"train": (7, 6), "val": (3, 2)}.items():
         for label, (name, count) in enumerate(zip(("ants", "bees"), counts, strict=True)):
-            (tmp_path / split / name).mkdir(parents=True)
+            (root / split / name).mkdir(parents=True)
             for i in range(count):
                 image = Image.fromarray(np.full((10 + i, 12, 3), label * 100 + i * 10, np.uint8))
-                image.save(tmp_path / split / name / f"{i}.png")
-    return tmp_path
+                image.save(root / split / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """See `write_folder`."""
+    return write_folder(tmp_path)
 
 
 def _map_eagerly(function, *columns):
