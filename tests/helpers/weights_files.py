@@ -27,6 +27,12 @@ TORCHVISION_CONVS_BATCH_NORM = {"A": [0, 4, 8, 11, 15, 18, 22, 25]}
 
 def random_tensors(net, batch_norm=False, seed=0):
     """{layer name: [arrays in PyTorch's order]}, scaled so that logits are of the order of 1."""
+    tensors = draw_tensors(net, batch_norm, seed)
+    return {name: [array.copy() for array in arrays] for name, arrays in tensors.items()}
+
+
+@functools.cache
+def draw_tensors(net, batch_norm, seed):
     rng = np.random.default_rng(seed)
     tensors, in_features = {}, 3
     for i, stage in enumerate(CONFIGS[net].stages, 1):
