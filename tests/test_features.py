@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.compare import assert_close_to_largest
-from tests.helpers.tiny import TINY, images, init, narrow
+from tests.helpers.tiny import DEEP, TINY, images, init, narrow
 from vgg_jax import CONFIGS, VGG, InputError
 from vgg_jax.configs.models import layer_table
 
@@ -25,7 +25,10 @@ def features_of(model, variables, x, *layers):
     ("name", "batch_norm"),
     [
         *(
-            pytest.param(name, False, id=name, marks=[pytest.mark.slow] * (name in ("B", "D", "E")))
+            # A-LRN has the layers of A, and C those of B and D.
+            pytest.param(
+                name, False, id=name, marks=[pytest.mark.slow] * (name in ("A", "B", "D", "E"))
+            )
             for name in CONFIGS
         ),
         pytest.param("A", True, id="A-batch_norm"),
@@ -111,15 +114,15 @@ def test_features_average_pooling(tiny_net):
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_capture_intermediates(batch_norm):
     """flax's own way to the activations: each module's output is that of its layer only."""
-    model = VGG(narrow("A"), 5, batch_norm, image_size=32)
-    variables, x = init(model), images(2, 32, 32)
+    model = VGG(DEEP, 5, batch_norm, image_size=16)
+    variables, x = init(model), images(2, 16, 16)
     logits, state = model.apply(variables, x, capture_intermediates=True)
     np.testing.assert_array_equal(logits, state["intermediates"].pop("__call__")[0])
     assert_close_to_largest(logits, model.apply(variables, x))
     modules = ("conv", "bn", "fc", "drop")
     names = [
         layer.name
-        for layer in layer_table(model.config, 5, batch_norm, 32)
+        for layer in layer_table(model.config, 5, batch_norm, 16)
         if layer.type in modules
     ]
     assert state["intermediates"].keys() == set(names)
@@ -130,9 +133,9 @@ def test_capture_intermediates(batch_norm):
         assert batch_norm or not name.startswith("conv") or (captured < 0).any()
 
 
-def test_capture_intermediates_by_filter(tiny_net):
-    model, variables = tiny_net
-    x = images(2, 32, 32)
+def test_capture_intermediates_by_filter():
+    model = VGG(DEEP, 7, image_size=16)
+    variables, x = init(model), images(2, 16, 16)
     _, state = model.apply(
         variables,
         x,

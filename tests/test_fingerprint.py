@@ -58,6 +58,7 @@ def test_digest_sees_one_changed_bit():
     assert digest(tree) != digest({"a": tree["a"], "c": tree["b"]})
 
 
+@pytest.mark.slow
 def test_fit_resumes_run_of_release_0_1_0(old_run):
     history = fit(load_run(old_run).config, old_run).history
     metrics = [

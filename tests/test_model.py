@@ -10,7 +10,7 @@ import pytest
 
 import vgg_jax
 from tests.helpers.compare import assert_close_to_largest
-from tests.helpers.tiny import DEEP, TINY, images, init, narrow
+from tests.helpers.tiny import DEEP, SHALLOW, TINY, images, init, narrow
 from vgg_jax import (
     CONFIGS,
     PAPER_INIT_LAYERS,
@@ -294,9 +294,10 @@ def test_with_new_head_of_convolutions(caplog):
         np.testing.assert_array_equal(only_fc8["params"]["fc8"][leaf], new["params"]["fc8"][leaf])
 
 
-def test_with_new_head_trains_new_layers(tiny_net, caplog):
+def test_with_new_head_trains_new_layers(caplog):
     """A new layer that stays frozen would have no gradient."""
-    model, variables = tiny_net
+    model = VGG(SHALLOW, num_classes=7, image_size=16)
+    variables = init(model)
     frozen = model.clone(frozen=("conv1_1", "fc7", "fc8"))
     with caplog.at_level(logging.INFO, logger="vgg_jax"):
         new_model, new = with_new_head(frozen, variables, 3, jax.random.key(0))
@@ -518,7 +519,9 @@ def test_copy_matching_layers_skips_other_shape():
 def test_frozen_layers_have_no_gradient():
     """Also in one's own loop, which knows nothing of `frozen`."""
     frozen = ("conv1_1", "bn1_1", "fc7")
-    model = VGG(DEEP, num_classes=7, image_size=16, batch_norm=True, frozen=frozen, dropout_rate=0)
+    model = VGG(
+        SHALLOW, num_classes=7, image_size=16, batch_norm=True, frozen=frozen, dropout_rate=0
+    )
     variables, x = init(model), images(2, 16, 16)
 
     def loss(params):

@@ -2,6 +2,7 @@
 
 import hashlib
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import h5py
@@ -158,14 +159,14 @@ def test_lpips_of_float16_activations():
     variables["params"]["conv1_1"]["bias"] += 1000
     images, other_images = np.random.default_rng(0).integers(0, 256, (2, 2, 32, 32, 3), np.uint8)
     expected, actual = (
-        lpips(
-            model.clone(dtype=dtype),
-            variables,
-            images,
-            other_images,
-            mean_rgb=(120.0, 120.0, 120.0),
-            linear_weights=weights,
-        )
+        jax.jit(
+            partial(
+                lpips,
+                model.clone(dtype=dtype),
+                mean_rgb=(120.0, 120.0, 120.0),
+                linear_weights=weights,
+            )
+        )(variables, images, other_images)
         for dtype in (jnp.float32, jnp.float16)
     )
     np.testing.assert_allclose(actual, expected, rtol=0.02)
@@ -314,4 +315,4 @@ def test_lpips_rejects_other_shapes():
     with pytest.raises(
         InputError, match=r"weights of relu2_2 have the shape \(7,\): expected \(6,\)"
     ):
-        lpips(model, variables, image, image, **options)
+        jax.eval_shape(partial(lpips, model, **options), variables, image, image)

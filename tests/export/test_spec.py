@@ -16,7 +16,7 @@ from vgg_jax.export.spec import format_of
 
 
 def test_fold_batch_norm_keeps_output():
-    weights = random_weights("D", batch_norm=True)
+    weights = random_weights("A", batch_norm=True)
     folded = fold_batch_norm(weights)
     assert not any(name.startswith("bn") for name in folded.params)
     images = random_images(2, 32, 32)
