@@ -335,7 +335,8 @@ def test_fit_does_not_repeat_finished_run(finished_run, photos, caplog):
     workdir, history = finished_run
     again = fit(make_config(photos), workdir).history
     assert without_times(again) == without_times(history)
-    assert "finished in epoch 3, so there is nothing to train" in caplog.text
+    text = "finished in epoch 3, so there is nothing to train; more --epochs would go on"
+    assert text in caplog.text
     assert "resuming" not in caplog.text
     assert "done: best validation accuracy" in caplog.text
 

@@ -119,8 +119,8 @@ def check_same_run(workdir: Path, existing: RunMetadata, run: RunMetadata) -> li
     if differences:
         raise InputError(
             f"{workdir} holds another run: {'; '.join(differences)}; "
-            "pass the same flags to resume that run, or another --workdir for a new one, which "
-            f"--init-from {workdir} starts from that net"
+            "pass the same flags to resume that run, or another --workdir to start a new one, "
+            f"from this net by --init-from {workdir}"
         )
     return [
         f"{name} was {_shorten(repr(old[name]))} and is {_shorten(repr(new[name]))}"

@@ -265,7 +265,10 @@ class Trainer:
         self.progress = Progress(**progress | {"sums": MetricSums(**progress["sums"])})
         epoch, batch = len(self.progress.history) + 1, self.progress.batch
         if self.next_learning_rate() is None:
-            logger.info(f"{workdir}: finished in epoch {epoch - 1}, so there is nothing to train")
+            hint = "; more --epochs would go on" if epoch > self.setup.config.epochs else ""
+            logger.info(
+                f"{workdir}: finished in epoch {epoch - 1}, so there is nothing to train{hint}"
+            )
             return True
         position = (
             f"batch {batch + 1} of {self._steps_per_epoch}"
