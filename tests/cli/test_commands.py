@@ -193,6 +193,24 @@ def test_compilation_cache_folder(monkeypatch, tmp_path):
         jax.config.update("jax_compilation_cache_dir", before)
 
 
+@pytest.mark.parametrize("name", ["file/cache", "/proc/cache"])
+def test_compilation_cache_that_cannot_be_written(name, monkeypatch, tmp_path, caplog):
+    (tmp_path / "file").touch()
+    names = ("jax_compilation_cache_dir", "jax_enable_compilation_cache")
+    before = {name: jax.config.values[name] for name in names}
+    monkeypatch.setenv("VGG_JAX_CACHE", str(tmp_path / name))
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        enable_compilation_cache()
+        assert not jax.config.values["jax_enable_compilation_cache"]
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+    [record] = caplog.records
+    assert "compiled programs cannot be kept in" in record.getMessage()
+    assert "VGG_JAX_CACHE" in record.getMessage()
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

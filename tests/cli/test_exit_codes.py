@@ -54,6 +54,20 @@ def test_explain_lack_of_memory(error, arguments, remedy):
 
 
 @pytest.mark.integration
+@pytest.mark.parametrize("name", ["JAX_ENABLE_X64", "JAX_NUM_CPU_DEVICES"])
+def test_invalid_setting_of_jax_is_one_sentence(name):
+    result = subprocess.run(
+        [sys.executable, "-m", "vgg_jax", "selfcheck"],
+        env=os.environ | {name: "banana"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.endswith(f": correct or unset {name}\n")
+
+
+@pytest.mark.integration
 @pytest.mark.parametrize("platform", ["cuda", "banana"])
 @pytest.mark.parametrize("command", ["train", "selfcheck"])
 def test_missing_platform_is_one_sentence(command, platform, tmp_path):

@@ -3,10 +3,11 @@
 import logging
 import subprocess
 import sys
+import warnings
 
 import pytest
 
-from vgg_jax.cli.logs import configure_logging
+from vgg_jax.cli.logs import configure_logging, log_python_warnings
 
 logger = logging.getLogger("vgg_jax.training.loop")
 
@@ -30,6 +31,15 @@ def test_configure_logging_restores_level(capsys):
     configure_logging()
     logger.info("epoch 1")
     assert capsys.readouterr().out == "epoch 1\n"
+
+
+def test_python_warnings_are_one_line(capsys):
+    configure_logging()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        log_python_warnings()
+        warnings.warn("two\n  lines", stacklevel=1)
+    assert capsys.readouterr().err == "warning: two lines\n"
 
 
 @pytest.mark.integration

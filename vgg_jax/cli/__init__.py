@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from vgg_jax.cli.commands import COMMANDS, predict, train
 from vgg_jax.cli.exit_codes import ExitCode, explain
-from vgg_jax.cli.logs import configure_logging
+from vgg_jax.cli.logs import configure_logging, log_python_warnings
 from vgg_jax.cli.messages import shorten
 from vgg_jax.cli.parser import parse_args
 from vgg_jax.runtime.compilation_cache import enable_compilation_cache
@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             ["vgg-jax", *(sys.argv[1:] if argv is None else argv)]
         )
     configure_logging(results_only=command is predict, verbose=verbose)
+    if argv is None:
+        log_python_warnings()
     if argv is None and command is train:
         use_huge_pages()
         exit_on_second_signal()

@@ -1,6 +1,7 @@
 """Exit codes of the command line."""
 
 import enum
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -95,6 +96,9 @@ def explain(error: BaseException, arguments: Mapping[str, Any]) -> tuple[ExitCod
             return ExitCode.TERMINATED, "ended by SIGTERM"
         case KeyboardInterrupt():
             return ExitCode.INTERRUPTED, "interrupted"
+    # jax reads its variables while it is imported.
+    if match := re.search(r"(?:for environment '|for JAX flag )(jax_\w+)", message, re.IGNORECASE):
+        return ExitCode.BAD_INPUT, f"{message}: correct or unset {match[1].upper()}"
     if (fault := _platform_fault()) is not None:
         return ExitCode.BAD_INPUT, fault
     uses_store = any(is_remote(str(value)) for value in arguments.values())

@@ -2,8 +2,11 @@
 
 import logging
 import sys
+import warnings
+from typing import Any
 
 from vgg_jax.cli.messages import shorten
+from vgg_jax.errors import single_line
 
 
 class _ConsoleHandler(logging.Handler):
@@ -43,3 +46,12 @@ def configure_logging(results_only: bool = False, verbose: bool = False) -> None
     # orbax adds a handler to the root logger when it is imported, and each message would be
     # printed twice. If the caller configured a root handler, records also propagate to it.
     logger.propagate = bool(logging.root.handlers)
+
+
+def log_python_warnings() -> None:
+    """Logs the warnings of other libraries in one line, without the place in their code."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        logging.getLogger("vgg_jax").warning(single_line(str(message), None))
+
+    warnings.showwarning = show

@@ -1,9 +1,13 @@
 """The cache folder of vgg_jax, and the persistent cache of compiled programs in it."""
 
+import logging
 import os
 import platform
+import tempfile
 import warnings
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
@@ -16,7 +20,8 @@ def cache_folder() -> Path:
 def enable_compilation_cache() -> None:
     """Keeps compiled programs on disk, so that the next start need not compile them again.
 
-    The folder is $JAX_COMPILATION_CACHE_DIR, or one in `cache_folder`.
+    The folder is $JAX_COMPILATION_CACHE_DIR, or one in `cache_folder`. If it cannot be written to,
+    a warning says so, and nothing is kept.
     """
     # For each program in the cache, jaxlib 0.10 logs a long error about a preference of LLVM's.
     # Real failures are raised, so nothing is lost.
@@ -31,3 +36,14 @@ def enable_compilation_cache() -> None:
         # Machines may share a home, and a program for one processor may not run on another. So
         # each machine has its own folder.
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / platform.node()))
+    folder = jax.config.values["jax_compilation_cache_dir"]
+    try:
+        if "://" not in folder:
+            os.makedirs(folder, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        logger.warning(
+            f"compiled programs cannot be kept in {folder} ({error.strerror}), so each start "
+            "compiles them; name another folder by VGG_JAX_CACHE or JAX_COMPILATION_CACHE_DIR"
+        )
+        jax.config.update("jax_enable_compilation_cache", False)
