@@ -16,17 +16,32 @@ from vgg_jax import InputError
 from vgg_jax.configs.train import TrainConfig
 from vgg_jax.data import decode, eval_batches, open_split, resize_and_crop, resize_shorter_side
 from vgg_jax.errors import DataError
-from vgg_jax.evaluation.dense import crop_offsets
-from vgg_jax.preprocessing import load_resized
+from vgg_jax.preprocessing import centre_offset, load_resized
 
 MEAN = (123.0, 117.5, 104.25)
 SIDES = [(100, 140), (140, 101), (32, 32), (8, 8), (333, 90), (1, 1), (1, 500), (500, 1)]
 
 
-def describe(size=32, scale=40, exif=True):
+def describe(size=32, scale=40, exif=True, **more):
     """Metadata as of a net of `size` pixels."""
     fields = {"mean_rgb": MEAN, "image_size": size, "scale": scale, "exif": exif}
-    return {"preprocessing": fields}
+    return {"preprocessing": fields | more}
+
+
+def torchvision_crop(pixels, scale, size):
+    """The crop of `Resize(scale)` and `CenterCrop(size)`, int (size, size, 3).
+
+    The sides are those of `_compute_resized_output_size`, the corner that of `center_crop`, in
+    torchvision/transforms/functional.py of 0.28. timm calls both.
+    """
+    height, width = pixels.shape[:2]
+    short, long = min(height, width), max(height, width)
+    new_short, new_long = scale, int(scale * long / short)
+    sides = (new_short, new_long) if width <= height else (new_long, new_short)
+    resized = Image.fromarray(pixels).resize(sides, Image.Resampling.BILINEAR)
+    top = round((resized.height - size) / 2.0)
+    left = round((resized.width - size) / 2.0)
+    return np.asarray(resized.crop((left, top, left + size, top + size))).astype(int)
 
 
 def to_levels(images):
@@ -39,7 +54,7 @@ def to_levels(images):
 def evaluation_crop(encoded, size=32, scale=40, exif=True):
     """The centre crop of `vgg-jax evaluate --protocol center`, int (size, size, 3)."""
     image = resize_shorter_side(decode(tf.constant(encoded), exif), scale).numpy()
-    [y], [x] = (crop_offsets(side, size, 1) for side in image.shape[:2])
+    y, x = (centre_offset(side, size, "nearest") for side in image.shape[:2])
     return image[y : y + size, x : x + size].astype(int)
 
 
@@ -275,3 +290,22 @@ def test_load_resized_equals_evaluation(tmp_path):
             expected = resize_shorter_side(pixels, scale).numpy()
             assert image.shape == expected.shape and image.dtype == np.uint8
             assert np.abs(image.astype(int) - expected).max() <= 1
+
+
+def test_preprocess_crops_as_torchvision():
+    """A shift by one pixel of noise would be dozens of levels; Pillow's own rounding is one."""
+    rng = np.random.default_rng(0)
+    differs = 0
+    for height, width in [(33, 50), (50, 33), (37, 37), *rng.integers(8, 90, (40, 2))]:
+        pixels = noise(height, width)
+        expected = torchvision_crop(pixels, 41, 32)
+        [level] = to_levels(vgg_jax.preprocess(pixels, describe(32, 41, rounding="torchvision")))
+        assert np.abs(level - expected).max() <= 1, (height, width)
+        [nearest] = to_levels(vgg_jax.preprocess(pixels, describe(32, 41)))
+        differs += np.abs(nearest - expected).max() > 1
+    assert differs > 20
+
+
+def test_preprocess_rejects_unknown_rounding():
+    with pytest.raises(InputError, match="rounding is 'up': expected one of nearest, torchvision"):
+        vgg_jax.preprocess(noise(40, 40), describe(rounding="up"))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from vgg_jax.configs.evaluation import MAX_IMAGE_PIXELS
+from vgg_jax.configs.evaluation import MAX_IMAGE_PIXELS, check_rounding
 from vgg_jax.errors import DataError, InputError, install_hint, single_line
 from vgg_jax.paths import is_store_error, to_path
 
@@ -41,7 +41,8 @@ def preprocess(
     """Turns images of any size into the input of a net.
 
     The shorter side is resized to `scale`. The centre is cropped to `image_size`, and the mean is
-    subtracted. `metadata["preprocessing"]` has these values.
+    subtracted. `metadata["preprocessing"]` has these values, and says in `rounding` whose centre
+    crop it is: torchvision's and timm's, or that of this library (`nearest`).
 
     A grey image gets three equal channels, and an alpha channel is dropped. Of 16 bits, the high
     8 are kept.
@@ -69,7 +70,7 @@ def preprocess(
     crops = np.empty((len(items), size, size, 3), np.uint8)
     for number, image in enumerate(items):
         pixels = _to_pixels(image, f"image {number}", exif)
-        crops[number] = _resize_and_crop_centre(pixels, scale, size)
+        crops[number] = _resize_and_crop_centre(pixels, scale, size, settings["rounding"])
     return subtract_mean(crops, settings["mean_rgb"])
 
 
@@ -99,7 +100,7 @@ def subtract_mean(
 
 
 def load_resized(
-    path: str | os.PathLike[str], scales: Sequence[int], exif: bool
+    path: str | os.PathLike[str], scales: Sequence[int], exif: bool, rounding: str = "nearest"
 ) -> list[np.ndarray]:
     """Loads an image file at some test scales.
 
@@ -107,6 +108,7 @@ def load_resized(
         path: Path of the file.
         scales: Lengths of the shorter side.
         exif: Turn and mirror an image as its EXIF orientation says.
+        rounding: One of `ROUNDINGS`.
 
     Returns:
         RGB pixels at each scale, uint8 (H, W, 3).
@@ -118,7 +120,7 @@ def load_resized(
     pixels = _load(path, exif)
     resized = []
     for scale in scales:
-        height, width = _resized_sides(pixels.shape[:2], scale)
+        height, width = resized_sides(pixels.shape[:2], scale, rounding)
         if height * width > MAX_IMAGE_PIXELS:
             raise DataError(
                 f"cannot decode {os.fspath(path)!r}: "
@@ -258,7 +260,7 @@ def _webp_chunks(encoded: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _check_settings(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns `metadata["preprocessing"]`, whose fields are all present."""
+    """Returns `metadata["preprocessing"]`, whose fields are all present, with a `rounding`."""
     if not isinstance(metadata, Mapping):
         raise InputError(
             f"the metadata are a {type(metadata).__name__}: expected the dict that vgg_jax.load "
@@ -286,6 +288,8 @@ def _check_settings(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
             f"the metadata's scale is {settings['scale']}: "
             f"expected at least the size of the net's images, {settings['image_size']}"
         )
+    settings = {"rounding": "nearest"} | dict(settings)  # metadata of older releases lack it
+    check_rounding(settings["rounding"])
     return settings
 
 
@@ -380,21 +384,48 @@ def _turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return pixels[:, ::-1] if orientation in (2, 3, 6, 7) else pixels
 
 
-def _resized_sides(sides: Sequence[int], scale: int) -> tuple[int, int]:
-    """Computes height and width of an image whose shorter side becomes `scale`."""
-    height, width = (round(side * scale / min(sides)) for side in sides)
+def resized_sides(sides: Sequence[int], scale: int, rounding: str) -> tuple[int, int]:
+    """Computes height and width of an image whose shorter side becomes `scale`.
+
+    Args:
+        sides: Height and width of the image.
+        scale: Length of the shorter side.
+        rounding: One of `ROUNDINGS`, for the longer side.
+
+    Returns:
+        Height and width.
+    """
+    # As torchvision's `_compute_resized_output_size` does.
+    to_int = int if rounding == "torchvision" else round
+    height, width = (to_int(side * scale / min(sides)) for side in sides)
     return height, width
 
 
-def _resize_and_crop_centre(pixels: np.ndarray, scale: int, size: int) -> np.ndarray:
+def centre_offset(side: int, size: int, rounding: str) -> int:
+    """Computes the first pixel of a centre crop.
+
+    Args:
+        side: Side of the image.
+        size: Side of the crop.
+        rounding: One of `ROUNDINGS`, for an odd margin.
+
+    Returns:
+        The offset from the start of the side.
+    """
+    if rounding == "torchvision":  # Python's `round` gives the even integer, as in `center_crop`
+        return round((side - size) / 2)
+    return (side - size + 1) // 2
+
+
+def _resize_and_crop_centre(pixels: np.ndarray, scale: int, size: int, rounding: str) -> np.ndarray:
     """Resizes the shorter side to `scale` and crops the centre. Returns uint8 (size, size, 3).
 
     Only the pixels of the crop are resampled: a line of pixels would become gigabytes.
     """
     first, stop = [], []  # of the crop along y and x, in source pixels
     sides = pixels.shape[:2]
-    for side, resized in zip(sides, _resized_sides(sides, scale), strict=True):
-        offset = (resized - size + 1) // 2
+    for side, resized in zip(sides, resized_sides(sides, scale, rounding), strict=True):
+        offset = centre_offset(resized, size, rounding)
         first.append(offset * side / resized)
         stop.append((offset + size) * side / resized)
     return _resample(pixels, (size, size), (*first, *stop))

@@ -207,6 +207,7 @@ def test_evaluate_command_prints_and_writes(workdir, photos, capsys):
     assert f"{COUNT} images" in out
     results = json.loads((workdir / "val-center-20" / "evaluation.json").read_text())
     protocol = {"name": "center", "flip": False, "softmax_first": False, "ceil": False}
+    protocol |= {"rounding": "nearest"}
     assert results["protocol"] == protocol
     assert results["data"] == str(photos)
     metrics = vgg_jax.evaluate(*load(workdir), protocol="center")

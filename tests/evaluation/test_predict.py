@@ -12,10 +12,11 @@ from PIL import Image
 
 from tests.helpers.tiny import SHALLOW, init
 from tests.helpers.tiny_data import noise
-from vgg_jax import CONFIGS, IMAGENET, VGG, InputError, cli
-from vgg_jax.configs.evaluation import EvalProtocol
+from vgg_jax import CONFIGS, IMAGENET, VGG, InputError, cli, evaluate, preprocess
+from vgg_jax.configs.evaluation import ROUNDINGS, EvalProtocol
 from vgg_jax.data import decode, resize_shorter_side
 from vgg_jax.evaluation.dense import class_posteriors
+from vgg_jax.evaluation.evaluate import load_evaluation
 from vgg_jax.evaluation.predict import expand_paths, predict
 from vgg_jax.weights import Weights, load, read, save
 from vgg_jax.weights.layouts import Preprocessing
@@ -80,6 +81,35 @@ def test_predict_matches_class_posteriors(weight_file, photos):
         names, probabilities = zip(*prediction.top, strict=True)
         assert list(names) == [CLASSES[i] for i in posterior.argsort()[::-1][:2]]
         assert list(probabilities) == pytest.approx(np.sort(posterior)[::-1][:2], abs=1e-6)
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_predict_center_reads_the_crop_of_preprocess(rounding, weight_file, tmp_path, monkeypatch):
+    """`predict`, `evaluate` and `preprocess` agree. `test_preprocessing` checks the pixels."""
+    monkeypatch.setitem(CONFIGS, "shallow", SHALLOW)
+    weights, path = read(weight_file), str(tmp_path / "net.safetensors")
+    preprocessing = weights.preprocessing._replace(rounding=rounding, scale=21)
+    save(path, dataclasses.replace(weights, preprocessing=preprocessing))
+    rng = np.random.default_rng(0)
+    for name in CLASSES:
+        pixels = rng.integers(0, 256, (*rng.integers(16, 60, 2), 3), np.uint8)
+        for split in ("train", "val"):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.fromarray(pixels).save(tmp_path / split / name / "1.png")
+    files = [str(tmp_path / "val" / name / "1.png") for name in sorted(CLASSES)]
+    model, variables, metadata = load(path)
+    assert metadata["preprocessing"]["rounding"] == rounding
+    logits = model.apply(variables, preprocess(files, metadata))
+    expected = np.asarray(jax.nn.softmax(logits))
+    for prediction, row in zip(
+        predict(path, files, protocol=EvalProtocol("center"), top=6), expected, strict=True
+    ):
+        values = dict(prediction.top)
+        np.testing.assert_allclose([values[name] for name in CLASSES], row, atol=1e-6)
+    out = tmp_path / "out"
+    evaluate(model, variables, metadata, str(tmp_path), protocol="center", out=out)
+    evaluation = load_evaluation(out / "posteriors.npz")
+    np.testing.assert_allclose(evaluation.posteriors, expected, atol=1e-4)
 
 
 def test_predict_keeps_order_of_files(weight_file, tmp_path):

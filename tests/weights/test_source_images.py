@@ -370,6 +370,47 @@ def test_predict_and_evaluate(path, tmp_path, capsys):
     assert results[0] == results[1]
 
 
+def rounding(path, **options):
+    return vgg_jax.load(path, **options)[2]["preprocessing"]["rounding"]
+
+
+def test_rounding_follows_library(path, tensors, tmp_path):
+    """PyTorch's nets are cropped as torchvision does, and stay so when they are imported."""
+    own = tmp_path / "own.safetensors"
+    save(own, read(path))
+    assert rounding(path) == rounding(own) == rounding(path, preprocessing=SYMMETRIC)
+    assert rounding(path) == "torchvision"
+    assert rounding(path, preprocessing="caffe") == "nearest"
+    caffe = tmp_path / "caffe.safetensors"
+    state = {
+        f"{name}.{param}": array
+        for name, pair in tensors.items()
+        for param, array in zip(("weight", "bias"), pair, strict=True)
+    }
+    save_file(state, caffe)
+    assert rounding(caffe, preprocessing="caffe") == "nearest"
+    assert rounding(caffe, preprocessing="torchvision") == "torchvision"
+    # A net that was trained here keeps its crop in torchvision's layout.
+    save(tmp_path / "t.safetensors", read(caffe, preprocessing="caffe"), "timm")
+    assert rounding(tmp_path / "t.safetensors") == "nearest"
+
+
+def test_rounding_of_older_file(path, tmp_path):
+    """It was cropped to the nearest pixel, and still is."""
+    own = tmp_path / "own.safetensors"
+    save(own, read(path))
+    with safe_open(own, "numpy") as file:
+        header = json.loads(file.metadata()["vgg_jax"])
+    for change, message in (({}, None), ({"rounding": "up"}, "rounding is 'up': expected one of")):
+        changed = {name: value for name, value in header.items() if name != "rounding"} | change
+        save_file(load_file(own), own, {"vgg_jax": json.dumps(changed)})
+        if message is None:
+            assert rounding(own) == "nearest"
+        else:
+            with pytest.raises(InputError, match=message):
+                read(own)
+
+
 def test_import_of_own_file_assumes_nothing(path, tmp_path, capsys):
     save(tmp_path / "own.safetensors", read(path))
     capsys.readouterr()

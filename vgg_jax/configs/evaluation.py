@@ -12,6 +12,12 @@ PROTOCOLS = (
     "both",  # the mean of dense and multi-crop
 )
 
+# How the lengths of a resized image and the place of its centre crop become whole numbers.
+ROUNDINGS = (
+    "nearest",  # the longer side to the nearest integer, half of an odd margin up
+    "torchvision",  # the longer side down, half of an odd margin to the even integer
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class EvalProtocol:
@@ -23,15 +29,17 @@ class EvalProtocol:
         softmax_first: Applies the soft-max at every position before averaging a dense score map.
             The paper does not give the order.
         ceil: Rounds an odd side up in a pooling, as Caffe does.
+        rounding: One of `ROUNDINGS`, for the centre crop. `resolve_protocol` takes the net's own.
 
     Raises:
-        InputError: If the name is unknown.
+        InputError: If the name or the rounding is unknown.
     """
 
     name: str = "dense"
     flip: bool | None = None
     softmax_first: bool = False
     ceil: bool = False
+    rounding: str = "nearest"
 
     @property
     def use_flip(self) -> bool:
@@ -41,6 +49,13 @@ class EvalProtocol:
     def __post_init__(self) -> None:
         if self.name not in PROTOCOLS:
             raise InputError(f"protocol is {self.name!r}: expected one of {', '.join(PROTOCOLS)}")
+        check_rounding(self.rounding)
+
+
+def check_rounding(rounding: object) -> None:
+    """Raises InputError unless `rounding` is one of `ROUNDINGS`."""
+    if rounding not in ROUNDINGS:
+        raise InputError(f"rounding is {rounding!r}: expected one of {', '.join(ROUNDINGS)}")
 
 
 DENSE = EvalProtocol()

@@ -116,13 +116,16 @@ def eval_batches(
     return BatchIterator(source, examples, prepare, num_rows, config.skip_bad, TRAINING_HINT)
 
 
-def rescaled_images(source: DataSource, scales: tuple[int, ...], exif: bool) -> BatchIterator:
+def rescaled_images(
+    source: DataSource, scales: tuple[int, ...], exif: bool, rounding: str = "nearest"
+) -> BatchIterator:
     """Makes batches of one whole image each, in the order of the source.
 
     Args:
         source: The images.
         scales: Lengths of the shorter side.
         exif: Turn and mirror a JPEG as its EXIF orientation says.
+        rounding: As in `resize_shorter_side`.
 
     Returns:
         Batches {"scaled": uint8 (1, H, W, 3) for each scale, "label": int32 (1,),
@@ -132,7 +135,8 @@ def rescaled_images(source: DataSource, scales: tuple[int, ...], exif: bool) -> 
     def prepare(example: dict) -> dict:
         image = decode(example["encoded"], exif)
         others = {key: value for key, value in example.items() if key != "encoded"}
-        return others | {"scaled": tuple(resize_shorter_side(image, scale) for scale in scales)}
+        scaled = tuple(resize_shorter_side(image, scale, rounding) for scale in scales)
+        return others | {"scaled": scaled}
 
     return BatchIterator(source, lambda number: source.examples(None, number), prepare, 1)
 

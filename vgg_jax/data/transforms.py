@@ -219,12 +219,15 @@ def source_window(
     )
 
 
-def resize_shorter_side(image: tf.Tensor, scale: tf.Tensor | int) -> tf.Tensor:
+def resize_shorter_side(
+    image: tf.Tensor, scale: tf.Tensor | int, rounding: str = "nearest"
+) -> tf.Tensor:
     """Resizes an image so that its shorter side is `scale` (§3.1).
 
     Args:
         image: Pixels, uint8 (H, W, 3).
-        scale: Length of the shorter side. The longer one becomes round(long * scale / short).
+        scale: Length of the shorter side. The longer one becomes long * scale / short.
+        rounding: One of `ROUNDINGS`, for the longer side.
 
     Returns:
         Pixels, uint8 (h, w, 3).
@@ -234,7 +237,7 @@ def resize_shorter_side(image: tf.Tensor, scale: tf.Tensor | int) -> tf.Tensor:
             of pixels would become gigabytes.
     """
     sides = tf.cast(tf.shape(image)[:2], tf.float64)
-    rescaled = rescaled_sides(sides, scale)
+    rescaled = rescaled_sides(sides, scale, rounding)
     too_many = tf.reduce_prod(rescaled) > MAX_IMAGE_PIXELS
     message = f"at the test scale it has more than {MAX_IMAGE_PIXELS:,} pixels"
     image = assert_then(too_many, message, image)
@@ -242,17 +245,21 @@ def resize_shorter_side(image: tf.Tensor, scale: tf.Tensor | int) -> tf.Tensor:
     return _resample(image, tf.cast(rescaled, tf.int32), zoom, tf.zeros(2))
 
 
-def rescaled_sides(sides: tf.Tensor, scale: tf.Tensor | int) -> tf.Tensor:
+def rescaled_sides(
+    sides: tf.Tensor, scale: tf.Tensor | int, rounding: str = "nearest"
+) -> tf.Tensor:
     """Computes the sides of a resized image, as whole numbers.
 
     Args:
         sides: Height and width, float64 (2,).
         scale: Length of the shorter side of the resized image.
+        rounding: One of `ROUNDINGS`, for the longer side.
 
     Returns:
         Height and width, float64 (2,).
     """
-    return tf.round(sides * tf.cast(scale, tf.float64) / tf.reduce_min(sides))
+    to_whole = tf.floor if rounding == "torchvision" else tf.round
+    return to_whole(sides * tf.cast(scale, tf.float64) / tf.reduce_min(sides))
 
 
 def _resample(

@@ -24,7 +24,7 @@ from vgg_jax.errors import InputError
 from vgg_jax.evaluation.packing import Batch, Window, pack_windows
 from vgg_jax.inference import pack_kernels
 from vgg_jax.model import VGG, transpose_kernels
-from vgg_jax.preprocessing import subtract_mean
+from vgg_jax.preprocessing import centre_offset, subtract_mean
 from vgg_jax.runtime.compiler import compiler_options
 
 # Positions of score maps that are computed together, per device. They are padded to a multiple of
@@ -34,7 +34,7 @@ POSITIONS_STEP = 16
 MAX_POSITIONS = 256
 
 # Crops along each side of an image, by protocol.
-_CROPS_PER_SIDE = {"center": 1, "ten-crop": 2, "multi-crop": 5, "both": 5}
+_CROPS_PER_SIDE = {"center": 0, "ten-crop": 2, "multi-crop": 5, "both": 5}
 
 
 def trunk_activations(
@@ -192,8 +192,9 @@ def _crop_corners(
     count = _CROPS_PER_SIDE[protocol.name]
     rows, columns = crop_offsets(h, crop_size, count), crop_offsets(w, crop_size, count)
     corners = [(y, x) for y in rows for x in columns]
-    if protocol.name == "ten-crop":
-        corners.append((crop_offsets(h, crop_size, 1)[0], crop_offsets(w, crop_size, 1)[0]))
+    if protocol.name in ("center", "ten-crop"):
+        y, x = (centre_offset(side, crop_size, protocol.rounding) for side in (h, w))
+        corners.append((y, x))
     return corners
 
 
@@ -205,7 +206,7 @@ def crop_offsets(side: int, crop_size: int, count: int) -> tuple[int, ...]:
     Args:
         side: Side of the image.
         crop_size: Side of the crop.
-        count: Number of offsets. A single one is the centre's, as in validation during training.
+        count: Number of offsets.
 
     Returns:
         The offsets, in increasing order.
@@ -218,8 +219,6 @@ def crop_offsets(side: int, crop_size: int, count: int) -> tuple[int, ...]:
             f"the crop is {crop_size} pixels and the image side {side}: "
             "expected at most the side; pass a larger test scale"
         )
-    if count == 1:
-        return ((side - crop_size + 1) // 2,)
     return tuple(int(offset) for offset in np.round(np.linspace(0, side - crop_size, count)))
 
 
@@ -342,7 +341,7 @@ def resolve_protocol(
     metadata: Mapping[str, Any],
     path: Any,
 ) -> tuple[EvalProtocol, tuple[int, ...]]:
-    """Fills in the defaults of the protocol and the test scales.
+    """Fills in the test scales, and the net's own mirror images and rounding in the protocol.
 
     Args:
         protocol: The evaluation protocol.
@@ -365,6 +364,8 @@ def resolve_protocol(
     # Some data has no meaningful mirror images: digits, for example.
     if protocol.flip is None and not metadata["flip"]:
         protocol = dataclasses.replace(protocol, flip=False)
+    rounding = metadata["preprocessing"].get("rounding", protocol.rounding)
+    protocol = dataclasses.replace(protocol, rounding=rounding)
     scales = tuple(scales) or (metadata["preprocessing"]["scale"],)
     if min(scales) < model.image_size:
         raise InputError(

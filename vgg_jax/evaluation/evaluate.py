@@ -146,7 +146,7 @@ def evaluate(
     if match != "exact":
         first = net["classes"][class_indices[0]]
         logger.info("classes by --match %s: %r is %r, and so on", match, source.classes[0], first)
-    images = _Images(source, scales, preprocessing["exif"], class_indices)
+    images = _Images(source, scales, preprocessing["exif"], protocol.rounding, class_indices)
     stream = iter_posteriors(
         model,
         variables,
@@ -265,17 +265,22 @@ class _Images:
     """
 
     def __init__(
-        self, source: Any, scales: tuple[int, ...], exif: bool, class_indices: np.ndarray
+        self,
+        source: Any,
+        scales: tuple[int, ...],
+        exif: bool,
+        rounding: str,
+        class_indices: np.ndarray,
     ) -> None:
         self.labels = np.zeros(source.size, np.int32)
         self.files: list[str] = []
-        self._source, self._scales, self._exif = source, scales, exif
+        self._source, self._resize_options = source, (scales, exif, rounding)
         self._class_indices = class_indices
 
     def __iter__(self) -> Iterator[list[np.ndarray]]:
         from vgg_jax.data import rescaled_images  # imports TensorFlow
 
-        examples = rescaled_images(self._source, self._scales, self._exif)
+        examples = rescaled_images(self._source, *self._resize_options)
         for index, example in enumerate(examples):
             self.labels[index] = self._class_indices[example["label"][0]]
             self.files.append(self._source.file_name(int(example["index"][0])))

@@ -79,7 +79,7 @@ def predict(
     def scaled_images() -> Iterator[list[np.ndarray]]:
         for position, file in enumerate(files):
             try:
-                image = load_resized(file, scales, expected["exif"])
+                image = load_resized(file, scales, expected["exif"], protocol.rounding)
             except InputError as error:
                 done[position] = Prediction(file, [], str(error))
                 continue

@@ -109,6 +109,7 @@ class ExportSpec:
             JSON values, with the golden image and its output (`array_from_json`).
         """
         model, metadata = self.weights.model, to_metadata(self.weights)
+        preprocessing = metadata["preprocessing"]
         size = model.image_size
         shape = (1, size, size, model.in_channels)
         image = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
@@ -126,8 +127,10 @@ class ExportSpec:
             "input": "uint8, 0-255" if self.uint8 else "float32, 0-255 less mean_rgb",
             "output": self.output,
             "bfloat16": self.bfloat16,
-            "scale": metadata["preprocessing"]["scale"],
+            "scale": preprocessing["scale"],
+            "rounding": preprocessing["rounding"],
             "flip": metadata["flip"],
+            "exif": preprocessing["exif"],
             "golden_image": array_to_json(image),
             "golden_answer": array_to_json(np.asarray(golden_output, np.float32)),
         }

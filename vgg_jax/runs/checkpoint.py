@@ -114,6 +114,7 @@ def _network_metadata(run: RunMetadata) -> dict[str, Any]:
             "scale": run.config.test_scale,  # Q, the shorter side; the centre crop is read
             "interpolation": "bilinear, antialiased",
             "exif": run.config.exif,
+            "rounding": "nearest",
         },
     }
 

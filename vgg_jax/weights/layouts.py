@@ -34,16 +34,22 @@ class Preprocessing(NamedTuple):
     scale: int | None = None  # Q, the shorter side; None: image_size * 256 / 224
     flip: bool = True  # a mirror image has the same class
     exif: bool = True  # photos are turned upright by their EXIF orientation
+    rounding: str = "nearest"  # of the centre crop, one of `ROUNDINGS`
 
 
 # The mean pixel of the paper's authors, who released Caffe models.
 CAFFE_PREPROCESSING = Preprocessing(IMAGENET.mean_rgb)
-# torchvision's training, on the 0-255 scale.
+# torchvision's training, on the 0-255 scale. timm evaluates with torchvision's `Resize` and
+# `CenterCrop`.
 TORCHVISION = Preprocessing(
-    (0.485 * 255, 0.456 * 255, 0.406 * 255), (0.229 * 255, 0.224 * 255, 0.225 * 255)
+    (0.485 * 255, 0.456 * 255, 0.406 * 255),
+    (0.229 * 255, 0.224 * 255, 0.225 * 255),
+    rounding="torchvision",
 )
 # torchvision's IMAGENET1K_FEATURES, whose std is 1.
-TORCHVISION_FEATURES = Preprocessing((0.48235 * 255, 0.45882 * 255, 0.40784 * 255))
+TORCHVISION_FEATURES = Preprocessing(
+    (0.48235 * 255, 0.45882 * 255, 0.40784 * 255), rounding="torchvision"
+)
 # What `read` takes as `preprocessing`, and True if conv1_1 reads BGR.
 PREPROCESSINGS = {"caffe": (CAFFE_PREPROCESSING, True), "torchvision": (TORCHVISION, False)}
 
@@ -337,7 +343,7 @@ _LAYOUTS = (
         modules=_same_names,
         param_names={"kernel": "/weight", "bias": "/bias"},
         patterns={"conv": "H W I O", "fc": "IHW O"},
-        preprocessing=TORCHVISION,
+        preprocessing=TORCHVISION._replace(rounding="nearest"),
     ),
 )
 # The first layout wins if several fit a file equally well (`detect`).

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from vgg_jax.configs.evaluation import check_rounding
 from vgg_jax.configs.models import CONFIGS
 from vgg_jax.errors import InputError, single_line
 from vgg_jax.model import POOLS, VGG
@@ -267,7 +268,8 @@ def _source_images(
                 f"preprocessing is {preprocessing!r}, and {path} names a mean of its own: "
                 "expected no preprocessing for such a file; leave it out"
             )
-        colours = layout.preprocessing
+        # Files without a rounding are older, and were cropped so.
+        colours = layout.preprocessing._replace(rounding="nearest")
         if not is_rgb and colours.std_rgb == UNIT_STD:
             colours = colours._replace(std_rgb=(1.0,) * in_channels)
         colours = colours._replace(**metadata["preprocessing"])
@@ -411,6 +413,9 @@ def _check_metadata(raw: Mapping[str, Any]) -> dict[str, Any]:
         if raw.get("scale") is not None:
             preprocessing["scale"] = _to_int("scale", raw["scale"])
         preprocessing |= {name: bool(raw[name]) for name in ("flip", "exif") if name in raw}
+        if "rounding" in raw:
+            check_rounding(raw["rounding"])
+            preprocessing["rounding"] = raw["rounding"]
     except (TypeError, ValueError) as error:
         raise InputError(
             f"its metadata cannot be read ({error}): expected the metadata that vgg_jax writes"

@@ -24,6 +24,7 @@ class SourceImages(NamedTuple):
         range: A key of `IMAGE_RANGES`.
         channels: One of `CHANNEL_ORDERS`; "rgb" if there are not three channels.
         origin: Where the description comes from.
+        rounding: One of `ROUNDINGS`, for the centre crop.
     """
 
     mean: tuple[float, ...]
@@ -31,6 +32,7 @@ class SourceImages(NamedTuple):
     range: str
     channels: str
     origin: str
+    rounding: str
 
     @property
     def bgr(self) -> bool:
@@ -38,12 +40,12 @@ class SourceImages(NamedTuple):
         return self.channels == "bgr"
 
     def to_preprocessing(self) -> Preprocessing:
-        """Converts the mean and the std to RGB on the 0-255 scale."""
+        """Converts the mean and the std to RGB on the 0-255 scale, and keeps the rounding."""
         scale, order = 255 / IMAGE_RANGES[self.range], -1 if self.bgr else 1
         mean, std = (
             tuple(value * scale for value in values[::order]) for values in (self.mean, self.std)
         )
-        return Preprocessing(mean, std)
+        return Preprocessing(mean, std, rounding=self.rounding)
 
     def __str__(self) -> str:
         count = len(self.mean)
@@ -53,10 +55,10 @@ class SourceImages(NamedTuple):
 
 
 def from_preprocessing(colours: Preprocessing, bgr: bool, origin: str) -> SourceImages:
-    """Describes images by a mean and a std of RGB pixels on the 0-255 scale.
+    """Describes images by a mean and a std of RGB pixels on the 0-255 scale, and a rounding.
 
     Args:
-        colours: The mean and the std.
+        colours: The mean, the std and the rounding.
         bgr: True if conv1_1 reads blue, green, red.
         origin: Where the description comes from.
 
@@ -65,7 +67,8 @@ def from_preprocessing(colours: Preprocessing, bgr: bool, origin: str) -> Source
     """
     order = -1 if bgr else 1
     mean, std = colours.mean_rgb[::order], colours.std_rgb[::order]
-    return SourceImages(mean, std, "0-255", "bgr" if bgr else "rgb", origin)
+    channels = "bgr" if bgr else "rgb"
+    return SourceImages(mean, std, "0-255", channels, origin, colours.rounding)
 
 
 def parse(
@@ -131,7 +134,9 @@ def _parse_fields(
     default = [name for name in _DEFAULTS if name not in fields]
     passed = [name for name in _FIELDS if name in fields]
     origin = f"passed: {', '.join(passed)}" + (f"; default: {', '.join(default)}" * bool(default))
-    return SourceImages(mean, std, values["range"], values["channels"], origin)
+    # Who trained with PyTorch most likely evaluates with it, whatever the mean is.
+    rounding = layout.preprocessing.rounding
+    return SourceImages(mean, std, values["range"], values["channels"], origin, rounding)
 
 
 def _check_choice(name: str, value: Any, allowed: Collection[str]) -> None:

@@ -166,6 +166,7 @@ def from_loaded(model: VGG, variables: Mapping[str, Any], metadata: Mapping[str,
             preprocessing.get("scale"),
             metadata.get("flip", True),
             preprocessing.get("exif", True),
+            preprocessing.get("rounding", "nearest"),
         ),
         classes=classes,
     )
@@ -219,6 +220,7 @@ def to_metadata(weights: Weights) -> dict[str, Any]:
             "scale": preprocessing.scale or round(image_size * 256 / 224),
             "interpolation": "bilinear, antialiased",
             "exif": preprocessing.exif,
+            "rounding": preprocessing.rounding,
         },
     }
 
