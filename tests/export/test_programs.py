@@ -1,18 +1,13 @@
 """Exported programs: their own runtimes compute the outputs of the net."""
 
 import dataclasses
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 
 from tests.helpers.compare import assert_close_to_largest
 from tests.helpers.export_files import (
-    CLASSES,
     RUNNERS,
     own_output,
     random_images,
@@ -20,11 +15,16 @@ from tests.helpers.export_files import (
     require_onnx,
     run_onnx,
 )
-from tests.helpers.tiny_data import noise
 from vgg_jax import IMAGENET
-from vgg_jax.data import resize_shorter_side
 from vgg_jax.export import ExportSpec, write
 from vgg_jax.export.verify import TOLERANCE, verify
+
+# How each runtime says that images have the wrong size.
+REFUSALS = {
+    "onnx": "Got invalid dimensions for input|is_at_least_size_of_net",
+    "savedmodel": "has_size_of_net|is_at_least_size_of_net",
+    "stablehlo": "Shape mismatch|Error refining shapes",
+}
 
 
 @pytest.fixture(params=RUNNERS)
@@ -98,21 +98,16 @@ def size_on_disk(path):
     return sum(file.stat().st_size for file in files)
 
 
-@pytest.mark.integration
-def test_serve_script(file_format, tmp_path):
-    """The example script predicts the same class without importing vgg_jax."""
-    spec = ExportSpec(random_weights("A"))
-    photo = noise(70, 90)
-    path = tmp_path / f"net.{file_format}"
+@pytest.mark.parametrize("output", ["logits", "posteriors"])
+def test_program_refuses_other_sizes(file_format, output, tmp_path):
+    """Also those with the right number of pixels, or of positions of pool5."""
+    spec, path = ExportSpec(random_weights("A", size=64), output), tmp_path / f"net.{file_format}"
     write(path, spec)
-    Image.fromarray(photo).save(tmp_path / "photo.png")
-    script = Path(__file__).parents[2] / "experiments" / "examples" / f"serve_{file_format}.py"
-    assert "vgg_jax import" not in script.read_text()
-    command = [sys.executable, str(script), str(path), str(tmp_path / "photo.png")]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
-    # As `vgg-jax predict --protocol center` reads the photo.
-    resized = np.asarray(resize_shorter_side(photo, spec.metadata()["scale"]))
-    top, left = ((length - 32) // 2 for length in resized.shape[:2])
-    crop = resized[top : top + 32, left : left + 32]
-    label = CLASSES[own_output(spec, crop[None])[0].argmax()]
-    assert process.stdout.strip() == label, process.stderr
+    sizes = [(1, 1), (64, 1), (32, 32), (63, 80), (80, 63), (32, 128)]
+    larger = [(100, 80), (70, 70), (64, 65)]
+    for size in sizes + larger * (output == "logits"):
+        with pytest.raises(Exception, match=REFUSALS[file_format]):
+            RUNNERS[file_format](path, random_images(2, *size))
+    for size in [(64, 64), *larger * (output == "posteriors")]:
+        images = random_images(2, *size)
+        assert_close_to_largest(RUNNERS[file_format](path, images), own_output(spec, images))

@@ -26,6 +26,31 @@ def test_savedmodel_in_litert(tmp_path):
     assert_close_to_largest(signature(images=images)["logits"], own_output(spec, images))
 
 
+@pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated:UserWarning")
+@pytest.mark.parametrize("output", ["logits", "posteriors"])
+def test_litert_refuses_other_sizes(output, tmp_path):
+    """LiteRT computes on images of any size, and a convolution of too small ones crashed."""
+    import tensorflow as tf
+
+    spec = ExportSpec(random_weights("A", size=64), output)
+    write(tmp_path / "net.savedmodel", spec)
+    converter = tf.lite.TFLiteConverter.from_saved_model(str(tmp_path / "net.savedmodel"))
+    content = converter.convert()
+
+    def run(images):
+        signature = tf.lite.Interpreter(model_content=content).get_signature_runner()
+        return signature(images=images)[output]
+
+    larger = [(100, 80), (70, 70), (64, 65)]
+    sizes = [(1, 1), (64, 1), (32, 32), (63, 80), (80, 63), (32, 128)]
+    for size in sizes + larger * (output == "logits"):
+        with pytest.raises(RuntimeError, match=r"CONCATENATION|RESHAPE"):
+            run(random_images(2, *size))
+    for size in [(64, 64), *larger * (output == "posteriors")]:
+        images = random_images(2, *size)
+        assert_close_to_largest(run(images), own_output(spec, images))
+
+
 def test_savedmodel_fits_tf_serving(tmp_path):
     """Its tag, signature and batch size; no operation that a server without Python lacks."""
     from tensorflow.core.protobuf import saved_model_pb2

@@ -51,6 +51,10 @@ def graph(spec: ExportSpec) -> Any:
     if spec.uint8:
         mean = np.array(spec.mean_rgb, np.float32)
         initializers.insert(0, numpy_helper.from_array(mean, "mean_rgb"))
+    if _is_dense(spec):
+        size, channels = spec.weights.model.image_size, spec.weights.model.in_channels
+        smallest = np.array([0, size, size, channels], np.int64)
+        initializers.insert(0, numpy_helper.from_array(smallest, "smallest_shape"))
     nodes += _operations(spec)
     images, output = _value_infos(spec)
     built = helper.make_graph(nodes, f"VGG {spec.weights.net}", [images], [output], initializers)
@@ -98,6 +102,15 @@ def _bfloat16_tensor(name: str, array: np.ndarray) -> Any:
 def _operations(spec: ExportSpec) -> list[Any]:
     """The nodes from "images" to the output; each reads the output of the one before it."""
     nodes: list[Any] = []
+    if _is_dense(spec):
+        # A smaller image cannot be reshaped so. Some runtimes would compute a meaningless output.
+        nodes += [
+            helper.make_node("Shape", ["images"], ["image_shape"]),
+            helper.make_node("Max", ["image_shape", "smallest_shape"], ["checked_shape"]),
+            helper.make_node(
+                "Reshape", ["images", "checked_shape"], ["checked"], "is_at_least_size_of_net"
+            ),
+        ]
 
     def add(op_type: str, output: str, *weights: str, **attributes: Any) -> None:
         source = nodes[-1].output[0] if nodes else "images"

@@ -44,6 +44,7 @@ class Module(tf.Module):
         self._mean = tf.constant(spec.mean_rgb, tf.float32)
         self._table = spec.table
         self._output, self._uint8 = spec.output, spec.uint8
+        self._image_shape = (spec.weights.model.image_size,) * 2 + (spec.weights.model.in_channels,)
         self._pool = spec.weights.model.pool
         # TensorFlow's attribute names must not have a slash.
         self._weights = {
@@ -60,13 +61,26 @@ class Module(tf.Module):
     @tf.function
     def answer(self, images: Any) -> Any:
         """Computes the output for images (N, H, W, C), as {output name: tensor}."""
-        x = tf.cast(images, tf.float32) - self._mean if self._uint8 else images
+        x = self._check_size(images)
+        x = tf.cast(x, tf.float32) - self._mean if self._uint8 else x
         for layer in self._table:
             x = self._apply(layer, x)
         if self._output == "score_map":
             return {"score_map": x}
         x = tf.reduce_mean(x, (1, 2))
         return {"logits": x} if self._output == "logits" else {"posteriors": tf.nn.softmax(x)}
+
+    def _check_size(self, images: Any) -> Any:
+        """Returns the images, and fails for a size that the net cannot read.
+
+        TensorFlow and LiteRT do not compare images with the signature, LiteRT drops `tf.Assert`,
+        and a convolution of too small images may read any memory. So other operations fail.
+        """
+        if self._output == "logits":  # the sides of what is joined must be equal
+            example = tf.zeros((1, *self._image_shape), images.dtype)
+            return tf.concat([images, example], 0, name="has_size_of_net")[:-1]
+        sides = tf.maximum(tf.shape(images), (0, *self._image_shape))
+        return tf.reshape(images, sides, name="is_at_least_size_of_net")
 
     def _apply(self, layer: Layer, x: Any) -> Any:
         def param(name: str) -> Any:
