@@ -183,10 +183,10 @@ def export_and_run(net: str, model: VGG, variables: dict[str, Any]) -> Iterator[
     with tempfile.TemporaryDirectory() as folder:
         onnx, stablehlo = Path(folder, "net.onnx"), Path(folder, "net.stablehlo")
         for output in ("logits", "posteriors"):
-            write(onnx, ExportSpec(weights, output))
+            write(onnx, ExportSpec(weights, output), overwrite=True)
             session = onnxruntime.InferenceSession(onnx)
             yield f"onnx {output}", session.run(None, {"images": images})[0]
-            write(stablehlo, ExportSpec(weights, output))
+            write(stablehlo, ExportSpec(weights, output), overwrite=True)
             with zipfile.ZipFile(stablehlo) as file:
                 program = export.deserialize(bytearray(file.read("program")))
                 tensors = load(file.read("weights.safetensors"))

@@ -15,7 +15,8 @@ from tests.helpers.export_files import (
     require_onnx,
     run_onnx,
 )
-from vgg_jax import IMAGENET
+from tests.helpers.tiny import init
+from vgg_jax import IMAGENET, InputError
 from vgg_jax.export import ExportSpec, write
 from vgg_jax.export.verify import TOLERANCE, verify
 
@@ -91,6 +92,39 @@ def test_program_float_images_and_bfloat16_weights(file_format, tmp_path):
     assert_close_to_largest(RUNNERS[file_format](full, images), own_output(full_spec, images))
     saved = size_on_disk(full) - size_on_disk(path)
     assert saved > 0.8 * 2 * sum(array.size for array in jax.tree.leaves(params))
+
+
+def test_onnx_float16(tmp_path):
+    """Half the size, the same images and output types, and nearly the same output."""
+    require_onnx()
+    weights = random_weights("D")
+    weights = dataclasses.replace(weights, params=init(weights.model)["params"])
+    path, full = tmp_path / "half.onnx", tmp_path / "full.onnx"
+    images = random_images(2, 33, 40)
+    for output in ("posteriors", "score_map"):
+        spec = ExportSpec(weights, output)
+        write(full, spec, overwrite=True)
+        write(path, dataclasses.replace(spec, float16=True), overwrite=True)
+        actual = run_onnx(path, images)
+        assert actual.dtype == np.float32
+        assert_close_to_largest(actual, own_output(spec, images), 1e-2)
+        assert np.abs(actual - run_onnx(full, images)).max() > 0
+        assert path.stat().st_size < 0.6 * full.stat().st_size
+
+
+def test_float16_needs_small_activations(tmp_path):
+    weights = random_weights("A")
+    conv1 = {name: 1000 * array for name, array in weights.params["conv1_1"].items()}
+    large = dataclasses.replace(weights, params={**weights.params, "conv1_1": conv1})
+    with pytest.raises(InputError, match="exceed 65504, the largest number of float16"):
+        write(tmp_path / "net.onnx", ExportSpec(large, float16=True))
+    for net, batch_norm, more, message in (
+        ("A", True, {}, "batch normalisation, whose variances .* pass --fold-batch-norm"),
+        ("A-LRN", False, {}, "the net is A-LRN, whose squared activations"),
+        ("A", False, {"bfloat16": True}, "float16 and bfloat16 are both set"),
+    ):
+        with pytest.raises(InputError, match=message):
+            ExportSpec(random_weights(net, batch_norm), float16=True, **more)
 
 
 def size_on_disk(path):

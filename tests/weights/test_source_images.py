@@ -14,6 +14,7 @@ from tests.helpers.compare import assert_close_to_largest
 from tests.helpers.export_files import RUNNERS
 from tests.helpers.photos import make_photo_folder
 from tests.helpers.weights_files import (
+    FC,
     IMAGE_SIZE,
     TORCHVISION_MEAN,
     TORCHVISION_STD,
@@ -263,7 +264,7 @@ def test_classes(path, tmp_path, capsys):
     for source in (path, own):
         assert vgg_jax.load(source, classes=list(NAMES))[2]["classes"] == NAMES
     file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join((*NAMES[:-1], "Käfer", "", "")).encode())
-    assert cli.main(["import", str(path), str(own), "--classes", str(file)]) == 0
+    assert cli.main(["import", str(path), str(own), "--classes", str(file), "--overwrite"]) == 0
     assert read(own).classes == (*NAMES[:-1], "Käfer")
     assert "class names as passed" in capsys.readouterr().out
 
@@ -300,8 +301,9 @@ def test_wrong_classes_file(content, path, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("layout", ["torchvision", "timm"])
-def test_foreign_layout_keeps_meaning(layout, path, tmp_path):
+def test_foreign_layout_keeps_meaning(layout, path, tmp_path, monkeypatch):
     """The header's mean and std are those of the file's tensors."""
+    monkeypatch.setattr("vgg_jax.export.writer._PYTORCH_HEAD", (2, *FC))
     own, back = tmp_path / "own.safetensors", tmp_path / "back.safetensors"
     assert cli.main(["import", str(path), str(own), *SYMMETRIC_FLAGS]) == 0
     assert cli.main(["export", str(own), str(back), "--layout", layout]) == 0

@@ -18,7 +18,7 @@ from vgg_jax.configs.presets import preset
 from vgg_jax.configs.train import TrainConfig
 from vgg_jax.errors import InputError
 from vgg_jax.image_files import FORMATS
-from vgg_jax.paths import is_remote, to_path
+from vgg_jax.paths import is_remote, require_local, to_path
 from vgg_jax.runtime.memory import configure_malloc
 from vgg_jax.runtime.signals import interrupt_on_sigterm
 
@@ -277,9 +277,14 @@ def verify_data(data: str, data_dir: str | None, download: bool, out: str) -> Ex
     return ExitCode.BAD_IMAGE
 
 
-def import_(file: str, out: str, net: str | None, check: str | None, **source: Any) -> ExitCode:
+def import_(
+    file: str, out: str, net: str | None, check: str | None, overwrite: bool, **source: Any
+) -> ExitCode:
     """Converts another library's weights, and compares them with PyTorch if asked to."""
     options = source_options(source)
+    from vgg_jax.runs.files import check_free
+
+    check_free(require_local(out, is_output=True), overwrite)
     from vgg_jax.weights import read, save
     from vgg_jax.weights.weights import channels_name
 
@@ -311,6 +316,8 @@ def export(
     uint8: bool,
     fold_batch_norm: bool,
     bfloat16: bool,
+    onnx_float16: bool,
+    overwrite: bool,
     net: str | None,
     **source: Any,
 ) -> ExitCode:
@@ -323,7 +330,7 @@ def export(
     weights = read(path, net, **options)
     if fold_batch_norm:
         weights = fold(weights)
-    write(out, ExportSpec(weights, output, uint8, bfloat16), layout)
+    write(out, ExportSpec(weights, output, uint8, bfloat16, onnx_float16), layout, overwrite)
     print(f"wrote {out}; check it with `vgg-jax verify {out}`")
     return ExitCode.DONE
 
@@ -373,15 +380,16 @@ def _read_classes(path: str) -> tuple[str, ...]:
 
 def verify(file: str) -> ExitCode:
     """Runs an exported file, and compares its output with the one stored at export."""
-    from vgg_jax.export.verify import TOLERANCE
     from vgg_jax.export.verify import verify as verify_file
 
-    description, difference = verify_file(file)
+    summary, difference, tolerance, distance = verify_file(file)
     print(
-        f"{file}: {description}; largest difference from the answer at export: "
-        f"{difference:.1e} of the largest value; bound {TOLERANCE:.0e}"
+        f"{file}: {summary}; largest difference from the answer at export: "
+        f"{difference:.1e} of the largest value; bound {tolerance:.0e}"
     )
-    return ExitCode.DONE if difference < TOLERANCE else ExitCode.CHECK_FAILED
+    if distance is not None:
+        print(f"its weights are rounded: difference from the float32 net: {distance:.1e}")
+    return ExitCode.DONE if difference < tolerance else ExitCode.CHECK_FAILED
 
 
 def selfcheck() -> ExitCode:

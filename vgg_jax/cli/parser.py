@@ -369,6 +369,7 @@ def _add_import(command: argparse.ArgumentParser) -> None:
         ".caffemodel, .mat; or a name such as torchvision/vgg16",
     )
     command.add_argument("out", metavar="OUT", help="the .safetensors file to write")
+    _add_overwrite(command)
     _add_net(command)
     command.add_argument(
         "--check",
@@ -414,6 +415,12 @@ def _add_export(command: argparse.ArgumentParser) -> None:
         action="store_true",
         help="store the weights in bfloat16, which halves the size",
     )
+    command.add_argument(
+        "--onnx-float16",
+        action="store_true",
+        help=".onnx: store the weights and compute in float16, for GPUs and browsers",
+    )
+    _add_overwrite(command)
     _add_net(command)
     _add_source(command)
 
@@ -514,6 +521,10 @@ def _add_path(flags: Flags) -> None:
         metavar="RUN_OR_WEIGHTS",
         help="the workdir of a run, a weight file, or a name such as torchvision/vgg16",
     )
+
+
+def _add_overwrite(flags: Flags) -> None:
+    flags.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
 
 def _add_net(flags: Flags) -> None:

@@ -47,7 +47,7 @@ def graph(spec: ExportSpec) -> Any:
             initializers.append(_bfloat16_tensor(stored, array.astype(spec.dtype)))
             nodes.append(helper.make_node("Cast", [stored], [name], to=TensorProto.FLOAT))
         else:
-            initializers.append(numpy_helper.from_array(array, name))
+            initializers.append(numpy_helper.from_array(array.astype(spec.dtype), name))
     if spec.uint8:
         mean = np.array(spec.mean_rgb, np.float32)
         initializers.insert(0, numpy_helper.from_array(mean, "mean_rgb"))
@@ -121,6 +121,8 @@ def _operations(spec: ExportSpec) -> list[Any]:
         add("Cast", "float", to=TensorProto.FLOAT)
         add("Sub", "centred", "mean_rgb")
     add("Transpose", "channels_first", perm=[0, 3, 1, 2])
+    if spec.float16:
+        add("Cast", "float16", to=TensorProto.FLOAT16)
     for layer in spec.table:
         if layer.name == "fc6" and not _is_dense(spec):
             add("Flatten", "flat")
@@ -128,6 +130,8 @@ def _operations(spec: ExportSpec) -> list[Any]:
             layer, _is_dense(spec), spec.weights.model.pool
         )
         add(op_type, layer.name, *(f"{layer.name}/{param}" for param in params), **attributes)
+    if spec.float16:
+        add("Cast", "float32_scores", to=TensorProto.FLOAT)
     if spec.output == "posteriors":
         add("ReduceMean", "mean_score", axes=[2, 3], keepdims=0)
         add("Softmax", "posteriors", axis=1)

@@ -50,15 +50,19 @@ class ExportSpec:
             "score_map": (N, h, w, K), for images of image_size or larger.
         uint8: True for uint8 images, False for float32 images minus `mean_rgb`.
         bfloat16: Store the weights as bfloat16. The computation is in float32.
+        float16: Store the weights and compute in float16. The input and the output stay as they
+            are. Only an .onnx file can do so.
 
     Raises:
-        InputError: `output` is unknown, or the net has no fully connected layers.
+        InputError: `output` is unknown, the net has no fully connected layers, or float16 is not
+            possible for it.
     """
 
     weights: Weights
     output: str = "logits"
     uint8: bool = True
     bfloat16: bool = False
+    float16: bool = False
 
     def __post_init__(self) -> None:
         if self.output not in EXPORT_OUTPUTS:
@@ -69,6 +73,23 @@ class ExportSpec:
             raise InputError(
                 "the net has no fully connected layers: "
                 "expected a whole net; import a file with the top"
+            )
+        if self.float16:
+            self._check_float16()
+
+    def _check_float16(self) -> None:
+        model = self.weights.model
+        if self.bfloat16:
+            raise InputError("float16 and bfloat16 are both set: expected one of them")
+        if model.batch_norm:  # variances of activations overflow
+            raise InputError(
+                "the net has batch normalisation, whose variances exceed the range of float16: "
+                "expected it to be folded into the convolutions; pass --fold-batch-norm"
+            )
+        if model.config.lrn:  # it squares activations
+            raise InputError(
+                f"the net is {self.weights.net}, whose squared activations exceed the range of "
+                "float16: expected a net without local response normalisation; leave float16 out"
             )
 
     @property
@@ -84,7 +105,9 @@ class ExportSpec:
     @property
     def dtype(self) -> Any:
         """NumPy dtype of the stored weights."""
-        return ml_dtypes.bfloat16 if self.bfloat16 else np.float32
+        if self.bfloat16:
+            return ml_dtypes.bfloat16
+        return np.float16 if self.float16 else np.float32
 
     def __call__(self, variables: Any, images: jax.Array) -> jax.Array:
         """Computes the output of the file.
@@ -96,10 +119,13 @@ class ExportSpec:
         Returns:
             The output, float32.
         """
-        variables = jax.tree.map(lambda x: x.astype(jnp.float32), variables)
+        dtype = jnp.float16 if self.float16 else jnp.float32
+        variables = jax.tree.map(lambda x: x.astype(dtype), variables)
         x = subtract_mean(images, self.mean_rgb) if self.uint8 else images
         method = None if self.output == "logits" else "score_map"
-        scores: Any = self.weights.model.apply(variables, x, method=method)
+        model = self.weights.model.clone(dtype=dtype)
+        scores: Any = model.apply(variables, x, method=method)
+        scores = scores.astype(jnp.float32)
         return jax.nn.softmax(scores.mean((1, 2))) if self.output == "posteriors" else scores
 
     def metadata(self) -> dict[str, Any]:
@@ -107,15 +133,31 @@ class ExportSpec:
 
         Returns:
             JSON values, with the golden image and its output (`array_from_json`).
+
+        Raises:
+            InputError: The output overflows in float16.
         """
         model, metadata = self.weights.model, to_metadata(self.weights)
         preprocessing = metadata["preprocessing"]
         size = model.image_size
         shape = (1, size, size, model.in_channels)
         image = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+        images = prepare_images(image, self.uint8, self.mean_rgb)
         forward = jax.jit(self, compiler_options=compiler_options())
-        stored = jax.tree.map(lambda x: np.asarray(x).astype(self.dtype), self.weights.variables)
-        golden_output = forward(stored, prepare_images(image, self.uint8, self.mean_rgb))
+        with np.errstate(over="ignore"):  # an overflow is an error below
+            stored = jax.tree.map(
+                lambda x: np.asarray(x).astype(self.dtype), self.weights.variables
+            )
+        golden = {"golden_answer": np.asarray(forward(stored, images), np.float32)}
+        if not np.isfinite(golden["golden_answer"]).all() and self.float16:
+            raise InputError(
+                "activations exceed 65504, the largest number of float16: "
+                "expected a net with smaller ones; leave float16 out"
+            )
+        if self.dtype != np.float32:
+            exact = dataclasses.replace(self, bfloat16=False, float16=False)
+            forward = jax.jit(exact, compiler_options=compiler_options())
+            golden["float32_answer"] = np.asarray(forward(self.weights.variables, images))
         return {
             "net": self.weights.net,
             "batch_norm": model.batch_norm,
@@ -127,12 +169,13 @@ class ExportSpec:
             "input": "uint8, 0-255" if self.uint8 else "float32, 0-255 less mean_rgb",
             "output": self.output,
             "bfloat16": self.bfloat16,
+            "float16": self.float16,
             "scale": preprocessing["scale"],
             "rounding": preprocessing["rounding"],
             "flip": metadata["flip"],
             "exif": preprocessing["exif"],
             "golden_image": array_to_json(image),
-            "golden_answer": array_to_json(np.asarray(golden_output, np.float32)),
+            **{name: array_to_json(array) for name, array in golden.items()},
         }
 
 

@@ -5,7 +5,7 @@ import os
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,9 +20,28 @@ from vgg_jax.export.spec import (
 from vgg_jax.paths import require_local
 
 TOLERANCE = 1e-4  # relative to the largest value
+# Runtimes round float16 at different places, which changes the last of its 11 bits in each layer.
+FLOAT16_TOLERANCE = 2e-2
 
 
-def verify(path: str | os.PathLike) -> tuple[str, float]:
+class Verification(NamedTuple):
+    """What `verify` found about a file.
+
+    Attributes:
+        summary: The net, its classes, its output and its images.
+        difference: Largest difference from the output at export, relative to its largest value.
+        tolerance: A `difference` below it is fine.
+        distance: The same difference of the file's output from that of the float32 net; None if
+            the file is not rounded, or does not tell.
+    """
+
+    summary: str
+    difference: float
+    tolerance: float
+    distance: float | None
+
+
+def verify(path: str | os.PathLike) -> Verification:
     """Compares the output of a file with its golden output.
 
     It runs the program in the file, so verify only files that you trust.
@@ -31,8 +50,7 @@ def verify(path: str | os.PathLike) -> tuple[str, float]:
         path: A file or folder that `vgg-jax export` wrote.
 
     Returns:
-        A summary of the file, and the largest difference relative to the largest golden value.
-        A difference below `TOLERANCE` is fine.
+        A summary of the file, and its differences from the outputs at export.
 
     Raises:
         InputError: The file is missing or damaged, was not written by `vgg-jax export`, or needs a
@@ -45,6 +63,8 @@ def verify(path: str | os.PathLike) -> tuple[str, float]:
         metadata, forward = _OPENERS[file_format](path)
         image = array_from_json(metadata["golden_image"])
         expected = array_from_json(metadata["golden_answer"])
+        exact = metadata.get("float32_answer")
+        exact = None if exact is None else array_from_json(exact)
         output = forward(
             prepare_images(image, metadata["input"].startswith("uint8"), metadata["mean_rgb"])
         )
@@ -67,7 +87,16 @@ def verify(path: str | os.PathLike) -> tuple[str, float]:
         raise InputError(
             f"{path} has an output of {output.shape}: expected {expected.shape}, as at its export"
         )
-    return summary, float(np.abs(output - expected).max() / max(np.abs(expected).max(), 1e-30))
+    return Verification(
+        summary,
+        _relative_difference(output, expected),
+        FLOAT16_TOLERANCE if metadata.get("float16") else TOLERANCE,
+        None if exact is None else _relative_difference(output, exact),
+    )
+
+
+def _relative_difference(output: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(output - expected).max() / max(np.abs(expected).max(), 1e-30))
 
 
 # The metadata of a file, and a function from images to the output.

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
@@ -148,6 +149,22 @@ def atomic_write(path: Path, content: bytes) -> None:
     fsync(path.parent)
 
 
+def check_free(path: Path, overwrite: bool) -> None:
+    """Checks that a command does not replace a file of the user's without being told to.
+
+    Args:
+        path: The file or folder that will be written.
+        overwrite: Replace what exists.
+
+    Raises:
+        InputError: The path exists.
+    """
+    if path.exists() and not overwrite:
+        raise InputError(
+            f"{path} exists: expected a name that is free; pass another one, or --overwrite"
+        )
+
+
 @contextlib.contextmanager
 def replace_atomically(path: Path) -> Iterator[Path]:
     """Provides a temporary path whose file or folder then replaces `path`.
@@ -172,6 +189,24 @@ def replace_atomically(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         _remove(temporary)
+
+
+@contextlib.contextmanager
+def usual_permissions(path: Path) -> Iterator[None]:
+    """Gives the block's file or folder the permissions of any new one.
+
+    Some libraries create files that only their owner can read, or folders that others can write to.
+
+    Args:
+        path: What the block creates.
+    """
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    path.unlink()
+    yield
+    for entry in (path, *path.rglob("*")):
+        # Who may read a folder may open it.
+        entry.chmod(mode | (mode & 0o444) >> 2 if entry.is_dir() else mode)
 
 
 def _remove(path: Path) -> None:

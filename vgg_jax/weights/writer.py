@@ -11,12 +11,12 @@ from vgg_jax.configs.export import SAVE_LAYOUTS
 from vgg_jax.errors import InputError
 from vgg_jax.model import check_layers
 from vgg_jax.paths import require_local
-from vgg_jax.runs.files import replace_atomically
+from vgg_jax.runs.files import replace_atomically, usual_permissions
 from vgg_jax.weights.layouts import CONV1_KERNEL, LAYOUTS, TensorMapping, tensor_table
 from vgg_jax.weights.weights import Weights, to_metadata, unfold_std
 
 # The configurations of which torchvision and timm have a net.
-_SHARED_NETS = ("A", "B", "D", "E")
+SHARED_NETS = ("A", "B", "D", "E")
 
 
 def save(
@@ -51,7 +51,7 @@ def save(
     file = require_local(path, is_output=True)
     if layout not in SAVE_LAYOUTS:
         raise InputError(f"layout is {layout!r}: expected one of {', '.join(SAVE_LAYOUTS)}")
-    if layout != "vgg_jax" and weights.net not in _SHARED_NETS:
+    if layout != "vgg_jax" and weights.net not in SHARED_NETS:
         raise InputError(
             f"the net is {weights.net}, which {layout} does not have: "
             "expected A, B, D or E; pass the layout vgg_jax"
@@ -86,14 +86,9 @@ def save(
     if not file.name.endswith(".safetensors"):
         raise InputError(f"cannot write {path}: expected a name that ends in .safetensors")
     try:
-        with replace_atomically(file) as temporary:
-            # safetensors would create a file that only its owner can read.
-            temporary.touch()
-            mode = temporary.stat().st_mode
-            save_file(
-                tensors, temporary, metadata={"format": "pt", "vgg_jax": json.dumps(metadata)}
-            )
-            temporary.chmod(mode)
+        header = {"format": "pt", "vgg_jax": json.dumps(metadata)}
+        with replace_atomically(file) as temporary, usual_permissions(temporary):
+            save_file(tensors, temporary, metadata=header)
     except (SafetensorError, OSError) as error:
         raise InputError(
             f"cannot write {path} ({error}): "
