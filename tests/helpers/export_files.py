@@ -9,6 +9,7 @@ import pytest
 
 from tests.helpers.tiny import init, narrow
 from vgg_jax import CONFIGS, IMAGENET, VGG, compiler_options
+from vgg_jax.export import ExportSpec
 from vgg_jax.weights import Weights
 from vgg_jax.weights.layouts import Preprocessing
 
@@ -52,6 +53,18 @@ def own_output(spec, images):
     """The output that a file of this spec must have."""
     forward = jax.jit(spec, compiler_options=compiler_options())
     return np.asarray(forward(spec.weights.variables, images))
+
+
+def undecided_weights(rounding="nearest", size=32):
+    """A net whose posteriors are neither 0 nor 1, and change with a shift by one pixel."""
+    weights = random_weights("A", size=size)
+    logits = own_output(ExportSpec(weights), random_images(8, size, size))
+    fc8, spread = weights.params["fc8"], logits.std(0).mean()
+    fc8 = {"kernel": fc8["kernel"] / spread, "bias": (fc8["bias"] - logits.mean(0)) / spread}
+    preprocessing = weights.preprocessing._replace(scale=round(size * 37 / 32), rounding=rounding)
+    return dataclasses.replace(
+        weights, params={**weights.params, "fc8": fc8}, preprocessing=preprocessing
+    )
 
 
 def require_onnx():
