@@ -13,6 +13,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 LANGUAGES = {
     "bash",
     "python",
+    "html",
     "text",
     "{eval-rst}",
     "{toctree}",
