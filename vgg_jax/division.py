@@ -1,4 +1,4 @@
-"""The division of a training split into images to train on and images to validate on."""
+"""Names of splits, and the division of a training split into one to train and one to validate."""
 
 import logging
 from collections.abc import Sequence
@@ -14,6 +14,25 @@ logger = logging.getLogger(__name__)
 # it began with. Version 1, of 0.1.0, held out images without regard to their classes, and hardly
 # shuffled small data sets in a few TFRecord files.
 INPUT_VERSION = 2
+# Names of the splits, in lower case and without "_set". The first of each is the kind.
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid"),
+    "test": ("test", "testing"),
+}
+
+
+def split_kind(name: str) -> str | None:
+    """Tells which split a name means: "Training", "val" or "test_set", for example.
+
+    Args:
+        name: Name of a folder or of a split, in any case.
+
+    Returns:
+        A key of `SPLIT_NAMES`, or None for other names.
+    """
+    stem = name.lower().removesuffix("set").rstrip("_- ")
+    return next((kind for kind, names in SPLIT_NAMES.items() if stem in names), None)
 
 
 class Division(NamedTuple):

@@ -88,6 +88,9 @@ def workplace(narrow_nets, tmp_path_factory):
         digits = sklearn.datasets.load_digits()
         digits.images, digits.target = digits.images[:200], digits.target[:200]
         patch.setattr("sklearn.datasets.load_digits", lambda: digits)
+        split = {"x": digits.images.astype(np.uint8), "y": digits.target}
+        names = itertools.product(split, ("train", "test"))
+        np.savez("mnist.npz", **{f"{name}_{part}": split[name] for name, part in names})
         make_photo_folder(Path("PHOTOS"))
         imagenet = make_photo_folder(Path("IMAGENET"))
         for split, (label, name) in itertools.product(("train", "val"), CLASS_FOLDERS.items()):

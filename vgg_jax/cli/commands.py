@@ -41,7 +41,11 @@ def train(
         from vgg_jax.data import read_exclude_list
 
         flags["exclude"] = read_exclude_list(flags["exclude"])
-    config = preset(data, **flags)
+    if is_npz := data.lower().endswith(".npz"):
+        net, settings = flags.get("net", TrainConfig.net), flags
+    else:
+        config = preset(data, **flags)
+        net, settings = config.net, {}
     from vgg_jax.distributed import multihost
     from vgg_jax.distributed.sharding import MeshConfig
     from vgg_jax.training.report import divergence_hint
@@ -56,17 +60,18 @@ def train(
     from vgg_jax.training.loop import fit
     from vgg_jax.training.trainer import DivergedError
 
-    workdir = workdir or default_workdir(data, config.net)
+    workdir = workdir or default_workdir(data, net)
     try:
         with multihost.shutdown_on_exit():
             result = fit(
-                config,
+                data if is_npz else config,
                 workdir,
                 data_dir,
                 download,
                 mesh_config=mesh_config,
                 command=command_line,
                 **loop_options,
+                **settings,
             )
             if not result.stopped and multihost.is_main_process():
                 print(_next_commands(workdir, data_dir), flush=True)
@@ -235,7 +240,7 @@ def statistics(
     data: str, split: str, data_dir: str | None, download: bool, skip_bad: bool
 ) -> ExitCode:
     """Prints the mean and standard deviation of a data set's colours."""
-    from vgg_jax.data import measure_colours, open_split
+    from vgg_jax.input_data import measure_colours, open_split
 
     source = open_split(data, split, data_dir=data_dir, download=download, skip_bad=skip_bad)
     colours = measure_colours(source, skip_bad=skip_bad)
@@ -254,6 +259,11 @@ def statistics(
 
 def verify_data(data: str, data_dir: str | None, download: bool, out: str) -> ExitCode:
     """Reads every image once, and writes a list of the unreadable ones."""
+    if data.lower().endswith(".npz"):
+        raise InputError(
+            f"{data!r} holds pixels, of which none can be damaged by itself: expected an image "
+            "folder or a name of TensorFlow Datasets"
+        )
     from vgg_jax.data import check_exclude_list_path, verify_images, write_exclude_list
 
     check_exclude_list_path(out)

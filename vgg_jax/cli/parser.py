@@ -504,7 +504,8 @@ def _add_data(flags: Flags, default: str | None = "digits", default_help: str = 
         nargs="?",
         default=default,
         metavar="DATA",
-        help=f"digits, an image folder, or a name of TensorFlow Datasets (default: {default_help})",
+        help="digits, an image folder, an .npz file of arrays, or a name of TensorFlow Datasets "
+        f"(default: {default_help})",
     )
     flags.add_argument("--data-dir", default=None, help="folder of prepared TensorFlow Datasets")
     flags.add_argument(

@@ -30,7 +30,8 @@ from vgg_jax.data.filesystem import (
 )
 from vgg_jax.data.label_file import SUFFIXES as LIST_SUFFIXES
 from vgg_jax.data.label_file import find_label_file, read_flat_labels
-from vgg_jax.data.splits import StoredSplit, split_kind
+from vgg_jax.data.splits import StoredSplit
+from vgg_jax.division import split_kind
 from vgg_jax.errors import InputError, shorten_names
 from vgg_jax.image_files import is_image, is_note, is_system_name
 

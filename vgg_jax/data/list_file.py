@@ -16,7 +16,8 @@ from vgg_jax.data.file_split import (
 )
 from vgg_jax.data.filesystem import exists
 from vgg_jax.data.label_file import Row, read_rows, sort_labels
-from vgg_jax.data.splits import SPLIT_NAMES, StoredSplit, split_kind
+from vgg_jax.data.splits import StoredSplit
+from vgg_jax.division import SPLIT_NAMES, split_kind
 from vgg_jax.errors import DataError, InputError, shorten_names
 from vgg_jax.paths import is_remote
 

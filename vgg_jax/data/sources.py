@@ -17,18 +17,23 @@ from vgg_jax.data.label_file import SUFFIXES as LIST_SUFFIXES
 from vgg_jax.data.list_file import list_splits
 from vgg_jax.data.splits import (
     MAX_BYTES_IN_MEMORY,
-    SPLIT_NAMES,
     DataSource,
     StoredSplit,
     exclude_records,
     full,
     random_access,
     record_name,
-    split_kind,
     subset,
 )
 from vgg_jax.data.tfds import is_prepared, record_splits
-from vgg_jax.division import INPUT_VERSION, Division, divide_at_random, divide_by_class
+from vgg_jax.division import (
+    INPUT_VERSION,
+    SPLIT_NAMES,
+    Division,
+    divide_at_random,
+    divide_by_class,
+    split_kind,
+)
 from vgg_jax.errors import InputError, install_hint
 from vgg_jax.paths import is_remote
 

@@ -24,27 +24,6 @@ PARALLEL_EXAMPLES = 2 * CORES
 MAX_BYTES_IN_MEMORY = 2**30
 
 
-# Names of the splits, in lower case and without "_set". The first of each is the kind.
-SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "validation": ("validation", "val", "valid"),
-    "test": ("test", "testing"),
-}
-
-
-def split_kind(name: str) -> str | None:
-    """Tells which split a name means: "Training", "val" or "test_set", for example.
-
-    Args:
-        name: Name of a folder or of a split, in any case.
-
-    Returns:
-        A key of `SPLIT_NAMES`, or None for other names.
-    """
-    stem = name.lower().removesuffix("set").rstrip("_- ")
-    return next((kind for kind, names in SPLIT_NAMES.items() if stem in names), None)
-
-
 class HostShard(NamedTuple):
     """Rows of each batch that one of several processes feeds."""
 

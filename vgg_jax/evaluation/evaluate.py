@@ -17,10 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vgg_jax.arrays import IN_MEMORY, ArraySource, check_arrays, whole_source
 from vgg_jax.configs.evaluation import MAX_PIXELS_PER_BATCH, EvalProtocol
 from vgg_jax.distributed.sharding import make_mesh
+from vgg_jax.division import split_kind
 from vgg_jax.errors import InputError
 from vgg_jax.evaluation.dense import iter_posteriors, resolve_protocol
+from vgg_jax.input_data import open_split, open_train_val, rescaled_images, split_names
 from vgg_jax.metrics import MetricSums, finalize, label_ranks, wilson_interval
 from vgg_jax.model import VGG
 from vgg_jax.paths import to_path
@@ -83,7 +86,7 @@ def evaluate(
     model: VGG,
     variables: Mapping[str, Any],
     metadata: Mapping[str, Any],
-    data: str | os.PathLike | None = None,
+    data: str | os.PathLike | tuple[Any, Any] | None = None,
     split: str = "val",
     *,
     protocol: str | EvalProtocol = "dense",
@@ -102,8 +105,9 @@ def evaluate(
         variables: Its variables.
         metadata: Its metadata, as `vgg_jax.load` returns them. "net", "classes" and
             "preprocessing" are enough if `data` is given.
-        data: An image folder or a name of TensorFlow Datasets; the run's own by default. Its
-            classes are some of the net's, in any order.
+        data: An image folder, a name of TensorFlow Datasets, a path of an .npz file, or arrays
+            (images, labels); the run's own by default. Its classes are some of the net's, in any
+            order. Numbers as labels of arrays are positions in the net's classes.
         split: Name of the split. For the run's own data, "val" is the run's validation split.
         protocol: The evaluation protocol, or its name: one of "center", "ten-crop", "dense",
             "multi-crop" and "both". Mirror images count by default, unless the run was trained
@@ -134,15 +138,13 @@ def evaluate(
     if isinstance(protocol, str):
         protocol = EvalProtocol(protocol)
     protocol, scales = resolve_protocol(protocol, scales, model, net, name)
-    data, source = _open_source(
-        metadata, data, split, data_dir=data_dir, download=download, skip_bad=skip_bad
-    )
-    class_indices = map_class_indices(
-        source.classes,
-        net["classes"],
-        f"{source.name} has classes that {name} does not know",
-        match,
-    )
+    if isinstance(data, (tuple, list)):
+        data, source = IN_MEMORY, _array_source(data, net["classes"])
+    else:
+        data, source = _open_source(
+            metadata, data, split, data_dir=data_dir, download=download, skip_bad=skip_bad
+        )
+    class_indices = _class_indices(source, net["classes"], name, match)
     if match != "exact":
         first = net["classes"][class_indices[0]]
         logger.info("classes by --match %s: %r is %r, and so on", match, source.classes[0], first)
@@ -201,13 +203,6 @@ def _open_source(
     Returns:
         The name of the data, and its `vgg_jax.data.DataSource`.
     """
-    from vgg_jax.data import (  # imports TensorFlow
-        VALIDATION,
-        open_split,
-        open_train_val,
-        split_names,
-    )
-
     path = metadata.get("path")
     config = metadata.get("config") if path else None
     if data is None:
@@ -217,14 +212,19 @@ def _open_source(
                 "expected an image folder or a name of TensorFlow Datasets"
             )
         data = config.data
+        if data == IN_MEMORY:
+            raise InputError(
+                f"{path} was trained on arrays in memory: pass data, as arrays (images, labels) in "
+                "Python or as a file"
+            )
     data = os.fspath(data)
     is_own = config is not None and data == config.data
     # The run may have held out its validation images, and the data may have moved since.
-    may_be_moved = config is not None and not is_own and split in VALIDATION
+    is_validation = split_kind(split) == "validation"
+    may_be_moved = config is not None and not is_own and is_validation
     if may_be_moved:
-        may_be_moved = not set(VALIDATION) & set(
-            split_names(data, data_dir=data_dir, download=download)
-        )
+        names = split_names(data, data_dir=data_dir, download=download)
+        may_be_moved = "validation" not in map(split_kind, names)
     if config is None or not (is_own or may_be_moved):
         return data, open_split(
             data, split, data_dir=data_dir, download=download, skip_bad=skip_bad, exclude=()
@@ -235,15 +235,14 @@ def _open_source(
         "skip_bad": skip_bad or config.skip_bad,
         "exclude": config.exclude,
     }
-    if split not in VALIDATION:
+    if not is_validation:
         return data, open_split(data, split, **options)
     run = load_run(to_path(metadata["path"]))
     train, validation = open_train_val(
-        data,
-        validation_fraction=config.validation_fraction,
-        seed=config.seed,
+        dataclasses.replace(config, data=data, skip_bad=options["skip_bad"]),
+        data_dir=data_dir,
+        download=download,
         version=run.input_version,
-        **options,
     )
     expected = (run.storage, run.train_size, run.validation_size)
     actual = (train.storage, train.size, validation.size)
@@ -254,6 +253,28 @@ def _open_source(
             "--split train for all images of it, or the folder where the run's data is now"
         )
     return data, validation
+
+
+def _array_source(data: Sequence[Any], net_classes: Sequence[str]) -> ArraySource:
+    """Checks arrays (images, labels), whose labels are names or positions in the net's classes."""
+    if len(data) != 2:
+        raise InputError(f"data has {len(data)} items: expected arrays (images, labels)")
+    return whole_source(check_arrays(*data, "the data", net_classes), IN_MEMORY)
+
+
+def _class_indices(source: Any, net_classes: Sequence[str], name: str, match: str) -> np.ndarray:
+    """Finds the classes of a source among those of a net, int (n,)."""
+    numbers = tuple(map(str, range(len(source.classes))))
+    if isinstance(source, ArraySource) and source.classes == numbers and match == "exact":
+        if len(numbers) > len(net_classes):
+            raise InputError(
+                f"the labels of {source.name} are up to {len(numbers) - 1}: expected positions in "
+                f"the {len(net_classes)} classes of {name}"
+            )
+        return np.arange(len(numbers))
+    return map_class_indices(
+        source.classes, net_classes, f"{source.name} has classes that {name} does not know", match
+    )
 
 
 class _Images:
@@ -278,8 +299,6 @@ class _Images:
         self._class_indices = class_indices
 
     def __iter__(self) -> Iterator[list[np.ndarray]]:
-        from vgg_jax.data import rescaled_images  # imports TensorFlow
-
         examples = rescaled_images(self._source, *self._resize_options)
         for index, example in enumerate(examples):
             self.labels[index] = self._class_indices[example["label"][0]]

@@ -2,9 +2,11 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from vgg_jax.configs.train import KEEP, MAX_LR_HALVINGS, ON_NAN, SAVE_SECONDS, TrainConfig
 from vgg_jax.distributed.multihost import (
@@ -16,6 +18,7 @@ from vgg_jax.distributed.multihost import (
 )
 from vgg_jax.distributed.sharding import DATA_PARALLEL, MeshConfig
 from vgg_jax.errors import InputError, OutOfMemoryError, single_line
+from vgg_jax.input_data import resolve_config
 from vgg_jax.paths import to_path
 from vgg_jax.runs.files import workdir_lock
 from vgg_jax.runtime.memory import is_out_of_memory
@@ -29,11 +32,13 @@ logger = logging.getLogger(__name__)
 
 
 def fit(
-    config: TrainConfig,
+    config: TrainConfig | str | os.PathLike | tuple[Any, Any],
     workdir: str | Path,
     data_dir: str | Path | None = None,
     download: bool = False,
     *,
+    validation: tuple[Any, Any] | None = None,
+    classes: Sequence[str] | None = None,
     save_seconds: float = SAVE_SECONDS,
     keep: int = KEEP,
     on_nan: str = "stop",
@@ -41,6 +46,7 @@ def fit(
     mesh_config: MeshConfig = DATA_PARALLEL,
     command: str | None = None,
     trainer_class: type[Trainer] | None = None,
+    **settings: Any,
 ) -> FitResult:
     """Trains a net, or resumes the run in the workdir. Logs a line for each epoch.
 
@@ -51,10 +57,15 @@ def fit(
     full disk, is logged as a warning, and training continues.
 
     Args:
-        config: Settings of the run.
+        config: Settings of the run. Or its data: arrays (images, labels), a path of an .npz file,
+            or a name or folder as for `preset`. Images are uint8 (N, H, W, 3) or grey (N, H, W),
+            labels are class numbers from 0 or class names, (N,) or (N, 1).
         workdir: Folder of the run. A call locks it.
         data_dir: Folder of prepared data sets.
         download: Downloads and prepares the data set first.
+        validation: Arrays (images, labels) to validate on. By default a part of each class of the
+            training arrays is held out.
+        classes: Names of the classes of arrays.
         save_seconds: Seconds between two saves in an epoch. The end of each epoch is also saved.
         keep: Number of checkpoints to keep in `last/`, and in `best/`.
         on_nan: "stop" raises DivergedError if the loss or a parameter is infinite or NaN.
@@ -64,6 +75,9 @@ def fit(
         mesh_config: The parallelism over the devices of all processes.
         command: The command line that starts the run, kept in `run.json`.
         trainer_class: Replaces the `Trainer`, for tests.
+        **settings: Fields of TrainConfig, if `config` is data. The others are the defaults of
+            `preset`. Those of arrays suit the size of the images: up to 64 pixels CIFAR-10's, else
+            the paper's.
 
     Returns:
         The records of the finished epochs, and whether a signal stopped the run.
@@ -87,7 +101,10 @@ def fit(
             "'halve'"
         )
     folder, halvings = to_path(workdir), 0
-    prepare = partial(prepare_run, config, folder, data_dir, download, mesh_config, command)
+    run_config, arrays = resolve_config(config, validation, classes, settings)
+    prepare = partial(
+        prepare_run, run_config, folder, data_dir, download, mesh_config, command, arrays
+    )
     make_trainer = partial(
         trainer_class or Trainer, save_seconds=save_seconds, debug_nans=debug_nans
     )

@@ -4,26 +4,26 @@ import dataclasses
 import enum
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.sharding import Mesh
 
+from vgg_jax.arrays import is_npz
 from vgg_jax.configs.colours import IMAGENET
 from vgg_jax.configs.presets import resolve_learning_rate
 from vgg_jax.configs.train import TrainConfig
-from vgg_jax.data import (
-    DataSource,
-    cache_in_memory,
-    measure_colours,
-    open_train_val,
-    split_names,
-    train_batches,
-)
 from vgg_jax.distributed.multihost import assert_same_on_all, run_on_main_and_broadcast
 from vgg_jax.distributed.sharding import MeshConfig, make_mesh
 from vgg_jax.division import INPUT_VERSION
 from vgg_jax.errors import InputError
+from vgg_jax.input_data import (
+    TrainingArrays,
+    cached,
+    first_batch,
+    measure_colours,
+    open_train_val,
+)
 from vgg_jax.runs.metadata import (
     RunMetadata,
     as_json,
@@ -35,6 +35,9 @@ from vgg_jax.runs.metadata import (
 )
 from vgg_jax.training.init_from import Pretrained, has_new_head, measure_activations
 from vgg_jax.weights import load
+
+if TYPE_CHECKING:
+    from vgg_jax.input_data import Source
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +60,8 @@ class Setup:
     config: TrainConfig  # with its learning rate
     run: RunMetadata  # the content of run.json
     start: Start
-    train: DataSource
-    validation: DataSource
+    train: "Source"
+    validation: "Source"
     mesh: Mesh
     mesh_config: MeshConfig
 
@@ -70,6 +73,7 @@ def prepare_run(
     download: bool,
     mesh_config: MeshConfig,
     command: str | None = None,
+    arrays: TrainingArrays | None = None,
 ) -> tuple[Setup, Pretrained | None]:
     """Opens the data, and creates the run or compares it with the one in the workdir.
 
@@ -80,6 +84,7 @@ def prepare_run(
         download: Downloads and prepares the data set first.
         mesh_config: The parallelism over all devices.
         command: The command line that starts the run, for `run.json`.
+        arrays: Images in memory, instead of `config.data`.
 
     Returns:
         The setup, and the pretrained net of `config.init_from`. The net is None if the run
@@ -104,7 +109,7 @@ def prepare_run(
         pretrained = Pretrained(*load(config.init_from))
 
     version = existing.input_version if existing else INPUT_VERSION
-    train, validation = _open_data(config, data_dir, download, version)
+    train, validation = _open_data(config, data_dir, download, version, arrays)
     run = RunMetadata(
         config,
         train.classes,
@@ -124,7 +129,7 @@ def prepare_run(
         _log_changes(workdir, changes, config)
         run_on_main_and_broadcast(lambda: create_run(workdir, run))
     if config.cache:
-        train, validation = cache_in_memory(train, config), cache_in_memory(validation, config)
+        train, validation = cached(train, config), cached(validation, config)
     if existing is None:
         if config.statistics == "measure":
             run = _with_measured_colours(run, train)
@@ -175,26 +180,25 @@ def _log_changes(workdir: Path, changes: list[str], config: TrainConfig) -> None
 
 
 def _open_data(
-    config: TrainConfig, data_dir: str | Path | None, download: bool, version: int
-) -> tuple[DataSource, DataSource]:
+    config: TrainConfig,
+    data_dir: str | Path | None,
+    download: bool,
+    version: int,
+    arrays: TrainingArrays | None,
+) -> "tuple[Source, Source]":
     """Opens the training and the validation images, and logs their numbers."""
     folder = None if data_dir is None else str(data_dir)
 
     def download_data() -> None:
-        if download:
+        if download and not is_npz(config.data):
+            from vgg_jax.data import split_names
+
             split_names(config.data, data_dir=folder, download=True)
 
     # One process at a time: they may share a disk.
     run_on_main_and_broadcast(download_data)
     train, validation = open_train_val(
-        config.data,
-        data_dir=folder,
-        validation_fraction=config.validation_fraction,
-        seed=config.seed,
-        skip_bad=config.skip_bad,
-        exclude=config.exclude,
-        download=download,
-        version=version,
+        config, arrays=arrays, data_dir=folder, download=download, version=version
     )
     logger.info(
         f"{config.data}: {train.size} training and {validation.size} validation images "
@@ -208,7 +212,7 @@ def _open_data(
     return train, validation
 
 
-def _with_measured_colours(run: RunMetadata, train: DataSource) -> RunMetadata:
+def _with_measured_colours(run: RunMetadata, train: "Source") -> RunMetadata:
     """Replaces the run's colours by those of its training images."""
 
     def measure() -> dict[str, Any]:
@@ -219,13 +223,13 @@ def _with_measured_colours(run: RunMetadata, train: DataSource) -> RunMetadata:
 
 
 def _with_measured_activations(
-    run: RunMetadata, train: DataSource, pretrained: Pretrained
+    run: RunMetadata, train: "Source", pretrained: Pretrained
 ) -> RunMetadata:
     """Fills in the run's `activation_rms`, measured on its first training images."""
 
     def measure() -> float | None:
         config = dataclasses.replace(run.config, batch_size=MEASURED_IMAGES, microbatch=None)
-        batch = next(iter(train_batches(train, config, run.colours)))
+        batch = first_batch(train, config, run.colours)
         return measure_activations(pretrained, batch, run.colours.mean_rgb)
 
     return dataclasses.replace(run, activation_rms=run_on_main_and_broadcast(measure))

@@ -8,25 +8,17 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from vgg_jax.data import (
-    CachedFeatures,
-    DataSource,
-    cache_features,
-    eval_batches,
-    eval_feature_batches,
-    steps_per_epoch,
-    train_batches,
-    train_feature_batches,
-)
 from vgg_jax.distributed.multihost import StepSynchronizer, Watchdog, is_main_process
 from vgg_jax.distributed.sharding import DATA, local_rows, shard_batch
 from vgg_jax.errors import InputError
+from vgg_jax.input_data import crop_function, eval_batches, steps_per_epoch, train_batches
 from vgg_jax.metrics import MetricSums, merge
 from vgg_jax.model import build_model
 from vgg_jax.runs.checkpoint import CheckpointSaveError
@@ -40,6 +32,10 @@ from vgg_jax.training.optimizer import next_epoch_lr, set_learning_rate, sgd
 from vgg_jax.training.report import at_chance_hint, epoch_record, format_epoch, is_at_chance
 from vgg_jax.training.setup import Setup, Start
 from vgg_jax.training.step import Batch, TrainState, feature_step, init_state, jit_steps
+
+if TYPE_CHECKING:
+    from vgg_jax.data import CachedFeatures
+    from vgg_jax.input_data import Source
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +136,9 @@ class Trainer:
             config, self._model, self._mean_rgb, mesh, mesh_config, donate=not debug_nans
         )
         self._is_compiled = False
+        self._crop = crop_function(
+            config, setup.run.colours, NamedSharding(mesh, PartitionSpec(DATA))
+        )
         self.state = init_state(self._model, sgd(config), config.seed, mesh, mesh_config)
         self._synchronizer = StepSynchronizer(mesh)
 
@@ -196,6 +195,8 @@ class Trainer:
         position = {"first_epoch": self._epoch - 1, "first_batch": self.progress.batch}
         batch_size = self._eval_batch_size
         if config.cache_features:
+            from vgg_jax.data import eval_feature_batches, train_feature_batches
+
             try:
                 train, validation = map(self._cache_features, (setup.train, setup.validation))
             except StopRequestedError:
@@ -204,16 +205,16 @@ class Trainer:
             self._validation_batches = partial(eval_feature_batches, validation, batch_size)
             return True
         rows = local_rows(setup.mesh, config.batch_size)
-        self.batches = iter(
-            train_batches(setup.train, config, setup.run.colours, rows=rows, **position)
-        )
+        colours = setup.run.colours
+        self.batches = train_batches(setup.train, config, colours, rows=rows, **position)
         rows = local_rows(setup.mesh, batch_size)
-        validation_batches = eval_batches(setup.validation, config, batch_size, rows)
-        self._validation_batches = partial(iter, validation_batches)
+        self._validation_batches = eval_batches(setup.validation, config, batch_size, rows)
         return True
 
-    def _cache_features(self, source: DataSource) -> CachedFeatures:
+    def _cache_features(self, source: Any) -> "CachedFeatures":
         """Computes the output of the frozen layers for all images of a source."""
+        from vgg_jax.data import cache_features
+
         setup, start = self.setup, time.monotonic()
         layer = setup.config.feature_layer
         assert layer is not None  # TrainConfig has checked it
@@ -537,9 +538,10 @@ class Trainer:
         )
 
     def put_batch(self, batch: dict[str, Any]) -> Batch:
-        """Copies this process's rows of a batch to its devices."""
+        """Copies this process's rows of a batch to its devices, which crop the images of arrays."""
         arrays = {name: array for name, array in batch.items() if name != "index"}
-        return shard_batch(arrays, self.setup.mesh)
+        sharded = shard_batch(arrays, self.setup.mesh)
+        return self._crop(sharded) if "pixels" in sharded else sharded
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, MetricSums]:
         """Dispatches a training step, see `vgg_jax.training.step.train_step`."""
@@ -598,7 +600,7 @@ def run_unless_stopped(function: Callable[[], Any], stop: threading.Event) -> Fu
     return None if is_stopped() else future
 
 
-def file_names_of(source: DataSource, step: PendingStep) -> str:
+def file_names_of(source: "Source", step: PendingStep) -> str:
     """Lists the first file names of a step's images, and counts the others.
 
     Args:
