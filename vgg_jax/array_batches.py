@@ -115,7 +115,8 @@ def crop_function(
         Maps a batch with "pixels", "label", "mask", "position" and perhaps "epoch" to one with
         "image" and "colour_shift". A batch without "epoch" gets the centre crop at the test scale.
     """
-    components = shift_components(config.colour_convention, statistics).T * config.colour_shift
+    basis = shift_components(config.colour_convention, statistics)
+    components = jnp.asarray(basis.T * config.colour_shift, jnp.float32)
     crop = partial(_crop, size=config.image_size)
 
     def augment(pixels: Array, epoch: Array, index: Array) -> tuple[Array, Array]:
@@ -173,9 +174,8 @@ def _crop(
         uint8 (size, size, 3).
     """
     sides = pixels.shape[:2]
-    table = np.array(
-        [resized_sides(sides, s, "nearest") for s in range(scales[0], scales[1] + 1)], np.int32
-    )
+    whole = [resized_sides(sides, s, "nearest") for s in range(scales[0], scales[1] + 1)]
+    table = np.array(whole, np.int32)
     resized = jnp.asarray(table)[scale - scales[0]]
     last = resized - size
     offset = jnp.minimum(jnp.floor(fractions * (last + 1)).astype(jnp.int32), last)
@@ -213,7 +213,7 @@ def rescaled_images(
     Raises:
         InputError: An image would have too many pixels.
     """
-    sides = source.images.shape[1:3]
+    sides = source.images.shape[1], source.images.shape[2]
     resizers = []
     for scale in scales:
         target = resized_sides(sides, scale, rounding)

@@ -303,10 +303,12 @@ def read_npz(path: str | os.PathLike) -> dict[str, Arrays]:
     """
     name = os.fspath(path)
     try:
-        with to_path(path).open("rb") as file, np.load(file, allow_pickle=False) as content:
+        with to_path(path).open("rb") as file:
+            content = np.load(file, allow_pickle=False)
             if not isinstance(content, np.lib.npyio.NpzFile):
                 raise ValueError("it holds a single array")
-            return _find_splits(content, name)
+            with content:
+                return _find_splits(content, name)
     except FileNotFoundError as error:
         raise InputError(
             f"no file {name!r}: expected an .npz file with images and labels"

@@ -3,11 +3,14 @@
 TensorFlow is imported for files only.
 """
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vgg_jax import array_batches
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = [
     "TrainingArrays",
     "cached",
+    "class_counts",
     "crop_function",
     "eval_batches",
     "first_batch",
@@ -89,6 +93,10 @@ def resolve_config(
                 "configuration, or arrays (images, labels) instead of one"
             )
         return data, None
+    fields = [field.name for field in dataclasses.fields(TrainConfig)]
+    unknown = [name for name in settings if name not in fields]
+    if unknown:
+        raise InputError(f"{unknown[0]} is no setting: expected some of {', '.join(fields)}")
     if isinstance(data, (str, os.PathLike)):
         if passed:
             raise InputError(
@@ -100,10 +108,11 @@ def resolve_config(
         arrays = _read_training_arrays(name)
     else:
         name, train = IN_MEMORY, check_arrays(*_as_pair(data, "the data"), "the data", classes)
+        held_out = None
         if validation is not None:
             pair = _as_pair(validation, "validation")
-            validation = check_arrays(*pair, "the validation data", train.classes)
-        arrays = TrainingArrays(train, validation)
+            held_out = check_arrays(*pair, "the validation data", train.classes)
+        arrays = TrainingArrays(train, held_out)
     defaults = default_settings(arrays.train.images, settings.get("image_size"))
     return preset(name, **defaults | dict(settings)), arrays
 
@@ -216,6 +225,17 @@ def cached(source: "Source", config: TrainConfig) -> "Source":
     return cache_in_memory(source, config)
 
 
+def class_counts(source: "Source") -> np.ndarray:
+    """Counts the images of each class, int (K,)."""
+    if isinstance(source, ArraySource):
+        labels = source.labels
+    else:
+        from vgg_jax.data import read_labels
+
+        labels = read_labels(source)
+    return np.bincount(labels, minlength=len(source.classes))
+
+
 def steps_per_epoch(source: "Source", batch_size: int) -> int:
     """Number of batches of an epoch, the last of which may be padded."""
     return -(-source.size // batch_size)
@@ -249,12 +269,9 @@ def first_batch(
     batch = next(train_batches(source, config, colours))
     if "pixels" not in batch:
         return batch
-    return {
-        name: np.asarray(array)
-        for name, array in crop_function(config, colours)(
-            {name: array for name, array in batch.items() if name != "index"}
-        ).items()
-    }
+    del batch["index"]
+    cropped = crop_function(config, colours)(jax.tree.map(jnp.asarray, batch))
+    return jax.tree.map(np.asarray, cropped)
 
 
 def eval_batches(

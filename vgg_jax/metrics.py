@@ -34,12 +34,26 @@ def compute_sums(logits: Array, labels: Array, mask: Array) -> MetricSums:
     """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     mask = mask.astype(logits.dtype)
-    loss = jax.nn.logsumexp(logits, axis=1) - _of_labels(logits, labels)
+    loss = cross_entropies(logits, labels)
     rank = label_ranks(logits, labels)
     # A padding example (mask False) may hold NaN, and 0 · NaN is NaN.
     return MetricSums(
         jnp.where(mask > 0, loss, 0).sum(), mask @ (rank < 1), mask @ (rank < 5), mask.sum()
     )
+
+
+def cross_entropies(logits: Array, labels: Array) -> Array:
+    """Computes the cross-entropy of each example, in nats.
+
+    Args:
+        logits: float (N, K).
+        labels: int (N,).
+
+    Returns:
+        float (N,), in the dtype of the logits, at least float32.
+    """
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    return jax.nn.logsumexp(logits, axis=1) - _of_labels(logits, labels)
 
 
 def label_ranks(scores: Array, labels: Array) -> Array:

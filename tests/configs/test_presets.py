@@ -9,6 +9,7 @@ from vgg_jax.configs.presets import resolve_learning_rate
 def test_preset_overrides_take_precedence():
     assert preset("digits").image_size == 32
     assert preset("digits", image_size=64, scale=(64,)).image_size == 64
+    assert preset("cifar10", image_size=64).scale == (73,)  # the preset's are for 32 pixels
     assert preset("cifar10:3.0.2").fc == (512, 512)
     assert preset("digits", schedule="plateau").drop_epochs == ()
     assert preset("some/folder") == TrainConfig(data="some/folder")

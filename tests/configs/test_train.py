@@ -104,4 +104,6 @@ def test_frozen_includes_batch_norm():
 
 def test_test_scale_is_middle_of_jitter():
     assert TrainConfig().test_scale == 256
+    # The paper's ratio, 256 to 224.
+    assert [TrainConfig(image_size=size).scale for size in (112, 64)] == [(128,), (73,)]
     assert TrainConfig(scale=(256, 512)).test_scale == 384

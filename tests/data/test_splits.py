@@ -89,14 +89,14 @@ def test_classes_without_validation_images_are_reported(tmp_path, caplog):
 
 
 def test_division_of_few_images(tmp_path):
-    data = write_images(tmp_path, {"a": 1})
+    data = write_images(tmp_path, {"a": 1, "b": 1})
     sources = open_train_val(data, validation_fraction=0.0)
-    assert [source.size for source in sources] == [1, 0]
+    assert [source.size for source in sources] == [2, 0]
     with pytest.raises(InputError, match=r"no image of .* can be held out"):
         open_train_val(data)
     (tmp_path / "a" / "2.png").write_bytes(encode(noise(4, 4)))
     sources = open_train_val(data, validation_fraction=0.01)
-    assert [source.size for source in sources] == [1, 1]
+    assert [source.size for source in sources] == [2, 1]
 
 
 def test_large_records_are_divided_at_random(prepared, monkeypatch, caplog):

@@ -68,6 +68,9 @@ def preset(data: str, **overrides: Any) -> TrainConfig:
         # The preset's epochs belong to its own schedule.
         schedule_fields = ("drop_epochs", "epochs")
         defaults = {name: value for name, value in defaults.items() if name not in schedule_fields}
+    if "image_size" in overrides:
+        # The preset's scales belong to its own image size.
+        defaults = {name: value for name, value in defaults.items() if name != "scale"}
     config = TrainConfig(**{"data": data} | defaults | overrides)
     for name, (other, required) in _REQUIRES.items():
         actual = getattr(config, other)

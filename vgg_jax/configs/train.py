@@ -95,7 +95,8 @@ class TrainConfig:
             type. () trains all layers.
         dtype: Type of the computation, "float32" or "bfloat16". Parameters are float32.
         image_size: Side in pixels of the square crop that the net reads (§2.1).
-        scale: Training scale S in pixels, to which the shorter side of an image is rescaled. Two
+        scale: Training scale S in pixels, to which the shorter side of an image is rescaled. ()
+            means the paper's ratio to `image_size`: 256 for 224. The field then has this S. Two
             values, S_min and S_max, draw S for each image (§3.1).
         crop: "random", a random position for each image (§3.1); or "centre".
         flip: Mirror a random half of the images (§3.1).
@@ -120,6 +121,10 @@ class TrainConfig:
         batch_size: Images per step, on all devices together (§3.1).
         microbatch: Images whose activations are held at once, a divisor of `batch_size`. A step
             adds up the gradients. None holds the whole batch.
+        class_weights: Weights of the classes in the loss that training minimises: "none", or
+            "balanced", inverse to the number of training images of a class, 1 on average over the
+            images. A step divides by the number of its images. The losses and accuracies that are
+            reported have no weights.
         learning_rate: Initial learning rate. None means 0.01 (§3.1), or 0.001 for fewer than 100
             classes, and less for a new head on large pretrained activations
             (`vgg_jax.configs.presets.resolve_learning_rate`).
@@ -180,9 +185,10 @@ class TrainConfig:
 
     image_size: int = _field(224, "augmentation", "side of the square crop that the net reads")
     scale: tuple[int, ...] = _field(
-        (256,),
+        (),
         "augmentation",
-        "rescale the shorter side of each image to S, or to a random side from S_min to S_max",
+        "rescale the shorter side of each image to S, or to a random side from S_min to S_max "
+        "(default: 256 for images of 224 pixels, and in this ratio for others)",
         type=int,
         nargs="+",
         metavar="S",
@@ -250,6 +256,12 @@ class TrainConfig:
         "optimiser",
         "images whose activations are held at once; a step adds up their gradients",
         type=int,
+    )
+    class_weights: str = _field(
+        "none",
+        "optimiser",
+        "weights of the classes in the loss; balanced: inverse to their numbers of images",
+        choices=("none", "balanced"),
     )
     # None: `vgg_jax.configs.presets.resolve_learning_rate` chooses.
     learning_rate: float | None = _field(
@@ -335,6 +347,8 @@ class TrainConfig:
         return [layer for layer in table if layer.type in ("conv", "fc")]
 
     def __post_init__(self) -> None:
+        if not self.scale:  # §3.1 takes crops of 224 pixels at S = 256
+            object.__setattr__(self, "scale", (round(self.image_size * 256 / 224),))
         for field in dataclasses.fields(self):
             if field.metadata:
                 _check_value(field, getattr(self, field.name))

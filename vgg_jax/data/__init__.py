@@ -39,7 +39,13 @@ from vgg_jax.data.features import (
     train_feature_batches,
 )
 from vgg_jax.data.pipeline import eval_batches, rescaled_images, train_batches
-from vgg_jax.data.sources import VALIDATION, open_split, open_train_val, split_names
+from vgg_jax.data.sources import (
+    VALIDATION,
+    open_split,
+    open_train_val,
+    read_labels,
+    split_names,
+)
 from vgg_jax.data.splits import DataSource, steps_per_epoch
 from vgg_jax.data.statistics import ColourMeasurements, measure_colours
 from vgg_jax.data.transforms import resize_and_crop, resize_shorter_side
@@ -66,6 +72,7 @@ __all__ = [
     "open_split",
     "open_train_val",
     "read_exclude_list",
+    "read_labels",
     "rescaled_images",
     "resize_and_crop",
     "resize_shorter_side",

@@ -106,13 +106,23 @@ def _divide(split: StoredSplit, fraction: float, seed: int, version: int) -> Div
                 f"since reading all labels would take a pass over {split.num_bytes / 1e9:.0f} GB"
             )
         return divide_at_random(size, fraction, seed)
-    labels = _read_labels(split) if split.labels is None else split.labels
-    return divide_by_class(split.name, split.classes, labels, fraction, seed)
+    return divide_by_class(split.name, split.classes, read_labels(full(split)), fraction, seed)
 
 
-def _read_labels(split: StoredSplit) -> np.ndarray:
-    """Reads the classes of the usable images, int32 (n,)."""
-    source = full(split)
+def read_labels(source: DataSource) -> np.ndarray:
+    """Returns the classes of all images of a source. Reads the source unless it knows them.
+
+    Args:
+        source: The images.
+
+    Returns:
+        int32 (n,), in the order of the source.
+
+    Raises:
+        DataError: A file of records is damaged.
+    """
+    if source.labels is not None:
+        return source.labels
     batches = BatchIterator(
         source,
         lambda number: source.examples(None, number * LABELS_PER_BATCH),

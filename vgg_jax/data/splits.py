@@ -74,6 +74,8 @@ class DataSource:
         file_name: Maps the "index" of an example to its name: its path, or
             "cifar10 train record 17".
         skipped: Files that were left out because they are not images.
+        labels: Class of each example, int32 (size,), or None if it is only known once the example
+            is read.
         pixels: Decoded images, if they are small and in memory.
     """
 
@@ -84,6 +86,7 @@ class DataSource:
     examples: ExampleReader
     file_name: Callable[[int], str]
     skipped: tuple[str, ...] = ()
+    labels: np.ndarray | None = None
     pixels: DecodedImages | None = None
 
 
@@ -129,6 +132,9 @@ def subset(split: StoredSplit, indices: np.ndarray, name: str) -> DataSource:
     Returns:
         A source whose examples keep the index and the file name that they have in the split.
     """
+    labels = split.labels
+    if labels is not None:
+        labels = labels[np.searchsorted(split.usable, indices)]
     return DataSource(
         name=name,
         storage=split.storage,
@@ -137,6 +143,7 @@ def subset(split: StoredSplit, indices: np.ndarray, name: str) -> DataSource:
         examples=split.select(indices),
         file_name=split.file_name,
         skipped=split.skipped,
+        labels=labels,
     )
 
 

@@ -259,7 +259,8 @@ def _array_source(data: Sequence[Any], net_classes: Sequence[str]) -> ArraySourc
     """Checks arrays (images, labels), whose labels are names or positions in the net's classes."""
     if len(data) != 2:
         raise InputError(f"data has {len(data)} items: expected arrays (images, labels)")
-    return whole_source(check_arrays(*data, "the data", net_classes), IN_MEMORY)
+    images, labels = data
+    return whole_source(check_arrays(images, labels, "the data", net_classes), IN_MEMORY)
 
 
 def _class_indices(source: Any, net_classes: Sequence[str], name: str, match: str) -> np.ndarray:

@@ -3,23 +3,30 @@
 import dataclasses
 import enum
 import logging
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from vgg_jax.arrays import is_npz
 from vgg_jax.configs.colours import IMAGENET
 from vgg_jax.configs.presets import resolve_learning_rate
 from vgg_jax.configs.train import TrainConfig
-from vgg_jax.distributed.multihost import assert_same_on_all, run_on_main_and_broadcast
+from vgg_jax.distributed.multihost import (
+    assert_same_on_all,
+    is_main_process,
+    run_on_main_and_broadcast,
+)
 from vgg_jax.distributed.sharding import MeshConfig, make_mesh
 from vgg_jax.division import INPUT_VERSION
 from vgg_jax.errors import InputError
 from vgg_jax.input_data import (
     TrainingArrays,
     cached,
+    class_counts,
     first_batch,
     measure_colours,
     open_train_val,
@@ -41,6 +48,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Share of an image that a crop shows. The paper's smallest is 0.19: 224 pixels at S = 512.
+SMALLEST_SHARE = 0.12
 MEASURED_IMAGES = 32  # whose activations show the scale of what a new fc6 reads
 
 
@@ -64,6 +73,7 @@ class Setup:
     validation: "Source"
     mesh: Mesh
     mesh_config: MeshConfig
+    class_weights: tuple[float, ...] | None = None  # of the loss; None: all 1
 
 
 def prepare_run(
@@ -138,8 +148,57 @@ def prepare_run(
         config = resolve_learning_rate(config, len(train.classes), run.activation_rms)
         run = dataclasses.replace(run, config=config)
         run_on_main_and_broadcast(lambda: create_run(workdir, run))
-    setup = Setup(workdir, config, run, start, train, validation, mesh, mesh_config)
+    weights = None
+    if config.class_weights == "balanced":
+        weights = balanced_weights(class_counts(train))
+    setup = Setup(workdir, config, run, start, train, validation, mesh, mesh_config, weights)
+    if existing is None and is_main_process():
+        for warning in unlikely_choices(config, train.size):
+            logger.warning(warning)
     return setup, pretrained
+
+
+def balanced_weights(counts: np.ndarray) -> tuple[float, ...]:
+    """Weights of the classes that are inverse to their numbers of images.
+
+    They are those of scikit-learn's "balanced": n / (classes · images of the class).
+
+    Args:
+        counts: Number of training images of each class, int (K,). A class may have none.
+
+    Returns:
+        The weights. Their mean over the images is 1, so the learning rate keeps its meaning.
+    """
+    num_classes = np.count_nonzero(counts)
+    return tuple((counts.sum() / (num_classes * np.maximum(counts, 1))).tolist())
+
+
+def unlikely_choices(config: TrainConfig, num_images: int) -> list[str]:
+    """Describes settings of a new run that are surely not meant.
+
+    Args:
+        config: The settings.
+        num_images: Number of training images.
+
+    Returns:
+        A sentence for each, with what to do.
+    """
+    warnings = []
+    if num_images <= config.batch_size and num_images > 1:
+        proposal = 2 ** max(0, round(math.log2(num_images / 8)))
+        warnings.append(
+            f"an epoch is a single step, because {num_images} training images fit into one batch "
+            f"of {config.batch_size}: pass a smaller batch size, such as --batch-size {proposal}"
+        )
+    share = (config.image_size / config.scale[0]) ** 2
+    if share < SMALLEST_SHARE:
+        ratio = round(config.image_size * 256 / 224)
+        warnings.append(
+            f"a crop of {config.image_size} pixels shows at most a {1 / share:.0f}th of an image "
+            f"at S = {config.scale[0]}: pass --scale {ratio}, the paper's ratio, or a larger "
+            "--image-size"
+        )
+    return warnings
 
 
 def find_existing_run(workdir: Path) -> tuple[RunMetadata | None, Start]:

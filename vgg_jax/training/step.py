@@ -27,7 +27,7 @@ from vgg_jax.distributed.sharding import (
     infer_shardings,
     replicated,
 )
-from vgg_jax.metrics import MetricSums, compute_sums
+from vgg_jax.metrics import MetricSums, compute_sums, cross_entropies
 from vgg_jax.model import VGG
 from vgg_jax.ops.epilogue import materialize_on_cpu
 from vgg_jax.preprocessing import subtract_mean
@@ -140,6 +140,7 @@ def train_step(
     mesh_config: MeshConfig = DATA_PARALLEL,
     microbatch: int | None = None,
     start_after: str | None = None,
+    class_weights: tuple[float, ...] | None = None,
 ) -> tuple[TrainState, MetricSums]:
     """One step of SGD on the mean loss of the examples whose mask is true.
 
@@ -156,9 +157,13 @@ def train_step(
             dropout draws other masks; otherwise the step is the same. None: all N.
         start_after: Name of the layer whose output is the batch's "features". None: the batch has
             images.
+        class_weights: Factor of the loss of an example, by its class. None: 1. The mean is over
+            the number of examples, not over the sum of their weights, so that each example counts
+            the same in any batch.
 
     Returns:
-        The next state, and the sums over the batch with dropout and augmentation on.
+        The next state, and the sums over the batch with dropout and augmentation on, without
+        weights.
     """
     key = jax.random.fold_in(state.key, state.step)
     param_specs = jax.tree.map(data_axis_spec, infer_shardings(state.params, mesh, mesh_config))
@@ -168,6 +173,7 @@ def train_step(
         model=model.clone(axis_name=DATA if mesh.shape[DATA] > 1 else None),
         mean_rgb=mean_rgb,
         start_after=start_after,
+        class_weights=class_weights,
         num_microbatches=batch_size // (microbatch or batch_size),
         param_specs=param_specs,
         allreduce_dtype=mesh_config.reduce,
@@ -219,8 +225,9 @@ def _loss(
     model: VGG,
     mean_rgb: tuple[float, float, float],
     start_after: str | None,
+    class_weights: tuple[float, ...] | None,
 ) -> tuple[Array, tuple[Any, MetricSums]]:
-    """The summed loss, with the new running statistics and the sums."""
+    """The summed loss with weights, with the new running statistics and the sums without."""
     logits: Any
     logits, updated = _apply(
         model,
@@ -234,7 +241,13 @@ def _loss(
         mutable=["batch_stats"],
     )
     sums = compute_sums(logits, batch["label"], batch["mask"])
-    return sums.loss, (updated.get("batch_stats", batch_stats), sums)
+    loss = sums.loss
+    if class_weights is not None:
+        weights = jnp.where(batch["mask"], jnp.asarray(class_weights)[batch["label"]], 0)
+        # A padding example (mask False) may hold NaN, and 0 · NaN is NaN.
+        losses = jnp.where(batch["mask"], cross_entropies(logits, batch["label"]), 0)
+        loss = (weights * losses).sum()
+    return loss, (updated.get("batch_stats", batch_stats), sums)
 
 
 def _apply(
@@ -261,6 +274,7 @@ def _local_gradients(
     model: VGG,
     mean_rgb: tuple[float, float, float],
     start_after: str | None,
+    class_weights: tuple[float, ...] | None,
     num_microbatches: int,
     param_specs: Any,
     allreduce_dtype: str,
@@ -271,7 +285,13 @@ def _local_gradients(
     Devices exchange gradients once a step, after the last micro-batch.
     """
     params = jax.tree.map(_gather_param, params, param_specs)
-    loss_fn = partial(_loss, model=model, mean_rgb=mean_rgb, start_after=start_after)
+    loss_fn = partial(
+        _loss,
+        model=model,
+        mean_rgb=mean_rgb,
+        start_after=start_after,
+        class_weights=class_weights,
+    )
     grad_fn = jax.grad(loss_fn, has_aux=True)
     if num_microbatches == 1:
         gradients, (batch_stats, sums) = grad_fn(params, batch_stats, batch, key)
@@ -422,6 +442,7 @@ def jit_steps(
     mesh: Mesh,
     mesh_config: MeshConfig = DATA_PARALLEL,
     donate: bool = True,
+    class_weights: tuple[float, ...] | None = None,
 ) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped]:
     """Jits the steps of a run.
 
@@ -432,6 +453,7 @@ def jit_steps(
         mesh: Devices.
         mesh_config: The parallelism of the run.
         donate: Reuses the memory of the old state for the new one. The old one is then deleted.
+        class_weights: As for `train_step`.
 
     Returns:
         `train_step(state, batch)` and `eval_step(variables, batch)`.
@@ -447,7 +469,13 @@ def jit_steps(
     options: dict[str, Any] = {"compiler_options": compiler_options(dtype=model.dtype)}
     state_shardings = infer_shardings(state_shapes(model, optimizer), mesh, mesh_config)
     train_step_jit = jax.jit(
-        partial(train_step, optimizer=optimizer, microbatch=config.microbatch, **static),
+        partial(
+            train_step,
+            optimizer=optimizer,
+            microbatch=config.microbatch,
+            class_weights=class_weights,
+            **static,
+        ),
         donate_argnums=0 if donate else (),
         out_shardings=(state_shardings, replicated(mesh)),
         **options,

@@ -5,7 +5,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -133,7 +133,13 @@ class Trainer:
         self._mean_rgb = setup.run.colours.mean_rgb
         # A check of a step needs the state before it, so the state is not donated.
         self._jit_train_step, self._jit_eval_step = jit_steps(
-            config, self._model, self._mean_rgb, mesh, mesh_config, donate=not debug_nans
+            config,
+            self._model,
+            self._mean_rgb,
+            mesh,
+            mesh_config,
+            donate=not debug_nans,
+            class_weights=setup.class_weights,
         )
         self._is_compiled = False
         self._crop = crop_function(
@@ -202,7 +208,9 @@ class Trainer:
             except StopRequestedError:
                 return False
             self.batches = train_feature_batches(train, config, **position)
-            self._validation_batches = partial(eval_feature_batches, validation, batch_size)
+            self._validation_batches: Callable[[], Iterator[dict[str, Any]]] = partial(
+                eval_feature_batches, validation, batch_size
+            )
             return True
         rows = local_rows(setup.mesh, config.batch_size)
         colours = setup.run.colours
