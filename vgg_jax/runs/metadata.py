@@ -193,9 +193,10 @@ def describe_run(run: RunMetadata) -> str:
         ("classes", f"{len(run.classes)}: {_shorten(', '.join(run.classes))}"),
         ("mean RGB", _format_value(tuple(round(value, 3) for value in run.colours.mean_rgb))),
     ]
+    paper = TrainConfig()  # it fills in `scale`
     for field in dataclasses.fields(TrainConfig):
         value = getattr(run.config, field.name)
-        star = "" if value == field.default or field.name == "data" else " *"
+        star = "" if value == getattr(paper, field.name) or field.name == "data" else " *"
         lines.append((field.name, _format_value(value) + star))
     width = max(len(name) for name, _ in lines) + 2
     text = "\n".join(f"{name:<{width}}{value}" for name, value in lines)
