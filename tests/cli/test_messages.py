@@ -121,7 +121,7 @@ def test_warning_is_shortened(tmp_path, capsys):
     assert warning.startswith("warning: ")
     assert re.search(r"decoder\.\d+\.weight … and \d+ more; --verbose lists all$", warning)
     assert len(warning) <= MAX_LENGTH
-    assert main([*command, "--verbose"]) == 0
+    assert main([*command, "--verbose", "--overwrite"]) == 0
     warning = capsys.readouterr().err
     assert all(f"decoder.{i}.weight" in warning for i in range(40))
 

@@ -150,7 +150,7 @@ def test_folder_without_data(tmp_path, folder):
     with pytest.raises(InputError, match=message):
         open_train_val(str(folder / "train" / "ants"))
     os.rename(folder / "train", folder / "test")
-    with pytest.raises(InputError, match=r"has no split 'train': expected one of test, val"):
+    with pytest.raises(InputError, match=r"has no split 'train': expected one of val, test"):
         open_train_val(str(folder))
 
 

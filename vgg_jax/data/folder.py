@@ -31,7 +31,7 @@ from vgg_jax.data.filesystem import (
 from vgg_jax.data.label_file import SUFFIXES as LIST_SUFFIXES
 from vgg_jax.data.label_file import find_label_file, read_flat_labels
 from vgg_jax.data.splits import StoredSplit
-from vgg_jax.division import split_kind
+from vgg_jax.division import SPLIT_NAMES, split_kind
 from vgg_jax.errors import InputError, shorten_names
 from vgg_jax.image_files import is_image, is_note, is_system_name
 
@@ -123,7 +123,7 @@ def _split_folders(root: str) -> dict[str, str]:
         )
     if others:
         logger.info("ignored beside the splits of %s: %s", root, shorten_names(others))
-    return splits
+    return {kinds[kind]: splits[kinds[kind]] for kind in SPLIT_NAMES if kind in kinds}
 
 
 def _read_split(
