@@ -135,10 +135,10 @@ def test_image_folder_in_store():
             for i in range(count):
                 with tf.io.gfile.GFile(f"{root}/{split}/{label}/{i}.png", "wb") as file:
                     file.write(encode(noise(20, 24, i)))
-    with tf.io.gfile.GFile(f"{root}/train/ants/notes.txt", "w") as file:
+    with tf.io.gfile.GFile(f"{root}/train/ants/notes.jpg", "w") as file:
         file.write("no image")
     message = (
-        rf"1 of 11 files under '{root}/train' are not images, .*: '{root}/train/ants/notes.txt'"
+        rf"1 of 11 files under '{root}/train' are not images, .*: '{root}/train/ants/notes.jpg'"
     )
     with pytest.raises(InputError, match=message):
         open_train_val(root, validation_fraction=0.1, seed=0)

@@ -30,9 +30,10 @@ def check_measurements(measured, images):
 def photos(tmp_path):
     """A folder, and its 11 images of different sizes."""
     images = [noise(5 + 3 * i, 40 - 2 * i, seed=i) // (1 + i % 3) for i in range(11)]
-    (tmp_path / "a").mkdir()
     for i, image in enumerate(images):
-        (tmp_path / "a" / f"{i:02}.png").write_bytes(encode(image))
+        path = tmp_path / ("a" if i < 8 else "b") / f"{i:02}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(encode(image))
     return tmp_path, images
 
 
