@@ -17,7 +17,6 @@ from vgg_jax.paths import to_path
 
 logger = logging.getLogger(__name__)
 
-SUFFIX = ".npz"
 IN_MEMORY = "arrays"  # the `data` of a run whose arrays have no file
 
 # Names of arrays in files without names of splits, in lower case.
@@ -72,11 +71,6 @@ class ArraySource:
     def file_name(self, index: int) -> str:
         """Name of an example, by its position in the split."""
         return f"{self.name.removesuffix(' (held out)')} {index}"
-
-
-def is_npz(data: Any) -> bool:
-    """Tells whether the data of a run are a path of an .npz file."""
-    return isinstance(data, (str, os.PathLike)) and os.fspath(data).lower().endswith(SUFFIX)
 
 
 def check_arrays(
@@ -150,15 +144,15 @@ def _to_uint8(array: np.ndarray, name: str) -> np.ndarray:
     smallest, largest = array.min(), array.max()
     if not np.isfinite(smallest) or not np.isfinite(largest):
         raise InputError(f"{name} hold NaN or infinity: expected uint8 from 0 to 255")
-    found = f"{name} are {array.dtype} from {smallest:.6g} to {largest:.6g}"
+    description = f"{name} are {array.dtype} from {smallest:.6g} to {largest:.6g}"
     if smallest < 0 or largest > 255:
         advice = ", the mean not subtracted" if smallest < 0 else ""
-        raise InputError(f"{found}: expected uint8 from 0 to 255{advice}")
+        raise InputError(f"{description}: expected uint8 from 0 to 255{advice}")
     pixels = array.astype(np.uint8)
     if array.dtype.kind == "f" and (largest <= 1 or not np.array_equal(pixels, array)):
         factor = "images * 255" if largest <= 1 else "images"
         raise InputError(
-            f"{found}: expected uint8 from 0 to 255; pass np.round({factor}).astype(np.uint8)"
+            f"{description}: expected uint8 from 0 to 255; pass np.round({factor}).astype(np.uint8)"
         )
     return pixels
 
@@ -183,13 +177,13 @@ def _check_labels(
     if not len(array):
         return array.astype(np.int32), tuple(classes or ())
     smallest, largest, count = int(array.min()), int(array.max()), len(np.unique(array))
-    found = f"{name} are from {smallest} to {largest}"
+    description = f"{name} are from {smallest} to {largest}"
     if smallest < 0 or (classes is not None and largest >= len(classes)):
         bound = "K - 1" if classes is None else f"{len(classes) - 1}"
-        raise InputError(f"{found}: expected numbers from 0 to {bound}")
+        raise InputError(f"{description}: expected numbers from 0 to {bound}")
     if classes is None and largest >= 2 * count + 10:
         raise InputError(
-            f"{found} with {count} different values: expected numbers from 0 to {count - 1}; "
+            f"{description} with {count} different values: expected numbers from 0 to {count - 1}; "
             "pass np.unique(labels, return_inverse=True)[1]"
         )
     names = tuple(map(str, range(largest + 1))) if classes is None else tuple(classes)

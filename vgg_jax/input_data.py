@@ -21,7 +21,6 @@ from vgg_jax.arrays import (
     ArraySource,
     check_arrays,
     default_settings,
-    is_npz,
     open_npz_split,
     read_npz,
     train_val_sources,
@@ -31,6 +30,7 @@ from vgg_jax.configs.colours import ColourStatistics
 from vgg_jax.configs.presets import preset
 from vgg_jax.configs.train import TrainConfig
 from vgg_jax.errors import InputError
+from vgg_jax.paths import is_npz
 
 if TYPE_CHECKING:
     from vgg_jax.data import DataSource
@@ -50,7 +50,6 @@ __all__ = [
     "rescaled_images",
     "resolve_config",
     "split_names",
-    "steps_per_epoch",
     "train_batches",
 ]
 
@@ -85,12 +84,13 @@ def resolve_config(
         InputError: An argument is wrong, or does not fit the others.
     """
     options = {"validation": validation, "classes": classes}
-    passed = [name for name, value in options.items() if value is not None]
+    array_options = [name for name, value in options.items() if value is not None]
     if isinstance(data, TrainConfig):
-        if passed or settings:
+        if array_options or settings:
+            name = [*array_options, *settings][0]
             raise InputError(
-                f"{[*passed, *settings][0]} is passed with a TrainConfig: expected it in the "
-                "configuration, or arrays (images, labels) instead of one"
+                f"{name} is passed with a TrainConfig: expected it in the configuration, or arrays "
+                "(images, labels) instead of one"
             )
         return data, None
     fields = [field.name for field in dataclasses.fields(TrainConfig)]
@@ -98,9 +98,10 @@ def resolve_config(
     if unknown:
         raise InputError(f"{unknown[0]} is no setting: expected some of {', '.join(fields)}")
     if isinstance(data, (str, os.PathLike)):
-        if passed:
+        if array_options:
             raise InputError(
-                f"{passed[0]} is passed and the data is {data!r}: expected it with arrays only"
+                f"{array_options[0]} is passed and the data is {data!r}: expected it with arrays "
+                "only"
             )
         name = os.fspath(data)
         if not is_npz(name):
@@ -234,11 +235,6 @@ def class_counts(source: "Source") -> np.ndarray:
 
         labels = read_labels(source)
     return np.bincount(labels, minlength=len(source.classes))
-
-
-def steps_per_epoch(source: "Source", batch_size: int) -> int:
-    """Number of batches of an epoch, the last of which may be padded."""
-    return -(-source.size // batch_size)
 
 
 def train_batches(

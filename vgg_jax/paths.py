@@ -29,6 +29,11 @@ def is_remote(path: str | os.PathLike) -> bool:
     return "://" in text
 
 
+def is_npz(data: Any) -> bool:
+    """Tells if the data of a run are a path of an .npz file."""
+    return isinstance(data, (str, os.PathLike)) and os.fspath(data).lower().endswith(".npz")
+
+
 def to_path(path: str | os.PathLike) -> Any:
     """Converts a user's path to an object with the methods of `pathlib.Path`.
 

@@ -8,13 +8,14 @@ import io
 import numbers
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from vgg_jax.configs.evaluation import MAX_IMAGE_PIXELS, check_rounding
 from vgg_jax.errors import DataError, InputError, install_hint, single_line
+from vgg_jax.exif import EXIF_MARKER, file_orientation, find_exif, read_orientation
 from vgg_jax.paths import is_store_error, to_path
 
 if TYPE_CHECKING:
@@ -28,9 +29,6 @@ AnyArray = TypeVar("AnyArray", np.ndarray, "Array")
 # Pillow has the same limit. A file of a few kilobytes can decode to gigabytes of pixels.
 MAX_DECODED_PIXELS = 178_956_970
 
-_EXIF_MARKER = b"Exif\0\0"
-_ORIENTATION_TAG = 0x112
-_LONG = 4  # EXIF's number for the type "32-bit integer"
 
 _FIELDS = ("mean_rgb", "image_size", "scale", "exif")  # of the metadata
 
@@ -146,8 +144,8 @@ def decode_by_pillow(encoded: bytes) -> np.ndarray:
 
     if encoded.startswith(b"\xff\xd8\xff"):
         # Without its marker, Pillow does not read the EXIF: it would warn if it is damaged.
-        stop = _find_exif(encoded).stop
-        encoded = encoded[:stop].replace(_EXIF_MARKER, bytes(6)) + encoded[stop:]
+        stop = find_exif(encoded).stop
+        encoded = encoded[:stop].replace(EXIF_MARKER, bytes(6)) + encoded[stop:]
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             return _rgb_pixels(image)
@@ -157,106 +155,6 @@ def decode_by_pillow(encoded: bytes) -> np.ndarray:
         raise ValueError(f"it has more than {MAX_DECODED_PIXELS:,} pixels") from error
     except (OSError, SyntaxError, EOFError, struct.error) as error:
         raise ValueError(single_line(error)) from error
-
-
-def file_orientation(encoded: bytes) -> int:
-    """Reads the EXIF orientation of an image file.
-
-    Args:
-        encoded: Content of a JPEG, PNG, WebP or AVIF file. Pillow turns a TIFF by itself. Other
-            formats have no EXIF.
-
-    Returns:
-        The orientation, 1 to 8. Without a valid one it is 1, upright.
-    """
-    if encoded[4:8] != b"ftyp":
-        return read_orientation(encoded[_find_exif(encoded)])
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            return read_orientation(image.info.get("exif", b""))
-    except (OSError, ValueError, SyntaxError, RuntimeError):
-        return 1
-
-
-def read_orientation(exif: bytes) -> int:
-    """Reads the orientation tag in the first directory of EXIF.
-
-    Args:
-        exif: The EXIF data, with or without its marker.
-
-    Returns:
-        The orientation, 1 to 8. Without a valid one it is 1, upright.
-    """
-    # Pillow's `Image.getexif` is no substitute. In damaged EXIF it loses orientations that are
-    # intact, or raises. It also warns, and `warnings.catch_warnings` is not safe in the threads
-    # that decode.
-    exif = exif.removeprefix(_EXIF_MARKER)
-    byte_order = {b"II": "<", b"MM": ">"}.get(exif[:2])
-    if byte_order is None:
-        return 1
-    try:
-        directory = struct.unpack_from(f"{byte_order}I", exif, 4)[0]
-        for entry in range(struct.unpack_from(f"{byte_order}H", exif, directory)[0]):
-            offset = directory + 2 + 12 * entry
-            tag, value_type = struct.unpack_from(f"{byte_order}HH", exif, offset)
-            if tag == _ORIENTATION_TAG:
-                value_format = byte_order + ("I" if value_type == _LONG else "H")
-                value = struct.unpack_from(value_format, exif, offset + 8)[0]
-                return int(value) if 1 <= value <= 8 else 1
-    except struct.error:  # the directory lies outside of the data
-        pass
-    return 1
-
-
-def _find_exif(encoded: bytes) -> slice:
-    """Finds the EXIF data of a JPEG, PNG or WebP file. The slice is empty if there is none."""
-    if encoded.startswith(b"\xff\xd8\xff"):
-        chunks, name = _jpeg_segments(encoded), b"\xff\xe1"
-    elif encoded.startswith(b"\x89PNG"):
-        chunks, name = _png_chunks(encoded), b"eXIf"
-    elif encoded.startswith(b"RIFF"):
-        chunks, name = _webp_chunks(encoded), b"EXIF"
-    else:
-        return slice(0)
-    for found, start, stop in chunks:
-        # XMP has the same name in a JPEG.
-        is_exif = name != b"\xff\xe1" or encoded.startswith(_EXIF_MARKER, start)
-        if found == name and is_exif:
-            return slice(start, stop)
-    return slice(0)
-
-
-def _jpeg_segments(encoded: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Yields name, start and stop of the segments before the pixels of a JPEG."""
-    position = 2
-    while encoded.startswith(b"\xff", position):
-        if encoded.startswith(b"\xff", position + 1):  # fill bytes may precede a segment
-            position += 1
-            continue
-        name = encoded[position : position + 2]
-        stop = position + 2 + int.from_bytes(encoded[position + 2 : position + 4], "big")
-        if name == b"\xff\xda" or stop < position + 4:  # the pixels, or damage
-            return
-        yield name, position + 4, stop
-        position = stop
-
-
-def _png_chunks(encoded: bytes) -> Iterator[tuple[bytes, int, int]]:
-    position = 8
-    while position + 8 <= len(encoded):
-        length, name = struct.unpack_from(">I4s", encoded, position)
-        yield name, position + 8, position + 8 + length
-        position += 12 + length  # with the checksum
-
-
-def _webp_chunks(encoded: bytes) -> Iterator[tuple[bytes, int, int]]:
-    position = 12
-    while position + 8 <= len(encoded):
-        name, length = struct.unpack_from("<4sI", encoded, position)
-        yield name, position + 8, position + 8 + length
-        position += 8 + length + length % 2
 
 
 def _check_settings(metadata: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -15,13 +15,13 @@ from tests.helpers.tiny import init
 from vgg_jax import IMAGENET, InputError, TrainConfig, cli, load
 from vgg_jax.configs.evaluation import EvalProtocol
 from vgg_jax.data import decode, open_train_val, resize_shorter_side
+from vgg_jax.evaluation.class_names import map_class_indices
 from vgg_jax.evaluation.dense import class_posteriors
 from vgg_jax.evaluation.evaluate import (
     Evaluation,
     evaluate,
     fuse,
     load_evaluation,
-    map_class_indices,
     save_evaluation,
 )
 from vgg_jax.metrics import wilson_interval

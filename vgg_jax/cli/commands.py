@@ -18,7 +18,7 @@ from vgg_jax.configs.presets import preset
 from vgg_jax.configs.train import TrainConfig
 from vgg_jax.errors import InputError
 from vgg_jax.image_files import FORMATS
-from vgg_jax.paths import is_remote, require_local, to_path
+from vgg_jax.paths import is_npz, is_remote, require_local, to_path
 from vgg_jax.runtime.memory import configure_malloc
 from vgg_jax.runtime.signals import interrupt_on_sigterm
 
@@ -41,7 +41,7 @@ def train(
         from vgg_jax.data import read_exclude_list
 
         flags["exclude"] = read_exclude_list(flags["exclude"])
-    if is_npz := data.lower().endswith(".npz"):
+    if is_npz(data):
         net, settings = flags.get("net", TrainConfig.net), flags
     else:
         config = preset(data, **flags)
@@ -64,7 +64,7 @@ def train(
     try:
         with multihost.shutdown_on_exit():
             result = fit(
-                data if is_npz else config,
+                data if is_npz(data) else config,
                 workdir,
                 data_dir,
                 download,
@@ -189,7 +189,7 @@ def summary(
         from vgg_jax.training.memory_estimate import estimate_step_memory, free_device_memory
 
         free = free_device_memory()
-        here = f" {free / 1e9:.2f} GB are free here." if math.isfinite(free) else ""
+        free_text = f" {free / 1e9:.2f} GB are free here." if math.isfinite(free) else ""
         memory = estimate_step_memory(config, num_classes)
         total, state = memory["total"] / 1e9, memory["state"] / 1e9
         print(
@@ -197,7 +197,7 @@ def summary(
             f"{state:.2f} GB for parameters and momentum, the rest for\n"
             "activations, gradients and XLA, on one device like this; "
             "memory that the process already holds is not included. "
-            f"The step was compiled, not run.{here}"
+            f"The step was compiled, not run.{free_text}"
         )
     return ExitCode.DONE
 
@@ -259,7 +259,7 @@ def statistics(
 
 def verify_data(data: str, data_dir: str | None, download: bool, out: str) -> ExitCode:
     """Reads every image once, and writes a list of the unreadable ones."""
-    if data.lower().endswith(".npz"):
+    if is_npz(data):
         raise InputError(
             f"{data!r} holds pixels, of which none can be damaged by itself: expected an image "
             "folder or a name of TensorFlow Datasets"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from vgg_jax import __version__
 from vgg_jax.configs.colours import CHANNEL_ORDERS, IMAGE_RANGES
-from vgg_jax.configs.evaluation import MAX_PIXELS_PER_BATCH, PROTOCOLS
+from vgg_jax.configs.evaluation import MATCHES, MAX_PIXELS_PER_BATCH, PROTOCOLS
 from vgg_jax.configs.export import EXPORT_OUTPUTS, SAVE_LAYOUTS
 from vgg_jax.configs.models import CONFIGS
 from vgg_jax.configs.presets import PRESETS
@@ -314,7 +314,7 @@ def _add_evaluate(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--match",
-        choices=("exact", "order", "synset", "name"),
+        choices=MATCHES,
         default="exact",
         help="how the data's classes are found among the net's: by equal names (exact, the "
         "default), by their number (order), by their WordNet ids (synset), or by names without "

@@ -12,6 +12,8 @@ PROTOCOLS = (
     "both",  # the mean of dense and multi-crop
 )
 
+# How the classes of a data set are found among those of a net.
+MATCHES = ("exact", "order", "synset", "name")
 # How the lengths of a resized image and the place of its centre crop become whole numbers.
 ROUNDINGS = (
     "nearest",  # the longer side to the nearest integer, half of an odd margin up

@@ -3,10 +3,10 @@
 import numpy as np
 import tensorflow as tf
 
+from vgg_jax.exif import file_orientation
 from vgg_jax.preprocessing import (
     MAX_DECODED_PIXELS,
     decode_by_pillow,
-    file_orientation,
 )
 
 # Pillow and torchvision decode JPEG with this method, so the pixels equal theirs. TensorFlow's

@@ -28,8 +28,8 @@ from vgg_jax.data.filesystem import (
     listdir,
     read_header,
 )
+from vgg_jax.data.flat_labels import find_label_file, read_flat_labels
 from vgg_jax.data.label_file import SUFFIXES as LIST_SUFFIXES
-from vgg_jax.data.label_file import find_label_file, read_flat_labels
 from vgg_jax.data.splits import StoredSplit
 from vgg_jax.division import SPLIT_NAMES, split_kind
 from vgg_jax.errors import InputError, shorten_names
@@ -140,10 +140,8 @@ def _read_split(
     all_images, others = split_images(listed, name)
     if is_flat:
         all_images, classes = _label_images(split, all_images.paths, classes)
-    images, not_images = (
-        exclude_files(all_images, root, exclude),
-        exclude_files(others, root, exclude),
-    )
+    images = exclude_files(all_images, root, exclude)
+    not_images = exclude_files(others, root, exclude)
     empty = _classes_without_images(folder, images, classes)
     _check_nested(split, empty)
     damaged = _without_notes(name, not_images.paths, system_files)
@@ -257,11 +255,11 @@ def _report_loose_images(folder: str) -> None:
 
 def _unknown_class(path: str, name: str, classes: Sequence[str]) -> str:
     form = unicodedata.normalize("NFC", name)
-    for known in classes:
-        if unicodedata.normalize("NFC", known) == form:
+    for training_class in classes:
+        if unicodedata.normalize("NFC", training_class) == form:
             return (
-                f"the class folder {path!r} differs from the training class {known!a} only in "
-                f"its Unicode form, {name!a}: expected the same name; rename it"
+                f"the class folder {path!r} differs from the training class {training_class!a} "
+                f"only in its Unicode form, {name!a}: expected the same name; rename it"
             )
     if _PART.fullmatch(name):
         return (

@@ -6,14 +6,10 @@ line with names of columns is optional.
 
 import csv
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
-from vgg_jax.data.filesystem import exists
-from vgg_jax.errors import InputError, install_hint, shorten_names
+from vgg_jax.errors import InputError, shorten_names
 from vgg_jax.image_files import has_image_suffix
 from vgg_jax.paths import to_path
 
@@ -28,7 +24,6 @@ LABEL_COLUMNS = (
     *("category", "target", "breed", "species", "predictionstring", "classid", "y"),
 )
 SPLIT_COLUMNS = ("split", "subset", "set", "partition", "dataset", "data set", "phase", "usage")
-DEVKIT = "ILSVRC2012_devkit_t12/data"  # ImageNet's development kit, as its archive unpacks
 
 logger = logging.getLogger(__name__)
 
@@ -40,37 +35,6 @@ class Row(NamedTuple):
     label: str
     split: str | None
     number: int  # of the line, from 1
-
-
-def find_label_file(root: str, split: str, folder: str) -> str | None:
-    """Finds the label file of a folder of photos without class folders.
-
-    Args:
-        root: Folder of the data.
-        split: Name of the split's folder: "val".
-        folder: The split's folder.
-
-    Returns:
-        Path of the file, or None.
-
-    Raises:
-        InputError: Several files may be meant.
-    """
-    stems = [split, f"{split}_labels", f"{split}_annotations", "labels"]
-    names = [stem + suffix for stem in stems for suffix in SUFFIXES]
-    if split.lower().startswith("val"):
-        truth = "ILSVRC2012_validation_ground_truth.txt"
-        names += ["LOC_val_solution.csv", truth, f"{DEVKIT}/{truth}"]
-    places = dict.fromkeys((root, folder))
-    found = [
-        path for place in places for name in names if exists(path := os.path.join(place, name))
-    ]
-    if len(found) > 1:
-        raise InputError(
-            f"{len(found)} files may have the labels of {folder!r}: "
-            f"{', '.join(map(repr, found))}; expected one; rename or move the others"
-        )
-    return found[0] if found else None
 
 
 def read_rows(path: str) -> list[Row]:
@@ -127,34 +91,6 @@ def read_numbers(path: str) -> list[int] | None:
     return [int(cells[0]) for _, cells in lines]
 
 
-def read_synsets(path: str) -> dict[int, str]:
-    """Reads which synset each ILSVRC2012_ID means.
-
-    The numbers are not the order of the sorted synsets.
-
-    Args:
-        path: `meta.mat` of ImageNet's development kit.
-
-    Returns:
-        Synsets by number: {1: "n02119789"}.
-
-    Raises:
-        InputError: The file cannot be read.
-    """
-    try:
-        from scipy.io import loadmat
-    except ImportError as error:
-        raise InputError(f"{path} needs scipy ({error}): {install_hint('train')}") from error
-    try:
-        synsets = loadmat(path, squeeze_me=True)["synsets"]
-        return {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in synsets}
-    except Exception as error:  # scipy has no class of its own for its errors
-        raise InputError(
-            f"{path} cannot be read ({' '.join(str(error).split())[:100]}): expected meta.mat of "
-            "ImageNet's development kit"
-        ) from error
-
-
 def sort_labels(labels: Sequence[str]) -> tuple[str, ...]:
     """Sorts the distinct labels: as numbers if all are numbers, else as texts.
 
@@ -167,87 +103,6 @@ def sort_labels(labels: Sequence[str]) -> tuple[str, ...]:
     distinct = set(labels)
     key = int if all(label.isdecimal() for label in distinct) else None
     return tuple(sorted(sorted(distinct), key=key))  # type: ignore[type-var, arg-type]
-
-
-def read_flat_labels(
-    label_file: str, file_names: Sequence[str], classes: tuple[str, ...]
-) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Reads the labels of a folder of photos without class folders.
-
-    Args:
-        label_file: Path of the label file. Lines of one number each are ImageNet's ground truth.
-            They belong to the sorted photos, and need `meta.mat` beside the file.
-        file_names: Names of the photos, sorted.
-        classes: Names of the training classes, or none to take them from the file.
-
-    Returns:
-        Labels, int32 (n,), and the names of the classes.
-
-    Raises:
-        InputError: A photo has no label, or a label is no class.
-    """
-    numbers = read_numbers(label_file)
-    if numbers is not None:
-        names = _ground_truth(label_file, numbers, len(file_names))
-    else:
-        names = _labels_by_file(label_file, file_names)
-    if not classes:
-        classes = sort_labels(names)
-    index = {name: label for label, name in enumerate(classes)}
-    reading = "its labels are class names"
-    if any(name not in index for name in names) and all(name.isdecimal() for name in names):
-        reading = "its numbers count the sorted class names from 0"
-        index = {str(label): label for label in range(len(classes))}
-        names = [str(int(name)) for name in names]
-    for file, name in zip(file_names, names, strict=True):
-        if name not in index:
-            raise InputError(
-                f"{label_file} gives {file!r} the label {name!r}: expected one of the "
-                f"{len(classes)} training classes ({shorten_names(classes)}) or its number from 0"
-            )
-    logger.info("labels of %d photos are from %s: %s", len(names), label_file, reading)
-    return np.array([index[name] for name in names], np.int32), classes
-
-
-def _ground_truth(label_file: str, numbers: Sequence[int], num_photos: int) -> list[str]:
-    """Converts ImageNet's ground truth to synsets."""
-    if len(numbers) != num_photos:
-        raise InputError(
-            f"{label_file} has {len(numbers)} labels for {num_photos} photos: expected one for each"
-        )
-    meta = os.path.join(os.path.dirname(label_file), "meta.mat")
-    if not os.path.exists(meta):
-        raise InputError(
-            f"{label_file} has numbers without files, which count ImageNet's classes in an order "
-            f"of their own: expected the development kit's meta.mat beside it; copy it to {meta}"
-        )
-    synsets = read_synsets(meta)
-    unknown = [number for number in numbers if number not in synsets]
-    if unknown:
-        raise InputError(f"{label_file} has the number {unknown[0]}, which {meta} does not have")
-    return [synsets[number] for number in numbers]
-
-
-def _labels_by_file(label_file: str, file_names: Sequence[str]) -> list[str]:
-    labels: dict[str, str] = {}
-    for row in read_rows(label_file):
-        file = os.path.basename(row.file.replace("\\", "/"))
-        # ImageNet's LOC_val_solution.csv has the boxes after the class.
-        label = row.label.split()[0] if "solution" in label_file.lower() else row.label
-        if labels.setdefault(file, label) != label:
-            raise InputError(
-                f"line {row.number} of {label_file} gives {file!r} a second label, {label!r} after "
-                f"{labels[file]!r}: expected one"
-            )
-    # Some lists have no extensions.
-    names = [file if file in labels else os.path.splitext(file)[0] for file in file_names]
-    missing = [file for file, name in zip(file_names, names, strict=True) if name not in labels]
-    if missing:
-        raise InputError(
-            f"{len(missing)} of {len(file_names)} photos have no label in {label_file}, for "
-            f"example {missing[0]!r}: expected a line for each"
-        )
-    return [labels[name] for name in names]
 
 
 def _read_lines(path: str) -> list[tuple[int, list[str]]]:

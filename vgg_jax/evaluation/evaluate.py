@@ -5,7 +5,6 @@ import io
 import json
 import logging
 import os
-import re
 import time
 import zipfile
 import zlib
@@ -22,6 +21,7 @@ from vgg_jax.configs.evaluation import MAX_PIXELS_PER_BATCH, EvalProtocol
 from vgg_jax.distributed.sharding import make_mesh
 from vgg_jax.division import split_kind
 from vgg_jax.errors import InputError
+from vgg_jax.evaluation.class_names import map_class_indices
 from vgg_jax.evaluation.dense import iter_posteriors, resolve_protocol
 from vgg_jax.input_data import open_split, open_train_val, rescaled_images, split_names
 from vgg_jax.metrics import MetricSums, finalize, label_ranks, wilson_interval
@@ -34,9 +34,6 @@ from vgg_jax.weights import from_loaded
 from vgg_jax.weights.weights import to_metadata
 
 logger = logging.getLogger(__name__)
-
-# How the classes of a data set are found among those of a net.
-MATCHES = ("exact", "order", "synset", "name")
 
 # Errors that np.load and zipfile raise for damaged or foreign files.
 _READ_ERRORS = (
@@ -319,79 +316,6 @@ def _collect(stream: Iterable[tuple[int, np.ndarray]], size: int, num_classes: i
     if count != size:
         raise RuntimeError(f"{count} of {size} images were evaluated")
     return posteriors
-
-
-def map_class_indices(
-    names: Sequence[str], net_classes: Sequence[str], message: str, match: str = "exact"
-) -> np.ndarray:
-    """Finds the classes of a data set among those of a net.
-
-    Args:
-        names: The classes of the data set.
-        net_classes: The classes of the net.
-        message: Start of the error message.
-        match: One of `MATCHES`. "exact" takes equal names, and a WordNet id alone, "n01440764", for
-            "n01440764 tench, Tinca tinca". "order" takes the classes by their number. "synset"
-            compares the WordNet ids at the start of both names. "name" compares the names without
-            WordNet ids, case, spaces, "-" and "_"; each of several names between commas counts.
-
-    Returns:
-        The index of each name in `net_classes`, int (n,).
-
-    Raises:
-        InputError: The net lacks a class, or two of its classes fit. The message lists up to five
-            of each, and the matches that would fit.
-    """
-    indices = _find_classes(names, net_classes, match)
-    unknown = [name for name, index in zip(names, indices, strict=True) if index is None]
-    if not unknown:
-        return np.array(indices)
-    fitting = [
-        m for m in MATCHES if m != match and None not in _find_classes(names, net_classes, m)
-    ]
-    remedy = "pass the net's names with --classes FILE"
-    if fitting:
-        remedy = f"pass --match {' or '.join(fitting)}, or {remedy.removeprefix('pass ')}"
-    raise InputError(
-        f"{message}: {_first_few(unknown)}; "
-        f"expected some of its {len(net_classes)}: {_first_few(net_classes)}; {remedy}"
-    )
-
-
-def _find_classes(names: Sequence[str], net_classes: Sequence[str], match: str) -> list[int | None]:
-    """Finds the index of each name among the net's classes; None if there is not exactly one."""
-    if match == "order":
-        same_number = len(names) == len(net_classes)
-        return [index if same_number else None for index in range(len(names))]
-    keys = {"exact": _exact_keys, "synset": _synset_keys, "name": _name_keys}[match]
-    found: dict[str, set[int]] = {}
-    for index, name in enumerate(net_classes):
-        for key in keys(name):
-            found.setdefault(key, set()).add(index)
-    result = []
-    for name in names:
-        own_keys = {name} if match == "exact" else keys(name)
-        indices = set().union(*(found.get(key, ()) for key in own_keys))
-        result.append(indices.pop() if len(indices) == 1 else None)
-    return result
-
-
-def _exact_keys(name: str) -> set[str]:
-    return {name} | _synset_keys(name)
-
-
-def _synset_keys(name: str) -> set[str]:
-    synset = re.match(r"n\d{8}(?!\d)", name)
-    return {synset[0]} if synset else set()
-
-
-def _name_keys(name: str) -> set[str]:
-    words = re.sub(r"^n\d{8}(?!\d)[ _-]*", "", name)
-    return {re.sub(r"[\s_-]", "", part).casefold() for part in words.split(",")} - {""}
-
-
-def _first_few(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:5])) + (", …" if len(names) > 5 else "")
 
 
 def save_evaluation(

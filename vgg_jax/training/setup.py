@@ -11,7 +11,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vgg_jax.arrays import is_npz
 from vgg_jax.configs.colours import IMAGENET
 from vgg_jax.configs.presets import resolve_learning_rate
 from vgg_jax.configs.train import TrainConfig
@@ -31,6 +30,7 @@ from vgg_jax.input_data import (
     measure_colours,
     open_train_val,
 )
+from vgg_jax.paths import is_npz
 from vgg_jax.runs.metadata import (
     RunMetadata,
     as_json,

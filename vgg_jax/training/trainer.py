@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from vgg_jax.distributed.multihost import StepSynchronizer, Watchdog, is_main_process
 from vgg_jax.distributed.sharding import DATA, local_rows, shard_batch
 from vgg_jax.errors import InputError
-from vgg_jax.input_data import crop_function, eval_batches, steps_per_epoch, train_batches
+from vgg_jax.input_data import crop_function, eval_batches, train_batches
 from vgg_jax.metrics import MetricSums, merge
 from vgg_jax.model import build_model
 from vgg_jax.runs.checkpoint import CheckpointSaveError
@@ -148,7 +148,7 @@ class Trainer:
         self.state = init_state(self._model, sgd(config), config.seed, mesh, mesh_config)
         self._synchronizer = StepSynchronizer(mesh)
 
-        self._steps_per_epoch = steps_per_epoch(setup.train, config.batch_size)
+        self._steps_per_epoch = -(-setup.train.size // config.batch_size)  # the last is padded
         data_axis_size = mesh.shape[DATA]
         self._eval_batch_size = min(
             config.microbatch or config.batch_size,

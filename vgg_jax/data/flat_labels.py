@@ -1,0 +1,144 @@
+"""Labels of photos without class folders, from a label file beside them or from ImageNet's kit."""
+
+import logging
+import os
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from vgg_jax.data.filesystem import exists
+from vgg_jax.data.label_file import SUFFIXES, read_numbers, read_rows, sort_labels
+from vgg_jax.errors import InputError, install_hint, shorten_names, single_line
+
+DEVKIT = "ILSVRC2012_devkit_t12/data"  # ImageNet's development kit, as its archive unpacks
+
+logger = logging.getLogger(__name__)
+
+
+def find_label_file(root: str, split: str, folder: str) -> str | None:
+    """Finds the label file of a folder of photos without class folders.
+
+    Args:
+        root: Folder of the data.
+        split: Name of the split's folder: "val".
+        folder: The split's folder.
+
+    Returns:
+        Path of the file, or None.
+
+    Raises:
+        InputError: Several files may be meant.
+    """
+    stems = [split, f"{split}_labels", f"{split}_annotations", "labels"]
+    names = [stem + suffix for stem in stems for suffix in SUFFIXES]
+    if split.lower().startswith("val"):
+        truth = "ILSVRC2012_validation_ground_truth.txt"
+        names += ["LOC_val_solution.csv", truth, f"{DEVKIT}/{truth}"]
+    parents = dict.fromkeys((root, folder))
+    paths = [os.path.join(parent, name) for parent in parents for name in names]
+    found = list(filter(exists, paths))
+    if len(found) > 1:
+        raise InputError(
+            f"{len(found)} files may have the labels of {folder!r}: "
+            f"{', '.join(map(repr, found))}; expected one; rename or move the others"
+        )
+    return found[0] if found else None
+
+
+def read_flat_labels(
+    label_file: str, file_names: Sequence[str], classes: tuple[str, ...]
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Reads the labels of a folder of photos without class folders.
+
+    Args:
+        label_file: Path of the label file. Lines of one number each are ImageNet's ground truth.
+            They belong to the sorted photos, and need `meta.mat` beside the file.
+        file_names: Names of the photos, sorted.
+        classes: Names of the training classes, or none to take them from the file.
+
+    Returns:
+        Labels, int32 (n,), and the names of the classes.
+
+    Raises:
+        InputError: A photo has no label, or a label is no class.
+    """
+    numbers = read_numbers(label_file)
+    if numbers is not None:
+        names = _read_ground_truth(label_file, numbers, len(file_names))
+    else:
+        names = _labels_by_file(label_file, file_names)
+    if not classes:
+        classes = sort_labels(names)
+    index = {name: label for label, name in enumerate(classes)}
+    reading = "its labels are class names"
+    if any(name not in index for name in names) and all(name.isdecimal() for name in names):
+        reading = "its numbers count the sorted class names from 0"
+        index = {str(label): label for label in range(len(classes))}
+        names = [str(int(name)) for name in names]
+    for file, name in zip(file_names, names, strict=True):
+        if name not in index:
+            raise InputError(
+                f"{label_file} gives {file!r} the label {name!r}: expected one of the "
+                f"{len(classes)} training classes ({shorten_names(classes)}) or its number from 0"
+            )
+    logger.info("labels of %d photos are from %s: %s", len(names), label_file, reading)
+    return np.array([index[name] for name in names], np.int32), classes
+
+
+def _read_ground_truth(label_file: str, numbers: Sequence[int], num_photos: int) -> list[str]:
+    """Converts ImageNet's ground truth to synsets."""
+    if len(numbers) != num_photos:
+        raise InputError(
+            f"{label_file} has {len(numbers)} labels for {num_photos} photos: expected one for each"
+        )
+    meta = os.path.join(os.path.dirname(label_file), "meta.mat")
+    if not os.path.exists(meta):
+        raise InputError(
+            f"{label_file} has numbers without files, which count ImageNet's classes in an order "
+            f"of their own: expected the development kit's meta.mat beside it; copy it to {meta}"
+        )
+    synsets = _read_synsets(meta)
+    unknown = [number for number in numbers if number not in synsets]
+    if unknown:
+        raise InputError(f"{label_file} has the number {unknown[0]}, which {meta} does not have")
+    return [synsets[number] for number in numbers]
+
+
+def _labels_by_file(label_file: str, file_names: Sequence[str]) -> list[str]:
+    labels: dict[str, str] = {}
+    for row in read_rows(label_file):
+        file = os.path.basename(row.file.replace("\\", "/"))
+        # ImageNet's LOC_val_solution.csv has the boxes after the class.
+        label = row.label.split()[0] if "solution" in label_file.lower() else row.label
+        if labels.setdefault(file, label) != label:
+            raise InputError(
+                f"line {row.number} of {label_file} gives {file!r} a second label, {label!r} after "
+                f"{labels[file]!r}: expected one"
+            )
+    # Some lists have no extensions.
+    names = [file if file in labels else os.path.splitext(file)[0] for file in file_names]
+    missing = [file for file, name in zip(file_names, names, strict=True) if name not in labels]
+    if missing:
+        raise InputError(
+            f"{len(missing)} of {len(file_names)} photos have no label in {label_file}, for "
+            f"example {missing[0]!r}: expected a line for each"
+        )
+    return [labels[name] for name in names]
+
+
+def _read_synsets(path: str) -> dict[int, str]:
+    """Reads the synset of each ILSVRC2012_ID from `meta.mat`: {1: "n02119789"}."""
+    try:
+        from scipy.io import loadmat
+        from scipy.io.matlab import MatReadError
+    except ImportError as error:
+        raise InputError(f"{path} needs scipy ({error}): {install_hint('train')}") from error
+    try:
+        synsets = loadmat(path, squeeze_me=True)["synsets"]
+        return {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in synsets}
+    except (MatReadError, OSError, ValueError, TypeError, LookupError, zlib.error) as error:
+        raise InputError(
+            f"{path} cannot be read ({single_line(error, 100)}): expected meta.mat of ImageNet's "
+            "development kit"
+        ) from error
