@@ -76,6 +76,13 @@ def test_folder_with_one_split_only(tmp_path):
     assert open_split(str(tmp_path), "validation").classes == ("ants", "bees")
 
 
+def test_folder_with_validation_split_beside_photos_without_labels(tmp_path):
+    """Without a training split, the classes are those of the validation split."""
+    fill(tmp_path / "val", "ants", "bees")
+    fill(tmp_path, "test")
+    assert open_split(str(tmp_path), "val").classes == ("ants", "bees")
+
+
 NOTES = (
     *("desktop.ini", "Thumbs.db", "._0.png", "labels.csv", "README", "notes.txt"),
     *("@eaDir/0.png", "__MACOSX/x", ".ipynb_checkpoints/0.png"),

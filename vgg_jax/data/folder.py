@@ -77,9 +77,9 @@ def folder_splits(
         )
     folders = _split_folders(root)
     splits = {name: _Split(root, name, folder) for name, folder in folders.items()}
-    reference = next((name for name in splits if split_kind(name) == "train"), min(splits))
+    reference = next(iter(splits.values()))  # the training split, if there is one
     return {
-        name: functools.partial(_read_split, split, splits[reference], skip_bad, frozenset(exclude))
+        name: functools.partial(_read_split, split, reference, skip_bad, frozenset(exclude))
         for name, split in splits.items()
     }
 
