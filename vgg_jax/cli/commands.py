@@ -261,8 +261,8 @@ def verify_data(data: str, data_dir: str | None, download: bool, out: str) -> Ex
     """Reads every image once, and writes a list of the unreadable ones."""
     if is_npz(data):
         raise InputError(
-            f"{data!r} holds pixels, of which none can be damaged by itself: expected an image "
-            "folder or a name of TensorFlow Datasets"
+            f"{data!r} is an .npz file, which is read as a whole: expected an image folder, a list "
+            "of files or a name of TensorFlow Datasets"
         )
     from vgg_jax.data import check_exclude_list_path, verify_images, write_exclude_list
 

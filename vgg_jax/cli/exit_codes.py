@@ -50,8 +50,8 @@ def _platform_fault() -> str | None:
         reason = f" ({single_line(error)})" if str(error) else ""
         return (
             f"JAX_PLATFORMS is {jax.config.jax_platforms!r}, and jax finds no such device{reason}: "
-            "expected a platform of this machine, as cpu; unset it, or install jax for that "
-            "platform, as pip install 'jax[cuda13]'"
+            "expected a platform of this machine, such as cpu; unset it, or install jax for that "
+            "platform, for example by pip install 'jax[cuda13]'"
         )
     return None
 

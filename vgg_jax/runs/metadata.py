@@ -93,9 +93,8 @@ def create_run(workdir: Path, run: RunMetadata) -> None:
 def check_same_run(workdir: Path, existing: RunMetadata, run: RunMetadata) -> list[str]:
     """Checks that a run is the one that its workdir holds already.
 
-    What a run is may not change: its net, its recipe, its seed, and the names of its images and
-    classes. How it is carried out may: the path of its data, more epochs, the cache, and the
-    micro-batches.
+    The net, the recipe, the seed, and the names of the images and classes may not change. The path
+    of the data, a larger number of epochs, the cache and the micro-batches may.
 
     Args:
         workdir: The folder of the run, for the message.
