@@ -25,7 +25,7 @@ def test_import_check_torch(tmp_path, capsys):
     assert "largest difference from PyTorch" in out
     state["features.0.weight"][0, 0, 0, 0] = np.nan
     save_file(state, source)
-    assert cli.main(command) == 1
+    assert cli.main([*command, "--overwrite"]) == 1
 
 
 def test_compare_average_pooling(tmp_path):
