@@ -33,6 +33,18 @@ def test_configure_logging_restores_level(capsys):
     assert capsys.readouterr().out == "epoch 1\n"
 
 
+def test_notes_on_data_are_printed_once(capsys):
+    """A command opens its data for training, for validation and for class weights."""
+    data_logger = logging.getLogger("vgg_jax.data.folder")
+    configure_logging()
+    for _ in range(2):
+        data_logger.info("ignored: masks")
+        logger.info("saved")
+    configure_logging()  # the next command
+    data_logger.info("ignored: masks")
+    assert capsys.readouterr().out == "ignored: masks\nsaved\nsaved\nignored: masks\n"
+
+
 def test_python_warnings_are_one_line(capsys):
     configure_logging()
     with warnings.catch_warnings():

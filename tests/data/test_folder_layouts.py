@@ -219,6 +219,23 @@ def test_folder_with_parts_of_a_data_set(tmp_path, names):
         open_split(str(tmp_path), "train")
 
 
+def test_folder_above_the_classes(tmp_path):
+    """As in Stanford Dogs, which has the same folders for photos and for boxes."""
+    for name in ("ants", "bees"):
+        (tmp_path / "Annotation" / name).mkdir(parents=True)
+        (tmp_path / "Annotation" / name / "1").write_text("<annotation>")
+    fill(tmp_path / "Images", "ants", "bees")
+    with pytest.raises(InputError, match=r"pass .*/Images' as DATA"):
+        open_split(str(tmp_path), "train")
+
+
+def test_class_that_differs_in_capital_letters(tmp_path):
+    fill(tmp_path / "train", "ants", "bees")
+    fill(tmp_path / "val", "Ants", "bees")
+    with pytest.raises(InputError, match="differs from the training class 'ants' only in capital"):
+        open_split(str(tmp_path), "val")
+
+
 def test_folder_with_images_in_two_levels(tmp_path):
     fill(tmp_path, "ants", "bees")
     fill(tmp_path / "ants", "more")

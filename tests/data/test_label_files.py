@@ -1,5 +1,6 @@
 """Labels from files: flat folders with a label file, lists, and ImageNet as it is downloaded."""
 
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -243,3 +244,47 @@ def test_wrong_list(tmp_path, content, message):
     (tmp_path / "list.csv").write_bytes(content)
     with pytest.raises(InputError, match=message):
         open_train_val(str(tmp_path / "list.csv"))
+
+
+@pytest.mark.parametrize("listed,stored", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_in_another_unicode_form(tmp_path, listed, stored):
+    """macOS changes the form of names, and a list made there keeps it."""
+    name = "Käfer.png"
+    write_classes(tmp_path / "train", "ants", "bees")
+    write_images(tmp_path / "val", unicodedata.normalize(stored, name))
+    line = f"{unicodedata.normalize(listed, name)},bees\n"
+    (tmp_path / "val.csv").write_text(line, "utf-8")
+    assert list(labels_by_name(open_split(str(tmp_path), "val")).values()) == ["bees"]
+    (tmp_path / "list.csv").write_text(f"val/{line}", "utf-8")
+    assert list(labels_by_name(open_split(str(tmp_path / "list.csv"), "train")).values()) == [
+        "bees"
+    ]
+
+
+def test_label_file_with_equal_names_in_two_splits(tmp_path):
+    write_images(tmp_path / "train", "1.png", "2.png")
+    write_images(tmp_path / "val", "1.png")
+    lines = "train/1.png,ants\ntrain/2.png,bees\nval/1.png,bees\n"
+    (tmp_path / "labels.csv").write_text(lines)
+    train, validation = open_train_val(str(tmp_path))
+    assert labels_by_name(train) == {"1.png": "ants", "2.png": "bees"}
+    assert labels_by_name(validation) == {"1.png": "bees"}
+
+
+@pytest.mark.parametrize("first,warns", [(1, True), (0, False)])
+def test_numbers_that_may_count_from_one(tmp_path, caplog, first, warns):
+    write_classes(tmp_path / "train", "ants", "bees", "wasps")
+    write_images(tmp_path / "val", "a.png", "b.png")
+    (tmp_path / "val.csv").write_text(f"a.png,{first}\nb.png,{first + 1}\n")
+    open_split(str(tmp_path), "val")
+    assert ("no label of" in caplog.text) == warns
+
+
+def test_list_that_repeats_files(tmp_path, caplog):
+    write_images(tmp_path, "a.png", "b.png", "c.png")
+    lines = "file,label,split\na.png,x,train\na.png,x,train\nb.png,y,train\nb.png,y,val\n"
+    (tmp_path / "list.csv").write_text(lines)
+    train, validation = open_train_val(str(tmp_path / "list.csv"))
+    assert (train.size, validation.size) == (3, 1)
+    assert "1 lines of" in caplog.text and "repeat a file of the train split" in caplog.text
+    assert "1 files of" in caplog.text and "two splits, train and val" in caplog.text

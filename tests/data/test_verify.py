@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -47,6 +48,20 @@ def test_verify_gives_reasons(tmp_path):
     assert [image.file for image in bad] == ["ants/bomb.png", "ants/cut.jpg"]
     assert bad[0].reason == "it has more than 178,956,970 pixels"
     assert "nvalid JPEG data" in bad[1].reason
+
+
+def test_verify_names_what_is_no_file(tmp_path):
+    root = Path(make_folder(tmp_path / "data"))
+    (root / "ants" / "empty.jpg").touch()
+    (root / "ants" / "gone.jpg").symlink_to("nowhere.jpg")
+    (root / "ants" / "more").mkdir()
+    (root / "ants" / "text.jpg").write_text("no image")
+    ((_, _, bad),) = verify_images(str(root))
+    reasons = {image.file: image.reason for image in bad}
+    assert reasons["ants/empty.jpg"] == "an empty file, or one that cannot be opened"
+    assert reasons["ants/gone.jpg"] == "a link to 'nowhere.jpg', which does not exist"
+    assert reasons["ants/more"] == "a folder"
+    assert reasons["ants/text.jpg"].startswith("not an image")
 
 
 def test_verify_intact_data(tmp_path, prepared):

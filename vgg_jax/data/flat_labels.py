@@ -2,6 +2,7 @@
 
 import logging
 import os
+import unicodedata
 import zlib
 from collections.abc import Sequence
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from vgg_jax.data.filesystem import exists
 from vgg_jax.data.label_file import SUFFIXES, read_numbers, read_rows, sort_labels
+from vgg_jax.division import split_kind
 from vgg_jax.errors import InputError, install_hint, shorten_names, single_line
 
 DEVKIT = "ILSVRC2012_devkit_t12/data"  # ImageNet's development kit, as its archive unpacks
@@ -47,13 +49,14 @@ def find_label_file(root: str, split: str, folder: str) -> str | None:
 
 
 def read_flat_labels(
-    label_file: str, file_names: Sequence[str], classes: tuple[str, ...]
+    label_file: str, split: str, file_names: Sequence[str], classes: tuple[str, ...]
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Reads the labels of a folder of photos without class folders.
 
     Args:
         label_file: Path of the label file. Lines of one number each are ImageNet's ground truth.
             They belong to the sorted photos, and need `meta.mat` beside the file.
+        split: Name of the split's folder: "val". The lines of other splits' folders are ignored.
         file_names: Names of the photos, sorted.
         classes: Names of the training classes, or none to take them from the file.
 
@@ -67,7 +70,7 @@ def read_flat_labels(
     if numbers is not None:
         names = _read_ground_truth(label_file, numbers, len(file_names))
     else:
-        names = _labels_by_file(label_file, file_names)
+        names = _labels_by_file(label_file, split, file_names)
     if not classes:
         classes = sort_labels(names)
     index = {name: label for label, name in enumerate(classes)}
@@ -76,6 +79,12 @@ def read_flat_labels(
         reading = "its numbers count the sorted class names from 0"
         index = {str(label): label for label in range(len(classes))}
         names = [str(int(name)) for name in names]
+        if "0" not in names:
+            logger.warning(
+                "no label of %s is 0, and its numbers count the classes from 0: expected 1 less "
+                "for each photo if yours count from 1",
+                label_file,
+            )
     for file, name in zip(file_names, names, strict=True):
         if name not in index:
             raise InputError(
@@ -105,10 +114,14 @@ def _read_ground_truth(label_file: str, numbers: Sequence[int], num_photos: int)
     return [synsets[number] for number in numbers]
 
 
-def _labels_by_file(label_file: str, file_names: Sequence[str]) -> list[str]:
+def _labels_by_file(label_file: str, split: str, file_names: Sequence[str]) -> list[str]:
     labels: dict[str, str] = {}
     for row in read_rows(label_file):
-        file = os.path.basename(row.file.replace("\\", "/"))
+        folder, file = os.path.split(row.file.replace("\\", "/"))
+        folder_name = os.path.basename(folder)
+        if split_kind(folder_name) not in (None, split_kind(split)):
+            continue
+        file = unicodedata.normalize("NFC", file)  # macOS may have changed the form of a name
         # ImageNet's LOC_val_solution.csv has the boxes after the class.
         label = row.label.split()[0] if "solution" in label_file.lower() else row.label
         if labels.setdefault(file, label) != label:
@@ -116,8 +129,9 @@ def _labels_by_file(label_file: str, file_names: Sequence[str]) -> list[str]:
                 f"line {row.number} of {label_file} gives {file!r} a second label, {label!r} after "
                 f"{labels[file]!r}: expected one"
             )
+    names = [unicodedata.normalize("NFC", file) for file in file_names]
     # Some lists have no extensions.
-    names = [file if file in labels else os.path.splitext(file)[0] for file in file_names]
+    names = [file if file in labels else os.path.splitext(file)[0] for file in names]
     missing = [file for file, name in zip(file_names, names, strict=True) if name not in labels]
     if missing:
         raise InputError(

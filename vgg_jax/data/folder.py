@@ -38,7 +38,7 @@ from vgg_jax.image_files import is_image, is_note, is_system_name
 # Folders that are parts of a data set and not classes: "train2017", "images", "HAM_images_part_1".
 _PART = re.compile(
     r"(.*[ _-])?(train|training|test|testing|val|valid|validation|images?|imgs|photos|labels|masks"
-    r"|annotations)([ _-]?(\d+|[a-c]|images?|data|set|input|part))*",
+    r"|annotations?|lists?)([ _-]?(\d+|[a-c]|images?|data|set|input|part))*",
     re.IGNORECASE,
 )
 
@@ -106,10 +106,13 @@ def _split_folders(root: str) -> dict[str, str]:
         kinds[kind] = name
     has_classes = any(_class_names(folder) for folder in splits.values())
     if names and not has_classes and (others or not splits) and all(map(_PART.fullmatch, names)):
+        folders = [os.path.join(root, name) for name in names]
+        with_classes = list(filter(_has_class_images, folders))
+        remedy = f"pass {with_classes[0]!r} as DATA, or " if with_classes else ""
         raise InputError(
             f"the folders of {root!r} are named like parts of a data set, not like classes "
             f"({shorten_names(names)}): expected {_pattern(root)}, or {root}/train and a label "
-            f"file {root}/train.csv; rename them if they are classes"
+            f"file {root}/train.csv; {remedy}rename them if they are classes"
         )
     if others and list(kinds) == ["train"] and not has_classes:
         return {"train": root}  # a class of its own: trains beside cars
@@ -199,6 +202,14 @@ def _class_names(folder: str) -> tuple[str, ...]:
     return tuple(names)
 
 
+def _has_class_images(folder: str) -> bool:
+    """Tells whether the first class folder of a folder begins with an image."""
+    for class_name in _class_names(folder)[:1]:
+        files, _ = _list_files(os.path.join(folder, class_name))
+        return any(is_image(read_header(path)) for path in files[:1])
+    return False
+
+
 def _list_class_folders(folder: str, classes: Sequence[str]) -> tuple[LabelledFiles, list[bytes]]:
     """Lists the files in the class folders, and separately those of operating systems."""
     paths, labels, notes = [], [], []
@@ -254,12 +265,16 @@ def _report_loose_images(folder: str) -> None:
 
 
 def _unknown_class(path: str, name: str, classes: Sequence[str]) -> str:
-    form = unicodedata.normalize("NFC", name)
     for training_class in classes:
-        if unicodedata.normalize("NFC", training_class) == form:
+        if unicodedata.normalize("NFC", training_class) == unicodedata.normalize("NFC", name):
             return (
                 f"the class folder {path!r} differs from the training class {training_class!a} "
                 f"only in its Unicode form, {name!a}: expected the same name; rename it"
+            )
+        if training_class.casefold() == name.casefold():
+            return (
+                f"the class folder {path!r} differs from the training class {training_class!r} "
+                "only in capital letters: expected the same name; rename it"
             )
     if _PART.fullmatch(name):
         return (
@@ -319,7 +334,7 @@ def _label_images(
             "`file,label`"
         )
     file_names = [os.fsdecode(os.path.basename(path)) for path in paths]
-    labels, classes = read_flat_labels(label_file, file_names, classes)
+    labels, classes = read_flat_labels(label_file, name, file_names, classes)
     return LabelledFiles(paths, labels), classes
 
 

@@ -2,7 +2,10 @@
 
 import functools
 import hashlib
+import itertools
+import logging
 import os
+import unicodedata
 from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
@@ -20,6 +23,8 @@ from vgg_jax.data.splits import StoredSplit
 from vgg_jax.division import SPLIT_NAMES, split_kind
 from vgg_jax.errors import DataError, InputError, shorten_names
 from vgg_jax.paths import is_remote
+
+logger = logging.getLogger(__name__)
 
 
 def list_splits(
@@ -49,6 +54,7 @@ def list_splits(
                 f"expected {', '.join(SPLIT_NAMES)}"
             )
         by_split.setdefault(kind, []).append(row)
+    _warn_of_repeated_files(path, by_split)
     reference = by_split.get("train") or next(iter(by_split.values()))
     classes = sort_labels([row.label for row in reference])
     return {
@@ -57,6 +63,33 @@ def list_splits(
         )
         for kind, rows in by_split.items()
     }
+
+
+def _warn_of_repeated_files(path: str, by_split: dict[str, list[Row]]) -> None:
+    """Warns of files that a split has twice, and of files that two splits have."""
+    files = {kind: [row.file for row in rows] for kind, rows in by_split.items()}
+    for kind, names in files.items():
+        if len(set(names)) < len(names):
+            count = len(names) - len(set(names))
+            logger.warning(
+                "%d lines of %s repeat a file of the %s split: expected each file once; it now "
+                "counts as often as it is listed",
+                count,
+                path,
+                kind,
+            )
+    for kind, other in itertools.combinations(files, 2):
+        shared = sorted(set(files[kind]) & set(files[other]))
+        if shared:
+            logger.warning(
+                "%d files of %s are in two splits, %s and %s, for example %r: expected each in "
+                "one; results on seen photos are too good",
+                len(shared),
+                path,
+                kind,
+                other,
+                shared[0],
+            )
 
 
 def _read_split(
@@ -125,10 +158,16 @@ def _check_exist(path: str, rows: Sequence[Row], root: str, skip_bad: bool) -> N
 
 
 def _resolve(root: str, file: str) -> str:
-    """Completes the name of a file. Lists from Windows have backslashes."""
+    """Completes the name of a file.
+
+    Lists from Windows have backslashes. Lists and folders from macOS may differ in Unicode form.
+    """
     if is_remote(file):
         return file
     path = os.path.join(root, os.path.expanduser(file))
-    if "\\" in file and not is_remote(root) and not os.path.exists(path):
-        return os.path.join(root, file.replace("\\", "/"))
-    return path
+    if is_remote(root) or ("\\" not in file and file.isascii()) or os.path.exists(path):
+        return path
+    slashed = file.replace("\\", "/")
+    forms = [slashed, *(unicodedata.normalize(form, slashed) for form in ("NFC", "NFD"))]
+    paths = [os.path.join(root, form) for form in forms]
+    return next(filter(os.path.exists, paths), paths[0])

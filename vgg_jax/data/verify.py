@@ -11,6 +11,7 @@ import tensorflow as tf
 from vgg_jax.data.batches import BatchIterator, error_summary, with_progress
 from vgg_jax.data.decode import decode, exif_orientation
 from vgg_jax.data.file_split import relative_name
+from vgg_jax.data.filesystem import exists, is_dangling_link, is_dir, read_header
 from vgg_jax.data.sources import open_split, split_names
 from vgg_jax.data.splits import DataSource
 from vgg_jax.errors import InputError
@@ -48,13 +49,7 @@ def verify_images(
     root = os.path.dirname(data) or "." if os.path.isfile(data) else data
     for split in split_names(data, data_dir=data_dir, download=download):
         source = open_split(data, split, data_dir=data_dir, skip_bad=True)
-        bad = [
-            BadImage(
-                relative_name(name, root),
-                f"not an image: it does not begin as {FORMATS} does, or cannot be opened",
-            )
-            for name in source.skipped
-        ]
+        bad = [BadImage(relative_name(name, root), _why_skipped(name)) for name in source.skipped]
         for index, fault in _decode_each(source):
             if fault:
                 bad.append(BadImage(relative_name(source.file_name(index), root), fault.decode()))
@@ -121,6 +116,19 @@ def read_exclude_list(path: str) -> tuple[str, ...]:
             f"{path} cannot be read ({error}): expected the list that `vgg-jax verify-data` writes"
         ) from error
     return tuple(sorted(set(names)))
+
+
+def _why_skipped(path: str) -> str:
+    """Says why a file is no image."""
+    if is_dangling_link(path):
+        return f"a link to {os.readlink(path)!r}, which does not exist"
+    if not exists(path):
+        return "no such file"
+    if is_dir(path):
+        return "a folder"
+    if not read_header(os.fsencode(path)):
+        return "an empty file, or one that cannot be opened"
+    return f"not an image: it does not begin as {FORMATS} does"
 
 
 def _decode_each(source: DataSource) -> Iterator[tuple[int, bytes]]:
