@@ -2,13 +2,15 @@
 
     python -m experiments.benchmarks.torch_finetune PHOTOS --init-from FILE.h5 --freeze
 
-FILE.h5 has Keras' layout without the fully connected layers. The crops, the initialisation of the
-head, SGD and the schedule are those of `finetune.py`. Frozen convolutions run once. Needs torch and
-h5py. Prints one JSON line. An epoch of free convolutions takes two minutes on two cores.
+FILE.h5 has Keras' layout without the fully connected layers. The initialisation of the head, SGD
+and the schedule are those of `finetune.py`. Frozen convolutions run once, on centre crops. Free ones
+are trained on random crops at a random scale, some of them mirrored. Needs torch and h5py. Prints
+one JSON line. An epoch of free convolutions takes two minutes on two cores.
 """
 
 import argparse
 import json
+import random
 import time
 from pathlib import Path
 from typing import Any
@@ -23,27 +25,34 @@ from experiments.script import run
 
 STAGES = [[64] * 2, [128] * 2, [256] * 3, [512] * 3, [512] * 3]
 CROP_SIZE = 224
+CENTRE_SCALE = 384  # shorter side of the photo
+RANDOM_SCALES = (320, 448)
 MEAN_BGR = (103.939, 116.779, 123.68)
 
 
-def read_crop(path: Path, scale: int) -> np.ndarray:
-    """Reads the centre crop, uint8 (3, 224, 224), blue first."""
+def read_crop(path: Path, rng: random.Random | None = None) -> np.ndarray:
+    """Reads the centre crop, or a random one, uint8 (3, 224, 224), blue first."""
     image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    scale = rng.randint(*RANDOM_SCALES) if rng else CENTRE_SCALE
     factor = scale / min(image.size)
     width, height = (round(side * factor) for side in image.size)
     left, top = (width - CROP_SIZE) // 2, (height - CROP_SIZE) // 2
+    if rng:
+        left, top = rng.randint(0, width - CROP_SIZE), rng.randint(0, height - CROP_SIZE)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     crop = image.crop((left, top, left + CROP_SIZE, top + CROP_SIZE))
+    if rng and rng.random() < 0.5:
+        crop = ImageOps.mirror(crop)
     return np.ascontiguousarray(np.asarray(crop)[:, :, ::-1].transpose(2, 0, 1))
 
 
-def read_split(folder: Path, scale: int) -> tuple[torch.Tensor, torch.Tensor]:
+def read_split(folder: Path, rng: random.Random | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Reads crops, uint8 (n, 3, 224, 224), and labels (n,), without files that are no images."""
     crops, labels = [], []
     for label, class_folder in enumerate(sorted(folder.iterdir())):
         for path in sorted(class_folder.iterdir()):
             try:
-                crops.append(read_crop(path, scale))
+                crops.append(read_crop(path, rng))
             except UnidentifiedImageError:
                 continue
             labels.append(label)
@@ -113,9 +122,7 @@ def run_epoch(
 
 def fine_tune(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Returns learning rate, losses, accuracies and seconds of each epoch."""
-    train, validation = (
-        read_split(Path(args.photos, name), args.scale) for name in ("train", "val")
-    )
+    train, validation = (read_split(Path(args.photos, name)) for name in ("train", "val"))
     convolutions = build_convolutions(args.init_from)
 
     @torch.no_grad()
@@ -141,10 +148,13 @@ def fine_tune(args: argparse.Namespace) -> list[dict[str, Any]]:
         momentum=0.9,
     )
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", patience=4, threshold=0)
+    rng = random.Random(args.seed)
     epochs = []
     for _ in range(args.epochs):
         started = time.perf_counter()
         learning_rate = optimizer.param_groups[0]["lr"]
+        if not args.freeze:
+            train = read_split(Path(args.photos, "train"), rng)
         order = torch.randperm(len(train[1]))
         train_numbers = run_epoch(net, train, order, args.batch_size, optimizer)
         order = torch.arange(len(validation[1]))
@@ -168,7 +178,6 @@ def main() -> None:
     parser.add_argument("photos", help="folder with train/CLASS and val/CLASS")
     parser.add_argument("--init-from", required=True, help="convolutions, a .h5 file")
     parser.add_argument("--freeze", action="store_true", help="freeze the convolutions")
-    parser.add_argument("--scale", type=int, default=384)
     parser.add_argument("--fc", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=20)
