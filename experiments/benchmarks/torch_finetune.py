@@ -3,9 +3,9 @@
     python -m experiments.benchmarks.torch_finetune PHOTOS --init-from FILE.h5 --freeze
 
 FILE.h5 has Keras' layout without the fully connected layers. The initialisation of the head, SGD
-and the schedule are those of `finetune.py`. Frozen convolutions run once, on centre crops. Free ones
-are trained on random crops at a random scale, some of them mirrored. Needs torch and h5py. Prints
-one JSON line. An epoch of free convolutions takes two minutes on two cores.
+and the schedule are those of `finetune.py`. Frozen convolutions run once, on centre crops. Free
+ones are trained on random crops at a random scale, some of them mirrored. Needs torch and h5py.
+Prints one JSON line. An epoch of free convolutions takes two minutes on two cores.
 """
 
 import argparse
