@@ -143,6 +143,7 @@ def batches_of_files(folder, images, config):
     return list(eval_batches(open_split(str(folder), "train"), config, 5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(20, 30), (45, 61), (33, 32)])
 def test_centre_crops_equal_those_of_files(shape, tmp_path):
     images = np.stack([noise(*shape, seed) for seed in range(13)])
@@ -158,6 +159,7 @@ def test_centre_crops_equal_those_of_files(shape, tmp_path):
         assert difference.max() <= 1 and np.mean(difference > 0) < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_rescaled_images_equal_those_of_files(rounding, tmp_path):
     from vgg_jax.data import open_split
@@ -218,6 +220,7 @@ def test_training_batches_resume():
             np.testing.assert_array_equal(part[name], whole[name][[1, 3]], name)
 
 
+@pytest.mark.slow
 def test_training_crops_are_crops_of_the_rescaled_image():
     """Each is at some offset of the rescaled image, mirrored or not. All offsets occur."""
     images = np.repeat(noise(20, 30)[None], 13, 0)
@@ -358,6 +361,7 @@ assert not [name for name in sys.modules if name.startswith("tensorflow.")]
 """
 
 
+@pytest.mark.slow
 def test_arrays_need_no_tensorflow(tmp_path):
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(tmp_path / "run")], capture_output=True, text=True
@@ -382,6 +386,7 @@ def npz(tmp_path, monkeypatch, small_nets):
     return save("x.npz", x_train=images, y_train=labels, x_test=images[:6], y_test=labels[:6])
 
 
+@pytest.mark.slow
 def test_commands_take_npz(npz, capsys):
     command = ["train", npz, *SMALL, "--workdir", "run", "--no-compilation-cache"]
     assert cli.main(command) == 0
@@ -402,6 +407,7 @@ def test_commands_take_npz(npz, capsys):
     assert "no file 'x.npz'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_fit_and_evaluate_arrays(npz, capsys):
     splits = read_npz(npz)
     train, test = ((splits[name].images, splits[name].labels) for name in ("train", "test"))

@@ -21,6 +21,7 @@ def features_of(model, variables, x, *layers):
     return model.apply(variables, x, layers=layers, method="features")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "batch_norm"),
     [
@@ -58,6 +59,7 @@ def test_features_of_every_layer(name, batch_norm):
         np.testing.assert_allclose(single[layer], features[layer], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_features_stop_at_deepest_layer(tiny_net):
     """XLA counts fewer operations for a shallower layer."""
     model, variables = tiny_net
@@ -74,6 +76,7 @@ def test_features_stop_at_deepest_layer(tiny_net):
     assert counts[1] < 0.5 * counts[3]
 
 
+@pytest.mark.slow
 def test_features_under_jit_vmap_and_grad(tiny_net):
     model, variables = tiny_net
 

@@ -10,6 +10,7 @@ from tests.helpers.tiny import DEEP, images, init
 from vgg_jax import VGG, Conv, VGGConfig, compile_inference, compiler_options
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_compile_inference_equals_apply(batch_norm):
     model = VGG(DEEP, 7, batch_norm, image_size=32)
@@ -45,6 +46,7 @@ def test_compile_inference_packs_kernels_once(monkeypatch):
     assert packed_variables["packed"].keys() == variables["params"].keys() - {"conv1_1"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{}, compiler_options(), compiler_options(dtype=jnp.bfloat16)],

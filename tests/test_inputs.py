@@ -46,6 +46,7 @@ def adaptive_by_loop(x, size):
     return y
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 2, 4, 6])
 def test_in_channels(channels):
     """conv1_1 against a loop over the kernel's positions; 6 channels are more than an image has."""
@@ -177,6 +178,7 @@ def test_other_sizes_of_image_size(tiny_net, other_sizes):
     np.testing.assert_array_equal(logits, model.apply(variables, x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other_sizes", ["mean", "adaptive"])
 def test_other_sizes_gradient(tiny_net, other_sizes):
     """The slope along the gradient, in training."""

@@ -83,6 +83,7 @@ def test_transpose_kernels_transposes_features(tiny_net):
     np.testing.assert_allclose(transposed.swapaxes(1, 2), expected, rtol=1e-4, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "expected"),
     [
@@ -114,6 +115,7 @@ def test_features_before_and_after_relu(tiny_net):
     assert features["fc7"].shape == (1, 1, 1, 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("net", "layer"), [("A-LRN", "relu5_2"), ("C", "relu5_3"), ("E", "relu5_4")]
 )
@@ -424,6 +426,7 @@ def test_batch_norm_variables():
     assert model.apply(variables, x).shape == (4, 7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("initializer", "std", "conv", "fc"),
     [

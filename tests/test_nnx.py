@@ -112,6 +112,7 @@ def test_inference_draws_nothing(net, variables):
     jax.tree.map(np.testing.assert_array_equal, after, before)
 
 
+@pytest.mark.slow
 def test_training_equals_linen(net, model, variables):
     """Loss, gradients and statistics of one call."""
     x = images(3, 16, 16)
@@ -149,6 +150,7 @@ def test_dropout_draws_from_rngs(net, model, variables):
     jax.tree.map(np.testing.assert_array_equal, variables_of(net), variables)
 
 
+@pytest.mark.slow
 def test_optimizer_equals_optax(net, model, variables):
     """Three steps under `nnx.jit`, with momentum, batch normalisation and dropout."""
     batches = [images(3, 16, 16, seed=seed) for seed in range(3)]
@@ -218,6 +220,7 @@ def test_frozen_layers_have_no_gradient(net, model):
     np.testing.assert_array_equal(net.bn1_1.mean, mean)
 
 
+@pytest.mark.slow
 def test_split_and_merge_in_jax_jit(net, model, variables):
     """The functional API: a step as a pure function of the state."""
     x = images(3, 16, 16)
@@ -242,6 +245,7 @@ def test_split_and_merge_in_jax_jit(net, model, variables):
     assert_trees_close(variables_of(net), {"params": expected, "batch_stats": stats}, 1e-4)
 
 
+@pytest.mark.slow
 def test_ensemble_under_vmap(model):
     """Nets of different seeds at once equal each one alone, in inference and in training."""
 

@@ -153,6 +153,7 @@ def test_normalize_channels_gradient_at_zero():
     np.testing.assert_array_equal(gradient(jnp.zeros((1, 1, 1, 4))), np.zeros((1, 1, 1, 4)))
 
 
+@pytest.mark.slow
 def test_lpips_of_float16_activations():
     """The squares of activations above 255 overflow in float16."""
     model, variables, weights = narrow_d()

@@ -264,6 +264,7 @@ def variants(photo):
         yield encode(photo, "JPEG", exif=exif)
 
 
+@pytest.mark.slow
 def test_preprocess_real_photos(shared_data, tmp_path):
     patterns = ("imagenet-sample/*/*", "ants-bees/val/*/*")
     paths = [path for pattern in patterns for path in sorted(shared_data.glob(pattern))[::25]]

@@ -39,6 +39,7 @@ def net(run):
     return vgg_jax.load(run)
 
 
+@pytest.mark.slow
 def test_evaluate_gives_numbers_of_command(run, net, capsys):
     metrics = vgg_jax.evaluate(*net, protocol="ten-crop", scales=[18, 22])
     assert (metrics["count"], metrics["scales"], metrics["epoch"]) == (7, [18, 22], 1)
@@ -75,6 +76,7 @@ def test_evaluate_rejects_classes_of_another_head(net, photos):
         vgg_jax.evaluate(model, variables, net[2], photos)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "flags"),
     [

@@ -22,6 +22,7 @@ def test_selfcheck_passes(monkeypatch, capsys):
     assert "computes correctly on these devices" in out
 
 
+@pytest.mark.slow
 def test_selfcheck_names_wrong_operation(monkeypatch, capsys):
     """The ReLU is right op by op. Compiled, it lets a little below zero through."""
     small_net = VGGConfig(((Conv(8),),), fc=(16, 16))  # compiles faster, op by op

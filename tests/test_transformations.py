@@ -208,7 +208,7 @@ def float32_error(name):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] * (name in LIKE_OTHERS))
+        pytest.param(name, marks=[pytest.mark.slow] * (name not in ("`jax.grad`", "`jax.jvp`")))
         for name in TRANSFORMATIONS
     ],
 )
@@ -252,6 +252,7 @@ def on_explicit_mesh(shape, params, x):
     return put(params), jax.device_put(x, NamedSharding(mesh, P("data")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "call",
     [
@@ -276,6 +277,7 @@ def test_gradient_on_explicit_mesh(call):
         np.testing.assert_allclose(a, e, atol=1e-5 * scale)
 
 
+@pytest.mark.slow
 def test_bfloat16_gradient_on_explicit_mesh_of_two_axes():
     """XLA aborts if a CPU sums bfloat16 over one of two axes."""
     model = MODEL.clone(dtype=jnp.bfloat16)
@@ -307,6 +309,7 @@ def test_matmul_precision_of_the_caller():
     assert len(products) == 2 and all("HIGHEST" in product for product in products)
 
 
+@pytest.mark.slow
 def test_gradient_of_each_example_with_symbolic_batch():
     def loss_of_one(params, x):
         return jnp.sum(MODEL.apply({"params": params}, x[None]) ** 2)

@@ -91,6 +91,7 @@ def test_summary_of_weights_without_fc(capsys, tmp_path):
     assert "pool5" in out and "fc6" not in out
 
 
+@pytest.mark.slow
 def test_commands_on_weights_of_grey_images(capsys, tmp_path):
     """`summary` and `export` know them; `predict` reads RGB photos and says so."""
     save_file(torchvision_state(random_tensors("A"), "A"), tmp_path / "rgb.safetensors")

@@ -24,6 +24,7 @@ def write_only_a_header(path):
     path.write_bytes(b"RIFF\0\0\0\0WEBPand nothing more")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write_broken", [write_truncated, write_only_a_header])
 def test_batches_name_broken_image(folder, write_broken):
     path = folder / "train" / "bees" / "broken.jpg"

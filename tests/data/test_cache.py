@@ -59,6 +59,7 @@ def assert_batches_equal(actual, expected):
         assert difference.max() <= 1 and np.count_nonzero(difference) <= 1e-4 * difference.size
 
 
+@pytest.mark.slow
 def test_cached_batches_equal_those_of_files(source_and_config):
     source, config = source_and_config
     cached = cache_in_memory(source, config)
@@ -96,6 +97,7 @@ def test_cached_records_are_shuffled_each_epoch(prepared):
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
+@pytest.mark.slow
 def test_cached_files_are_not_read_again(tmp_path):
     source = photos_of_one_size(tmp_path)
     for config in (FEW_SCALES, dataclasses.replace(FEW_SCALES, image_size=96, scale=(96,))):

@@ -36,6 +36,7 @@ def test_train_batches_name_corrupt_image(tmp_path):
         list(train_batches(source, TINY_TRAIN, IMAGENET))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cut.jpg", "bomb.png"])
 def test_batches_skip_corrupt_image(name, tmp_path, caplog):
     """The image is masked, one warning is logged, and all others arrive."""
@@ -56,6 +57,7 @@ def test_batches_skip_corrupt_image(name, tmp_path, caplog):
         assert message in records[0].getMessage()
 
 
+@pytest.mark.slow
 def test_batches_skip_keeps_other_examples(tmp_path):
     """One image is intact in one folder and corrupt in the other. The rest of a batch is equal."""
     sources = []
@@ -148,6 +150,7 @@ def test_folder_with_files_of_other_kinds(tmp_path):
     os.close(writer)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_nets")
 @pytest.mark.parametrize("skip", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_train_with_corrupt_image(skip, tmp_path, capsys, caplog):

@@ -13,6 +13,7 @@ from vgg_jax.data.in_memory import crop_batch, crop_matrices, is_small_enough
 from vgg_jax.data.transforms import flip, sample_augmentation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sides", [(32, 32), (20, 30), (61, 40), (8, 8), (1, 3)])
 def test_crop_batch_equals_single_crops(sides):
     images = np.stack([noise(*sides, seed) for seed in range(64)])

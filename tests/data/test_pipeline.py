@@ -47,6 +47,7 @@ def assert_arrays_equal(actual, expected):
         np.testing.assert_array_equal(actual[key], expected[key], key)
 
 
+@pytest.mark.slow
 def test_train_batches_have_each_image_once(source, uninterrupted):
     """In each epoch, in another order. The rest of the last batch is masked."""
     batches = uninterrupted
@@ -72,6 +73,7 @@ def test_train_batches_have_each_image_once(source, uninterrupted):
     assert orders[0] != orders[1] != orders[2] != orders[0]
 
 
+@pytest.mark.slow
 def test_train_batches_resume(source, uninterrupted):
     """The last two positions depend on no storage, and each position takes time."""
     per_epoch = steps_per_epoch(source, 4)
@@ -84,6 +86,7 @@ def test_train_batches_resume(source, uninterrupted):
     assert list(train_batches(source, TINY_TRAIN, IMAGENET, first_epoch=3)) == []
 
 
+@pytest.mark.slow
 def test_draws_depend_on_seed_epoch_and_index(source, uninterrupted):
     """They do not depend on the batch size."""
     in_sevens = dataclasses.replace(TINY_TRAIN, batch_size=7)
@@ -109,6 +112,7 @@ def test_draws_do_not_depend_on_other_images(folder):
         assert_arrays_equal(before[key], after[key])
 
 
+@pytest.mark.slow
 def test_eval_batches_repeat_all_examples_in_order(source):
     batches = eval_batches(source, TINY_TRAIN, 6)
     first, second = list(batches), list(batches)
@@ -144,6 +148,7 @@ def test_train_batches_labels_belong_to_images(prepared):
         assert example["label"] == number_of[index] % 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exif", [True, False])
 def test_all_batches_apply_exif_alike(tmp_path, exif):
     """A JPEG that is red above blue if upright, and red left of blue as it is stored."""
@@ -168,6 +173,7 @@ def test_all_batches_apply_exif_alike(tmp_path, exif):
         assert np.abs(image[::31, ::31].astype(int) - expected[::39, ::39]).max() < 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder_name", ["tfds", "tfds-array-record"])
 def test_train_batches_of_cifar10_resume(shared_data, folder_name):
     config = dataclasses.replace(TINY_TRAIN, batch_size=100, epochs=2)

@@ -22,6 +22,7 @@ def test_digits_equal_scikit_learn():
         np.testing.assert_allclose(values, images[index], atol=0.04)
 
 
+@pytest.mark.slow
 def test_digits_are_divided_by_seed():
     train, validation = open_train_val("digits")
     assert (train.size, validation.size) == (1617, 180)

@@ -55,6 +55,7 @@ def labels_of(source):
     return [int(example["label"]) for example in list_examples(source)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["digits", "folder", "tfrecord", "array_record"])
 def test_classes_are_held_out_alike(storage, tmp_path, request):
     data, folder = storage, None

@@ -30,6 +30,7 @@ def link_prepared(prepared, target, without="nothing"):
             os.symlink(os.path.join(source, name), target / name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file_format", FORMATS)
 def test_records_equal_what_was_prepared(prepared, file_format):
     source = open_split("numbers:1.2.3", "train", data_dir=prepared[file_format])
@@ -47,6 +48,7 @@ def test_records_equal_what_was_prepared(prepared, file_format):
         assert examples[example["index"]]["encoded"] == example["encoded"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file_format", FORMATS)
 def test_records_are_divided(prepared, file_format):
     train, validation = open_train_val(
@@ -157,6 +159,7 @@ def five_files(tmp_path_factory):
     return SimpleNamespace(filepaths=paths, shard_lengths=[1000] * 5, num_examples=5000)
 
 
+@pytest.mark.slow
 def test_records_that_fit_into_memory_are_shuffled_completely(five_files, monkeypatch):
     in_epochs = places(reader_of(five_files, 2), 5000, epochs=8)
     assert largest_correlation(in_epochs) < 5 / np.sqrt(5000)
@@ -166,6 +169,7 @@ def test_records_that_fit_into_memory_are_shuffled_completely(five_files, monkey
     assert largest_correlation(places(reader_of(five_files, 1), 5000, epochs=2)) > 0.7
 
 
+@pytest.mark.slow
 def test_larger_records_are_shuffled_by_files_and_a_buffer(five_files, monkeypatch):
     """The correlation of two epochs is that of five random rotations: 0 on average."""
     monkeypatch.setattr(tfds, "MAX_BYTES_IN_MEMORY", 10_000)  # a fifth of the records
@@ -181,11 +185,13 @@ def test_records_in_memory_of_another_number(five_files):
         next(iter(reader_of(files, 2)(SEED)))
 
 
+@pytest.mark.slow
 def test_large_records_resume(prepared, monkeypatch):
     monkeypatch.setattr(tfds, "MAX_BYTES_IN_MEMORY", 1000)
     check_order(open_split("numbers", "train", data_dir=prepared["tfrecord"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", [1, 2])
 def test_records_of_cifar10_are_shuffled(shared_data, version):
     source, _ = open_train_val("cifar10", data_dir=str(shared_data / "tfds"), version=version)

@@ -174,6 +174,7 @@ def parameter_sizes(batch_norm=False):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("microbatch", [None, pytest.param(4, marks=pytest.mark.slow)])
 def test_data_axis_sums_gradients_once(microbatch):
     """One sum holds all gradients and the metric sums, for any number of micro-batches."""
@@ -223,6 +224,7 @@ def test_data_and_model_axes_exchange_no_whole_fc6():
     ]
 
 
+@pytest.mark.slow
 def test_fsdp_gathers_fc6_once():
     """Its gradient stays sharded."""
     kernel_size = parameter_sizes()["fc6/kernel"]
@@ -234,6 +236,7 @@ def test_fsdp_gathers_fc6_once():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh_config", [MeshConfig(fsdp=True), MeshConfig(model=2)], ids=["fsdp", "model"]
 )

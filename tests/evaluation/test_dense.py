@@ -163,6 +163,7 @@ def test_ten_crop_and_center_match_crops_cut_by_hand(small_net):
     np.testing.assert_allclose(center[0], expected[4], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_both_and_several_scales_are_means(small_net):
     images = photos([(20, 40), (31, 17)])
     both, dense, crops = (
@@ -195,6 +196,7 @@ def test_iter_windows_merges_equal_crops(small_net):
     np.testing.assert_allclose(posteriors[0], expected, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("min_pixels_per_shape", "max_compilations"),
     [
@@ -238,6 +240,7 @@ def test_class_posteriors_of_no_images(small_net):
     assert class_posteriors(*small_net, []).shape == (0, CLASSES)
 
 
+@pytest.mark.slow
 def test_class_posteriors_promotes_params(small_net):
     model, variables = small_net
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables)

@@ -113,6 +113,7 @@ def test_map_class_indices_proposes_a_match():
         map_class_indices(["x-y", "z"], ["X y", "Z"], "message")
 
 
+@pytest.mark.slow
 def test_evaluate_keeps_order_of_data(workdir, photos, tmp_path):
     results = evaluate(*load(workdir), scales=(18, 24), out=tmp_path)
     evaluation = load_evaluation(tmp_path / "posteriors.npz")
@@ -271,6 +272,7 @@ def test_evaluate_rejects_missing_images(workdir, monkeypatch):
         evaluate(*load(workdir), protocol="center")
 
 
+@pytest.mark.slow
 def test_fuse_command_averages(workdir, tmp_path, capsys):
     files = []
     for scale in ("16", "24"):

@@ -83,6 +83,7 @@ def test_predict_matches_class_posteriors(weight_file, photos):
         assert list(probabilities) == pytest.approx(np.sort(posterior)[::-1][:2], abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_predict_center_reads_the_crop_of_preprocess(rounding, weight_file, tmp_path, monkeypatch):
     """`predict`, `evaluate` and `preprocess` agree. `test_preprocessing` checks the pixels."""
@@ -112,6 +113,7 @@ def test_predict_center_reads_the_crop_of_preprocess(rounding, weight_file, tmp_
     np.testing.assert_allclose(evaluation.posteriors, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_predict_keeps_order_of_files(weight_file, tmp_path):
     """Images of one width fill a batch first; the others, and bad files, are between them."""
     rng = np.random.default_rng(1)
@@ -131,6 +133,7 @@ def test_predict_keeps_order_of_files(weight_file, tmp_path):
         assert [name for name, _ in prediction.top] == [name for name, _ in alone.top]
 
 
+@pytest.mark.slow
 def test_predict_real_photos_as_tensorflow(weight_file, shared_data):
     """Posteriors differ by the pixels' rounding only."""
     files = sorted(map(str, shared_data.glob("ants-bees/val/*/*")))[::30]

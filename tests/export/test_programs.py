@@ -35,6 +35,7 @@ def file_format(request):
     return request.param
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "net",
     [*(pytest.param(net, marks=pytest.mark.slow) for net in ("A", "A-LRN", "B", "D", "E")), "C"],
@@ -46,6 +47,7 @@ def test_onnx_every_net(net, tmp_path):
     assert_close_to_largest(run_onnx(tmp_path / "net.onnx", images), own_output(spec, images))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "output", ["posteriors", pytest.param("score_map", marks=pytest.mark.slow)]
 )
@@ -62,6 +64,7 @@ def test_program_any_size_and_batch(file_format, output, tmp_path):
         assert_close_to_largest(RUNNERS[file_format](path, images), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("output", "channels"),
     [("logits", 1), pytest.param("posteriors", 5, marks=pytest.mark.slow)],
@@ -77,6 +80,7 @@ def test_program_other_channels(file_format, output, channels, tmp_path):
     assert verify(path)[1] < TOLERANCE
 
 
+@pytest.mark.slow
 def test_program_float_images_and_bfloat16_weights(file_format, tmp_path):
     """With bfloat16 the output is that of rounded weights, and the file has half the size."""
     spec = ExportSpec(random_weights("A-LRN"), uint8=False, bfloat16=True)
@@ -94,6 +98,7 @@ def test_program_float_images_and_bfloat16_weights(file_format, tmp_path):
     assert saved > 0.8 * 2 * sum(array.size for array in jax.tree.leaves(params))
 
 
+@pytest.mark.slow
 def test_onnx_float16(tmp_path):
     """Half the size, the same images and output types, and nearly the same output."""
     require_onnx()
@@ -132,6 +137,7 @@ def size_on_disk(path):
     return sum(file.stat().st_size for file in files)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", ["logits", "posteriors"])
 def test_program_refuses_other_sizes(file_format, output, tmp_path):
     """Also those with the right number of pixels, or of positions of pool5."""

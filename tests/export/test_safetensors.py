@@ -6,6 +6,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from safetensors import safe_open
 
 from tests.helpers.export_files import CLASSES, FC, FULL_CONVS, random_weights
@@ -14,6 +15,7 @@ from vgg_jax.export import ExportSpec, write
 from vgg_jax.weights import read
 
 
+@pytest.mark.slow
 def test_safetensors_metadata(tmp_path):
     weights = random_weights("A-LRN", config=dataclasses.replace(CONFIGS["A-LRN"], fc=FC))
     path = tmp_path / "net.safetensors"
@@ -29,6 +31,7 @@ def test_safetensors_metadata(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, back.params, weights.params)
 
 
+@pytest.mark.slow
 def test_safetensors_bfloat16(tmp_path):
     weights = random_weights("A", config=FULL_CONVS)
     path = tmp_path / "net.safetensors"

@@ -13,6 +13,7 @@ from vgg_jax import IMAGENET
 from vgg_jax.export import ExportSpec, write
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated:UserWarning")
 def test_savedmodel_in_litert(tmp_path):
     import tensorflow as tf
@@ -26,6 +27,7 @@ def test_savedmodel_in_litert(tmp_path):
     assert_close_to_largest(signature(images=images)["logits"], own_output(spec, images))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated:UserWarning")
 @pytest.mark.parametrize("output", ["logits", "posteriors"])
 def test_litert_refuses_other_sizes(output, tmp_path):

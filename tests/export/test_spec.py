@@ -15,6 +15,7 @@ from vgg_jax.export import ExportSpec, fold_batch_norm
 from vgg_jax.export.spec import format_of
 
 
+@pytest.mark.slow
 def test_fold_batch_norm_keeps_output():
     weights = random_weights("A", batch_norm=True)
     folded = fold_batch_norm(weights)

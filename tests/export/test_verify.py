@@ -54,6 +54,7 @@ def test_verify_finds_changed_weights(file_format, bfloat16, tmp_path, monkeypat
     assert cli.main(["verify", str(changed_path)]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rounding", [{"bfloat16": True}, {"float16": True}], ids=lambda x: next(iter(x))
 )

@@ -85,6 +85,7 @@ def test_convolution_gradients(shape, kind):
     assert_all_close(single, expected, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", EPILOGUE_KINDS)
 @pytest.mark.parametrize(
     ("function", "channels"), [(default_conv, 6), (cuda_conv, 6), (cuda_conv, 3)]
@@ -100,6 +101,7 @@ def test_accelerator_conv_gradients(function, channels, kind):
         assert_all_close(actual, expected, 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("chunk_positions", "chunk_size", "kind"),
     [(1, 1, "none"), (130, 2, "relu"), (200, 2, "relu_pool"), (300, 4, "relu")],
@@ -118,6 +120,7 @@ def test_image_gradients_in_chunks(chunk_positions, chunk_size, kind, monkeypatc
         assert_all_close(actual, expected, 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("n", "h", "w", "c"), [(3, 10, 7, 6), (1, 113, 8, 6), (2, 2, 2, 6), (3, 10, 7, 3)]
 )
@@ -202,6 +205,7 @@ def test_bfloat16_uses_onednn():
         assert program.count('custom_call_target="__onednn$convolution"') == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "channels", "kernel_size"), [(2, 512, 3), (8, 512, 3), (40, 3, 3), (8, 512, 1)]
 )

@@ -22,6 +22,7 @@ def test_winograd_matrices():
     np.testing.assert_allclose(_AT @ ((_G @ g) * (_BT @ d)), expected, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", EPILOGUE_KINDS)
 @pytest.mark.parametrize(("channels", "size"), [(8, 3), (3, 3), (8, 1)])
 def test_convolution_second_derivative_and_vmap(channels, size, kind):

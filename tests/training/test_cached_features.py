@@ -35,6 +35,7 @@ def config_with_cache(photos, **changes):
     return make_config(photos, freeze=("conv",), **SAME_IMAGES | {"cache_features": True} | changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{}, pytest.param({"microbatch": 4, "batch_norm": False}, marks=pytest.mark.slow)],
@@ -86,6 +87,7 @@ def test_resumed_run_equals_undisturbed_run(photos, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, *arrays)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [1, 4])
 def test_fit_stops_while_features_are_computed(number, photos, tmp_path):
     """At the first batch or a later one, of a new run or of a resumed one."""
@@ -166,6 +168,7 @@ def test_trained_convolutions_are_refused():
         make_config("photos", cache_features=True, **SAME_IMAGES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", [False, True])
 def test_centre_crop_equals_that_of_the_validation(cache, photos):
     """Every training image is the evaluation's crop of it, in all epochs."""

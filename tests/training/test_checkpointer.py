@@ -45,6 +45,7 @@ def test_fit_restarts_if_only_best_was_saved(photos, finished_run, tmp_path, mon
     assert without_times(history) == without_times(undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("until_end", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_fit_survives_full_disk(until_end, photos, finished_run, tmp_path, monkeypatch, caplog):
     """No save succeeds at the end of the second of three epochs, or from then on."""
@@ -78,6 +79,7 @@ def test_fit_survives_full_disk(until_end, photos, finished_run, tmp_path, monke
     assert metadata["epoch"] == expected_metadata["epoch"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [1, 3])
 def test_fit_keeps_checkpoints(keep, photos, tmp_path):
     """The best ones hold the parameters and the running statistics, and no momentum."""
@@ -98,6 +100,7 @@ def test_fit_rejects_too_few_checkpoints(keep, on_nan, photos, tmp_path):
         fit(make_config(photos), tmp_path, keep=keep, on_nan=on_nan)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("disk_is_full", [False, True])
 def test_best_is_net_of_best_epoch(disk_is_full, photos, tmp_path, monkeypatch):
     """The second of three epochs is the best, also if its net is saved in the third epoch only."""

@@ -54,6 +54,7 @@ def assert_close(actual, expected):
         np.testing.assert_allclose(actual[name]["kernel"], layer["kernel"], atol=2e-5 * largest)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_real", [8, 5])
 def test_gradient_is_that_of_the_weighted_loss(num_real):
     """The mean is over the images in the mask. Masked ones have no part in it."""
@@ -98,6 +99,7 @@ def arrays():
     return rng.integers(0, 256, (26, 20, 20), np.uint8), labels
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_nets")
 def test_fit_with_balanced_weights(arrays, tmp_path, caplog):
     """The first step's loss is the same, since it has no weights, and the parameters are not."""

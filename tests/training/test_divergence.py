@@ -77,6 +77,7 @@ def extend_to_three_epochs(workdir):
     (workdir / "run.json").write_text(json.dumps(content))
 
 
+@pytest.mark.slow
 def test_fit_halves_lr_after_divergence(config, tmp_path, caplog):
     """The run resumes from the end of the first epoch, and equals one with half the rate there."""
     caplog.set_level(logging.INFO, "vgg_jax")
@@ -128,6 +129,7 @@ def test_fit_stops_after_max_halvings(config, tmp_path):
     assert learning_rates(tmp_path / "run") == [1e-3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("on_nan", "with_loss"),
     [("stop", True), ("stop", False), pytest.param("halve", False, marks=pytest.mark.slow)],
@@ -150,6 +152,7 @@ def test_diverged_state_is_not_saved(on_nan, with_loss, config, tmp_path):
     assert (len(progress["history"]), progress["batch"]) == (1, 1)
 
 
+@pytest.mark.slow
 def test_signal_during_divergence_stops_run(config, tmp_path):
     """A signal ends the run, which then does not resume with half the learning rate."""
 
@@ -188,6 +191,7 @@ def test_fit_rejects_invalid_options(config, tmp_path):
         fit(config, tmp_path, save_seconds=-1)
 
 
+@pytest.mark.slow
 def test_debug_nans_names_layer_and_step(config, tmp_path):
     """At this learning rate the first update is so large that the second step overflows."""
     message = (

@@ -43,6 +43,7 @@ def assert_layers_close(params, expected):
             np.testing.assert_allclose(params[name][param], array, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_init_from_run_copies_all_layers(finished_run, photos, tmp_path, caplog):
     workdir, _ = finished_run
     params, line = init_and_log(photos, tmp_path, caplog, init_from=str(workdir))
@@ -80,6 +81,7 @@ def test_init_from_copies_statistics(net, finished_run, photos):
     assert started.batch_stats.keys() == state.batch_stats.keys()
 
 
+@pytest.mark.slow
 def test_init_from_file_of_other_shapes(finished_run, photos, tmp_path, caplog, monkeypatch):
     """fc6 of another image size and fc8 of other classes are new; their shapes are logged.
 
@@ -179,6 +181,7 @@ def pool_rms(path, photos, config):
     return float(np.sqrt((np.asarray(maps, np.float64) ** 2).mean()))
 
 
+@pytest.mark.slow
 def test_new_head_fits_the_activations(convolutions, photos, tmp_path, caplog):
     """fc6 begins with outputs of its usual scale, and the learning rate is lower."""
     config = make_config(
@@ -230,6 +233,7 @@ def test_given_learning_rate_is_kept(convolutions, photos, tmp_path):
     assert run["activation_rms"] > 10
 
 
+@pytest.mark.slow
 def test_copied_head_keeps_the_default(finished_run, photos, tmp_path, caplog):
     config = make_config(photos, init_from=str(finished_run[0]), epochs=1, learning_rate=None)
     fit(config, tmp_path)

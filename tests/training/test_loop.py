@@ -50,6 +50,7 @@ def test_fit_records_every_image(finished_run):
     assert counts == {(22, 7)}
 
 
+@pytest.mark.slow
 def test_fit_from_cache_equals_files(finished_run, photos, tmp_path):
     history = fit(make_config(photos, cache=True), tmp_path).history
     for cached, expected in zip(history, finished_run[1], strict=True):
@@ -57,6 +58,7 @@ def test_fit_from_cache_equals_files(finished_run, photos, tmp_path):
         assert cached["validation"]["accuracy"] == expected["validation"]["accuracy"]
 
 
+@pytest.mark.slow
 def test_fit_stopped_before_first_step(finished_run, photos, tmp_path, monkeypatch):
     """In the initialisation, and while the step is compiled. The run then starts as a new one."""
 
@@ -84,6 +86,7 @@ def test_fit_stopped_before_first_step(finished_run, photos, tmp_path, monkeypat
     assert without_times(history) == without_times(finished_run[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("free", [1e5, 1e12])
 def test_fit_warns_before_step_that_does_not_fit(free, photos, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(vgg_jax.training.trainer, "free_device_memory", lambda device: free)
@@ -97,6 +100,7 @@ def test_fit_warns_before_step_that_does_not_fit(free, photos, tmp_path, monkeyp
     assert [message in text for text in warnings] == ([True] if free < 1e12 else [])
 
 
+@pytest.mark.slow
 def test_fit_explains_lack_of_memory(photos, tmp_path):
     """The run can go on with the micro-batch that the message names."""
 
@@ -115,6 +119,7 @@ def test_fit_explains_lack_of_memory(photos, tmp_path):
     assert len(result.history) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize(
     "place", ["vgg_jax.data.file_split.read_header", "vgg_jax.data.cache.decode"]
@@ -140,6 +145,7 @@ def test_fit_stops_while_data_is_read(place, number, finished_run, photos, tmp_p
     assert without_times(history) == without_times(finished_run[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bottleneck", ["input", "device"])
 def test_fit_logs_bottleneck(photos, tmp_path, caplog, bottleneck):
     class SlowTrainer(Trainer):
@@ -185,6 +191,7 @@ def test_load_returns_best_epoch(finished_run, photos):
     assert num_correct / num_images == pytest.approx(best["validation"]["accuracy"])
 
 
+@pytest.mark.slow
 def test_fit_compiles_once_and_donates_state(photos, tmp_path, caplog):
     """Over three epochs and a change of the learning rate."""
     states = []
@@ -253,6 +260,7 @@ def test_fit_resumes_to_the_bit(photos, finished_run, tmp_path):
     assert_equal_runs(tmp_path, result.history, finished_run)
 
 
+@pytest.mark.slow
 def test_fit_resumes_to_the_bit_after_kill(photos, finished_run, tmp_path):
     """The batch at which the process is killed comes again."""
 
@@ -268,6 +276,7 @@ def test_fit_resumes_to_the_bit_after_kill(photos, finished_run, tmp_path):
     assert_equal_runs(tmp_path, result.history, finished_run)
 
 
+@pytest.mark.slow
 def test_fit_measures_colours_once(photos, tmp_path, monkeypatch):
     config = make_config(photos, statistics="measure", epochs=1)
 
@@ -341,6 +350,7 @@ def test_fit_does_not_repeat_finished_run(finished_run, photos, caplog):
     assert "done: best validation accuracy" in caplog.text
 
 
+@pytest.mark.slow
 def test_fit_resumes_moved_data_with_more_epochs(finished_run, photos, tmp_path, caplog):
     """A grown run equals the one that had all epochs from the start, to the bit."""
     shutil.copytree(photos, tmp_path / "moved")

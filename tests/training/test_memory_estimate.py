@@ -75,6 +75,7 @@ def test_largest_microbatch_is_smaller_than_the_runs(monkeypatch):
     assert largest_microbatch(config, 5, 1, 0) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_nets")
 def test_estimate_counts_initialisation():
     """Drawing fc6, nearly all of this net's parameters, takes more memory than a step."""

@@ -44,6 +44,7 @@ def check(model, state):
     return first_nonfinite(state, batch, model=model, mean_rgb=IMAGENET.mean_rgb)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", ["conv1_1", "bn1_1", "conv2_1", "fc6", "fc8"])
 def test_first_nonfinite_names_output(layer):
     model, state = make_state(batch_norm=True)
@@ -52,6 +53,7 @@ def test_first_nonfinite_names_output(layer):
     assert check(model, dataclasses.replace(state, params=params)) == f"the output of {layer}"
 
 
+@pytest.mark.slow
 def test_first_nonfinite_names_gradient_or_update():
     """The outputs after fc6 are 1e22 and those after fc7 are 1, so fc7's gradient overflows."""
     model, state = make_state(dropout_rate=0.0)

@@ -154,6 +154,7 @@ def test_fit_resumes_on_fewer_devices(tmp_path, monkeypatch):
     jax.tree.map(assert_close, arrays, expected_arrays)
 
 
+@pytest.mark.slow
 def test_run_of_version_1_keeps_its_validation_images(tmp_path, monkeypatch):
     """When it resumes and when it is evaluated. A new run divides by class."""
     data, workdir = write_photos(tmp_path / "data"), tmp_path / "run"

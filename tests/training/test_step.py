@@ -76,6 +76,7 @@ def test_train_step_by_micro_batches_equals_whole(steps):
         assert np.abs(micro[name]["kernel"] - whole[name]["kernel"]).max() < 1e-4 * moved
 
 
+@pytest.mark.slow
 def test_train_step_in_bfloat16_keeps_float32_state():
     """Parameters, momentum and running statistics stay float32; the loss is close to float32's."""
     losses = []

@@ -15,6 +15,7 @@ from vgg_jax import IMAGENET, InputError
 from vgg_jax.weights import read
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("encoding", "net"),
     [*(pytest.param("V1", net, marks=pytest.mark.slow) for net in "DE"), ("new", "D")],

@@ -43,6 +43,7 @@ def test_layouts_keys_are_names():
     assert [layout.name for layout in LAYOUTS.values()] == list(LAYOUTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("net", "batch_norm"), [("A", False), ("D", False), ("A", True)], ids=["A", "D", "A-batch-norm"]
 )

@@ -112,6 +112,7 @@ def test_keras_net_in_sequential(suffix, tmp_path, caplog):
     assert_close_to_largest(output, np.asarray(expected))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:__array__ implementation")  # from Keras' own arrays
 def test_authors_layers_equal_keras(shared_data):
     """Each layer of the authors' VGG-16 on photos. Keras preprocesses the pixels itself."""

@@ -256,6 +256,7 @@ def write_keras3(file, tensors, group, head):
     file["optimizer/vars/1"] = np.float32(0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["weights.h5", "keras"])
 @pytest.mark.parametrize("head", [(512, 2), (2048, 64, 2)])
 @pytest.mark.parametrize(
@@ -353,6 +354,7 @@ def test_two_nets_in_keras_file(tensors, tmp_path):
         read(tmp_path / "net.weights.h5")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "prefix", ["", "module.", "vgg.", "features.", "model.features.module._orig_mod."]
 )

@@ -84,6 +84,7 @@ def test_predict_takes_image_size(path, tmp_path, capsys):
     assert "photo.png: " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("image_size", "window"), [(32, 1), (64, 2), (100, 3)])
 def test_logits_equal_those_of_pytorch(image_size, window, path, tensors):
     """One position, or global average pooling of pool5."""

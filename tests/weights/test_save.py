@@ -226,6 +226,7 @@ def test_weights_with_std_are_rejected(loaded):
         Weights("A", "vgg_jax", model, variables["params"], {}, True, preprocessing, classes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 5])
 def test_save_with_other_channels(channels, loaded, tmp_path):
     """The mean becomes that of the images which `with_in_channels` describes."""

@@ -79,6 +79,7 @@ def bgr(images):
     return images[..., ::-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("description", "prepare"),
     [
@@ -226,6 +227,7 @@ def grey_file(tensors, path, **header):
     return grey
 
 
+@pytest.mark.slow
 def test_grey_images(tensors, tmp_path):
     path = tmp_path / "grey.safetensors"
     grey = grey_file(tensors, path)
@@ -300,6 +302,7 @@ def test_wrong_classes_file(content, path, tmp_path, capsys):
     assert "classes.txt cannot be read as a list of classes (" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["torchvision", "timm"])
 def test_foreign_layout_keeps_meaning(layout, path, tmp_path, monkeypatch):
     """The header's mean and std are those of the file's tensors."""
@@ -328,6 +331,7 @@ def _position(name):
     return group, int("".join(filter(str.isdigit, module)) or 0), param == "bias"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file_format", ["onnx", "stablehlo", "savedmodel"])
 def test_programs_have_the_description(file_format, path, tmp_path, capsys):
     if file_format == "onnx":
