@@ -46,6 +46,16 @@ def test_list_is_cut_and_remedy_stays(message, start, end):
     assert int(kept[1]) == text.partition("…")[0].count("unexpected tensor") - 1
 
 
+def test_long_path_keeps_what_is_wrong():
+    path = f"/home/{'deep/' * 50}photos"
+    message = f"no labels for the 12 images of {path!r}, which can only be predicted: expected x"
+    assert len(message) > MAX_LENGTH
+    text = shorten(message)
+    assert len(text) < MAX_LENGTH
+    assert text.startswith("no labels for the 12 images of '/home/deep/")
+    assert text.endswith("deep/photos', which can only be predicted: expected x")
+
+
 @pytest.mark.parametrize("is_damaged", [False, True])
 def test_absent_weights_keep_url_and_command(is_damaged, tmp_path, monkeypatch, capsys):
     """Also if a copy in a cache is refused, whose path is long."""

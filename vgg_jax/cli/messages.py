@@ -5,13 +5,14 @@ import re
 MAX_LENGTH = 300
 _MIN_HEAD = 60  # characters that are left for the problem itself
 _MARKS = (": expected ", "; ")  # what follows tells the user what to do
+_LONG_PATH = re.compile(r"(?<![^\s'])(/[^\s']{24})[^\s']{40,}([^\s']{24})")
 
 
 def shorten(message: str, limit: int = MAX_LENGTH) -> str:
     """Shortens a message to a length, and tells how to see the rest.
 
-    The end, which tells what to do, stays if it fits. What stands before it loses its own end, or
-    that of a list.
+    The end, which tells what to do, stays if it fits. Long paths before it lose their middle. If
+    that does not suffice, what stands before the end loses its own end, or that of a list.
 
     Args:
         message: One sentence, such as "problem; problem; problem: expected this; do that".
@@ -23,7 +24,9 @@ def shorten(message: str, limit: int = MAX_LENGTH) -> str:
     if len(message) <= limit:
         return message
     remedy = _remedy(message, limit - _MIN_HEAD)
-    return _cut(message.removesuffix(remedy), limit - len(remedy)) + remedy
+    problem = _LONG_PATH.sub(r"\1…\2", message.removesuffix(remedy))
+    room = limit - len(remedy)
+    return (problem if len(problem) <= room else _cut(problem, room)) + remedy
 
 
 def _remedy(message: str, room: int) -> str:
