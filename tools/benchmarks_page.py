@@ -318,6 +318,52 @@ def accuracy_section() -> str:
     return section("Accuracy", result, text)
 
 
+def fine_tuning_section() -> str:
+    """Fine-tuning on photos from pretrained convolutions."""
+    result = load("finetune")
+    rows = []
+    for kind in ("frozen", "free"):
+        for run in result[kind]:
+            own, peer = run["vgg_jax"], run.get("peer")
+            losses = [epoch["validation"][0] for epoch in own["epochs"]]
+            rows.append(
+                (
+                    kind,
+                    own["seed"],
+                    len(own["epochs"]),
+                    f"{losses[0]:.2f}, {losses[-1]:.2f}",
+                    *_accuracies(own["epochs"]),
+                    _percent(own["dense_accuracy_of_best_epoch"]),
+                    f"{own['seconds']:.0f}",
+                    *(_accuracies(peer["epochs"]) if peer else ("", "")),
+                    f"{peer['seconds']:.0f}" if peer else "",
+                )
+            )
+    header = (
+        *("convolutions", "seed", "epochs", "validation loss, first and last", "best", "last"),
+        *("best on whole photos", "s", "PyTorch: best", "last", "s"),
+    )
+    text = (
+        f"{result['data']}. Net D starts from the authors' convolutions, with a new head of two "
+        "hidden layers of 256, at the default learning rate. `best` and `last` are validation "
+        "accuracies of the best and of the last epoch, on centre crops at S = 384. The best "
+        "epoch is chosen by the same photos. Seconds are those of the whole program. PyTorch has "
+        f"the same head, crops, schedule and number of epochs. {result['remark']}\n\n"
+        + table(header, rows)
+    )
+    return section("Fine-tuning", result, text)
+
+
+def _accuracies(epochs: Sequence[dict[str, Any]]) -> tuple[str, str]:
+    """The best and the last validation accuracy."""
+    accuracies = [epoch["validation"][1] for epoch in epochs]
+    return _percent(max(accuracies)), _percent(accuracies[-1])
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
 def weights_section() -> str:
     """Weights of torchvision."""
     result = load("check_weights")
@@ -394,6 +440,7 @@ SECTIONS = (
     memory_section,
     growth_section,
     accuracy_section,
+    fine_tuning_section,
     weights_section,
     scaling_section,
 )
@@ -486,9 +533,37 @@ def fuzzing() -> str:
     return table(("file", "tried", "read", "refused"), rows) + f"\n\n{total}"
 
 
+def quantization() -> str:
+    """The table of rounded exports."""
+    result = load("quantization")
+    titles = {
+        "float32": "float32",
+        "bfloat16": "`--bfloat16`",
+        "float16": "`--onnx-float16`",
+        "int8 dynamic": "int8, dynamic: fc6 to fc8",
+        "int8 static": "int8, static: all layers",
+    }
+    rows = [
+        (
+            titles[row["numbers"]],
+            _percent(row["accuracy"]),
+            f"{row['bytes']:,}",
+            f"{row['relative_time']:.2f}",
+        )
+        for row in result["rows"]
+    ]
+    facts = (
+        f"Commit `{result['commit']}`, {result['device']}, ONNX Runtime {result['onnxruntime']}, "
+        f"`{result['command']}`."
+    )
+    header = ("numbers", f"accuracy on {result['photos']} photos", "bytes", "time of a photo")
+    return table(header, rows) + f"\n\n{facts}"
+
+
 # Tables in hand-written pages. Each lies between two comments, see `comments`.
 TABLES = {
     "README.md": {"highlights": highlights},
+    "docs/export.md": {"quantization": quantization},
     "docs/robustness.md": {"faults": faults, "fuzzing": fuzzing},
 }
 

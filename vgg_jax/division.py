@@ -14,6 +14,9 @@ logger = logging.getLogger(__name__)
 # it began with. Version 1, of 0.1.0, held out images without regard to their classes, and hardly
 # shuffled small data sets in a few TFRecord files.
 INPUT_VERSION = 2
+# A part of the storage of TFRecord files that are too large to be shuffled completely. In memory
+# (`cache`), their images have another order.
+BY_A_BUFFER = ", shuffled by a buffer"
 # Names of the splits, in lower case and without "_set". The first of each is the kind.
 SPLIT_NAMES = {
     "train": ("train", "training"),

@@ -16,6 +16,7 @@ from tests.helpers.tiny_data import (
 from vgg_jax.data import decode, open_split, open_train_val, tfds
 from vgg_jax.data.splits import epoch_seeds
 from vgg_jax.data.tfds import find_prepared, record_splits
+from vgg_jax.division import BY_A_BUFFER
 from vgg_jax.errors import InputError
 
 FORMATS = ("tfrecord", "array_record")
@@ -183,6 +184,18 @@ def test_records_in_memory_of_another_number(five_files):
     files = SimpleNamespace(**vars(five_files) | {"num_examples": 5001})
     with pytest.raises(tf.errors.OpError, match="5000 records instead of 5001: prepare it again"):
         next(iter(reader_of(files, 2)(SEED)))
+
+
+def test_storage_tells_whether_records_fit_into_memory(prepared, monkeypatch):
+    """The order of a larger split changes if `cache` keeps it in memory."""
+
+    def storage(**options):
+        return open_train_val("numbers", data_dir=prepared["tfrecord"], **options)[0].storage
+
+    assert storage() == "numbers/1.0.0 tfrecord"
+    monkeypatch.setattr(tfds, "MAX_BYTES_IN_MEMORY", 1000)
+    assert storage() == f"numbers/1.0.0 tfrecord{BY_A_BUFFER}"
+    assert storage(version=1) == "numbers/1.0.0 tfrecord"
 
 
 @pytest.mark.slow

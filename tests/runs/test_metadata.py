@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 
 from vgg_jax import IMAGENET, InputError, TrainConfig
+from vgg_jax.configs.presets import resolve_learning_rate
+from vgg_jax.division import BY_A_BUFFER
 from vgg_jax.runs.checkpoint import CheckpointStore
 from vgg_jax.runs.metadata import (
     RunMetadata,
     check_same_run,
     create_run,
+    describe_run,
     load_existing_run,
     load_run,
 )
@@ -23,6 +26,8 @@ METADATA = RunMetadata(
     storage="folder",
     train_size=10,
     validation_size=3,
+    input_version=2,
+    validation_storage="folder, validation",
 )
 
 
@@ -55,7 +60,8 @@ def test_check_same_run_lists_differences(tmp_path):
         ("epochs", 75, "folder", True),
         ("epochs", 73, "folder", False),
         ("cache", True, "folder", True),
-        ("cache", True, "numbers/1.0.0 tfrecord", False),  # another order of the images
+        ("cache", True, "numbers/1.0.0 tfrecord", True),
+        ("cache", True, f"numbers/1.0.0 tfrecord{BY_A_BUFFER}", False),  # another order
         ("microbatch", 128, "folder", True),
         ("batch_size", 128, "folder", False),
         ("dtype", "bfloat16", "folder", False),
@@ -85,6 +91,31 @@ def test_check_same_run_names_other_data(tmp_path):
         check_same_run(tmp_path, METADATA, run)
 
 
+def test_check_same_run_compares_the_validation_data(tmp_path):
+    """The best checkpoint and the learning rate depend on it."""
+    config = dataclasses.replace(METADATA.config, data="/moved/photos")
+    run = dataclasses.replace(METADATA, config=config, validation_storage="folder, names 0")
+    with pytest.raises(InputError, match=r"validation_storage is 'folder, validation' in .* now"):
+        check_same_run(tmp_path, METADATA, run)
+    earlier = dataclasses.replace(METADATA, validation_storage=None)
+    assert check_same_run(tmp_path, earlier, run) == ["data was 'photos' and is '/moved/photos'"]
+
+
+def test_check_same_run_keeps_the_cache_of_version_1(tmp_path):
+    """It hardly shuffled TFRecord files, which `cache` shuffles completely."""
+    existing = dataclasses.replace(METADATA, storage="numbers/1.0.0 tfrecord", input_version=1)
+    run = dataclasses.replace(existing, config=dataclasses.replace(existing.config, cache=True))
+    with pytest.raises(InputError, match="cache is False"):
+        check_same_run(tmp_path, existing, run)
+
+
+def test_describe_run_has_no_star_at_the_papers_settings():
+    paper = dataclasses.replace(METADATA, config=resolve_learning_rate(TrainConfig(), 1000))
+    lines = describe_run(paper).splitlines()[:-1]
+    assert [line for line in lines if line.endswith("*")] == []
+    assert any(line.split()[0] == "learning_rate" and "0.01" in line for line in lines)
+
+
 def test_check_same_run_accepts_other_spelling_of_net(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runs = [
@@ -100,9 +131,11 @@ def test_load_run_reads_files_without_command(tmp_path):
     """Those of version 0.1.0 have none."""
     create_run(tmp_path, METADATA)
     content = json.loads((tmp_path / "run.json").read_text())
-    del content["command"], content["activation_rms"]
+    for name in ("command", "activation_rms", "input_version", "validation_storage"):
+        del content[name]
     (tmp_path / "run.json").write_text(json.dumps(content))
-    assert load_run(tmp_path) == METADATA
+    run = dataclasses.replace(METADATA, input_version=1, validation_storage=None)
+    assert load_run(tmp_path) == run
 
 
 @pytest.mark.parametrize("part", ["best", "last/7"])

@@ -370,10 +370,12 @@ def test_fit_resumes_moved_data_with_more_epochs(finished_run, photos, tmp_path,
     assert content["command"] == "vgg-jax train"
 
 
-def test_fit_warns_of_microbatch_with_batch_norm(finished_run, photos, tmp_path, caplog):
+def test_fit_warns_of_changes_that_matter(finished_run, photos, tmp_path, caplog):
+    """A micro-batch matters to batch normalisation, and a cache to small images."""
     shutil.copytree(finished_run[0], tmp_path / "copy")
-    fit(make_config(photos, microbatch=4), tmp_path / "copy")
+    fit(make_config(photos, microbatch=4, cache=True), tmp_path / "copy")
     assert "batch normalisation uses the statistics of a micro-batch" in caplog.text
+    assert "differ by at most one grey level" in caplog.text
 
 
 def test_fit_rejects_other_config(finished_run, photos):

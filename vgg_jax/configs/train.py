@@ -16,6 +16,8 @@ ALLREDUCE_DTYPES = ("float32", "bfloat16")  # of the gradients sent between devi
 SAVE_SECONDS = 600  # between two saves within an epoch
 KEEP = 2  # checkpoints in a folder: the previous one replaces the newest if that is damaged
 # The fields that say how a run is carried out, not what it is. They may change when it resumes.
+# `cache` keeps the pixels of images and crops of at most so many pixels.
+MAX_CACHED_PIXELS = 64 * 64
 RESUMABLE_CHANGES = ("data", "epochs", "cache", "microbatch")
 
 
@@ -114,7 +116,7 @@ class TrainConfig:
         exclude: Names of images to leave out, as `vgg-jax verify-data` lists them. () leaves out
             none.
         cache: Keep the encoded images in memory, or the pixels of small images. This changes the
-            order of images from TFRecord files.
+            order of images from TFRecord files of more than 1 GiB.
         cache_features: Compute the output of the frozen layers once, and keep it in memory. Needs
             images that stay the same: `crop` "centre", one `scale`, no `flip` and no
             `colour_shift`.
@@ -240,7 +242,7 @@ class TrainConfig:
         False,
         "data",
         "keep the encoded images in memory, or the pixels of small images; "
-        "changes the image order of TFRecord files",
+        "changes the image order of TFRecord files of more than 1 GiB",
     )
 
     cache_features: bool = _field(

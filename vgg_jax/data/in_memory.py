@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from vgg_jax.configs.colours import ColourStatistics
-from vgg_jax.configs.train import TrainConfig
+from vgg_jax.configs.train import MAX_CACHED_PIXELS, TrainConfig
 from vgg_jax.data.batches import BatchIterator
 from vgg_jax.data.splits import (
     DataSource,
@@ -29,7 +29,6 @@ from vgg_jax.data.transforms import (
     to_uint8,
 )
 
-MAX_PIXELS = 64 * 64  # of an image, and of a crop
 # Offsets of all scales. More matrices would delay the start (docs/performance.md#crop-matrices).
 MAX_OFFSETS = 600
 
@@ -61,7 +60,7 @@ def is_small_enough(sides: tuple[int, int], scales: tuple[int, ...], size: int) 
         round(scale * max(sides) / min(sides)) - size + 1
         for scale in range(scales[0], scales[-1] + 1)
     )
-    return max(sides[0] * sides[1], size * size) <= MAX_PIXELS and offsets <= MAX_OFFSETS
+    return max(sides[0] * sides[1], size * size) <= MAX_CACHED_PIXELS and offsets <= MAX_OFFSETS
 
 
 def crop_matrices(sides: tuple[int, int], scales: tuple[int, ...], size: int) -> CropMatrices:

@@ -24,7 +24,7 @@ from vgg_jax.data.splits import (
     record_name,
     sequential,
 )
-from vgg_jax.division import INPUT_VERSION
+from vgg_jax.division import BY_A_BUFFER, INPUT_VERSION
 from vgg_jax.errors import InputError, install_hint, single_line
 from vgg_jax.paths import is_remote
 
@@ -252,8 +252,12 @@ def _open_split(
 
     size, file_format = files.num_examples, info.file_format
     num_bytes = files.num_bytes or sum(tf.io.gfile.stat(path).length for path in files.filepaths)
+    storage = f"{info.full_name} {file_format.value}"
     if file_format == tfds.core.FileFormat.TFRECORD:
-        select = _tfrecord_selector(files, num_bytes, parse, version)
+        buffer = _shuffle_buffer(size, num_bytes, version)
+        select = _tfrecord_selector(files, buffer, parse, version)
+        if version > 1 and buffer < size:
+            storage += BY_A_BUFFER
     elif file_format == tfds.core.FileFormat.ARRAY_RECORD:
         read = functools.partial(_read, _open_array_records(files), parse)
         select = functools.partial(random_access, read=read)
@@ -268,12 +272,19 @@ def _open_split(
         select=select,
         file_name=functools.partial(record_name, name),
         num_bytes=num_bytes,
-        **exclude_records(name, f"{info.full_name} {file_format.value}", size, exclude),
+        **exclude_records(name, storage, size, exclude),
     )
 
 
+def _shuffle_buffer(size: int, num_bytes: int, version: int) -> int:
+    """Number of records that are shuffled at a time."""
+    if version == 1:
+        return SHUFFLE_BUFFER_OF_VERSION_1
+    return max(1, MAX_BYTES_IN_MEMORY * size // max(1, num_bytes))
+
+
 def _tfrecord_selector(
-    files: Any, num_bytes: int, parse: Callable[[dict], dict], version: int
+    files: Any, buffer: int, parse: Callable[[dict], dict], version: int
 ) -> Callable[[np.ndarray], ExampleReader]:
     """Makes `StoredSplit.select` for TFRecord files, which are read from their beginning.
 
@@ -281,10 +292,6 @@ def _tfrecord_selector(
     A larger one is shuffled by files, and by a buffer.
     """
     size, is_first = files.num_examples, version == 1
-    if is_first:
-        buffer = SHUFFLE_BUFFER_OF_VERSION_1
-    else:
-        buffer = max(1, MAX_BYTES_IN_MEMORY * size // max(1, num_bytes))
     scan = functools.partial(
         _scan, files, rotate=not is_first and len(files.filepaths) <= FEW_FILES
     )

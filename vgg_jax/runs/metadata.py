@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from vgg_jax.configs.colours import ColourStatistics
+from vgg_jax.configs.presets import resolve_learning_rate
 from vgg_jax.configs.train import RESUMABLE_CHANGES, TrainConfig
-from vgg_jax.division import INPUT_VERSION
+from vgg_jax.division import BY_A_BUFFER, INPUT_VERSION
 from vgg_jax.errors import InputError, single_line
 from vgg_jax.paths import is_remote, to_path
 from vgg_jax.runs.files import atomic_write, translate_write_errors
@@ -31,6 +32,7 @@ class RunMetadata:
     activation_rms: float | None = None
     input_version: int = 1  # see `vgg_jax.division.INPUT_VERSION`; 0.1.0 did not write it
     command: str | None = None  # that started it; None if `vgg_jax.fit` was called
+    validation_storage: str | None = None  # as `storage`; None in runs of earlier versions
 
 
 def load_existing_run(workdir: Path) -> RunMetadata | None:
@@ -132,18 +134,20 @@ def _is_equal(name: str, old: Any, new: Any) -> bool:
     is_path = name == "init_from" and isinstance(old, str) and isinstance(new, str)
     if is_path and not is_remote(old) and not is_remote(new):
         return os.path.realpath(old) == os.path.realpath(new)
-    return old == new or name == "command"
+    return old == new or name == "command" or (name == "validation_storage" and old is None)
 
 
 def _may_change(name: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
     """Tells if a field of a run may have another value when it resumes."""
     if name == "data":  # the same data, moved or spelt otherwise
-        described = ("storage", "classes", "train_size", "validation_size")
-        return all(old[field] == new[field] for field in described)
+        described = ("storage", "validation_storage", "classes", "train_size", "validation_size")
+        return all(_is_equal(field, old[field], new[field]) for field in described)
     if name == "epochs":
         return old[name] < new[name]
-    # In memory, the images of TFRecord files get another order.
-    return name in RESUMABLE_CHANGES and (name != "cache" or "tfrecord" not in old["storage"])
+    if name == "cache":
+        is_in_parts = old["input_version"] == 1 or BY_A_BUFFER in old["storage"]
+        return not ("tfrecord" in old["storage"] and is_in_parts)
+    return name in RESUMABLE_CHANGES
 
 
 def load_run(workdir: Path) -> RunMetadata:
@@ -192,7 +196,7 @@ def describe_run(run: RunMetadata) -> str:
         ("classes", f"{len(run.classes)}: {_shorten(', '.join(run.classes))}"),
         ("mean RGB", _format_value(tuple(round(value, 3) for value in run.colours.mean_rgb))),
     ]
-    paper = TrainConfig()  # it fills in `scale`
+    paper = resolve_learning_rate(TrainConfig(), 1000)  # it fills in `scale`, too
     for field in dataclasses.fields(TrainConfig):
         value = getattr(run.config, field.name)
         star = "" if value == getattr(paper, field.name) or field.name == "data" else " *"
@@ -249,8 +253,9 @@ def _check_types(run: RunMetadata) -> None:
         raise TypeError(f"its input_version is not one of 1 to {INPUT_VERSION}")
     if not isinstance(run.activation_rms, float | None):
         raise TypeError("its activation_rms is not a number")
-    if not isinstance(run.command, str | None):
-        raise TypeError("its command is not a text")
+    for name in ("command", "validation_storage"):
+        if not isinstance(getattr(run, name), str | None):
+            raise TypeError(f"its {name} is not a text")
 
 
 def _flatten(run: dict[str, Any]) -> dict[str, Any]:

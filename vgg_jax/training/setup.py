@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from vgg_jax.configs.colours import IMAGENET
 from vgg_jax.configs.presets import resolve_learning_rate
-from vgg_jax.configs.train import TrainConfig
+from vgg_jax.configs.train import MAX_CACHED_PIXELS, TrainConfig
 from vgg_jax.distributed.multihost import (
     assert_same_on_all,
     is_main_process,
@@ -130,10 +130,12 @@ def prepare_run(
         existing.activation_rms if existing else None,
         input_version=version,
         command=existing.command if existing else command,
+        validation_storage=validation.storage,
     )
     assert_same_on_all(
         as_json(run)["config"]
         | {"data": [run.storage, run.train_size, run.validation_size], "mesh_config": mesh_config}
+        | {"validation": run.validation_storage}
     )
     if existing is not None and (changes := check_same_run(workdir, existing, run)):
         _log_changes(workdir, changes, config)
@@ -235,6 +237,13 @@ def _log_changes(workdir: Path, changes: list[str], config: TrainConfig) -> None
         logger.warning(
             "batch normalisation uses the statistics of a micro-batch, so the run goes on "
             "otherwise than it would have with the earlier --microbatch"
+        )
+    if config.image_size**2 <= MAX_CACHED_PIXELS and any(
+        change.startswith("cache ") for change in changes
+    ):
+        logger.warning(
+            "crops of small images of one size are computed otherwise with --cache, and differ by "
+            "at most one grey level, so the run goes on otherwise than it would have"
         )
 
 
