@@ -92,6 +92,7 @@ def test_logits_and_gradients_equal_pytorch(net, batch_norm):
     assert_trees_close(logits, expected_inference)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_grad_cam_equals_pytorch(batch_norm):
     """`head` after `features`: logits, and the mean gradient of each channel, in float64."""
@@ -163,9 +164,10 @@ def torch_sgd(model, lr, decay_biases):
     return torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=5e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("batch_norm", "decay_biases", "devices", "microbatch"),
-    [(True, False, 2, None), pytest.param(False, True, 1, 4, marks=pytest.mark.slow)],
+    [(True, False, 2, None), (False, True, 1, 4)],
 )
 def test_twenty_steps_equal_pytorch(batch_norm, decay_biases, devices, microbatch):
     """Every loss and the final parameters, in float64, with padding in every third batch."""
