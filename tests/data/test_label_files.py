@@ -72,6 +72,20 @@ def test_flat_training_split_with_label_file(tmp_path):
     assert labels_by_name(open_split(str(tmp_path), "train")) == FLAT
 
 
+def test_storage_depends_on_labels_from_a_file(tmp_path):
+    """A run must not resume with other labels. Names of files and classes are all equal here."""
+    write_images(tmp_path / "train", *FLAT)
+    storages = []
+    for first, second in (("ants", "bees"), ("bees", "ants")):
+        lines = f"train/a.jpg,{first}\ntrain/b 1.jpg,{second}\ntrain/c.jpg,bees\n"
+        for name in ("train.csv", "list.csv"):
+            (tmp_path / name).write_text(lines)
+        for data in (tmp_path, tmp_path / "list.csv"):
+            storages.append(open_split(str(data), "train").storage)
+    assert len(set(storages)) == 4
+    assert storages[0].startswith("folder, labels ") and storages[1].startswith("list, labels ")
+
+
 def test_flat_splits_with_one_label_file(tmp_path):
     """The classes are those of the training split, also if the other split lacks one."""
     write_images(tmp_path / "train", *FLAT)

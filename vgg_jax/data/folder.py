@@ -18,6 +18,7 @@ from vgg_jax.data.file_split import (
     check_images,
     exclude_files,
     split_images,
+    storage_with_labels,
     stored_split,
 )
 from vgg_jax.data.filesystem import (
@@ -158,7 +159,8 @@ def _read_split(
             "one; add some, or move the folder elsewhere"
         )
     num_excluded = len(listed.paths) - len(images.paths) - len(not_images.paths)
-    return stored_split(name, "folder", folder, images, classes, skip_bad, damaged, num_excluded)
+    storage = storage_with_labels("folder", images.labels) if is_flat else "folder"
+    return stored_split(name, storage, folder, images, classes, skip_bad, damaged, num_excluded)
 
 
 def _without_notes(

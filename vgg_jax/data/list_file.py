@@ -1,7 +1,6 @@
 """A data set as a list: a label file whose lines name files, labels and perhaps splits."""
 
 import functools
-import hashlib
 import itertools
 import logging
 import os
@@ -15,6 +14,7 @@ from vgg_jax.data.file_split import (
     check_images,
     exclude_files,
     split_images,
+    storage_with_labels,
     stored_split,
 )
 from vgg_jax.data.filesystem import exists
@@ -128,10 +128,9 @@ def _read_split(
     check_images(others.paths, len(files.paths), path, skip_bad)
     if not images.paths:
         raise InputError(f"{name} has no images: expected at least one")
-    digest = hashlib.sha256(images.labels.tobytes()).hexdigest()[:16]
     return stored_split(
         name,
-        f"list, labels {digest}",
+        storage_with_labels("list", images.labels),
         root,
         images,
         classes,
