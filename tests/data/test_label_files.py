@@ -145,15 +145,66 @@ def write_devkit(folder: Path, synsets: dict[int, str], numbers: list[int]) -> N
 
 def test_imagenet_as_downloaded(tmp_path):
     """The ground truth numbers the classes as meta.mat does, not in the order of the folders."""
-    write_classes(tmp_path / "train", *SYNSETS.values())
-    names = [f"ILSVRC2012_val_{i:08}.JPEG" for i in range(1, 7)]
-    write_images(tmp_path / "val", *reversed(names))
-    numbers = [3, 1, 2, 2, 3, 1]
-    write_devkit(tmp_path / "ILSVRC2012_devkit_t12" / "data", SYNSETS, numbers)
+    expected = write_imagenet(tmp_path)
     train, validation = open_train_val(str(tmp_path))
     assert train.classes == tuple(sorted(SYNSETS.values()))
-    expected = {name: SYNSETS[number] for name, number in zip(names, numbers, strict=True)}
     assert labels_by_name(validation) == expected
+
+
+def write_imagenet(root: Path, count: int = 6) -> dict[str, str]:
+    """Writes photos and the kit of ImageNet in miniature, and returns the synset of each photo."""
+    write_classes(root / "train", *SYNSETS.values())
+    names = [f"ILSVRC2012_val_{i:08}.JPEG" for i in range(1, count + 1)]
+    write_images(root / "val", *names)
+    numbers = [3, 1, 2, 2, 3, 1][:count]
+    write_devkit(root / "ILSVRC2012_devkit_t12" / "data", SYNSETS, numbers)
+    return {name: SYNSETS[number] for name, number in zip(names, numbers, strict=True)}
+
+
+def test_imagenet_without_some_photos(tmp_path):
+    """A photo that is lost or empty does not move the labels of the others."""
+    expected = write_imagenet(tmp_path)
+    lost, empty, *_ = expected
+    (tmp_path / "val" / lost).unlink()
+    (tmp_path / "val" / empty).write_bytes(b"")
+    with pytest.raises(InputError, match=f"1 of 5 files .* are not images.*{empty}"):
+        open_split(str(tmp_path), "val")
+    del expected[lost], expected[empty]
+    assert labels_by_name(open_split(str(tmp_path), "val", skip_bad=True)) == expected
+
+
+def test_imagenet_with_synsets_in_names(tmp_path):
+    expected = write_imagenet(tmp_path)
+    for name, synset in expected.items():
+        path = tmp_path / "val" / name
+        path.rename(path.with_name(f"{path.stem}_{synset}.png"))
+    validation = open_split(str(tmp_path), "val")
+    labels = labels_by_name(validation)
+    assert len(labels) == 6 and all(label in name for name, label in labels.items())
+
+
+@pytest.mark.parametrize("name", ["copy.JPEG", "ILSVRC2012_val_00000007.JPEG"])
+def test_imagenet_with_another_photo(tmp_path, name):
+    expected = write_imagenet(tmp_path)
+    (tmp_path / "val" / min(expected)).rename(tmp_path / "val" / name)
+    message = f"no label for '{name}': expected a name from ILSVRC2012_val_00000001 to 00000006"
+    with pytest.raises(InputError, match=message):
+        open_split(str(tmp_path), "val")
+
+
+def test_ground_truth_of_other_names_counts_bad_files(tmp_path):
+    expected = write_imagenet(tmp_path, count=3)
+    for name in expected:
+        (tmp_path / "val" / name).rename(tmp_path / "val" / name.replace("ILSVRC2012_", ""))
+    (tmp_path / "val" / "val_00000002.JPEG").write_bytes(b"")
+    with pytest.raises(InputError, match="1 of 3 files .* are not images.*val_00000002"):
+        open_split(str(tmp_path), "val")
+    labels = labels_by_name(open_split(str(tmp_path), "val", skip_bad=True))
+    synsets = list(expected.values())
+    assert labels == {"val_00000001.JPEG": synsets[0], "val_00000003.JPEG": synsets[2]}
+    (tmp_path / "val" / "val_00000004.JPEG").write_bytes(b"")
+    with pytest.raises(InputError, match="3 labels for 4 photos, of which 'val_00000002.JPEG' is"):
+        open_split(str(tmp_path), "val")
 
 
 def test_imagenet_with_photos(tmp_path, shared_data):
@@ -283,6 +334,30 @@ def test_label_file_with_equal_names_in_two_splits(tmp_path):
     train, validation = open_train_val(str(tmp_path))
     assert labels_by_name(train) == {"1.png": "ants", "2.png": "bees"}
     assert labels_by_name(validation) == {"1.png": "bees"}
+
+
+def test_label_file_with_a_column_of_splits(tmp_path):
+    """The photos of two splits may have equal names."""
+    write_images(tmp_path / "train", "1.png", "2.png")
+    write_images(tmp_path / "val", "1.png")
+    lines = "file,label,split\n1.png,ants,train\n2.png,bees,Training\n1.png,bees,valid\n"
+    (tmp_path / "labels.csv").write_text(lines)
+    train, validation = open_train_val(str(tmp_path))
+    assert labels_by_name(train) == {"1.png": "ants", "2.png": "bees"}
+    assert labels_by_name(validation) == {"1.png": "bees"}
+    write_images(tmp_path / "flat", "1.png", "2.png")
+    (tmp_path / "flat" / "labels.csv").write_text("1,ants,train\n2,bees,val\n")
+    message = "1 of 2 photos have no label in .* '2.png': .* other splits, so pass it as DATA"
+    with pytest.raises(InputError, match=message):
+        open_split(str(tmp_path / "flat"), "train")
+
+
+def test_folder_named_solution(tmp_path):
+    """Boxes are in Kaggle's file only, and a label may have spaces elsewhere."""
+    root = tmp_path / "solutions"
+    write_images(root / "train", "a.png", "b.png")
+    (root / "train.csv").write_text("a.png,golden retriever\nb.png,bees\n")
+    assert open_split(str(root), "train").classes == ("bees", "golden retriever")
 
 
 @pytest.mark.parametrize("first,warns", [(1, True), (0, False)])

@@ -143,7 +143,8 @@ def _read_split(
     name = f"{root} {split.name}"
     all_images, others = split_images(listed, name)
     if is_flat:
-        all_images, classes = _label_images(split, all_images.paths, classes)
+        bad = [path for path in others.paths if not _is_note(path)]
+        all_images, classes = _label_images(split, all_images.paths, bad, classes)
     images = exclude_files(all_images, root, exclude)
     not_images = exclude_files(others, root, exclude)
     empty = _classes_without_images(folder, images, classes)
@@ -167,7 +168,7 @@ def _without_notes(
     name: str, not_images: Sequence[bytes], system_files: Sequence[bytes]
 ) -> list[bytes]:
     """Leaves out texts and the like, and logs their number."""
-    is_skipped = {path: is_note(os.fsdecode(os.path.basename(path))) for path in not_images}
+    is_skipped = {path: _is_note(path) for path in not_images}
     skipped = [*system_files, *(path for path, skip in is_skipped.items() if skip)]
     if skipped:
         logger.info(
@@ -177,6 +178,10 @@ def _without_notes(
             os.fsdecode(skipped[0]),
         )
     return [path for path, skip in is_skipped.items() if not skip]
+
+
+def _is_note(path: bytes) -> bool:
+    return is_note(os.fsdecode(os.path.basename(path)))
 
 
 def _class_names(folder: str) -> tuple[str, ...]:
@@ -320,9 +325,12 @@ def _check_nested(split: _Split, class_folders: Sequence[str]) -> None:
 
 
 def _label_images(
-    split: _Split, paths: list[bytes], classes: tuple[str, ...]
+    split: _Split, paths: list[bytes], bad: Sequence[bytes], classes: tuple[str, ...]
 ) -> tuple[LabelledFiles, tuple[str, ...]]:
-    """Labels the images of a split without class folders from its label file."""
+    """Labels the images of a split without class folders from its label file.
+
+    The bad files take part, since ImageNet's ground truth has labels for them, too.
+    """
     root, name, folder = split
     if not paths:
         raise InputError(
@@ -335,8 +343,10 @@ def _label_images(
             f"expected {_pattern(folder)}, or a label file {root}/{name}.csv with lines of "
             "`file,label`"
         )
-    file_names = [os.fsdecode(os.path.basename(path)) for path in paths]
-    labels, classes = read_flat_labels(label_file, name, file_names, classes)
+    file_names, bad_names = (
+        [os.fsdecode(os.path.basename(path)) for path in files] for files in (paths, bad)
+    )
+    labels, classes = read_flat_labels(label_file, name, file_names, bad_names, classes)
     return LabelledFiles(paths, labels), classes
 
 
