@@ -10,6 +10,7 @@ from scipy.io import savemat
 
 from tests.helpers.tiny_data import list_examples
 from vgg_jax.data import open_split, open_train_val, split_names
+from vgg_jax.data.label_file import read_rows
 from vgg_jax.errors import InputError
 
 # ImageNet's numbers are not the order of the sorted synsets.
@@ -197,13 +198,15 @@ def test_ground_truth_of_other_names_counts_bad_files(tmp_path):
     for name in expected:
         (tmp_path / "val" / name).rename(tmp_path / "val" / name.replace("ILSVRC2012_", ""))
     (tmp_path / "val" / "val_00000002.JPEG").write_bytes(b"")
-    with pytest.raises(InputError, match="1 of 3 files .* are not images.*val_00000002"):
+    with pytest.raises(InputError, match=r"1 of 3 files .* are not images.*val_00000002"):
         open_split(str(tmp_path), "val")
     labels = labels_by_name(open_split(str(tmp_path), "val", skip_bad=True))
     synsets = list(expected.values())
     assert labels == {"val_00000001.JPEG": synsets[0], "val_00000003.JPEG": synsets[2]}
     (tmp_path / "val" / "val_00000004.JPEG").write_bytes(b"")
-    with pytest.raises(InputError, match="3 labels for 4 photos, of which 'val_00000002.JPEG' is"):
+    with pytest.raises(
+        InputError, match=r"3 labels for 4 photos, of which 'val_00000002\.JPEG' is"
+    ):
         open_split(str(tmp_path), "val")
 
 
@@ -358,6 +361,36 @@ def test_folder_named_solution(tmp_path):
     write_images(root / "train", "a.png", "b.png")
     (root / "train.csv").write_text("a.png,golden retriever\nb.png,bees\n")
     assert open_split(str(root), "train").classes == ("bees", "golden retriever")
+
+
+@pytest.mark.parametrize(
+    "line,cells",
+    [
+        ("1.jpg ants", ("1.jpg", "ants", None)),
+        ("1.jpg ants val", ("1.jpg", "ants", "val")),
+        ("1.jpg golden retriever", ("1.jpg", "golden retriever", None)),
+        ("my 1.jpg  golden retriever  Test", ("my 1.jpg", "golden retriever", "Test")),
+        ("my 1.jpg (2).jpg ants", ("my 1.jpg (2).jpg", "ants", None)),
+        ("St. Bernard/1.jpg 3", ("St. Bernard/1.jpg", "3", None)),
+        ("my photo ants", ("my photo", "ants", None)),
+        ("1.raw golden retriever", ("1.raw", "golden retriever", None)),
+        ("#1.jpg ants", ("#1.jpg", "ants", None)),
+        ("#1.jpg,ants", ("#1.jpg", "ants", None)),
+    ],
+)
+def test_line_of_words(tmp_path, line, cells):
+    """The last word is a split if it is the name of one. The file and the label may have spaces."""
+    (tmp_path / "list.txt").write_text(f"# a comment\n#, and another\n{line}\n")
+    assert read_rows(str(tmp_path / "list.txt")) == [(*cells, 3)]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "txt"])
+def test_list_with_names_that_begin_as_comments(tmp_path, suffix):
+    write_images(tmp_path, "#1.jpg", "2.jpg")
+    lines = "# made by hand\n#1.jpg,ants\n2.jpg,bees\n"
+    (tmp_path / f"list.{suffix}").write_text(lines)
+    source = open_split(str(tmp_path / f"list.{suffix}"), "train")
+    assert labels_by_name(source) == {"#1.jpg": "ants", "2.jpg": "bees"}
 
 
 @pytest.mark.parametrize("first,warns", [(1, True), (0, False)])
