@@ -219,6 +219,55 @@ def test_folder_with_parts_of_a_data_set(tmp_path, names):
         open_split(str(tmp_path), "train")
 
 
+@pytest.mark.parametrize("label_file", ["train.csv", "labels.txt"])
+def test_parts_with_labels_in_a_file(tmp_path, caplog, label_file):
+    """Dogs vs Cats, with the file that the message above asks for."""
+    fill(tmp_path, "train", "test1", count=4)
+    lines = "".join(f"{i}.png,{('cat', 'dog')[i % 2]}\n" for i in range(4))
+    (tmp_path / label_file).write_text(lines)
+    with caplog.at_level("INFO", "vgg_jax"):
+        source = open_split(str(tmp_path), "train")
+    assert (source.size, source.classes) == (4, ("cat", "dog"))
+    assert split_names(str(tmp_path)) == ("train",)
+    assert f"ignored beside the splits of {tmp_path}: 'test1'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("freight train", "passenger train"),
+        ("with_masks", "without_masks"),
+        ("A-Images", "b images"),
+    ],
+)
+def test_classes_with_names_of_parts(tmp_path, names):
+    fill(tmp_path, *names)
+    assert open_split(str(tmp_path), "train").classes == names
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("dogs_train", "dogs_test"),
+        ("my_train_images", "my_test_images"),
+        ("freight train", "train"),
+        ("HAM_images_part_1", "HAM_images_part_2"),
+        ("DIV2K_train",),
+    ],
+)
+def test_parts_with_names_like_classes(tmp_path, names):
+    fill(tmp_path, *names)
+    with pytest.raises(InputError, match="named like parts of a data set"):
+        open_split(str(tmp_path), "train")
+
+
+def test_classes_with_names_of_parts_hold_images(tmp_path):
+    for name in ("left_images", "right_images"):
+        fill(tmp_path / name, "ants", "bees")
+    with pytest.raises(InputError, match=r"pass .*/left_images' as DATA"):
+        open_split(str(tmp_path), "train")
+
+
 def test_folder_above_the_classes(tmp_path):
     """As in Stanford Dogs, which has the same folders for photos and for boxes."""
     for name in ("ants", "bees"):

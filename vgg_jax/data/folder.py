@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -38,8 +38,10 @@ from vgg_jax.image_files import is_image, is_note, is_system_name
 
 # Folders that are parts of a data set and not classes: "train2017", "images", "HAM_images_part_1".
 _PART = re.compile(
-    r"(.*[ _-])?(train|training|test|testing|val|valid|validation|images?|imgs|photos|labels|masks"
-    r"|annotations?|lists?)([ _-]?(\d+|[a-c]|images?|data|set|input|part))*",
+    r"(?P<prefix>.*[ _-])?"
+    r"(?P<word>train|training|test|testing|val|valid|validation|images?|imgs|photos|labels|masks"
+    r"|annotations?|lists?)"
+    r"(?P<suffix>[ _-]?(\d+|[a-c]|images?|data|set|input|part))*",
     re.IGNORECASE,
 )
 
@@ -96,27 +98,13 @@ def _split_folders(root: str) -> dict[str, str]:
     names = _class_names(root)
     splits = {name: os.path.join(root, name) for name in names if split_kind(name)}
     others = [name for name in names if name not in splits]
-    kinds: dict[str, str] = {}
-    for name in splits:
-        kind = str(split_kind(name))
-        if kind in kinds:
-            raise InputError(
-                f"{kinds[kind]!r} and {name!r} under {root!r} are both names of the {kind} split: "
-                "expected one of them; rename the other or move it"
-            )
-        kinds[kind] = name
-    has_classes = any(_class_names(folder) for folder in splits.values())
-    if names and not has_classes and (others or not splits) and all(map(_PART.fullmatch, names)):
-        folders = [os.path.join(root, name) for name in names]
-        with_classes = list(filter(_has_class_images, folders))
-        remedy = f"pass {with_classes[0]!r} as DATA, or " if with_classes else ""
-        raise InputError(
-            f"the folders of {root!r} are named like parts of a data set, not like classes "
-            f"({shorten_names(names)}): expected {_pattern(root)}, or {root}/train and a label "
-            f"file {root}/train.csv; {remedy}rename them if they are classes"
-        )
-    if others and list(kinds) == ["train"] and not has_classes:
-        return {"train": root}  # a class of its own: trains beside cars
+    kinds = _name_by_kind(root, splits)
+    if others and not any(map(_class_names, splits.values())):
+        are_parts = all(map(_PART.fullmatch, names))
+        if are_parts and not _has_labelled_photos(root, kinds) and not _are_classes(root, names):
+            raise InputError(_named_like_parts(root, names))
+        if list(kinds) == ["train"] and not are_parts:
+            return {"train": root}  # a class of its own: trains beside cars
     if not splits:
         return {"train": root}
     if others and "train" not in kinds:
@@ -128,6 +116,49 @@ def _split_folders(root: str) -> dict[str, str]:
     if others:
         logger.info("ignored beside the splits of %s: %s", root, shorten_names(others))
     return {kinds[kind]: splits[kinds[kind]] for kind in SPLIT_NAMES if kind in kinds}
+
+
+def _name_by_kind(root: str, names: Iterable[str]) -> dict[str, str]:
+    """Maps the kinds of splits to the names of their folders."""
+    kinds: dict[str, str] = {}
+    for name in names:
+        kind = str(split_kind(name))
+        if kind in kinds:
+            raise InputError(
+                f"{kinds[kind]!r} and {name!r} under {root!r} are both names of the {kind} split: "
+                "expected one of them; rename the other or move it"
+            )
+        kinds[kind] = name
+    return kinds
+
+
+def _has_labelled_photos(root: str, kinds: Mapping[str, str]) -> bool:
+    """Tells whether a label file belongs to the training split, a folder without class folders."""
+    name = kinds.get("train")
+    return name is not None and find_label_file(root, name, os.path.join(root, name)) is not None
+
+
+def _are_classes(root: str, names: Sequence[str]) -> bool:
+    """Tells whether folders of images named like parts are classes: freight and passenger train."""
+    matches = [match for name in names if (match := _PART.fullmatch(name))]
+    prefixes = [(match["prefix"] or "").rstrip(" _-") for match in matches]
+    return (
+        len({match["word"].lower() for match in matches}) == 1 < len(matches)
+        and all(prefix and not _PART.fullmatch(prefix) for prefix in prefixes)
+        and not any(match["suffix"] for match in matches)
+        and all(_has_images(os.path.join(root, name)) for name in names)
+    )
+
+
+def _named_like_parts(root: str, names: Sequence[str]) -> str:
+    folders = [os.path.join(root, name) for name in names]
+    with_classes = list(filter(_has_class_images, folders))
+    remedy = f"pass {with_classes[0]!r} as DATA, or " if with_classes else ""
+    return (
+        f"the folders of {root!r} are named like parts of a data set, not like classes "
+        f"({shorten_names(names)}): expected {_pattern(root)}, or {root}/train and a label "
+        f"file {root}/train.csv; {remedy}rename them if they are classes"
+    )
 
 
 def _read_split(
@@ -210,11 +241,15 @@ def _class_names(folder: str) -> tuple[str, ...]:
 
 
 def _has_class_images(folder: str) -> bool:
-    """Tells whether the first class folder of a folder begins with an image."""
+    """Tells whether the first class folder of a folder has images."""
     for class_name in _class_names(folder)[:1]:
-        files, _ = _list_files(os.path.join(folder, class_name))
-        return any(is_image(read_header(path)) for path in files[:1])
+        return _has_images(os.path.join(folder, class_name))
     return False
+
+
+def _has_images(folder: str) -> bool:
+    """Tells whether images lie in a folder, without its folders."""
+    return any(is_image(read_header(path)) for path in _list_files(folder)[0])
 
 
 def _list_class_folders(folder: str, classes: Sequence[str]) -> tuple[LabelledFiles, list[bytes]]:
@@ -252,7 +287,7 @@ def _list_files(folder: str) -> tuple[list[bytes], list[bytes]]:
 def _check_deeper_images(not_images: Sequence[bytes]) -> None:
     """Checks that no folder beside the images of a class has images, too."""
     for path in map(os.fsdecode, not_images):
-        if is_dir(path) and any(is_image(read_header(file)) for file in _list_files(path)[0]):
+        if is_dir(path) and _has_images(path):
             raise InputError(
                 f"{path!r} is a folder with images, beside other images of its class: expected all "
                 "images of a class in its folder; move them up"
