@@ -95,12 +95,12 @@ def test_folder_skips_notes_with_one_line(tmp_path, caplog):
         path = tmp_path / "ants" / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"no image")
-    (tmp_path / "__MACOSX").mkdir()
-    (tmp_path / "@eaDir").mkdir()
+    for name in ("__MACOSX", "@eaDir", ".ipynb_checkpoints"):
+        (tmp_path / name).mkdir()
     with caplog.at_level("INFO", "vgg_jax"):
         assert sizes(tmp_path) == (9, 1)
     assert caplog.text.count("skipped beside the images") == 1
-    assert "8 notes or files of the system" in caplog.text
+    assert "12 notes, hidden files or files of the system" in caplog.text
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -144,11 +144,19 @@ def test_folder_with_photos_without_labels(tmp_path):
         open_split(str(tmp_path), "test")
 
 
-def test_folder_with_dangling_class_folder(tmp_path):
+@pytest.mark.parametrize("name", ["wasps", "St. Bernard"])
+def test_folder_with_dangling_class_folder(tmp_path, name):
     fill(tmp_path, "ants", "bees")
-    (tmp_path / "wasps").symlink_to("/nowhere/wasps")
-    with pytest.raises(InputError, match=r"wasps' is a link to '/nowhere/wasps', which cannot be"):
+    (tmp_path / name).symlink_to("/nowhere/x")
+    with pytest.raises(InputError, match=f"{name}' is a link to '/nowhere/x', which cannot be"):
         sizes(tmp_path)
+
+
+def test_folder_with_dangling_notes(tmp_path):
+    fill(tmp_path, "ants", "bees")
+    for name in ("list.txt", "README", "poster.jpg", ".hidden"):
+        (tmp_path / name).symlink_to("/nowhere/x")
+    assert sizes(tmp_path) == (5, 1)
 
 
 def test_folder_with_linked_class_folder(tmp_path):

@@ -34,7 +34,7 @@ from vgg_jax.data.label_file import SUFFIXES as LIST_SUFFIXES
 from vgg_jax.data.splits import StoredSplit
 from vgg_jax.division import SPLIT_NAMES, split_kind
 from vgg_jax.errors import InputError, shorten_names
-from vgg_jax.image_files import is_image, is_note, is_system_name
+from vgg_jax.image_files import has_image_suffix, is_image, is_note, is_system_name
 
 # Folders that are parts of a data set and not classes: "train2017", "images", "HAM_images_part_1".
 _PART = re.compile(
@@ -203,7 +203,8 @@ def _without_notes(
     skipped = [*system_files, *(path for path, skip in is_skipped.items() if skip)]
     if skipped:
         logger.info(
-            "skipped beside the images of %s: %d notes or files of the system, for example %r",
+            "skipped beside the images of %s: %d notes, hidden files or files of the system, "
+            "for example %r",
             name,
             len(skipped),
             os.fsdecode(skipped[0]),
@@ -224,7 +225,8 @@ def _class_names(folder: str) -> tuple[str, ...]:
     names = sorted(name for name in list_subfolders(folder) if not is_system_name(name))
     for name in listdir(folder):
         path = os.path.join(folder, name)
-        if not os.path.splitext(name)[1] and not is_system_name(name) and is_dangling_link(path):
+        is_file = has_image_suffix(name) or is_note(name) or is_system_name(name)
+        if not is_file and is_dangling_link(path):
             raise InputError(
                 f"{path!r} is a link to {os.readlink(path)!r}, which cannot be opened: expected a "
                 "class folder; mend or remove the link"
@@ -253,17 +255,18 @@ def _has_images(folder: str) -> bool:
 
 
 def _list_class_folders(folder: str, classes: Sequence[str]) -> tuple[LabelledFiles, list[bytes]]:
-    """Lists the files in the class folders, and separately those of operating systems."""
-    paths, labels, notes = [], [], []
+    """Lists the files in the class folders, and separately those of systems, also beside them."""
+    paths, labels = [], []
+    _, system_files = _list_files(folder)
     for class_name in _class_names(folder):
         class_folder = os.path.join(folder, class_name)
         if class_name not in classes:
             raise InputError(_unknown_class(class_folder, class_name, classes))
-        files, system_files = _list_files(class_folder)
+        files, others = _list_files(class_folder)
         paths += files
-        notes += system_files
+        system_files += others
         labels.append(np.full(len(files), classes.index(class_name), np.int32))
-    return LabelledFiles(paths, np.concatenate([np.empty(0, np.int32), *labels])), notes
+    return LabelledFiles(paths, np.concatenate([np.empty(0, np.int32), *labels])), system_files
 
 
 def _list_flat(folder: str) -> tuple[LabelledFiles, list[bytes]]:
@@ -273,14 +276,12 @@ def _list_flat(folder: str) -> tuple[LabelledFiles, list[bytes]]:
 
 
 def _list_files(folder: str) -> tuple[list[bytes], list[bytes]]:
-    """Lists the paths in a folder, and separately those of operating systems."""
-    files, system_files = [], []
+    """Lists the paths in a folder, and separately the hidden ones and those of systems."""
+    files: list[bytes] = []
+    system_files: list[bytes] = []
     for name in sorted(map(os.fsencode, listdir(folder))):  # a name need not be Unicode
-        path = os.path.join(os.fsencode(folder), name)
-        if not is_system_name(os.fsdecode(name)):
-            files.append(path)
-        elif name.startswith(b"._") or not name.startswith(b"."):  # the others are hidden
-            system_files.append(path)
+        paths = system_files if is_system_name(os.fsdecode(name)) else files
+        paths.append(os.path.join(os.fsencode(folder), name))
     return files, system_files
 
 
