@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 
 def folder_splits(
-    root: str, skip_bad: bool, exclude: Collection[str]
+    root: str, skip_bad: bool, exclude: Collection[str], labelled: bool = True
 ) -> dict[str, Callable[[], StoredSplit]]:
     """Finds the splits of an image folder.
 
@@ -58,6 +58,8 @@ def folder_splits(
         skip_bad: Leave out files that are not images. A file that cannot be read later becomes an
             example with empty bytes.
         exclude: Images to leave out, as paths relative to `root`.
+        labelled: Read label files, and compare the classes with those of the training split.
+            Otherwise the labels of the splits mean nothing.
 
     Returns:
         For each split, a function that reads it. A label is the index of the class folder in the
@@ -82,7 +84,9 @@ def folder_splits(
     splits = {name: _Split(root, name, folder) for name, folder in folders.items()}
     reference = next(iter(splits.values()))  # the training split, if there is one
     return {
-        name: functools.partial(_read_split, split, reference, skip_bad, frozenset(exclude))
+        name: functools.partial(
+            _read_split, split, reference if labelled else None, skip_bad, frozenset(exclude)
+        )
         for name, split in splits.items()
     }
 
@@ -162,18 +166,25 @@ def _named_like_parts(root: str, names: Sequence[str]) -> str:
 
 
 def _read_split(
-    split: _Split, reference: _Split, skip_bad: bool, exclude: Collection[str]
+    split: _Split, reference: _Split | None, skip_bad: bool, exclude: Collection[str]
 ) -> StoredSplit:
-    """Reads a split. The classes are those of the reference, the training split."""
+    """Reads a split. The classes are those of the reference, the training split.
+
+    Without a reference they are its own, and photos without class folders get no labels.
+    """
     root, folder = split.root, split.folder
-    classes = _class_names(reference.folder)
-    if not classes and split != reference:
+    classes = _class_names((reference or split).folder)
+    if not classes and reference and split != reference:
         classes = _read_split(reference, reference, skip_bad, exclude).classes
     is_flat = not _class_names(folder)
     listed, system_files = _list_flat(folder) if is_flat else _list_class_folders(folder, classes)
     name = f"{root} {split.name}"
     all_images, others = split_images(listed, name)
-    if is_flat:
+    if is_flat and not all_images.paths:
+        raise InputError(
+            f"no images under {folder!r}: expected {_pattern(folder)}; pass another folder as DATA"
+        )
+    if is_flat and reference:
         bad = [path for path in others.paths if not _is_note(path)]
         all_images, classes = _label_images(split, all_images.paths, bad, classes)
     images = exclude_files(all_images, root, exclude)
@@ -368,10 +379,6 @@ def _label_images(
     The bad files take part, since ImageNet's ground truth has labels for them, too.
     """
     root, name, folder = split
-    if not paths:
-        raise InputError(
-            f"no images under {folder!r}: expected {_pattern(folder)}; pass another folder as DATA"
-        )
     label_file = find_label_file(root, name, folder)
     if label_file is None:
         raise InputError(
