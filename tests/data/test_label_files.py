@@ -1,5 +1,6 @@
 """Labels from files: flat folders with a label file, lists, and ImageNet as it is downloaded."""
 
+import shutil
 import unicodedata
 from pathlib import Path
 
@@ -9,9 +10,11 @@ from PIL import Image
 from scipy.io import savemat
 
 from tests.helpers.tiny_data import list_examples
+from vgg_jax import cli
 from vgg_jax.data import open_split, open_train_val, split_names
 from vgg_jax.data.label_file import read_rows
 from vgg_jax.errors import InputError
+from vgg_jax.evaluation.evaluate import load_evaluation
 
 # ImageNet's numbers are not the order of the sorted synsets.
 SYNSETS = {1: "n02119789", 2: "n02100735", 3: "n01440764"}
@@ -160,6 +163,35 @@ def write_imagenet(root: Path, count: int = 6) -> dict[str, str]:
     numbers = [3, 1, 2, 2, 3, 1][:count]
     write_devkit(root / "ILSVRC2012_devkit_t12" / "data", SYNSETS, numbers)
     return {name: SYNSETS[number] for name, number in zip(names, numbers, strict=True)}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_nets")
+def test_imagenet_from_archives_to_posteriors(tmp_path, monkeypatch):
+    """Each class has a colour. Only with the right labels are all photos classified."""
+    monkeypatch.chdir(tmp_path)
+    expected = write_imagenet(Path("ImageNet"))
+    train = Path("ImageNet", "train")
+    colours = dict(zip(SYNSETS.values(), ("red", "lime", "blue"), strict=True))
+    for synset, colour in colours.items():
+        for path in (train / synset).iterdir():
+            Image.new("RGB", (20, 18), colour).save(path)
+        archive = shutil.make_archive(str(train / synset), "tar", train / synset)
+        shutil.rmtree(train / synset)
+        shutil.unpack_archive(archive, train / synset, filter="data")
+    for name, synset in expected.items():
+        Image.new("RGB", (18, 20), colours[synset]).save(Path("ImageNet", "val", name))
+    settings = "--net shallow --fc 24 16 --batch-norm --dropout-rate 0 --colour-shift 0"
+    sizes = "--image-size 16 --scale 18 --batch-size 6 --epochs 8 --learning-rate 0.02"
+    command = ["train", "ImageNet", *settings.split(), *sizes.split(), "--workdir", "run"]
+    assert cli.main([*command, "--no-compilation-cache"]) == 0
+    assert cli.main(["evaluate", "run", "--protocol", "center", "--out", "out"]) == 0
+    evaluation = load_evaluation("out/posteriors.npz")
+    assert evaluation.classes.tolist() == sorted(SYNSETS.values())
+    for indices in (evaluation.labels, evaluation.posteriors.argmax(1)):
+        synsets = evaluation.classes[indices]
+        names = [Path(file).name for file in evaluation.files]
+        assert dict(zip(names, synsets, strict=True)) == expected
 
 
 def test_imagenet_without_some_photos(tmp_path):
