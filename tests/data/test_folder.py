@@ -1,3 +1,4 @@
+import hashlib
 import os
 from pathlib import Path
 
@@ -25,6 +26,15 @@ def test_folder_with_splits(folder):
             path = source.file_name(int(example["index"]))
             assert path.startswith(str(folder / split / source.classes[example["label"]]))
             assert Path(path).read_bytes() == example["encoded"]
+
+
+def test_storage_of_class_folders_stays(tmp_path):
+    """A run of an older version resumes, so the digest of its names is that of 0.1.0."""
+    for path in ("ants/1.png", "bees/1.png"):
+        (tmp_path / path).parent.mkdir()
+        (tmp_path / path).write_bytes(encode(noise(5, 6)))
+    digest = hashlib.sha256(b"ants/1.png\0bees/1.png").hexdigest()[:16]
+    assert open_split(str(tmp_path), "train").storage == f"folder, names {digest}"
 
 
 def test_folder_without_splits_is_divided(folder):

@@ -95,12 +95,12 @@ def test_folder_skips_notes_with_one_line(tmp_path, caplog):
         path = tmp_path / "ants" / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"no image")
-    (tmp_path / "__MACOSX").mkdir()
-    (tmp_path / "@eaDir").mkdir()
+    for name in ("__MACOSX", "@eaDir", ".ipynb_checkpoints"):
+        (tmp_path / name).mkdir()
     with caplog.at_level("INFO", "vgg_jax"):
         assert sizes(tmp_path) == (9, 1)
     assert caplog.text.count("skipped beside the images") == 1
-    assert "8 notes or files of the system" in caplog.text
+    assert "12 notes, hidden files or files of the system" in caplog.text
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -144,11 +144,19 @@ def test_folder_with_photos_without_labels(tmp_path):
         open_split(str(tmp_path), "test")
 
 
-def test_folder_with_dangling_class_folder(tmp_path):
+@pytest.mark.parametrize("name", ["wasps", "St. Bernard"])
+def test_folder_with_dangling_class_folder(tmp_path, name):
     fill(tmp_path, "ants", "bees")
-    (tmp_path / "wasps").symlink_to("/nowhere/wasps")
-    with pytest.raises(InputError, match=r"wasps' is a link to '/nowhere/wasps', which cannot be"):
+    (tmp_path / name).symlink_to("/nowhere/x")
+    with pytest.raises(InputError, match=f"{name}' is a link to '/nowhere/x', which cannot be"):
         sizes(tmp_path)
+
+
+def test_folder_with_dangling_notes(tmp_path):
+    fill(tmp_path, "ants", "bees")
+    for name in ("list.txt", "README", "poster.jpg", ".hidden"):
+        (tmp_path / name).symlink_to("/nowhere/x")
+    assert sizes(tmp_path) == (5, 1)
 
 
 def test_folder_with_linked_class_folder(tmp_path):
@@ -216,6 +224,55 @@ def test_folder_with_parts_of_a_data_set(tmp_path, names):
     """The folders are no classes, as in Kaggle's Dogs vs Cats."""
     fill(tmp_path, *names)
     with pytest.raises(InputError, match="named like parts of a data set"):
+        open_split(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize("label_file", ["train.csv", "labels.txt"])
+def test_parts_with_labels_in_a_file(tmp_path, caplog, label_file):
+    """Dogs vs Cats, with the file that the message above asks for."""
+    fill(tmp_path, "train", "test1", count=4)
+    lines = "".join(f"{i}.png,{('cat', 'dog')[i % 2]}\n" for i in range(4))
+    (tmp_path / label_file).write_text(lines)
+    with caplog.at_level("INFO", "vgg_jax"):
+        source = open_split(str(tmp_path), "train")
+    assert (source.size, source.classes) == (4, ("cat", "dog"))
+    assert split_names(str(tmp_path)) == ("train",)
+    assert f"ignored beside the splits of {tmp_path}: 'test1'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("freight train", "passenger train"),
+        ("with_masks", "without_masks"),
+        ("A-Images", "b images"),
+    ],
+)
+def test_classes_with_names_of_parts(tmp_path, names):
+    fill(tmp_path, *names)
+    assert open_split(str(tmp_path), "train").classes == names
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("dogs_train", "dogs_test"),
+        ("my_train_images", "my_test_images"),
+        ("freight train", "train"),
+        ("HAM_images_part_1", "HAM_images_part_2"),
+        ("DIV2K_train",),
+    ],
+)
+def test_parts_with_names_like_classes(tmp_path, names):
+    fill(tmp_path, *names)
+    with pytest.raises(InputError, match="named like parts of a data set"):
+        open_split(str(tmp_path), "train")
+
+
+def test_classes_with_names_of_parts_hold_images(tmp_path):
+    for name in ("left_images", "right_images"):
+        fill(tmp_path / name, "ants", "bees")
+    with pytest.raises(InputError, match=r"pass .*/left_images' as DATA"):
         open_split(str(tmp_path), "train")
 
 

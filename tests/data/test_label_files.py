@@ -1,5 +1,6 @@
 """Labels from files: flat folders with a label file, lists, and ImageNet as it is downloaded."""
 
+import shutil
 import unicodedata
 from pathlib import Path
 
@@ -9,8 +10,11 @@ from PIL import Image
 from scipy.io import savemat
 
 from tests.helpers.tiny_data import list_examples
+from vgg_jax import cli
 from vgg_jax.data import open_split, open_train_val, split_names
+from vgg_jax.data.label_file import read_rows
 from vgg_jax.errors import InputError
+from vgg_jax.evaluation.evaluate import load_evaluation
 
 # ImageNet's numbers are not the order of the sorted synsets.
 SYNSETS = {1: "n02119789", 2: "n02100735", 3: "n01440764"}
@@ -72,6 +76,20 @@ def test_flat_training_split_with_label_file(tmp_path):
     assert labels_by_name(open_split(str(tmp_path), "train")) == FLAT
 
 
+def test_storage_depends_on_labels_from_a_file(tmp_path):
+    """A run must not resume with other labels. Names of files and classes are all equal here."""
+    write_images(tmp_path / "train", *FLAT)
+    storages = []
+    for first, second in (("ants", "bees"), ("bees", "ants")):
+        lines = f"train/a.jpg,{first}\ntrain/b 1.jpg,{second}\ntrain/c.jpg,bees\n"
+        for name in ("train.csv", "list.csv"):
+            (tmp_path / name).write_text(lines)
+        for data in (tmp_path, tmp_path / "list.csv"):
+            storages.append(open_split(str(data), "train").storage)
+    assert len(set(storages)) == 4
+    assert storages[0].startswith("folder, labels ") and storages[1].startswith("list, labels ")
+
+
 def test_flat_splits_with_one_label_file(tmp_path):
     """The classes are those of the training split, also if the other split lacks one."""
     write_images(tmp_path / "train", *FLAT)
@@ -131,15 +149,97 @@ def write_devkit(folder: Path, synsets: dict[int, str], numbers: list[int]) -> N
 
 def test_imagenet_as_downloaded(tmp_path):
     """The ground truth numbers the classes as meta.mat does, not in the order of the folders."""
-    write_classes(tmp_path / "train", *SYNSETS.values())
-    names = [f"ILSVRC2012_val_{i:08}.JPEG" for i in range(1, 7)]
-    write_images(tmp_path / "val", *reversed(names))
-    numbers = [3, 1, 2, 2, 3, 1]
-    write_devkit(tmp_path / "ILSVRC2012_devkit_t12" / "data", SYNSETS, numbers)
+    expected = write_imagenet(tmp_path)
     train, validation = open_train_val(str(tmp_path))
     assert train.classes == tuple(sorted(SYNSETS.values()))
-    expected = {name: SYNSETS[number] for name, number in zip(names, numbers, strict=True)}
     assert labels_by_name(validation) == expected
+
+
+def write_imagenet(root: Path, count: int = 6) -> dict[str, str]:
+    """Writes photos and the kit of ImageNet in miniature, and returns the synset of each photo."""
+    write_classes(root / "train", *SYNSETS.values())
+    names = [f"ILSVRC2012_val_{i:08}.JPEG" for i in range(1, count + 1)]
+    write_images(root / "val", *names)
+    numbers = [3, 1, 2, 2, 3, 1][:count]
+    write_devkit(root / "ILSVRC2012_devkit_t12" / "data", SYNSETS, numbers)
+    return {name: SYNSETS[number] for name, number in zip(names, numbers, strict=True)}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_nets")
+def test_imagenet_from_archives_to_posteriors(tmp_path, monkeypatch):
+    """Each class has a colour. Only with the right labels are all photos classified."""
+    monkeypatch.chdir(tmp_path)
+    expected = write_imagenet(Path("ImageNet"))
+    train = Path("ImageNet", "train")
+    colours = dict(zip(SYNSETS.values(), ("red", "lime", "blue"), strict=True))
+    for synset, colour in colours.items():
+        for path in (train / synset).iterdir():
+            Image.new("RGB", (20, 18), colour).save(path)
+        archive = shutil.make_archive(str(train / synset), "tar", train / synset)
+        shutil.rmtree(train / synset)
+        shutil.unpack_archive(archive, train / synset, filter="data")
+    for name, synset in expected.items():
+        Image.new("RGB", (18, 20), colours[synset]).save(Path("ImageNet", "val", name))
+    settings = "--net shallow --fc 24 16 --batch-norm --dropout-rate 0 --colour-shift 0"
+    sizes = "--image-size 16 --scale 18 --batch-size 6 --epochs 8 --learning-rate 0.02"
+    command = ["train", "ImageNet", *settings.split(), *sizes.split(), "--workdir", "run"]
+    assert cli.main([*command, "--no-compilation-cache"]) == 0
+    assert cli.main(["evaluate", "run", "--protocol", "center", "--out", "out"]) == 0
+    evaluation = load_evaluation("out/posteriors.npz")
+    assert evaluation.classes.tolist() == sorted(SYNSETS.values())
+    for indices in (evaluation.labels, evaluation.posteriors.argmax(1)):
+        synsets = evaluation.classes[indices]
+        names = [Path(file).name for file in evaluation.files]
+        assert dict(zip(names, synsets, strict=True)) == expected
+
+
+def test_imagenet_without_some_photos(tmp_path):
+    """A photo that is lost or empty does not move the labels of the others."""
+    expected = write_imagenet(tmp_path)
+    lost, empty, *_ = expected
+    (tmp_path / "val" / lost).unlink()
+    (tmp_path / "val" / empty).write_bytes(b"")
+    with pytest.raises(InputError, match=f"1 of 5 files .* are not images.*{empty}"):
+        open_split(str(tmp_path), "val")
+    del expected[lost], expected[empty]
+    assert labels_by_name(open_split(str(tmp_path), "val", skip_bad=True)) == expected
+
+
+def test_imagenet_with_synsets_in_names(tmp_path):
+    expected = write_imagenet(tmp_path)
+    for name, synset in expected.items():
+        path = tmp_path / "val" / name
+        path.rename(path.with_name(f"{path.stem}_{synset}.png"))
+    validation = open_split(str(tmp_path), "val")
+    labels = labels_by_name(validation)
+    assert len(labels) == 6 and all(label in name for name, label in labels.items())
+
+
+@pytest.mark.parametrize("name", ["copy.JPEG", "ILSVRC2012_val_00000007.JPEG"])
+def test_imagenet_with_another_photo(tmp_path, name):
+    expected = write_imagenet(tmp_path)
+    (tmp_path / "val" / min(expected)).rename(tmp_path / "val" / name)
+    message = f"no label for '{name}': expected a name from ILSVRC2012_val_00000001 to 00000006"
+    with pytest.raises(InputError, match=message):
+        open_split(str(tmp_path), "val")
+
+
+def test_ground_truth_of_other_names_counts_bad_files(tmp_path):
+    expected = write_imagenet(tmp_path, count=3)
+    for name in expected:
+        (tmp_path / "val" / name).rename(tmp_path / "val" / name.replace("ILSVRC2012_", ""))
+    (tmp_path / "val" / "val_00000002.JPEG").write_bytes(b"")
+    with pytest.raises(InputError, match=r"1 of 3 files .* are not images.*val_00000002"):
+        open_split(str(tmp_path), "val")
+    labels = labels_by_name(open_split(str(tmp_path), "val", skip_bad=True))
+    synsets = list(expected.values())
+    assert labels == {"val_00000001.JPEG": synsets[0], "val_00000003.JPEG": synsets[2]}
+    (tmp_path / "val" / "val_00000004.JPEG").write_bytes(b"")
+    with pytest.raises(
+        InputError, match=r"3 labels for 4 photos, of which 'val_00000002\.JPEG' is"
+    ):
+        open_split(str(tmp_path), "val")
 
 
 def test_imagenet_with_photos(tmp_path, shared_data):
@@ -269,6 +369,60 @@ def test_label_file_with_equal_names_in_two_splits(tmp_path):
     train, validation = open_train_val(str(tmp_path))
     assert labels_by_name(train) == {"1.png": "ants", "2.png": "bees"}
     assert labels_by_name(validation) == {"1.png": "bees"}
+
+
+def test_label_file_with_a_column_of_splits(tmp_path):
+    """The photos of two splits may have equal names."""
+    write_images(tmp_path / "train", "1.png", "2.png")
+    write_images(tmp_path / "val", "1.png")
+    lines = "file,label,split\n1.png,ants,train\n2.png,bees,Training\n1.png,bees,valid\n"
+    (tmp_path / "labels.csv").write_text(lines)
+    train, validation = open_train_val(str(tmp_path))
+    assert labels_by_name(train) == {"1.png": "ants", "2.png": "bees"}
+    assert labels_by_name(validation) == {"1.png": "bees"}
+    write_images(tmp_path / "flat", "1.png", "2.png")
+    (tmp_path / "flat" / "labels.csv").write_text("1,ants,train\n2,bees,val\n")
+    message = "1 of 2 photos have no label in .* '2.png': .* other splits, so pass it as DATA"
+    with pytest.raises(InputError, match=message):
+        open_split(str(tmp_path / "flat"), "train")
+
+
+def test_folder_named_solution(tmp_path):
+    """Boxes are in Kaggle's file only, and a label may have spaces elsewhere."""
+    root = tmp_path / "solutions"
+    write_images(root / "train", "a.png", "b.png")
+    (root / "train.csv").write_text("a.png,golden retriever\nb.png,bees\n")
+    assert open_split(str(root), "train").classes == ("bees", "golden retriever")
+
+
+@pytest.mark.parametrize(
+    "line,cells",
+    [
+        ("1.jpg ants", ("1.jpg", "ants", None)),
+        ("1.jpg ants val", ("1.jpg", "ants", "val")),
+        ("1.jpg golden retriever", ("1.jpg", "golden retriever", None)),
+        ("my 1.jpg  golden retriever  Test", ("my 1.jpg", "golden retriever", "Test")),
+        ("my 1.jpg (2).jpg ants", ("my 1.jpg (2).jpg", "ants", None)),
+        ("St. Bernard/1.jpg 3", ("St. Bernard/1.jpg", "3", None)),
+        ("my photo ants", ("my photo", "ants", None)),
+        ("1.raw golden retriever", ("1.raw", "golden retriever", None)),
+        ("#1.jpg ants", ("#1.jpg", "ants", None)),
+        ("#1.jpg,ants", ("#1.jpg", "ants", None)),
+    ],
+)
+def test_line_of_words(tmp_path, line, cells):
+    """The last word is a split if it is the name of one. The file and the label may have spaces."""
+    (tmp_path / "list.txt").write_text(f"# a comment\n#, and another\n{line}\n")
+    assert read_rows(str(tmp_path / "list.txt")) == [(*cells, 3)]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "txt"])
+def test_list_with_names_that_begin_as_comments(tmp_path, suffix):
+    write_images(tmp_path, "#1.jpg", "2.jpg")
+    lines = "# made by hand\n#1.jpg,ants\n2.jpg,bees\n"
+    (tmp_path / f"list.{suffix}").write_text(lines)
+    source = open_split(str(tmp_path / f"list.{suffix}"), "train")
+    assert labels_by_name(source) == {"#1.jpg": "ants", "2.jpg": "bees"}
 
 
 @pytest.mark.parametrize("first,warns", [(1, True), (0, False)])

@@ -83,6 +83,54 @@ def test_verify_writes_list_before_error(tmp_path, capsys):
     assert read_exclude_list(path) == ("train/ants/cut.jpg",)
 
 
+@pytest.mark.parametrize("label_file", [None, "val.csv", "test.csv"])
+def test_verify_needs_no_labels(tmp_path, label_file):
+    """Kaggle's test splits have none, and wrong labels do not matter."""
+    root = tmp_path / "data"
+    make_folder(root / "train", "cut.jpg")
+    make_folder(tmp_path / "flat", "cut.jpg")
+    os.rename(tmp_path / "flat" / "bees", root / "val")
+    os.rename(tmp_path / "flat" / "ants", root / "test")
+    if label_file:
+        (root / label_file).write_text("0.jpg,wasps\n")
+    results = [
+        (split, count, [image.file for image in bad])
+        for split, count, bad in verify_images(str(root))
+    ]
+    assert results == [
+        ("train", 11, ["train/ants/cut.jpg"]),
+        ("val", 5, []),
+        ("test", 6, ["test/cut.jpg"]),
+    ]
+
+
+def test_verify_photos_without_classes(tmp_path):
+    root = Path(make_folder(tmp_path / "data", "cut.jpg")) / "ants"
+    ((split, count, bad),) = verify_images(str(root))
+    assert (split, count, [image.file for image in bad]) == ("train", 6, ["cut.jpg"])
+    shutil.rmtree(root)
+    root.mkdir()
+    with pytest.raises(InputError, match="no images under"):
+        list(verify_images(str(root)))
+
+
+def test_verify_class_that_training_lacks(tmp_path):
+    make_folder(tmp_path / "train")
+    make_folder(tmp_path / "val", "cut.jpg")
+    os.rename(tmp_path / "val" / "ants", tmp_path / "val" / "wasps")
+    _, (_, _, bad) = verify_images(str(tmp_path))
+    assert [image.file for image in bad] == ["val/wasps/cut.jpg"]
+
+
+def test_verify_list_with_wrong_labels(tmp_path):
+    root = Path(make_folder(tmp_path / "data", "cut.jpg"))
+    lines = "bees/0.png,ants,train\nbees/0.png,bees,train\nants/cut.jpg,wasps,val\n"
+    (root / "list.csv").write_text(lines)
+    results = {split: bad for split, _, bad in verify_images(str(root / "list.csv"))}
+    assert results["train"] == []
+    assert [image.file for image in results["validation"]] == ["ants/cut.jpg"]
+
+
 def test_verify_expands_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     make_folder(tmp_path / "data", "cut.jpg")
@@ -112,6 +160,20 @@ def test_exclude_list_of_another_split(tmp_path):
     assert exclude == ("test/ants/cut.jpg",)
     assert open_train_val(root, exclude=exclude)[0].size == 10
     assert open_split(root, "test", exclude=exclude).size == 10
+
+
+def test_exclude_list_of_the_test_split_of_a_list(tmp_path):
+    root = Path(make_folder(tmp_path / "data", "cut.jpg"))
+    lines = [f"{name}/{i}.png,{name},train\n" for name in ("ants", "bees") for i in range(5)]
+    (root / "list.csv").write_text("".join([*lines, "ants/cut.jpg,ants,test\n"]))
+    data, path = str(root / "list.csv"), str(tmp_path / "bad.jsonl")
+    assert cli.main(["verify-data", data, "--out", path]) == 3
+    exclude = read_exclude_list(path)
+    assert exclude == ("ants/cut.jpg",)
+    train, validation = open_train_val(data, exclude=exclude)
+    assert train.size + validation.size == 10
+    with pytest.raises(InputError, match="none of the 1 images to exclude"):
+        open_train_val(data, exclude=("train/x.jpg",))
 
 
 def test_exclude_list_of_other_data(tmp_path):

@@ -117,6 +117,19 @@ def check_images(not_images: Sequence[bytes], num_files: int, where: str, skip_b
     )
 
 
+def storage_with_labels(kind: str, labels: np.ndarray) -> str:
+    """Names a storage whose labels are from a file, so that a run notices when they change.
+
+    Args:
+        kind: Kind of the storage: "list".
+        labels: Class of each image, int32 (n,).
+
+    Returns:
+        The kind with a digest of the labels.
+    """
+    return f"{kind}, labels {hashlib.sha256(labels.tobytes()).hexdigest()[:16]}"
+
+
 def stored_split(
     name: str,
     storage: str,
@@ -131,7 +144,7 @@ def stored_split(
 
     Args:
         name: Name of the split.
-        storage: Kind of the storage: "folder".
+        storage: Kind of the storage, perhaps with a digest of the labels: "folder".
         base: Folder that the names of the files are relative to.
         files: The images.
         classes: Names of the classes.

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import unicodedata
 import zlib
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from vgg_jax.division import split_kind
 from vgg_jax.errors import InputError, install_hint, shorten_names, single_line
 
 DEVKIT = "ILSVRC2012_devkit_t12/data"  # ImageNet's development kit, as its archive unpacks
+SOLUTION = "LOC_val_solution.csv"  # of Kaggle's ImageNet, with boxes after the class
+_NUMBERED = re.compile(r"ILSVRC2012_val_([0-9]{8})(?![0-9])")  # ImageNet's names, line 1 for 1
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +39,7 @@ def find_label_file(root: str, split: str, folder: str) -> str | None:
     names = [stem + suffix for stem in stems for suffix in SUFFIXES]
     if split.lower().startswith("val"):
         truth = "ILSVRC2012_validation_ground_truth.txt"
-        names += ["LOC_val_solution.csv", truth, f"{DEVKIT}/{truth}"]
+        names += [SOLUTION, truth, f"{DEVKIT}/{truth}"]
     parents = dict.fromkeys((root, folder))
     paths = [os.path.join(parent, name) for parent in parents for name in names]
     found = list(filter(exists, paths))
@@ -49,15 +52,21 @@ def find_label_file(root: str, split: str, folder: str) -> str | None:
 
 
 def read_flat_labels(
-    label_file: str, split: str, file_names: Sequence[str], classes: tuple[str, ...]
+    label_file: str,
+    split: str,
+    file_names: Sequence[str],
+    bad_names: Sequence[str],
+    classes: tuple[str, ...],
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Reads the labels of a folder of photos without class folders.
 
     Args:
         label_file: Path of the label file. Lines of one number each are ImageNet's ground truth.
-            They belong to the sorted photos, and need `meta.mat` beside the file.
-        split: Name of the split's folder: "val". The lines of other splits' folders are ignored.
+            It needs `meta.mat` beside the file. The number in ImageNet's names of photos is that
+            of their line. The lines belong to other photos in their order.
+        split: Name of the split's folder: "val". The lines of other splits are ignored.
         file_names: Names of the photos, sorted.
+        bad_names: Names of the files that should be photos and are not. They need no labels.
         classes: Names of the training classes, or none to take them from the file.
 
     Returns:
@@ -68,7 +77,8 @@ def read_flat_labels(
     """
     numbers = read_numbers(label_file)
     if numbers is not None:
-        names = _read_ground_truth(label_file, numbers, len(file_names))
+        lines = _find_lines(label_file, len(numbers), file_names, bad_names)
+        names = _to_synsets(label_file, [numbers[line] for line in lines])
     else:
         names = _labels_by_file(label_file, split, file_names)
     if not classes:
@@ -95,12 +105,34 @@ def read_flat_labels(
     return np.array([index[name] for name in names], np.int32), classes
 
 
-def _read_ground_truth(label_file: str, numbers: Sequence[int], num_photos: int) -> list[str]:
-    """Converts ImageNet's ground truth to synsets."""
-    if len(numbers) != num_photos:
-        raise InputError(
-            f"{label_file} has {len(numbers)} labels for {num_photos} photos: expected one for each"
-        )
+def _find_lines(
+    label_file: str, num_lines: int, file_names: Sequence[str], bad_names: Sequence[str]
+) -> list[int]:
+    """Finds the line of ImageNet's ground truth for each photo, counted from 0."""
+    matches = [_NUMBERED.match(name) for name in file_names]
+    if not any(matches):
+        in_order = sorted([*file_names, *bad_names], key=os.fsencode)
+        if num_lines != len(in_order):
+            bad = f", of which {bad_names[0]!r} is no image" if bad_names else ""
+            raise InputError(
+                f"{label_file} has {num_lines} labels for {len(in_order)} photos{bad}: expected "
+                "one for each, or photos named ILSVRC2012_val_00000001 and so on"
+            )
+        positions = {name: position for position, name in enumerate(in_order)}
+        return [positions[name] for name in file_names]
+    lines = [int(match[1]) - 1 if match else -1 for match in matches]
+    for name, line in zip(file_names, lines, strict=True):
+        if not 0 <= line < num_lines:
+            raise InputError(
+                f"{label_file} has no label for {name!r}: expected a name from "
+                f"ILSVRC2012_val_00000001 to {num_lines:08}, as other photos have; rename or "
+                "move it"
+            )
+    return lines
+
+
+def _to_synsets(label_file: str, numbers: Sequence[int]) -> list[str]:
+    """Converts numbers of ImageNet's ground truth to synsets."""
     meta = os.path.join(os.path.dirname(label_file), "meta.mat")
     if not os.path.exists(meta):
         raise InputError(
@@ -116,14 +148,16 @@ def _read_ground_truth(label_file: str, numbers: Sequence[int], num_photos: int)
 
 def _labels_by_file(label_file: str, split: str, file_names: Sequence[str]) -> list[str]:
     labels: dict[str, str] = {}
+    of_other_splits = set()
+    has_boxes = os.path.basename(label_file) == SOLUTION
     for row in read_rows(label_file):
         folder, file = os.path.split(row.file.replace("\\", "/"))
-        folder_name = os.path.basename(folder)
-        if split_kind(folder_name) not in (None, split_kind(split)):
-            continue
         file = unicodedata.normalize("NFC", file)  # macOS may have changed the form of a name
-        # ImageNet's LOC_val_solution.csv has the boxes after the class.
-        label = row.label.split()[0] if "solution" in label_file.lower() else row.label
+        kinds = {split_kind(os.path.basename(folder)), split_kind(row.split or "")}
+        if kinds - {None, split_kind(split)}:
+            of_other_splits.add(os.path.splitext(file)[0])
+            continue
+        label = row.label.split()[0] if has_boxes else row.label
         if labels.setdefault(file, label) != label:
             raise InputError(
                 f"line {row.number} of {label_file} gives {file!r} a second label, {label!r} after "
@@ -134,9 +168,12 @@ def _labels_by_file(label_file: str, split: str, file_names: Sequence[str]) -> l
     names = [file if file in labels else os.path.splitext(file)[0] for file in names]
     missing = [file for file, name in zip(file_names, names, strict=True) if name not in labels]
     if missing:
+        stems = {os.path.splitext(unicodedata.normalize("NFC", file))[0] for file in missing}
+        is_elsewhere = not stems.isdisjoint(of_other_splits)
+        hint = "; it has some in other splits, so pass it as DATA" if is_elsewhere else ""
         raise InputError(
             f"{len(missing)} of {len(file_names)} photos have no label in {label_file}, for "
-            f"example {missing[0]!r}: expected a line for each"
+            f"example {missing[0]!r}: expected a line for each{hint}"
         )
     return [labels[name] for name in names]
 

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ from vgg_jax.data.file_split import (
     check_images,
     exclude_files,
     split_images,
+    storage_with_labels,
     stored_split,
 )
 from vgg_jax.data.filesystem import (
@@ -33,12 +34,14 @@ from vgg_jax.data.label_file import SUFFIXES as LIST_SUFFIXES
 from vgg_jax.data.splits import StoredSplit
 from vgg_jax.division import SPLIT_NAMES, split_kind
 from vgg_jax.errors import InputError, shorten_names
-from vgg_jax.image_files import is_image, is_note, is_system_name
+from vgg_jax.image_files import has_image_suffix, is_image, is_note, is_system_name
 
 # Folders that are parts of a data set and not classes: "train2017", "images", "HAM_images_part_1".
 _PART = re.compile(
-    r"(.*[ _-])?(train|training|test|testing|val|valid|validation|images?|imgs|photos|labels|masks"
-    r"|annotations?|lists?)([ _-]?(\d+|[a-c]|images?|data|set|input|part))*",
+    r"(?P<prefix>.*[ _-])?"
+    r"(?P<word>train|training|test|testing|val|valid|validation|images?|imgs|photos|labels|masks"
+    r"|annotations?|lists?)"
+    r"(?P<suffix>[ _-]?(\d+|[a-c]|images?|data|set|input|part))*",
     re.IGNORECASE,
 )
 
@@ -46,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 
 def folder_splits(
-    root: str, skip_bad: bool, exclude: Collection[str]
+    root: str, skip_bad: bool, exclude: Collection[str], labelled: bool = True
 ) -> dict[str, Callable[[], StoredSplit]]:
     """Finds the splits of an image folder.
 
@@ -55,6 +58,8 @@ def folder_splits(
         skip_bad: Leave out files that are not images. A file that cannot be read later becomes an
             example with empty bytes.
         exclude: Images to leave out, as paths relative to `root`.
+        labelled: Read label files, and compare the classes with those of the training split.
+            Otherwise the labels of the splits mean nothing.
 
     Returns:
         For each split, a function that reads it. A label is the index of the class folder in the
@@ -79,7 +84,9 @@ def folder_splits(
     splits = {name: _Split(root, name, folder) for name, folder in folders.items()}
     reference = next(iter(splits.values()))  # the training split, if there is one
     return {
-        name: functools.partial(_read_split, split, reference, skip_bad, frozenset(exclude))
+        name: functools.partial(
+            _read_split, split, reference if labelled else None, skip_bad, frozenset(exclude)
+        )
         for name, split in splits.items()
     }
 
@@ -95,27 +102,13 @@ def _split_folders(root: str) -> dict[str, str]:
     names = _class_names(root)
     splits = {name: os.path.join(root, name) for name in names if split_kind(name)}
     others = [name for name in names if name not in splits]
-    kinds: dict[str, str] = {}
-    for name in splits:
-        kind = str(split_kind(name))
-        if kind in kinds:
-            raise InputError(
-                f"{kinds[kind]!r} and {name!r} under {root!r} are both names of the {kind} split: "
-                "expected one of them; rename the other or move it"
-            )
-        kinds[kind] = name
-    has_classes = any(_class_names(folder) for folder in splits.values())
-    if names and not has_classes and (others or not splits) and all(map(_PART.fullmatch, names)):
-        folders = [os.path.join(root, name) for name in names]
-        with_classes = list(filter(_has_class_images, folders))
-        remedy = f"pass {with_classes[0]!r} as DATA, or " if with_classes else ""
-        raise InputError(
-            f"the folders of {root!r} are named like parts of a data set, not like classes "
-            f"({shorten_names(names)}): expected {_pattern(root)}, or {root}/train and a label "
-            f"file {root}/train.csv; {remedy}rename them if they are classes"
-        )
-    if others and list(kinds) == ["train"] and not has_classes:
-        return {"train": root}  # a class of its own: trains beside cars
+    kinds = _name_by_kind(root, splits)
+    if others and not any(map(_class_names, splits.values())):
+        are_parts = all(map(_PART.fullmatch, names))
+        if are_parts and not _has_labelled_photos(root, kinds) and not _are_classes(root, names):
+            raise InputError(_named_like_parts(root, names))
+        if list(kinds) == ["train"] and not are_parts:
+            return {"train": root}  # a class of its own: trains beside cars
     if not splits:
         return {"train": root}
     if others and "train" not in kinds:
@@ -129,20 +122,71 @@ def _split_folders(root: str) -> dict[str, str]:
     return {kinds[kind]: splits[kinds[kind]] for kind in SPLIT_NAMES if kind in kinds}
 
 
+def _name_by_kind(root: str, names: Iterable[str]) -> dict[str, str]:
+    """Maps the kinds of splits to the names of their folders."""
+    kinds: dict[str, str] = {}
+    for name in names:
+        kind = str(split_kind(name))
+        if kind in kinds:
+            raise InputError(
+                f"{kinds[kind]!r} and {name!r} under {root!r} are both names of the {kind} split: "
+                "expected one of them; rename the other or move it"
+            )
+        kinds[kind] = name
+    return kinds
+
+
+def _has_labelled_photos(root: str, kinds: Mapping[str, str]) -> bool:
+    """Tells whether a label file belongs to the training split, a folder without class folders."""
+    name = kinds.get("train")
+    return name is not None and find_label_file(root, name, os.path.join(root, name)) is not None
+
+
+def _are_classes(root: str, names: Sequence[str]) -> bool:
+    """Tells whether folders of images named like parts are classes: freight and passenger train."""
+    matches = [match for name in names if (match := _PART.fullmatch(name))]
+    prefixes = [(match["prefix"] or "").rstrip(" _-") for match in matches]
+    return (
+        len({match["word"].lower() for match in matches}) == 1 < len(matches)
+        and all(prefix and not _PART.fullmatch(prefix) for prefix in prefixes)
+        and not any(match["suffix"] for match in matches)
+        and all(_has_images(os.path.join(root, name)) for name in names)
+    )
+
+
+def _named_like_parts(root: str, names: Sequence[str]) -> str:
+    folders = [os.path.join(root, name) for name in names]
+    with_classes = list(filter(_has_class_images, folders))
+    remedy = f"pass {with_classes[0]!r} as DATA, or " if with_classes else ""
+    return (
+        f"the folders of {root!r} are named like parts of a data set, not like classes "
+        f"({shorten_names(names)}): expected {_pattern(root)}, or {root}/train and a label "
+        f"file {root}/train.csv; {remedy}rename them if they are classes"
+    )
+
+
 def _read_split(
-    split: _Split, reference: _Split, skip_bad: bool, exclude: Collection[str]
+    split: _Split, reference: _Split | None, skip_bad: bool, exclude: Collection[str]
 ) -> StoredSplit:
-    """Reads a split. The classes are those of the reference, the training split."""
+    """Reads a split. The classes are those of the reference, the training split.
+
+    Without a reference they are its own, and photos without class folders get no labels.
+    """
     root, folder = split.root, split.folder
-    classes = _class_names(reference.folder)
-    if not classes and split != reference:
+    classes = _class_names((reference or split).folder)
+    if not classes and reference and split != reference:
         classes = _read_split(reference, reference, skip_bad, exclude).classes
     is_flat = not _class_names(folder)
     listed, system_files = _list_flat(folder) if is_flat else _list_class_folders(folder, classes)
     name = f"{root} {split.name}"
     all_images, others = split_images(listed, name)
-    if is_flat:
-        all_images, classes = _label_images(split, all_images.paths, classes)
+    if is_flat and not all_images.paths:
+        raise InputError(
+            f"no images under {folder!r}: expected {_pattern(folder)}; pass another folder as DATA"
+        )
+    if is_flat and reference:
+        bad = [path for path in others.paths if not _is_note(path)]
+        all_images, classes = _label_images(split, all_images.paths, bad, classes)
     images = exclude_files(all_images, root, exclude)
     not_images = exclude_files(others, root, exclude)
     empty = _classes_without_images(folder, images, classes)
@@ -158,23 +202,29 @@ def _read_split(
             "one; add some, or move the folder elsewhere"
         )
     num_excluded = len(listed.paths) - len(images.paths) - len(not_images.paths)
-    return stored_split(name, "folder", folder, images, classes, skip_bad, damaged, num_excluded)
+    storage = storage_with_labels("folder", images.labels) if is_flat else "folder"
+    return stored_split(name, storage, folder, images, classes, skip_bad, damaged, num_excluded)
 
 
 def _without_notes(
     name: str, not_images: Sequence[bytes], system_files: Sequence[bytes]
 ) -> list[bytes]:
     """Leaves out texts and the like, and logs their number."""
-    is_skipped = {path: is_note(os.fsdecode(os.path.basename(path))) for path in not_images}
+    is_skipped = {path: _is_note(path) for path in not_images}
     skipped = [*system_files, *(path for path, skip in is_skipped.items() if skip)]
     if skipped:
         logger.info(
-            "skipped beside the images of %s: %d notes or files of the system, for example %r",
+            "skipped beside the images of %s: %d notes, hidden files or files of the system, "
+            "for example %r",
             name,
             len(skipped),
             os.fsdecode(skipped[0]),
         )
     return [path for path, skip in is_skipped.items() if not skip]
+
+
+def _is_note(path: bytes) -> bool:
+    return is_note(os.fsdecode(os.path.basename(path)))
 
 
 def _class_names(folder: str) -> tuple[str, ...]:
@@ -186,7 +236,8 @@ def _class_names(folder: str) -> tuple[str, ...]:
     names = sorted(name for name in list_subfolders(folder) if not is_system_name(name))
     for name in listdir(folder):
         path = os.path.join(folder, name)
-        if not os.path.splitext(name)[1] and not is_system_name(name) and is_dangling_link(path):
+        is_file = has_image_suffix(name) or is_note(name) or is_system_name(name)
+        if not is_file and is_dangling_link(path):
             raise InputError(
                 f"{path!r} is a link to {os.readlink(path)!r}, which cannot be opened: expected a "
                 "class folder; mend or remove the link"
@@ -203,25 +254,30 @@ def _class_names(folder: str) -> tuple[str, ...]:
 
 
 def _has_class_images(folder: str) -> bool:
-    """Tells whether the first class folder of a folder begins with an image."""
+    """Tells whether the first class folder of a folder has images."""
     for class_name in _class_names(folder)[:1]:
-        files, _ = _list_files(os.path.join(folder, class_name))
-        return any(is_image(read_header(path)) for path in files[:1])
+        return _has_images(os.path.join(folder, class_name))
     return False
 
 
+def _has_images(folder: str) -> bool:
+    """Tells whether images lie in a folder, without its folders."""
+    return any(is_image(read_header(path)) for path in _list_files(folder)[0])
+
+
 def _list_class_folders(folder: str, classes: Sequence[str]) -> tuple[LabelledFiles, list[bytes]]:
-    """Lists the files in the class folders, and separately those of operating systems."""
-    paths, labels, notes = [], [], []
+    """Lists the files in the class folders, and separately those of systems, also beside them."""
+    paths, labels = [], []
+    _, system_files = _list_files(folder)
     for class_name in _class_names(folder):
         class_folder = os.path.join(folder, class_name)
         if class_name not in classes:
             raise InputError(_unknown_class(class_folder, class_name, classes))
-        files, system_files = _list_files(class_folder)
+        files, others = _list_files(class_folder)
         paths += files
-        notes += system_files
+        system_files += others
         labels.append(np.full(len(files), classes.index(class_name), np.int32))
-    return LabelledFiles(paths, np.concatenate([np.empty(0, np.int32), *labels])), notes
+    return LabelledFiles(paths, np.concatenate([np.empty(0, np.int32), *labels])), system_files
 
 
 def _list_flat(folder: str) -> tuple[LabelledFiles, list[bytes]]:
@@ -231,21 +287,19 @@ def _list_flat(folder: str) -> tuple[LabelledFiles, list[bytes]]:
 
 
 def _list_files(folder: str) -> tuple[list[bytes], list[bytes]]:
-    """Lists the paths in a folder, and separately those of operating systems."""
-    files, system_files = [], []
+    """Lists the paths in a folder, and separately the hidden ones and those of systems."""
+    files: list[bytes] = []
+    system_files: list[bytes] = []
     for name in sorted(map(os.fsencode, listdir(folder))):  # a name need not be Unicode
-        path = os.path.join(os.fsencode(folder), name)
-        if not is_system_name(os.fsdecode(name)):
-            files.append(path)
-        elif name.startswith(b"._") or not name.startswith(b"."):  # the others are hidden
-            system_files.append(path)
+        paths = system_files if is_system_name(os.fsdecode(name)) else files
+        paths.append(os.path.join(os.fsencode(folder), name))
     return files, system_files
 
 
 def _check_deeper_images(not_images: Sequence[bytes]) -> None:
     """Checks that no folder beside the images of a class has images, too."""
     for path in map(os.fsdecode, not_images):
-        if is_dir(path) and any(is_image(read_header(file)) for file in _list_files(path)[0]):
+        if is_dir(path) and _has_images(path):
             raise InputError(
                 f"{path!r} is a folder with images, beside other images of its class: expected all "
                 "images of a class in its folder; move them up"
@@ -318,14 +372,13 @@ def _check_nested(split: _Split, class_folders: Sequence[str]) -> None:
 
 
 def _label_images(
-    split: _Split, paths: list[bytes], classes: tuple[str, ...]
+    split: _Split, paths: list[bytes], bad: Sequence[bytes], classes: tuple[str, ...]
 ) -> tuple[LabelledFiles, tuple[str, ...]]:
-    """Labels the images of a split without class folders from its label file."""
+    """Labels the images of a split without class folders from its label file.
+
+    The bad files take part, since ImageNet's ground truth has labels for them, too.
+    """
     root, name, folder = split
-    if not paths:
-        raise InputError(
-            f"no images under {folder!r}: expected {_pattern(folder)}; pass another folder as DATA"
-        )
     label_file = find_label_file(root, name, folder)
     if label_file is None:
         raise InputError(
@@ -333,8 +386,10 @@ def _label_images(
             f"expected {_pattern(folder)}, or a label file {root}/{name}.csv with lines of "
             "`file,label`"
         )
-    file_names = [os.fsdecode(os.path.basename(path)) for path in paths]
-    labels, classes = read_flat_labels(label_file, name, file_names, classes)
+    file_names, bad_names = (
+        [os.fsdecode(os.path.basename(path)) for path in files] for files in (paths, bad)
+    )
+    labels, classes = read_flat_labels(label_file, name, file_names, bad_names, classes)
     return LabelledFiles(paths, labels), classes
 
 

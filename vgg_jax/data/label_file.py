@@ -1,7 +1,8 @@
 """Label files: texts and CSV files that name the class of each photo.
 
 A line is `file,label` or `file,label,split`. Commas, tabs or spaces separate the columns. A first
-line with names of columns is optional.
+line with names of columns is optional, and so are comments: lines that begin with "#" and name no
+image.
 """
 
 import csv
@@ -9,6 +10,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from vgg_jax.division import split_kind
 from vgg_jax.errors import InputError, shorten_names
 from vgg_jax.image_files import has_image_suffix
 from vgg_jax.paths import to_path
@@ -44,7 +46,7 @@ def read_rows(path: str) -> list[Row]:
         path: Path of the file, in UTF-8.
 
     Returns:
-        Its lines, without a line of column names, empty lines and comments that begin with "#".
+        Its lines, without a line of column names, empty lines and comments.
 
     Raises:
         InputError: The file cannot be read, or a line has no label.
@@ -120,11 +122,7 @@ def _read_lines(path: str) -> list[tuple[int, list[str]]]:
             f"{path} cannot be read as a label file ({reason}): expected lines of `file,label` in "
             "UTF-8"
         ) from error
-    lines = [
-        (number, line)
-        for number, line in enumerate(text.splitlines(), 1)
-        if line.strip() and not line.startswith("#")
-    ]
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     try:
         return list(_split_cells(path, lines))
     except csv.Error as error:
@@ -142,10 +140,23 @@ def _split_cells(path: str, lines: Sequence[tuple[int, str]]) -> Iterator[tuple[
         elif "\t" in line:
             cells = line.split("\t")
         else:
-            words = line.split()
-            # A name of a file may have spaces.
-            cells = words if len(words) < 4 and "." in words[0] else line.rsplit(None, 1)
-        yield number, [cell.strip() for cell in cells]
+            cells = _split_at_spaces(line.strip())
+        cells = [cell.strip() for cell in cells]
+        is_row = len(cells) > 1 and any(map(has_image_suffix, cells))
+        if is_row or not line.startswith("#"):  # "#1.jpg,ants" is no comment
+            yield number, cells
+
+
+def _split_at_spaces(line: str) -> list[str]:
+    """Splits a line into file, label and perhaps split. The file and the label may have spaces."""
+    words = line.split()
+    ends = [end for end, word in enumerate(words[:-1], 1) if has_image_suffix(word)]
+    if len(words) < 3 or (not ends and "." not in words[0]):
+        return line.rsplit(None, 1)
+    rest = line.split(None, ends[-1] if ends else 1)[-1]
+    file = line[: -len(rest)]
+    label, *last = rest.rsplit(None, 1)
+    return [file, label, *last] if last and split_kind(last[0]) else [file, rest]
 
 
 def _find_columns(path: str, first: Sequence[str]) -> tuple[int, int, int | None, bool]:

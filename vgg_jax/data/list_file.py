@@ -1,7 +1,6 @@
 """A data set as a list: a label file whose lines name files, labels and perhaps splits."""
 
 import functools
-import hashlib
 import itertools
 import logging
 import os
@@ -14,7 +13,9 @@ from vgg_jax.data.file_split import (
     LabelledFiles,
     check_images,
     exclude_files,
+    relative_name,
     split_images,
+    storage_with_labels,
     stored_split,
 )
 from vgg_jax.data.filesystem import exists
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def list_splits(
-    path: str, skip_bad: bool, exclude: Collection[str]
+    path: str, skip_bad: bool, exclude: Collection[str], labelled: bool = True
 ) -> dict[str, Callable[[], StoredSplit]]:
     """Finds the splits of a list.
 
@@ -37,6 +38,7 @@ def list_splits(
             absolute. Without a column for splits, all files are for training.
         skip_bad: As for `folder_splits`.
         exclude: Images to leave out, as paths relative to the folder of the list.
+        labelled: Read the labels. Otherwise all images have the same one.
 
     Returns:
         For each split, a function that reads it, as `folder_splits` returns it. The classes are the
@@ -53,7 +55,7 @@ def list_splits(
                 f"line {row.number} of {path} has the split {row.split!r}: "
                 f"expected {', '.join(SPLIT_NAMES)}"
             )
-        by_split.setdefault(kind, []).append(row)
+        by_split.setdefault(kind, []).append(row if labelled else row._replace(label=""))
     _warn_of_repeated_files(path, by_split)
     reference = by_split.get("train") or next(iter(by_split.values()))
     classes = sort_labels([row.label for row in reference])
@@ -63,6 +65,19 @@ def list_splits(
         )
         for kind, rows in by_split.items()
     }
+
+
+def listed_names(path: str) -> set[str]:
+    """Names all images of a list as lists of images to exclude do.
+
+    Args:
+        path: Path of the list.
+
+    Returns:
+        Paths relative to the folder of the list.
+    """
+    root = os.path.dirname(path) or "."
+    return {relative_name(_resolve(root, row.file), root) for row in read_rows(path)}
 
 
 def _warn_of_repeated_files(path: str, by_split: dict[str, list[Row]]) -> None:
@@ -128,10 +143,9 @@ def _read_split(
     check_images(others.paths, len(files.paths), path, skip_bad)
     if not images.paths:
         raise InputError(f"{name} has no images: expected at least one")
-    digest = hashlib.sha256(images.labels.tobytes()).hexdigest()[:16]
     return stored_split(
         name,
-        f"list, labels {digest}",
+        storage_with_labels("list", images.labels),
         root,
         images,
         classes,

@@ -14,7 +14,7 @@ from vgg_jax.data.batches import BatchIterator
 from vgg_jax.data.filesystem import exists, is_dir
 from vgg_jax.data.folder import folder_splits
 from vgg_jax.data.label_file import SUFFIXES as LIST_SUFFIXES
-from vgg_jax.data.list_file import list_splits
+from vgg_jax.data.list_file import list_splits, listed_names
 from vgg_jax.data.splits import (
     MAX_BYTES_IN_MEMORY,
     DataSource,
@@ -140,6 +140,7 @@ def open_split(
     skip_bad: bool = False,
     exclude: Collection[str] = (),
     download: bool = False,
+    labelled: bool = True,
 ) -> DataSource:
     """Opens a whole split of a data set.
 
@@ -151,6 +152,8 @@ def open_split(
         skip_bad: Leave out files that are not images. Otherwise they are an error.
         exclude: Names of images to leave out, as from `read_exclude_list`.
         download: Download a data set that is not prepared.
+        labelled: Read the labels of files. Otherwise the files need none, and the labels of the
+            source mean nothing.
 
     Returns:
         The source.
@@ -158,7 +161,7 @@ def open_split(
     Raises:
         InputError: The data or the split is missing or cannot be used.
     """
-    splits = _find_splits(data, data_dir, skip_bad, frozenset(exclude), download)
+    splits = _find_splits(data, data_dir, skip_bad, frozenset(exclude), download, labelled=labelled)
     return full(_pick(splits, split, data)())
 
 
@@ -188,19 +191,24 @@ def _find_splits(
     exclude: Collection[str],
     download: bool,
     version: int = INPUT_VERSION,
+    labelled: bool = True,
 ) -> dict[str, Callable[[], StoredSplit]]:
     folder = data if is_remote(data) else os.path.expanduser(data)
     is_path = is_remote(data) or folder.startswith((".", os.sep)) or folder.endswith(os.sep)
-    if folder.lower().endswith(LIST_SUFFIXES) and exists(folder) and not is_dir(folder):
-        return list_splits(folder, skip_bad, exclude)
+    if _is_list(folder):
+        return list_splits(folder, skip_bad, exclude, labelled)
     if not is_path and os.path.isdir(folder):
         is_path = _names_folder(data, data_dir)
     if data == "digits":
         return {"train": functools.partial(_digits, exclude)}
     # One separator inside a name does not make it a path: "imagenette/320px" may be a data set.
     if is_path or folder.count(os.sep) > 1:
-        return folder_splits(folder, skip_bad, exclude)
+        return folder_splits(folder, skip_bad, exclude, labelled)
     return record_splits(data, data_dir, exclude, download, version)
+
+
+def _is_list(path: str) -> bool:
+    return path.lower().endswith(LIST_SUFFIXES) and exists(path) and not is_dir(path)
 
 
 def _names_folder(data: str, data_dir: str | None) -> bool:
@@ -236,13 +244,16 @@ def _check_exclude_list(
     exclude: Collection[str], num_excluded: int, data: str, splits: Iterable[str]
 ) -> None:
     """Raises InputError for a list of images that are in no split of this data."""
-    folders = tuple(f"{split}/" for split in splits)
-    records = tuple(f"{data} {split} record " for split in splits)
-    if (
-        exclude
-        and not num_excluded
-        and not any(name.startswith(folders + records) for name in exclude)
-    ):
+    if num_excluded or not exclude:
+        return
+    path = data if is_remote(data) else os.path.expanduser(data)
+    if _is_list(path):
+        is_known = not listed_names(path).isdisjoint(exclude)
+    else:
+        folders = tuple(f"{split}/" for split in splits)
+        records = tuple(f"{data} {split} record " for split in splits)
+        is_known = any(name.startswith(folders + records) for name in exclude)
+    if not is_known:
         raise InputError(
             f"none of the {len(exclude)} images to exclude, for example {min(exclude)!r}, is in "
             f"{data}: expected a list that `vgg-jax verify-data {data}` wrote; "

@@ -67,7 +67,8 @@ class DataSource:
     Attributes:
         name: Name for messages: "cifar10 train".
         storage: All that the order of an epoch depends on, except for the seed:
-            "folder, names <digest>", "cifar10/3.0.2 tfrecord".
+            "folder, names <digest>", "list, labels <digest>, names <digest>",
+            "cifar10/3.0.2 tfrecord".
         classes: Names of the classes. A label is an index into them.
         size: Number of examples.
         examples: Reads the examples.

@@ -31,7 +31,7 @@ class BadImage(NamedTuple):
 def verify_images(
     data: str, *, data_dir: str | None = None, download: bool = False
 ) -> Iterator[tuple[str, int, list[BadImage]]]:
-    """Reads and decodes each image of each split once.
+    """Reads and decodes each image of each split once. The images need no labels.
 
     Args:
         data: "digits", an image folder, a list of files, or a name of TensorFlow Datasets.
@@ -48,7 +48,7 @@ def verify_images(
     data = data if is_remote(data) else os.path.expanduser(data)
     root = os.path.dirname(data) or "." if os.path.isfile(data) else data
     for split in split_names(data, data_dir=data_dir, download=download):
-        source = open_split(data, split, data_dir=data_dir, skip_bad=True)
+        source = open_split(data, split, data_dir=data_dir, skip_bad=True, labelled=False)
         bad = [BadImage(relative_name(name, root), _why_skipped(name)) for name in source.skipped]
         for index, fault in _decode_each(source):
             if fault:
