@@ -247,6 +247,7 @@ def test_published_linear_weights_equal_package(reference):
         np.testing.assert_array_equal(values, expected[name])
 
 
+@pytest.mark.slow
 def test_lpips_equals_package(reference, tmp_path):
     """Random weights in torchvision's layout, and images of uint8 and of float."""
     from safetensors.torch import save_file

@@ -50,6 +50,7 @@ def test_evaluate_gives_numbers_of_command(run, net, capsys):
     assert without_times([json.loads(json.dumps(metrics))]) == without_times([results])
 
 
+@pytest.mark.slow
 def test_classes_of_run_can_be_replaced(run):
     assert vgg_jax.load(run, classes=["sea", "fire"])[2]["classes"] == ("sea", "fire")
     with pytest.raises(InputError, match="classes has 1 names and the net has 2 classes"):

@@ -192,10 +192,10 @@ def test_storage_tells_whether_records_fit_into_memory(prepared, monkeypatch):
     def storage(**options):
         return open_train_val("numbers", data_dir=prepared["tfrecord"], **options)[0].storage
 
-    assert storage() == "numbers/1.0.0 tfrecord"
+    assert storage() == "numbers/1.2.3 tfrecord"
     monkeypatch.setattr(tfds, "MAX_BYTES_IN_MEMORY", 1000)
-    assert storage() == f"numbers/1.0.0 tfrecord{BY_A_BUFFER}"
-    assert storage(version=1) == "numbers/1.0.0 tfrecord"
+    assert storage() == f"numbers/1.2.3 tfrecord{BY_A_BUFFER}"
+    assert storage(version=1) == "numbers/1.2.3 tfrecord"
 
 
 @pytest.mark.slow

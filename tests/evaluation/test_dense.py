@@ -44,6 +44,7 @@ def with_mirror_images(crops):
     return [*crops, *(crop[:, ::-1] for crop in crops)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ceil", [False, True], ids=["floor", "ceil"])
 @pytest.mark.parametrize(
     ("kind", "batch_norm"),

@@ -124,6 +124,7 @@ def test_best_is_net_of_best_epoch(disk_is_full, photos, tmp_path, monkeypatch):
     assert np.abs(params[1]["fc6"]["kernel"] - params[2]["fc6"]["kernel"]).max() > 0
 
 
+@pytest.mark.slow
 def test_fit_rejects_run_without_best(finished_run, photos, tmp_path):
     shutil.copytree(finished_run[0], tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy" / "best")

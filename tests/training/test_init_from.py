@@ -69,6 +69,7 @@ def test_init_from_shallower_net(finished_run, photos, tmp_path, caplog):
     assert_layers_close(params, source["params"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("net", ["shallow", "deep"])
 def test_init_from_copies_statistics(net, finished_run, photos):
     source = Pretrained(*vgg_jax.load(finished_run[0]))

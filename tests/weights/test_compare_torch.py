@@ -11,6 +11,7 @@ from vgg_jax.weights import from_loaded
 from vgg_jax.weights.compare_torch import TOLERANCE, compare_with_torch
 
 
+@pytest.mark.slow
 def test_import_check_torch(tmp_path, capsys):
     pytest.importorskip("torch", reason="needs torch: pip install torch")
     state = torchvision_state(random_tensors("A", batch_norm=True), "A", batch_norm=True)
@@ -28,6 +29,7 @@ def test_import_check_torch(tmp_path, capsys):
     assert cli.main([*command, "--overwrite"]) == 1
 
 
+@pytest.mark.slow
 def test_compare_average_pooling(tmp_path):
     pytest.importorskip("torch", reason="needs torch: pip install torch")
     path = tmp_path / "net.safetensors"

@@ -23,6 +23,7 @@ from vgg_jax.weights.matconvnet import ARRAY, CELL, STRUCT, TEXT, ArrayBudget
 OPAQUE = 17  # a class of arrays that is not read
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("style", "net"),
     [("weights", "D"), pytest.param("weights", "E", marks=pytest.mark.slow), ("filters", "D")],
