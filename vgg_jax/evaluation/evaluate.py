@@ -6,8 +6,6 @@ import json
 import logging
 import os
 import time
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vgg_jax.arrays import IN_MEMORY, ArraySource, check_arrays, whole_source
+from vgg_jax.arrays import IN_MEMORY, NPZ_ERRORS, ArraySource, check_arrays, whole_source
 from vgg_jax.configs.evaluation import MAX_PIXELS_PER_BATCH, EvalProtocol
 from vgg_jax.distributed.sharding import make_mesh
 from vgg_jax.division import split_kind
@@ -34,19 +32,6 @@ from vgg_jax.weights import from_loaded
 from vgg_jax.weights.weights import to_metadata
 
 logger = logging.getLogger(__name__)
-
-# Errors that np.load and zipfile raise for damaged or foreign files.
-_READ_ERRORS = (
-    OSError,
-    ValueError,
-    KeyError,
-    EOFError,
-    TypeError,
-    RuntimeError,
-    MemoryError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -385,7 +370,8 @@ def load_evaluation(path: str | Path) -> Evaluation:
         with to_path(path).open("rb") as file, np.load(file, allow_pickle=False) as content:
             evaluation = Evaluation(**{name: content[name] for name in names})
         _check_arrays(evaluation)
-    except _READ_ERRORS as error:
+    # A damaged size of an array may be of more than all memory.
+    except (*NPZ_ERRORS, MemoryError) as error:
         raise InputError(
             f"{path} cannot be read ({error}): "
             "expected a posteriors.npz as `vgg-jax evaluate` writes it"
