@@ -206,7 +206,8 @@ def _open_source(
     may_be_moved = config is not None and not is_own and is_validation
     if may_be_moved:
         names = split_names(data, data_dir=data_dir, download=download)
-        may_be_moved = "validation" not in map(split_kind, names)
+        kinds = set(map(split_kind, names))
+        may_be_moved = "train" in kinds and "validation" not in kinds
     if config is None or not (is_own or may_be_moved):
         return data, open_split(
             data, split, data_dir=data_dir, download=download, skip_bad=skip_bad, exclude=()
@@ -220,21 +221,29 @@ def _open_source(
     if not is_validation:
         return data, open_split(data, split, **options)
     run = load_run(to_path(metadata["path"]))
+    if not is_own:  # before the division, which other data may not allow
+        whole = open_split(data, "train", **options)
+        expected = (run.storage, run.train_size + run.validation_size)
+        _check_same_data(data, path, expected, (whole.storage, whole.size))
     train, validation = open_train_val(
         dataclasses.replace(config, data=data, skip_bad=options["skip_bad"]),
         data_dir=data_dir,
         download=download,
         version=run.input_version,
     )
-    expected = (run.storage, run.train_size, run.validation_size)
-    actual = (train.storage, train.size, validation.size)
+    sizes = (run.storage, run.train_size, run.validation_size)
+    _check_same_data(data, path, sizes, (train.storage, train.size, validation.size))
+    return data, validation
+
+
+def _check_same_data(data: str, path: Any, expected: tuple, actual: tuple) -> None:
+    """Raises InputError if the data, by storage and sizes, are not those of the run in `path`."""
     if actual != expected:
         raise InputError(
             f"{data} is not what {path} was trained on: storage and sizes were {expected} and are "
             f"{actual}, so the run's validation images are unknown; pass another --split, as "
             "--split train for all images of it, or the folder where the run's data is now"
         )
-    return data, validation
 
 
 def _array_source(data: Sequence[Any], net_classes: Sequence[str]) -> ArraySource:
@@ -423,7 +432,10 @@ def fuse(paths: Sequence[str | Path]) -> Evaluation:
 def _without_root(files: np.ndarray) -> np.ndarray:
     """Removes the folder that all files have in common from their names."""
     names = files.tolist()
-    root = os.path.commonpath({os.path.dirname(name) for name in names}) if names else ""
+    try:
+        root = os.path.commonpath({os.path.dirname(name) for name in names})
+    except ValueError:  # no files, or absolute and relative names
+        root = ""
     return np.array([name[len(root) :] for name in names], str)
 
 
