@@ -105,6 +105,21 @@ def test_output_that_is_closed(monkeypatch):
         assert cli.main(["weights"]) == 141
 
 
+@pytest.mark.parametrize(
+    ("stream", "command", "code"),
+    [("stdout", ["weights"], 0), ("stderr", ["config", "/nowhere"], 2), ("stderr", ["weight"], 2)],
+)
+def test_output_that_the_shell_closes(stream, command, code, monkeypatch, capsys):
+    """As `vgg-jax weights >&-`, which leaves Python no stream."""
+    monkeypatch.setattr(sys, stream, None)
+    try:
+        assert cli.main(command) == code
+    except SystemExit as error:  # of a wrong command
+        assert error.code == code
+    getattr(sys, stream).close()
+    assert capsys.readouterr().out == ""
+
+
 def test_output_that_has_few_characters(monkeypatch, tmp_path):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stderr", stream)
