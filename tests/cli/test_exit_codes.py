@@ -43,6 +43,8 @@ def test_explain(error, code, message):
         (MemoryError(), {}, "(MemoryError): close other programs"),
         (RuntimeError("OOM when allocating tensor"), {"scales": []}, "smaller --scales"),
         (RuntimeError("std::bad_alloc"), {"batch_size": 3}, "--microbatch or --batch-size"),
+        (MemoryError(), {"command_line": "vgg-jax train"}, "--microbatch or --batch-size"),
+        (MemoryError(), {"command_line": "", "cache": True}, "size, or leave out --cache"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), {"file": "x"}, "more memory"),
     ],
 )
