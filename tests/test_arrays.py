@@ -30,6 +30,7 @@ from vgg_jax.arrays import (
     whole_source,
 )
 from vgg_jax.configs.evaluation import ROUNDINGS
+from vgg_jax.input_data import open_train_val, resolve_config, split_names
 
 IMAGES = np.stack([noise(20, 30, seed) for seed in range(13)])
 LABELS = np.arange(13) % 3
@@ -57,7 +58,7 @@ def source_of(images=IMAGES, labels=LABELS):
         (IMAGES[0, 0], r"have the shape \(30, 3\)"),
         (IMAGES[:0], "expected at least one image"),
         ([IMAGES[0], IMAGES[0, :9]], "are no array .*: expected uint8"),
-        ([object()] * 13, "are Python objects"),
+        ([object()] * 13, r"are Python objects \(object\), perhaps with missing values"),
     ],
     ids=lambda value: None if isinstance(value, str) else "images",
 )
@@ -72,6 +73,11 @@ def test_wrong_images_are_refused(images, message):
         (LABELS - 1, "from -1 to 1: expected numbers from 0 to K - 1"),
         (LABELS + 0.5, "no whole numbers, or hold NaN"),
         (np.where(LABELS, np.nan, 1.0), "no whole numbers, or hold NaN"),
+        (np.where(LABELS, np.inf, 1.0), "no whole numbers, or hold NaN or infinity"),
+        (
+            np.array(["ant", None] * 6, object),
+            r"Python objects \(NoneType, str\), perhaps",
+        ),
         (LABELS * 10_000, r"with 3 different values: .*pass np.unique\(labels, return_inverse"),
         (np.eye(3)[LABELS], r"have the shape \(13, 3\): .*pass labels.argmax\(1\)"),
         (3, r"have the shape \(\): expected class numbers"),
@@ -92,6 +98,8 @@ def test_labels_that_do_not_fit_are_refused():
         check_arrays(IMAGES, LABELS, "mine", ["a", "b"])
     with pytest.raises(InputError, match="'wasp': expected some of the 2 classes, such as 'ant'"):
         check_arrays(IMAGES, ["wasp"] * 13, "mine", ["ant", "bee"])
+    with pytest.raises(InputError, match=r"the classes of mine are <U3 \(1, 2\): expected one"):
+        check_arrays(IMAGES, LABELS, "mine", [["ant", "bee"]])
     one_class = check_arrays(IMAGES, LABELS * 0, "mine")
     with pytest.raises(InputError, match="all labels of mine are '0': expected at least two"):
         train_val_sources(one_class, None, "mine")
@@ -110,12 +118,17 @@ def test_arrays_are_converted(caplog):
     for labels in (LABELS[:, None], LABELS.astype(float), LABELS.tolist(), np.uint8(LABELS)):
         np.testing.assert_array_equal(check_arrays(IMAGES, labels, "x").labels, LABELS)
     names = np.array(["bee", "ant", "wasp"])[LABELS]
-    for labels in (names, names.astype("S"), names.tolist()):
+    objects = (names.astype(object), names.astype("S").astype(object))  # of pandas, of h5py
+    for labels in (names, names.astype("S"), names.tolist(), *objects):
         arrays = check_arrays(IMAGES, labels, "x")
         assert arrays.classes == ("ant", "bee", "wasp")
         assert arrays.labels[:3].tolist() == [1, 0, 2]
     for grey in (IMAGES[..., 0], IMAGES[..., :1]):
         assert check_arrays(grey, LABELS, "x").images.shape == (13, 20, 30, 1)
+    for classes in (names[:3], names[:3].astype("S"), names[:3].astype(object), names[:3].tolist()):
+        arrays = check_arrays(IMAGES, LABELS, "x", classes)
+        assert arrays.classes == ("bee", "ant", "wasp")
+        assert set(map(type, arrays.classes)) == {str}
     assert not caplog.text
     check_arrays(IMAGES // 255, LABELS, "x")
     assert "from 0 to 1, all but black" in caplog.text
@@ -303,9 +316,43 @@ def test_npz_with_validation_and_class_names(tmp_path):
     path = save(tmp_path / "x.npz", **values, val_labels=LABELS[:2], classes=["a", "b", "c", "d"])
     assert read_npz(path)["validation"].classes == ("a", "b", "c", "d")
     assert open_npz_split(path, "valid").size == 2
+    path = save(tmp_path / "y.npz", **values, val_labels=LABELS[:2], classes=[b"a", b"b", b"c"])
+    assert read_npz(path)["validation"].classes == ("a", "b", "c")
+
+
+def test_npz_classes_are_those_of_the_training(tmp_path):
     names = np.array(["a", "b", "c"])
-    path = save(tmp_path / "y.npz", x=IMAGES, y=names[LABELS], x_test=IMAGES, y_test=["d"] * 13)
-    assert read_npz(path)["train"].classes == ("a", "b", "c", "d")
+    values = {"x": IMAGES, "y": names[LABELS], "x_val": IMAGES[:2], "y_val": names[:2]}
+    path = save(tmp_path / "x.npz", **values, x_test=IMAGES, y_test=["d"] * 13)
+    splits = read_npz(path, ["train", "validation"])
+    assert [split.classes for split in splits.values()] == [("a", "b", "c")] * 2
+    with pytest.raises(InputError, match="npz test have 'd': expected some of the 3 classes"):
+        open_npz_split(path, "test")
+
+
+def test_npz_small_splits_of_many_classes(tmp_path):
+    images, numbers = np.full((100, 2, 2), 9, np.uint8), [3, 50, 99]
+    test = {"x_test": images[:3], "y_test": numbers}
+    with_train = save(tmp_path / "x.npz", x_train=images, y_train=np.arange(100), **test)
+    for path in (with_train, save(tmp_path / "test.npz", **test)):
+        source = open_npz_split(path, "test")
+        assert source.labels.tolist() == numbers
+        assert source.classes == tuple(map(str, range(100)))
+    path = save(tmp_path / "dates.npz", x_test=images, y_test=np.arange(100) + 20_240_101)
+    with pytest.raises(InputError, match=r"from 20240101 to .*: expected numbers from 0 to 99"):
+        open_npz_split(path, "test")
+
+
+def test_npz_training_does_not_read_the_test_split(tmp_path):
+    """Test labels of -1 are common, where only the authors of the data know them."""
+    values = {"x_train": IMAGES, "y_train": LABELS, "x_test": IMAGES, "y_test": LABELS * 0 - 1}
+    path = save(tmp_path / "x.npz", **values)
+    config, arrays = resolve_config(path, None, None, {})
+    train, validation = open_train_val(config, arrays=arrays, version=2)
+    assert train.size + validation.size == 13
+    assert split_names(path, data_dir=None, download=False) == ("train", "test")
+    with pytest.raises(InputError, match=r"the labels of .*npz test are from -1 to -1"):
+        open_npz_split(path, "test")
 
 
 def test_npz_that_cannot_be_used(tmp_path):
@@ -313,7 +360,7 @@ def test_npz_that_cannot_be_used(tmp_path):
     with pytest.raises(InputError, match=r"has the arrays pixels, targets: .* x_train and y_train"):
         read_npz(path)
     path = save(tmp_path / "x.npz", images=np.array([IMAGES[0], None], object), labels=[0, 1])
-    with pytest.raises(InputError, match=r"cannot be read .*allow_pickle"):
+    with pytest.raises(InputError, match=r"cannot be read .*allow_pickle.* numbers or texts"):
         read_npz(path)
     for name, content in {"text": b"hello", "cut": (tmp_path / "x.npz").read_bytes()[:99]}.items():
         (tmp_path / f"{name}.npz").write_bytes(content)
@@ -359,6 +406,19 @@ results = vgg_jax.evaluate(*vgg_jax.load(workdir), (images, labels))
 assert results["count"] == 24
 assert not [name for name in sys.modules if name.startswith("tensorflow.")]
 """
+
+
+def test_folder_called_arrays(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i, image in enumerate(IMAGES):
+        path = tmp_path / "arrays" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(image))
+    train, validation = open_train_val(vgg_jax.preset("arrays"), version=2)
+    assert train.size + validation.size == len(IMAGES)
+    config, _ = resolve_config((IMAGES, LABELS), None, None, {})
+    with pytest.raises(InputError, match="data is '<arrays>': expected the arrays that the run"):
+        open_train_val(config, version=2)
 
 
 @pytest.mark.slow
@@ -444,6 +504,8 @@ def test_fit_and_evaluate_arrays(npz, capsys):
         (TINY_TRAIN, {"classes": ["a"]}, "classes is passed with a TrainConfig"),
         (TINY_TRAIN, {"epochs": 3}, "epochs is passed with a TrainConfig"),
         ((IMAGES, LABELS), {"epocs": 3}, "epocs"),
+        ((IMAGES, LABELS), {"data": "photos"}, "data is no setting"),
+        ("photos", {"data": "photos"}, "data is no setting"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )

@@ -140,6 +140,9 @@ def test_preprocess_finds_exif_in_each_container(tmp_path, name):
     expected = vgg_jax.preprocess([ImageOps.exif_transpose(open_image(paths[0]))], describe())
     for image in (paths[0], open_image(paths[0])):
         np.testing.assert_array_equal(vgg_jax.preprocess([image], describe()), expected)
+    stored = vgg_jax.preprocess(paths, describe(exif=False))
+    assert np.abs(to_levels(stored) - evaluation_crop(TURNED[name], exif=False)).max() <= 1
+    assert np.any(stored != expected)
 
 
 def test_preprocess_arrays():

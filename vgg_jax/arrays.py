@@ -1,12 +1,13 @@
 """Images and labels in memory, or in an .npz file, as the data of a run. Without TensorFlow."""
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
 import os
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,13 +18,24 @@ from vgg_jax.paths import to_path
 
 logger = logging.getLogger(__name__)
 
-IN_MEMORY = "arrays"  # the `data` of a run whose arrays have no file
+IN_MEMORY = "<arrays>"  # the `data` of a run whose arrays have no file; no name of a folder
+
+MAX_CLASSES = 100_000  # larger labels are no class numbers
 
 # Names of arrays in files without names of splits, in lower case.
 _WITHOUT_SPLIT = (("images", "labels"), ("x", "y"), ("data", "labels"), ("data", "target"))
 _CLASS_NAMES = ("classes", "class_names", "label_names")
 # Errors that np.load and zipfile raise for damaged or foreign files.
-_READ_ERRORS = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
+NPZ_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    TypeError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 class Arrays(NamedTuple):
@@ -74,7 +86,12 @@ class ArraySource:
 
 
 def check_arrays(
-    images: Any, labels: Any, name: str, classes: Sequence[str] | None = None
+    images: Any,
+    labels: Any,
+    name: str,
+    classes: Sequence[str] | np.ndarray | None = None,
+    *,
+    may_lack_classes: bool = False,
 ) -> Arrays:
     """Checks images and labels, and converts them.
 
@@ -84,6 +101,7 @@ def check_arrays(
         labels: Class numbers from 0 or class names, (n,) or (n, 1).
         name: Name of the two for messages.
         classes: Names of the classes. None takes the names among the labels, sorted, or numbers.
+        may_lack_classes: The labels need not have most of the numbers up to the largest one.
 
     Returns:
         The arrays.
@@ -92,7 +110,10 @@ def check_arrays(
         InputError: A value, a shape or a length is wrong.
     """
     pixels = _check_images(images, f"the images of {name}")
-    numbers, names = _check_labels(labels, f"the labels of {name}", classes)
+    class_names = None if classes is None else _check_classes(classes, f"the classes of {name}")
+    numbers, names = _check_labels(
+        labels, f"the labels of {name}", class_names, may_lack_classes=may_lack_classes
+    )
     if len(pixels) != len(numbers):
         raise InputError(
             f"{name}: {len(pixels)} images and {len(numbers)} labels; expected one label for each "
@@ -108,11 +129,17 @@ def _to_array(values: Any, name: str, expected: str) -> np.ndarray:
         raise InputError(
             f"{name} are no array ({single_line(error)}): expected {expected}"
         ) from error
-    if array.dtype == object:
-        raise InputError(
-            f"{name} are Python objects, perhaps arrays of several sizes: expected {expected}"
-        )
-    return array
+    if array.dtype != object:
+        return array
+    # A column of pandas has str, and a data set of h5py has bytes.
+    for text_type in (str, bytes):
+        if all(isinstance(item, text_type) for item in array.flat):
+            return np.array(array.tolist())
+    types = ", ".join(sorted({type(item).__name__ for item in array.flat})[:5])
+    raise InputError(
+        f"{name} are Python objects ({types}), perhaps with missing values or arrays of several "
+        f"sizes: expected {expected}"
+    )
 
 
 def _check_images(images: Any, name: str) -> np.ndarray:
@@ -157,8 +184,22 @@ def _to_uint8(array: np.ndarray, name: str) -> np.ndarray:
     return pixels
 
 
+def _check_classes(classes: Any, name: str) -> tuple[str, ...]:
+    """Converts names of classes to texts."""
+    expected = "one name for each class, (K,)"
+    array = _decode(_to_array(classes, name, expected))
+    if array.ndim != 1 or array.dtype.kind not in "Uiu":
+        raise InputError(f"{name} are {array.dtype} {array.shape}: expected {expected}")
+    return tuple(map(str, array.tolist()))
+
+
+def _decode(array: np.ndarray) -> np.ndarray:
+    """Decodes an array of bytes; leaves another one."""
+    return np.char.decode(array, "utf-8", "replace") if array.dtype.kind == "S" else array
+
+
 def _check_labels(
-    labels: Any, name: str, classes: Sequence[str] | None
+    labels: Any, name: str, classes: tuple[str, ...] | None, *, may_lack_classes: bool = False
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Converts labels to class numbers, int32 (n,). Returns the names of the classes as well."""
     expected = "class numbers (N,) from 0, or class names"
@@ -172,29 +213,31 @@ def _check_labels(
         return _numbers_of_names(array, name, classes)
     if array.dtype.kind not in "iufb":
         raise InputError(f"{name} are of type {array.dtype}: expected {expected}")
-    if array.dtype.kind == "f" and not np.all(array == np.floor(array)):  # NaN is not equal
-        raise InputError(f"{name} are no whole numbers, or hold NaN: expected {expected}")
+    if array.dtype.kind == "f" and not np.all(np.isfinite(array) & (array == np.floor(array))):
+        raise InputError(
+            f"{name} are no whole numbers, or hold NaN or infinity: expected {expected}"
+        )
     if not len(array):
-        return array.astype(np.int32), tuple(classes or ())
+        return array.astype(np.int32), classes or ()
     smallest, largest, count = int(array.min()), int(array.max()), len(np.unique(array))
     description = f"{name} are from {smallest} to {largest}"
     if smallest < 0 or (classes is not None and largest >= len(classes)):
         bound = "K - 1" if classes is None else f"{len(classes) - 1}"
         raise InputError(f"{description}: expected numbers from 0 to {bound}")
-    if classes is None and largest >= 2 * count + 10:
+    if classes is None and largest >= (MAX_CLASSES if may_lack_classes else 2 * count + 10):
         raise InputError(
             f"{description} with {count} different values: expected numbers from 0 to {count - 1}; "
             "pass np.unique(labels, return_inverse=True)[1]"
         )
-    names = tuple(map(str, range(largest + 1))) if classes is None else tuple(classes)
+    names = tuple(map(str, range(largest + 1))) if classes is None else classes
     return array.astype(np.int32), names
 
 
 def _numbers_of_names(
-    array: np.ndarray, name: str, classes: Sequence[str] | None
+    array: np.ndarray, name: str, classes: tuple[str, ...] | None
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    texts = np.char.decode(array, "utf-8", "replace") if array.dtype.kind == "S" else array
-    names = tuple(classes) if classes is not None else tuple(np.unique(texts).tolist())
+    texts = _decode(array)
+    names = tuple(np.unique(texts).tolist()) if classes is None else classes
     number_of = {text: i for i, text in enumerate(names)}
     unknown = [text for text in np.unique(texts).tolist() if text not in number_of]
     if unknown:
@@ -283,40 +326,85 @@ def _digest(arrays: Arrays) -> str:
     return digest.hexdigest()[:16]
 
 
-def read_npz(path: str | os.PathLike) -> dict[str, Arrays]:
-    """Reads the splits of an .npz file.
+def read_npz(
+    path: str | os.PathLike, kinds: Collection[str] = tuple(SPLIT_NAMES)
+) -> dict[str, Arrays]:
+    """Reads splits of an .npz file.
 
     Args:
         path: The file. It holds arrays only, no pickles.
+        kinds: The splits to read, of "train", "validation" and "test".
 
     Returns:
-        The splits by kind: "train", "validation" and "test", as far as the file has them.
+        The splits by kind, as far as the file has them. Their classes are those that the file
+        names, or those of the training labels.
+
+    Raises:
+        InputError: The file cannot be read, has no images and labels of known names, or a split is
+            wrong.
+    """
+    name = os.fspath(path)
+    with _open_npz(name) as content:
+        pairs = _find_pairs(content, name)
+        class_key = next((key for key in content if key.lower() in _CLASS_NAMES), None)
+        classes: Any = None if class_key is None else content[class_key]
+        train_labels = content[pairs["train"][1]] if "train" in pairs else None
+        splits = {
+            kind: (content[images], content[labels])
+            for kind, (images, labels) in pairs.items()
+            if kind in kinds
+        }
+    if classes is None and train_labels is not None:
+        _, classes = _check_labels(train_labels, f"the labels of {name} train", None)
+    # A split without training labels may have few images of many classes.
+    return {
+        kind: check_arrays(*split, f"{name} {kind}", classes, may_lack_classes=True)
+        for kind, split in splits.items()
+    }
+
+
+def npz_split_names(path: str | os.PathLike) -> tuple[str, ...]:
+    """Lists the splits of an .npz file, of "train", "validation" and "test".
+
+    Args:
+        path: The file.
+
+    Returns:
+        Their kinds.
 
     Raises:
         InputError: The file cannot be read, or has no images and labels of known names.
     """
     name = os.fspath(path)
+    with _open_npz(name) as content:
+        return tuple(_find_pairs(content, name))
+
+
+@contextlib.contextmanager
+def _open_npz(name: str) -> Iterator[Mapping[str, np.ndarray]]:
+    """Opens a file, whose arrays are read when they are asked for, and translates its errors."""
     try:
-        with to_path(path).open("rb") as file:
+        with to_path(name).open("rb") as file:
             content = np.load(file, allow_pickle=False)
             if not isinstance(content, np.lib.npyio.NpzFile):
                 raise ValueError("it holds a single array")
             with content:
-                return _find_splits(content, name)
+                yield content
     except FileNotFoundError as error:
         raise InputError(
             f"no file {name!r}: expected an .npz file with images and labels"
         ) from error
     except InputError:
         raise
-    except _READ_ERRORS as error:
+    except NPZ_ERRORS as error:
         raise InputError(
-            f"{name!r} cannot be read ({single_line(error)}): expected an .npz file of arrays, as "
-            "np.savez writes it"
+            f"{name!r} cannot be read ({single_line(error)}): expected an .npz file of arrays of "
+            "numbers or texts, as np.savez writes it"
         ) from error
 
 
-def _find_splits(content: Mapping[str, Any], name: str) -> dict[str, Arrays]:
+def _find_pairs(content: Mapping[str, np.ndarray], name: str) -> dict[str, tuple[str, str]]:
+    """Finds the names of the images and the labels of each split."""
     keys = {key.lower(): key for key in content}
     pairs = {}
     for split, prefixes in SPLIT_NAMES.items():
@@ -332,14 +420,7 @@ def _find_splits(content: Mapping[str, Any], name: str) -> dict[str, Arrays]:
             f"{name!r} has the arrays {', '.join(content)}: expected images and labels, such as "
             "x_train and y_train, train_images and train_labels, or images and labels"
         )
-    class_key = next((keys[key] for key in _CLASS_NAMES if key in keys), None)
-    classes = None if class_key is None else tuple(map(str, content[class_key].tolist()))
-    if classes is None:
-        classes = _common_classes([content[labels] for _, labels in pairs.values()])
-    return {
-        split: check_arrays(content[images], content[labels], f"{name} {split}", classes)
-        for split, (images, labels) in pairs.items()
-    }
+    return pairs
 
 
 def _key_pairs(prefix: str) -> list[tuple[str, str]]:
@@ -349,13 +430,6 @@ def _key_pairs(prefix: str) -> list[tuple[str, str]]:
         (f"{prefix}_images", f"{prefix}_labels"),
         (f"images_{prefix}", f"labels_{prefix}"),
     ]
-
-
-def _common_classes(labels: Sequence[np.ndarray]) -> tuple[str, ...] | None:
-    """Names of the classes of all splits together, if the labels are names."""
-    if any(array.dtype.kind not in "US" for array in labels):
-        return None
-    return tuple(sorted({name for array in labels for name in array.astype(str).ravel().tolist()}))
 
 
 def open_npz_split(path: str | os.PathLike, split: str) -> ArraySource:
@@ -371,11 +445,11 @@ def open_npz_split(path: str | os.PathLike, split: str) -> ArraySource:
     Raises:
         InputError: The file cannot be read, or lacks the split.
     """
-    splits, name = read_npz(path), os.fspath(path)
-    key = split_kind(split) or split
-    if key not in splits:
-        raise InputError(f"{name!r} has no split {split!r}: expected one of {', '.join(splits)}")
-    return whole_source(splits[key], f"{name} {key}")
+    names, name = npz_split_names(path), os.fspath(path)
+    kind = split_kind(split) or split
+    if kind not in names:
+        raise InputError(f"{name!r} has no split {split!r}: expected one of {', '.join(names)}")
+    return whole_source(read_npz(path, [kind])[kind], f"{name} {kind}")
 
 
 def default_settings(images: np.ndarray, image_size: int | None = None) -> dict[str, Any]:

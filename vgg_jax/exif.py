@@ -1,12 +1,17 @@
 """The EXIF orientation of image files.
 
 Pillow's `Image.getexif` is no substitute. In damaged EXIF it loses orientations that are intact, or
-raises. It also warns, and `warnings.catch_warnings` is not safe in the threads that decode.
+raises. It also warns, and `warnings.catch_warnings` is not safe in the threads that decode. Of a
+TIFF it is used, because Pillow calls it for each TIFF that it loads.
 """
 
 import io
 import struct
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PILImage
 
 EXIF_MARKER = b"Exif\0\0"
 _ORIENTATION_TAG = 0x112
@@ -17,21 +22,39 @@ def file_orientation(encoded: bytes) -> int:
     """Reads the EXIF orientation of an image file.
 
     Args:
-        encoded: Content of a JPEG, PNG, WebP or AVIF file. Pillow turns a TIFF by itself. Other
-            formats have no EXIF.
+        encoded: Content of a JPEG, PNG, WebP, TIFF or AVIF file. Other formats have no EXIF.
 
     Returns:
         The orientation, 1 to 8. Without a valid one it is 1, upright.
     """
-    if encoded[4:8] != b"ftyp":
+    is_tiff = encoded.startswith((b"II", b"MM"))
+    if encoded[4:8] != b"ftyp" and not is_tiff:
         return read_orientation(encoded[find_exif(encoded)])
     from PIL import Image
 
     try:
         with Image.open(io.BytesIO(encoded)) as image:
+            if is_tiff:
+                return tiff_orientation(image)
             return read_orientation(image.info.get("exif", b""))
-    except (OSError, ValueError, SyntaxError, RuntimeError):
+    # Decoding the pixels reports the same error.
+    except (OSError, ValueError, SyntaxError, RuntimeError, struct.error, TypeError):
         return 1
+    except Image.DecompressionBombError:
+        return 1
+
+
+def tiff_orientation(image: "PILImage") -> int:
+    """Tells how Pillow turns a TIFF image while it loads it.
+
+    Args:
+        image: The image as `Image.open` returns it, before its pixels are read.
+
+    Returns:
+        The orientation that it undoes, 1 to 8. Without a valid one it is 1, upright.
+    """
+    orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+    return orientation if orientation in range(1, 9) else 1
 
 
 def read_orientation(exif: bytes) -> int:

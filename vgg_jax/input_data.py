@@ -21,6 +21,7 @@ from vgg_jax.arrays import (
     ArraySource,
     check_arrays,
     default_settings,
+    npz_split_names,
     open_npz_split,
     read_npz,
     train_val_sources,
@@ -93,7 +94,7 @@ def resolve_config(
                 "(images, labels) instead of one"
             )
         return data, None
-    fields = [field.name for field in dataclasses.fields(TrainConfig)]
+    fields = [field.name for field in dataclasses.fields(TrainConfig) if field.name != "data"]
     unknown = [name for name in settings if name not in fields]
     if unknown:
         raise InputError(f"{unknown[0]} is no setting: expected some of {', '.join(fields)}")
@@ -126,11 +127,10 @@ def _as_pair(data: Any, name: str) -> tuple[Any, Any]:
 
 
 def _read_training_arrays(path: str) -> TrainingArrays:
-    splits = read_npz(path)
-    if "train" not in splits:
-        raise InputError(
-            f"{path!r} has the splits {', '.join(splits)}: expected images to train on"
-        )
+    names = npz_split_names(path)
+    if "train" not in names:
+        raise InputError(f"{path!r} has the splits {', '.join(names)}: expected images to train on")
+    splits = read_npz(path, ("train", "validation"))
     return TrainingArrays(splits["train"], splits.get("validation"))
 
 
@@ -211,7 +211,7 @@ def open_split(
 def split_names(data: str, *, data_dir: str | None, download: bool) -> tuple[str, ...]:
     """Lists the splits that `open_split` can open, see `vgg_jax.data.split_names`."""
     if is_npz(data):
-        return tuple(read_npz(data))
+        return npz_split_names(data)
     from vgg_jax.data import split_names
 
     return split_names(data, data_dir=data_dir, download=download)

@@ -15,7 +15,13 @@ import numpy as np
 
 from vgg_jax.configs.evaluation import MAX_IMAGE_PIXELS, check_rounding
 from vgg_jax.errors import DataError, InputError, install_hint, single_line
-from vgg_jax.exif import EXIF_MARKER, file_orientation, find_exif, read_orientation
+from vgg_jax.exif import (
+    EXIF_MARKER,
+    file_orientation,
+    find_exif,
+    read_orientation,
+    tiff_orientation,
+)
 from vgg_jax.paths import is_store_error, to_path
 
 if TYPE_CHECKING:
@@ -47,6 +53,7 @@ def preprocess(
 
     An image is turned upright by its EXIF orientation, if the metadata's `exif` is true. A PIL
     image is turned as its file would be, unless `ImageOps.exif_transpose` has turned it already.
+    A PIL image of a TIFF is always upright, because Pillow turns it.
 
     Args:
         images: One image or a list. An image is the path of a file, a PIL image, or a uint8 RGB
@@ -148,12 +155,14 @@ def decode_by_pillow(encoded: bytes) -> np.ndarray:
         encoded = encoded[:stop].replace(EXIF_MARKER, bytes(6)) + encoded[stop:]
     try:
         with Image.open(io.BytesIO(encoded)) as image:
-            return _rgb_pixels(image)
+            # Pillow turns each TIFF upright.
+            orientation = tiff_orientation(image) if image.format == "TIFF" else 1
+            return _turn_back(_rgb_pixels(image), orientation)
     except Image.UnidentifiedImageError as error:
         raise ValueError("not an image that Pillow can decode") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"it has more than {MAX_DECODED_PIXELS:,} pixels") from error
-    except (OSError, SyntaxError, EOFError, struct.error) as error:
+    except (OSError, SyntaxError, EOFError, struct.error, TypeError) as error:
         raise ValueError(single_line(error)) from error
 
 
@@ -280,6 +289,11 @@ def _turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     pixels = pixels.swapaxes(0, 1) if orientation >= 5 else pixels
     pixels = pixels[::-1] if orientation in (3, 4, 7, 8) else pixels
     return pixels[:, ::-1] if orientation in (2, 3, 6, 7) else pixels
+
+
+def _turn_back(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Undoes `_turn_upright`: quarter turns undo each other, the others themselves."""
+    return _turn_upright(pixels, {6: 8, 8: 6}.get(orientation, orientation))
 
 
 def resized_sides(sides: Sequence[int], scale: int, rounding: str) -> tuple[int, int]:

@@ -10,10 +10,8 @@ import sys
 
 import onnxruntime
 
-from experiments.examples.photo import print_answer, read_views
+from experiments.examples.photo import print_answers
 
 session = onnxruntime.InferenceSession(sys.argv[1])
 metadata = json.loads(session.get_modelmeta().custom_metadata_map["vgg_jax"])
-for photo in sys.argv[2:]:
-    outputs = [session.run(None, {"images": view})[0] for view in read_views(photo, metadata)]
-    print_answer(photo, outputs, metadata)
+print_answers(sys.argv[2:], lambda view: session.run(None, {"images": view})[0], metadata)

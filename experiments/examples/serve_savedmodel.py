@@ -11,10 +11,14 @@ from pathlib import Path
 
 import tensorflow as tf
 
-from experiments.examples.photo import print_answer, read_views
+from experiments.examples.photo import print_answers
 
-run = tf.saved_model.load(sys.argv[1]).signatures["serving_default"]
+signature = tf.saved_model.load(sys.argv[1]).signatures["serving_default"]
 metadata = json.loads(Path(sys.argv[1], "assets.extra/vgg_jax.json").read_text())
-for photo in sys.argv[2:]:
-    outputs = [run(images=tf.constant(view)) for view in read_views(photo, metadata)]
-    print_answer(photo, [output[metadata["output"]].numpy() for output in outputs], metadata)
+
+
+def run(view):
+    return signature(images=tf.constant(view))[metadata["output"]].numpy()
+
+
+print_answers(sys.argv[2:], run, metadata)

@@ -12,12 +12,10 @@ import zipfile
 from jax import export
 from safetensors.numpy import load
 
-from experiments.examples.photo import print_answer, read_views
+from experiments.examples.photo import print_answers
 
 with zipfile.ZipFile(sys.argv[1]) as file:
     metadata = json.loads(file.read("metadata.json"))
     weights = load(file.read("weights.safetensors"))
     program = export.deserialize(bytearray(file.read("program")))
-for photo in sys.argv[2:]:
-    outputs = [program.call(weights, view) for view in read_views(photo, metadata)]
-    print_answer(photo, outputs, metadata)
+print_answers(sys.argv[2:], lambda view: program.call(weights, view), metadata)

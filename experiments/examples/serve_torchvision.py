@@ -12,7 +12,7 @@ import torch
 import torchvision
 from safetensors import safe_open
 
-from experiments.examples.photo import print_answer, read_views
+from experiments.examples.photo import print_answers
 
 with safe_open(sys.argv[2], "pt") as file:
     metadata = json.loads(file.metadata()["vgg_jax"])
@@ -20,7 +20,12 @@ with safe_open(sys.argv[2], "pt") as file:
 net = getattr(torchvision.models, sys.argv[1])(num_classes=len(metadata["classes"])).eval()
 net.load_state_dict(weights, strict=True)
 mean, std = torch.tensor(metadata["mean_rgb"]), torch.tensor(metadata["std_rgb"])
-for photo in sys.argv[3:]:
-    (image,) = ((torch.tensor(view) - mean) / std for view in read_views(photo, metadata))
+
+
+def run(view):
+    image = (torch.tensor(view) - mean) / std
     with torch.no_grad():
-        print_answer(photo, [net(image.permute(0, 3, 1, 2)).numpy()], metadata)
+        return net(image.permute(0, 3, 1, 2)).numpy()
+
+
+print_answers(sys.argv[3:], run, metadata)

@@ -43,6 +43,8 @@ def test_explain(error, code, message):
         (MemoryError(), {}, "(MemoryError): close other programs"),
         (RuntimeError("OOM when allocating tensor"), {"scales": []}, "smaller --scales"),
         (RuntimeError("std::bad_alloc"), {"batch_size": 3}, "--microbatch or --batch-size"),
+        (MemoryError(), {"command_line": "vgg-jax train"}, "--microbatch or --batch-size"),
+        (MemoryError(), {"command_line": "", "cache": True}, "size, or leave out --cache"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), {"file": "x"}, "more memory"),
     ],
 )
@@ -103,6 +105,21 @@ def test_output_that_is_closed(monkeypatch):
     with open(writer, "w") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
         assert cli.main(["weights"]) == 141
+
+
+@pytest.mark.parametrize(
+    ("stream", "command", "code"),
+    [("stdout", ["weights"], 0), ("stderr", ["config", "/nowhere"], 2), ("stderr", ["weight"], 2)],
+)
+def test_output_that_the_shell_closes(stream, command, code, monkeypatch, capsys):
+    """As `vgg-jax weights >&-`, which leaves Python no stream."""
+    monkeypatch.setattr(sys, stream, None)
+    try:
+        assert cli.main(command) == code
+    except SystemExit as error:  # of a wrong command
+        assert error.code == code
+    getattr(sys, stream).close()
+    assert capsys.readouterr().out == ""
 
 
 def test_output_that_has_few_characters(monkeypatch, tmp_path):

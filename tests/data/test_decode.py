@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from tests.helpers.corrupt_images import CORRUPT
+from tests.helpers.corrupt_images import CORRUPT, PHOTO
 from tests.helpers.image_files import (
     FILES,
     ORIENTED,
@@ -15,6 +15,7 @@ from tests.helpers.image_files import (
     UNUSUAL,
     broken_exif,
     encode_in_mode,
+    turned,
 )
 from tests.helpers.tiny_data import (
     TINY_TRAIN,
@@ -95,7 +96,18 @@ def test_decode_finds_exif_in_each_container(map_rows, name):
     np.testing.assert_array_equal(pixels, decode_by_pillow(TURNED[name]))
     crop = resize_and_crop(tf.constant(TURNED[name]), 40, 32, 0.5, 0.5)
     stored = resize_and_crop(tf.constant(TURNED[name]), 40, 32, 0.5, 0.5, exif=False)
-    assert np.any(crop != stored) or name == "tiff"  # Pillow always turns a TIFF
+    assert np.any(crop != stored)
+
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_decode_tiff_orientation(orientation, compression, map_rows):
+    """Pillow turns a TIFF whether it is asked to or not."""
+    encoded = turned("TIFF", orientation, compression=compression)
+    (upright,) = map_rows(decode, [encoded])
+    np.testing.assert_array_equal(upright, decode_by_pillow(encoded))
+    (stored,) = map_rows(lambda encoded: decode(encoded, exif=False), [encoded])
+    np.testing.assert_array_equal(stored, PHOTO)
 
 
 def test_decode_ignores_broken_exif(map_rows):

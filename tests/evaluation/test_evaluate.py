@@ -266,6 +266,18 @@ def test_evaluate_held_out_images_of_moved_data(workdir, photos, tmp_path):
         evaluate(*load(run), moved, protocol="center")
 
 
+def test_evaluate_other_data_without_validation_split(workdir, photos, tmp_path):
+    """It is compared with the run's before it is divided, which one class does not allow."""
+    net, one_class, test = load(workdir), tmp_path / "one class", tmp_path / "test only"
+    shutil.copytree(photos / "train" / "blue", one_class / "blue")
+    shutil.copytree(photos / "train", test / "test")
+    with pytest.raises(InputError, match=r"one class is not what .* was trained on: .*split train"):
+        evaluate(*net, one_class, protocol="center")
+    assert evaluate(*net, one_class, "train", protocol="center")["count"] == COUNT - COUNT // 2
+    with pytest.raises(InputError, match=r"has no split 'val': expected one of test"):
+        evaluate(*net, test, protocol="center")
+
+
 def test_evaluate_rejects_missing_images(workdir, monkeypatch):
     monkeypatch.setattr("vgg_jax.evaluation.evaluate.iter_posteriors", lambda *_, **__: iter([]))
     with pytest.raises(RuntimeError, match=f"0 of {COUNT} images were evaluated"):
@@ -297,6 +309,13 @@ def test_fuse_finds_evaluation_in_folder(tmp_path):
     save_evaluation(run / "val-center-256", EVALUATION, {})
     with pytest.raises(InputError, match=r"holds 2 evaluations: .*val-center-256.*val-dense-256"):
         fuse([run])
+
+
+def test_fuse_absolute_and_relative_names(tmp_path):
+    """As those of a list, which have no folder in common."""
+    files = np.array(["/photos/a.png", "photos/b.png"])
+    save_evaluation(tmp_path, dataclasses.replace(EVALUATION, files=files), {})
+    assert fuse([tmp_path, tmp_path]).files.tolist() == files.tolist()
 
 
 EVALUATION = Evaluation(

@@ -173,13 +173,26 @@ def test_expand_paths_of_a_folder(tmp_path, caplog):
     (tmp_path / "photos" / "sub" / "loop").symlink_to(tmp_path / "photos")
     (tmp_path / "photos" / "broken.jpg").write_text("no image")
     os.mkfifo(tmp_path / "photos" / "pipe.jpg")  # reading it would never end
-    for name in ("notes.txt", "clip.mp4", "Thumbs.db", "._b.png"):
+    (tmp_path / "photos" / "@eaDir").mkdir()  # thumbnails
+    image.save(tmp_path / "photos" / "@eaDir" / "b.png")
+    for name in ("notes.txt", "clip.mp4", "Thumbs.db", "._b.png", ".hidden"):
         (tmp_path / "photos" / name).write_text("no image")
     with caplog.at_level("INFO", "vgg_jax"):
         files = expand_paths([str(tmp_path / "photos")])
     names = ["b.png", "broken.jpg", "link/c.tif", "sub/a"]
     assert files == [str(tmp_path / "photos" / name) for name in names]
-    assert "skipped 3 files of" in caplog.text and "clip.mp4" in caplog.text
+    assert "skipped 6 files of" in caplog.text and "._b.png" in caplog.text
+
+
+def test_expand_paths_follows_every_link(tmp_path):
+    """As training does. A link to a folder around it is a cycle."""
+    (tmp_path / "a" / "in").mkdir(parents=True)
+    (tmp_path / "z").mkdir()
+    Image.fromarray(noise(8, 9)).save(tmp_path / "a" / "in" / "1.png")
+    for link, target in {"b": "a", "z/link": "../a", "a/in/out": "../../z", "a/up": ".."}.items():
+        (tmp_path / link).symlink_to(target)
+    files = [os.path.relpath(file, tmp_path) for file in expand_paths([str(tmp_path)])]
+    assert files == ["a/in/1.png", "b/in/1.png", "z/link/in/1.png"]
 
 
 def test_predict_command_reports_unreadable_files(weight_file, photos, tmp_path, capsys):

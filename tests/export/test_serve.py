@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.helpers.corrupt_images import CORRUPT
 from tests.helpers.export_files import (
     CLASSES,
     RUNNERS,
     require_onnx,
     undecided_weights,
 )
+from tests.helpers.image_files import UNUSUAL, encode_in_mode
 from tests.helpers.pages import ROOT
 from tests.helpers.tiny import narrow
 from tests.helpers.tiny_data import encode_with_exif, noise
@@ -27,7 +29,7 @@ PROTOCOLS = {"logits": "center", "posteriors": "dense"}  # by output of the file
 
 
 def make_photos(folder):
-    """Photos of odd sizes, of each usual mode, and one that is turned."""
+    """Photos of odd sizes, of each usual mode, one that is turned, and files that are none."""
     rng = np.random.default_rng(0)
     files = [folder / f"{i}.png" for i in range(6)]
     for file in files:
@@ -35,9 +37,18 @@ def make_photos(folder):
     for mode in ("L", "P", "RGBA"):
         files.append(folder / f"{mode}.png")
         Image.fromarray(noise(41, 64)).convert(mode).save(files[-1])
-    files.append(folder / "turned.jpg")
-    files[-1].write_bytes(encode_with_exif(6))
-    return list(map(str, files))
+    contents = {
+        "sixteen bits.png": UNUSUAL["sixteen_bits.png"],
+        "cmyk.jpg": encode_in_mode("CMYK", "JPEG"),  # as Adobe's files, inverted
+        "cmyk.tif": encode_in_mode("CMYK", "TIFF"),
+        "floats.tif": encode_in_mode("F", "TIFF"),
+        "cut.jpg": CORRUPT["cut.jpg"],
+        "turned.jpg": encode_with_exif(6),
+    }
+    for name, content in contents.items():
+        files.append(folder / name)
+        files[-1].write_bytes(content)
+    return [*map(str, files), str(folder / "missing.jpg")]
 
 
 def check_answers(file_format, spec, photos, folder, monkeypatch):
@@ -57,6 +68,9 @@ def check_answers(file_format, spec, photos, folder, monkeypatch):
     assert [line["file"] for line in lines] == [prediction.file for prediction in predictions]
     found = []
     for line, prediction in zip(lines, predictions, strict=True):
+        assert ("error" in line) == (prediction.error is not None)
+        if "error" in line:
+            continue
         actual = {best["class"]: best["probability"] for best in line["top"]}
         expected = dict(prediction.top)
         np.testing.assert_allclose(
@@ -87,13 +101,7 @@ def test_serve_program_real_photos(file_format, output, shared_data, tmp_path, m
     spec = ExportSpec(undecided_weights(rounding, size=64), output)
     files = sorted(shared_data.glob("imagenet-sample/*/*.JPEG"))[::17]
     files += sorted(shared_data.glob("ants-bees/val/*/*"))[::10]
-    photos = [str(file) for file in files if mode_of(file) != "CMYK"]
-    check_answers(file_format, spec, photos, tmp_path, monkeypatch)
-
-
-def mode_of(file):
-    with Image.open(file) as image:
-        return image.mode
+    check_answers(file_format, spec, list(map(str, files)), tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(

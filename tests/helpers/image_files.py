@@ -61,10 +61,10 @@ def broken_exif():
     return [outside, no_byte_order, endless, no_such_orientation, only_a_comment]
 
 
-def turned(format: str = "JPEG", **options) -> bytes:
-    """An image file with the EXIF orientation 6, as Pillow writes it."""
+def turned(format: str = "JPEG", orientation: int = 6, **options) -> bytes:
+    """An image file with an EXIF orientation, as Pillow writes it."""
     exif = Image.Exif()
-    exif[0x112] = 6
+    exif[0x112] = orientation
     return encode(PHOTO, format, exif=exif.tobytes(), **options)
 
 

@@ -69,6 +69,14 @@ def test_largest_microbatch(free, num_devices, expected, monkeypatch):
     assert remedy.startswith(f"--microbatch {expected} fits" if expected else "no --microbatch")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_remedy_does_not_name_the_dtype_of_the_run(dtype, monkeypatch):
+    monkeypatch.setattr(memory_estimate, "estimate_step_memory", lambda *_: {"total": 9})
+    remedy = describe_remedy(dataclasses.replace(CONFIG, dtype=dtype), 5, 1, 8)
+    assert remedy.startswith("no --microbatch fits: pass a smaller --batch-size than")
+    assert ("--dtype bfloat16" in remedy) == (dtype == "float32")
+
+
 def test_largest_microbatch_is_smaller_than_the_runs(monkeypatch):
     monkeypatch.setattr(memory_estimate, "estimate_step_memory", lambda *_: {"total": 0})
     config = dataclasses.replace(CONFIG, batch_size=64, microbatch=16)

@@ -27,12 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code, see `vgg_jax.cli.exit_codes.ExitCode`.
     """
+    _prepare_streams()
     arguments = parse_args(argv)
     command, verbose = COMMANDS[arguments.pop("command")], arguments.pop("verbose")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # A name of a file or a class may have characters that the terminal cannot show.
-            stream.reconfigure(errors="backslashreplace")
     if command is train:
         arguments["command_line"] = shlex.join(
             ["vgg-jax", *(sys.argv[1:] if argv is None else argv)]
@@ -66,3 +63,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def _prepare_streams() -> None:
+    """Lets stdout and stderr take every name. A stream that the shell has closed takes nothing."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # as by `>&-`; `print` would take stdout for stderr
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the process ends
+        elif isinstance(stream, io.TextIOWrapper):
+            # A name of a file or a class may have characters that the terminal cannot show.
+            stream.reconfigure(errors="backslashreplace")

@@ -60,8 +60,9 @@ def _memory_remedy(arguments: Mapping[str, Any]) -> str:
     """Names the flags of the command that take less memory."""
     if "pixels" in arguments:
         return f"pass fewer --pixels than {arguments['pixels']}, or smaller --scales"
-    if "batch_size" in arguments:
-        return "pass a smaller --microbatch or --batch-size"
+    if "batch_size" in arguments or "command_line" in arguments:  # `train` has its own defaults
+        cache = ", or leave out --cache" if arguments.get("cache") else ""
+        return f"pass a smaller --microbatch or --batch-size{cache}"
     if "scales" in arguments:
         return "pass smaller --scales or images, or --protocol center"
     return "close other programs, or use a machine with more memory"

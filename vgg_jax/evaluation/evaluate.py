@@ -6,8 +6,6 @@ import json
 import logging
 import os
 import time
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vgg_jax.arrays import IN_MEMORY, ArraySource, check_arrays, whole_source
+from vgg_jax.arrays import IN_MEMORY, NPZ_ERRORS, ArraySource, check_arrays, whole_source
 from vgg_jax.configs.evaluation import MAX_PIXELS_PER_BATCH, EvalProtocol
 from vgg_jax.distributed.sharding import make_mesh
 from vgg_jax.division import split_kind
@@ -34,19 +32,6 @@ from vgg_jax.weights import from_loaded
 from vgg_jax.weights.weights import to_metadata
 
 logger = logging.getLogger(__name__)
-
-# Errors that np.load and zipfile raise for damaged or foreign files.
-_READ_ERRORS = (
-    OSError,
-    ValueError,
-    KeyError,
-    EOFError,
-    TypeError,
-    RuntimeError,
-    MemoryError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +206,8 @@ def _open_source(
     may_be_moved = config is not None and not is_own and is_validation
     if may_be_moved:
         names = split_names(data, data_dir=data_dir, download=download)
-        may_be_moved = "validation" not in map(split_kind, names)
+        kinds = set(map(split_kind, names))
+        may_be_moved = "train" in kinds and "validation" not in kinds
     if config is None or not (is_own or may_be_moved):
         return data, open_split(
             data, split, data_dir=data_dir, download=download, skip_bad=skip_bad, exclude=()
@@ -235,21 +221,29 @@ def _open_source(
     if not is_validation:
         return data, open_split(data, split, **options)
     run = load_run(to_path(metadata["path"]))
+    if not is_own:  # before the division, which other data may not allow
+        whole = open_split(data, "train", **options)
+        expected = (run.storage, run.train_size + run.validation_size)
+        _check_same_data(data, path, expected, (whole.storage, whole.size))
     train, validation = open_train_val(
         dataclasses.replace(config, data=data, skip_bad=options["skip_bad"]),
         data_dir=data_dir,
         download=download,
         version=run.input_version,
     )
-    expected = (run.storage, run.train_size, run.validation_size)
-    actual = (train.storage, train.size, validation.size)
+    sizes = (run.storage, run.train_size, run.validation_size)
+    _check_same_data(data, path, sizes, (train.storage, train.size, validation.size))
+    return data, validation
+
+
+def _check_same_data(data: str, path: Any, expected: tuple, actual: tuple) -> None:
+    """Raises InputError if the data, by storage and sizes, are not those of the run in `path`."""
     if actual != expected:
         raise InputError(
             f"{data} is not what {path} was trained on: storage and sizes were {expected} and are "
             f"{actual}, so the run's validation images are unknown; pass another --split, as "
             "--split train for all images of it, or the folder where the run's data is now"
         )
-    return data, validation
 
 
 def _array_source(data: Sequence[Any], net_classes: Sequence[str]) -> ArraySource:
@@ -385,7 +379,8 @@ def load_evaluation(path: str | Path) -> Evaluation:
         with to_path(path).open("rb") as file, np.load(file, allow_pickle=False) as content:
             evaluation = Evaluation(**{name: content[name] for name in names})
         _check_arrays(evaluation)
-    except _READ_ERRORS as error:
+    # A damaged size of an array may be of more than all memory.
+    except (*NPZ_ERRORS, MemoryError) as error:
         raise InputError(
             f"{path} cannot be read ({error}): "
             "expected a posteriors.npz as `vgg-jax evaluate` writes it"
@@ -437,7 +432,10 @@ def fuse(paths: Sequence[str | Path]) -> Evaluation:
 def _without_root(files: np.ndarray) -> np.ndarray:
     """Removes the folder that all files have in common from their names."""
     names = files.tolist()
-    root = os.path.commonpath({os.path.dirname(name) for name in names}) if names else ""
+    try:
+        root = os.path.commonpath({os.path.dirname(name) for name in names})
+    except ValueError:  # no files, or absolute and relative names
+        root = ""
     return np.array([name[len(root) :] for name in names], str)
 
 

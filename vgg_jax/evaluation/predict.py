@@ -16,6 +16,7 @@ from vgg_jax.evaluation.dense import iter_posteriors, resolve_protocol
 from vgg_jax.image_files import (
     FORMATS,
     has_image_suffix,
+    is_hidden,
     is_image,
     is_system_name,
     read_local_header,
@@ -135,12 +136,18 @@ def expand_paths(images: Sequence[str]) -> list[str]:
 
 
 def _images_under(folder: str) -> list[str]:
-    """Lists the images in a folder and below it, sorted, and logs how many files are left out."""
+    """Lists the images in a folder and below it, sorted, and logs how many files are left out.
+
+    As in training, the files and folders of the system count, and hidden ones do not.
+    """
     images: list[str] = []
     skipped: list[str] = []
     for path in _walk(folder):
         name = os.path.basename(path)
+        if is_hidden(name):
+            continue
         if is_system_name(name):
+            skipped.append(path)
             continue
         # A file that claims to be an image is reported if it is none.
         header = read_local_header(path)
@@ -161,15 +168,17 @@ def _is_pipe(path: str) -> bool:
     return os.path.exists(path) and not os.path.isfile(path)
 
 
-def _walk(folder: str) -> Iterator[str]:
-    """Yields the files below a folder. A folder that links lead to twice is read once."""
-    visited = set()
-    for parent, subfolders, names in os.walk(folder, followlinks=True):
-        visited.add(os.path.realpath(parent))
-        subfolders[:] = [
-            name
-            for name in sorted(subfolders)
-            if not is_system_name(name)
-            and os.path.realpath(os.path.join(parent, name)) not in visited
-        ]
-        yield from (os.path.join(parent, name) for name in names)
+def _walk(folder: str, ancestors: frozenset[str] = frozenset()) -> Iterator[str]:
+    """Yields the files below a folder, and its folders of the system without what is in them.
+
+    Links are followed, but not to a folder that they lie in.
+    """
+    ancestors |= {os.path.realpath(folder)}
+    _, subfolders, names = next(os.walk(folder), (folder, [], []))
+    yield from (os.path.join(folder, name) for name in names)
+    for name in subfolders:
+        path = os.path.join(folder, name)
+        if is_system_name(name):
+            yield path
+        elif os.path.realpath(path) not in ancestors:
+            yield from _walk(path, ancestors)

@@ -145,4 +145,5 @@ def describe_remedy(config: TrainConfig, num_classes: int, num_devices: int, fre
     if microbatch is not None:
         return f"--microbatch {microbatch} fits, and also resumes a run"
     smaller = f"a smaller --batch-size than {config.batch_size}, " if config.batch_size > 1 else ""
-    return f"no --microbatch fits: pass {smaller}--dtype bfloat16, a smaller --fc or --freeze conv"
+    dtype = "" if config.dtype == "bfloat16" else "--dtype bfloat16, "
+    return f"no --microbatch fits: pass {smaller}{dtype}a smaller --fc or --freeze conv"
