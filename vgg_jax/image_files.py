@@ -103,18 +103,6 @@ def is_system_name(name: str) -> bool:
     return name.startswith(".") or name.lower() in _SYSTEM_NAMES
 
 
-def is_hidden(name: str) -> bool:
-    """Tells whether a file or folder is hidden, and no leftover of macOS beside a file.
-
-    Args:
-        name: Its name, without its path.
-
-    Returns:
-        True for ".cache", and False for "._a.jpg".
-    """
-    return name.startswith(".") and not name.startswith("._")
-
-
 def is_note(name: str) -> bool:
     """Tells whether a file that is not an image may lie beside photos: labels, a README.
 

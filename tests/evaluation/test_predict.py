@@ -181,7 +181,7 @@ def test_expand_paths_of_a_folder(tmp_path, caplog):
         files = expand_paths([str(tmp_path / "photos")])
     names = ["b.png", "broken.jpg", "link/c.tif", "sub/a"]
     assert files == [str(tmp_path / "photos" / name) for name in names]
-    assert "skipped 6 files of" in caplog.text and "._b.png" in caplog.text
+    assert "skipped 7 files of" in caplog.text and "._b.png" in caplog.text
 
 
 def test_expand_paths_follows_every_link(tmp_path):

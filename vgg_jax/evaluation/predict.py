@@ -16,7 +16,6 @@ from vgg_jax.evaluation.dense import iter_posteriors, resolve_protocol
 from vgg_jax.image_files import (
     FORMATS,
     has_image_suffix,
-    is_hidden,
     is_image,
     is_system_name,
     read_local_header,
@@ -138,14 +137,12 @@ def expand_paths(images: Sequence[str]) -> list[str]:
 def _images_under(folder: str) -> list[str]:
     """Lists the images in a folder and below it, sorted, and logs how many files are left out.
 
-    As in training, the files and folders of the system count, and hidden ones do not.
+    As in training, those that are hidden or belong to the system count too.
     """
     images: list[str] = []
     skipped: list[str] = []
     for path in _walk(folder):
         name = os.path.basename(path)
-        if is_hidden(name):
-            continue
         if is_system_name(name):
             skipped.append(path)
             continue
@@ -155,7 +152,7 @@ def _images_under(folder: str) -> list[str]:
         (images if is_wanted else skipped).append(path)
     if skipped:
         logger.info(
-            "skipped %d files of %s that are not images, for example %r",
+            "skipped %d files of %s that are no images, hidden or of the system, for example %r",
             len(skipped),
             folder,
             min(skipped),
