@@ -334,7 +334,7 @@ def fine_tuning_section() -> str:
                     f"{losses[0]:.2f}, {losses[-1]:.2f}",
                     *_accuracies(own["epochs"]),
                     _percent(own["dense_accuracy_of_best_epoch"]),
-                    f"{own['seconds']:.0f}",
+                    f"{own['seconds']:.0f}" if own["seconds"] else "",
                     *(_accuracies(peer["epochs"]) if peer else ("", "")),
                     f"{peer['seconds']:.0f}" if peer else "",
                 )
@@ -347,8 +347,8 @@ def fine_tuning_section() -> str:
         f"{result['data']}. Net D starts from the authors' convolutions, with a new head of two "
         "hidden layers of 256, at the default learning rate. `best` and `last` are validation "
         "accuracies of the best and of the last epoch, on centre crops at S = 384. The best "
-        "epoch is chosen by the same photos. Seconds are those of the whole program. PyTorch has "
-        f"the same head, crops, schedule and number of epochs. {result['remark']}\n\n"
+        "epoch is chosen by the same photos. Seconds are those of the whole training program. "
+        f"PyTorch has the same head, crops, schedule and number of epochs. {result['remark']}\n\n"
         + table(header, rows)
     )
     return section("Fine-tuning", result, text)

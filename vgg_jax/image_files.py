@@ -37,11 +37,12 @@ _SYSTEM_NAMES = frozenset(
         *("__macosx", "__pycache__", "lost+found", "$recycle.bin", "system volume information"),
     )
 )
-# Of texts, tables and pages.
+# Of texts, tables, pages, and of what cameras and programs put beside photos.
 _NOTE_SUFFIXES = frozenset(
     (
         *(".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".ini", ".log"),
         *(".md", ".rst", ".html", ".htm", ".pdf", ".url", ".xls", ".xlsx", ".mat", ".py", ".sh"),
+        *(".xmp", ".aae", ".thm", ".pp3", ".dop", ".mov", ".mp4", ".avi"),
     )
 )
 _NOTE_NAMES = frozenset(("readme", "license", "licence", "copying", "copyright", "authors"))

@@ -100,7 +100,7 @@ def test_folder_skips_notes_with_one_line(tmp_path, caplog):
     with caplog.at_level("INFO", "vgg_jax"):
         assert sizes(tmp_path) == (9, 1)
     assert caplog.text.count("skipped beside the images") == 1
-    assert "12 notes, hidden files or files of the system" in caplog.text
+    assert "12 files that are notes, hidden or of the system" in caplog.text
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

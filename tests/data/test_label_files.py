@@ -434,6 +434,28 @@ def test_numbers_that_may_count_from_one(tmp_path, caplog, first, warns):
     assert ("no label of" in caplog.text) == warns
 
 
+def test_lines_without_a_photo_are_counted(tmp_path, caplog):
+    caplog.set_level("INFO", "vgg_jax")
+    write_images(tmp_path / "train", "1.png", "2.png")
+    (tmp_path / "train" / "labels.csv").write_text("1.png,ants\n2.png,bees\ngone.png,ants\n")
+    assert open_split(str(tmp_path), "train").size == 2
+    assert "1 lines of" in caplog.text and "for example 'gone.png'" in caplog.text
+    assert "skipped" not in caplog.text  # the label file is used
+
+
+def test_classes_that_differ_in_capital_letters(tmp_path, caplog):
+    write_images(tmp_path, "1.png", "2.png", "3.png")
+    (tmp_path / "list.csv").write_text("1.png,bees\n2.png,Bees\n3.png,ants\n")
+    assert open_split(str(tmp_path / "list.csv"), "train").classes == ("Bees", "ants", "bees")
+    assert "the classes 'Bees' and 'bees' differ only in capital letters" in caplog.text
+
+
+def test_list_whose_files_have_moved(tmp_path):
+    (tmp_path / "list.csv").write_text("a/1.png,ants\na/2.png,bees\n")
+    with pytest.raises(InputError, match="move the list to the folder that its paths start from"):
+        open_split(str(tmp_path / "list.csv"), "train")
+
+
 def test_list_that_repeats_files(tmp_path, caplog):
     write_images(tmp_path, "a.png", "b.png", "c.png")
     lines = "file,label,split\na.png,x,train\na.png,x,train\nb.png,y,train\nb.png,y,val\n"

@@ -138,8 +138,8 @@ def places(reader, size, epochs):
 
 def reader_of(files, version):
     """A reader of all records of 10 bytes each."""
-    num_bytes = 10 * files.num_examples
-    select = tfds._tfrecord_selector(files, num_bytes, lambda record: record, version)
+    buffer = tfds._shuffle_buffer(files.num_examples, 10 * files.num_examples, version)
+    select = tfds._tfrecord_selector(files, buffer, lambda record: record, version)
     return select(np.arange(files.num_examples))
 
 

@@ -184,6 +184,13 @@ def test_expand_paths_of_a_folder(tmp_path, caplog):
     assert "skipped 7 files of" in caplog.text and "._b.png" in caplog.text
 
 
+def test_expand_paths_names_empty_folder(tmp_path, caplog):
+    Image.fromarray(noise(8, 9)).save(tmp_path / "a.png")
+    (tmp_path / "empty").mkdir()
+    assert expand_paths([str(tmp_path / "a.png"), str(tmp_path / "empty")])
+    assert "no images in" in caplog.text and "empty" in caplog.text
+
+
 def test_expand_paths_follows_every_link(tmp_path):
     """As training does. A link to a folder around it is a cycle."""
     (tmp_path / "a" / "in").mkdir(parents=True)

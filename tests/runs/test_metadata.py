@@ -77,7 +77,7 @@ def test_check_same_run_allows_how_it_is_carried_out(name, value, storage, is_al
         assert check_same_run(tmp_path, existing, run) == [f"{name} was {old!r} and is {value!r}"]
         return
     with pytest.raises(
-        InputError, match=rf"{name} is .* now; .*--workdir .*--init-from {tmp_path}"
+        InputError, match=rf"{name} is .* now.*; .*--workdir .*--init-from {tmp_path}"
     ):
         check_same_run(tmp_path, existing, run)
 

@@ -515,7 +515,13 @@ def _new_folder(path: Path) -> Iterator[None]:
 
     A folder that cannot be created is then reported at once, not after hours.
     """
-    path.mkdir(parents=True)
+    try:
+        path.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(
+            f"cannot create {path} ({error.strerror}): expected the name of a new folder; pass "
+            "another --out"
+        ) from error
     try:
         yield
     except BaseException:

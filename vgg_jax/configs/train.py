@@ -111,7 +111,7 @@ class TrainConfig:
             those of the training images.
         validation_fraction: Share of the training images to validate on, between 0 and 1, if the
             data has no validation split.
-        skip_bad: Skip files that are not images, and at most one percent of unreadable images.
+        skip_bad: Skip files that are not images, and unreadable images: at most 1 %, or one.
             Otherwise they end the run.
         exclude: Names of images to leave out, as `vgg-jax verify-data` lists them. () leaves out
             none.
@@ -232,7 +232,7 @@ class TrainConfig:
     skip_bad: bool = _field(
         False,
         "data",
-        "skip files that are not images, and at most one percent of unreadable images",
+        "skip files that are not images, and unreadable images: at most 1 %%, or one",
     )
     # The flag reads the names from a file, see `vgg_jax.data.read_exclude_list`.
     exclude: tuple[str, ...] = _field(

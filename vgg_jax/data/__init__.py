@@ -11,7 +11,7 @@ from vgg_jax.errors import InputError, install_hint
 
 # TensorFlow reads these while it is imported. The allocator of oneDNN slows down the input in
 # some runs (docs/performance.md#onednns-allocator).
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 try:

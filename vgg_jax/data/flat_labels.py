@@ -175,6 +175,15 @@ def _labels_by_file(label_file: str, split: str, file_names: Sequence[str]) -> l
             f"{len(missing)} of {len(file_names)} photos have no label in {label_file}, for "
             f"example {missing[0]!r}: expected a line for each{hint}"
         )
+    others = sorted(labels.keys() - set(names))
+    if others:
+        logger.info(
+            "%d lines of %s name no photo of the split %r, for example %r",
+            len(others),
+            label_file,
+            split,
+            others[0],
+        )
     return [labels[name] for name in names]
 
 

@@ -184,14 +184,16 @@ def _read_split(
         raise InputError(
             f"no images under {folder!r}: expected {_pattern(folder)}; pass another folder as DATA"
         )
+    label_file = None
     if is_flat and reference:
+        label_file = _require_label_file(split, len(all_images.paths))
         bad = [path for path in others.paths if not _is_note(path)]
-        all_images, classes = _label_images(split, all_images.paths, bad, classes)
+        all_images, classes = _label_images(label_file, split, all_images.paths, bad, classes)
     images = exclude_files(all_images, root, exclude)
     not_images = exclude_files(others, root, exclude)
     empty = _classes_without_images(folder, images, classes)
     _check_nested(split, empty)
-    damaged = _without_notes(name, not_images.paths, system_files)
+    damaged = _without_notes(name, not_images.paths, system_files, label_file)
     _check_deeper_images(damaged)
     if not is_flat:
         _report_loose_images(folder)
@@ -207,14 +209,18 @@ def _read_split(
 
 
 def _without_notes(
-    name: str, not_images: Sequence[bytes], system_files: Sequence[bytes]
+    name: str,
+    not_images: Sequence[bytes],
+    system_files: Sequence[bytes],
+    label_file: str | None,
 ) -> list[bytes]:
-    """Leaves out texts and the like, and logs their number."""
+    """Leaves out texts and the like, and logs their number without the label file."""
     is_skipped = {path: _is_note(path) for path in not_images}
-    skipped = [*system_files, *(path for path, skip in is_skipped.items() if skip)]
+    notes = [path for path, skip in is_skipped.items() if skip and os.fsdecode(path) != label_file]
+    skipped = [*system_files, *notes]
     if skipped:
         logger.info(
-            "skipped beside the images of %s: %d notes, hidden files or files of the system, "
+            "skipped beside the images of %s: %d files that are notes, hidden or of the system, "
             "for example %r",
             name,
             len(skipped),
@@ -371,25 +377,33 @@ def _check_nested(split: _Split, class_folders: Sequence[str]) -> None:
             )
 
 
+def _require_label_file(split: _Split, num_images: int) -> str:
+    root, name, folder = split
+    label_file = find_label_file(root, name, folder)
+    if label_file is None:
+        raise InputError(
+            f"no labels for the {num_images} images of {folder!r}, which can only be predicted: "
+            f"expected {_pattern(folder)}, or a label file {root}/{name}.csv with lines of "
+            "`file,label`"
+        )
+    return label_file
+
+
 def _label_images(
-    split: _Split, paths: list[bytes], bad: Sequence[bytes], classes: tuple[str, ...]
+    label_file: str,
+    split: _Split,
+    paths: list[bytes],
+    bad: Sequence[bytes],
+    classes: tuple[str, ...],
 ) -> tuple[LabelledFiles, tuple[str, ...]]:
     """Labels the images of a split without class folders from its label file.
 
     The bad files take part, since ImageNet's ground truth has labels for them, too.
     """
-    root, name, folder = split
-    label_file = find_label_file(root, name, folder)
-    if label_file is None:
-        raise InputError(
-            f"no labels for the {len(paths)} images of {folder!r}, which can only be predicted: "
-            f"expected {_pattern(folder)}, or a label file {root}/{name}.csv with lines of "
-            "`file,label`"
-        )
     file_names, bad_names = (
         [os.fsdecode(os.path.basename(path)) for path in files] for files in (paths, bad)
     )
-    labels, classes = read_flat_labels(label_file, name, file_names, bad_names, classes)
+    labels, classes = read_flat_labels(label_file, split.name, file_names, bad_names, classes)
     return LabelledFiles(paths, labels), classes
 
 

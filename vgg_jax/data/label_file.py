@@ -103,6 +103,16 @@ def sort_labels(labels: Sequence[str]) -> tuple[str, ...]:
         Names of the classes.
     """
     distinct = set(labels)
+    spellings: dict[str, str] = {}
+    for label in sorted(distinct):
+        other = spellings.setdefault(label.casefold(), label)
+        if other != label:
+            logger.warning(
+                "the classes %r and %r differ only in capital letters: expected one spelling if "
+                "they are the same",
+                other,
+                label,
+            )
     key = int if all(label.isdecimal() for label in distinct) else None
     return tuple(sorted(sorted(distinct), key=key))  # type: ignore[type-var, arg-type]
 

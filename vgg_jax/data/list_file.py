@@ -162,7 +162,9 @@ def _check_exist(path: str, rows: Sequence[Row], root: str, skip_bad: bool) -> N
         return
     first = missing[0]
     hint = "pass --skip-bad to leave them out"
-    if first.number == 1:
+    if len(missing) == len(rows):
+        hint = "move the list to the folder that its paths start from"
+    elif first.number == 1:
         hint = "a first line with names of columns has `file,label`"
     raise DataError(
         f"{len(missing)} of the {len(rows)} files that {path} names do not exist, for example "

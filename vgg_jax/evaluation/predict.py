@@ -124,7 +124,10 @@ def expand_paths(images: Sequence[str]) -> list[str]:
     files: list[str] = []
     for name in images:
         if os.path.isdir(name):
-            files += _images_under(name)
+            in_folder = _images_under(name)
+            if not in_folder:
+                logger.warning("no images in %r", name)
+            files += in_folder
         elif os.path.lexists(name):
             files.append(name)
         else:

@@ -114,6 +114,7 @@ def check_same_run(workdir: Path, existing: RunMetadata, run: RunMetadata) -> li
     changes = [name for name in names if _may_change(name, old, new)]
     differences = [
         f"{name} is {_shorten(repr(old[name]))} in run.json and {_shorten(repr(new[name]))} now"
+        + (", and may only grow" if name == "epochs" else "")
         for name in names
         if name not in changes
     ]
