@@ -84,6 +84,7 @@ def test_folder_with_validation_split_beside_photos_without_labels(tmp_path):
 
 
 NOTES = (
+    *("IMG_1.xmp", "IMG_1.AAE", "IMG_1.MOV"),
     *("desktop.ini", "Thumbs.db", "._0.png", "labels.csv", "README", "notes.txt"),
     *("@eaDir/0.png", "__MACOSX/x", ".ipynb_checkpoints/0.png"),
 )
@@ -100,7 +101,7 @@ def test_folder_skips_notes_with_one_line(tmp_path, caplog):
     with caplog.at_level("INFO", "vgg_jax"):
         assert sizes(tmp_path) == (9, 1)
     assert caplog.text.count("skipped beside the images") == 1
-    assert "12 files that are notes, hidden or of the system" in caplog.text
+    assert "15 files that are notes, hidden or of the system" in caplog.text
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
