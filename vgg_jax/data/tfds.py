@@ -73,9 +73,8 @@ def record_splits(
             content = ", ".join(sorted(listdir(root))[:10]) or "nothing"
         raise InputError(
             f"no folder {data!r} and no prepared data set {data!r} under {root!r} "
-            f"(found there: {content}): expected the path of a folder, or a name with --download, "
-            "or with --data-dir for the folder that has it; if the data of a run has moved, pass "
-            "its new path as DATA"
+            f"(found there: {content}): expected the path of a folder, of which a run's may have "
+            "moved; for a data set pass --download, or --data-dir with the folder that has it"
         )
     info = _load_info(tfds, folder)
     image, label = _image_and_label(tfds, info, data)
