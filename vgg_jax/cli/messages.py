@@ -25,18 +25,18 @@ def shorten(message: str, limit: int = MAX_LENGTH) -> str:
         return message
     remedy = _remedy(message, limit - _MIN_HEAD)
     problem = _LONG_PATH.sub(r"\1…\2", message.removesuffix(remedy))
-    room = limit - len(remedy)
-    return (problem if len(problem) <= room else _cut(problem, room)) + remedy
+    length = limit - len(remedy)
+    return (problem if len(problem) <= length else _cut(problem, length)) + remedy
 
 
-def _remedy(message: str, room: int) -> str:
+def _remedy(message: str, limit: int) -> str:
     """The end of a message: all that was expected, the last clause, or a URL; "" if none fits."""
     for mark in _MARKS:
-        _, found, remedy = message.rpartition(mark)
-        if found and len(mark + remedy) <= room:
-            return mark + remedy
+        remedy = mark + message.rpartition(mark)[2]
+        if mark in message and len(remedy) <= limit:
+            return remedy
     last_word = " " + message.rpartition(" ")[2]
-    return last_word if "://" in last_word and len(last_word) <= room else ""
+    return last_word if "://" in last_word and len(last_word) <= limit else ""
 
 
 def _cut(text: str, limit: int) -> str:
@@ -50,5 +50,5 @@ def _cut(text: str, limit: int) -> str:
         if limit // 2 <= ends[kept - 1] <= limit - len(note):
             return text[: ends[kept - 1]] + note
     note = " … (--verbose shows all)"
-    room = limit - len(note)
-    return text[: max(text.rfind(" ", room // 2, room + 1), 0) or room] + note
+    length = limit - len(note)
+    return text[: max(text.rfind(" ", length // 2, length + 1), 0) or length] + note

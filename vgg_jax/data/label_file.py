@@ -191,11 +191,11 @@ def _find_columns(path: str, first: Sequence[str]) -> tuple[int, int, int | None
             "`file,label`; move the column, or name the columns in a first line"
         )
     if file_column is not None or label_column is not None:
-        missing, known = (
+        missing, columns = (
             ("label", LABEL_COLUMNS) if label_column is None else ("file", FILE_COLUMNS)
         )
         raise InputError(
             f"{path} has the columns {', '.join(map(repr, first))}: expected one for the "
-            f"{missing}, for example {known[0]!r}; rename it"
+            f"{missing}, for example {columns[0]!r}; rename it"
         )
     return 0, 1, 2 if len(first) > 2 else None, False

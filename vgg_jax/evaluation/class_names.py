@@ -52,14 +52,14 @@ def _find_classes(names: Sequence[str], net_classes: Sequence[str], match: str) 
         same_number = len(names) == len(net_classes)
         return [index if same_number else None for index in range(len(names))]
     keys = {"exact": _exact_keys, "synset": _synset_keys, "name": _name_keys}[match]
-    found: dict[str, set[int]] = {}
+    indices_by_key: dict[str, set[int]] = {}
     for index, name in enumerate(net_classes):
         for key in keys(name):
-            found.setdefault(key, set()).add(index)
+            indices_by_key.setdefault(key, set()).add(index)
     result = []
     for name in names:
         own_keys = {name} if match == "exact" else keys(name)
-        indices = set().union(*(found.get(key, ()) for key in own_keys))
+        indices = set().union(*(indices_by_key.get(key, ()) for key in own_keys))
         result.append(indices.pop() if len(indices) == 1 else None)
     return result
 

@@ -86,10 +86,10 @@ def resolve(
 
 def _not_cached(entry: PublishedWeights, cached: CachedWeights) -> str:
     reason = "; ".join(cached.rejected) or "no cache has its file"
-    what = "it" if entry.megabytes is None else f"{entry.megabytes} MB"
+    size = "it" if entry.megabytes is None else f"{entry.megabytes} MB"
     return (
         f"{entry.name} is not here ({reason}): expected its file; `vgg-jax fetch {entry.name}` "
-        f"(in Python: download=True) gets {what} from {_address(entry)}"
+        f"(in Python: download=True) gets {size} from {_address(entry)}"
     )
 
 

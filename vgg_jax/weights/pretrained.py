@@ -295,15 +295,15 @@ def similar_names(name: str) -> list[str]:
         All names of the same publisher, or those that contain the name, or the closest ones.
         The list is empty for a name that is not similar to any.
     """
-    wanted = name.strip().lower()
-    publisher, slash, _ = wanted.partition("/")
-    if slash and wanted.count("/") == 1:
-        names = [known for known in WEIGHTS if known.startswith(publisher + "/")]
+    part = name.strip().lower()
+    publisher, slash, _ = part.partition("/")
+    if slash and part.count("/") == 1:
+        names = [published for published in WEIGHTS if published.startswith(publisher + "/")]
         if names:
             return names
-    if len(wanted) >= len("vgg16") and any(f"/{wanted}" in known for known in WEIGHTS):
-        return [known for known in WEIGHTS if f"/{wanted}" in known]
-    return difflib.get_close_matches(wanted, WEIGHTS, n=4, cutoff=0.8)
+    if len(part) >= len("vgg16") and any(f"/{part}" in published for published in WEIGHTS):
+        return [published for published in WEIGHTS if f"/{part}" in published]
+    return difflib.get_close_matches(part, WEIGHTS, n=4, cutoff=0.8)
 
 
 def own_file(entry: PublishedWeights) -> Path:

@@ -322,16 +322,16 @@ def _classes(
     metadata: Mapping[str, Any],
     num_classes: int,
     top: bool,
-    passed: Sequence[str] | None,
+    class_names: Sequence[str] | None,
 ) -> tuple[tuple[str, ...], str]:
     """The names of the classes, and whose names they are."""
-    if passed is not None:
+    if class_names is not None:
         if not top:
             raise InputError(
                 f"{path} has no fully connected layers and classes are given: "
                 "expected no classes; leave them out"
             )
-        return check_classes(passed, num_classes), "class names as passed"
+        return check_classes(class_names, num_classes), "class names as passed"
     names = metadata.get("classes")
     if not names:
         is_imagenet = num_classes == len(CLASSES)

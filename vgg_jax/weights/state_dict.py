@@ -102,12 +102,12 @@ def plain_names(shapes: Mapping[str, Sequence[int]]) -> Names:
     numbered = set() if prefixes else _numbered_nets(shapes)
     if len(numbered) == 1:
         (prefix,) = prefixes = numbered
-        places = {
+        modules = {
             name.removeprefix(prefix).partition(".")[0]: "classifier"
             for name, shape in shapes.items()
             if name.startswith(prefix) and len(shape) == 2
         }
-        rename = partial(_name_place, places=places)
+        rename = partial(_name_place, modules=modules)
     found = remove_prefix({name: name for name in shapes}, prefixes, rename)
     numbers = _number_head({plain: shapes[name] for name, plain in found.plain.items()})
     if not numbers or set(numbers) == set(numbers.values()):
@@ -188,12 +188,12 @@ def _unwrap(name: str) -> str:
     return re.sub(r"^(?:features|classifier)\.(?=(?:conv\d_\d|bn\d_\d|fc[678])\.)", "", name)
 
 
-def _name_place(name: str, places: Mapping[str, str]) -> str:
-    """Names the `Sequential` that a numbered layer is in: `features` if `places` has no other."""
+def _name_place(name: str, modules: Mapping[str, str]) -> str:
+    """Names the `Sequential` that a numbered layer is in: `features` if `modules` has no other."""
     name = _unwrap(name)
     number = name.partition(".")[0]
     is_layer = re.fullmatch(rf"\d+\.{_PARAM}", name)
-    return f"{places.get(number, 'features')}.{name}" if is_layer else name
+    return f"{modules.get(number, 'features')}.{name}" if is_layer else name
 
 
 def _named_nets(names: Iterable[str]) -> set[str]:
