@@ -239,6 +239,18 @@ class VGG(nn.Module):
         outputs = self._forward(activations, ("fc8",), train, mask, start_after=layer)
         return outputs["fc8"][:, 0, 0]
 
+    def score_map_after(self, activations: Array, layer: str) -> Array:
+        """Computes the score map from the output of a layer, for images of any size.
+
+        Args:
+            activations: (N, h, w, C), the output of the layer, as `features` returns it.
+            layer: Name of the layer.
+
+        Returns:
+            Scores (N, h, w, K), as `score_map` returns them.
+        """
+        return self._forward(activations, ("fc8",), start_after=layer)["fc8"]
+
     def features(self, images: Array, layers: Iterable[str]) -> dict[str, Array]:
         """Computes activations by name. Nothing after the deepest layer is computed.
 

@@ -115,7 +115,7 @@ def evaluate(
         DataError: An image cannot be decoded.
     """
     net = to_metadata(from_loaded(model, variables, metadata))
-    path, preprocessing = metadata.get("path"), net["preprocessing"]
+    path = metadata.get("path")
     name = path or "the net"
     if isinstance(protocol, str):
         protocol = EvalProtocol(protocol)
@@ -123,29 +123,22 @@ def evaluate(
     if isinstance(data, (tuple, list)):
         data, source = IN_MEMORY, _array_source(data, net["classes"])
     else:
-        data, source = _open_source(
+        data, source = open_source(
             metadata, data, split, data_dir=data_dir, download=download, skip_bad=skip_bad
         )
-    class_indices = _class_indices(source, net["classes"], name, match)
-    if match != "exact":
-        first = net["classes"][class_indices[0]]
-        logger.info("classes by --match %s: %r is %r, and so on", match, source.classes[0], first)
-    images = _Images(source, scales, preprocessing["exif"], protocol.rounding, class_indices)
-    stream = iter_posteriors(
+    started = time.monotonic()
+    evaluation = evaluate_source(
         model,
         variables,
-        iter(images),
-        mesh=make_mesh(len(jax.local_devices()), jax.local_devices()),
+        net,
+        source,
+        name,
         protocol=protocol,
-        mean_rgb=preprocessing["mean_rgb"],
+        scales=scales,
         pixels=pixels,
+        match=match,
     )
-    started = time.monotonic()
-    posteriors = _collect(stream, source.size, model.num_classes)
     seconds = time.monotonic() - started
-    evaluation = Evaluation(
-        posteriors, images.labels, np.array(images.files, str), np.array(net["classes"], str)
-    )
     results = {
         "run": path,
         "epoch": metadata.get("epoch"),
@@ -163,7 +156,58 @@ def evaluate(
     return results
 
 
-def _open_source(
+def evaluate_source(
+    model: VGG,
+    variables: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+    source: Any,
+    name: str,
+    *,
+    protocol: EvalProtocol,
+    scales: tuple[int, ...],
+    pixels: int = MAX_PIXELS_PER_BATCH,
+    match: str = "exact",
+) -> Evaluation:
+    """Computes the posteriors of all images of a source.
+
+    Args:
+        model: The net.
+        variables: Its variables.
+        metadata: Its metadata: "classes" and "preprocessing".
+        source: The images, as `open_source` returns them.
+        name: Name of the net, for messages.
+        protocol: The evaluation protocol, as `resolve_protocol` returns it.
+        scales: Test scales Q.
+        pixels: As in `evaluate`.
+        match: As in `evaluate`.
+
+    Returns:
+        The posteriors, in the order of the source.
+
+    Raises:
+        InputError: The net lacks a class of the source.
+        DataError: An image cannot be decoded.
+    """
+    classes, preprocessing = metadata["classes"], metadata["preprocessing"]
+    class_indices = _class_indices(source, classes, name, match)
+    if match != "exact":
+        first = classes[class_indices[0]]
+        logger.info("classes by --match %s: %r is %r, and so on", match, source.classes[0], first)
+    images = _Images(source, scales, preprocessing["exif"], protocol.rounding, class_indices)
+    stream = iter_posteriors(
+        model,
+        variables,
+        iter(images),
+        mesh=make_mesh(len(jax.local_devices()), jax.local_devices()),
+        protocol=protocol,
+        mean_rgb=preprocessing["mean_rgb"],
+        pixels=pixels,
+    )
+    posteriors = _collect(stream, source.size, model.num_classes)
+    return Evaluation(posteriors, images.labels, np.array(images.files, str), np.array(classes, str))
+
+
+def open_source(
     metadata: Mapping[str, Any],
     data: str | os.PathLike | None,
     split: str,
@@ -172,7 +216,7 @@ def _open_source(
     download: bool,
     skip_bad: bool,
 ) -> tuple[str, Any]:
-    """Opens a split.
+    """Opens a split of the data that a net is evaluated on.
 
     Args:
         metadata: The net's metadata. Those of a run have its "config" and its "path".
@@ -183,7 +227,10 @@ def _open_source(
         skip_bad: As in `evaluate`.
 
     Returns:
-        The name of the data, and its `vgg_jax.data.DataSource`.
+        The name of the data, and its images: a `vgg_jax.data.DataSource` or an `ArraySource`.
+
+    Raises:
+        InputError: The data is missing, or is not that of the run.
     """
     path = metadata.get("path")
     config = metadata.get("config") if path else None

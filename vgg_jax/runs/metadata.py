@@ -33,6 +33,8 @@ class RunMetadata:
     input_version: int = 1  # see `vgg_jax.division.INPUT_VERSION`; 0.1.0 did not write it
     command: str | None = None  # that started it; None if `vgg_jax.fit` was called
     validation_storage: str | None = None  # as `storage`; None in runs of earlier versions
+    # Versions and devices at its start; None in runs of earlier versions.
+    environment: dict[str, str] | None = None
 
 
 def load_existing_run(workdir: Path) -> RunMetadata | None:
@@ -135,7 +137,8 @@ def _is_equal(name: str, old: Any, new: Any) -> bool:
     is_path = name == "init_from" and isinstance(old, str) and isinstance(new, str)
     if is_path and not is_remote(old) and not is_remote(new):
         return os.path.realpath(old) == os.path.realpath(new)
-    return old == new or name == "command" or (name == "validation_storage" and old is None)
+    is_information = name in ("command", "environment")
+    return old == new or is_information or (name == "validation_storage" and old is None)
 
 
 def _may_change(name: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
@@ -193,6 +196,7 @@ def describe_run(run: RunMetadata) -> str:
     sizes = f"{run.train_size:,} training and {run.validation_size:,} validation images"
     lines = [
         ("command", run.command or unknown),
+        *((run.environment or {}).items()),
         ("images", f"{sizes} ({run.storage})"),
         ("classes", f"{len(run.classes)}: {_shorten(', '.join(run.classes))}"),
         ("mean RGB", _format_value(tuple(round(value, 3) for value in run.colours.mean_rgb))),
@@ -257,6 +261,11 @@ def _check_types(run: RunMetadata) -> None:
     for name in ("command", "validation_storage"):
         if not isinstance(getattr(run, name), str | None):
             raise TypeError(f"its {name} is not a text")
+    environment = {} if run.environment is None else run.environment
+    if not isinstance(environment, dict) or not all(
+        isinstance(value, str) for value in environment.values()
+    ):
+        raise TypeError("its environment is not an object of texts")
 
 
 def _flatten(run: dict[str, Any]) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from vgg_jax.runs.metadata import (
     has_checkpoint,
     load_existing_run,
 )
+from vgg_jax.runtime.environment import describe_environment
 from vgg_jax.training.init_from import Pretrained, has_new_head, measure_activations
 from vgg_jax.weights import load
 
@@ -131,6 +132,7 @@ def prepare_run(
         input_version=version,
         command=existing.command if existing else command,
         validation_storage=validation.storage,
+        environment=existing.environment if existing else describe_environment(),
     )
     assert_same_on_all(
         as_json(run)["config"]
