@@ -29,6 +29,8 @@ class Explanation(NamedTuple):
         posterior_map: Posterior of the class in each window, float32 (h, w).
         grad_cam: Grad-CAM, at least 0, float32 (h', w').
         layer: Name of the layer whose output Grad-CAM weights.
+        window: Side of the windows in pixels, which is that of the net's images.
+        stride: Distance of two windows in pixels.
     """
 
     posterior: np.ndarray
@@ -37,6 +39,8 @@ class Explanation(NamedTuple):
     posterior_map: np.ndarray
     grad_cam: np.ndarray
     layer: str
+    window: int
+    stride: int
 
 
 def explain(
@@ -83,7 +87,16 @@ def explain(
         np.asarray, compute(variables, images, chosen)
     )
     return [
-        Explanation(posteriors[i], int(index), scores[i], posterior_maps[i], cams[i], layer)
+        Explanation(
+            posterior=posteriors[i],
+            class_index=int(index),
+            score_map=scores[i],
+            posterior_map=posterior_maps[i],
+            grad_cam=cams[i],
+            layer=layer,
+            window=model.image_size,
+            stride=2 ** len(model.config.stages),
+        )
         for i, index in enumerate(indices)
     ]
 
