@@ -48,6 +48,7 @@ __all__ = [
     "measure_colours",
     "open_split",
     "open_train_val",
+    "pick",
     "rescaled_images",
     "resolve_config",
     "split_names",
@@ -224,6 +225,24 @@ def cached(source: "Source", config: TrainConfig) -> "Source":
     from vgg_jax.data import cache_in_memory
 
     return cache_in_memory(source, config)
+
+
+def pick(source: "Source", positions: np.ndarray) -> "Source":
+    """Selects some examples of a source.
+
+    Args:
+        source: The images.
+        positions: Positions of the examples in the source's own order, int (n,).
+
+    Returns:
+        A source of these examples in the order of `source`, each once. They keep their index, label
+        and file name, and so the random draws of training.
+    """
+    if isinstance(source, ArraySource):
+        return dataclasses.replace(source, indices=source.indices[np.unique(positions)])
+    from vgg_jax.data import pick
+
+    return pick(source, positions)
 
 
 def class_counts(source: "Source") -> np.ndarray:

@@ -46,7 +46,7 @@ from vgg_jax.data.sources import (
     read_labels,
     split_names,
 )
-from vgg_jax.data.splits import DataSource, steps_per_epoch
+from vgg_jax.data.splits import DataSource, pick, steps_per_epoch
 from vgg_jax.data.statistics import ColourMeasurements, measure_colours
 from vgg_jax.data.transforms import resize_and_crop, resize_shorter_side
 from vgg_jax.data.verify import (
@@ -71,6 +71,7 @@ __all__ = [
     "measure_colours",
     "open_split",
     "open_train_val",
+    "pick",
     "read_exclude_list",
     "read_labels",
     "rescaled_images",

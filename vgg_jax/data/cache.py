@@ -12,7 +12,7 @@ from vgg_jax.configs.train import TrainConfig
 from vgg_jax.data import in_memory
 from vgg_jax.data.batches import TRAINING_HINT, BatchIterator, with_progress
 from vgg_jax.data.decode import decode
-from vgg_jax.data.splits import CORES, DataSource, DecodedImages, random_access
+from vgg_jax.data.splits import CORES, DataSource, DecodedImages, ExampleReader, random_access
 from vgg_jax.errors import DataError, InputError
 from vgg_jax.runtime.memory import free_memory
 
@@ -47,7 +47,10 @@ def cache_in_memory(source: DataSource, config: TrainConfig) -> DataSource:
 
         return positions.unbatch().map(read_one, num_parallel_calls=CORES, deterministic=True)
 
-    cached = dataclasses.replace(source, examples=random_access(np.arange(source.size), read))
+    def select(wanted: np.ndarray) -> ExampleReader:
+        return random_access(np.searchsorted(source.indices, wanted), read)
+
+    cached = dataclasses.replace(source, select=select, examples=select(source.indices))
     images = _decode_all(cached, encoded[0], config)
     if images is None:
         return cached

@@ -70,7 +70,8 @@ class DataSource:
             "folder, names <digest>", "list, labels <digest>, names <digest>",
             "cifar10/3.0.2 tfrecord".
         classes: Names of the classes. A label is an index into them.
-        size: Number of examples.
+        indices: Indices of the examples in the split, int64 (size,), sorted.
+        select: Makes the reader of some of them, as `StoredSplit.select` does.
         examples: Reads the examples.
         file_name: Maps the "index" of an example to its name: its path, or
             "cifar10 train record 17".
@@ -83,12 +84,18 @@ class DataSource:
     name: str
     storage: str
     classes: tuple[str, ...]
-    size: int
+    indices: np.ndarray
+    select: Callable[[np.ndarray], ExampleReader]
     examples: ExampleReader
     file_name: Callable[[int], str]
     skipped: tuple[str, ...] = ()
     labels: np.ndarray | None = None
     pixels: DecodedImages | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of examples."""
+        return len(self.indices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,11 +147,37 @@ def subset(split: StoredSplit, indices: np.ndarray, name: str) -> DataSource:
         name=name,
         storage=split.storage,
         classes=split.classes,
-        size=len(indices),
+        indices=indices,
+        select=split.select,
         examples=split.select(indices),
         file_name=split.file_name,
         skipped=split.skipped,
         labels=labels,
+    )
+
+
+def pick(source: DataSource, positions: np.ndarray) -> DataSource:
+    """Selects some examples of a source.
+
+    Args:
+        source: The source.
+        positions: Positions of the examples in the source's own order, int (n,).
+
+    Returns:
+        A source of these examples in the order of `source`, each once. They keep the index, the
+        label, the file name and the pixels that they have in `source`.
+    """
+    positions = np.unique(np.asarray(positions, np.int64))
+    indices = source.indices[positions]
+    pixels = source.pixels
+    if pixels is not None:
+        pixels = DecodedImages(*(tf.gather(tensor, positions) for tensor in pixels))
+    return dataclasses.replace(
+        source,
+        indices=indices,
+        examples=source.select(indices),
+        labels=None if source.labels is None else source.labels[positions],
+        pixels=pixels,
     )
 
 
