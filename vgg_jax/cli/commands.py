@@ -563,6 +563,52 @@ def fuse(posteriors: list[str], out: str | None) -> ExitCode:
     return ExitCode.DONE
 
 
+def report(
+    runs: list[str], out: str, figures: str | None, data: str | None, data_dir: str | None
+) -> ExitCode:
+    """Writes an HTML page about one run or several. What is missing gets a sentence."""
+    configure_malloc()
+    from vgg_jax.reporting.html import report as write_report
+
+    notes = write_report(runs, out, figures=figures, data=data, data_dir=data_dir)
+    for note in notes:
+        print(f"vgg-jax: {note}", file=sys.stderr)
+    size = os.path.getsize(out) / 1e6
+    print(f"wrote {out} ({size:.1f} MB){f' and {figures}' if figures else ''}")
+    return ExitCode.DONE
+
+
+def explain(
+    path: str,
+    photo: str,
+    out: str | None,
+    class_name: str | None,
+    scale: int | None,
+    layer: str | None,
+    overwrite: bool,
+    **source: Any,
+) -> ExitCode:
+    """Writes where a net looks in a photo, as a PNG and as arrays."""
+    configure_malloc()
+    options = source_options(source)
+    from vgg_jax.reporting.explain_photo import explain_photo
+
+    stem = os.path.splitext(os.path.basename(photo))[0]
+    out = out or f"{stem}-explained.png"
+    name, posterior, files = explain_photo(
+        path,
+        photo,
+        out,
+        class_name=class_name,
+        scale=scale,
+        layer=layer,
+        overwrite=overwrite,
+        **options,
+    )
+    print(f"{photo}: {name} {posterior:.1%}; wrote {' and '.join(files)}")
+    return ExitCode.DONE
+
+
 COMMANDS: dict[str, Callable[..., ExitCode]] = {
     "train": train,
     "evaluate": evaluate,
@@ -574,6 +620,8 @@ COMMANDS: dict[str, Callable[..., ExitCode]] = {
     "fetch": fetch,
     "verify": verify,
     "summary": summary,
+    "report": report,
+    "explain": explain,
     "config": config,
     "statistics": statistics,
     "verify-data": verify_data,

@@ -472,6 +472,49 @@ def _add_summary(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dtype", default="float32", choices=DTYPES, help="as for train")
 
 
+def _add_explain(command: argparse.ArgumentParser) -> None:
+    _add_path(command)
+    command.add_argument("photo", metavar="PHOTO", help="an image file")
+    command.add_argument(
+        "-o",
+        "--out",
+        help="the PNG file to write; the arrays go into an .npz file of the same name "
+        "(default: PHOTO-explained.png in the current folder)",
+    )
+    command.add_argument(
+        "--class",
+        dest="class_name",
+        metavar="NAME",
+        help="the class to explain (default: the most probable one)",
+    )
+    command.add_argument(
+        "--scale", type=int, metavar="Q", help="test scale (default: as for evaluate)"
+    )
+    command.add_argument(
+        "--layer",
+        help="layer for Grad-CAM (default: the last ReLU with a map of 7x7 or more, relu5_3 for "
+        "net D)",
+    )
+    _add_overwrite(command)
+    _add_cache(command)
+    _add_source(command)
+
+
+def _add_report(command: argparse.ArgumentParser) -> None:
+    command.add_argument("runs", nargs="+", metavar="RUN", help="workdirs of runs")
+    command.add_argument(
+        "-o", "--out", default="report.html", help="the HTML file (default: report.html)"
+    )
+    command.add_argument(
+        "--figures", metavar="DIR", help="folder to write the figures to, as SVG and JPEG files"
+    )
+    command.add_argument(
+        "--data", help="where the runs' images are now (default: where they were in training)"
+    )
+    command.add_argument("--data-dir", help="folder of prepared TensorFlow Datasets")
+    _add_cache(command)
+
+
 def _add_config(command: argparse.ArgumentParser) -> None:
     command.add_argument("run", metavar="RUN", help="the workdir of a run")
 
@@ -653,6 +696,8 @@ _COMMANDS = {
         "vgg-jax summary D",
         {
             "summary": ("print a net's layers, parameters and cost", _add_summary),
+            "report": ("write an HTML page about one run or several", _add_report),
+            "explain": ("show where a net looks in a photo", _add_explain),
             "config": ("print a run's configuration and the command that started it", _add_config),
             "verify": ("compare an exported file with its output at export", _add_verify),
             "selfcheck": (

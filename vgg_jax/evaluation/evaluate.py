@@ -204,7 +204,9 @@ def evaluate_source(
         pixels=pixels,
     )
     posteriors = _collect(stream, source.size, model.num_classes)
-    return Evaluation(posteriors, images.labels, np.array(images.files, str), np.array(classes, str))
+    return Evaluation(
+        posteriors, images.labels, np.array(images.files, str), np.array(classes, str)
+    )
 
 
 def open_source(

@@ -1,13 +1,14 @@
 """Confusion matrix, figures of each class, and the examples worth a look."""
 
-from typing import NamedTuple
+import dataclasses
 
 import numpy as np
 
 from vgg_jax.evaluation.evaluate import Evaluation
 
 
-class ClassFigures(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class ClassFigures:
     """The figures of a class. A ratio whose divisor is 0 is NaN."""
 
     name: str

@@ -57,6 +57,7 @@ class RunReport:
         net: The best net.
         evaluation: Posteriors of validation images.
         evaluated: A description of these images.
+        is_sample: True if the report evaluated these images itself, by centre crops.
         mistakes: The wrong predictions with the largest posteriors.
         hits: The correct predictions with the smallest posteriors.
         looks: Where the net looks in some of the photos.
@@ -69,6 +70,7 @@ class RunReport:
     net: Net | None = None
     evaluation: Evaluation | None = None
     evaluated: str = ""
+    is_sample: bool = False
     mistakes: list[Picture] = dataclasses.field(default_factory=list)
     hits: list[Picture] = dataclasses.field(default_factory=list)
     looks: list[Look] = dataclasses.field(default_factory=list)
@@ -129,6 +131,7 @@ def collect(
             report.notes, "The net was not evaluated", lambda: _evaluate(net, sample)
         )
         report.evaluated = _describe_sample(sample.size, source.size)
+        report.is_sample = True
         source = sample
     if report.evaluation is not None and source is not None:
         _try(report.notes, "The photos are not shown", lambda: _add_pictures(report, source))
@@ -144,9 +147,7 @@ def _try(notes: list[str], missing: str, function: Callable[[], T]) -> T | None:
         return None
 
 
-def _saved_evaluation(
-    folder: Path, metadata: Mapping[str, Any]
-) -> tuple[Evaluation, str] | None:
+def _saved_evaluation(folder: Path, metadata: Mapping[str, Any]) -> tuple[Evaluation, str] | None:
     """The newest evaluation of the best net on the run's validation images, and what it is."""
     found = []
     for path in folder.glob("*/evaluation.json"):
@@ -195,17 +196,12 @@ def _describe_sample(size: int, total: int) -> str:
     images = f"All {total:,} validation images"
     if size < total:
         images = f"{size:,} of {total:,} validation images, drawn at random"
-    return (
-        f"{images}, centre crops; `vgg-jax evaluate` with this run makes a report use all images, "
-        "by the paper's protocols."
-    )
+    return f"{images}, centre crops."
 
 
 def _evaluate(net: Net, source: Any) -> Evaluation:
     path = net.metadata["path"]
-    protocol, scales = resolve_protocol(
-        EvalProtocol("center"), (), net.model, net.metadata, path
-    )
+    protocol, scales = resolve_protocol(EvalProtocol("center"), (), net.model, net.metadata, path)
     return evaluate_source(
         net.model, net.variables, net.metadata, source, path, protocol=protocol, scales=scales
     )
@@ -244,8 +240,7 @@ def stage_outputs(
     """
     names = [layer.name for layer in model.layers()]
     layers = tuple(
-        names[names.index(f"pool{stage}") - 1]
-        for stage in range(1, len(model.config.stages) + 1)
+        names[names.index(f"pool{stage}") - 1] for stage in range(1, len(model.config.stages) + 1)
     )
 
     @jax.jit

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import itertools
 import json
 import os
 from pathlib import Path
@@ -41,7 +42,7 @@ class RunHistory:
     def drops(self) -> list[tuple[int, float]]:
         """The epochs before which the learning rate changed, and the new rates."""
         rates = [record["learning_rate"] for record in self.records]
-        changes = enumerate(zip(rates, rates[1:], strict=False))
+        changes = enumerate(itertools.pairwise(rates))
         return [
             (self.records[i]["epoch"], rate) for i, (earlier, rate) in changes if rate != earlier
         ]

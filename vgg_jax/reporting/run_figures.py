@@ -81,9 +81,7 @@ def _plot_quantity(axes: "Axes", runs: Sequence[RunHistory], quantity: Quantity)
                 linewidth=1.6 if split == "validation" else 1.1,
             )
         best = run.best
-        axes.plot(
-            best["epoch"], best["validation"][quantity.key], "*", color=colour, markersize=9
-        )
+        axes.plot(best["epoch"], best["validation"][quantity.key], "*", color=colour, markersize=9)
         for epoch, rate in run.drops:
             axes.axvline(epoch + 0.5, color=INK if len(runs) == 1 else colour, ls=":", lw=0.8)
             if len(runs) == 1:
@@ -153,7 +151,7 @@ def plot_confusion(matrix: np.ndarray, classes: Sequence[str]) -> "Figure":
     num_classes = len(classes)
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     with figure_style():
-        side = float(np.clip(1.6 + 0.32 * num_classes, PANEL[0], 7.5))
+        side = float(np.clip(1.3 + 0.24 * num_classes, PANEL[0], 7.5))
         figure = new_figure(side, side * 0.92)
         axes = figure.subplots()
         extent = (-0.5, num_classes - 0.5, num_classes - 0.5, -0.5)
@@ -165,7 +163,8 @@ def plot_confusion(matrix: np.ndarray, classes: Sequence[str]) -> "Figure":
         axes.set_ylabel("true class")
         if num_classes <= MAX_NAMED:
             names = [_shorten(name) for name in classes]
-            axes.set_xticks(range(num_classes), names, rotation=90)
+            is_short = max(map(len, names)) <= 2
+            axes.set_xticks(range(num_classes), names, rotation=0 if is_short else 90)
             axes.set_yticks(range(num_classes), names)
         if num_classes <= MAX_ANNOTATED:
             for i, j in np.ndindex(matrix.shape):

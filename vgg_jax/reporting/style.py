@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 INK = "#22262e"
 GRID = "#c9ccd1"
 COLOURS = ("#2f7fd6", "#d9652b", "#2f9e63", "#a35cc7", "#b8921a", "#6d7684", "#c94f6d", "#1f9aa8")
-_SETTINGS: dict[str, Any] = {
+_SETTINGS: Any = {
     "font.size": 9,
     "font.family": "sans-serif",
     "axes.titlesize": 10,
@@ -31,6 +31,7 @@ _SETTINGS: dict[str, Any] = {
     "legend.frameon": False,
     "legend.fontsize": 8,
     "lines.linewidth": 1.6,
+    "text.parse_math": False,  # a class name may contain "$"
     "svg.fonttype": "none",  # text stays text: small, searchable, in the reader's font
     "svg.hashsalt": "vgg_jax",  # equal figures get equal files
     **dict.fromkeys(

@@ -20,7 +20,7 @@ from vgg_jax.distributed.sharding import DATA_PARALLEL, MeshConfig
 from vgg_jax.errors import InputError, OutOfMemoryError, single_line
 from vgg_jax.input_data import resolve_config
 from vgg_jax.paths import to_path
-from vgg_jax.runs.files import workdir_lock
+from vgg_jax.runs.files import atomic_write, workdir_lock
 from vgg_jax.runtime.memory import is_out_of_memory
 from vgg_jax.runtime.signals import graceful_stop, interrupt_on_sigterm
 from vgg_jax.training.checkpointer import Checkpointer
@@ -112,6 +112,8 @@ def fit(
 
         def lock_workdir() -> None:
             stack.enter_context(workdir_lock(folder))
+            with contextlib.suppress(OSError):  # of an earlier call; this one may end otherwise
+                (folder / "diverged.txt").unlink(missing_ok=True)
 
         assert_same_on_all({"on_nan": on_nan, "debug_nans": debug_nans})
         run_on_main_and_broadcast(lock_workdir)
@@ -122,9 +124,17 @@ def fit(
             except DivergedError as error:
                 is_last_attempt = on_nan == "stop" or error.halvings == MAX_LR_HALVINGS
                 if is_last_attempt or any_process(error.stop.is_set()):
+                    run_on_main_and_broadcast(partial(_note_divergence, folder, str(error)))
                     raise
                 halvings = error.halvings + 1
                 logger.warning(f"{error}: resuming from the last save with half the learning rate")
+
+
+def _note_divergence(workdir: Path, message: str) -> None:
+    """Writes the error into the workdir, for reports."""
+    # The error itself matters more than a disk or a store, which has its own errors, that fails.
+    with contextlib.suppress(Exception):
+        atomic_write(workdir / "diverged.txt", f"{message}\n".encode())
 
 
 def _fit(

@@ -1,0 +1,109 @@
+"""Explains the class of one photo, as a picture and as arrays."""
+
+import io
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vgg_jax.configs.evaluation import DENSE
+from vgg_jax.errors import InputError, shorten_names
+from vgg_jax.evaluation.dense import resolve_protocol
+from vgg_jax.evaluation.explain import check_layer, explain
+from vgg_jax.paths import require_local
+from vgg_jax.preprocessing import load_resized
+from vgg_jax.reporting.net_figures import plot_explanation
+from vgg_jax.reporting.style import figure_bytes, figure_style
+from vgg_jax.runs.files import atomic_write, check_free
+from vgg_jax.weights import load
+
+
+def explain_photo(
+    path: str | os.PathLike,
+    photo: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    class_name: str | None = None,
+    scale: int | None = None,
+    layer: str | None = None,
+    overwrite: bool = False,
+    preprocessing: str | Mapping[str, Any] | None = None,
+    image_size: int | None = None,
+    classes: Sequence[str] | None = None,
+) -> tuple[str, float, list[str]]:
+    """Writes the score map and Grad-CAM of a photo.
+
+    The .npz file has "score_map", "posterior_map" and "grad_cam", as `explain` returns them, the
+    "posterior" of all classes, the names of the "classes", the explained "class" and the "photo"
+    at the test scale.
+
+    Args:
+        path: A run's folder, a weight file, or a name of published weights.
+        photo: The image file.
+        out: The .png file. An .npz file of the same name is written beside it.
+        class_name: The class to explain; None for the most probable one.
+        scale: Test scale Q; None for the net's own.
+        layer: Name of the layer for Grad-CAM; None for the default of `explain`.
+        overwrite: Replace existing files.
+        preprocessing: As in `vgg_jax.load`.
+        image_size: As in `vgg_jax.load`.
+        classes: As in `vgg_jax.load`.
+
+    Returns:
+        The class, its posterior, and the names of the two files.
+
+    Raises:
+        InputError: An argument is wrong, a file exists or cannot be written, or a package is not
+            installed.
+        DataError: The photo cannot be read.
+    """
+    with figure_style():
+        pass  # without matplotlib, fail before the work
+    image_file = require_local(out, is_output=True)
+    if image_file.suffix.lower() != ".png":
+        raise InputError(f"{out}: expected a name that ends in .png; pass another --out")
+    array_file = image_file.with_suffix(".npz")
+    for file in (image_file, array_file):
+        check_free(file, overwrite)
+    model, variables, metadata = load(
+        path, preprocessing=preprocessing, image_size=image_size, classes=classes
+    )
+    names = list(metadata["classes"])
+    index = None if class_name is None else [_find_class(names, class_name)]
+    if layer is not None:
+        check_layer(model, layer)
+    protocol, scales = resolve_protocol(
+        DENSE, () if scale is None else (scale,), model, metadata, path
+    )
+    settings = metadata["preprocessing"]
+    pixels = load_resized(photo, scales, settings["exif"], protocol.rounding)[0]
+    (explanation,) = explain(
+        model,
+        variables,
+        pixels[None],
+        mean_rgb=settings["mean_rgb"],
+        classes=index,
+        layer=layer,
+    )
+    figure = plot_explanation(pixels, explanation, names)
+    name = names[explanation.class_index]
+    arrays = explanation._asdict() | {"classes": np.array(names, str), "class": name}
+    content = io.BytesIO()
+    np.savez(content, photo=pixels, **arrays)
+    atomic_write(image_file, figure_bytes(figure, "png"))
+    atomic_write(array_file, content.getvalue())
+    files = [os.fspath(file) for file in (image_file, array_file)]
+    return name, float(explanation.posterior[explanation.class_index]), files
+
+
+def _find_class(names: list[str], name: str) -> int:
+    if name in names:
+        return names.index(name)
+    similar = [other for other in names if name.lower() in other.lower()]
+    if len(similar) == 1:
+        return names.index(similar[0])
+    raise InputError(
+        f"the class is {name!r}: expected one of the net's {len(names)}: "
+        f"{shorten_names(similar or names)}"
+    )
