@@ -166,6 +166,13 @@ def test_several_runs_are_compared(run, photos, tmp_path):
     assert "momentum" not in cells  # it is the same
 
 
+def test_runs_without_epochs_are_compared(run, photos, tmp_path):
+    other = write_run(tmp_path / "new", photos, records=())
+    report([run, other], tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert "<th>best epoch</th><td>2</td><td>–</td>" in text
+
+
 def test_run_without_epoch_gets_one_sentence(photos, tmp_path):
     folder = write_run(tmp_path / "run", photos, records=())
     (folder / "diverged.txt").write_text("the loss is not finite in epoch 1\n")

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TEMPLATE = Path(__file__).with_name("report.html")
+NONE = "–"  # a value that there is not
 MAX_ROWS = 30  # of the per-class table that are shown at first: the classes with the worst F1
 
 
@@ -97,7 +98,7 @@ def _load_template() -> Any:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["percent"] = lambda value: "–" if _is_nan(value) else f"{value:.1%}"
+    environment.filters["percent"] = lambda value: NONE if _is_nan(value) else f"{value:.1%}"
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render
 
 
@@ -205,7 +206,8 @@ def compare(reports: Sequence[RunReport]) -> list[tuple[str, list[str]]]:
         Rows: a name, and a value for each run.
     """
     columns = [_results(report) for report in reports]
-    rows = [(name, [column[name] for column in columns]) for name in columns[0]]
+    names = dict.fromkeys(name for column in columns for name in column)
+    rows = [(name, [column.get(name, NONE) for column in columns]) for name in names]
     for field in dataclasses.fields(TrainConfig):
         values = [_format(getattr(report.history.run.config, field.name)) for report in reports]
         if len(set(values)) > 1:
@@ -216,32 +218,33 @@ def compare(reports: Sequence[RunReport]) -> list[tuple[str, list[str]]]:
 def _results(report: RunReport) -> dict[str, str]:
     """The results of a run, as texts by name."""
     history, run = report.history, report.history.run
-    results = {
+    results = dict.fromkeys(("validation accuracy", "validation loss", "best epoch"), NONE)
+    if len(run.classes) > 5:
+        results = {"validation accuracy": NONE, "validation top-5 accuracy": NONE} | results
+    results |= {
         "finished epochs": str(len(history.records)),
-        "best epoch": "–",
-        "validation accuracy": "–",
-        "validation loss": "–",
-        "images per second": "–",
-        "training time": "–",
-        "parameters": f"{sum(layer.params for layer in report.layers):,}",
-        "multiply-adds per image": _short_number(sum(layer.macs for layer in report.layers)),
-        "classes": str(len(run.classes)),
+        "training time": NONE,
+        "images per second": NONE,
+        "classes": f"{len(run.classes):,}",
         "training images": f"{run.train_size:,}",
         "validation images": f"{run.validation_size:,}",
+        "parameters": f"{sum(layer.params for layer in report.layers):,}",
+        "multiply-adds per image": _short_number(sum(layer.macs for layer in report.layers)),
     }
     if history.records:
         best = history.best
         speeds = sorted(record["images_per_second"] for record in history.records)
         seconds = sum(record["seconds"] for record in history.records)
         results |= {
-            "best epoch": str(best["epoch"]),
             "validation accuracy": f"{best['validation']['accuracy']:.2%}",
             "validation loss": f"{best['validation']['loss']:.4f}",
-            "images per second": f"{speeds[len(speeds) // 2]:,.1f}",
+            "best epoch": str(best["epoch"]),
             "training time": _duration(seconds),
+            "images per second": f"{speeds[len(speeds) // 2]:,.1f}",
         }
         if len(run.classes) > 5:
-            results["validation top-5 accuracy"] = f"{1 - best['validation']['top5_error']:.2%}"
+            top5 = 1 - best["validation"]["top5_error"]
+            results["validation top-5 accuracy"] = f"{top5:.2%}"
     return results
 
 
@@ -250,7 +253,8 @@ def _context(report: RunReport, figures: "dict[str, Figure]") -> dict[str, Any]:
     history, run = report.history, report.history.run
     evaluation = report.evaluation
     classes = class_figures(evaluation) if evaluation is not None else []
-    ordered = sorted(classes, key=lambda row: (row.f1 if row.f1 == row.f1 else 2, row.name))
+    # The worst first. A class without images and predictions has no F1, and comes last.
+    ordered = sorted(classes, key=lambda row: 2 if math.isnan(row.f1) else row.f1)
     largest = max((layer.macs for layer in report.layers), default=1) or 1
     return {
         "name": history.name,
