@@ -102,7 +102,8 @@ def plot_explanation(
     )
     height, width = photo.shape[:2]
     with figure_style():
-        figure = new_figure(9.6, 0.9 + 2.9 * height / width)
+        panel = 3.2 / max(1.0, height / width / 1.6)  # inches; a tall photo gets narrow panels
+        figure = new_figure(3 * panel, 1.2 + panel * height / width)
         for axes, (image, title, largest) in zip(figure.subplots(1, 3), panels, strict=True):
             axes.imshow(image)
             axes.set_title(title)

@@ -151,7 +151,7 @@ def plot_confusion(matrix: np.ndarray, classes: Sequence[str]) -> "Figure":
     num_classes = len(classes)
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     with figure_style():
-        side = float(np.clip(1.3 + 0.24 * num_classes, PANEL[0], 7.5))
+        side = float(np.clip(1.3 + 0.24 * num_classes, PANEL[0], 5.6))
         figure = new_figure(side, side * 0.92)
         axes = figure.subplots()
         extent = (-0.5, num_classes - 0.5, num_classes - 0.5, -0.5)
