@@ -1,5 +1,6 @@
 """A contact sheet of training images: the photos, their crops, and what evaluation sees."""
 
+import math
 import os
 import textwrap
 from collections.abc import Sequence
@@ -11,13 +12,12 @@ import numpy as np
 from vgg_jax.errors import InputError, install_hint
 from vgg_jax.paths import require_local
 from vgg_jax.reporting.crops import Preview, open_preview
-from vgg_jax.reporting.text import drawable, shorten_to_width
+from vgg_jax.reporting.text import drawable, shorten_to_width, text_width
 from vgg_jax.runs.files import check_free, replace_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.text import Text
 
 ENDINGS = (".png", ".pdf", ".svg")
 IMAGES, EPOCHS = 8, 6
@@ -27,7 +27,7 @@ DPI = 100
 MARGIN, GAP = 16, 8
 LABEL, LINE = 22, 15  # height of the line above a row, and of a line of small text
 CHARACTER = 6.5  # width of a character of small text
-CELL = 160  # side of a crop that is enlarged or reduced
+MIN_CELL, MAX_CELL = 144, 256  # sides below which a crop is enlarged, and above which reduced
 PHOTO_RATIO = 1.5  # width of the column of photos, in crops
 FRAME, GREY = "0.8", "0.45"
 
@@ -138,7 +138,7 @@ def layout(preview: Preview, num_lines: int = 2) -> Layout:
     """
     count, epochs, size = preview.crops.crops.shape[:3]
     # Small crops are enlarged by a whole number, so that their pixels stay squares.
-    cell = size * max(1, round(CELL / size)) if size <= 256 else 256
+    cell = min(size, MAX_CELL) if size >= MIN_CELL else size * math.ceil(MIN_CELL / size)
     widths = (fit(photo, cell)[0] for photo in preview.crops.photos)
     photo_width = max(cell, *widths)
     first_crop = MARGIN + photo_width + 2 * GAP
@@ -176,36 +176,42 @@ def draw(preview: Preview) -> "Figure":
     """
     from matplotlib.figure import Figure
 
-    crops, config = preview.crops, preview.config
-    sides = layout(preview).sides
+    crops = preview.crops
+    inner = layout(preview).sides[0] - 2 * MARGIN
     heading = [
-        line
-        for text in describe(preview)
-        for line in textwrap.wrap(text, max(20, int((sides[0] - 2 * MARGIN) / CHARACTER)))
+        line for text in describe(preview) for line in textwrap.wrap(text, int(inner / CHARACTER))
     ]
-    cell, photo_width, lefts, tops, (width, height) = layout(preview, len(heading))
+    places = layout(preview, len(heading))
+    width, height = places.sides
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
     axes.set_axis_off()
     for i, line in enumerate(heading):
-        _write(axes, line, MARGIN, MARGIN + (i + 1) * LINE, colour="black" if i == 0 else GREY)
-    epochs = crops.crops.shape[1]
-    titles = ["photo", *(f"epoch {epoch + 1}" for epoch in range(epochs))]
-    titles.append(f"(centre crop, Q = {config.test_scale})")
-    title_base, widths = tops[0] - LABEL - GAP, [photo_width, *[cell] * (epochs + 1)]
-    for title, left, column in zip(titles, lefts, widths, strict=True):
-        _write(axes, title, left + column / 2, title_base, align="center")
-    _write(axes, "evaluation", lefts[-1] + cell / 2, title_base - LINE, align="center")
-    for row, top in enumerate(tops):
-        _write_names(axes, preview, row, top - 6, width - 2 * MARGIN)
-        photo = crops.photos[row]
-        photo_sides = fit(photo, cell)
-        middle = lefts[0] + (photo_width - photo_sides[0]) // 2
-        _show(axes, photo, middle, top + (cell - photo_sides[1]) // 2, photo_sides)
-        for panel, left in zip([*crops.crops[row], crops.evaluation[row]], lefts[1:], strict=True):
+        colour = "black" if i == 0 else GREY
+        _write(axes, line, MARGIN, MARGIN + (i + 1) * LINE, width=inner, colour=colour)
+    _write_titles(axes, preview, places)
+    for row, top in enumerate(places.tops):
+        _write_names(axes, preview, row, top - 6, inner)
+        photo, cell = crops.photos[row], places.cell
+        sides = fit(photo, cell)
+        _show(axes, photo, places.lefts[0], top + (cell - sides[1]) // 2, sides)
+        panels = [*crops.crops[row], crops.evaluation[row]]
+        for panel, left in zip(panels, places.lefts[1:], strict=True):
             _show(axes, panel, left, top, (cell, cell))
-    axes.set(xlim=(0, width), ylim=(height, 0))
+    axes.set(xlim=(0, width), ylim=(height, 0))  # each image has changed them
     return figure
+
+
+def _write_titles(axes: "Axes", preview: Preview, places: Layout) -> None:
+    """Writes the titles of the columns."""
+    epochs = preview.crops.crops.shape[1]
+    titles = ["photo", *(f"epoch {epoch + 1}" for epoch in range(epochs)), "evaluation"]
+    base, cell = places.tops[0] - LABEL - GAP - LINE, places.cell
+    for title, left in zip(titles, places.lefts, strict=True):
+        is_last = title == "evaluation"
+        _write(axes, title, left, base if is_last else base + LINE, width=cell)
+    protocol = f"(centre crop, Q = {preview.config.test_scale})"
+    _write(axes, protocol, places.lefts[-1], base + LINE, width=cell)
 
 
 def _show(axes: "Axes", image: np.ndarray, left: int, top: int, sides: tuple[int, int]) -> None:
@@ -227,39 +233,40 @@ def _show(axes: "Axes", image: np.ndarray, left: int, top: int, sides: tuple[int
 
 def _write_names(axes: "Axes", preview: Preview, row: int, base: float, width: float) -> None:
     """Writes the name of the class, and that of the file, above a row."""
-    budget = max(24, int(width / CHARACTER)) - 2
     label = preview.classes[preview.crops.labels[row]]
+    used = _write(axes, label, MARGIN, base, width=width / 2) + GAP
     file = os.path.basename(preview.crops.names[row])
-    class_name = shorten_to_width(label, max(budget // 2, budget - len(file)))
-    text = _write(axes, class_name, MARGIN, base)
-    name, families = drawable(shorten_to_width(file, budget - min(len(class_name), budget // 2)))
-    axes.annotate(
-        name,
-        xy=(1, 0),  # the lower right corner of the first text
-        xycoords=text,
-        xytext=(7, 0),
-        textcoords="offset points",
-        color=GREY,
-        **_STYLE | {"fontfamily": families, "verticalalignment": "bottom"},
-    )
-
-
-# Names may have dollar signs, and the user's settings may ask for TeX.
-_STYLE: dict[str, Any] = {
-    "fontsize": 8,
-    "parse_math": False,
-    "usetex": False,
-    "verticalalignment": "baseline",
-}
+    _write(axes, file, MARGIN + used, base, width=width - used, colour=GREY)
 
 
 def _write(
-    axes: "Axes", text: str, x: float, base: float, *, colour: str = "black", align: str = "left"
-) -> "Text":
-    """Writes a text whose last line stands on a height."""
-    text, families = drawable(text)
-    style = _STYLE | {"fontfamily": families, "horizontalalignment": align, "color": colour}
-    return axes.text(x, base, text, **style)
+    axes: "Axes",
+    content: str,
+    x: float,
+    base: float,
+    *,
+    width: float,
+    colour: str = "black",
+) -> float:
+    """Writes one line, whose middle is left out if it is too wide, and returns its width."""
+    shown, families = drawable(content)
+    text = axes.text(
+        x,
+        base,
+        shown,
+        fontsize=8,
+        fontfamily=families,
+        color=colour,
+        # Names may have dollar signs, and the user's settings may ask for TeX.
+        parse_math=False,
+        usetex=False,
+    )
+    length = text_width(content)
+    while (actual := text.get_window_extent().width) > width and length > 1:
+        length = max(1, min(length - 1, int(length * width / actual)))
+        shown, families = drawable(shorten_to_width(content, length))
+        text.set(text=shown, fontfamily=families)
+    return actual
 
 
 def check_out(path: str, overwrite: bool) -> Path:

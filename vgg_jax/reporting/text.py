@@ -61,26 +61,26 @@ def shorten_to_width(text: str, width: int) -> str:
 
     Args:
         text: The text.
-        width: Maximum width, in Latin characters. A Chinese character is as wide as two.
+        width: Maximum width, as `text_width` counts it.
 
     Returns:
         The text, or its beginning and its end around an ellipsis.
     """
-    if sum(map(_width, text)) <= width:
+    if text_width(text) <= width:
         return text
     head = _prefix(text, (width - 1) // 2)
     tail = _prefix(text[::-1], width - 1 - (width - 1) // 2)[::-1]
     return f"{head}…{tail}"
 
 
+def text_width(text: str) -> int:
+    """Estimates the width of a text, in Latin letters. A Chinese character counts as two."""
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
+
+
 def _prefix(text: str, width: int) -> str:
-    total = 0
-    for i, character in enumerate(text):
-        total += _width(character)
-        if total > width:
-            return text[:i]
-    return text
-
-
-def _width(character: str) -> int:
-    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+    """The longest beginning of a text that is narrow enough."""
+    prefix = text[:width]
+    while text_width(prefix) > width:
+        prefix = prefix[:-1]
+    return prefix
