@@ -74,6 +74,7 @@ def test_photos_are_whole(tmp_path):
         assert np.abs(photo.astype(int) - expected).max() <= 1
 
 
+@pytest.mark.slow
 def test_settings_decide_the_crops(tmp_path):
     """Measured colours, flips, the seed, and images that are left out."""
     folder = write_photos(tmp_path)
@@ -98,6 +99,7 @@ def base_name(path):
     return path.rpartition("/")[2]
 
 
+@pytest.mark.slow
 def test_unreadable_image_is_left_out(tmp_path, caplog):
     folder = write_photos(tmp_path)
     intact = open_preview(folder, 4, 1, image_size=32).crops
@@ -219,6 +221,7 @@ def test_shorten_to_width(name, width, expected):
     assert text.shorten_to_width(name, width) == expected
 
 
+@pytest.mark.slow
 def test_preview_takes_what_fit_takes(tmp_path):
     """Arrays, their file and a configuration, with the same crops."""
     np.savez(tmp_path / "x.npz", x_train=arrays()[0], y_train=arrays()[1])
@@ -233,11 +236,12 @@ def test_preview_takes_what_fit_takes(tmp_path):
 
 def test_preview_leaves_out_held_out_arrays():
     """With arrays to validate on, training gets all others."""
-    preview = open_preview(arrays(), 100, 1, validation=arrays(4), classes=["ant", "bee"])
+    preview = open_preview(arrays(), 2, 1, validation=arrays(4), classes=["ant", "bee"])
     assert (preview.size, preview.classes) == (14, ("ant", "bee"))
-    assert open_preview(arrays(), 100, 1).size == 13  # one is held out
+    assert open_preview(arrays(), 2, 1).size == 13  # one is held out
 
 
+@pytest.mark.slow
 def test_preview_of_arrays_needs_no_tensorflow(tmp_path):
     np.savez(tmp_path / "x.npz", x_train=arrays()[0], y_train=arrays()[1])
     program = (
