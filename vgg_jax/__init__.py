@@ -21,6 +21,7 @@ from vgg_jax.errors import InputError, install_hint
 
 if TYPE_CHECKING:
     from vgg_jax import export as export
+    from vgg_jax import reporting as reporting
     from vgg_jax.evaluation.evaluate import evaluate
     from vgg_jax.inference import compile_inference
     from vgg_jax.model import (
@@ -62,6 +63,7 @@ __all__ = [
     "load",
     "preprocess",
     "preset",
+    "reporting",
     "save",
     "vgg11",
     "vgg11_lrn",
@@ -100,8 +102,8 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "export":  # a subpackage; its import sets the attribute
-        return importlib.import_module("vgg_jax.export")
+    if name in ("export", "reporting"):  # subpackages; their import sets the attribute
+        return importlib.import_module(f"vgg_jax.{name}")
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

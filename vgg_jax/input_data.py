@@ -43,8 +43,10 @@ __all__ = [
     "cached",
     "class_counts",
     "crop_function",
+    "cropped",
     "eval_batches",
     "first_batch",
+    "first_examples",
     "measure_colours",
     "open_split",
     "open_train_val",
@@ -245,6 +247,18 @@ def pick(source: "Source", positions: np.ndarray) -> "Source":
     return pick(source, positions)
 
 
+def first_examples(
+    source: "Source", config: TrainConfig, count: int
+) -> "tuple[Source, np.ndarray]":
+    """Selects the examples that training sees first, see `vgg_jax.data.first_examples`."""
+    if isinstance(source, ArraySource):
+        positions = array_batches.epoch_order(source.size, config.seed, 0)[:count]
+        return pick(source, positions), source.indices[positions]
+    from vgg_jax.data import first_examples
+
+    return first_examples(source, config, count)
+
+
 def class_counts(source: "Source") -> np.ndarray:
     """Counts the images of each class, int (K,)."""
     if isinstance(source, ArraySource):
@@ -281,12 +295,29 @@ def first_batch(
     source: "Source", config: TrainConfig, colours: ColourStatistics
 ) -> dict[str, np.ndarray]:
     """The first training batch, with "image", "colour_shift", "label" and "mask"."""
-    batch = next(train_batches(source, config, colours))
-    if "pixels" not in batch:
-        return batch
-    del batch["index"]
-    cropped = crop_function(config, colours)(jax.tree.map(jnp.asarray, batch))
-    return jax.tree.map(np.asarray, cropped)
+    return next(cropped(train_batches(source, config, colours), config, colours))
+
+
+def cropped(batches: Batches, config: TrainConfig, colours: ColourStatistics) -> Batches:
+    """Crops the batches of arrays on the default device.
+
+    Args:
+        batches: Batches of `train_batches` or `eval_batches`.
+        config: Augmentation and seed.
+        colours: Colours of the data set, for the colour shift.
+
+    Yields:
+        The batches with "image", "colour_shift", "label", "mask" and "index".
+    """
+    crop = None
+    for batch in batches:
+        if "pixels" not in batch:
+            yield batch
+            continue
+        crop = crop or crop_function(config, colours)
+        index = batch.pop("index")
+        images = crop(jax.tree.map(jnp.asarray, batch))
+        yield jax.tree.map(np.asarray, images) | {"index": index}
 
 
 def eval_batches(

@@ -5,45 +5,19 @@ import dataclasses
 import numpy as np
 import pytest
 
-from tests.helpers.tiny_data import (
-    TINY_TRAIN,
-    by_example,
-    check_order,
-    encode,
-    list_examples,
-    noise,
-)
+from tests.helpers.storages import FILE_STORAGES, arrays, open_storage
+from tests.helpers.tiny_data import TINY_TRAIN, by_example, check_order, list_examples
 from vgg_jax.arrays import check_arrays, whole_source
 from vgg_jax.configs.colours import IMAGENET
-from vgg_jax.data import cache_in_memory, open_split, open_train_val, tfds, train_batches
+from vgg_jax.data import cache_in_memory, open_split, train_batches
 from vgg_jax.input_data import pick
 
 CONFIG = dataclasses.replace(TINY_TRAIN, scale=(32, 34))
-STORAGES = ["digits", "folder", "list", "tfrecord", "buffered tfrecord", "array_record"]
 
 
-def list_file(root):
-    lines = []
-    for i in range(14):
-        (root / f"{i}.png").write_bytes(encode(noise(20, 30 + i % 3, i)))
-        lines.append(f"{i}.png,{'ab'[i % 2]},train\n")
-    (root / "photos.csv").write_text("file,label,split\n" + "".join(lines))
-    return str(root / "photos.csv")
-
-
-@pytest.fixture(params=STORAGES)
+@pytest.fixture(params=FILE_STORAGES)
 def source(request, tmp_path, monkeypatch):
-    """Training images of each storage, from which some are held out."""
-    if request.param == "digits":
-        return open_train_val("digits", validation_fraction=0.98)[0]
-    if request.param == "folder":
-        return open_train_val(str(request.getfixturevalue("folder") / "train"))[0]
-    if request.param == "list":
-        return open_train_val(list_file(tmp_path))[0]
-    if request.param == "buffered tfrecord":
-        monkeypatch.setattr(tfds, "MAX_BYTES_IN_MEMORY", 1000)
-    folder = request.getfixturevalue("prepared")[request.param.split()[-1]]
-    return open_train_val("numbers", data_dir=folder)[0]
+    return open_storage(request.param, tmp_path, request, monkeypatch)
 
 
 def check_picked(source, positions):
@@ -79,11 +53,10 @@ def test_picked_examples_keep_index_label_and_draws(source, cache):
 
 
 def test_pick_of_arrays():
-    images, labels = np.stack([noise(20, 30, seed) for seed in range(9)]), np.arange(9) % 3
-    source = whole_source(check_arrays(images, labels, "x"), "x train")
+    source = whole_source(check_arrays(*arrays(9), "x"), "x train")
     source = dataclasses.replace(source, indices=np.array([0, 2, 3, 5, 8]))
     picked = pick(source, np.array([4, 1]))
-    assert (picked.size, picked.indices.tolist(), picked.labels.tolist()) == (2, [2, 8], [2, 2])
+    assert (picked.size, picked.indices.tolist(), picked.labels.tolist()) == (2, [2, 8], [0, 0])
     assert picked.file_name(8) == source.file_name(8) == "x train 8"
 
 

@@ -37,10 +37,7 @@ def train(
     loop_options = _pop(flags, "save_seconds", "keep", "on_nan", "debug_nans")
     mesh_options = flags.pop("mesh", {}) | _pop(flags, "fsdp", "reduce")
     distributed = flags.pop("distributed", "auto")
-    if "exclude" in flags:
-        from vgg_jax.data import read_exclude_list
-
-        flags["exclude"] = read_exclude_list(flags["exclude"])
+    _read_exclude(flags)
     if is_npz(data):
         net, settings = flags.get("net", TrainConfig.net), flags
     else:
@@ -88,6 +85,40 @@ def train(
             print(f"vgg-jax: {error}; {remedy}", file=sys.stderr)
         return ExitCode.NOT_SAVED
     return ExitCode.STOPPED if result.stopped else ExitCode.DONE
+
+
+def _read_exclude(flags: dict[str, Any]) -> None:
+    """Replaces the name of a list of images to exclude, if it was passed, by its content."""
+    if "exclude" in flags:
+        from vgg_jax.data import read_exclude_list
+
+        flags["exclude"] = read_exclude_list(flags["exclude"])
+
+
+def preview(
+    data: str,
+    data_dir: str | None,
+    download: bool,
+    out: str,
+    overwrite: bool,
+    images: int,
+    epochs: int,
+    **flags: Any,
+) -> ExitCode:
+    """Draws the crops that training gets. Flags that were not passed are absent from `flags`."""
+    from vgg_jax.reporting import contact_sheet
+    from vgg_jax.reporting.crops import open_preview
+
+    contact_sheet.require_matplotlib()
+    path = contact_sheet.check_out(out, overwrite)
+    _read_exclude(flags)
+    opened = open_preview(data, images, epochs, data_dir=data_dir, download=download, **flags)
+    contact_sheet.save(contact_sheet.draw(opened), path)
+    shown, settings = contact_sheet.describe(opened)
+    count = len(opened.crops.labels)
+    fewer = f" ({images} were asked for)" if count < images else ""
+    print(f"wrote {out}: {shown}{fewer}; {settings}")
+    return ExitCode.DONE
 
 
 def _next_commands(workdir: str, data_dir: str | None) -> str:
@@ -611,6 +642,7 @@ def explain(
 
 COMMANDS: dict[str, Callable[..., ExitCode]] = {
     "train": train,
+    "preview": preview,
     "evaluate": evaluate,
     "fuse": fuse,
     "predict": predict,

@@ -147,8 +147,8 @@ def parser() -> Parser:
     )
     for group in _COMMANDS.values():
         for name, (help, add_flags) in group.commands.items():
-            # A flag of `train` that is not passed stays absent, so that the preset decides.
-            default = argparse.SUPPRESS if name == "train" else None
+            # A setting of training that is not passed stays absent, so that the preset decides.
+            default = argparse.SUPPRESS if name in ("train", "preview") else None
             description = f"{help[0].upper()}{help[1:]}."
             command = commands.add_parser(name, description=description, argument_default=default)
             add_flags(command)
@@ -188,6 +188,42 @@ def _add_train(command: argparse.ArgumentParser) -> None:
             _add_field(groups[field.metadata["group"]], field)
     _add_run(groups["run"])
     _add_devices(groups["devices"])
+
+
+def _add_preview(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Draw a contact sheet of what the net sees: training images with their labels, their crops "
+        "in the first epochs, and the centre crop of the evaluation. The crops are those of "
+        "`vgg-jax train` with the same flags."
+    )
+    sheet = command.add_argument_group("sheet")
+    sheet.add_argument(
+        "-o",
+        "--out",
+        default="preview.png",
+        metavar="FILE",
+        help="file ending in .png, .pdf or .svg (default: preview.png)",
+    )
+    _add_overwrite(sheet)
+    sheet.add_argument(
+        "--images",
+        type=int,
+        default=8,
+        metavar="N",
+        help="images to draw, the first ones of the first epoch (default: 8)",
+    )
+    sheet.add_argument(
+        "--epochs",
+        type=int,
+        default=6,
+        metavar="N",
+        help="crops to draw of each image, those of the epochs 1 to N (default: 6)",
+    )
+    groups = {name: command.add_argument_group(name) for name in ("data", "augmentation", "run")}
+    _add_data(groups["data"])
+    for field in dataclasses.fields(TrainConfig):
+        if field.metadata.get("group") in groups and field.name != "cache_features":
+            _add_field(groups[field.metadata["group"]], field)
 
 
 def _add_field(group: Flags, field: dataclasses.Field) -> None:
@@ -568,7 +604,9 @@ def _add_path(flags: Flags) -> None:
 
 
 def _add_overwrite(flags: Flags) -> None:
-    flags.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    flags.add_argument(
+        "--overwrite", action="store_true", default=False, help="replace an existing file"
+    )
 
 
 def _add_net(flags: Flags) -> None:
@@ -670,6 +708,7 @@ _COMMANDS = {
         "vgg-jax train PHOTOS --net D",
         {
             "train": ("train a net, or resume a run", _add_train),
+            "preview": ("draw the crops and labels that training gets", _add_preview),
             "statistics": (
                 "print the mean and standard deviation of a data set's colours",
                 _add_statistics,

@@ -30,7 +30,7 @@ with contextlib.suppress(RuntimeError):
     tf.config.threading.set_intra_op_parallelism_threads(1)
 
 from vgg_jax.data.batches import BatchIterator
-from vgg_jax.data.cache import cache_in_memory
+from vgg_jax.data.cache import cache_in_memory, first_examples
 from vgg_jax.data.decode import decode
 from vgg_jax.data.features import (
     CachedFeatures,
@@ -68,6 +68,7 @@ __all__ = [
     "decode",
     "eval_batches",
     "eval_feature_batches",
+    "first_examples",
     "measure_colours",
     "open_split",
     "open_train_val",

@@ -12,7 +12,15 @@ from vgg_jax.configs.train import TrainConfig
 from vgg_jax.data import in_memory
 from vgg_jax.data.batches import TRAINING_HINT, BatchIterator, with_progress
 from vgg_jax.data.decode import decode
-from vgg_jax.data.splits import CORES, DataSource, DecodedImages, ExampleReader, random_access
+from vgg_jax.data.splits import (
+    CORES,
+    DataSource,
+    DecodedImages,
+    ExampleReader,
+    epoch_seeds,
+    pick,
+    random_access,
+)
 from vgg_jax.errors import DataError, InputError
 from vgg_jax.runtime.memory import free_memory
 
@@ -40,6 +48,63 @@ def cache_in_memory(source: DataSource, config: TrainConfig) -> DataSource:
     if not source.size:
         return source
     indices, encoded, labels = _read_all(source)
+    cached = _read_from_memory(source, encoded, labels)
+    images = _decode_all(cached, encoded[0], config)
+    if images is None:
+        return cached
+    return dataclasses.replace(cached, pixels=DecodedImages(images, labels, indices))
+
+
+def first_examples(
+    source: DataSource, config: TrainConfig, count: int
+) -> tuple[DataSource, np.ndarray]:
+    """Reads the examples that training sees first, and keeps them in memory.
+
+    Training crops them as it crops those of `source`. TFRecord files are read up to these examples
+    only.
+
+    Args:
+        source: The training images, cached if training caches them.
+        config: Seed, EXIF and `skip_bad`.
+        count: Maximum number of examples.
+
+    Returns:
+        The source of the first `count` examples, and their indices in the order of the first epoch,
+        int64 (n,). With `config.skip_bad`, images that cannot be decoded are left out.
+
+    Raises:
+        DataError: An image cannot be decoded.
+    """
+    seed, _ = epoch_seeds(config.seed, tf.constant(0, tf.int64))
+
+    def prepare(example: dict) -> dict:
+        sides = tf.shape(decode(example["encoded"], config.exif))
+        return example | {"sides": sides, "mask": True}
+
+    batches = BatchIterator(
+        source,
+        lambda number: source.examples(seed, number * count),
+        prepare,
+        count,
+        config.skip_bad,
+        TRAINING_HINT,
+    )
+    first: list[tuple[int, bytes, int]] = []
+    for batch in batches:
+        columns = (batch[name][batch["mask"]] for name in ("index", "encoded", "label"))
+        first += zip(*columns, strict=True)
+        if len(first) >= count:
+            break
+    first = first[:count]
+    order = np.array([index for index, _, _ in first], np.int64)
+    _, encoded, labels = zip(*sorted(first, key=lambda row: row[0]), strict=True)
+    picked = pick(source, np.searchsorted(source.indices, order))
+    return _read_from_memory(picked, tf.constant(encoded), tf.constant(labels, tf.int32)), order
+
+
+def _read_from_memory(source: DataSource, encoded: tf.Tensor, labels: tf.Tensor) -> DataSource:
+    """Replaces the reader of a source by one of the examples in memory, in its own order."""
+    indices = tf.constant(source.indices, tf.int64)
 
     def read(positions: tf.data.Dataset) -> tf.data.Dataset:
         def read_one(i: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -50,11 +115,7 @@ def cache_in_memory(source: DataSource, config: TrainConfig) -> DataSource:
     def select(wanted: np.ndarray) -> ExampleReader:
         return random_access(np.searchsorted(source.indices, wanted), read)
 
-    cached = dataclasses.replace(source, select=select, examples=select(source.indices))
-    images = _decode_all(cached, encoded[0], config)
-    if images is None:
-        return cached
-    return dataclasses.replace(cached, pixels=DecodedImages(images, labels, indices))
+    return dataclasses.replace(source, select=select, examples=select(source.indices))
 
 
 def _read_all(source: DataSource) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:

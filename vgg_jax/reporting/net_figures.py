@@ -7,11 +7,13 @@ import numpy as np
 
 from vgg_jax.evaluation.explain import Explanation
 from vgg_jax.reporting.style import figure_style, new_figure
+from vgg_jax.reporting.text import drawable, shorten_to_width
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CHANNELS = 7  # of each stage that are drawn, beside their mean
+MAX_NAME = 36  # characters of a class name above a photo
 OPACITY = 0.55  # of a map over a photo
 
 
@@ -87,12 +89,13 @@ def plot_explanation(
     from matplotlib.colors import Normalize
 
     index = explanation.class_index
-    name, posterior = classes[index], explanation.posterior[index]
+    name, families = drawable(shorten_to_width(str(classes[index]), MAX_NAME))
+    posterior = explanation.posterior[index]
     cam = explanation.grad_cam
     h, w = explanation.score_map.shape
     windows = "1 window" if h * w == 1 else f"{h} x {w} windows"
     panels = (
-        (photo, f"{_wrap(name)}\n{posterior:.1%}", None),
+        (photo, f"{name}\n{posterior:.1%}", None),
         (
             score_overlay(photo, explanation),
             f"posterior of the class\nin {windows}",
@@ -106,7 +109,7 @@ def plot_explanation(
         figure = new_figure(3 * panel, 1.2 + panel * height / width)
         for axes, (image, title, largest) in zip(figure.subplots(1, 3), panels, strict=True):
             axes.imshow(image)
-            axes.set_title(title)
+            axes.set_title(title, fontfamily=families)
             axes.set_axis_off()
             if largest is not None:
                 scale = ScalarMappable(Normalize(0, largest or 1.0), "inferno")
@@ -170,7 +173,3 @@ def _paint(photo: np.ndarray, heat: np.ndarray) -> np.ndarray:
         colours = colormaps["inferno"](np.clip(heat, 0, 1))[..., :3] * 255
     grey = np.repeat(photo.mean(-1, keepdims=True), 3, -1)
     return (OPACITY * colours + (1 - OPACITY) * grey + 0.5).astype(np.uint8)
-
-
-def _wrap(name: str) -> str:
-    return name if len(name) <= 40 else f"{name[:39]}…"

@@ -1,12 +1,16 @@
 """Figures of runs: curves, the use of time, and the confusion matrix."""
 
+import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from vgg_jax.reporting.history import RunHistory, time_shares
+from vgg_jax.evaluation.evaluate import Evaluation, load_evaluation
+from vgg_jax.reporting.classes import confusion_matrix
+from vgg_jax.reporting.history import RunHistory, read_run, time_shares
 from vgg_jax.reporting.style import COLOURS, GRID, INK, figure_style, new_figure
+from vgg_jax.reporting.text import shorten_to_width
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,6 +35,42 @@ QUANTITIES = (
     Quantity("top1_error", "top-1 error", True),
     Quantity("top5_error", "top-5 error", True),
 )
+
+
+def curves(runs: str | os.PathLike | Sequence[str | os.PathLike]) -> "Figure":
+    """Draws loss and errors of runs over their epochs.
+
+    Args:
+        runs: The folder of a run, or several.
+
+    Returns:
+        The figure. Validation is a solid line, training a dashed one. A star marks the epoch with
+        the best validation accuracy, and a dotted line each change of the learning rate.
+
+    Raises:
+        InputError: There is no run in a folder, or matplotlib is not installed.
+    """
+    paths = [runs] if isinstance(runs, (str, os.PathLike)) else runs
+    histories = [read_run(path) for path in paths]
+    return plot_curves(histories, shown_quantities(histories))
+
+
+def confusion(evaluation: str | os.PathLike | Evaluation) -> "Figure":
+    """Draws the confusion matrix of an evaluation.
+
+    Args:
+        evaluation: The posteriors.npz that `vgg-jax evaluate` wrote, its folder, the folder of a
+            run with one evaluation, or an `Evaluation`.
+
+    Returns:
+        The figure. The colour of a cell is its share of the images of its true class.
+
+    Raises:
+        InputError: There is no evaluation, or matplotlib is not installed.
+    """
+    if not isinstance(evaluation, Evaluation):
+        evaluation = load_evaluation(evaluation)
+    return plot_confusion(confusion_matrix(evaluation), evaluation.classes.tolist())
 
 
 def shown_quantities(runs: Sequence[RunHistory]) -> list[Quantity]:
@@ -129,7 +169,9 @@ def plot_time(runs: Sequence[RunHistory]) -> "Figure":
                 if share > 0.08:
                     axes.text(left + share / 2, row, f"{share:.0%}", ha="center", va="center")
                 left += share
-        axes.set_yticks(range(len(with_epochs)), [_shorten(run.name) for run in with_epochs])
+        axes.set_yticks(
+            range(len(with_epochs)), [shorten_to_width(run.name, MAX_NAME) for run in with_epochs]
+        )
         axes.invert_yaxis()
         axes.set_xticks([])
         axes.grid(False)
@@ -162,7 +204,7 @@ def plot_confusion(matrix: np.ndarray, classes: Sequence[str]) -> "Figure":
         axes.set_xlabel("predicted class")
         axes.set_ylabel("true class")
         if num_classes <= MAX_NAMED:
-            names = [_shorten(name) for name in classes]
+            names = [shorten_to_width(str(name), MAX_NAME) for name in classes]
             is_short = max(map(len, names)) <= 2
             axes.set_xticks(range(num_classes), names, rotation=0 if is_short else 90)
             axes.set_yticks(range(num_classes), names)
@@ -184,8 +226,3 @@ def _pool(values: np.ndarray, max_side: int) -> np.ndarray:
     side = (len(values) + pad) // size
     padded = np.pad(values, ((0, pad), (0, pad)))
     return padded.reshape(side, size, side, size).max((1, 3))
-
-
-def _shorten(name: Any) -> str:
-    text = str(name)
-    return text if len(text) <= MAX_NAME else f"{text[: MAX_NAME - 1]}…"
