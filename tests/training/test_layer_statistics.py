@@ -11,7 +11,7 @@ from tests.helpers.tiny import SHALLOW
 from vgg_jax import IMAGENET, VGG, TrainConfig
 from vgg_jax.distributed import sharding
 from vgg_jax.distributed.sharding import MeshConfig, make_mesh, put_global, shard_batch
-from vgg_jax.training.layer_statistics import name_statistics
+from vgg_jax.training.layer_statistics import layer_statistics, name_statistics
 from vgg_jax.training.memory_estimate import peak_bytes
 from vgg_jax.training.optimizer import sgd
 from vgg_jax.training.step import init_state, jit_steps, state_shapes
@@ -186,3 +186,18 @@ def test_statistics_hold_no_copy_of_the_gradients():
     )
     gradient_bytes = state.params["fc6"]["kernel"].size * 4
     assert measured - plain < 0.05 * gradient_bytes < plain
+
+
+def test_dead_relus_are_those_of_the_batch_normalisation():
+    """The gradient of the convolution's bias is rounding noise, or exactly 0."""
+    model = MODEL.clone(batch_norm=True)
+    params = jax.tree.map(
+        lambda x: np.ones(x.shape, np.float32), state_shapes(model, sgd(CONFIG)).params
+    )
+    gradients = {name: dict(layer) for name, layer in params.items()}
+    gradients["conv1_1"]["bias"] = np.zeros(8, np.float32)
+    gradients["bn1_1"]["bias"] = np.float32([0, 1, 1e-30, 0, 1, 1, 1, 1])
+    values = name_statistics(model, layer_statistics(model, gradients, params, jnp.float32(4)))
+    dead = {name: value for name, value in values.items() if name.startswith("dead_relus/")}
+    assert dead == {f"dead_relus/{name}": 0.25 if name == "conv1_1" else 0 for name in RELUS}
+    assert values["gradient_norm/fc8"] == pytest.approx(np.sqrt(16 * 5 + 5) / 4)
