@@ -34,7 +34,9 @@ def train(
     **flags: Any,
 ) -> ExitCode:
     """Trains a net. Flags that were not passed are absent from `flags`: the preset decides."""
-    loop_options = _pop(flags, "save_seconds", "keep", "on_nan", "debug_nans")
+    loop_options = _pop(
+        flags, "save_seconds", "keep", "on_nan", "debug_nans", "tensorboard", "profile"
+    )
     mesh_options = flags.pop("mesh", {}) | _pop(flags, "fsdp", "reduce")
     distributed = flags.pop("distributed", "auto")
     if "exclude" in flags:
