@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,23 +40,25 @@ class TrainingEvents:
 
     def __init__(self, folder: Path, first_step: int) -> None:
         require_tensorboardx()
-        from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import SessionLog
+        from tensorboardX.record_writer import RecordWriter
 
         self._folder = folder
         self._sums, self._step, self._lr = MetricSums(), 0, 0.0
         self._point_at = self._flushed_at = time.monotonic()
         # Not tensorboardX's SummaryWriter: on a full disk its thread dies, and the next steps wait
-        # for it forever.
+        # for it forever. Its EventsWriter does not close a file that it cannot flush.
         self._writer: Any = None
+        # TensorBoard reads the files in the order of their names. Two runs may start in a second.
+        name = f"events.out.tfevents.{int(time.time()):010}.{socket.gethostname()}.{time.time_ns()}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            # tensorboardX names a file by the second.
-            self._writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
+            self._writer = RecordWriter(str(folder / name))
+            self._write(0, file_version="brain.Event:2")
             self._write(first_step, session_log=SessionLog(status=SessionLog.START))
             self._writer.flush()
         except OSError as error:
-            self._abandon_file()
+            self._close_file()
             raise InputError(
                 f"cannot write to {folder} ({single_line(error)}): expected a folder for "
                 "TensorBoard's events; make it writable, or leave out --tensorboard"
@@ -124,12 +127,8 @@ class TrainingEvents:
 
     def close(self) -> None:
         """Closes the file."""
-        if self._writer is not None:
-            try:
-                self._writer.close()
-            except OSError as error:
-                self._warn(error)
-        self._writer = None
+        self._flush()
+        self._close_file()
 
     def _write_point(self, now: float) -> None:
         """Writes the means over the images since the last point."""
@@ -165,19 +164,20 @@ class TrainingEvents:
     def _write(self, step: int, **content: Any) -> None:
         from tensorboardX.proto.event_pb2 import Event
 
-        self._writer.write_event(Event(wall_time=time.time(), step=step, **content))
+        event = Event(wall_time=time.time(), step=step, **content)
+        self._writer.write(event.SerializeToString())
 
     def _warn(self, error: OSError) -> None:
-        self._abandon_file()
+        self._close_file()
         logger.warning(
             f"cannot write to {self._folder} ({single_line(error)}): training goes on without "
             "events for TensorBoard"
         )
 
-    def _abandon_file(self) -> None:
+    def _close_file(self) -> None:
         writer, self._writer = self._writer, None
         if writer is not None:
-            with contextlib.suppress(OSError):  # it tries to write the rest
+            with contextlib.suppress(OSError):  # it tries once more to write the rest
                 writer.close()
 
 
