@@ -59,10 +59,12 @@ def assert_equal_runs(workdir, history, expected_workdir, expected_history):
     jax.tree.map(np.testing.assert_array_equal, arrays, expected)
 
 
+@pytest.mark.slow
 def test_run_equals_one_that_is_not_watched(watched_run, finished_run):
     assert_equal_runs(*watched_run[:2], *finished_run)
 
 
+@pytest.mark.slow
 def test_curves_equal_metrics_file(watched_run):
     workdir, _, _ = watched_run
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
@@ -83,6 +85,7 @@ def test_curves_equal_metrics_file(watched_run):
     assert all(value > 0 for value in scalars["images_per_second"].values())
 
 
+@pytest.mark.slow
 def test_layers_are_measured_every_few_steps(watched_run):
     scalars = read_scalars(watched_run[0] / "tensorboard")
     layers = ("conv1_1", "bn1_1", "conv2_1", "bn2_1", "fc6", "fc7", "fc8")
@@ -101,6 +104,7 @@ def test_layers_are_measured_every_few_steps(watched_run):
         assert scalars[f"weight_norm/{layer}"][9] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_crops_are_those_of_the_first_batch_of_each_epoch(watched_run):
     workdir, _, batches = watched_run
     images = read_images(workdir / "tensorboard", "crops")
@@ -116,6 +120,7 @@ def test_crops_are_those_of_the_first_batch_of_each_epoch(watched_run):
             assert np.abs(crop - seen[number].clip(0, 255)).max() <= 0.5 + 1e-4
 
 
+@pytest.mark.slow
 def test_trace_ends_with_the_training(watched_run):
     assert traced_steps(watched_run[0] / "tensorboard") == [8, 9]
 
@@ -199,6 +204,7 @@ def test_full_disk_does_not_stop_training(photos, watched_run, tmp_path, monkeyp
     assert list(read_scalars(tmp_path / "tensorboard")["train/loss"]) == [1, 2]
 
 
+@pytest.mark.slow
 def test_finished_run_writes_no_events(watched_run, photos, tmp_path):
     shutil.copytree(watched_run[0], tmp_path / "copy")
     before = sorted((tmp_path / "copy" / "tensorboard").iterdir())
