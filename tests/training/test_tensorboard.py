@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import shutil
+import sys
 
 import jax
 import numpy as np
@@ -251,6 +252,14 @@ def test_fit_rejects_remote_workdir(option, photos):
     )
     with pytest.raises(InputError, match=message):
         fit(make_config(photos), "gs://bucket/run", **option)
+
+
+def test_fit_rejects_missing_tensorboardx(photos, tmp_path, monkeypatch):
+    """Before it creates anything."""
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(InputError, match="--tensorboard needs tensorboardX: run pip install -e"):
+        fit(make_config(photos), tmp_path / "run", tensorboard=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_fit_rejects_unwritable_events_folder(photos, tmp_path):
