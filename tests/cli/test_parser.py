@@ -162,3 +162,15 @@ def test_parse_mesh():
     for text in ("", "data", "data=", "data=x", "data=-1", "rows=2", "data=2,data=3", "data=2,"):
         with pytest.raises(argparse.ArgumentTypeError, match="expected axes such as data=8"):
             parse_mesh(text)
+
+
+def test_profile_takes_a_range_of_steps(capsys):
+    assert parser().parse_args(["train", "d", "--profile", "10:20"]).profile == (10, 20)
+    for text in ("20:10", "a:b", "0:5", "5", "1:2:3", ":5", "-1:5"):
+        with pytest.raises(SystemExit) as raised:
+            parser().parse_args(["train", "d", f"--profile={text}"])
+        assert raised.value.code == 2
+        assert capsys.readouterr().err == (
+            f"vgg-jax train: argument --profile: {text!r}: expected the first and the last step, "
+            "counted from 1, such as 10:20; see `vgg-jax train --help`\n"
+        )

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.helpers.events import read_images, read_scalars
 from tools.soak import result
 from vgg_jax.distributed import multihost
 from vgg_jax.errors import InputError
@@ -311,3 +312,18 @@ def test_watchdog_ends_stuck_process():
     )
     assert (process.returncode, process.stdout) == (76, "running\n")
     assert "process 0 did no step in 0 s" in process.stderr and process.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_main_process_alone_writes_events_and_trace(photos, tmp_path):
+    """Three steps an epoch, and all processes measure the layers."""
+    flags = ("--epochs", "1", "--tensorboard", "--profile", "2:3")
+    folder = train(2, photos, tmp_path, *flags) / "tensorboard"
+    assert len(list(folder.glob("events.*"))) == 1
+    scalars = read_scalars(folder)
+    assert scalars["validation/loss"].keys() == {3}
+    assert scalars["gradient_norm/conv1_1"][1] > 0
+    assert len(list(folder.glob("plugins/profile/*/perfetto_trace.json.gz"))) == 1
+    [(step, _)] = read_images(folder, "crops")
+    assert step == 1

@@ -65,8 +65,11 @@ def test_explains_another_class_at_another_scale_and_layer(run, photo):
         (["--class", "green"], "the class is 'green': expected one of the net's 2: 'blue', 'red'"),
         (["--layer", "fc6"], "the layer is 'fc6': expected one of conv1_1"),
         (["--scale", "8"], "expected at least the size of the net's images, 16"),
-        (["-o", "out.jpg"], "expected a name that ends in .png"),
-        (["-o", "missing/out.png"], "missing"),
+        (["-o", "out.jpg"], "expected a file ending in .png"),
+        (
+            ["-o", "missing/out.png"],
+            "cannot write missing/out.png: expected the name",
+        ),
     ],
 )
 def test_wrong_arguments_are_refused(run, photo, capsys, flags, message):

@@ -221,8 +221,12 @@ def test_figures_that_cannot_be_written_get_one_sentence(run, tmp_path):
     [
         (["missing"], "report.html", "no run in missing"),
         (["RUN", "RUN"], "report.html", "is passed twice: expected different runs"),
-        (["RUN"], "no/report.html", "no is no folder"),
-        (["RUN"], ".", "is a folder: expected the name of an HTML file"),
+        (
+            ["RUN"],
+            "no/report.html",
+            "cannot write no/report.html: expected the name",
+        ),
+        (["RUN"], "report", "expected a file ending in .html"),
     ],
 )
 def test_wrong_arguments_are_refused(run, tmp_path, monkeypatch, capsys, runs, out, message):

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from vgg_jax.runtime import progress
-from vgg_jax.runtime.progress import ProgressBar
+from vgg_jax.runtime.progress import ProgressBar, RunTimer, format_duration, run_seconds_left
 
 
 @pytest.fixture
@@ -53,3 +53,79 @@ def test_terminal_has_a_bar_and_no_lines(clock, caplog, monkeypatch):
         bar.update(50, "loss 1.234")
     assert "validation" in terminal.getvalue()
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("epochs_left", "done", "elapsed", "epoch_seconds", "training_seconds", "expected"),
+    [
+        (10, 0.0, 0, None, None, None),
+        (10, 0.5, 30, None, 60, 9.5 * 60),
+        (1, 1.0, 80, None, 60, 0),  # in the validation of the last epoch
+        (10, 0.5, 30, 100, 60, 9 * 100 + 70),  # a whole epoch counts more
+        (10, 0.0, 0, 100, None, 1000),
+        (2, 1.0, 130, 100, 60, 100),  # this epoch takes longer
+        (1, 1.0, 130, 100, 60, 0),
+    ],
+)
+def test_run_seconds_left(epochs_left, done, elapsed, epoch_seconds, training_seconds, expected):
+    seconds = run_seconds_left(
+        epochs_left=epochs_left,
+        done=done,
+        elapsed=elapsed,
+        epoch_seconds=epoch_seconds,
+        training_seconds=training_seconds,
+    )
+    assert seconds == expected
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min"),
+        (300, "5 min"),
+        (3569, "59 min"),
+        (3590, "1 h 0 min"),
+        (7500, "2 h 5 min"),
+        (86_300, "23 h 58 min"),
+        (86_380, "1 d 0 h"),
+        (273_600, "3 d 4 h"),
+    ],
+)
+def test_format_duration(seconds, text):
+    assert format_duration(seconds) == text
+
+
+def test_run_timer_prefers_whole_epochs(clock):
+    """An epoch of ten steps, which take 10 s and the first of them 70 s; validation takes 20 s."""
+    timer = RunTimer(4, may_end_early=False)
+    notes = []
+    for epoch in (1, 2):
+        timer.start_epoch(epoch, 0.0)
+        for step in range(1, 11):
+            clock[0] += 70 if (epoch, step) == (1, 1) else 10
+            timer.update(step / 10)
+            notes.append(timer.note())
+        clock[0] += 20
+        timer.finish_epoch()
+    # The first step compiles, and does not count. Ten steps take 100 s, and an epoch 180 s.
+    assert notes[:3] == ["", "run: 6 min left", "run: 6 min left"]
+    assert notes[9] == "run: 5 min left"
+    assert notes[10] == "run: 9 min left"  # 3 epochs of 180 s
+    timer.start_epoch(3, 0.0)
+    assert timer.note() == "run: 4 min left"  # 2 epochs of 120 s
+
+
+def test_run_timer_of_resumed_epoch(clock):
+    """Nine tenths were done before, so that the epoch measures no whole one."""
+    timer = RunTimer(3, may_end_early=True)
+    timer.start_epoch(2, 0.9)
+    assert timer.note() == ""
+    for step in range(1, 3):
+        clock[0] += 3
+        timer.update(0.9 + step / 20)
+    assert timer.note() == "run: at most 1 min left"  # one epoch of 60 s
+    timer.finish_epoch()
+    timer.start_epoch(3, 0.0)
+    assert timer.note() == ""

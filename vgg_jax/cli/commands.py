@@ -34,7 +34,9 @@ def train(
     **flags: Any,
 ) -> ExitCode:
     """Trains a net. Flags that were not passed are absent from `flags`: the preset decides."""
-    loop_options = _pop(flags, "save_seconds", "keep", "on_nan", "debug_nans")
+    loop_options = _pop(
+        flags, "save_seconds", "keep", "on_nan", "debug_nans", "tensorboard", "profile"
+    )
     mesh_options = flags.pop("mesh", {}) | _pop(flags, "fsdp", "reduce")
     distributed = flags.pop("distributed", "auto")
     _read_exclude(flags)
@@ -108,12 +110,13 @@ def preview(
     """Draws the crops that training gets. Flags that were not passed are absent from `flags`."""
     from vgg_jax.reporting import contact_sheet
     from vgg_jax.reporting.crops import open_preview
+    from vgg_jax.reporting.output import check_out, require_matplotlib, write_out
 
-    contact_sheet.require_matplotlib()
-    path = contact_sheet.check_out(out, overwrite)
+    require_matplotlib()
+    path = check_out(out, contact_sheet.ENDINGS, overwrite)
     _read_exclude(flags)
     opened = open_preview(data, images, epochs, data_dir=data_dir, download=download, **flags)
-    contact_sheet.save(contact_sheet.draw(opened), path)
+    write_out(path, contact_sheet.sheet_bytes(contact_sheet.draw(opened), path.suffix))
     shown, settings = contact_sheet.describe(opened)
     count = len(opened.crops.labels)
     fewer = f" ({images} were asked for)" if count < images else ""

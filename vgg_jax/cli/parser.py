@@ -271,6 +271,18 @@ def _add_run(group: Flags) -> None:
         action="store_true",
         help="name the layer of a non-finite loss; slower, and needs more memory",
     )
+    group.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="write events for TensorBoard to WORKDIR/tensorboard",
+    )
+    group.add_argument(
+        "--profile",
+        type=parse_steps,
+        metavar="FIRST:LAST",
+        help="trace these steps, such as 10:20, to WORKDIR/tensorboard; they are counted from 1, "
+        "also when a run resumes",
+    )
     _add_cache(group)
 
 
@@ -298,6 +310,27 @@ def _add_devices(group: Flags) -> None:
         help="join other processes; auto does so under SLURM, Open MPI, Kubernetes, on a TPU pod, "
         "or if JAX_COORDINATOR_ADDRESS is set (default: auto)",
     )
+
+
+def parse_steps(text: str) -> tuple[int, int]:
+    """Parses a range of steps: "10:20" becomes (10, 20).
+
+    Args:
+        text: The first and the last step, counted from 1.
+
+    Returns:
+        The two numbers.
+
+    Raises:
+        argparse.ArgumentTypeError: The text is no such range.
+    """
+    match = re.fullmatch(r"([0-9]+):([0-9]+)", text)
+    first, last = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= first <= last:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected the first and the last step, counted from 1, such as 10:20"
+        )
+    return first, last
 
 
 def parse_mesh(text: str) -> dict[str, int]:

@@ -410,7 +410,7 @@ def find_posteriors(path: str | os.PathLike) -> str:
     return found[0]
 
 
-def load_evaluation(path: str | Path) -> Evaluation:
+def load_evaluation(path: str | os.PathLike) -> Evaluation:
     """Reads a posteriors.npz.
 
     Args:

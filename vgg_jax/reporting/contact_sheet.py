@@ -1,19 +1,17 @@
 """A contact sheet of training images: the photos, their crops, and what evaluation sees."""
 
+import io
 import math
 import os
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from vgg_jax.errors import InputError, install_hint
-from vgg_jax.paths import require_local
 from vgg_jax.reporting.crops import Preview, open_preview
+from vgg_jax.reporting.output import require_matplotlib
 from vgg_jax.reporting.text import drawable, shorten_to_width, text_width
-from vgg_jax.runs.files import check_free, replace_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -91,17 +89,6 @@ def preview(
             **settings,
         )
     )
-
-
-def require_matplotlib() -> None:
-    """Raises InputError if matplotlib cannot be imported."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            f"the preview needs matplotlib, which cannot be imported ({error}): "
-            f"{install_hint('report')}"
-        ) from error
 
 
 def describe(preview: Preview) -> tuple[str, str]:
@@ -269,43 +256,16 @@ def _write(
     return actual
 
 
-def check_out(path: str, overwrite: bool) -> Path:
-    """Checks that a sheet can be written to a file.
-
-    Args:
-        path: The file.
-        overwrite: Replace an existing file.
-
-    Returns:
-        The path.
-
-    Raises:
-        InputError: The ending is unknown, the folder is missing, or the file exists.
-    """
-    target = require_local(os.path.expanduser(path), is_output=True)
-    if target.suffix.lower() not in ENDINGS:
-        raise InputError(f"out is {path!r}: expected a file ending in {', '.join(ENDINGS)}")
-    if not target.parent.is_dir() or target.is_dir():
-        raise InputError(f"cannot write {path}: expected the name of a file in an existing folder")
-    check_free(target, overwrite)
-    return target
-
-
-def save(figure: "Figure", path: Path) -> None:
-    """Writes a sheet in one step, so that no half of it is left.
+def sheet_bytes(figure: "Figure", ending: str) -> bytes:
+    """Renders a sheet.
 
     Args:
         figure: The sheet.
-        path: The file, see `check_out`.
+        ending: One of `ENDINGS`.
 
-    Raises:
-        InputError: The file cannot be written.
+    Returns:
+        The content of the file.
     """
-    try:
-        with replace_atomically(path) as temporary:
-            figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=DPI, bbox_inches=None)
-    except OSError as error:
-        raise InputError(
-            f"cannot write {path} ({error.strerror or error}): expected a file in a folder that "
-            "can be written to; pass another --out"
-        ) from error
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=ending[1:].lower(), dpi=DPI, bbox_inches=None)
+    return buffer.getvalue()

@@ -11,11 +11,11 @@ from vgg_jax.configs.evaluation import DENSE
 from vgg_jax.errors import InputError, shorten_names
 from vgg_jax.evaluation.dense import resolve_protocol
 from vgg_jax.evaluation.explain import check_layer, explain
-from vgg_jax.paths import require_local
 from vgg_jax.preprocessing import load_resized
 from vgg_jax.reporting.net_figures import plot_explanation
-from vgg_jax.reporting.style import figure_bytes, figure_style
-from vgg_jax.runs.files import atomic_write, check_free
+from vgg_jax.reporting.output import check_out, require_matplotlib, write_out
+from vgg_jax.reporting.style import figure_bytes
+from vgg_jax.runs.files import check_free
 from vgg_jax.weights import load
 
 
@@ -58,14 +58,10 @@ def explain_photo(
             installed.
         DataError: The photo cannot be read.
     """
-    with figure_style():
-        pass  # without matplotlib, fail before the work
-    image_file = require_local(out, is_output=True)
-    if image_file.suffix.lower() != ".png":
-        raise InputError(f"{out}: expected a name that ends in .png; pass another --out")
+    require_matplotlib()
+    image_file = check_out(out, (".png",), overwrite)
     array_file = image_file.with_suffix(".npz")
-    for file in (image_file, array_file):
-        check_free(file, overwrite)
+    check_free(array_file, overwrite)
     model, variables, metadata = load(
         path, preprocessing=preprocessing, image_size=image_size, classes=classes
     )
@@ -91,8 +87,8 @@ def explain_photo(
     arrays = explanation._asdict() | {"classes": np.array(names, str), "class": name}
     content = io.BytesIO()
     np.savez(content, photo=pixels, **arrays)
-    atomic_write(image_file, figure_bytes(figure, "png"))
-    atomic_write(array_file, content.getvalue())
+    write_out(image_file, figure_bytes(figure, "png"))
+    write_out(array_file, content.getvalue())
     files = [os.fspath(file) for file in (image_file, array_file)]
     return name, float(explanation.posterior[explanation.class_index]), files
 

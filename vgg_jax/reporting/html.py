@@ -17,6 +17,7 @@ from vgg_jax.paths import to_path
 from vgg_jax.reporting.classes import class_figures, confusion_matrix, most_confused
 from vgg_jax.reporting.collect import RunReport, collect
 from vgg_jax.reporting.net_figures import plot_activations, plot_filters
+from vgg_jax.reporting.output import check_out, require_matplotlib, write_out
 from vgg_jax.reporting.pictures import data_url, jpeg_bytes
 from vgg_jax.reporting.run_figures import (
     plot_confusion,
@@ -25,7 +26,6 @@ from vgg_jax.reporting.run_figures import (
     shown_quantities,
 )
 from vgg_jax.reporting.style import figure_bytes, inline_svg
-from vgg_jax.runs.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,9 +59,9 @@ def report(
         InputError: There is no run in a folder, the report cannot be written, or a package is not
             installed.
     """
+    require_matplotlib()
     render = _load_template()
-    target = to_path(out)
-    _check_writable(target)
+    target = check_out(out, (".html", ".htm"), overwrite=True)
     names = _unique_names(runs)
     reports = []
     for path, name in zip(runs, names, strict=True):
@@ -85,7 +85,7 @@ def report(
         comparison=compare(reports) if len(reports) > 1 else [],
         runs=[_context(*item) for item in zip(reports, by_run, strict=True)],
     )
-    atomic_write(target, page.encode())
+    write_out(target, page.encode())
     return notes
 
 
@@ -104,17 +104,6 @@ def _load_template() -> Any:
 
 def _is_nan(value: Any) -> bool:
     return isinstance(value, float) and math.isnan(value)
-
-
-def _check_writable(path: Path) -> None:
-    """Raises InputError if a file cannot be written, before the work begins."""
-    if path.is_dir():
-        raise InputError(f"{path} is a folder: expected the name of an HTML file; pass another -o")
-    parent = path.parent
-    if not parent.is_dir():
-        raise InputError(f"{parent} is no folder: expected the one for {path.name}; create it")
-    if not os.access(parent, os.W_OK):
-        raise InputError(f"{parent} cannot be written to: expected a folder that can; pass -o")
 
 
 def _unique_names(runs: Sequence[str | os.PathLike]) -> list[str]:

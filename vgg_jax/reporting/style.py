@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from vgg_jax.errors import InputError, install_hint
+from vgg_jax.reporting.output import require_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,10 +47,9 @@ def figure_style() -> Iterator[None]:
     Raises:
         InputError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise InputError(f"figures need matplotlib: {install_hint('report')}") from error
+    require_matplotlib()
+    import matplotlib
+
     with matplotlib.rc_context(_SETTINGS), warnings.catch_warnings():
         # A class name may have letters that no font here has. They are drawn as boxes.
         warnings.filterwarnings("ignore", "Glyph .* missing from")

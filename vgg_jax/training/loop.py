@@ -13,15 +13,18 @@ from vgg_jax.distributed.multihost import (
     Watchdog,
     any_process,
     assert_same_on_all,
+    is_main_process,
     run_on_main_and_broadcast,
     translate_lost_peer,
 )
 from vgg_jax.distributed.sharding import DATA_PARALLEL, MeshConfig
 from vgg_jax.errors import InputError, OutOfMemoryError, single_line
 from vgg_jax.input_data import resolve_config
-from vgg_jax.paths import to_path
+from vgg_jax.paths import is_remote, to_path
+from vgg_jax.reporting.events import require_tensorboardx
 from vgg_jax.runs.files import atomic_write, workdir_lock
 from vgg_jax.runtime.memory import is_out_of_memory
+from vgg_jax.runtime.profile import StepProfile
 from vgg_jax.runtime.signals import graceful_stop, interrupt_on_sigterm
 from vgg_jax.training.checkpointer import Checkpointer
 from vgg_jax.training.init_from import Pretrained
@@ -43,6 +46,8 @@ def fit(
     keep: int = KEEP,
     on_nan: str = "stop",
     debug_nans: bool = False,
+    tensorboard: bool = False,
+    profile: tuple[int, int] | None = None,
     mesh_config: MeshConfig = DATA_PARALLEL,
     command: str | None = None,
     trainer_class: type[Trainer] | None = None,
@@ -72,6 +77,9 @@ def fit(
             "halve" resumes from the last save with half the learning rate, at most
             `MAX_LR_HALVINGS` times.
         debug_nans: Checks each step, and names the layer in the DivergedError.
+        tensorboard: Writes events for TensorBoard to `workdir/tensorboard`.
+        profile: The first and the last step to trace, counted from 1 in this call. The trace is
+            written to `workdir/tensorboard`.
         mesh_config: The parallelism over the devices of all processes.
         command: The command line that starts the run, kept in `run.json`.
         trainer_class: Replaces the `Trainer`, for tests.
@@ -101,12 +109,26 @@ def fit(
             "'halve'"
         )
     folder, halvings = to_path(workdir), 0
+    events_folder = folder / "tensorboard"
+    flags = [name for name, value in (("tensorboard", tensorboard), ("profile", profile)) if value]
+    if flags and is_remote(workdir):
+        raise InputError(
+            f"{workdir} is in an object store: expected a local folder with --{flags[0]}; pass "
+            f"another --workdir, or leave out --{flags[0]}"
+        )
+    if tensorboard:
+        require_tensorboardx()
+    step_profile = None if profile is None else StepProfile(profile, events_folder)
     run_config, arrays = resolve_config(config, validation, classes, settings)
     prepare = partial(
         prepare_run, run_config, folder, data_dir, download, mesh_config, command, arrays
     )
     make_trainer = partial(
-        trainer_class or Trainer, save_seconds=save_seconds, debug_nans=debug_nans
+        trainer_class or Trainer,
+        save_seconds=save_seconds,
+        debug_nans=debug_nans,
+        events_folder=events_folder if tensorboard else None,
+        profile=step_profile,
     )
     with translate_lost_peer(folder), contextlib.ExitStack() as stack:
 
@@ -115,8 +137,10 @@ def fit(
             with contextlib.suppress(OSError):  # of an earlier call; this one may end otherwise
                 (folder / "diverged.txt").unlink(missing_ok=True)
 
-        assert_same_on_all({"on_nan": on_nan, "debug_nans": debug_nans})
+        assert_same_on_all({"on_nan": on_nan, "debug_nans": debug_nans, "tensorboard": tensorboard})
         run_on_main_and_broadcast(lock_workdir)
+        if step_profile is not None and is_main_process():
+            stack.callback(step_profile.close)
         logger.info(f"the folder of this run is {folder}")
         while True:
             try:
@@ -158,7 +182,7 @@ def _fit(
         Watchdog() as watchdog,
     ):
         trainer = make_trainer(setup, checkpointer, watchdog, stop)
-        with _explain_out_of_memory(trainer):
+        with contextlib.closing(trainer), _explain_out_of_memory(trainer):
             trainer.restore_or_init(pretrained, halvings)
             del pretrained  # free its memory
             if not trainer.make_batches():

@@ -40,7 +40,7 @@ from vgg_jax.runs.metadata import (
     has_checkpoint,
     load_existing_run,
 )
-from vgg_jax.runtime.environment import describe_environment
+from vgg_jax.training.environment import describe_environment
 from vgg_jax.training.init_from import Pretrained, has_new_head, measure_activations
 from vgg_jax.weights import load
 

@@ -32,6 +32,7 @@ from vgg_jax.model import VGG
 from vgg_jax.ops.epilogue import materialize_on_cpu
 from vgg_jax.preprocessing import subtract_mean
 from vgg_jax.runtime.compiler import compiler_options
+from vgg_jax.training.layer_statistics import layer_statistics
 from vgg_jax.training.optimizer import sgd
 
 Batch = dict[str, Array]
@@ -165,6 +166,67 @@ def train_step(
         The next state, and the sums over the batch with dropout and augmentation on, without
         weights.
     """
+    next_state, sums, _ = _train_step(
+        state,
+        batch,
+        model=model,
+        optimizer=optimizer,
+        mean_rgb=mean_rgb,
+        mesh=mesh,
+        mesh_config=mesh_config,
+        microbatch=microbatch,
+        start_after=start_after,
+        class_weights=class_weights,
+    )
+    return next_state, sums
+
+
+def train_step_with_statistics(
+    state: TrainState, batch: Batch, *, model: VGG, measure_every: int, **options: Any
+) -> tuple[TrainState, MetricSums, dict[str, Array]]:
+    """One step of SGD, which measures its layers from time to time.
+
+    The next state is that of `train_step`.
+
+    Args:
+        state: The state before the step.
+        batch: A batch of N examples, sharded over "data".
+        model: The net.
+        measure_every: The layers are measured if this divides the number of the step, from 0.
+            Other steps do not pay for it.
+        **options: The other arguments of `train_step`.
+
+    Returns:
+        The next state, the sums, and the `layer_statistics` of the gradients and of the new
+        parameters. The statistics are 0 in a step that does not measure.
+    """
+    next_state, sums, gradients = _train_step(state, batch, model=model, **options)
+    measure = partial(layer_statistics, model)
+    operands = (gradients, next_state.params, sums.count)
+    shapes = jax.eval_shape(measure, *operands)
+    statistics = jax.lax.cond(
+        state.step % measure_every == 0,
+        measure,
+        lambda *_: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
+        *operands,
+    )
+    return next_state, sums, statistics
+
+
+def _train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    model: VGG,
+    optimizer: optax.GradientTransformation,
+    mean_rgb: tuple[float, float, float],
+    mesh: Mesh,
+    mesh_config: MeshConfig = DATA_PARALLEL,
+    microbatch: int | None = None,
+    start_after: str | None = None,
+    class_weights: tuple[float, ...] | None = None,
+) -> tuple[TrainState, MetricSums, Any]:
+    """The next state, the sums, and the gradients of the summed loss."""
     key = jax.random.fold_in(state.key, state.step)
     param_specs = jax.tree.map(data_axis_spec, infer_shardings(state.params, mesh, mesh_config))
     batch_size = len(batch["label"])
@@ -188,13 +250,13 @@ def train_step(
     # No parameter is updated before all have been read. Otherwise XLA on a CPU updates copies of
     # the large ones (docs/performance.md#gradients-before-updates).
     gradients = materialize_on_cpu(gradients)
-    gradients = jax.tree.map(lambda g: g / jnp.maximum(sums.count, 1), gradients)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    mean_gradients = jax.tree.map(lambda g: g / jnp.maximum(sums.count, 1), gradients)
+    updates, opt_state = optimizer.update(mean_gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     next_state = dataclasses.replace(
         state, step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state
     )
-    return next_state, sums
+    return next_state, sums, gradients
 
 
 def _shard_map_data(
@@ -443,6 +505,7 @@ def jit_steps(
     mesh_config: MeshConfig = DATA_PARALLEL,
     donate: bool = True,
     class_weights: tuple[float, ...] | None = None,
+    measure_every: int | None = None,
 ) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped]:
     """Jits the steps of a run.
 
@@ -454,6 +517,8 @@ def jit_steps(
         mesh_config: The parallelism of the run.
         donate: Reuses the memory of the old state for the new one. The old one is then deleted.
         class_weights: As for `train_step`.
+        measure_every: As for `train_step_with_statistics`, which is then the step. None:
+            `train_step`.
 
     Returns:
         `train_step(state, batch)` and `eval_step(variables, batch)`.
@@ -468,16 +533,21 @@ def jit_steps(
     }
     options: dict[str, Any] = {"compiler_options": compiler_options(dtype=model.dtype)}
     state_shardings = infer_shardings(state_shapes(model, optimizer), mesh, mesh_config)
+    step: Callable[..., Any] = train_step
+    out_shardings: tuple[Any, ...] = (state_shardings, replicated(mesh))
+    if measure_every is not None:
+        step = partial(train_step_with_statistics, measure_every=measure_every)
+        out_shardings += (replicated(mesh),)
     train_step_jit = jax.jit(
         partial(
-            train_step,
+            step,
             optimizer=optimizer,
             microbatch=config.microbatch,
             class_weights=class_weights,
             **static,
         ),
         donate_argnums=0 if donate else (),
-        out_shardings=(state_shardings, replicated(mesh)),
+        out_shardings=out_shardings,
         **options,
     )
     eval_step_jit = jax.jit(partial(eval_step, **static), out_shardings=replicated(mesh), **options)

@@ -1,5 +1,6 @@
 """Trains and validates the epochs of a run, saves them and resumes (§3.1)."""
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -8,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -15,17 +17,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vgg_jax.distributed.multihost import StepSynchronizer, Watchdog, is_main_process
+from vgg_jax.distributed.multihost import (
+    StepSynchronizer,
+    Watchdog,
+    is_main_process,
+    run_on_main_and_broadcast,
+)
 from vgg_jax.distributed.sharding import DATA, local_rows, shard_batch
 from vgg_jax.errors import InputError
 from vgg_jax.input_data import crop_function, eval_batches, train_batches
 from vgg_jax.metrics import MetricSums, merge
 from vgg_jax.model import build_model
+from vgg_jax.reporting.events import MAX_CROPS, TrainingEvents
 from vgg_jax.runs.checkpoint import CheckpointSaveError
 from vgg_jax.runtime.compiler import compiler_options
-from vgg_jax.runtime.progress import ProgressBar
+from vgg_jax.runtime.profile import StepProfile
+from vgg_jax.runtime.progress import ProgressBar, RunTimer
 from vgg_jax.training.checkpointer import BestInfo, Checkpointer
 from vgg_jax.training.init_from import Pretrained, init_from_pretrained
+from vgg_jax.training.layer_statistics import name_statistics
 from vgg_jax.training.memory_estimate import describe_remedy, free_device_memory, peak_bytes
 from vgg_jax.training.nan_check import first_nonfinite
 from vgg_jax.training.optimizer import next_epoch_lr, set_learning_rate, sgd
@@ -40,6 +50,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_FILE_NAMES = 8  # of a batch, in an error message
+MEASURE_EVERY = 50  # steps between two measurements of the layers, for TensorBoard
 
 
 class DivergedError(Exception):
@@ -69,6 +80,7 @@ class PendingStep(NamedTuple):
     sums: MetricSums
     batch_number: int  # in its epoch, from 1
     indices: np.ndarray  # int64 (N,), example indices; -1 for padding
+    statistics: dict[str, jax.Array] | None = None  # of its layers, if it measured them
 
 
 class FitResult(NamedTuple):
@@ -108,6 +120,8 @@ class Trainer:
         stop: The event that a signal sets.
         save_seconds: Seconds between two saves in an epoch.
         debug_nans: Checks each step for infinite values and NaN.
+        events_folder: Folder for TensorBoard's events. None writes none.
+        profile: Traces some steps of the main process.
     """
 
     def __init__(
@@ -119,6 +133,8 @@ class Trainer:
         *,
         save_seconds: float,
         debug_nans: bool,
+        events_folder: Path | None = None,
+        profile: StepProfile | None = None,
     ) -> None:
         self.setup = setup
         self.stop = stop
@@ -126,6 +142,9 @@ class Trainer:
         self._watchdog = watchdog
         self._save_seconds = save_seconds
         self._debug_nans = debug_nans
+        self._events_folder = events_folder
+        self._profile = profile if is_main_process() else None
+        self._events: TrainingEvents | None = None
 
         config, mesh, mesh_config = setup.config, setup.mesh, setup.mesh_config
         self._free_memory = free_device_memory(mesh.local_devices[0])
@@ -140,6 +159,7 @@ class Trainer:
             mesh_config,
             donate=not debug_nans,
             class_weights=setup.class_weights,
+            measure_every=None if events_folder is None else MEASURE_EVERY,
         )
         self._is_compiled = False
         self._crop = crop_function(
@@ -155,6 +175,7 @@ class Trainer:
             -(-setup.validation.size // data_axis_size) * data_axis_size,
         )
         self.progress = Progress([])
+        self._timer = RunTimer(config.epochs, may_end_early=config.schedule == "plateau")
         self._epoch, self._lr = 1, 0.0
         self._pending: PendingStep | None = None  # dispatched; its sums are not read yet
         self._previous: PendingStep | None = None  # the last one whose sums were read
@@ -170,7 +191,8 @@ class Trainer:
             halvings: Halvings of the learning rate that this attempt needs.
 
         Raises:
-            InputError: A checkpoint is missing or damaged, or no layer matches.
+            InputError: A checkpoint is missing or damaged, no layer matches, or the events cannot
+                be written.
         """
         setup = self.setup
         resumed = setup.start is not Start.NEW and self._restore()
@@ -187,6 +209,17 @@ class Trainer:
         self._checkpointer.write_metrics(self.progress.history)
 
         self._epoch = len(self.progress.history) + 1
+        if self._events_folder is not None and self.next_learning_rate() is not None:
+            run_on_main_and_broadcast(partial(self._open_events, self._events_folder))
+
+    def _open_events(self, folder: Path) -> None:
+        # A validation that comes again has the number of the last step.
+        is_trained = self.progress.batch == self._steps_per_epoch
+        self._events = TrainingEvents(folder, self._global_step() + (0 if is_trained else 1))
+
+    def _global_step(self) -> int:
+        """The number of finished steps of the run."""
+        return len(self.progress.history) * self._steps_per_epoch + self.progress.batch
 
     def make_batches(self) -> bool:
         """Makes the batches from the restored position on, and those of a validation.
@@ -311,17 +344,31 @@ class Trainer:
         self.state = dataclasses.replace(self.state, opt_state=opt_state)
         self._epoch_start = time.monotonic() - progress.seconds
         stopping, _ = self._poll()
-        num_done = progress.batch * setup.config.batch_size
-        name, quiet = f"epoch {self._epoch}", not is_main_process()
-        with ProgressBar(name, setup.train.size, initial=num_done, quiet=quiet) as self._bar:
+        num_images = progress.batch * setup.config.batch_size
+        self._timer.start_epoch(self._epoch, progress.batch / self._steps_per_epoch)
+        if self._events is not None:
+            self._events.start_epoch()
+        name, quiet = f"epoch {self._epoch} of {setup.config.epochs}", not is_main_process()
+        with ProgressBar(name, setup.train.size, initial=num_images, quiet=quiet) as self._bar:
             while progress.batch < self._steps_per_epoch and not stopping:
-                batch = self._next_batch()
-                if batch is None:
-                    break
-                stopping = not self._train_batch(batch) or self._poll_and_save()
+                num_done = progress.batch
+                with self._annotate_step():
+                    stopping = self._train_next_batch()
+                if self._profile is not None and progress.batch > num_done:
+                    self._profile.count_step(self.state)
             self._read_pending_sums()
         self._update_seconds()
-        return not stopping and self._unreadable is None
+        if self._events is not None:
+            self._events.finish_training()
+        return not stopping
+
+    def _annotate_step(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self._profile is None else self._profile.annotate_step()
+
+    def _train_next_batch(self) -> bool:
+        """Trains on a batch. Returns True if the run must stop."""
+        batch = self._next_batch()
+        return batch is None or not self._train_batch(batch) or self._poll_and_save()
 
     def _next_batch(self) -> dict[str, Any] | None:
         """The next batch on the host, or None if an image cannot be read."""
@@ -343,9 +390,12 @@ class Trainer:
             if run_unless_stopped(compile_step, self.stop) is None:
                 return False
             self._is_compiled = True
-        self.state, sums = self.train_step(state, device_batch)
+        is_measured = self._events is not None and self._global_step() % MEASURE_EVERY == 0
+        self.state, sums, *statistics = self.train_step(state, device_batch)
         self.progress.batch += 1
-        step = PendingStep(sums, self.progress.batch, batch["index"])
+        step = PendingStep(
+            sums, self.progress.batch, batch["index"], statistics[0] if is_measured else None
+        )
         if self._debug_nans and not all_finite((sums, self.state.params, self.state.batch_stats)):
             config = self.setup.config
             part = first_nonfinite(
@@ -359,16 +409,39 @@ class Trainer:
         # The host reads the previous step's sums while the devices compute this step.
         self._read_pending_sums()
         self._pending = step
+        if self._events is not None and self.progress.batch == 1 and "image" in device_batch:
+            self._add_crops(batch if "image" in batch else device_batch)
         return True
+
+    def _add_crops(self, batch: Batch | dict[str, Any]) -> None:
+        """Shows this process's first crops of a batch."""
+        names = ("image", "colour_shift", "mask")
+        images, colour_shift, mask = map(first_rows, map(batch.__getitem__, names))
+        if self._events is not None and mask.any():
+            self._events.add_crops(self._global_step(), images[mask], colour_shift[mask])
 
     def _read_pending_sums(self) -> None:
         """Waits for the pending step and adds its sums."""
         if self._pending is None:
             return
-        self.progress.sums = accumulate(self.progress.sums, self._pending.sums, self._bar)
+        step, step_sums = self._pending, to_numbers(self._pending.sums)
+        self.progress.sums = merge(self.progress.sums, step_sums)
+        self._timer.update(step.batch_number / self._steps_per_epoch)
+        self._show(self._bar, step_sums)
         if not math.isfinite(self.progress.sums.loss):
-            raise self.divergence_error("the loss", self._pending, self._previous)
-        self._previous, self._pending = self._pending, None
+            raise self.divergence_error("the loss", step, self._previous)
+        if self._events is not None:
+            statistics = {}
+            if step.statistics is not None:
+                statistics = name_statistics(self._model, step.statistics)
+            number = self._global_step() - self.progress.batch + step.batch_number
+            self._events.add_step(number, step_sums, self._lr, statistics)
+        self._previous, self._pending = step, None
+
+    def _show(self, bar: ProgressBar, sums: MetricSums) -> None:
+        """Counts the images of a step, and shows their loss and the time left."""
+        loss, time_left = sums.loss / max(sums.count, 1), self._timer.note()
+        bar.update(int(sums.count), ", ".join(filter(None, [f"loss {loss:.3f}", time_left])))
 
     def _poll(self, request_save: bool = False) -> tuple[bool, bool]:
         """Tells if all processes must stop now, and if they must save."""
@@ -413,14 +486,22 @@ class Trainer:
         variables = {"params": self.state.params, "batch_stats": self.state.batch_stats}
         sums, pending = MetricSums(), None
         size, quiet = self.setup.validation.size, not is_main_process()
+
+        def add(pending: MetricSums | None) -> MetricSums:
+            if pending is None:
+                return sums
+            step_sums = to_numbers(pending)
+            self._show(bar, step_sums)
+            return merge(sums, step_sums)
+
         with ProgressBar("validation", size, quiet=quiet) as bar:
             for batch in self._validation_batches():
                 stopping, _ = self._poll()
                 if stopping:
                     return None
                 step_sums = self.eval_step(variables, self.put_batch(batch))
-                sums, pending = accumulate(sums, pending, bar), step_sums
-            sums = accumulate(sums, pending, bar)
+                sums, pending = add(pending), step_sums
+            sums = add(pending)
         stopping, _ = self._poll()
         return None if stopping else sums
 
@@ -449,8 +530,12 @@ class Trainer:
             record["validation"]["accuracy"] > earlier["validation"]["accuracy"]
             for earlier in progress.history
         )
+        if self._events is not None:
+            # Before the save: what is saved is not computed again, so it would be missing.
+            self._events.add_epoch(self._global_step(), record)
         self.progress = Progress([*progress.history, record], halvings=progress.halvings)
         self.save(BestInfo(self._epoch, record["validation"]) if is_best else None)
+        self._timer.finish_epoch()
         logger.info(format_epoch(record))
         if is_at_chance(self.progress.history, num_classes):
             logger.info(at_chance_hint(num_classes))
@@ -509,6 +594,11 @@ class Trainer:
             raise unreadable
         return FitResult(self.progress.history, stopped=True)
 
+    def close(self) -> None:
+        """Closes the file of events."""
+        if self._events is not None:
+            self._events.close()
+
     def result(self) -> FitResult:
         """Logs the best epoch of a finished run, and returns the result of `fit`."""
         history = self.progress.history
@@ -551,8 +641,8 @@ class Trainer:
         sharded = shard_batch(arrays, self.setup.mesh)
         return self._crop(sharded) if "pixels" in sharded else sharded
 
-    def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, MetricSums]:
-        """Dispatches a training step, see `vgg_jax.training.step.train_step`."""
+    def train_step(self, state: TrainState, batch: Batch) -> tuple[Any, ...]:
+        """Dispatches a training step, see `vgg_jax.training.step.jit_steps`."""
         return self._jit_train_step(state, batch)
 
     def eval_step(self, variables: dict[str, Any], batch: Batch) -> MetricSums:
@@ -624,23 +714,23 @@ def file_names_of(source: "Source", step: PendingStep) -> str:
     return f"{text} and {num_others} more" if num_others > 0 else text
 
 
-def accumulate(sums: MetricSums, pending: MetricSums | None, bar: ProgressBar) -> MetricSums:
-    """Waits for the sums of a step, and adds them in double precision.
+def to_numbers(sums: MetricSums) -> MetricSums:
+    """Waits for the sums of a step. Python's numbers are added in double precision."""
+    return jax.tree.map(float, jax.device_get(sums))
+
+
+def first_rows(array: Any) -> np.ndarray:
+    """The first rows of a batch, of at least one device of this process.
 
     Args:
-        sums: Sums so far, as Python numbers.
-        pending: Sums of a step, on the devices. None adds nothing.
-        bar: The progress, which counts the step's images.
+        array: An array of the host, or one on the devices, sharded over "data".
 
     Returns:
-        The new sums.
+        At most `MAX_CROPS` rows.
     """
-    if pending is None:
-        return sums
-    step_sums = jax.tree.map(float, jax.device_get(pending))
-    loss = step_sums.loss / max(step_sums.count, 1)
-    bar.update(int(step_sums.count), f"loss {loss:.3f}")
-    return merge(sums, step_sums)
+    if isinstance(array, jax.Array):
+        array = array.addressable_data(0)
+    return np.asarray(array)[:MAX_CROPS]
 
 
 @jax.jit
