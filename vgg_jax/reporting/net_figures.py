@@ -106,14 +106,22 @@ def plot_explanation(
     height, width = photo.shape[:2]
     with figure_style():
         panel = 3.2 / max(1.0, height / width / 1.6)  # inches; a tall photo gets narrow panels
-        figure = new_figure(3 * panel, 1.2 + panel * height / width)
-        for axes, (image, title, largest) in zip(figure.subplots(1, 3), panels, strict=True):
+        photo_height = panel * height / width
+        figure = new_figure(3 * panel, 0.95 + photo_height)
+        rows = figure.subplots(2, 3, height_ratios=(photo_height, 0.12), squeeze=False)
+        for (axes, bar), (image, title, largest) in zip(rows.T, panels, strict=True):
             axes.imshow(image)
             axes.set_title(title, fontfamily=families)
             axes.set_axis_off()
+            bar.set_axis_off()
             if largest is not None:
+                bar.set_axis_on()
+                bar.grid(False)
                 scale = ScalarMappable(Normalize(0, largest or 1.0), "inferno")
-                figure.colorbar(scale, ax=axes, orientation="horizontal", shrink=0.8, pad=0.02)
+                ticks = np.linspace(0, scale.norm.vmax or 1.0, 3)
+                figure.colorbar(
+                    scale, cax=bar, orientation="horizontal", ticks=ticks, format="%.2g"
+                )
     return figure
 
 
