@@ -107,14 +107,14 @@ def preview(
 ) -> ExitCode:
     """Draws the crops that training gets. Flags that were not passed are absent from `flags`."""
     from vgg_jax.reporting import contact_sheet
-    from vgg_jax.reporting.crops import open_preview
+    from vgg_jax.reporting.crops import describe, open_preview
 
     contact_sheet.require_matplotlib()
     path = contact_sheet.check_out(out, overwrite)
     _read_exclude(flags)
     opened = open_preview(data, images, epochs, data_dir=data_dir, download=download, **flags)
     contact_sheet.save(contact_sheet.draw(opened), path)
-    shown, settings = contact_sheet.describe(opened)
+    shown, settings = describe(opened)
     count = len(opened.crops.labels)
     fewer = f" ({images} were asked for)" if count < images else ""
     print(f"wrote {out}: {shown}{fewer}; {settings}")

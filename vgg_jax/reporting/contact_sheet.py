@@ -11,7 +11,7 @@ import numpy as np
 
 from vgg_jax.errors import InputError, install_hint
 from vgg_jax.paths import require_local
-from vgg_jax.reporting.crops import Preview, open_preview
+from vgg_jax.reporting.crops import Preview, describe, open_preview
 from vgg_jax.reporting.text import drawable, shorten_to_width, text_width
 from vgg_jax.runs.files import check_free, replace_atomically
 
@@ -102,28 +102,6 @@ def require_matplotlib() -> None:
             f"the preview needs matplotlib, which cannot be imported ({error}): "
             f"{install_hint('report')}"
         ) from error
-
-
-def describe(preview: Preview) -> tuple[str, str]:
-    """Describes a preview in words.
-
-    Args:
-        preview: The preview.
-
-    Returns:
-        Its images, as "8 of the 1617 images of digits train, epochs 1 to 6"; and what the net sees,
-        as "S = 32, random crops of 32 pixels, no flip, no colour shift, Q = 32".
-    """
-    config, (count, epochs) = preview.config, preview.crops.crops.shape[:2]
-    shown = f"all {count}" if count == preview.size else f"{count} of the {preview.size}"
-    scales = " to ".join(map(str, sorted({*config.scale})))
-    flip = "flip" if config.flip else "no flip"
-    shift = f"colour shift {config.colour_shift:g}" if config.colour_shift else "no colour shift"
-    return (
-        f"{shown} images of {preview.source}, {'epoch' if epochs == 1 else 'epochs 1 to'} {epochs}",
-        f"S = {scales}, {config.crop} crops of {config.image_size} pixels, {flip}, {shift}, "
-        f"Q = {config.test_scale}",
-    )
 
 
 def layout(preview: Preview, num_lines: int = 2) -> Layout:
