@@ -15,8 +15,8 @@ from tests.helpers.tiny_data import TINY_TRAIN, by_example, decode_by_pillow
 from vgg_jax import IMAGENET, InputError
 from vgg_jax.input_data import cached, cropped, eval_batches, train_batches
 from vgg_jax.reporting import contact_sheet, text
-from vgg_jax.reporting.contact_sheet import describe, draw, fit, layout
-from vgg_jax.reporting.crops import Crops, Preview, first_crops, open_preview, shifted
+from vgg_jax.reporting.contact_sheet import draw, fit, layout
+from vgg_jax.reporting.crops import Crops, Preview, describe, first_crops, open_preview, shifted
 
 CONFIG = dataclasses.replace(TINY_TRAIN, scale=(32, 34))
 

@@ -109,7 +109,7 @@ def preview(
 ) -> ExitCode:
     """Draws the crops that training gets. Flags that were not passed are absent from `flags`."""
     from vgg_jax.reporting import contact_sheet
-    from vgg_jax.reporting.crops import open_preview
+    from vgg_jax.reporting.crops import describe, open_preview
     from vgg_jax.reporting.output import check_out, require_matplotlib, write_out
 
     require_matplotlib()
@@ -117,7 +117,7 @@ def preview(
     _read_exclude(flags)
     opened = open_preview(data, images, epochs, data_dir=data_dir, download=download, **flags)
     write_out(path, contact_sheet.sheet_bytes(contact_sheet.draw(opened), path.suffix))
-    shown, settings = contact_sheet.describe(opened)
+    shown, settings = describe(opened)
     count = len(opened.crops.labels)
     fewer = f" ({images} were asked for)" if count < images else ""
     print(f"wrote {out}: {shown}{fewer}; {settings}")

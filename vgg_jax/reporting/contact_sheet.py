@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from vgg_jax.reporting.crops import Preview, open_preview
+from vgg_jax.reporting.crops import Preview, describe, open_preview
 from vgg_jax.reporting.output import require_matplotlib
 from vgg_jax.reporting.text import drawable, shorten_to_width, text_width
 
@@ -88,28 +88,6 @@ def preview(
             classes=classes,
             **settings,
         )
-    )
-
-
-def describe(preview: Preview) -> tuple[str, str]:
-    """Describes a preview in words.
-
-    Args:
-        preview: The preview.
-
-    Returns:
-        Its images, as "8 of the 1617 images of digits train, epochs 1 to 6"; and what the net sees,
-        as "S = 32, random crops of 32 pixels, no flip, no colour shift, Q = 32".
-    """
-    config, (count, epochs) = preview.config, preview.crops.crops.shape[:2]
-    shown = f"all {count}" if count == preview.size else f"{count} of the {preview.size}"
-    scales = " to ".join(map(str, sorted({*config.scale})))
-    flip = "flip" if config.flip else "no flip"
-    shift = f"colour shift {config.colour_shift:g}" if config.colour_shift else "no colour shift"
-    return (
-        f"{shown} images of {preview.source}, {'epoch' if epochs == 1 else 'epochs 1 to'} {epochs}",
-        f"S = {scales}, {config.crop} crops of {config.image_size} pixels, {flip}, {shift}, "
-        f"Q = {config.test_scale}",
     )
 
 

@@ -104,6 +104,28 @@ def open_preview(
     return Preview(crops, config, train.name, train.size, train.classes)
 
 
+def describe(preview: Preview) -> tuple[str, str]:
+    """Describes a preview in words.
+
+    Args:
+        preview: The preview.
+
+    Returns:
+        Its images, as "8 of the 1617 images of digits train, epochs 1 to 6"; and what the net sees,
+        as "S = 32, random crops of 32 pixels, no flip, no colour shift, Q = 32".
+    """
+    config, (count, epochs) = preview.config, preview.crops.crops.shape[:2]
+    shown = f"all {count}" if count == preview.size else f"{count} of the {preview.size}"
+    scales = " to ".join(map(str, sorted({*config.scale})))
+    flip = "flip" if config.flip else "no flip"
+    shift = f"colour shift {config.colour_shift:g}" if config.colour_shift else "no colour shift"
+    return (
+        f"{shown} images of {preview.source}, {'epoch' if epochs == 1 else 'epochs 1 to'} {epochs}",
+        f"S = {scales}, {config.crop} crops of {config.image_size} pixels, {flip}, {shift}, "
+        f"Q = {config.test_scale}",
+    )
+
+
 def first_crops(
     source: "Source", config: TrainConfig, colours: ColourStatistics, images: int, epochs: int
 ) -> Crops:
