@@ -1,5 +1,6 @@
 """A trace of some steps, as Perfetto reads it."""
 
+import errno
 import gzip
 import json
 import logging
@@ -63,13 +64,34 @@ def test_training_ends_before_the_trace(tmp_path, caplog):
     assert "training ended after 3 steps, and the trace would have begun at step 4" in message
 
 
-def test_trace_that_cannot_be_written_is_a_warning(tmp_path, caplog):
+def test_trace_without_a_folder_is_a_warning(tmp_path, caplog):
     (tmp_path / "tensorboard").write_text("a file")
     run_steps(StepProfile((1, 2), tmp_path / "tensorboard"), 4)
     [message] = messages(caplog)
     assert message.startswith(f"cannot write a trace to {tmp_path / 'tensorboard'} (")
-    jax.profiler.start_trace(tmp_path / "other")  # the first trace has ended
-    jax.profiler.stop_trace()
+
+
+def test_trace_that_cannot_be_written_is_a_warning(tmp_path, caplog, monkeypatch):
+    stop_trace = jax.profiler.stop_trace
+
+    def fail():
+        stop_trace()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(jax.profiler, "stop_trace", fail)
+    run_steps(StepProfile((1, 2), tmp_path), 4)
+    assert messages(caplog) == [
+        f"cannot write a trace to {tmp_path} ([Errno {errno.ENOSPC}] No space left on device): "
+        "training goes on without one"
+    ]
+
+
+def test_second_trace_in_a_process_is_a_warning(tmp_path, caplog):
+    """As when a program that calls `fit` traces itself."""
+    with jax.profiler.trace(tmp_path / "other"):
+        run_steps(StepProfile((1, 2), tmp_path), 4)
+    [message] = messages(caplog)
+    assert message.startswith(f"cannot write a trace to {tmp_path} (")
 
 
 @pytest.mark.parametrize("steps", [(20, 10), (0, 5), (-2, 3)])

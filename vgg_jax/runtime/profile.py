@@ -68,6 +68,7 @@ class StepProfile:
 
     def _start(self) -> None:
         try:
+            self._folder.mkdir(parents=True, exist_ok=True)
             jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
             self._is_tracing = True
         except (OSError, RuntimeError) as error:

@@ -186,7 +186,8 @@ def train_step_with_statistics(
 ) -> tuple[TrainState, MetricSums, dict[str, Array]]:
     """One step of SGD, which measures its layers from time to time.
 
-    The next state is that of `train_step`.
+    The next state is that of `train_step`. So is the memory, but jax 0.10.1 on a CPU needs that of
+    the parameters once more.
 
     Args:
         state: The state before the step.
