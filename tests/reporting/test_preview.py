@@ -269,5 +269,5 @@ def test_preview_refuses(options, message):
 
 def test_preview_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(InputError, match=r"needs matplotlib.*pip install -e '\.\[report\]'"):
+    with pytest.raises(InputError, match=r"need matplotlib.*pip install -e '\.\[report\]'"):
         vgg_jax.reporting.preview("digits")
