@@ -62,6 +62,8 @@ def test_training_ends_before_the_trace(tmp_path, caplog):
     assert not list(tmp_path.iterdir())
     [message] = messages(caplog)
     assert "training ended after 3 steps, and the trace would have begun at step 4" in message
+    StepProfile((4, 6), tmp_path).close()  # nothing was trained, which another message says
+    assert len(messages(caplog)) == 1
 
 
 def test_trace_without_a_folder_is_a_warning(tmp_path, caplog):

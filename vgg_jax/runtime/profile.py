@@ -59,7 +59,7 @@ class StepProfile:
         """Writes the trace if it is not written yet. Tells how many steps it has."""
         if self._is_tracing:
             self._stop()
-        elif not self._is_done:
+        elif not self._is_done and self._num_steps:
             logger.info(
                 f"no trace was written: training ended after {self._num_steps} steps, and the "
                 f"trace would have begun at step {self._first}"
