@@ -4,7 +4,8 @@
 
 FILE.h5 has Keras' layout without the fully connected layers. The initialisation of the head, SGD
 and the schedule are those of `finetune.py`. Frozen convolutions run once, on centre crops. Free
-ones are trained on random crops at a random scale, some of them mirrored. Needs torch and h5py.
+ones are trained on random crops at a random scale, some of them mirrored, or with --centre on the
+same centre crops. Needs torch and h5py.
 Prints one JSON line. An epoch of free convolutions takes two minutes on two cores.
 """
 
@@ -153,7 +154,7 @@ def fine_tune(args: argparse.Namespace) -> list[dict[str, Any]]:
     for _ in range(args.epochs):
         started = time.perf_counter()
         learning_rate = optimizer.param_groups[0]["lr"]
-        if not args.freeze:
+        if not args.freeze and not args.centre:
             train = read_split(Path(args.photos, "train"), rng)
         order = torch.randperm(len(train[1]))
         train_numbers = run_epoch(net, train, order, args.batch_size, optimizer)
@@ -178,6 +179,7 @@ def main() -> None:
     parser.add_argument("photos", help="folder with train/CLASS and val/CLASS")
     parser.add_argument("--init-from", required=True, help="convolutions, a .h5 file")
     parser.add_argument("--freeze", action="store_true", help="freeze the convolutions")
+    parser.add_argument("--centre", action="store_true", help="free ones see centre crops, too")
     parser.add_argument("--fc", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=20)

@@ -6,7 +6,9 @@ import numpy as np
 from vgg_jax import TrainConfig
 
 # The values of a record that depend on the clock.
-TIME_FIELDS = ("time", "seconds", "images_per_second", "input_wait_seconds")
+TIME_FIELDS = (
+    *("time", "seconds", "images_per_second", "input_wait_seconds", "validation_seconds"),
+)
 
 
 def make_config(data, **changes):

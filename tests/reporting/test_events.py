@@ -14,7 +14,8 @@ from tests.helpers.events import read_images, read_scalars
 from vgg_jax import InputError
 from vgg_jax.metrics import MetricSums
 from vgg_jax.reporting import events
-from vgg_jax.reporting.events import TrainingEvents, make_grid
+from vgg_jax.reporting.events import TrainingEvents
+from vgg_jax.reporting.grid import make_grid
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 from tests.helpers.photos import make_photo_folder
 from tests.helpers.reports import RECORDS, record, write_run
 from vgg_jax import InputError
-from vgg_jax.reporting.history import read_records, read_run, time_shares
+from vgg_jax.reporting.history import read_records, read_run, run_name, time_shares
 
 pytestmark = pytest.mark.usefixtures("small_nets")
 
@@ -30,23 +30,26 @@ def test_reads_the_divergence(tmp_path):
 
 
 def test_time_is_divided_into_its_parts():
-    # Epochs of 10 s end every minute, so 50 s are left between two of them.
-    records = [record(epoch, 0.5, minute=epoch) for epoch in (1, 2, 3)]
+    records = [record(epoch, 0.5) for epoch in (1, 2, 3)]
     assert time_shares(records) == {
         "training steps": 27.0,
         "waiting for images": 3.0,
-        "validation and saving": 100.0,
+        "validation": 12.0,
     }
+    del records[1]["validation_seconds"]  # as in a run that an earlier version began
+    assert list(time_shares(records)) == ["training steps", "waiting for images"]
 
 
-def test_pauses_are_no_part_of_the_time():
-    minutes = (1, 2, 3, 50, 51)
-    records = [record(epoch, 0.5, minute=minute) for epoch, minute in enumerate(minutes, 1)]
-    assert time_shares(records)["validation and saving"] == 150.0
+def test_names_of_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_name(".") == tmp_path.name
+    assert run_name("a/b/") == "b"
+    assert run_name("gs://bucket/runs/b/") == "b"
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]\n", json.dumps(record(1, 0.5) | {"time": "noon"}), '{"epoch": 1}', "\xff"]
+    "content",
+    ["{", "[]\n", json.dumps(record(1, 0.5) | {"seconds": "ten"}), '{"epoch": 1}', "\xff"],
 )
 def test_other_files_are_refused(tmp_path, content):
     path = tmp_path / "metrics.jsonl"

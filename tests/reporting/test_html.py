@@ -6,14 +6,17 @@ import json
 import os
 import re
 import shutil
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.metrics import precision_recall_fscore_support
 
 from tests.helpers.photos import make_photo_folder
 from tests.helpers.reports import record, write_run
 from vgg_jax import cli
+from vgg_jax.arrays import IN_MEMORY
 from vgg_jax.evaluation.evaluate import Evaluation, save_evaluation
 from vgg_jax.reporting.collect import collect
 from vgg_jax.reporting.html import report
@@ -26,6 +29,7 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, text):
         super().__init__()
+        self.source = text
         self.text, self.titles, self.loads, self.open = "", [], [], []
         self.feed(text)
 
@@ -87,6 +91,7 @@ def test_page_needs_no_network(written):
     _, page, _ = written
     assert page.loads
     assert all(address.startswith(("data:image/", "#")) for address in page.loads)
+    assert not re.search(r"url\((?!#)|@import|<link|<script", page.source)
 
 
 def test_figures_are_files(written):
@@ -126,30 +131,68 @@ def test_galleries_show_the_files_of_the_evaluation(run, photos):
         assert np.abs(picture.pixels - square).mean() < 3
 
 
-def test_saved_evaluation_is_used(run, photos, tmp_path):
-    copy = shutil.copytree(run, tmp_path / "run")
-    result = collect(copy)
-    # All images are taken for the first class.
+def saved_evaluation(run, folder, **changes):
+    """Saves an evaluation that takes all images for the first class, and returns its posteriors."""
     posteriors = np.tile(np.float32([[0.9, 0.1]]), (7, 1))
-    evaluation = dataclasses.replace(result.evaluation, posteriors=posteriors)
-    facts = {
-        "data": photos,
-        "split": "val",
-        "epoch": 2,
-        "scales": [24],
-        "protocol": {"name": "dense"},
-    }
-    save_evaluation(copy / "val-dense-24", evaluation, facts)
-    again = collect(copy)
-    np.testing.assert_array_equal(again.evaluation.posteriors, posteriors)
-    assert again.evaluated == (
+    evaluation = dataclasses.replace(collect(run).evaluation, posteriors=posteriors)
+    data = json.loads((run / "run.json").read_text())["config"]["data"]
+    facts = {"data": data, "split": "val", "epoch": 2, "scales": [24], "count": 7}
+    save_evaluation(folder, evaluation, facts | {"protocol": {"name": "dense"}} | changes)
+    return posteriors
+
+
+def test_saved_evaluation_is_used(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    posteriors = saved_evaluation(copy, copy / "val-dense-24")
+    result = collect(copy)
+    np.testing.assert_array_equal(result.evaluation.posteriors, posteriors)
+    assert result.evaluated == (
         "All 7 validation images, protocol dense, Q = 24, from val-dense-24/."
     )
-    assert [picture.posterior for picture in again.mistakes] == pytest.approx([0.9] * 4)
-    # That of another epoch, or of other data, is not.
-    for changed in ({"epoch": 1}, {"data": "digits"}, {"split": "test"}):
-        save_evaluation(copy / "val-dense-24", evaluation, facts | changed)
+    assert [picture.posterior for picture in result.mistakes] == pytest.approx([0.9] * 4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"epoch": 1}, {"data": "digits"}, {"split": "test"}, {"count": 6}, {"data": IN_MEMORY}],
+)
+def test_other_evaluations_are_not_used(run, tmp_path, changes):
+    copy = shutil.copytree(run, tmp_path / "run")
+    if changes.get("data") == IN_MEMORY:  # of a run on arrays, too
+        text = (copy / "run.json").read_text()
+        data = json.loads(text)["config"]["data"]
+        saved_evaluation(copy, copy / "x", **changes)
+        (copy / "run.json").write_text(text.replace(json.dumps(data), json.dumps(IN_MEMORY)))
+        result = collect(copy)
+        assert result.evaluation is None and "arrays in memory" in result.notes[0]
+    else:
+        saved_evaluation(copy, copy / "x", **changes)
         assert collect(copy).is_sample
+
+
+def test_evaluation_of_moved_photos_is_used(tmp_path):
+    moved = make_photo_folder(tmp_path / "moved")
+    folder = write_run(tmp_path / "run", moved)
+    elsewhere = str(tmp_path / "elsewhere")
+    saved_evaluation(folder, folder / "elsewhere-val", data=elsewhere)
+    os.rename(moved, elsewhere)
+    assert collect(folder).evaluation is None
+    result = collect(folder, elsewhere)
+    assert not result.is_sample and len(result.mistakes) == 4 and result.notes == []
+
+
+def test_photos_of_other_data_are_not_shown_under_an_evaluation(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    saved_evaluation(copy, copy / "val-dense-24")
+    others = make_photo_folder(tmp_path / "others")
+    os.rename(f"{others}/val/red/0.jpg", f"{others}/val/red/x.jpg")
+    result = collect(copy, others)
+    (note,) = result.notes
+    assert note == (
+        f"The photos are not shown: the images of {others} val are not those of the saved "
+        "evaluation."
+    )
+    assert result.evaluation is not None and result.mistakes == []
 
 
 def test_several_runs_are_compared(run, photos, tmp_path):
@@ -191,7 +234,10 @@ def test_moved_photos_get_one_sentence(run, tmp_path, capsys):
     assert cli.main(["report", str(folder), "-o", str(out)]) == 0
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
-    assert line.startswith("vgg-jax: The photos are not shown: ") and moved in line
+    assert line.startswith(
+        "vgg-jax: The classes, the photos and where the net looks are not shown: "
+    )
+    assert moved in line
     titles = Page(out.read_text()).titles
     assert "Curves" in titles and "What the net computes" in titles
     assert (
@@ -200,6 +246,28 @@ def test_moved_photos_get_one_sentence(run, tmp_path, capsys):
     )
     assert capsys.readouterr().err == ""
     assert "Where the net looks" in Page(out.read_text()).titles
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message", "missing"),
+    [
+        ("metrics.jsonl", b"{", "The curves are not shown: ", "Curves"),
+        ("diverged.txt", b"\xff", "The end of the run is unknown: ", None),
+    ],
+)
+def test_damaged_file_gets_one_sentence(run, tmp_path, name, content, message, missing):
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / name).write_bytes(content)
+    (note,) = report([copy], tmp_path / "report.html")
+    assert note.startswith(message) and name in note
+    titles = Page((tmp_path / "report.html").read_text()).titles
+    assert missing not in titles and "Where the net looks" in titles
+
+
+def test_notes_of_several_runs_have_their_names(run, photos, tmp_path):
+    empty = write_run(tmp_path / "empty", photos, records=())
+    (note,) = report([run, empty], tmp_path / "report.html")
+    assert note.startswith("empty: No epoch has finished")
 
 
 def test_missing_net_gets_one_sentence(run, tmp_path):
@@ -214,6 +282,24 @@ def test_figures_that_cannot_be_written_get_one_sentence(run, tmp_path):
     (note,) = report([run], tmp_path / "report.html", figures=tmp_path / "file")
     assert note.startswith("The figures were not saved in") and "--figures" in note
     assert (tmp_path / "report.html").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write to every folder")
+def test_folder_without_permission_is_refused(run, tmp_path, capsys):
+    folder = tmp_path / "locked"
+    folder.mkdir(mode=0o500)
+    assert cli.main(["report", str(run), "-o", str(folder / "report.html")]) == 2
+    assert "expected a folder that can be written to" in capsys.readouterr().err
+
+
+def test_full_disk_is_one_sentence(run, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    assert cli.main(["report", str(run), "-o", str(tmp_path / "report.html")]) == 2
+    assert "report.html (No space left on device): expected room" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -237,15 +323,55 @@ def test_wrong_arguments_are_refused(run, tmp_path, monkeypatch, capsys, runs, o
     assert not list(tmp_path.iterdir())
 
 
-def test_names_are_escaped(run, photos, tmp_path):
-    copy = shutil.copytree(run, tmp_path / "a<b>&c")
-    content = json.loads((copy / "run.json").read_text())
+def test_names_are_escaped(tmp_path):
+    photos = make_photo_folder(tmp_path / "photos")
+    for split in ("train", "val"):
+        os.rename(f"{photos}/{split}/red", f"{photos}/{split}/<i>&\udcff$x$")
+    folder = write_run(tmp_path / "a<b>&c", photos)
+    content = json.loads((folder / "run.json").read_text())
     content["command"] = "vgg-jax train '<script>'"
-    (copy / "run.json").write_text(json.dumps(content))
-    report([copy], tmp_path / "report.html")
+    (folder / "run.json").write_text(json.dumps(content))
+    assert report([folder], tmp_path / "report.html") == []
     text = (tmp_path / "report.html").read_text()
-    assert "<script>" not in text and "<b>&c" not in text
-    assert "&lt;script&gt;" in text
+    assert not re.search(
+        r"<(script|i|b)>(?!\w)", text.replace("<b>blue", "").replace("<b>&lt;", "")
+    )
+    assert "&lt;script&gt;" in text and "&lt;i&gt;&amp;\\udcff$x$" in text
+
+
+def test_class_table_equals_scikit_learn(run, tmp_path):
+    report([run], tmp_path / "report.html")
+    evaluation = collect(run).evaluation
+    expected = precision_recall_fscore_support(
+        evaluation.labels, evaluation.posteriors.argmax(1), zero_division=np.nan
+    )
+    rows = re.findall(
+        r'<tr><td>(\w+)</td><td class="n">(\d+)</td>' + r'<td class="n">(.*?)</td>' * 3,
+        (tmp_path / "report.html").read_text(),
+    )
+    shown = {name: cells for name, *cells in rows}
+    for index, name in enumerate(("blue", "red")):
+        precision, recall, f1, count = (column[index] for column in expected)
+        shares = ["–" if np.isnan(x) else f"{x:.1%}" for x in (precision, recall, f1)]
+        assert shown[name] == [str(count), *shares]
+
+
+@pytest.mark.slow
+def test_page_of_a_thousand_classes_is_small(tmp_path):
+    rng = np.random.default_rng(0)
+    names = [f"class number {i}" for i in range(1000)]
+    images, labels = rng.integers(0, 256, (2000, 16, 16, 3), np.uint8), np.arange(2000) % 1000
+    path = tmp_path / "data.npz"
+    arrays = {"x_train": images, "y_train": labels, "x_val": images, "y_val": labels}
+    np.savez(path, **arrays, classes=np.array(names))
+    folder = write_run(tmp_path / "run", path, [record(1, 0.5)], best_epoch=1, scale=(16,))
+    started = time.monotonic()
+    assert report([folder], tmp_path / "report.html") == []
+    assert time.monotonic() - started < 30
+    assert (tmp_path / "report.html").stat().st_size < 5e6
+    text = (tmp_path / "report.html").read_text()
+    assert all(f"<td>{name}</td>" in text for name in names)
+    assert "The other 970 classes" in text
 
 
 def test_large_net_is_evaluated_on_a_sample(run, monkeypatch):

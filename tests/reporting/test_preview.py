@@ -16,7 +16,8 @@ from vgg_jax import IMAGENET, InputError
 from vgg_jax.input_data import cached, cropped, eval_batches, train_batches
 from vgg_jax.reporting import contact_sheet, text
 from vgg_jax.reporting.contact_sheet import draw, fit, layout
-from vgg_jax.reporting.crops import Crops, Preview, describe, first_crops, open_preview, shifted
+from vgg_jax.reporting.crops import Crops, Preview, describe, first_crops, open_preview
+from vgg_jax.reporting.grid import add_colour_shift
 
 CONFIG = dataclasses.replace(TINY_TRAIN, scale=(32, 34))
 
@@ -57,7 +58,7 @@ def test_crops_are_those_of_training(storage, cache, tmp_path, request, monkeypa
 def test_colour_shift_is_added_rounded_and_clipped():
     image = np.array([[[[0, 100, 250]]], [[[3, 7, 255]]]], np.uint8)
     shift = np.array([[-3.2, 4.6, 7.0], [1.4, -0.6, 0.4]], np.float32)
-    assert shifted({"image": image, "colour_shift": shift}).reshape(2, 3).tolist() == [
+    assert add_colour_shift(image, shift).reshape(2, 3).tolist() == [
         [0, 105, 255],
         [4, 6, 255],
     ]

@@ -11,6 +11,7 @@ def test_format_epoch():
         epoch=7,
         seconds=2.0,
         input_wait=0.25,
+        validation_seconds=0.5,
         lr=1e-3,
         train=MetricSums(30.0, 8.0, 9.0, 10.0),
         validation=MetricSums(2.0, 3.0, 4.0, 4.0),

@@ -604,6 +604,7 @@ def report(
     configure_malloc()
     from vgg_jax.reporting.html import report as write_report
 
+    out = os.path.expanduser(out)
     notes = write_report(runs, out, figures=figures, data=data, data_dir=data_dir)
     for note in notes:
         print(f"vgg-jax: {note}", file=sys.stderr)

@@ -31,6 +31,7 @@ class Explanation(NamedTuple):
         layer: Name of the layer whose output Grad-CAM weights.
         window: Side of the windows in pixels, which is that of the net's images.
         stride: Distance of two windows in pixels.
+        cam_stride: Distance of two positions of Grad-CAM in pixels.
     """
 
     posterior: np.ndarray
@@ -41,6 +42,7 @@ class Explanation(NamedTuple):
     layer: str
     window: int
     stride: int
+    cam_stride: int
 
 
 def explain(
@@ -96,6 +98,7 @@ def explain(
             layer=layer,
             window=model.image_size,
             stride=2 ** len(model.config.stages),
+            cam_stride=_stride(model, layer),
         )
         for i, index in enumerate(indices)
     ]
@@ -157,6 +160,14 @@ def grad_cam_layer(model: VGG) -> str:
         stage -= 1
     names = [layer.name for layer in model.layers()]
     return names[names.index(f"pool{stage}") - 1]
+
+
+def _stride(model: VGG, layer: str) -> int:
+    """The distance of two positions of a layer's output, in pixels of the image."""
+    layers = model.layers()
+    names = [layer.name for layer in layers]
+    pools = [other for other in layers[: names.index(layer) + 1] if other.type == "pool"]
+    return 2 ** len(pools)
 
 
 def check_layer(model: VGG, name: str) -> str:

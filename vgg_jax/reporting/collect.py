@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 
+from vgg_jax.arrays import IN_MEMORY
 from vgg_jax.configs.evaluation import EvalProtocol
 from vgg_jax.division import split_kind
 from vgg_jax.errors import InputError, single_line
@@ -22,20 +23,27 @@ from vgg_jax.evaluation.evaluate import (
 )
 from vgg_jax.input_data import pick
 from vgg_jax.model import VGG
+from vgg_jax.paths import is_remote, to_path
 from vgg_jax.preprocessing import subtract_mean
 from vgg_jax.reporting.classes import confident_mistakes, unsure_hits
-from vgg_jax.reporting.history import RunHistory, read_run
-from vgg_jax.reporting.pictures import Look, Picture, look_at, read_pictures
+from vgg_jax.reporting.history import RunHistory, read_divergence, read_records, run_name
+from vgg_jax.reporting.pictures import (
+    ExplainedPicture,
+    Picture,
+    explain_pictures,
+    read_pictures,
+)
 from vgg_jax.runs.checkpoint import load_best
+from vgg_jax.runs.metadata import load_run
 from vgg_jax.summary import LayerSummary, summarize
 
 T = TypeVar("T")
 
 PICTURES = 12  # mistakes, and as many hits
-LOOKS = 2  # mistakes, and as many hits, with maps of where the net looks
-# Multiply-adds of the evaluation that a report makes itself: about 10 seconds on two cores. Nets
-# with few take more images, up to the largest number.
-MAX_MACS, MAX_IMAGES = 2.5e12, 2000
+EXPLAINED = 2  # mistakes, and as many hits, with maps of where the net looks
+# Multiply-adds of the evaluations that a report makes itself, of all its runs together: some
+# seconds on two cores. Nets with few take more images, up to the largest number.
+MAX_MACS, MIN_IMAGES, MAX_IMAGES = 2.5e12, 16, 2000
 
 
 class Net(NamedTuple):
@@ -54,31 +62,34 @@ class RunReport:
         history: The run and its finished epochs.
         layers: Shape and cost of each layer.
         notes: A sentence for each part that is missing, and why.
-        net: The best net.
+        filters: The kernel of conv1_1 of the best net.
         evaluation: Posteriors of validation images.
         evaluated: A description of these images.
         is_sample: True if the report evaluated these images itself, by centre crops.
         mistakes: The wrong predictions with the largest posteriors.
         hits: The correct predictions with the smallest posteriors.
-        looks: Where the net looks in some of the photos.
+        explained: Where the net looks in some of the photos.
         activations: The output of each stage for one photo, (h, w, C) by name of the layer.
     """
 
     history: RunHistory
     layers: list[LayerSummary]
     notes: list[str] = dataclasses.field(default_factory=list)
-    net: Net | None = None
+    filters: np.ndarray | None = None
     evaluation: Evaluation | None = None
     evaluated: str = ""
     is_sample: bool = False
     mistakes: list[Picture] = dataclasses.field(default_factory=list)
     hits: list[Picture] = dataclasses.field(default_factory=list)
-    looks: list[Look] = dataclasses.field(default_factory=list)
+    explained: list[ExplainedPicture] = dataclasses.field(default_factory=list)
     activations: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def collect(
-    path: str | os.PathLike, data: str | None = None, data_dir: str | None = None
+    path: str | os.PathLike,
+    data: str | None = None,
+    data_dir: str | None = None,
+    max_macs: float = MAX_MACS,
 ) -> RunReport:
     """Collects what a report shows of a run.
 
@@ -86,6 +97,7 @@ def collect(
         path: Folder of the run.
         data: Where the run's images are now; None for where they were.
         data_dir: Folder of prepared data sets.
+        max_macs: Multiply-adds of the evaluation that the report makes itself.
 
     Returns:
         The report. Its `notes` say what is missing and why.
@@ -93,49 +105,61 @@ def collect(
     Raises:
         InputError: There is no run in the folder.
     """
-    history = read_run(path)
-    config = history.run.config
-    layers = summarize(config.vgg, len(history.run.classes), config.batch_norm, config.image_size)
-    report = RunReport(history, layers)
-    if history.divergence is not None:
-        report.notes.append(f"The run diverged: {history.divergence}.")
-    if not history.records:
-        report.notes.append(
+    folder, notes = to_path(path), list[str]()
+    run = load_run(folder)
+    divergence = _try(notes, "The end of the run is unknown", lambda: read_divergence(folder))
+    if divergence is not None:
+        notes.append(f"The run diverged: {divergence.rstrip('.')}.")
+    records = _try(
+        notes, "The curves are not shown", lambda: read_records(folder / "metrics.jsonl")
+    )
+    history = RunHistory(folder, run_name(path), run, records or [], divergence)
+    config = run.config
+    layers = summarize(config.vgg, len(run.classes), config.batch_norm, config.image_size)
+    report = RunReport(history, layers, notes)
+    if records == []:
+        notes.append(
             "No epoch has finished, so there are no curves, and no net to look at; the same "
             "`vgg-jax train` command resumes the run."
         )
         return report
-    report.net = _try(report.notes, "The net is not shown", lambda: Net(*load_best(path)))
-    if report.net is None:
-        return report
-    net = report.net
-    saved = _saved_evaluation(report.history.path, net.metadata)
+    net = _try(notes, "The net is not shown", lambda: Net(*load_best(path)))
+    if net is not None:
+        report.filters = np.asarray(net.variables["params"]["conv1_1"]["kernel"])
+        _add_evaluation(report, net, data, data_dir, max_macs)
+    return report
+
+
+def _add_evaluation(
+    report: RunReport, net: Net, data: str | None, data_dir: str | None, max_macs: float
+) -> None:
+    """Adds an evaluation of the net, and the photos that it shows."""
+    notes = report.notes
+    saved = _saved_evaluation(report.history, net.metadata, data)
+    missing = "The photos are" if saved else "The classes, the photos and where the net looks are"
+    missing += " not shown"
     source = _try(
-        report.notes,
-        "The photos are not shown",
+        notes,
+        missing,
         lambda: open_source(
             net.metadata, data, "val", data_dir=data_dir, download=False, skip_bad=False
         )[1],
     )
     if saved is not None:
         report.evaluation, report.evaluated = saved
-        if source is not None and source.size != len(saved[0].files):
-            report.notes.append(
-                f"The photos are not shown: {source.name} has {source.size} images, and the "
-                f"evaluation has {len(saved[0].files)}."
+        if source is not None and not _has_images(source, report.evaluation):
+            notes.append(
+                f"{missing}: the images of {source.name} are not those of the saved evaluation."
             )
             source = None
     elif source is not None:
-        sample = sample_source(source, layers)
-        report.evaluation = _try(
-            report.notes, "The net was not evaluated", lambda: _evaluate(net, sample)
-        )
+        sample = sample_source(source, report.layers, max_macs)
+        report.evaluation = _try(notes, missing, lambda: _evaluate(net, sample))
         report.evaluated = _describe_sample(sample.size, source.size)
         report.is_sample = True
         source = sample
     if report.evaluation is not None and source is not None:
-        _try(report.notes, "The photos are not shown", lambda: _add_pictures(report, source))
-    return report
+        _try(notes, missing, lambda: _add_pictures(report, net, source))
 
 
 def _try(notes: list[str], missing: str, function: Callable[[], T]) -> T | None:
@@ -147,16 +171,23 @@ def _try(notes: list[str], missing: str, function: Callable[[], T]) -> T | None:
         return None
 
 
-def _saved_evaluation(folder: Path, metadata: Mapping[str, Any]) -> tuple[Evaluation, str] | None:
-    """The newest evaluation of the best net on the run's validation images, and what it is."""
+def _saved_evaluation(
+    history: RunHistory, metadata: Mapping[str, Any], data: str | None
+) -> tuple[Evaluation, str] | None:
+    """The newest evaluation of the best net on the run's validation images, and what it is.
+
+    An evaluation of arrays is not used: nothing says which they were.
+    """
     found = []
-    for path in folder.glob("*/evaluation.json"):
+    for path in history.path.glob("*/evaluation.json"):
         try:
             results = json.loads(path.read_text())
             is_own = (
-                results["data"] == metadata["config"].data
+                results["data"] in (metadata["config"].data, data)
+                and results["data"] != IN_MEMORY
                 and split_kind(results["split"]) == "validation"
                 and results["epoch"] == metadata["epoch"]
+                and results["count"] == history.run.validation_size
             )
             if is_own:
                 evaluation = load_evaluation(path.parent)
@@ -165,8 +196,8 @@ def _saved_evaluation(folder: Path, metadata: Mapping[str, Any]) -> tuple[Evalua
                     f"All {len(evaluation.labels):,} validation images, protocol "
                     f"{results['protocol']['name']}, Q = {scales}, from {path.parent.name}/."
                 )
-                found.append((path.stat().st_mtime, evaluation, text))
-        except (InputError, OSError, ValueError, KeyError, TypeError, AttributeError):
+                found.append((_modified(path), evaluation, text))
+        except (InputError, OSError, ValueError, KeyError, TypeError):
             continue  # of another program, or damaged: the report makes its own
     if not found:
         return None
@@ -174,18 +205,34 @@ def _saved_evaluation(folder: Path, metadata: Mapping[str, Any]) -> tuple[Evalua
     return evaluation, text
 
 
-def sample_source(source: Any, layers: list[LayerSummary]) -> Any:
+def _modified(path: Path) -> float:
+    """The time of a file's last change. In an object store it has another name."""
+    status: Any = path.stat()
+    return status.mtime if is_remote(path) else status.st_mtime
+
+
+def _has_images(source: Any, evaluation: Evaluation) -> bool:
+    """Tells if an evaluation is of a source's images, by their names and folders."""
+    if source.size != len(evaluation.files):
+        return False
+    names = [source.file_name(int(index)) for index in source.indices]
+    pairs = zip(names, evaluation.files.tolist(), strict=True)
+    return all(one.split("/")[-2:] == other.split("/")[-2:] for one, other in pairs)
+
+
+def sample_source(source: Any, layers: list[LayerSummary], max_macs: float) -> Any:
     """Selects as many images as a report evaluates itself, at random, the same in each call.
 
     Args:
         source: The validation images.
         layers: Cost of the net's layers.
+        max_macs: Multiply-adds of all these images.
 
     Returns:
         The source, or a part of it.
     """
     macs = sum(layer.macs for layer in layers)
-    size = min(source.size, MAX_IMAGES, max(16, int(MAX_MACS / macs)))
+    size = min(source.size, MAX_IMAGES, max(MIN_IMAGES, int(max_macs / macs)))
     if size == source.size:
         return source
     positions = np.random.default_rng(0).choice(source.size, size, replace=False)
@@ -207,21 +254,21 @@ def _evaluate(net: Net, source: Any) -> Evaluation:
     )
 
 
-def _add_pictures(report: RunReport, source: Any) -> None:
+def _add_pictures(report: RunReport, net: Net, source: Any) -> None:
     """Adds the galleries, where the net looks, and the activations of one photo."""
-    evaluation, net = report.evaluation, report.net
-    assert evaluation is not None and net is not None
+    evaluation = report.evaluation
+    assert evaluation is not None
     mistakes, hits = confident_mistakes(evaluation, PICTURES), unsure_hits(evaluation, PICTURES)
     preprocessing = net.metadata["preprocessing"]
     pictures = read_pictures(source, mistakes + hits, evaluation, preprocessing)
     report.mistakes = [pictures[position] for position in mistakes]
     report.hits = [pictures[position] for position in hits]
-    shown = [*report.mistakes[:LOOKS], *report.hits[:LOOKS]]
-    model, mean_rgb = net.model, tuple(preprocessing["mean_rgb"])
-    classes = net.metadata["classes"]
-    report.looks = look_at(model, net.variables, mean_rgb, shown, classes)
+    shown = [*report.mistakes[:EXPLAINED], *report.hits[:EXPLAINED]]
+    mean_rgb = tuple(preprocessing["mean_rgb"])
+    report.explained = explain_pictures(net.model, net.variables, mean_rgb, shown)
     if shown:
-        report.activations = stage_outputs(model, net.variables, shown[0].pixels, mean_rgb)
+        pixels = shown[0].pixels
+        report.activations = stage_outputs(net.model, net.variables, pixels, mean_rgb)
 
 
 def stage_outputs(

@@ -21,6 +21,7 @@ from vgg_jax.input_data import (
     resolve_config,
     train_batches,
 )
+from vgg_jax.reporting.grid import add_colour_shift
 
 if TYPE_CHECKING:
     from vgg_jax.input_data import Source
@@ -151,7 +152,8 @@ def first_crops(
     crops = np.empty((count, epochs, *[config.image_size] * 2, 3), np.uint8)
     batches = cropped(train_batches(first, shown, colours), shown, colours)
     for epoch, batch in enumerate(batches):
-        crops[:, epoch] = shifted(batch)[_rows(batch, order)]
+        shifted = add_colour_shift(batch["image"], batch["colour_shift"])
+        crops[:, epoch] = shifted[_rows(batch, order)]
     (batch,) = cropped(eval_batches(first, shown, count)(), shown, colours)
     rows = _rows(batch, order)
     scaled = rescaled_images(first, (config.test_scale,), config.exif, "nearest")
@@ -169,17 +171,3 @@ def _rows(batch: dict[str, np.ndarray], order: np.ndarray) -> np.ndarray:
     """Rows of a batch in which the images of these indices are, int64 (n,)."""
     ranks = np.argsort(batch["index"])
     return ranks[np.searchsorted(batch["index"], order, sorter=ranks)]
-
-
-def shifted(batch: dict[str, np.ndarray]) -> np.ndarray:
-    """Adds the colour shift to the images of a batch.
-
-    Args:
-        batch: A batch with "image", uint8 (B, H, W, 3), and "colour_shift", float32 (B, 3).
-
-    Returns:
-        The images rounded and clipped to 0-255, uint8 (B, H, W, 3). The net sees the values before
-        they are rounded and clipped.
-    """
-    images = batch["image"] + batch["colour_shift"][:, None, None]
-    return np.clip(np.rint(images), 0, 255).astype(np.uint8)

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import math
 import socket
 import time
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ import numpy as np
 
 from vgg_jax.errors import InputError, install_hint, single_line
 from vgg_jax.metrics import MetricSums, finalize, merge
+from vgg_jax.reporting.grid import add_colour_shift, make_grid
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,6 @@ METRICS = ("loss", "top1_error", "top5_error")
 POINT_SECONDS = 0.1  # between two points of a curve, so that short steps do not pay for each
 FLUSH_SECONDS = 5
 MAX_CROPS = 16
-GAP = 2  # pixels between two crops
 
 
 class TrainingEvents:
@@ -102,8 +101,7 @@ class TrainingEvents:
         """
         from tensorboardX.summary import image
 
-        shifted = images[:MAX_CROPS] + colour_shift[:MAX_CROPS, None, None]
-        pixels = np.clip(np.rint(shifted), 0, 255).astype(np.uint8)
+        pixels = add_colour_shift(images[:MAX_CROPS], colour_shift[:MAX_CROPS])
         self._try_to_write(step, summary=image("crops", make_grid(pixels), dataformats="HWC"))
 
     def finish_training(self) -> None:
@@ -191,25 +189,3 @@ def require_tensorboardx() -> None:
         import tensorboardX  # noqa: F401
     except ImportError as error:
         raise InputError(f"--tensorboard needs tensorboardX: {install_hint('report')}") from error
-
-
-def make_grid(images: np.ndarray) -> np.ndarray:
-    """Places images side by side, in rows of equal length.
-
-    Args:
-        images: uint8 (N, H, W, 3), at least one.
-
-    Returns:
-        uint8 (h, w, 3), a grid that is as wide as it is high, or a row higher or less. Gaps and
-        free places are black.
-    """
-    num_images, height, width, _ = images.shape
-    num_columns = math.ceil(math.sqrt(num_images))
-    num_rows = -(-num_images // num_columns)
-    shape = (num_rows * (height + GAP) - GAP, num_columns * (width + GAP) - GAP, 3)
-    grid = np.zeros(shape, np.uint8)
-    for number, image in enumerate(images):
-        row, column = divmod(number, num_columns)
-        top, left = row * (height + GAP), column * (width + GAP)
-        grid[top : top + height, left : left + width] = image
-    return grid

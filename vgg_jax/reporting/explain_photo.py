@@ -1,5 +1,6 @@
 """Explains the class of one photo, as a picture and as arrays."""
 
+import contextlib
 import io
 import os
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ import numpy as np
 
 from vgg_jax.configs.evaluation import DENSE
 from vgg_jax.errors import InputError, shorten_names
+from vgg_jax.evaluation.class_names import map_class_indices
 from vgg_jax.evaluation.dense import resolve_protocol
 from vgg_jax.evaluation.explain import check_layer, explain
 from vgg_jax.preprocessing import load_resized
@@ -42,7 +44,8 @@ def explain_photo(
         path: A run's folder, a weight file, or a name of published weights.
         photo: The image file.
         out: The .png file. An .npz file of the same name is written beside it.
-        class_name: The class to explain; None for the most probable one.
+        class_name: The class to explain, by its name, its WordNet id, or one of several names
+            between commas; None for the most probable one.
         scale: Test scale Q; None for the net's own.
         layer: Name of the layer for Grad-CAM; None for the default of `explain`.
         overwrite: Replace existing files.
@@ -93,12 +96,12 @@ def explain_photo(
     return name, float(explanation.posterior[explanation.class_index]), files
 
 
-def _find_class(names: list[str], name: str) -> int:
-    if name in names:
-        return names.index(name)
-    similar = [other for other in names if name.lower() in other.lower()]
-    if len(similar) == 1:
-        return names.index(similar[0])
+def _find_class(names: Sequence[str], name: str) -> int:
+    """Finds a class by its name, its WordNet id, or one of its names between commas."""
+    for match in ("exact", "name"):
+        with contextlib.suppress(InputError):
+            return int(map_class_indices([name], names, "", match)[0])
+    similar = [other for other in names if name.casefold() in other.casefold()]
     raise InputError(
         f"the class is {name!r}: expected one of the net's {len(names)}: "
         f"{shorten_names(similar or names)}"

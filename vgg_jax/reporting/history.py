@@ -1,7 +1,6 @@
 """The finished epochs of a run, as `metrics.jsonl` lists them."""
 
 import dataclasses
-import datetime
 import itertools
 import json
 import os
@@ -9,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from vgg_jax.errors import InputError, single_line
-from vgg_jax.paths import to_path
+from vgg_jax.paths import is_remote, to_path
 from vgg_jax.runs.metadata import RunMetadata, load_run
 
 Record = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class RunHistory:
     """A run and its finished epochs.
 
@@ -62,13 +61,33 @@ def read_run(path: str | os.PathLike) -> RunHistory:
     """
     folder = to_path(path)
     run = load_run(folder)
-    name = os.path.basename(os.path.normpath(os.fspath(path))) or str(path)
-    divergence = folder / "diverged.txt"
+    records = read_records(folder / "metrics.jsonl")
+    return RunHistory(folder, run_name(path), run, records, read_divergence(folder))
+
+
+def run_name(path: str | os.PathLike) -> str:
+    """The last part of a run's path."""
+    text = os.fspath(path)
+    return os.path.basename(text.rstrip("/") if is_remote(text) else os.path.abspath(text))
+
+
+def read_divergence(folder: Path) -> str | None:
+    """The error that ended a run that diverged, or None.
+
+    Args:
+        folder: Folder of the run.
+
+    Raises:
+        InputError: The file cannot be read.
+    """
+    path = folder / "diverged.txt"
     try:
-        message = divergence.read_text().strip() if divergence.exists() else None
+        return path.read_text().strip() if path.exists() else None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{divergence} cannot be read ({single_line(error)})") from error
-    return RunHistory(folder, name, run, read_records(folder / "metrics.jsonl"), message)
+        raise InputError(
+            f"{path} cannot be read ({single_line(error)}): expected the text that `vgg-jax train` "
+            "wrote; remove it"
+        ) from error
 
 
 def read_records(path: Path) -> list[Record]:
@@ -97,39 +116,27 @@ def read_records(path: Path) -> list[Record]:
 
 
 def _check_record(record: Any) -> None:
-    for name in ("epoch", "seconds", "input_wait_seconds", "learning_rate"):
+    for name in ("epoch", "seconds", "images_per_second", "input_wait_seconds", "learning_rate"):
         float(record[name])
+    float(record.get("validation_seconds", 0))
     for split in ("train", "validation"):
         for name in ("loss", "top1_error", "top5_error", "accuracy", "count"):
             float(record[split][name])
-    datetime.datetime.fromisoformat(record["time"])
 
 
 def time_shares(records: list[Record]) -> dict[str, float]:
-    """Divides the time of a run into its parts.
-
-    A run that was stopped and resumed has gaps. The time between two epochs that is longer than
-    twice the median is left out.
+    """Divides the time of a run's finished epochs into its parts.
 
     Args:
         records: The records.
 
     Returns:
-        Seconds by part: "training steps", "waiting for images", and "validation and saving", which
-        is known from the second epoch on.
+        Seconds by part: "training steps", "waiting for images" and "validation". The last one is
+        missing if an earlier version wrote a record.
     """
     waited = sum(record["input_wait_seconds"] for record in records)
     steps = sum(record["seconds"] for record in records) - waited
-    ends = [datetime.datetime.fromisoformat(record["time"]).timestamp() for record in records]
-    others = sorted(
-        max(0.0, end - start - record["seconds"])
-        for start, end, record in zip(ends, ends[1:], records[1:], strict=False)
-    )
-    median = others[len(others) // 2] if others else 0.0
-    # The time stamps are whole seconds.
-    validation = sum(other for other in others if other <= 2 * median + 2)
-    return {
-        "training steps": steps,
-        "waiting for images": waited,
-        "validation and saving": validation,
-    }
+    shares = {"training steps": steps, "waiting for images": waited}
+    if all("validation_seconds" in record for record in records):
+        shares["validation"] = sum(record["validation_seconds"] for record in records)
+    return shares

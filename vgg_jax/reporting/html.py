@@ -1,8 +1,7 @@
 """Writes runs as one HTML file that needs no network."""
 
-import dataclasses
-import math
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,12 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vgg_jax import __version__
-from vgg_jax.configs.presets import resolve_learning_rate
-from vgg_jax.configs.train import TrainConfig
 from vgg_jax.errors import InputError, install_hint, single_line
-from vgg_jax.paths import to_path
+from vgg_jax.paths import require_local
 from vgg_jax.reporting.classes import class_figures, confusion_matrix, most_confused
-from vgg_jax.reporting.collect import RunReport, collect
+from vgg_jax.reporting.collect import MAX_MACS, RunReport, collect
 from vgg_jax.reporting.net_figures import plot_activations, plot_filters
 from vgg_jax.reporting.output import check_out, require_matplotlib, write_out
 from vgg_jax.reporting.pictures import data_url, jpeg_bytes
@@ -26,13 +23,14 @@ from vgg_jax.reporting.run_figures import (
     shown_quantities,
 )
 from vgg_jax.reporting.style import figure_bytes, inline_svg
+from vgg_jax.reporting.tables import compare, percent, results, worst_first
+from vgg_jax.runs.metadata import settings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TEMPLATE = Path(__file__).with_name("report.html")
-NONE = "–"  # a value that there is not
-MAX_ROWS = 30  # of the per-class table that are shown at first: the classes with the worst F1
+MAX_ROWS = 30  # of the per-class table that are shown at first
 
 
 def report(
@@ -47,7 +45,7 @@ def report(
 
     Args:
         runs: Folders of the runs.
-        out: The HTML file.
+        out: The HTML file. An existing one is replaced.
         figures: Folder for the figures as files, which is created if needed.
         data: Where the runs' images are now; None for where they were.
         data_dir: Folder of prepared data sets.
@@ -62,30 +60,35 @@ def report(
     require_matplotlib()
     render = _load_template()
     target = check_out(out, (".html", ".htm"), overwrite=True)
-    names = _unique_names(runs)
-    reports = []
-    for path, name in zip(runs, names, strict=True):
-        run_report = collect(path, data, data_dir)
-        run_report.history = dataclasses.replace(run_report.history, name=name)
-        reports.append(run_report)
-    shared, by_run = draw_figures(reports)
-    notes = [note for run_report in reports for note in run_report.notes]
+    folder = None
     if figures is not None:
+        folder = require_local(os.path.expanduser(figures), is_output=True)
+    _check_different(runs)
+    reports = [collect(path, data, data_dir, MAX_MACS / len(runs)) for path in runs]
+    _make_names_unique(reports, runs)
+    shared, by_run = draw_figures(reports)
+    notes = [
+        f"{run_report.history.name}: {note}" if len(reports) > 1 else note
+        for run_report in reports
+        for note in run_report.notes
+    ]
+    if folder is not None:
         try:
-            save_figures(to_path(figures), reports, shared, by_run)
+            save_figures(folder, reports, shared, by_run)
         except OSError as error:
             notes.append(
                 f"The figures were not saved in {figures}: {single_line(error)}; pass another "
                 "--figures."
             )
     page = render(
-        title=", ".join(names),
+        title=", ".join(run_report.history.name for run_report in reports),
         version=__version__,
-        curves=[inline_svg(figure) for figure in shared.values()],
+        curves=[inline_svg(figure, f"curves: {name}") for name, figure in shared.items()],
         comparison=compare(reports) if len(reports) > 1 else [],
-        runs=[_context(*item) for item in zip(reports, by_run, strict=True)],
+        runs=[_context(*item, data) for item in zip(reports, by_run, strict=True)],
     )
-    write_out(target, page.encode())
+    # A name of a file or a class may have bytes that are no text.
+    write_out(target, page.encode(errors="backslashreplace"))
     return notes
 
 
@@ -98,22 +101,23 @@ def _load_template() -> Any:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["percent"] = lambda value: NONE if _is_nan(value) else f"{value:.1%}"
+    environment.filters["percent"] = percent
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render
 
 
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, float) and math.isnan(value)
+def _check_different(runs: Sequence[str | os.PathLike]) -> None:
+    paths = [os.path.realpath(path) for path in runs]
+    repeated = [str(run) for run, path in zip(runs, paths, strict=True) if paths.count(path) > 1]
+    if repeated:
+        raise InputError(f"{repeated[0]} is passed twice: expected different runs")
 
 
-def _unique_names(runs: Sequence[str | os.PathLike]) -> list[str]:
-    """Names runs after their folders, or after their paths if two folders have one name."""
-    paths = [os.path.normpath(os.fspath(path)) for path in runs]
-    if len(set(paths)) < len(paths):
-        twice = next(path for path in paths if paths.count(path) > 1)
-        raise InputError(f"{twice} is passed twice: expected different runs")
-    names = [os.path.basename(path) for path in paths]
-    return names if len(set(names)) == len(names) else paths
+def _make_names_unique(reports: Sequence[RunReport], runs: Sequence[str | os.PathLike]) -> None:
+    """Names runs after their paths if two folders have one name."""
+    names = [run_report.history.name for run_report in reports]
+    if len(set(names)) < len(names):
+        for run_report, path in zip(reports, runs, strict=True):
+            run_report.history.name = os.fspath(path).rstrip("/")
 
 
 def draw_figures(
@@ -127,26 +131,25 @@ def draw_figures(
     Returns:
         The curves by name, for all runs together; and for each run its other figures by name.
     """
-    histories = [report.history for report in reports]
+    histories = [run_report.history for run_report in reports]
     shared = {}
     if any(history.records for history in histories):
         for quantity in shown_quantities(histories):
             shared[quantity.key] = plot_curves(histories, [quantity])
-    return shared, [_draw_run(report) for report in reports]
+    return shared, [_draw_run(run_report) for run_report in reports]
 
 
-def _draw_run(report: RunReport) -> "dict[str, Figure]":
+def _draw_run(run_report: RunReport) -> "dict[str, Figure]":
     figures = {}
-    if report.history.records:
-        figures["time"] = plot_time([report.history])
-    if report.evaluation is not None:
-        matrix = confusion_matrix(report.evaluation)
-        figures["confusion"] = plot_confusion(matrix, report.evaluation.classes.tolist())
-    if report.net is not None:
-        kernel = np.asarray(report.net.variables["params"]["conv1_1"]["kernel"])
-        figures["filters"] = plot_filters(kernel)
-    if report.activations:
-        figures["activations"] = plot_activations(report.activations)
+    if run_report.history.records:
+        figures["time"] = plot_time(run_report.history)
+    if run_report.evaluation is not None:
+        matrix = confusion_matrix(run_report.evaluation)
+        figures["confusion"] = plot_confusion(matrix, run_report.evaluation.classes.tolist())
+    if run_report.filters is not None:
+        figures["filters"] = plot_filters(run_report.filters)
+    if run_report.activations:
+        figures["activations"] = plot_activations(run_report.activations)
     return figures
 
 
@@ -170,154 +173,72 @@ def save_figures(
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in shared.items():
         (folder / f"{name}.svg").write_bytes(figure_bytes(figure, "svg"))
-    for report, figures in zip(reports, by_run, strict=True):
-        prefix = "" if len(reports) == 1 else report.history.name.replace(os.sep, "-") + "-"
+    for run_report, figures in zip(reports, by_run, strict=True):
+        prefix = run_report.history.name.replace("/", "-") + "-" if len(reports) > 1 else ""
         for name, figure in figures.items():
             (folder / f"{prefix}{name}.svg").write_bytes(figure_bytes(figure, "svg"))
         photos = {
-            "mistake": [picture.pixels for picture in report.mistakes],
-            "hit": [picture.pixels for picture in report.hits],
-            "score-map": [look.score_overlay for look in report.looks],
-            "grad-cam": [look.cam_overlay for look in report.looks],
+            "mistake": [picture.pixels for picture in run_report.mistakes],
+            "hit": [picture.pixels for picture in run_report.hits],
+            "score-map": [explained.score_overlay for explained in run_report.explained],
+            "grad-cam": [explained.cam_overlay for explained in run_report.explained],
         }
         for name, images in photos.items():
             for number, pixels in enumerate(images, 1):
                 (folder / f"{prefix}{name}-{number}.jpg").write_bytes(jpeg_bytes(pixels))
 
 
-def compare(reports: Sequence[RunReport]) -> list[tuple[str, list[str]]]:
-    """Lists what several runs reached, and the settings that differ.
-
-    Args:
-        reports: The runs.
-
-    Returns:
-        Rows: a name, and a value for each run.
-    """
-    columns = [_results(report) for report in reports]
-    names = dict.fromkeys(name for column in columns for name in column)
-    rows = [(name, [column.get(name, NONE) for column in columns]) for name in names]
-    for field in dataclasses.fields(TrainConfig):
-        values = [_format(getattr(report.history.run.config, field.name)) for report in reports]
-        if len(set(values)) > 1:
-            rows.append((field.name, values))
-    return rows
-
-
-def _results(report: RunReport) -> dict[str, str]:
-    """The results of a run, as texts by name."""
-    history, run = report.history, report.history.run
-    results = dict.fromkeys(("validation accuracy", "validation loss", "best epoch"), NONE)
-    if len(run.classes) > 5:
-        results = {"validation accuracy": NONE, "validation top-5 accuracy": NONE} | results
-    results |= {
-        "finished epochs": str(len(history.records)),
-        "training time": NONE,
-        "images per second": NONE,
-        "classes": f"{len(run.classes):,}",
-        "training images": f"{run.train_size:,}",
-        "validation images": f"{run.validation_size:,}",
-        "parameters": f"{sum(layer.params for layer in report.layers):,}",
-        "multiply-adds per image": _short_number(sum(layer.macs for layer in report.layers)),
-    }
-    if history.records:
-        best = history.best
-        speeds = sorted(record["images_per_second"] for record in history.records)
-        seconds = sum(record["seconds"] for record in history.records)
-        results |= {
-            "validation accuracy": f"{best['validation']['accuracy']:.2%}",
-            "validation loss": f"{best['validation']['loss']:.4f}",
-            "best epoch": str(best["epoch"]),
-            "training time": _duration(seconds),
-            "images per second": f"{speeds[len(speeds) // 2]:,.1f}",
-        }
-        if len(run.classes) > 5:
-            top5 = 1 - best["validation"]["top5_error"]
-            results["validation top-5 accuracy"] = f"{top5:.2%}"
-    return results
-
-
-def _context(report: RunReport, figures: "dict[str, Figure]") -> dict[str, Any]:
+def _context(
+    run_report: RunReport, figures: "dict[str, Figure]", data: str | None
+) -> dict[str, Any]:
     """The values that the template shows of a run."""
-    history, run = report.history, report.history.run
-    evaluation = report.evaluation
-    classes = class_figures(evaluation) if evaluation is not None else []
-    # The worst first. A class without images and predictions has no F1, and comes last.
-    ordered = sorted(classes, key=lambda row: 2 if math.isnan(row.f1) else row.f1)
-    largest = max((layer.macs for layer in report.layers), default=1) or 1
+    history, run, evaluation = run_report.history, run_report.history.run, run_report.evaluation
+    classes = [] if evaluation is None else worst_first(class_figures(evaluation))
+    layers = run_report.layers
+    largest = max(layer.macs for layer in layers)
+    path = str(history.path)
+    arguments = [path] if data is None else [path, data]
     return {
         "name": history.name,
-        "path": str(history.path),
-        "notes": report.notes,
-        "results": _results(report),
+        "path": path,
+        "notes": run_report.notes,
+        "results": results(run_report),
         "command": run.command,
         "environment": run.environment or {},
-        "settings": _settings(run.config),
+        "settings": settings(run.config),
         "storage": run.storage,
-        "svg": {name: inline_svg(figure) for name, figure in figures.items()},
+        "svg": {
+            name: inline_svg(figure, f"{name} of {history.name}")
+            for name, figure in figures.items()
+        },
         "has_drops": bool(history.drops),
-        "evaluated": report.evaluated,
-        "is_sample": report.is_sample,
+        "evaluated": run_report.evaluated,
+        "is_sample": run_report.is_sample,
+        "evaluate_command": shlex.join(["vgg-jax", "evaluate", *arguments]),
         "accuracy": None if evaluation is None else 1 - evaluation.errors()["top1_error"],
-        "classes": ordered[:MAX_ROWS],
-        "other_classes": ordered[MAX_ROWS:],
+        "classes": classes[:MAX_ROWS],
+        "other_classes": classes[MAX_ROWS:],
         "confused": [] if evaluation is None else most_confused(evaluation),
-        "mistakes": [(picture, _url(picture.pixels)) for picture in report.mistakes],
-        "hits": [(picture, _url(picture.pixels)) for picture in report.hits],
-        "looks": [
+        "mistakes": [(picture, _url(picture.pixels)) for picture in run_report.mistakes],
+        "hits": [(picture, _url(picture.pixels)) for picture in run_report.hits],
+        "explained": [
             {
-                "picture": look.picture,
-                "layer": look.explanation.layer,
-                "windows": look.explanation.score_map.shape,
-                "photo": _url(look.picture.pixels),
-                "score": _url(look.score_overlay),
-                "cam": _url(look.cam_overlay),
+                "picture": explained.picture,
+                "layer": explained.explanation.layer,
+                "windows": explained.explanation.score_map.shape,
+                "photo": _url(explained.picture.pixels),
+                "score": _url(explained.score_overlay),
+                "cam": _url(explained.cam_overlay),
             }
-            for look in report.looks
+            for explained in run_report.explained
         ],
         "layers": [
-            (layer, " x ".join(map(str, layer.shape)), layer.macs / largest)
-            for layer in report.layers
+            (layer, " x ".join(map(str, layer.shape)), layer.macs / largest) for layer in layers
         ],
-        "total_params": sum(layer.params for layer in report.layers),
-        "total_macs": sum(layer.macs for layer in report.layers),
+        "total_params": sum(layer.params for layer in layers),
+        "total_macs": sum(layer.macs for layer in layers),
     }
-
-
-def _settings(config: TrainConfig) -> list[tuple[str, str, bool]]:
-    """The settings of a run: name, value, and whether it differs from the paper's default."""
-    paper = resolve_learning_rate(TrainConfig(), 1000)
-    rows = []
-    for field in dataclasses.fields(TrainConfig):
-        value = getattr(config, field.name)
-        differs = value != getattr(paper, field.name) and field.name != "data"
-        rows.append((field.name, _format(value), differs))
-    return rows
-
-
-def _format(value: Any) -> str:
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    if isinstance(value, tuple):
-        text = " ".join(map(str, value)) or "none"
-        return text if len(text) <= 80 else f"{text[:79]}…"
-    return "none" if value is None else str(value)
 
 
 def _url(pixels: np.ndarray) -> str:
     return data_url(jpeg_bytes(pixels))
-
-
-def _short_number(value: float) -> str:
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
-        if value >= size:
-            return f"{value / size:.2f} {unit}"
-    return f"{value:,.0f}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vgg_jax.evaluation.explain import Explanation
+from vgg_jax.reporting.grid import make_grid
 from vgg_jax.reporting.style import figure_style, new_figure
 from vgg_jax.reporting.text import drawable, shorten_to_width
 
@@ -24,22 +25,17 @@ def plot_filters(kernel: np.ndarray) -> "Figure":
         kernel: (h, w, C, features) for C of 1 or 3 input channels.
 
     Returns:
-        The figure. Each filter is divided by its largest value, and grey is 0.
+        The figure. Each filter is divided by its largest value, and grey is 0. The gaps are
+        transparent.
     """
     kernels = np.moveaxis(np.asarray(kernel, np.float32), -1, 0)
     largest = np.abs(kernels).max((1, 2, 3), keepdims=True)
     colours = kernels / np.maximum(largest, 1e-12) / 2 + 0.5
     colours = np.broadcast_to(colours, (*colours.shape[:3], 3))
-    columns = int(np.ceil(np.sqrt(len(colours))))
-    rows = -(-len(colours) // columns)
-    h, w = colours.shape[1:3]
-    grid = np.ones((rows * (h + 1) - 1, columns * (w + 1) - 1, 4), np.float32)
-    grid[..., 3] = 0  # transparent between the filters
-    for number, filter in enumerate(colours):
-        y, x = (h + 1) * (number // columns), (w + 1) * (number % columns)
-        grid[y : y + h, x : x + w] = np.dstack([filter, np.ones((h, w))])
+    opaque = np.ones((*colours.shape[:3], 1), np.float32)
+    grid = make_grid(np.concatenate([colours, opaque], -1), gap=1)
     with figure_style():
-        figure = new_figure(3.4, 3.4 * rows / columns)
+        figure = new_figure(3.4, 3.4 * grid.shape[0] / grid.shape[1])
         axes = figure.subplots()
         axes.imshow(grid, interpolation="nearest")
         axes.set_axis_off()
@@ -105,7 +101,8 @@ def plot_explanation(
     )
     height, width = photo.shape[:2]
     with figure_style():
-        panel = 3.2 / max(1.0, height / width / 1.6)  # inches; a tall photo gets narrow panels
+        # Inches. A tall photo gets narrow panels, but not narrower than their titles.
+        panel = float(np.clip(3.2 * 1.6 * width / height, 2.0, 3.2))
         photo_height = panel * height / width
         figure = new_figure(3 * panel, 0.95 + photo_height)
         rows = figure.subplots(2, 3, height_ratios=(photo_height, 0.12), squeeze=False)
@@ -157,7 +154,7 @@ def cam_overlay(photo: np.ndarray, explanation: Explanation) -> np.ndarray:
     """
     cam = explanation.grad_cam / max(float(explanation.grad_cam.max()), 1e-12)
     coordinates = [
-        np.clip((np.arange(side) + 0.5) * count / side - 0.5, 0, count - 1)
+        np.clip((np.arange(side) + 0.5) / explanation.cam_stride - 0.5, 0, count - 1)
         for side, count in zip(photo.shape[:2], cam.shape, strict=True)
     ]
     return _paint(photo, _bilinear(cam, *coordinates))
@@ -175,9 +172,8 @@ def _bilinear(values: np.ndarray, ys: np.ndarray, xs: np.ndarray) -> np.ndarray:
 
 def _paint(photo: np.ndarray, heat: np.ndarray) -> np.ndarray:
     """Blends values from 0 to 1 (H, W), as colours, with the grey photo."""
-    with figure_style():
-        from matplotlib import colormaps
+    from matplotlib import colormaps
 
-        colours = colormaps["inferno"](np.clip(heat, 0, 1))[..., :3] * 255
+    colours = colormaps["inferno"](np.clip(heat, 0, 1))[..., :3] * 255
     grey = np.repeat(photo.mean(-1, keepdims=True), 3, -1)
     return (OPACITY * colours + (1 - OPACITY) * grey + 0.5).astype(np.uint8)

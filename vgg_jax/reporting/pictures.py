@@ -11,6 +11,7 @@ from vgg_jax.evaluation.evaluate import Evaluation
 from vgg_jax.evaluation.explain import Explanation, explain
 from vgg_jax.input_data import pick, rescaled_images
 from vgg_jax.model import VGG
+from vgg_jax.preprocessing import centre_offset
 from vgg_jax.reporting.classes import predicted_classes
 from vgg_jax.reporting.net_figures import cam_overlay, score_overlay
 
@@ -29,6 +30,7 @@ class Picture(NamedTuple):
         pixels: Its centre square at the test scale, uint8 (Q, Q, 3).
         label: Its class.
         prediction: The predicted class.
+        class_index: Position of the predicted class among the net's.
         posterior: Posterior of the predicted class.
         label_posterior: Posterior of its class.
     """
@@ -37,12 +39,13 @@ class Picture(NamedTuple):
     pixels: np.ndarray
     label: str
     prediction: str
+    class_index: int
     posterior: float
     label_posterior: float
 
 
-class Look(NamedTuple):
-    """Where a net looks in a photo."""
+class ExplainedPicture(NamedTuple):
+    """A photo with its score map and Grad-CAM."""
 
     picture: Picture
     explanation: Explanation
@@ -86,48 +89,55 @@ def read_pictures(
         label, prediction = evaluation.labels[position], predictions[position]
         pictures[position] = Picture(
             file=str(evaluation.files[position]),
-            pixels=centre_square(example["scaled"][0][0]),
+            pixels=centre_square(example["scaled"][0][0], preprocessing["rounding"]),
             label=str(evaluation.classes[label]),
             prediction=str(evaluation.classes[prediction]),
+            class_index=int(prediction),
             posterior=float(posteriors[prediction]),
             label_posterior=float(posteriors[label]),
         )
     return pictures
 
 
-def centre_square(pixels: np.ndarray) -> np.ndarray:
-    """The largest square in the middle of an image (H, W, 3)."""
+def centre_square(pixels: np.ndarray, rounding: str) -> np.ndarray:
+    """Crops the largest square in the middle of an image, as the evaluation's centre crop.
+
+    Args:
+        pixels: The image, (H, W, 3).
+        rounding: One of `ROUNDINGS`, for an odd margin.
+
+    Returns:
+        The square.
+    """
     side = min(pixels.shape[:2])
-    top, left = ((length - side) // 2 for length in pixels.shape[:2])
+    top, left = (centre_offset(length, side, rounding) for length in pixels.shape[:2])
     return pixels[top : top + side, left : left + side]
 
 
-def look_at(
+def explain_pictures(
     model: VGG,
     variables: Mapping[str, Any],
     mean_rgb: tuple[float, ...],
     pictures: Sequence[Picture],
-    classes: Sequence[str],
-) -> list[Look]:
-    """Computes where a net looks in photos, for the classes that it predicts.
+) -> list[ExplainedPicture]:
+    """Computes the score map and Grad-CAM of photos, for the classes that a net predicts.
 
     Args:
         model: The net.
         variables: Its variables.
         mean_rgb: Mean of each channel, which is subtracted.
         pictures: The photos, of one size.
-        classes: Names of the net's classes.
 
     Returns:
-        The maps of each photo.
+        The photos with their maps.
     """
     if not pictures:
         return []
     images = np.stack([picture.pixels for picture in pictures])
-    indices = [list(classes).index(picture.prediction) for picture in pictures]
+    indices = [picture.class_index for picture in pictures]
     explanations = explain(model, variables, images, mean_rgb=mean_rgb, classes=indices)
     return [
-        Look(
+        ExplainedPicture(
             picture,
             explanation,
             score_overlay(picture.pixels, explanation),

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from vgg_jax.evaluation.evaluate import Evaluation, load_evaluation
 from vgg_jax.reporting.classes import confusion_matrix
 from vgg_jax.reporting.history import RunHistory, read_run, time_shares
 from vgg_jax.reporting.style import COLOURS, GRID, INK, figure_style, new_figure
-from vgg_jax.reporting.text import shorten_to_width
+from vgg_jax.reporting.text import drawable, shorten_to_width
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 PANEL = (3.7, 2.7)  # inches: as wide as a phone
 MAX_ANNOTATED, MAX_NAMED = 10, 40  # classes of a confusion matrix with counts, and with names
 MAX_CELLS = 250  # along a side of a drawn confusion matrix
-MAX_NAME = 16  # characters of a class name beside an axis
+MAX_NAME = 16  # width of a name beside an axis
+CUT_OFF = 8  # a curve is drawn up to so many times the median of all values
+TIME_COLOURS = (COLOURS[0], COLOURS[1], COLOURS[5])
 
 
 class Quantity(NamedTuple):
@@ -101,81 +103,86 @@ def plot_curves(runs: Sequence[RunHistory], quantities: Sequence[Quantity]) -> "
 def _plot_quantity(axes: "Axes", runs: Sequence[RunHistory], quantity: Quantity) -> None:
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+    lines, labels = [], []
     for number, run in enumerate(run for run in runs if run.records):
         colour = COLOURS[number % len(COLOURS)]
         epochs = [record["epoch"] for record in run.records]
-        marker = "o" if len(epochs) <= 12 else ""
-        for split, line in (("validation", "-"), ("train", "--")):
-            values = [record[split][quantity.key] for record in run.records]
-            label = {"validation": run.name, "train": ""}[split]
-            if len(runs) == 1:
-                label = {"validation": "validation", "train": "training"}[split]
-            axes.plot(
-                epochs,
-                values,
-                line,
-                color=colour,
-                label=label or "_",
-                marker=marker,
-                markersize=3,
-                linewidth=1.6 if split == "validation" else 1.1,
-            )
+        style: Any = {"color": colour, "marker": "o" if len(epochs) <= 12 else "", "markersize": 3}
+        values = {
+            split: [record[split][quantity.key] for record in run.records]
+            for split in ("validation", "train")
+        }
+        lines += axes.plot(epochs, values["validation"], "-", linewidth=1.6, **style)
+        training = axes.plot(epochs, values["train"], "--", linewidth=1.1, **style)
+        labels.append("validation" if len(runs) == 1 else shorten_to_width(run.name, MAX_NAME))
+        if len(runs) == 1:
+            lines, labels = lines + training, [*labels, "training"]
         best = run.best
         axes.plot(best["epoch"], best["validation"][quantity.key], "*", color=colour, markersize=9)
-        for epoch, rate in run.drops:
-            axes.axvline(epoch + 0.5, color=INK if len(runs) == 1 else colour, ls=":", lw=0.8)
-            if len(runs) == 1:
-                axes.annotate(
-                    f"{rate:.0e}".replace("e-0", "e-"),
-                    (epoch + 0.5, 1),
-                    xycoords=("data", "axes fraction"),
-                    fontsize=6.5,
-                    rotation=90,
-                    ha="right",
-                    va="top",
-                )
-    axes.set_title(quantity.title)
+        _mark_changes(axes, run, None if len(runs) == 1 else colour)
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylim(bottom=0)
     if quantity.is_share:
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend()
+    axes.set_title(quantity.title + _limit_y(axes, runs, quantity))
+    if lines:
+        axes.legend(lines, labels)
     else:
         axes.text(0.5, 0.5, "no finished epoch", transform=axes.transAxes, ha="center")
 
 
-def plot_time(runs: Sequence[RunHistory]) -> "Figure":
-    """Draws the parts of each run's time as a bar.
+def _mark_changes(axes: "Axes", run: RunHistory, colour: str | None) -> None:
+    """Marks the changes of the learning rate. Without a colour, each has the new rate."""
+    for epoch, rate in run.drops:
+        axes.axvline(epoch + 0.5, color=colour or INK, linestyle=":", linewidth=0.8)
+        if colour is None:
+            axes.annotate(
+                f"{rate:g}",
+                (epoch + 0.5, 1),
+                xycoords=("data", "axes fraction"),
+                fontsize=6.5,
+                rotation=90,
+                ha="right",
+                va="top",
+            )
+
+
+def _limit_y(axes: "Axes", runs: Sequence[RunHistory], quantity: Quantity) -> str:
+    """Starts the axis at 0, and cuts off a loss that grows beyond all others. Returns a note."""
+    axes.set_ylim(bottom=0)
+    values = [
+        record[split][quantity.key]
+        for run in runs
+        for record in run.records
+        for split in ("validation", "train")
+    ]
+    if not values or max(values) <= CUT_OFF * np.median(values):
+        return ""
+    limit = CUT_OFF * float(np.median(values))
+    axes.set_ylim(0, limit)
+    return f", cut off at {limit:.2g}" if not quantity.is_share else f", cut off at {limit:.0%}"
+
+
+def plot_time(run: RunHistory) -> "Figure":
+    """Draws the parts of a run's time as a bar.
 
     Args:
-        runs: The runs.
+        run: The run. It has a finished epoch.
 
     Returns:
         The figure.
     """
-    with_epochs = [run for run in runs if run.records]
+    shares = time_shares(run.records)
+    total, left = max(sum(shares.values()), 1e-9), 0.0
     with figure_style():
-        figure = new_figure(PANEL[0], 1.3 + 0.45 * len(with_epochs))
+        figure = new_figure(PANEL[0], 1.5)
         axes = figure.subplots()
-        colours = (COLOURS[0], COLOURS[1], COLOURS[5])
-        for row, run in enumerate(with_epochs):
-            shares = time_shares(run.records)
-            total, left = max(sum(shares.values()), 1e-9), 0.0
-            for (part, seconds), colour in zip(shares.items(), colours, strict=True):
-                share = seconds / total
-                axes.barh(row, share, left=left, color=colour, label=part if not row else "_")
-                if share > 0.08:
-                    axes.text(left + share / 2, row, f"{share:.0%}", ha="center", va="center")
-                left += share
-        axes.set_yticks(
-            range(len(with_epochs)), [shorten_to_width(run.name, MAX_NAME) for run in with_epochs]
-        )
-        axes.invert_yaxis()
-        axes.set_xticks([])
-        axes.grid(False)
-        axes.spines[:].set_visible(False)
+        for (part, seconds), colour in zip(shares.items(), TIME_COLOURS, strict=False):
+            share = seconds / total
+            axes.barh(0, share, left=left, color=colour, label=f"{part}: {share:.0%}")
+            left += share
+        axes.set_xlim(0, 1)
+        axes.set_axis_off()
         figure.legend(loc="outside lower center", ncols=1)
     return figure
 
@@ -192,22 +199,21 @@ def plot_confusion(matrix: np.ndarray, classes: Sequence[str]) -> "Figure":
     """
     num_classes = len(classes)
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    pooled, block = _pool(shares, MAX_CELLS)
     with figure_style():
         side = float(np.clip(1.3 + 0.24 * num_classes, PANEL[0], 5.6))
         figure = new_figure(side, side * 0.92)
         axes = figure.subplots()
-        extent = (-0.5, num_classes - 0.5, num_classes - 0.5, -0.5)
-        image = axes.imshow(
-            _pool(shares, MAX_CELLS), cmap="Blues", vmin=0, vmax=1, extent=extent, aspect="equal"
-        )
+        end = len(pooled) * block - 0.5
+        extent = (-0.5, end, end, -0.5)
+        image = axes.imshow(pooled, cmap="Blues", vmin=0, vmax=1, extent=extent, aspect="equal")
+        axes.set_xlim(-0.5, num_classes - 0.5)
+        axes.set_ylim(num_classes - 0.5, -0.5)
         axes.grid(False)
         axes.set_xlabel("predicted class")
         axes.set_ylabel("true class")
         if num_classes <= MAX_NAMED:
-            names = [shorten_to_width(str(name), MAX_NAME) for name in classes]
-            is_short = max(map(len, names)) <= 2
-            axes.set_xticks(range(num_classes), names, rotation=0 if is_short else 90)
-            axes.set_yticks(range(num_classes), names)
+            _name_ticks(axes, classes)
         if num_classes <= MAX_ANNOTATED:
             for i, j in np.ndindex(matrix.shape):
                 if matrix[i, j]:
@@ -219,10 +225,22 @@ def plot_confusion(matrix: np.ndarray, classes: Sequence[str]) -> "Figure":
     return figure
 
 
-def _pool(values: np.ndarray, max_side: int) -> np.ndarray:
-    """The maxima of square blocks, so that no cell is lost where there are more than pixels."""
+def _name_ticks(axes: "Axes", classes: Sequence[str]) -> None:
+    """Writes the names of the classes beside both axes."""
+    names = [drawable(shorten_to_width(str(name), MAX_NAME)) for name in classes]
+    texts = [text for text, _ in names]
+    rotation = 0 if max(map(len, texts)) <= 2 else 90
+    axes.set_xticks(range(len(classes)), texts, rotation=rotation)
+    axes.set_yticks(range(len(classes)), texts)
+    for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
+        for label, (_, families) in zip(labels, names, strict=True):
+            label.set_fontfamily(families)
+
+
+def _pool(values: np.ndarray, max_side: int) -> tuple[np.ndarray, int]:
+    """The maxima of square blocks, so that no cell is lost; and the side of a block."""
     size = -(-len(values) // max_side)
     pad = -len(values) % size
     side = (len(values) + pad) // size
     padded = np.pad(values, ((0, pad), (0, pad)))
-    return padded.reshape(side, size, side, size).max((1, 3))
+    return padded.reshape(side, size, side, size).max((1, 3)), size

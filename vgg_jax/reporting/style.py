@@ -1,10 +1,9 @@
-"""The look of all figures. Only this module imports matplotlib's settings."""
+"""Colours, fonts and sizes of figures, and their formats."""
 
 import contextlib
+import html
 import io
-import logging
 import re
-import warnings
 import zlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -31,6 +30,7 @@ _SETTINGS: Any = {
     "legend.frameon": False,
     "legend.fontsize": 8,
     "lines.linewidth": 1.6,
+    "text.usetex": False,
     "text.parse_math": False,  # a class name may contain "$"
     "svg.fonttype": "none",  # text stays text: small, searchable, in the reader's font
     "svg.hashsalt": "vgg_jax",  # equal figures get equal files
@@ -50,15 +50,8 @@ def figure_style() -> Iterator[None]:
     require_matplotlib()
     import matplotlib
 
-    with matplotlib.rc_context(_SETTINGS), warnings.catch_warnings():
-        # A class name may have letters that no font here has. They are drawn as boxes.
-        warnings.filterwarnings("ignore", "Glyph .* missing from")
-        level = logging.getLogger("matplotlib.font_manager").level
-        logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            logging.getLogger("matplotlib.font_manager").setLevel(level)
+    with matplotlib.rc_context(_SETTINGS):
+        yield
 
 
 def new_figure(width: float, height: float) -> "Figure":
@@ -95,11 +88,12 @@ def figure_bytes(figure: "Figure", format: str) -> bytes:
     return buffer.getvalue()
 
 
-def inline_svg(figure: "Figure") -> str:
+def inline_svg(figure: "Figure", label: str) -> str:
     """Renders a figure for an HTML page, whose colours it takes, light or dark.
 
     Args:
         figure: The figure.
+        label: What the figure shows, for screen readers.
 
     Returns:
         An <svg> element. It is at most as wide as the figure, and scales down.
@@ -117,4 +111,6 @@ def inline_svg(figure: "Figure") -> str:
     width = re.search(r'width="([\d.]+)pt"', text)
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
     size = f"max-width:{float(width[1]):.0f}pt" if width else ""
-    return text.replace("<svg", f'<svg role="img" style="width:100%;{size}"', 1)
+    label = html.escape(label, quote=True)
+    attributes = f'role="img" aria-label="{label}" style="width:100%;{size}"'
+    return text.replace("<svg", f"<svg {attributes}", 1)

@@ -201,14 +201,28 @@ def describe_run(run: RunMetadata) -> str:
         ("classes", f"{len(run.classes)}: {_shorten(', '.join(run.classes))}"),
         ("mean RGB", _format_value(tuple(round(value, 3) for value in run.colours.mean_rgb))),
     ]
-    paper = resolve_learning_rate(TrainConfig(), 1000)  # it fills in `scale`, too
-    for field in dataclasses.fields(TrainConfig):
-        value = getattr(run.config, field.name)
-        star = "" if value == getattr(paper, field.name) or field.name == "data" else " *"
-        lines.append((field.name, _format_value(value) + star))
+    lines += [(name, text + " *" * differs) for name, text, differs in settings(run.config)]
     width = max(len(name) for name, _ in lines) + 2
     text = "\n".join(f"{name:<{width}}{value}" for name, value in lines)
     return f"{text}\n* not the default of the paper"
+
+
+def settings(config: TrainConfig) -> list[tuple[str, str, bool]]:
+    """Lists a configuration.
+
+    Args:
+        config: The configuration.
+
+    Returns:
+        The name of each field, its value as a text, and if it is another one than the paper's.
+    """
+    paper = resolve_learning_rate(TrainConfig(), 1000)  # it fills in `scale`, too
+    rows = []
+    for field in dataclasses.fields(TrainConfig):
+        value = getattr(config, field.name)
+        differs = value != getattr(paper, field.name) and field.name != "data"
+        rows.append((field.name, _format_value(value), differs))
+    return rows
 
 
 def _format_value(value: Any) -> str:

@@ -26,12 +26,13 @@ class StepProfile:
     """
 
     def __init__(self, steps: tuple[int, int], folder: Path) -> None:
-        self._first, self._last = steps
-        if not 1 <= self._first <= self._last:
+        is_pair = isinstance(steps, tuple) and [type(step) for step in steps] == [int, int]
+        if not is_pair or not 1 <= steps[0] <= steps[1]:
             raise InputError(
                 f"profile is {steps}: expected the first and the last step, counted from 1, "
                 "such as (10, 20)"
             )
+        self._first, self._last = steps
         self._folder = folder
         self._num_steps = 0
         self._is_tracing = self._is_done = False

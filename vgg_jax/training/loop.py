@@ -134,8 +134,6 @@ def fit(
 
         def lock_workdir() -> None:
             stack.enter_context(workdir_lock(folder))
-            with contextlib.suppress(OSError):  # of an earlier call; this one may end otherwise
-                (folder / "diverged.txt").unlink(missing_ok=True)
 
         assert_same_on_all({"on_nan": on_nan, "debug_nans": debug_nans, "tensorboard": tensorboard})
         run_on_main_and_broadcast(lock_workdir)
@@ -174,6 +172,9 @@ def _fit(
     except KeyboardInterrupt:  # nothing is lost: what the run has done is on the disk
         logger.info("stopped before training: run the same command again")
         return FitResult([], stopped=True)
+    if is_main_process():
+        with contextlib.suppress(Exception):  # as in `_note_divergence`
+            (setup.workdir / "diverged.txt").unlink(missing_ok=True)  # of an earlier call
     # From here on JAX traces and compiles. A KeyboardInterrupt raised there is swallowed, or it
     # crashes the process.
     with (

@@ -16,6 +16,7 @@ def epoch_record(
     epoch: int,
     seconds: float,
     input_wait: float,
+    validation_seconds: float,
     lr: float,
     train: MetricSums,
     validation: MetricSums,
@@ -27,6 +28,7 @@ def epoch_record(
         epoch: Number of the epoch, from 1.
         seconds: Duration of its training.
         input_wait: Seconds of these in which the next batch was not ready.
+        validation_seconds: Duration of its validation.
         lr: Learning rate.
         train: Sums over the steps, with dropout and augmentation on.
         validation: Sums over the validation images.
@@ -44,6 +46,7 @@ def epoch_record(
         "seconds": round(seconds, 3),
         "images_per_second": round(num_images / seconds, 1),
         "input_wait_seconds": round(input_wait, 3),
+        "validation_seconds": round(validation_seconds, 3),
         "learning_rate": lr,
     } | {name: values | {"accuracy": 1 - values["top1_error"]} for name, values in averages.items()}
 

@@ -179,7 +179,7 @@ class Trainer:
         self._epoch, self._lr = 1, 0.0
         self._pending: PendingStep | None = None  # dispatched; its sums are not read yet
         self._previous: PendingStep | None = None  # the last one whose sums were read
-        self._validation = MetricSums()
+        self._validation, self._validation_seconds = MetricSums(), 0.0
         self._unreadable: InputError | None = None  # raised once the run has been saved
         self._saved_at = self._epoch_start = time.monotonic()
 
@@ -471,6 +471,7 @@ class Trainer:
         Returns:
             False if the run must stop: a signal came, or an image cannot be read.
         """
+        start = time.monotonic()
         try:
             sums = self.evaluate()
         except InputError as error:
@@ -478,7 +479,7 @@ class Trainer:
             return False
         if sums is None:
             return False
-        self._validation = sums
+        self._validation, self._validation_seconds = sums, time.monotonic() - start
         return True
 
     def evaluate(self) -> MetricSums | None:
@@ -521,6 +522,7 @@ class Trainer:
             epoch=self._epoch,
             seconds=progress.seconds,
             input_wait=progress.waited,
+            validation_seconds=self._validation_seconds,
             lr=self._lr,
             train=progress.sums,
             validation=validation,
