@@ -6,9 +6,9 @@
 PHOTOS has the folders train/CLASS and val/CLASS. The peer runs after each run of `vgg-jax train`,
 with the same settings and number of epochs. Frozen convolutions see centre crops at S = 384, once.
 Free ones see random crops at S from 320 to 448, some of them mirrored, or with --centre the same
-centre crops as frozen ones. Epochs are validated on centre crops. The weights of the best epoch are evaluated on whole photos too (dense). Prints one
-JSON document. With 400 photos on two cores, a run takes two minutes with frozen convolutions. With
-free ones an epoch takes two minutes and a half.
+centre crops as frozen ones. Epochs are validated on centre crops. The weights of the best epoch are
+evaluated on whole photos too (dense). Prints one JSON document. With 400 photos on two cores, a run
+takes two minutes with frozen convolutions. With free ones an epoch takes one to two minutes.
 """
 
 import argparse

@@ -41,25 +41,32 @@ def explain_by_torch(net, image, layer_name, class_index):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layer", ["relu4_2", "pool2", "relu5_2"])
-@pytest.mark.parametrize("class_index", [None, 3])
-def test_equals_pytorch(layer, class_index):
+@pytest.mark.parametrize(
+    ("layer", "class_index", "batch_norm"),
+    [(None, None, True), ("relu4_2", 3, True), ("pool2", None, False), ("relu5_2", 3, False)],
+)
+def test_equals_pytorch(layer, class_index, batch_norm):
     pytest.importorskip("torch", reason="needs torch: pip install torch")
     from tests.helpers.torch_vgg import randomize, to_jax, torch_vgg
 
-    net = randomize(torch_vgg("A", (24, 16), 5, image_size=32), 0)
-    params, _ = to_jax(net, 1)
+    net = randomize(torch_vgg("A", (24, 16), 5, batch_norm, image_size=32), 0).eval()
+    params, batch_stats = to_jax(net, 1)
     config = dataclasses.replace(CONFIGS["A"], fc=(24, 16))
-    model = VGG(config, num_classes=5, image_size=32)
+    model = VGG(config, num_classes=5, image_size=32, batch_norm=batch_norm)
     images = random_images(2, 64, 96)
     classes = None if class_index is None else [class_index] * 2
     results = explain(
-        model, {"params": params}, images, mean_rgb=MEAN, classes=classes, layer=layer
+        model,
+        {"params": params, "batch_stats": batch_stats},
+        images,
+        mean_rgb=MEAN,
+        classes=classes,
+        layer=layer,
     )
     for image, result in zip(images, results, strict=True):
         means, index, scores, cam = (
             value if isinstance(value, int) else value.detach().numpy()
-            for value in explain_by_torch(net, image, layer, class_index)
+            for value in explain_by_torch(net, image, layer or "relu3_2", class_index)
         )
         assert result.class_index == index
         assert result.score_map.shape == (2, 3)
@@ -135,5 +142,7 @@ def test_errors_name_the_choices():
     variables, images = init(model), random_images(1, 16, 16)
     with pytest.raises(InputError, match="'fc6': expected one of conv1_1, relu1_1, pool1"):
         explain(model, variables, images, mean_rgb=MEAN, layer="fc6")
+    with pytest.raises(InputError, match="the images are 15x16: expected both sides"):
+        explain(model, variables, random_images(1, 15, 16), mean_rgb=MEAN)
     with pytest.raises(InputError, match="the class is 3: expected 0 to 2"):
         explain(model, variables, images, mean_rgb=MEAN, classes=[3])

@@ -8,8 +8,9 @@ from PIL import Image
 
 from tests.helpers.photos import make_photo_folder
 from tests.helpers.reports import write_run
-from vgg_jax import cli, load
+from vgg_jax import InputError, cli, load
 from vgg_jax.preprocessing import subtract_mean
+from vgg_jax.reporting.explain_photo import _find_class
 
 pytestmark = pytest.mark.usefixtures("small_nets")
 
@@ -86,3 +87,12 @@ def test_missing_photo_and_existing_files(run, photo, capsys):
     assert cli.main(["explain", str(run), "photo.png"]) == 2
     assert "photo-explained.png exists" in capsys.readouterr().err
     assert cli.main(["explain", str(run), "photo.png", "--overwrite"]) == 0
+
+
+def test_classes_are_found_by_their_names():
+    names = ["n02012849 crane, bird", "n03126707 crane, machine", "elephants", "ants"]
+    for name, index in (("n02012849", 0), ("machine", 1), ("ants", 3), ("Elephants", 2)):
+        assert _find_class(names, name) == index
+    for name in ("crane", "ant"):  # two classes, and only a part of a name
+        with pytest.raises(InputError, match=rf"^the class is '{name}': expected one of the net's"):
+            _find_class(names, name)

@@ -83,6 +83,12 @@ def explain(
                 f"the class is {class_index}: expected 0 to {model.num_classes - 1}, its position "
                 "among the net's classes"
             )
+    height, width = images.shape[1:3]
+    if min(height, width) < model.image_size:
+        raise InputError(
+            f"the images are {height}x{width}: expected both sides to be at least the net's, "
+            f"{model.image_size}; pass a larger test scale"
+        )
     compute = _jitted(model, tuple(mean_rgb), layer)
     chosen = np.full(len(images), -1) if classes is None else np.asarray(classes)
     posteriors, indices, scores, posterior_maps, cams = map(
