@@ -204,6 +204,22 @@ def test_parts_of_the_time_are_named(run):
     assert labels == ["training steps: 64%", "waiting for images: 7%", "validation: 29%"]
 
 
+def test_notebooks_show_figures(run):
+    """IPython shows an object by its method `_repr_png_`."""
+    evaluation = Evaluation(np.eye(2), np.arange(2), np.array(["a", "b"]), np.array(["x", "y"]))
+    preview = reporting.preview("digits", images=1, epochs=1)
+    for figure in (reporting.curves(run), reporting.confusion(evaluation), preview):
+        assert figure._repr_png_().startswith(b"\x89PNG")
+
+
+def test_shares_are_not_cut_off(photos, tmp_path):
+    """Most top-1 errors are 0 here, and so is their median."""
+    records = [record(1, 0.5), *(record(epoch, 1.0) for epoch in (2, 3, 4))]
+    axes = reporting.curves(write_run(tmp_path / "run", photos, records)).axes[1]
+    assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 0.5
+    assert axes.get_title() == "top-1 error"
+
+
 def test_curves_of_a_missing_run(tmp_path):
     with pytest.raises(InputError, match="no run in"):
         reporting.curves(tmp_path)

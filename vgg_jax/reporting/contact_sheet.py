@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from vgg_jax.reporting.crops import Preview, describe, open_preview
-from vgg_jax.reporting.output import require_matplotlib
+from vgg_jax.reporting.output import displayable, require_matplotlib
 from vgg_jax.reporting.text import drawable, shorten_to_width, text_width
 
 if TYPE_CHECKING:
@@ -77,18 +77,17 @@ def preview(
     """
     require_matplotlib()
     folder = None if data_dir is None else os.fspath(data_dir)
-    return draw(
-        open_preview(
-            data,
-            images,
-            epochs,
-            data_dir=folder,
-            download=download,
-            validation=validation,
-            classes=classes,
-            **settings,
-        )
+    opened = open_preview(
+        data,
+        images,
+        epochs,
+        data_dir=folder,
+        download=download,
+        validation=validation,
+        classes=classes,
+        **settings,
     )
+    return displayable(draw(opened))
 
 
 def layout(preview: Preview, num_lines: int = 2) -> Layout:

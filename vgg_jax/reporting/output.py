@@ -1,12 +1,17 @@
 """Files that the commands of this package write, and the packages that they need."""
 
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vgg_jax.errors import InputError, install_hint, single_line
 from vgg_jax.paths import require_local
 from vgg_jax.runs.files import atomic_write, check_free
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def check_out(path: str | os.PathLike, endings: Sequence[str], overwrite: bool) -> Path:
@@ -54,6 +59,25 @@ def write_out(path: Path, content: bytes) -> None:
             f"cannot write {path} ({single_line(error.strerror or error)}): expected room in a "
             "folder that can be written to; pass another --out"
         ) from error
+
+
+def displayable(figure: "Figure") -> "Figure":
+    """Lets a notebook show a figure that no window of pyplot holds.
+
+    Args:
+        figure: The figure.
+
+    Returns:
+        The same figure. Once pyplot is imported, a notebook shows it in the format of its settings.
+    """
+
+    def render() -> bytes:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+        return buffer.getvalue()
+
+    figure._repr_png_ = render  # type: ignore[attr-defined]
+    return figure
 
 
 def require_matplotlib() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from vgg_jax.evaluation.evaluate import Evaluation, load_evaluation
 from vgg_jax.reporting.classes import confusion_matrix
 from vgg_jax.reporting.history import RunHistory, read_run, time_shares
+from vgg_jax.reporting.output import displayable
 from vgg_jax.reporting.style import COLOURS, GRID, INK, figure_style, new_figure
 from vgg_jax.reporting.text import drawable, shorten_to_width
 
@@ -54,7 +55,7 @@ def curves(runs: str | os.PathLike | Sequence[str | os.PathLike]) -> "Figure":
     """
     paths = [runs] if isinstance(runs, (str, os.PathLike)) else runs
     histories = [read_run(path) for path in paths]
-    return plot_curves(histories, shown_quantities(histories))
+    return displayable(plot_curves(histories, shown_quantities(histories)))
 
 
 def confusion(evaluation: str | os.PathLike | Evaluation) -> "Figure":
@@ -72,7 +73,8 @@ def confusion(evaluation: str | os.PathLike | Evaluation) -> "Figure":
     """
     if not isinstance(evaluation, Evaluation):
         evaluation = load_evaluation(evaluation)
-    return plot_confusion(confusion_matrix(evaluation), evaluation.classes.tolist())
+    matrix = confusion_matrix(evaluation)
+    return displayable(plot_confusion(matrix, evaluation.classes.tolist()))
 
 
 def shown_quantities(runs: Sequence[RunHistory]) -> list[Quantity]:
@@ -150,17 +152,19 @@ def _mark_changes(axes: "Axes", run: RunHistory, colour: str | None) -> None:
 def _limit_y(axes: "Axes", runs: Sequence[RunHistory], quantity: Quantity) -> str:
     """Starts the axis at 0, and cuts off a loss that grows beyond all others. Returns a note."""
     axes.set_ylim(bottom=0)
+    if quantity.is_share:
+        return ""
     values = [
         record[split][quantity.key]
         for run in runs
         for record in run.records
         for split in ("validation", "train")
     ]
-    if not values or max(values) <= CUT_OFF * np.median(values):
+    limit = CUT_OFF * float(np.median(values)) if values else 0.0
+    if max(values, default=0.0) <= limit or limit == 0:
         return ""
-    limit = CUT_OFF * float(np.median(values))
     axes.set_ylim(0, limit)
-    return f", cut off at {limit:.2g}" if not quantity.is_share else f", cut off at {limit:.0%}"
+    return f", cut off at {limit:.2g}"
 
 
 def plot_time(run: RunHistory) -> "Figure":
