@@ -184,9 +184,9 @@ def test_loss_that_explodes_is_cut_off(photos, tmp_path):
     records[2]["train"]["loss"] = 1e6
     folder = write_run(tmp_path / "run", photos, records, best_epoch=1)
     axes = reporting.curves(folder).axes[0]
-    # The losses are 1, 1/2, 1e6 and 2, 1, 2/3. Their median is 1.
-    assert axes.get_ylim() == (0, 8)
-    assert axes.get_title() == "loss (cross-entropy), cut off at 8"
+    # The loss of guessing between two classes is ln 2.
+    assert axes.get_ylim() == pytest.approx((0, 3 * np.log(2)))
+    assert axes.get_title() == "loss (cross-entropy), cut off at 2.1"
 
 
 def test_confusion_of_many_classes_is_in_its_place():

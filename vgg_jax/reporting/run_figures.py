@@ -1,5 +1,6 @@
 """Figures of runs: curves, the use of time, and the confusion matrix."""
 
+import math
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,7 +22,7 @@ PANEL = (3.7, 2.7)  # inches: as wide as a phone
 MAX_ANNOTATED, MAX_NAMED = 10, 40  # classes of a confusion matrix with counts, and with names
 MAX_CELLS = 250  # along a side of a drawn confusion matrix
 MAX_NAME = 16  # width of a name beside an axis
-CUT_OFF = 8  # a curve is drawn up to so many times the median of all values
+CUT_OFF = 3  # a loss is drawn up to so many times that of guessing, the logarithm of the classes
 TIME_COLOURS = (COLOURS[0], COLOURS[1], COLOURS[5])
 
 
@@ -150,18 +151,10 @@ def _mark_changes(axes: "Axes", run: RunHistory, colour: str | None) -> None:
 
 
 def _limit_y(axes: "Axes", runs: Sequence[RunHistory], quantity: Quantity) -> str:
-    """Starts the axis at 0, and cuts off a loss that grows beyond all others. Returns a note."""
+    """Starts the axis at 0, and cuts off a loss far above that of guessing. Returns a note."""
     axes.set_ylim(bottom=0)
-    if quantity.is_share:
-        return ""
-    values = [
-        record[split][quantity.key]
-        for run in runs
-        for record in run.records
-        for split in ("validation", "train")
-    ]
-    limit = CUT_OFF * float(np.median(values)) if values else 0.0
-    if max(values, default=0.0) <= limit or limit == 0:
+    limit = CUT_OFF * max(math.log(len(run.run.classes)) for run in runs)
+    if quantity.is_share or axes.get_ylim()[1] <= limit:
         return ""
     axes.set_ylim(0, limit)
     return f", cut off at {limit:.2g}"
