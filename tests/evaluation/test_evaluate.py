@@ -235,7 +235,7 @@ def test_evaluate_rejects_changed_validation_data(workdir, photos, tmp_path):
     evaluate(*net, protocol="center")
     photo = tmp_path / "photos" / "train" / "blue" / "0.png"
     photo.rename(photo.with_name("00.png"))
-    message = r"is not what .*run was trained on: storage and sizes were \('folder, names"
+    message = r"is not what .*run was trained on: expected .* images \(folder, names"
     with pytest.raises(InputError, match=message):
         evaluate(*net, protocol="center")
 

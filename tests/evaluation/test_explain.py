@@ -144,5 +144,11 @@ def test_errors_name_the_choices():
         explain(model, variables, images, mean_rgb=MEAN, layer="fc6")
     with pytest.raises(InputError, match="the images are 15x16: expected both sides"):
         explain(model, variables, random_images(1, 15, 16), mean_rgb=MEAN)
-    with pytest.raises(InputError, match="the class is 3: expected 0 to 2"):
+    with pytest.raises(InputError, match=r"classes is \[3\]: expected numbers from 0 to 2"):
         explain(model, variables, images, mean_rgb=MEAN, classes=[3])
+    for classes in ([1, 1], 1, ["1"]):
+        with pytest.raises(InputError, match="expected 1 numbers, one for each image"):
+            explain(model, variables, images, mean_rgb=MEAN, classes=classes)
+    for wrong in (np.float32(images), images[0], images[:0], "photo.jpg"):
+        with pytest.raises(InputError, match=r"the images are .*: expected uint8 \(N, H, W, C\)"):
+            explain(model, variables, wrong, mean_rgb=MEAN)

@@ -53,6 +53,7 @@ def test_curves_are_those_of_the_records(run):
     changes = [line for line in error.get_lines() if line.get_linestyle() == ":"]
     assert [line.get_xdata()[0] for line in changes] == [2.5]
     assert [text.get_text() for text in error.texts] == ["0.01"]
+    assert [text.get_text() for text in loss.texts] == ["0.01", "guessing"]
 
 
 def test_curves_of_several_runs_have_their_names(run, photos, tmp_path):
@@ -221,5 +222,7 @@ def test_shares_are_not_cut_off(photos, tmp_path):
 
 
 def test_curves_of_a_missing_run(tmp_path):
+    with pytest.raises(InputError, match="there is no run"):
+        reporting.curves([])
     with pytest.raises(InputError, match="no run in"):
         reporting.curves(tmp_path)

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import time
 
 import numpy as np
@@ -15,7 +16,7 @@ from sklearn.metrics import precision_recall_fscore_support
 
 from tests.helpers.photos import make_photo_folder
 from tests.helpers.reports import record, write_run
-from vgg_jax import cli
+from vgg_jax import InputError, cli
 from vgg_jax.arrays import IN_MEMORY
 from vgg_jax.evaluation.evaluate import Evaluation, save_evaluation
 from vgg_jax.reporting.collect import collect
@@ -63,8 +64,9 @@ def run(photos, tmp_path_factory):
 def written(run, tmp_path_factory):
     """The notes of a report, its page and the folder of its figures."""
     folder = tmp_path_factory.mktemp("report")
-    notes = report([run], folder / "report.html", figures=folder / "figures")
-    return notes, Page((folder / "report.html").read_text()), folder / "figures"
+    result = report([run], folder / "report.html", figures=folder / "figures")
+    assert result.has_figures
+    return result.notes, Page((folder / "report.html").read_text()), folder / "figures"
 
 
 def test_page_has_all_parts(written):
@@ -206,7 +208,7 @@ def test_several_runs_are_compared(run, photos, tmp_path):
     rows = re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', text)
     cells = {name: re.findall("<td>(.*?)</td>", row) for name, row in rows}
     assert cells["batch_size"] == ["256", "64"]
-    assert cells["validation accuracy"] == ["75.00%", "90.00%"]
+    assert cells["accuracy, centre crops"] == ["75.00%", "90.00%"]
     assert "momentum" not in cells  # it is the same
 
 
@@ -219,10 +221,10 @@ def test_runs_without_epochs_are_compared(run, photos, tmp_path):
 
 def test_run_without_epoch_gets_one_sentence(photos, tmp_path):
     folder = write_run(tmp_path / "run", photos, records=())
-    (folder / "diverged.txt").write_text("the loss is not finite in epoch 1\n")
-    notes = report([folder], tmp_path / "report.html")
+    (folder / "diverged.txt").write_text("the loss is not finite in epoch 1 (images a, b)\n")
+    notes = report([folder], tmp_path / "report.html").notes
     assert notes[0] == "The run diverged: the loss is not finite in epoch 1."
-    assert notes[1].startswith("No epoch has finished")
+    assert notes[1].startswith("No epoch has finished") and "--learning-rate" in notes[1]
     page = Page((tmp_path / "report.html").read_text())
     assert page.titles == ["Parameters and multiply-adds", "How it was made"]
 
@@ -259,7 +261,7 @@ def test_moved_photos_get_one_sentence(run, tmp_path, capsys):
 def test_damaged_file_gets_one_sentence(run, tmp_path, name, content, message, missing):
     copy = shutil.copytree(run, tmp_path / "run")
     (copy / name).write_bytes(content)
-    (note,) = report([copy], tmp_path / "report.html")
+    (note,) = report([copy], tmp_path / "report.html").notes
     assert note.startswith(message) and name in note
     titles = Page((tmp_path / "report.html").read_text()).titles
     assert missing not in titles and "Where the net looks" in titles
@@ -267,26 +269,74 @@ def test_damaged_file_gets_one_sentence(run, tmp_path, name, content, message, m
 
 def test_notes_of_several_runs_have_their_names(run, photos, tmp_path):
     empty = write_run(tmp_path / "empty", photos, records=())
-    (note,) = report([run, empty], tmp_path / "report.html")
+    (note,) = report([run, empty], tmp_path / "report.html").notes
     assert note.startswith("empty: No epoch has finished")
 
 
 def test_missing_net_gets_one_sentence(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(copy / "best")
-    (note,) = report([copy], tmp_path / "report.html")
+    (note,) = report([copy], tmp_path / "report.html").notes
     assert note.startswith("The net is not shown: no trained network in")
 
 
-def test_figures_that_cannot_be_written_get_one_sentence(run, tmp_path):
+def test_figures_that_cannot_be_written_get_one_sentence(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
-    (note,) = report([run], tmp_path / "report.html", figures=tmp_path / "file")
+    (note,) = report([run], tmp_path / "report.html", figures=tmp_path / "file").notes
     assert note.startswith("The figures were not saved in") and "--figures" in note
     assert (tmp_path / "report.html").exists()
+    assert cli.main(["report", str(run), "--figures", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().out.endswith(" MB)\n")
+
+
+def test_only_reports_are_replaced(run, tmp_path, capsys):
+    path = tmp_path / "thesis.html"
+    path.write_text("my thesis")
+    assert cli.main(["report", str(run), "-o", str(path)]) == 2
+    assert "thesis.html exists" in capsys.readouterr().err
+    assert path.read_text() == "my thesis"
+    for flags in (["--overwrite"], []):
+        assert cli.main(["report", str(run), "-o", str(path), *flags]) == 0
+
+
+def test_data_that_was_asked_for_must_be_there(run, tmp_path, capsys):
+    out = ["-o", str(tmp_path / "report.html")]
+    assert cli.main(["report", str(run), *out, "--data", str(tmp_path / "none")]) == 2
+    assert "pass --data PATH with the folder" in capsys.readouterr().err
+
+
+def test_missing_run_is_reported_before_the_work(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("vgg_jax.reporting.html.collect", None)
+    with pytest.raises(InputError, match="no run in"):
+        report([run, tmp_path / "none"], tmp_path / "report.html")
+    (tmp_path / "weights.h5").write_text("")
+    with pytest.raises(InputError, match=r"weights\.h5 is a file: expected the folder of a run"):
+        report([tmp_path / "weights.h5"], tmp_path / "report.html")
+
+
+def test_run_that_has_not_learned_is_told(photos, tmp_path):
+    line = record(1, 0.5)
+    line["train"]["loss"] = 0.693
+    result = collect(write_run(tmp_path / "run", photos, [line], best_epoch=1))
+    assert result.notes == [
+        "The training loss is that of guessing, ln(2) = 0.693: the net has not learned."
+    ]
+
+
+def test_run_with_a_net_and_without_records(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "metrics.jsonl").write_text("")
+    result = collect(copy)
+    assert result.notes == ["The curves are not shown: metrics.jsonl lists no finished epoch."]
+    assert result.evaluation is not None
 
 
 def test_folder_without_permission_is_refused(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write to every folder
+    def fail(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", fail)  # root may write to every folder
     assert cli.main(["report", str(run), "-o", str(tmp_path / "report.html")]) == 2
     assert "expected a folder that can be written to" in capsys.readouterr().err
 
@@ -330,7 +380,7 @@ def test_names_are_escaped(tmp_path):
     content = json.loads((folder / "run.json").read_text())
     content["command"] = "vgg-jax train '<script>'"
     (folder / "run.json").write_text(json.dumps(content))
-    assert report([folder], tmp_path / "report.html") == []
+    assert report([folder], tmp_path / "report.html").notes == []
     text = (tmp_path / "report.html").read_text()
     assert not re.search(
         r"<(script|i|b)>(?!\w)", text.replace("<b>blue", "").replace("<b>&lt;", "")
@@ -365,7 +415,7 @@ def test_page_of_a_thousand_classes_is_small(tmp_path):
     np.savez(path, **arrays, classes=np.array(names))
     folder = write_run(tmp_path / "run", path, [record(1, 0.5)], best_epoch=1, scale=(16,))
     started = time.monotonic()
-    assert report([folder], tmp_path / "report.html") == []
+    assert report([folder], tmp_path / "report.html").notes == []
     assert time.monotonic() - started < 30
     assert (tmp_path / "report.html").stat().st_size < 5e6
     text = (tmp_path / "report.html").read_text()

@@ -598,19 +598,26 @@ def fuse(posteriors: list[str], out: str | None) -> ExitCode:
 
 
 def report(
-    runs: list[str], out: str, figures: str | None, data: str | None, data_dir: str | None
+    runs: list[str],
+    out: str,
+    overwrite: bool,
+    figures: str | None,
+    data: str | None,
+    data_dir: str | None,
 ) -> ExitCode:
     """Writes an HTML page about one run or several. What is missing gets a sentence."""
     configure_malloc()
     from vgg_jax.reporting.html import report as write_report
 
     out = os.path.expanduser(out)
-    notes = write_report(runs, out, figures=figures, data=data, data_dir=data_dir)
-    for note in notes:
+    result = write_report(
+        runs, out, figures=figures, data=data, data_dir=data_dir, overwrite=overwrite
+    )
+    for note in result.notes:
         print(f"vgg-jax: {note}", file=sys.stderr)
     size = os.path.getsize(out) / 1e6
-    print(f"wrote {out} ({size:.1f} MB){f' and {figures}' if figures else ''}")
-    return ExitCode.DONE
+    print(f"wrote {out} ({size:.1f} MB){f' and {figures}' if result.has_figures else ''}")
+    return ExitCode.DONE if figures is None or result.has_figures else ExitCode.BAD_INPUT
 
 
 def explain(

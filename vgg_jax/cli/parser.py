@@ -572,8 +572,12 @@ def _add_explain(command: argparse.ArgumentParser) -> None:
 def _add_report(command: argparse.ArgumentParser) -> None:
     command.add_argument("runs", nargs="+", metavar="RUN", help="workdirs of runs")
     command.add_argument(
-        "-o", "--out", default="report.html", help="the HTML file (default: report.html)"
+        "-o",
+        "--out",
+        default="report.html",
+        help="the HTML file; an earlier report is replaced (default: report.html)",
     )
+    _add_overwrite(command)
     command.add_argument(
         "--figures", metavar="DIR", help="folder to write the figures to, as SVG and JPEG files"
     )

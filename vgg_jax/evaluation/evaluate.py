@@ -288,10 +288,12 @@ def open_source(
 def _check_same_data(data: str, path: Any, expected: tuple, actual: tuple) -> None:
     """Raises InputError if the data, by storage and sizes, are not those of the run in `path`."""
     if actual != expected:
+        images = [" + ".join(f"{size:,}" for size in sizes) for _, *sizes in (expected, actual)]
         raise InputError(
-            f"{data} is not what {path} was trained on: storage and sizes were {expected} and are "
-            f"{actual}, so the run's validation images are unknown; pass another --split, as "
-            "--split train for all images of it, or the folder where the run's data is now"
+            f"{data} is not what {path} was trained on: expected {images[0]} images "
+            f"({expected[0]}), found {images[1]} ({actual[0]}), so the run's validation images are "
+            "unknown; pass another --split, as --split train for all images of it, or the folder "
+            "where the run's data is now"
         )
 
 

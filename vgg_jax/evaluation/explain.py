@@ -73,24 +73,13 @@ def explain(
         An explanation for each image.
 
     Raises:
-        InputError: The layer is unknown or not convolutional, a class does not exist, or an image
-            is too small.
+        InputError: The layer is unknown or not convolutional, a class does not exist, or the images
+            are no uint8 batch, or too small.
     """
     layer = grad_cam_layer(model) if layer is None else check_layer(model, layer)
-    for class_index in classes or ():
-        if not 0 <= class_index < model.num_classes:
-            raise InputError(
-                f"the class is {class_index}: expected 0 to {model.num_classes - 1}, its position "
-                "among the net's classes"
-            )
-    height, width = images.shape[1:3]
-    if min(height, width) < model.image_size:
-        raise InputError(
-            f"the images are {height}x{width}: expected both sides to be at least the net's, "
-            f"{model.image_size}; pass a larger test scale"
-        )
+    _check_images(model, images)
+    chosen = _check_classes(model, classes, len(images))
     compute = _jitted(model, tuple(mean_rgb), layer)
-    chosen = np.full(len(images), -1) if classes is None else np.asarray(classes)
     posteriors, indices, scores, posterior_maps, cams = map(
         np.asarray, compute(variables, images, chosen)
     )
@@ -108,6 +97,38 @@ def explain(
         )
         for i, index in enumerate(indices)
     ]
+
+
+def _check_images(model: VGG, images: np.ndarray) -> None:
+    """Raises InputError for images that are prepared already, or too small."""
+    is_batch = getattr(images, "ndim", 0) == 4 and len(images) > 0
+    if not is_batch or images.dtype != np.uint8:
+        description = f"{images.dtype} {images.shape}" if hasattr(images, "shape") else "no array"
+        raise InputError(
+            f"the images are {description}: expected uint8 (N, H, W, C), resized, the mean not "
+            "subtracted"
+        )
+    height, width = images.shape[1:3]
+    if min(height, width) < model.image_size:
+        raise InputError(
+            f"the images are {height}x{width}: expected both sides to be at least the net's, "
+            f"{model.image_size}; pass a larger test scale"
+        )
+
+
+def _check_classes(model: VGG, classes: Sequence[int] | None, count: int) -> np.ndarray:
+    """The class of each image, int (N,). -1 is the most probable one."""
+    if classes is None:
+        return np.full(count, -1)
+    indices = np.asarray(classes)
+    if indices.shape != (count,) or indices.dtype.kind not in "iu":
+        raise InputError(f"classes is {classes!r}: expected {count} numbers, one for each image")
+    if indices.min() < 0 or indices.max() >= model.num_classes:
+        raise InputError(
+            f"classes is {classes!r}: expected numbers from 0 to {model.num_classes - 1}, the "
+            "positions among the net's classes"
+        )
+    return indices
 
 
 @functools.lru_cache(maxsize=4)

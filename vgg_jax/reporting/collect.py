@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -26,7 +28,7 @@ from vgg_jax.model import VGG
 from vgg_jax.paths import is_remote, to_path
 from vgg_jax.preprocessing import subtract_mean
 from vgg_jax.reporting.classes import confident_mistakes, unsure_hits
-from vgg_jax.reporting.history import RunHistory, read_divergence, read_records, run_name
+from vgg_jax.reporting.history import Record, RunHistory, read_divergence, read_records, run_name
 from vgg_jax.reporting.pictures import (
     ExplainedPicture,
     Picture,
@@ -34,7 +36,7 @@ from vgg_jax.reporting.pictures import (
     read_pictures,
 )
 from vgg_jax.runs.checkpoint import load_best
-from vgg_jax.runs.metadata import load_run
+from vgg_jax.runs.metadata import has_checkpoint, load_run
 from vgg_jax.summary import LayerSummary, summarize
 
 T = TypeVar("T")
@@ -103,13 +105,15 @@ def collect(
         The report. Its `notes` say what is missing and why.
 
     Raises:
-        InputError: There is no run in the folder.
+        InputError: There is no run in the folder, or `data` are not its images.
     """
     folder, notes = to_path(path), list[str]()
     run = load_run(folder)
     divergence = _try(notes, "The end of the run is unknown", lambda: read_divergence(folder))
     if divergence is not None:
-        notes.append(f"The run diverged: {divergence.rstrip('.')}.")
+        # Without the names of the images, which are many. `diverged.txt` has them.
+        short = re.sub(r" \(images .*?\)", "", divergence)
+        notes.append(f"The run diverged: {short.rstrip('.')}.")
     records = _try(
         notes, "The curves are not shown", lambda: read_records(folder / "metrics.jsonl")
     )
@@ -117,17 +121,34 @@ def collect(
     config = run.config
     layers = summarize(config.vgg, len(run.classes), config.batch_norm, config.image_size)
     report = RunReport(history, layers, notes)
-    if records == []:
+    if records == [] and not has_checkpoint(folder / "best"):
+        remedy = "the same `vgg-jax train` command resumes the run"
+        if divergence is not None:
+            remedy = (
+                "train again with a smaller --learning-rate, --batch-norm or --on-nan halve, and "
+                "another --workdir"
+            )
         notes.append(
-            "No epoch has finished, so there are no curves, and no net to look at; the same "
-            "`vgg-jax train` command resumes the run."
+            f"No epoch has finished, so there are no curves, and no net to look at; {remedy}."
         )
         return report
+    if records == []:
+        notes.append("The curves are not shown: metrics.jsonl lists no finished epoch.")
+    if records and _is_at_chance(records[-1], len(run.classes)):
+        notes.append(
+            f"The training loss is that of guessing, ln({len(run.classes)}) = "
+            f"{math.log(len(run.classes)):.3f}: the net has not learned."
+        )
     net = _try(notes, "The net is not shown", lambda: Net(*load_best(path)))
     if net is not None:
         report.filters = np.asarray(net.variables["params"]["conv1_1"]["kernel"])
         _add_evaluation(report, net, data, data_dir, max_macs)
     return report
+
+
+def _is_at_chance(record: Record, num_classes: int) -> bool:
+    chance = math.log(num_classes)
+    return abs(record["train"]["loss"] - chance) < 0.01 * chance
 
 
 def _add_evaluation(
@@ -138,13 +159,18 @@ def _add_evaluation(
     saved = _saved_evaluation(report.history, net.metadata, data)
     missing = "The photos are" if saved else "The classes, the photos and where the net looks are"
     missing += " not shown"
-    source = _try(
-        notes,
-        missing,
-        lambda: open_source(
+    try:
+        _, source = open_source(
             net.metadata, data, "val", data_dir=data_dir, download=False, skip_bad=False
-        )[1],
-    )
+        )
+    except (InputError, OSError) as error:
+        # The end of the message is advice for `vgg-jax evaluate`.
+        reason = single_line(error, None).split(";")[0].rstrip(".")
+        advice = "pass --data PATH with the folder or file where the run's images are now"
+        if data is not None:
+            raise InputError(f"{reason}; {advice}") from error
+        notes.append(f"{missing}: {reason}; {advice}.")
+        source = None
     if saved is not None:
         report.evaluation, report.evaluated = saved
         if source is not None and not _has_images(source, report.evaluation):

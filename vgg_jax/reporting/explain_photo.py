@@ -72,6 +72,10 @@ def explain_photo(
     index = None if class_name is None else [_find_class(names, class_name)]
     if layer is not None:
         check_layer(model, layer)
+    if scale is not None and scale < model.image_size:
+        raise InputError(
+            f"scale is {scale}: expected at least the size of the net's images, {model.image_size}"
+        )
     protocol, scales = resolve_protocol(
         DENSE, () if scale is None else (scale,), model, metadata, path
     )

@@ -1,16 +1,18 @@
 """Writes runs as one HTML file that needs no network."""
 
+import contextlib
+import math
 import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from vgg_jax import __version__
 from vgg_jax.errors import InputError, install_hint, single_line
-from vgg_jax.paths import require_local
+from vgg_jax.paths import require_local, to_path
 from vgg_jax.reporting.classes import class_figures, confusion_matrix, most_confused
 from vgg_jax.reporting.collect import MAX_MACS, RunReport, collect
 from vgg_jax.reporting.net_figures import plot_activations, plot_filters
@@ -20,17 +22,40 @@ from vgg_jax.reporting.run_figures import (
     plot_confusion,
     plot_curves,
     plot_time,
+    run_colours,
     shown_quantities,
 )
 from vgg_jax.reporting.style import figure_bytes, inline_svg
-from vgg_jax.reporting.tables import compare, percent, results, worst_first
-from vgg_jax.runs.metadata import settings
+from vgg_jax.reporting.tables import (
+    compare,
+    format_accuracy,
+    percent,
+    results,
+    summarize_run,
+    worst_first,
+)
+from vgg_jax.reporting.text import shorten_to_width
+from vgg_jax.runs.metadata import load_run, settings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+GENERATOR = '<meta name="generator" content="vgg_jax report">'
 TEMPLATE = Path(__file__).with_name("report.html")
+MAX_NAME = 60  # width of the names of classes and files
 MAX_ROWS = 30  # of the per-class table that are shown at first
+
+
+class Result(NamedTuple):
+    """The outcome of `report`.
+
+    Attributes:
+        notes: A sentence for each part that is missing.
+        has_figures: True if figures were asked for, and all were written.
+    """
+
+    notes: list[str]
+    has_figures: bool
 
 
 def report(
@@ -40,30 +65,34 @@ def report(
     figures: str | os.PathLike | None = None,
     data: str | None = None,
     data_dir: str | None = None,
-) -> list[str]:
+    overwrite: bool = False,
+) -> Result:
     """Writes a report of one run, or of several side by side.
 
     Args:
         runs: Folders of the runs.
-        out: The HTML file. An existing one is replaced.
+        out: The HTML file. An earlier report is replaced.
         figures: Folder for the figures as files, which is created if needed.
         data: Where the runs' images are now; None for where they were.
         data_dir: Folder of prepared data sets.
+        overwrite: Replace a file that is no report, too.
 
     Returns:
-        A sentence for each part that is missing.
+        What is missing, and if the figures were written.
 
     Raises:
-        InputError: There is no run in a folder, the report cannot be written, or a package is not
-            installed.
+        InputError: There is no run in a folder, `data` are not its images, the report cannot be
+            written, or a package is not installed.
     """
     require_matplotlib()
     render = _load_template()
-    target = check_out(out, (".html", ".htm"), overwrite=True)
+    target = check_out(out, (".html", ".htm"), overwrite or _is_report(out))
     folder = None
     if figures is not None:
         folder = require_local(os.path.expanduser(figures), is_output=True)
     _check_different(runs)
+    for path in runs:
+        load_run(to_path(path))  # before the work on any of them
     reports = [collect(path, data, data_dir, MAX_MACS / len(runs)) for path in runs]
     _make_names_unique(reports, runs)
     shared, by_run = draw_figures(reports)
@@ -72,10 +101,12 @@ def report(
         for run_report in reports
         for note in run_report.notes
     ]
+    has_figures = folder is not None
     if folder is not None:
         try:
             save_figures(folder, reports, shared, by_run)
         except OSError as error:
+            has_figures = False
             notes.append(
                 f"The figures were not saved in {figures}: {single_line(error)}; pass another "
                 "--figures."
@@ -83,13 +114,24 @@ def report(
     page = render(
         title=", ".join(run_report.history.name for run_report in reports),
         version=__version__,
+        generator=GENERATOR,
         curves=[inline_svg(figure, f"curves: {name}") for name, figure in shared.items()],
         comparison=compare(reports) if len(reports) > 1 else [],
-        runs=[_context(*item, data) for item in zip(reports, by_run, strict=True)],
+        runs=[
+            _context(*item, data)
+            for item in zip(reports, by_run, run_colours(len(reports)), strict=True)
+        ],
     )
     # A name of a file or a class may have bytes that are no text.
     write_out(target, page.encode(errors="backslashreplace"))
-    return notes
+    return Result(notes, has_figures)
+
+
+def _is_report(path: str | os.PathLike) -> bool:
+    """Tells if a file is an earlier report. A missing file is none."""
+    with contextlib.suppress(OSError), open(os.path.expanduser(path), "rb") as file:
+        return GENERATOR.encode() in file.read(1024)
+    return False
 
 
 def _load_template() -> Any:
@@ -102,6 +144,7 @@ def _load_template() -> Any:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["percent"] = percent
+    environment.filters["short"] = lambda text: shorten_to_width(text, MAX_NAME)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render
 
 
@@ -189,7 +232,7 @@ def save_figures(
 
 
 def _context(
-    run_report: RunReport, figures: "dict[str, Figure]", data: str | None
+    run_report: RunReport, figures: "dict[str, Figure]", colour: str, data: str | None
 ) -> dict[str, Any]:
     """The values that the template shows of a run."""
     history, run, evaluation = run_report.history, run_report.history.run, run_report.evaluation
@@ -200,6 +243,8 @@ def _context(
     arguments = [path] if data is None else [path, data]
     return {
         "name": history.name,
+        "colour": colour,
+        "summary": summarize_run(history),
         "path": path,
         "notes": run_report.notes,
         "results": results(run_report),
@@ -215,9 +260,10 @@ def _context(
         "evaluated": run_report.evaluated,
         "is_sample": run_report.is_sample,
         "evaluate_command": shlex.join(["vgg-jax", "evaluate", *arguments]),
-        "accuracy": None if evaluation is None else 1 - evaluation.errors()["top1_error"],
+        "accuracy": None if evaluation is None else format_accuracy(evaluation),
         "classes": classes[:MAX_ROWS],
         "other_classes": classes[MAX_ROWS:],
+        "has_gaps": any(math.isnan(row.precision + row.recall + row.f1) for row in classes),
         "confused": [] if evaluation is None else most_confused(evaluation),
         "mistakes": [(picture, _url(picture.pixels)) for picture in run_report.mistakes],
         "hits": [(picture, _url(picture.pixels)) for picture in run_report.hits],

@@ -13,7 +13,7 @@ from vgg_jax.reporting.text import drawable, shorten_to_width
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CHANNELS = 7  # of each stage that are drawn, beside their mean
+CHANNELS = 5  # of each stage that are drawn, beside their mean
 MAX_NAME = 36  # characters of a class name above a photo
 OPACITY = 0.55  # of a map over a photo
 
@@ -52,7 +52,7 @@ def plot_activations(activations: Mapping[str, np.ndarray]) -> "Figure":
         The figure: the mean over the channels, and the channels with the largest means.
     """
     with figure_style():
-        figure = new_figure(7.0, 0.25 + 0.85 * len(activations))
+        figure = new_figure(5.0, 0.25 + 0.85 * len(activations))
         panels = figure.subplots(len(activations), 1 + CHANNELS, squeeze=False)
         for row, (name, maps) in zip(panels, activations.items(), strict=True):
             means = maps.mean((0, 1))
@@ -62,9 +62,9 @@ def plot_activations(activations: Mapping[str, np.ndarray]) -> "Figure":
                 axes.imshow(image, cmap="magma", interpolation="nearest")
             for axes in row:
                 axes.set_axis_off()
-            row[0].set_title(f"{name}, mean", fontsize=7, pad=2)
+            row[0].set_title(name, fontsize=8, pad=2)
             for axes, channel in zip(row[1:], channels, strict=False):
-                axes.set_title(str(channel), fontsize=7, pad=2)
+                axes.set_title(str(channel), fontsize=8, pad=2)
     return figure
 
 

@@ -2,6 +2,7 @@
 
 import io
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,11 +35,15 @@ def check_out(path: str | os.PathLike, endings: Sequence[str], overwrite: bool) 
         raise InputError(f"out is {str(path)!r}: expected a file ending in {', '.join(endings)}")
     if not target.parent.is_dir() or target.is_dir():
         raise InputError(f"cannot write {path}: expected the name of a file in an existing folder")
-    if not os.access(target.parent, os.W_OK):
-        raise InputError(
-            f"cannot write {path}: expected a folder that can be written to; pass another --out"
-        )
     check_free(target, overwrite)
+    try:
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"cannot write {path} ({error.strerror}): expected a folder that can be written to; "
+            "pass another --out"
+        ) from error
     return target
 
 

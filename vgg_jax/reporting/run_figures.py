@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from vgg_jax.errors import InputError
 from vgg_jax.evaluation.evaluate import Evaluation, load_evaluation
 from vgg_jax.reporting.classes import confusion_matrix
 from vgg_jax.reporting.history import RunHistory, read_run, time_shares
@@ -55,6 +56,8 @@ def curves(runs: str | os.PathLike | Sequence[str | os.PathLike]) -> "Figure":
         InputError: There is no run in a folder, or matplotlib is not installed.
     """
     paths = [runs] if isinstance(runs, (str, os.PathLike)) else runs
+    if not paths:
+        raise InputError("there is no run: expected the folder of one, or several")
     histories = [read_run(path) for path in paths]
     return displayable(plot_curves(histories, shown_quantities(histories)))
 
@@ -84,6 +87,11 @@ def shown_quantities(runs: Sequence[RunHistory]) -> list[Quantity]:
     return [quantity for quantity in QUANTITIES if has_top5 or quantity.key != "top5_error"]
 
 
+def run_colours(count: int) -> list[str]:
+    """A colour for each run. With more than eight runs, they repeat."""
+    return [COLOURS[number % len(COLOURS)] for number in range(count)]
+
+
 def plot_curves(runs: Sequence[RunHistory], quantities: Sequence[Quantity]) -> "Figure":
     """Draws quantities of runs over their epochs, a panel for each.
 
@@ -107,8 +115,9 @@ def _plot_quantity(axes: "Axes", runs: Sequence[RunHistory], quantity: Quantity)
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     lines, labels = [], []
-    for number, run in enumerate(run for run in runs if run.records):
-        colour = COLOURS[number % len(COLOURS)]
+    for run, colour in zip(runs, run_colours(len(runs)), strict=True):
+        if not run.records or (quantity.key == "top5_error" and len(run.run.classes) <= 5):
+            continue
         epochs = [record["epoch"] for record in run.records]
         style: Any = {"color": colour, "marker": "o" if len(epochs) <= 12 else "", "markersize": 3}
         values = {
@@ -151,13 +160,19 @@ def _mark_changes(axes: "Axes", run: RunHistory, colour: str | None) -> None:
 
 
 def _limit_y(axes: "Axes", runs: Sequence[RunHistory], quantity: Quantity) -> str:
-    """Starts the axis at 0, and cuts off a loss far above that of guessing. Returns a note."""
-    axes.set_ylim(bottom=0)
-    limit = CUT_OFF * max(math.log(len(run.run.classes)) for run in runs)
-    if quantity.is_share or axes.get_ylim()[1] <= limit:
+    """Limits the vertical axis, and marks the loss of guessing. Returns a note for the title."""
+    top = axes.get_ylim()[1] * 1.04
+    if quantity.is_share or not any(run.records for run in runs):
+        axes.set_ylim(0, top)
         return ""
-    axes.set_ylim(0, limit)
-    return f", cut off at {limit:.2g}"
+    guessing = max(math.log(len(run.run.classes)) for run in runs)
+    axes.set_ylim(0, min(top, CUT_OFF * guessing))
+    if guessing < top:
+        axes.axhline(guessing, color=COLOURS[5], linestyle="-.", linewidth=0.8)
+        axes.annotate(
+            "guessing", (0, guessing), xycoords=("axes fraction", "data"), fontsize=6.5, va="bottom"
+        )
+    return f", cut off at {CUT_OFF * guessing:.2g}" if top > CUT_OFF * guessing else ""
 
 
 def plot_time(run: RunHistory) -> "Figure":

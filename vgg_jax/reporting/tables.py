@@ -1,10 +1,13 @@
 """The tables of a report: results, settings, and the comparison of several runs."""
 
 import math
+import os
 from collections.abc import Sequence
 
+from vgg_jax.evaluation.evaluate import Evaluation
 from vgg_jax.reporting.classes import ClassFigures
 from vgg_jax.reporting.collect import RunReport
+from vgg_jax.reporting.history import RunHistory
 from vgg_jax.runs.metadata import settings
 
 NONE = "–"  # a value that there is not
@@ -41,9 +44,9 @@ def results(report: RunReport) -> dict[str, str]:
     """
     history, run = report.history, report.history.run
     has_top5 = len(run.classes) > 5
-    names = ["validation accuracy", "validation loss", "best epoch"]
+    names = ["accuracy, centre crops", "validation loss", "best epoch"]
     if has_top5:
-        names.insert(1, "validation top-5 accuracy")
+        names.insert(1, "top-5 accuracy, centre crops")
     rows = dict.fromkeys(names, NONE)
     rows |= {
         "finished epochs": str(len(history.records)),
@@ -60,15 +63,44 @@ def results(report: RunReport) -> dict[str, str]:
         speeds = sorted(record["images_per_second"] for record in history.records)
         seconds = sum(record["seconds"] for record in history.records)
         rows |= {
-            "validation accuracy": f"{best['validation']['accuracy']:.2%}",
+            "accuracy, centre crops": f"{best['validation']['accuracy']:.2%}",
             "validation loss": f"{best['validation']['loss']:.4f}",
             "best epoch": str(best["epoch"]),
             "training time": format_seconds(seconds),
             "images per second": f"{speeds[len(speeds) // 2]:,.1f}",
         }
         if has_top5:
-            rows["validation top-5 accuracy"] = f"{1 - best['validation']['top5_error']:.2%}"
+            rows["top-5 accuracy, centre crops"] = f"{1 - best['validation']['top5_error']:.2%}"
     return rows
+
+
+def summarize_run(history: RunHistory) -> str:
+    """Says in a line what a run is: net, data, images, start, learning rate and date."""
+    config = history.run.config
+    net = f"Net {config.net}" + (" with batch normalisation" if config.batch_norm else "")
+    name = os.path.basename(config.data.rstrip("/")) or config.data
+    scale = " to ".join(map(str, sorted({*config.scale})))
+    start = "from random parameters"
+    if config.init_from is not None:
+        start = f"from {os.path.basename(config.init_from.rstrip('/'))}"
+    if config.freeze:
+        start += f" (frozen: {' '.join(config.freeze)})"
+    parts = [
+        f"{net} on {name}",
+        f"{config.image_size}-pixel crops at S = {scale}",
+        start,
+        f"learning rate {config.learning_rate:g}",
+    ]
+    if history.records:
+        parts.append(history.records[-1]["time"].partition("T")[0])
+    return ", ".join(parts) + "."
+
+
+def format_accuracy(evaluation: Evaluation) -> str:
+    """The accuracy of an evaluation and its 95 % interval, as "94.8% (90.0% to 97.3%)"."""
+    errors = evaluation.errors()
+    low, high = errors["top1_error_interval"]
+    return f"{1 - errors['top1_error']:.2%} ({1 - high:.2%} to {1 - low:.2%})"
 
 
 def worst_first(classes: Sequence[ClassFigures]) -> list[ClassFigures]:

@@ -167,6 +167,8 @@ def load_run(workdir: Path) -> RunMetadata:
         InputError: There is no run in the workdir, or its `run.json` cannot be read.
     """
     path = to_path(workdir) / "run.json"
+    if not is_remote(workdir) and path.parent.is_file():
+        raise InputError(f"{workdir} is a file: expected the folder of a run")
     try:
         return from_json(json.loads(path.read_text()))
     except FileNotFoundError as error:
