@@ -322,13 +322,18 @@ def fine_tuning_section() -> str:
     """Fine-tuning on photos from pretrained convolutions."""
     result = load("finetune")
     rows = []
-    for kind in ("frozen", "free"):
+    kinds = {
+        "frozen": "frozen, centre crops",
+        "free": "free, random crops",
+        "free_centre": "free, centre crops",
+    }
+    for kind, label in kinds.items():
         for run in result[kind]:
             own, peer = run["vgg_jax"], run.get("peer")
             losses = [epoch["validation"][0] for epoch in own["epochs"]]
             rows.append(
                 (
-                    kind,
+                    label,
                     own["seed"],
                     len(own["epochs"]),
                     f"{losses[0]:.2f}, {losses[-1]:.2f}",

@@ -1,6 +1,7 @@
 """TensorBoard's events of a run: losses, layers and crops, in a file that grows with the run."""
 
 import contextlib
+import io
 import logging
 import socket
 import time
@@ -20,6 +21,7 @@ METRICS = ("loss", "top1_error", "top5_error")
 POINT_SECONDS = 0.1  # between two points of a curve, so that short steps do not pay for each
 FLUSH_SECONDS = 5
 MAX_CROPS = 16
+MAX_PNG_BYTES = 2**18  # of the pixels of all crops; larger ones become a JPEG
 
 
 class TrainingEvents:
@@ -99,10 +101,22 @@ class TrainingEvents:
             images: uint8 (N, H, W, 3).
             colour_shift: float (N, 3), on the 0-255 scale.
         """
-        from tensorboardX.summary import image
+        from PIL import Image
+        from tensorboardX.proto.summary_pb2 import Summary
 
         pixels = add_colour_shift(images[:MAX_CROPS], colour_shift[:MAX_CROPS])
-        self._try_to_write(step, summary=image("crops", make_grid(pixels), dataformats="HWC"))
+        grid, buffer = make_grid(pixels), io.BytesIO()
+        # A large PNG takes a second, half of it for tensorboardX's checksum
+        # (docs/performance.md#tensorboard).
+        format = "PNG" if grid.size <= MAX_PNG_BYTES else "JPEG"
+        Image.fromarray(grid).save(buffer, format, quality=95, subsampling=0)
+        image = Summary.Image(
+            height=grid.shape[0],
+            width=grid.shape[1],
+            colorspace=3,
+            encoded_image_string=buffer.getvalue(),
+        )
+        self._try_to_write(step, summary=Summary(value=[Summary.Value(tag="crops", image=image)]))
 
     def finish_training(self) -> None:
         """Writes the steps that are no point yet, at the end of an epoch or before a stop."""
