@@ -40,6 +40,8 @@ SMALLER = {
     f"vgg-jax train PHOTOS {FINE_TUNED} --cache-features": "--scale 32",
     "vgg-jax evaluate": "--no-compilation-cache",
     "vgg-jax predict": "--no-compilation-cache",
+    "vgg-jax report": "--no-compilation-cache",
+    "vgg-jax explain": "--no-compilation-cache",
     "vgg-jax import": "--image-size 32",
     "python -m experiments.examples.style_transfer": "--size 64 --steps 2",
 }
@@ -55,6 +57,7 @@ RUNS = {"runs/digits-A": "", "runs/PHOTOS-D": "PHOTOS --net D", "runs/PHOTOS-A":
 ASSUMED = {
     "evaluation.md": RUNS,
     "export.md": RUNS,
+    "reports.md": RUNS,
     "weights.md": ["runs/digits-A"],
 }
 # .ci/run installs the package and calls pytest. tests/integration/test_wheel.py installs a wheel.
