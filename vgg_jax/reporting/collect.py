@@ -45,7 +45,7 @@ PICTURES = 12  # mistakes, and as many hits
 EXPLAINED = 2  # mistakes, and as many hits, with maps of where the net looks
 # Multiply-adds of the evaluations that a report makes itself, of all its runs together: some
 # seconds on two cores. Nets with few take more images, up to the largest number.
-MAX_MACS, MIN_IMAGES, MAX_IMAGES = 2.5e12, 16, 2000
+MAX_MACS, MIN_IMAGES, MAX_IMAGES = 1e12, 16, 2000
 
 
 class Net(NamedTuple):
