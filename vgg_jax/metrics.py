@@ -56,6 +56,20 @@ def cross_entropies(logits: Array, labels: Array) -> Array:
     return jax.nn.logsumexp(logits, axis=1) - _of_labels(logits, labels)
 
 
+def is_loss_of_guessing(loss: float, num_classes: int) -> bool:
+    """Tells if a cross-entropy is within 1 % of that of guessing, the logarithm of the classes.
+
+    Args:
+        loss: Cross-entropy, in nats.
+        num_classes: Number of classes. With one class, there is nothing to guess.
+
+    Returns:
+        True if the loss is that of guessing.
+    """
+    guessing = math.log(num_classes)
+    return abs(loss - guessing) < 0.01 * guessing
+
+
 def label_ranks(scores: Array, labels: Array) -> Array:
     """Computes the rank of each example's label among its classes, 0 for the first guess.
 

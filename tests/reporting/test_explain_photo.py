@@ -6,19 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.helpers.photos import make_photo_folder
-from tests.helpers.reports import write_run
 from vgg_jax import InputError, cli, load
 from vgg_jax.preprocessing import subtract_mean
 from vgg_jax.reporting.explain_photo import _find_class
 
 pytestmark = pytest.mark.usefixtures("small_nets")
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("explain")
-    return write_run(folder / "run", make_photo_folder(folder / "photos"))
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import matplotlib
 import numpy as np
 import pytest
 
-from tests.helpers.photos import make_photo_folder
 from tests.helpers.reports import RECORDS, record, write_run
 from vgg_jax import InputError, reporting
 from vgg_jax.evaluation.evaluate import Evaluation, save_evaluation
@@ -19,16 +18,6 @@ from vgg_jax.reporting.run_figures import plot_confusion, plot_time
 from vgg_jax.reporting.style import INK, figure_bytes, inline_svg
 
 pytestmark = pytest.mark.usefixtures("small_nets")
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    return make_photo_folder(tmp_path_factory.mktemp("photos"))
-
-
-@pytest.fixture(scope="module")
-def run(photos, tmp_path_factory):
-    return write_run(tmp_path_factory.mktemp("runs") / "shallow", photos)
 
 
 def lines_by_style(axes):

@@ -17,7 +17,7 @@ def test_reads_best_epoch_and_changes_of_the_learning_rate(tmp_path):
     assert run.name == "run"
     assert run.records == list(RECORDS)
     assert run.best["epoch"] == 2  # the first of two equal ones
-    assert run.drops == [(2, 0.01)]
+    assert run.rate_changes == [(2, 0.01)]
     assert run.divergence is None
 
 

@@ -51,16 +51,6 @@ class Page(html.parser.HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    return make_photo_folder(tmp_path_factory.mktemp("photos"))
-
-
-@pytest.fixture(scope="module")
-def run(photos, tmp_path_factory):
-    return write_run(tmp_path_factory.mktemp("runs") / "shallow", photos)
-
-
-@pytest.fixture(scope="module")
 def written(run, tmp_path_factory):
     """The notes of a report, its page and the folder of its figures."""
     folder = tmp_path_factory.mktemp("report")

@@ -112,8 +112,8 @@ def _read_from_memory(source: DataSource, encoded: tf.Tensor, labels: tf.Tensor)
 
         return positions.unbatch().map(read_one, num_parallel_calls=CORES, deterministic=True)
 
-    def select(wanted: np.ndarray) -> ExampleReader:
-        return random_access(np.searchsorted(source.indices, wanted), read)
+    def select(selected: np.ndarray) -> ExampleReader:
+        return random_access(np.searchsorted(source.indices, selected), read)
 
     return dataclasses.replace(source, select=select, examples=select(source.indices))
 

@@ -57,9 +57,8 @@ def explain(
     """Computes the score map and Grad-CAM of images.
 
     The score of a class is its mean over the score map, as in the dense evaluation (§3.2). Mirror
-    images do not count. With A the output (h', w', C) of the layer, Grad-CAM is
-    relu(sum_c a_c A_c), and a_c is the mean over the positions of the score's gradient with
-    respect to A_c.
+    images do not count. A is the output (h', w', C) of the layer. The weight a_c is the mean over
+    the positions of the score's gradient with respect to A_c. Grad-CAM is relu(sum_c a_c A_c).
 
     Args:
         model: The net.

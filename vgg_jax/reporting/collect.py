@@ -24,11 +24,12 @@ from vgg_jax.evaluation.evaluate import (
     open_source,
 )
 from vgg_jax.input_data import pick
+from vgg_jax.metrics import is_loss_of_guessing
 from vgg_jax.model import VGG
 from vgg_jax.paths import is_remote, to_path
 from vgg_jax.preprocessing import subtract_mean
 from vgg_jax.reporting.classes import confident_mistakes, unsure_hits
-from vgg_jax.reporting.history import Record, RunHistory, read_divergence, read_records, run_name
+from vgg_jax.reporting.history import RunHistory, read_divergence, read_records, run_name
 from vgg_jax.reporting.pictures import (
     ExplainedPicture,
     Picture,
@@ -134,7 +135,7 @@ def collect(
         return report
     if records == []:
         notes.append("The curves are not shown: metrics.jsonl lists no finished epoch.")
-    if records and _is_at_chance(records[-1], len(run.classes)):
+    if records and is_loss_of_guessing(records[-1]["train"]["loss"], len(run.classes)):
         notes.append(
             f"The training loss is that of guessing, ln({len(run.classes)}) = "
             f"{math.log(len(run.classes)):.3f}: the net has not learned."
@@ -144,11 +145,6 @@ def collect(
         report.filters = np.asarray(net.variables["params"]["conv1_1"]["kernel"])
         _add_evaluation(report, net, data, data_dir, max_macs)
     return report
-
-
-def _is_at_chance(record: Record, num_classes: int) -> bool:
-    chance = math.log(num_classes)
-    return abs(record["train"]["loss"] - chance) < 0.01 * chance
 
 
 def _add_evaluation(

@@ -145,37 +145,37 @@ def draw(preview: Preview) -> "Figure":
     heading = [
         line for text in describe(preview) for line in textwrap.wrap(text, int(inner / CHARACTER))
     ]
-    places = layout(preview, len(heading))
-    width, height = places.sides
+    positions = layout(preview, len(heading))
+    width, height = positions.sides
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
     axes.set_axis_off()
     for i, line in enumerate(heading):
         colour = "black" if i == 0 else GREY
         _write(axes, line, MARGIN, MARGIN + (i + 1) * LINE, width=inner, colour=colour)
-    _write_titles(axes, preview, places)
-    for row, top in enumerate(places.tops):
+    _write_titles(axes, preview, positions)
+    for row, top in enumerate(positions.tops):
         _write_names(axes, preview, row, top - 6, inner)
-        photo, cell = crops.photos[row], places.cell
+        photo, cell = crops.photos[row], positions.cell
         sides = fit(photo, cell)
-        _show(axes, photo, places.lefts[0], top + (cell - sides[1]) // 2, sides)
+        _show(axes, photo, positions.lefts[0], top + (cell - sides[1]) // 2, sides)
         panels = [*crops.crops[row], crops.evaluation[row]]
-        for panel, left in zip(panels, places.lefts[1:], strict=True):
+        for panel, left in zip(panels, positions.lefts[1:], strict=True):
             _show(axes, panel, left, top, (cell, cell))
     axes.set(xlim=(0, width), ylim=(height, 0))  # each image has changed them
     return figure
 
 
-def _write_titles(axes: "Axes", preview: Preview, places: Layout) -> None:
+def _write_titles(axes: "Axes", preview: Preview, positions: Layout) -> None:
     """Writes the titles of the columns."""
     epochs = preview.crops.crops.shape[1]
     titles = ["photo", *(f"epoch {epoch + 1}" for epoch in range(epochs)), "evaluation"]
-    base, cell = places.tops[0] - LABEL - GAP - LINE, places.cell
-    for title, left in zip(titles, places.lefts, strict=True):
+    base, cell = positions.tops[0] - LABEL - GAP - LINE, positions.cell
+    for title, left in zip(titles, positions.lefts, strict=True):
         is_last = title == "evaluation"
         _write(axes, title, left, base if is_last else base + LINE, width=cell)
     protocol = f"(centre crop, Q = {preview.config.test_scale})"
-    _write(axes, protocol, places.lefts[-1], base + LINE, width=cell)
+    _write(axes, protocol, positions.lefts[-1], base + LINE, width=cell)
 
 
 def _show(axes: "Axes", image: np.ndarray, left: int, top: int, sides: tuple[int, int]) -> None:

@@ -106,7 +106,7 @@ class TrainingEvents:
 
         pixels = add_colour_shift(images[:MAX_CROPS], colour_shift[:MAX_CROPS])
         grid, buffer = make_grid(pixels), io.BytesIO()
-        # A large PNG takes a second, half of it for tensorboardX's checksum
+        # A large PNG is slow to encode, and to compute tensorboardX's checksum of
         # (docs/performance.md#tensorboard).
         format = "PNG" if grid.size <= MAX_PNG_BYTES else "JPEG"
         Image.fromarray(grid).save(buffer, format, quality=95, subsampling=0)

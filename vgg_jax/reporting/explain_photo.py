@@ -36,9 +36,8 @@ def explain_photo(
 ) -> tuple[str, float, list[str]]:
     """Writes the score map and Grad-CAM of a photo.
 
-    The .npz file has "score_map", "posterior_map" and "grad_cam", as `explain` returns them, the
-    "posterior" of all classes, the names of the "classes", the explained "class" and the "photo"
-    at the test scale.
+    The .npz file has the fields of `Explanation`, the names of the "classes", the explained
+    "class", and the "photo" at the test scale.
 
     Args:
         path: A run's folder, a weight file, or a name of published weights.

@@ -30,7 +30,7 @@ def make_grid(images: np.ndarray, gap: int = GAP) -> np.ndarray:
 
     Returns:
         (h, w, C) of the same type, a grid that is as wide as it is high, or a row higher or less.
-        Gaps and free places are 0.
+        Gaps and empty cells are 0.
     """
     num_images, height, width, channels = images.shape
     num_columns = math.ceil(math.sqrt(num_images))

@@ -38,8 +38,8 @@ class RunHistory:
         return max(self.records, key=lambda record: record["validation"]["accuracy"])
 
     @property
-    def drops(self) -> list[tuple[int, float]]:
-        """The epochs before which the learning rate changed, and the new rates."""
+    def rate_changes(self) -> list[tuple[int, float]]:
+        """The epochs after which the learning rate changed, and the new rates."""
         rates = [record["learning_rate"] for record in self.records]
         changes = enumerate(itertools.pairwise(rates))
         return [

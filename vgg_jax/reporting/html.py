@@ -256,7 +256,7 @@ def _context(
             name: inline_svg(figure, f"{name} of {history.name}")
             for name, figure in figures.items()
         },
-        "has_drops": bool(history.drops),
+        "has_rate_changes": bool(history.rate_changes),
         "evaluated": run_report.evaluated,
         "is_sample": run_report.is_sample,
         "evaluate_command": shlex.join(["vgg-jax", "evaluate", *arguments]),

@@ -162,10 +162,10 @@ def cam_overlay(photo: np.ndarray, explanation: Explanation) -> np.ndarray:
 
 def _bilinear(values: np.ndarray, ys: np.ndarray, xs: np.ndarray) -> np.ndarray:
     """Interpolates values (h, w) at fractional rows and columns within them."""
-    for axis, places in enumerate((ys, xs)):
-        first = np.minimum(places.astype(int), max(values.shape[axis] - 2, 0))
+    for axis, coordinates in enumerate((ys, xs)):
+        first = np.minimum(coordinates.astype(int), max(values.shape[axis] - 2, 0))
         second = np.minimum(first + 1, values.shape[axis] - 1)
-        share = (places - first).reshape((-1, 1) if axis == 0 else (1, -1))
+        share = (coordinates - first).reshape((-1, 1) if axis == 0 else (1, -1))
         values = values.take(first, axis) * (1 - share) + values.take(second, axis) * share
     return values
 

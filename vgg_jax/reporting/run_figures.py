@@ -145,7 +145,7 @@ def _plot_quantity(axes: "Axes", runs: Sequence[RunHistory], quantity: Quantity)
 
 def _mark_changes(axes: "Axes", run: RunHistory, colour: str | None) -> None:
     """Marks the changes of the learning rate. Without a colour, each has the new rate."""
-    for epoch, rate in run.drops:
+    for epoch, rate in run.rate_changes:
         axes.axvline(epoch + 0.5, color=colour or INK, linestyle=":", linewidth=0.8)
         if colour is None:
             axes.annotate(
@@ -162,10 +162,10 @@ def _mark_changes(axes: "Axes", run: RunHistory, colour: str | None) -> None:
 def _limit_y(axes: "Axes", runs: Sequence[RunHistory], quantity: Quantity) -> str:
     """Limits the vertical axis, and marks the loss of guessing. Returns a note for the title."""
     top = axes.get_ylim()[1] * 1.04
-    if quantity.is_share or not any(run.records for run in runs):
+    guessing = max(math.log(len(run.run.classes)) for run in runs)
+    if quantity.is_share or guessing == 0 or not any(run.records for run in runs):
         axes.set_ylim(0, top)
         return ""
-    guessing = max(math.log(len(run.run.classes)) for run in runs)
     axes.set_ylim(0, min(top, CUT_OFF * guessing))
     if guessing < top:
         axes.axhline(guessing, color=COLOURS[5], linestyle="-.", linewidth=0.8)

@@ -4,7 +4,7 @@ import math
 import time
 from typing import Any
 
-from vgg_jax.metrics import MetricSums, finalize
+from vgg_jax.metrics import MetricSums, finalize, is_loss_of_guessing
 
 # A run that waits for input longer than this share of its time is bound by the input. Filling
 # the pipeline at the start of an epoch takes less.
@@ -90,10 +90,7 @@ def is_at_chance(history: list[dict[str, Any]], num_classes: int) -> bool:
     Returns:
         True if it is time to show `at_chance_hint`, once in a run.
     """
-    if num_classes == 1:
-        return False
-    chance = math.log(num_classes)
-    at_chance = [abs(record["train"]["loss"] - chance) < 0.01 * chance for record in history]
+    at_chance = [is_loss_of_guessing(record["train"]["loss"], num_classes) for record in history]
     return at_chance[-2:] == [True, True] and at_chance[-3:] != [True] * 3
 
 
