@@ -29,7 +29,7 @@ from vgg_jax.distributed.sharding import make_mesh, shard_batch
 from vgg_jax.evaluation.dense import class_posteriors
 from vgg_jax.export import ExportSpec, write
 from vgg_jax.model import build_model
-from vgg_jax.training.optimizer import sgd
+from vgg_jax.training.optimizer import make_optimizer
 from vgg_jax.training.step import init_state, jit_steps
 from vgg_jax.weights import Weights
 from vgg_jax.weights.layouts import Preprocessing
@@ -119,7 +119,7 @@ def train(
     mesh = make_mesh(micro or config.batch_size, jax.devices()[:devices])
     model = build_model(config, NUM_CLASSES)
     train_step, _ = jit_steps(config, model, IMAGENET.mean_rgb, mesh)
-    state = init_state(model, sgd(config), 0, mesh)
+    state = init_state(model, make_optimizer(config), 0, mesh)
     sums = None
     for batch in random_batches(config, steps):
         state, sums = train_step(state, shard_batch(batch, mesh))

@@ -41,7 +41,7 @@ from vgg_jax.model import build_model
 from vgg_jax.runs.checkpoint import CheckpointStore
 from vgg_jax.runs.metadata import load_run
 from vgg_jax.training.checkpointer import abstract_state, model_variables
-from vgg_jax.training.optimizer import sgd
+from vgg_jax.training.optimizer import make_optimizer
 from vgg_jax.training.step import init_state
 
 BATCH_SIZE, EPOCHS, TRAIN_SIZE = 16, 100, 1617
@@ -88,7 +88,7 @@ def result(workdir: Path) -> tuple[Any, Any]:
     """
     run = load_run(workdir)
     model = build_model(run.config, len(run.classes))
-    state = init_state(model, sgd(run.config), 0, make_mesh(1, jax.devices()[:1]))
+    state = init_state(model, make_optimizer(run.config), 0, make_mesh(1, jax.devices()[:1]))
     with (
         CheckpointStore(workdir / "last", read_only=True) as last,
         CheckpointStore(workdir / "best", read_only=True) as best,

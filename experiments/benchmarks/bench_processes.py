@@ -69,7 +69,7 @@ def work(process_id: int, num_processes: int, port: int, batch: int, mesh_name: 
     from vgg_jax import IMAGENET, TrainConfig
     from vgg_jax.distributed.sharding import MeshConfig, make_mesh, replicated, shard_batch
     from vgg_jax.model import build_model
-    from vgg_jax.training.optimizer import sgd
+    from vgg_jax.training.optimizer import make_optimizer
     from vgg_jax.training.step import init_state, jit_steps
 
     mesh_config = MeshConfig(**MESHES[mesh_name])
@@ -85,7 +85,7 @@ def work(process_id: int, num_processes: int, port: int, batch: int, mesh_name: 
     mesh = make_mesh(global_batch, mesh_config=mesh_config)
     model = build_model(config, 10)
     train_step, _ = jit_steps(config, model, IMAGENET.mean_rgb, mesh, mesh_config)
-    state = init_state(model, sgd(config), 0, mesh, mesh_config)
+    state = init_state(model, make_optimizer(config), 0, mesh, mesh_config)
     rng = np.random.default_rng(0)
     rows = global_batch // (num_processes // mesh_config.model)
     host_batch = {

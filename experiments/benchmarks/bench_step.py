@@ -42,7 +42,7 @@ from vgg_jax.distributed.sharding import make_mesh, shard_batch
 from vgg_jax.preprocessing import subtract_mean
 from vgg_jax.runtime.memory import configure_malloc, use_huge_pages
 from vgg_jax.summary import summarize
-from vgg_jax.training.optimizer import sgd
+from vgg_jax.training.optimizer import make_optimizer
 from vgg_jax.training.step import init_state, jit_steps
 
 CLASSES = 10
@@ -89,7 +89,7 @@ def time_steps(args: argparse.Namespace) -> dict[str, float | None]:
         image_size=args.image_size,
     )
     mesh = make_mesh(args.batch)
-    state = init_state(model, sgd(config), 0, mesh)
+    state = init_state(model, make_optimizer(config), 0, mesh)
     batch = shard_batch(random_batch(args.batch, args.image_size), mesh)
     if args.mode == "train":
         train_step, _ = jit_steps(config, model, IMAGENET.mean_rgb, mesh)

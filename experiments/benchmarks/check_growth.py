@@ -73,7 +73,7 @@ def measure_step(classes: int, batch: int) -> dict[str, float]:
     from vgg_jax import IMAGENET, TrainConfig
     from vgg_jax.distributed.sharding import make_mesh, shard_batch
     from vgg_jax.model import build_model
-    from vgg_jax.training.optimizer import sgd
+    from vgg_jax.training.optimizer import make_optimizer
     from vgg_jax.training.step import init_state, jit_steps
 
     config = TrainConfig(
@@ -81,7 +81,7 @@ def measure_step(classes: int, batch: int) -> dict[str, float]:
     )
     mesh = make_mesh(batch, jax.devices()[:1])
     model = build_model(config, classes)
-    state = init_state(model, sgd(config), 0, mesh)
+    state = init_state(model, make_optimizer(config), 0, mesh)
     step, _ = jit_steps(config, model, IMAGENET.mean_rgb, mesh)
     rng = np.random.default_rng(0)
     arrays: dict[str, np.ndarray] = {

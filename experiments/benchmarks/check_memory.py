@@ -33,7 +33,7 @@ from vgg_jax.distributed.sharding import make_mesh, replicated, shard_batch
 from vgg_jax.model import build_model
 from vgg_jax.runtime.memory import use_huge_pages
 from vgg_jax.training.memory_estimate import estimate_step_memory
-from vgg_jax.training.optimizer import sgd
+from vgg_jax.training.optimizer import make_optimizer
 from vgg_jax.training.step import init_state, jit_steps, state_shapes
 
 CLASSES = 1000
@@ -61,13 +61,13 @@ def measure_step(config: TrainConfig) -> tuple[int, int]:
     step, _ = jit_steps(config, model, IMAGENET.mean_rgb, mesh)
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)),
-        state_shapes(model, sgd(config)),
+        state_shapes(model, make_optimizer(config)),
     )
     compiled = step.lower(shapes, shard_batch(batch, mesh)).compile()
     ctypes.CDLL(None).malloc_trim(0)
     compiled_rss = read_status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, which was the compiler's peak
-    state = init_state(model, sgd(config), 0, mesh)
+    state = init_state(model, make_optimizer(config), 0, mesh)
     for _ in range(2):
         state, _ = jax.block_until_ready(compiled(state, shard_batch(batch, mesh)))
     return read_status("VmHWM") - compiled_rss, compiled_rss - before

@@ -28,7 +28,7 @@ from vgg_jax.model import build_model
 from vgg_jax.ops import convolution
 from vgg_jax.ops.convolution_cpu import _im2col
 from vgg_jax.ops.epilogue import Epilogue, apply_epilogue
-from vgg_jax.training.optimizer import sgd
+from vgg_jax.training.optimizer import make_optimizer
 from vgg_jax.training.step import init_state, jit_steps
 
 
@@ -61,7 +61,7 @@ def train_and_evaluate(
     jax.clear_caches()  # traces contain the previous way of computing
     config = preset("cifar10", net="A", dtype=dtype, seed=seed, epochs=epochs, schedule="constant")
     mesh, model = make_mesh(config.batch_size), build_model(config, 10)
-    state = init_state(model, sgd(config), seed, mesh)
+    state = init_state(model, make_optimizer(config), seed, mesh)
     train_step, eval_step = jit_steps(config, model, IMAGENET.mean_rgb, mesh)
 
     def on_devices(batch: dict) -> dict:

@@ -27,7 +27,7 @@ from vgg_jax.distributed.sharding import (
     shard_batch,
     to_host,
 )
-from vgg_jax.training.optimizer import sgd
+from vgg_jax.training.optimizer import make_optimizer
 from vgg_jax.training.step import init_state, jit_steps, state_shapes
 
 ROOT = Path(__file__).parents[2]
@@ -73,7 +73,7 @@ def ten_steps(mesh_config, num_devices, batch_norm, microbatch):
     config, model = make_config(batch_norm, microbatch), make_model(batch_norm)
     mesh = make_mesh(microbatch or 8, jax.devices()[:num_devices], mesh_config)
     step, evaluate = jit_steps(config, model, IMAGENET.mean_rgb, mesh, mesh_config)
-    state, losses = init_state(model, sgd(config), 0, mesh, mesh_config), []
+    state, losses = init_state(model, make_optimizer(config), 0, mesh, mesh_config), []
     for number in range(10):
         state, sums = step(state, shard_batch(make_batch(number), mesh))
         losses.append(float(sums.loss))
@@ -145,7 +145,7 @@ def collectives(mesh_config, batch_norm=False, microbatch=None):
     mesh = make_mesh(4, jax.devices(), mesh_config)
     step, _ = jit_steps(config, model, IMAGENET.mean_rgb, mesh, mesh_config)
     # Shapes suffice, so the initialisation is not compiled.
-    shapes = state_shapes(model, sgd(config))
+    shapes = state_shapes(model, make_optimizer(config))
     state = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         shapes,
@@ -242,12 +242,12 @@ def test_fsdp_gathers_fc6_once():
 )
 def test_init_state_shards_params_and_momentum(mesh_config):
     mesh, model = make_mesh(8, mesh_config=mesh_config), make_model(batch_norm=False)
-    state = init_state(model, sgd(CONFIG), 0, mesh, mesh_config)
+    state = init_state(model, make_optimizer(CONFIG), 0, mesh, mesh_config)
     for tree in (state.params, state.opt_state.inner_state[1][0].trace):
         kernel = tree["fc6"]["kernel"]
         assert [shard.data.size for shard in kernel.addressable_shards] == [kernel.size // 2] * 2
         assert tree["conv1_1"]["kernel"].sharding.is_fully_replicated
-    one_device = init_state(model, sgd(CONFIG), 0, make_mesh(8, jax.devices()[:1]))
+    one_device = init_state(model, make_optimizer(CONFIG), 0, make_mesh(8, jax.devices()[:1]))
     np.testing.assert_array_equal(
         to_host(state.params["fc6"]["kernel"]), to_host(one_device.params["fc6"]["kernel"])
     )

@@ -12,7 +12,7 @@ import pytest
 from vgg_jax import CONFIGS, VGG, compiler_options
 from vgg_jax.configs.train import TrainConfig
 from vgg_jax.distributed.sharding import make_mesh, replicated, shard_batch
-from vgg_jax.training.optimizer import sgd
+from vgg_jax.training.optimizer import make_optimizer
 from vgg_jax.training.step import TrainState, jit_steps
 
 torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
@@ -198,7 +198,11 @@ def test_twenty_steps_equal_pytorch(batch_norm, decay_biases, devices, microbatc
         mesh = make_mesh(n, jax.devices()[:devices])
         step, _ = jit_steps(config, model, mean_rgb, mesh)
         state = TrainState(
-            jnp.int32(0), params, batch_stats, sgd(config).init(params), jax.random.key(0)
+            jnp.int32(0),
+            params,
+            batch_stats,
+            make_optimizer(config).init(params),
+            jax.random.key(0),
         )
         state = jax.device_put(state, replicated(mesh))
         for i in range(20):

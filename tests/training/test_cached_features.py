@@ -22,7 +22,7 @@ from vgg_jax.distributed.sharding import make_mesh
 from vgg_jax.model import build_model
 from vgg_jax.training.loop import fit
 from vgg_jax.training.nan_check import first_nonfinite
-from vgg_jax.training.optimizer import sgd
+from vgg_jax.training.optimizer import make_optimizer
 from vgg_jax.training.step import init_state, train_step
 from vgg_jax.training.trainer import FitResult, Trainer
 
@@ -129,7 +129,7 @@ def test_nan_in_features_is_named(photos):
     """The layer after the cached ones is named first."""
     config = config_with_cache(photos, batch_norm=False)
     model = build_model(config, 2)
-    state = init_state(model, sgd(config), 0, make_mesh(4))
+    state = init_state(model, make_optimizer(config), 0, make_mesh(4))
     params = {**state.params, "fc7": {**state.params["fc7"], "bias": jnp.full(16, jnp.nan)}}
     batch = {
         "features": np.ones((4, 4, 4, 16), np.float32),
@@ -220,7 +220,7 @@ def test_frozen_convolutions_have_no_backward_pass():
 
     def count(freeze, batch, start_after=None):
         config = make_config("photos", batch_norm=False, freeze=freeze)
-        model, optimizer = build_model(config, 2), sgd(config)
+        model, optimizer = build_model(config, 2), make_optimizer(config)
         options = {"model": model, "mean_rgb": IMAGENET.mean_rgb, "mesh": mesh}
         step = partial(train_step, optimizer=optimizer, start_after=start_after, **options)
         state = init_state(model, optimizer, 0, mesh)

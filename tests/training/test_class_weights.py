@@ -16,7 +16,7 @@ from vgg_jax.distributed.sharding import shard_batch
 from vgg_jax.input_data import class_counts
 from vgg_jax.preprocessing import subtract_mean
 from vgg_jax.training.loop import fit
-from vgg_jax.training.optimizer import sgd
+from vgg_jax.training.optimizer import make_optimizer
 from vgg_jax.training.setup import balanced_weights, unlikely_choices
 from vgg_jax.training.step import init_state, jit_steps
 
@@ -37,7 +37,7 @@ def step_by(weights, batch, microbatch=None):
     train_step, _ = jit_steps(
         config, MODEL, IMAGENET.mean_rgb, MESH, donate=False, class_weights=weights
     )
-    state = init_state(MODEL, sgd(config), 0, MESH)
+    state = init_state(MODEL, make_optimizer(config), 0, MESH)
     new, sums = train_step(state, shard_batch(batch, MESH))
     return jax.tree.map(lambda a, b: np.asarray(a - b), state.params, new.params), sums
 
@@ -60,7 +60,7 @@ def test_gradient_is_that_of_the_weighted_loss(num_real):
     """The mean is over the images in the mask. Masked ones have no part in it."""
     batch = make_batch(num_real) | {"label": LABELS.astype(np.int32)}
     weights = balanced_weights(np.bincount(LABELS, minlength=5))
-    params = init_state(MODEL, sgd(PLAIN_SGD), 0, MESH).params
+    params = init_state(MODEL, make_optimizer(PLAIN_SGD), 0, MESH).params
 
     def loss_by_hand(params):
         losses = losses_of(params, batch)
@@ -84,7 +84,7 @@ def test_gradient_of_all_images_is_pytorchs():
     torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
     batch = make_batch() | {"label": LABELS.astype(np.int32)}
     weights = balanced_weights(np.bincount(LABELS, minlength=5))
-    params = init_state(MODEL, sgd(PLAIN_SGD), 0, MESH).params
+    params = init_state(MODEL, make_optimizer(PLAIN_SGD), 0, MESH).params
     images = subtract_mean(batch["image"], IMAGENET.mean_rgb, batch["colour_shift"])
     outputs = np.array(jax.jit(MODEL.apply)({"params": params}, images))
     logits = torch.tensor(outputs, requires_grad=True)

@@ -23,7 +23,7 @@ from vgg_jax.runs.checkpoint import CheckpointStore
 from vgg_jax.runs.metadata import load_run
 from vgg_jax.training.checkpointer import abstract_state
 from vgg_jax.training.loop import fit
-from vgg_jax.training.optimizer import sgd
+from vgg_jax.training.optimizer import make_optimizer
 from vgg_jax.training.step import init_state
 from vgg_jax.training.trainer import DivergedError, Trainer
 
@@ -145,7 +145,7 @@ def test_diverged_state_is_not_saved(on_nan, with_loss, config, tmp_path):
     with pytest.raises(DivergedError, match=message):
         fit(config, workdir, on_nan=on_nan, save_seconds=0, trainer_class=trainer_class)
     saved = load_run(workdir)
-    state = init_state(build_model(saved.config, 2), sgd(saved.config), 0, make_mesh(4))
+    state = init_state(build_model(saved.config, 2), make_optimizer(saved.config), 0, make_mesh(4))
     with CheckpointStore(workdir / "last", read_only=True) as last:
         restored, progress = last.restore(abstract_state(state))
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((restored.params, restored.opt_state)))

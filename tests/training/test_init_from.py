@@ -16,7 +16,7 @@ from vgg_jax.distributed.sharding import make_mesh, shard_batch
 from vgg_jax.model import build_model
 from vgg_jax.training.init_from import Pretrained, has_new_head, init_from_pretrained
 from vgg_jax.training.loop import fit
-from vgg_jax.training.optimizer import sgd
+from vgg_jax.training.optimizer import make_optimizer
 from vgg_jax.training.step import init_state, jit_steps
 from vgg_jax.weights.pretrained import WEIGHTS, own_file
 
@@ -74,7 +74,7 @@ def test_init_from_shallower_net(finished_run, photos, tmp_path, caplog):
 def test_init_from_copies_statistics(net, finished_run, photos):
     source = Pretrained(*vgg_jax.load(finished_run[0]))
     config = make_config(photos, net=net, init_from="unused")
-    state = init_state(build_model(config, 2), sgd(config), 1, make_mesh(8))
+    state = init_state(build_model(config, 2), make_optimizer(config), 1, make_mesh(8))
     started = init_from_pretrained(source, config, state, IMAGENET.mean_rgb)
     for name, layer in source.variables["batch_stats"].items():
         jax.tree.map(np.testing.assert_array_equal, started.batch_stats[name], layer)
@@ -130,7 +130,7 @@ def test_frozen_layers_stay_to_the_bit(finished_run, photos):
         photos, init_from="unused", freeze=("conv",), decay_biases=True, learning_rate=0.1
     )
     model, mesh = build_model(config, 2), make_mesh(8)
-    state = init_state(model, sgd(config), 1, mesh)
+    state = init_state(model, make_optimizer(config), 1, mesh)
     state = init_from_pretrained(source, config, state, IMAGENET.mean_rgb)
     params, batch_stats = jax.tree.map(np.asarray, (state.params, state.batch_stats))
     train_step, _ = jit_steps(config, model, IMAGENET.mean_rgb, mesh)
@@ -203,7 +203,9 @@ def test_new_head_fits_the_activations(convolutions, photos, tmp_path, caplog):
     fit(config, tmp_path / "run")
     assert "finished in epoch 1" in caplog.text and "fc6 reads" not in caplog.text
 
-    state = init_state(build_model(config, 2), sgd(load_config(run)), config.seed, make_mesh(8))
+    state = init_state(
+        build_model(config, 2), make_optimizer(load_config(run)), config.seed, make_mesh(8)
+    )
     pretrained = Pretrained(*vgg_jax.load(convolutions))
     started = init_from_pretrained(pretrained, load_config(run), state, IMAGENET.mean_rgb, rms)
     kernels = [np.asarray(each.params["fc6"]["kernel"]) for each in (started, state)]

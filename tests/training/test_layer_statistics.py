@@ -13,7 +13,7 @@ from vgg_jax.distributed import sharding
 from vgg_jax.distributed.sharding import MeshConfig, make_mesh, put_global, shard_batch
 from vgg_jax.training.layer_statistics import layer_statistics, name_statistics
 from vgg_jax.training.memory_estimate import peak_bytes
-from vgg_jax.training.optimizer import sgd
+from vgg_jax.training.optimizer import make_optimizer
 from vgg_jax.training.step import init_state, jit_steps, state_shapes
 
 SIZE, EVERY, NUM_REAL = 32, 2, 6
@@ -36,7 +36,7 @@ def make_batch(seed=0):
 
 def make_state(model, config, mesh, mesh_config):
     """An initial state in which the channels of DEAD never pass their ReLU."""
-    state = init_state(model, sgd(config), 0, mesh, mesh_config)
+    state = init_state(model, make_optimizer(config), 0, mesh, mesh_config)
     params = dict(state.params)
     for name, units in DEAD.items():
         layer = name.replace("conv", "bn") if model.batch_norm and "conv" in name else name
@@ -148,7 +148,7 @@ def test_statistics_come_at_steps_that_measure_and_change_no_bit():
         jit_steps(CONFIG, MODEL, IMAGENET.mean_rgb, mesh, measure_every=measure_every)[0]
         for measure_every in (None, 3)
     ]
-    states = [init_state(MODEL, sgd(CONFIG), 0, mesh) for _ in steps]
+    states = [init_state(MODEL, make_optimizer(CONFIG), 0, mesh) for _ in steps]
     measured = []
     for number in range(5):
         batch = shard_batch(make_batch(number), mesh)
@@ -172,7 +172,7 @@ def test_statistics_hold_no_copy_of_the_gradients():
     model = VGG(dataclasses.replace(SHALLOW, fc=(4096, 16)), 5, image_size=SIZE)
     config = dataclasses.replace(CONFIG, batch_size=2)
     mesh = make_mesh(1, jax.devices()[:1])
-    state = state_shapes(model, sgd(config))
+    state = state_shapes(model, make_optimizer(config))
     batch = {
         name: jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype) for name, x in make_batch().items()
     }
@@ -194,7 +194,7 @@ def test_dead_relus_are_those_of_the_batch_normalisation():
     """The gradient of the convolution's bias is rounding noise, or exactly 0."""
     model = MODEL.clone(batch_norm=True)
     params = jax.tree.map(
-        lambda x: np.ones(x.shape, np.float32), state_shapes(model, sgd(CONFIG)).params
+        lambda x: np.ones(x.shape, np.float32), state_shapes(model, make_optimizer(CONFIG)).params
     )
     gradients = {name: dict(layer) for name, layer in params.items()}
     gradients["conv1_1"]["bias"] = np.zeros(8, np.float32)

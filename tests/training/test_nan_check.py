@@ -11,7 +11,7 @@ from vgg_jax import IMAGENET, TrainConfig
 from vgg_jax.distributed.sharding import make_mesh, shard_batch
 from vgg_jax.model import build_model
 from vgg_jax.training.nan_check import first_nonfinite
-from vgg_jax.training.optimizer import sgd
+from vgg_jax.training.optimizer import make_optimizer
 from vgg_jax.training.step import init_state
 
 pytestmark = pytest.mark.usefixtures("small_nets")
@@ -36,7 +36,7 @@ def make_state(**changes):
         **changes,
     )
     model = build_model(config, 2)
-    return model, init_state(model, sgd(config), 0, make_mesh(4))
+    return model, init_state(model, make_optimizer(config), 0, make_mesh(4))
 
 
 def check(model, state):

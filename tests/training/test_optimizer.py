@@ -6,14 +6,14 @@ import optax
 import pytest
 
 from vgg_jax import TrainConfig
-from vgg_jax.training.optimizer import next_epoch_lr, set_learning_rate, sgd
+from vgg_jax.training.optimizer import make_optimizer, next_epoch_lr, set_learning_rate
 
 
 @pytest.mark.parametrize("decay_biases", [False, True])
 def test_sgd_equals_loop(decay_biases):
     """v = m v + g + decay w; w -= lr v, also after a change of the learning rate."""
     config = TrainConfig(learning_rate=0.1, decay_biases=decay_biases)
-    optimizer = sgd(config)
+    optimizer = make_optimizer(config)
     rng = np.random.default_rng(0)
     # "scale" is a parameter of batch normalisation.
     w = {name: rng.normal(size=n) for name, n in (("kernel", 3), ("bias", 2), ("scale", 4))}

@@ -12,7 +12,7 @@ from vgg_jax import IMAGENET, VGG, TrainConfig
 from vgg_jax.distributed.sharding import make_mesh, shard_batch
 from vgg_jax.metrics import finalize
 from vgg_jax.preprocessing import subtract_mean
-from vgg_jax.training.optimizer import sgd
+from vgg_jax.training.optimizer import make_optimizer
 from vgg_jax.training.step import init_state, jit_steps
 
 SIZE = 32
@@ -40,7 +40,7 @@ def steps():
 
 def run_step(train_step, batch, config=CONFIG):
     """Parameters and averages after one step from the initial state."""
-    state = init_state(MODEL, sgd(config), 0, MESH)
+    state = init_state(MODEL, make_optimizer(config), 0, MESH)
     state, sums = train_step(state, shard_batch(batch, MESH))
     return jax.tree.map(np.asarray, state.params), finalize(jax.tree.map(float, sums))
 
@@ -55,7 +55,8 @@ def test_subtract_mean_adds_shift():
 
 def test_init_state_depends_on_seed_only():
     first, same, other = (
-        init_state(MODEL, sgd(CONFIG), seed, MESH).params["fc6"]["kernel"] for seed in (0, 0, 1)
+        init_state(MODEL, make_optimizer(CONFIG), seed, MESH).params["fc6"]["kernel"]
+        for seed in (0, 0, 1)
     )
     np.testing.assert_array_equal(first, same)
     assert np.abs(first - other).max() > 0.01
@@ -69,7 +70,7 @@ def test_train_step_by_micro_batches_equals_whole(steps):
     micro, micro_averages = run_step(micro_step, batch, config)
     assert micro_averages == pytest.approx(whole_averages, rel=1e-5)
     assert whole_averages["count"] == 7
-    start = init_state(MODEL, sgd(CONFIG), 0, MESH).params
+    start = init_state(MODEL, make_optimizer(CONFIG), 0, MESH).params
     for name in start:
         moved = np.abs(whole[name]["kernel"] - start[name]["kernel"]).max()
         assert moved > 0
@@ -83,7 +84,7 @@ def test_train_step_in_bfloat16_keeps_float32_state():
     for dtype in ("float32", "bfloat16"):
         config = dataclasses.replace(CONFIG, dtype=dtype, batch_norm=True)
         model = MODEL.clone(batch_norm=True, dtype=jnp.dtype(dtype))
-        state = init_state(model, sgd(config), 0, MESH)
+        state = init_state(model, make_optimizer(config), 0, MESH)
         train_step, _ = jit_steps(config, model, IMAGENET.mean_rgb, MESH)
         for _ in range(3):
             state, sums = train_step(state, shard_batch(make_batch(), MESH))
@@ -104,7 +105,10 @@ def test_steps_ignore_masked_examples(steps):
     mixed_params, mixed_averages = run_step(train_step, mixed)
     assert averages == mixed_averages
     jax.tree.map(np.testing.assert_array_equal, params, mixed_params)
-    variables = {"params": init_state(MODEL, sgd(CONFIG), 0, MESH).params, "batch_stats": {}}
+    variables = {
+        "params": init_state(MODEL, make_optimizer(CONFIG), 0, MESH).params,
+        "batch_stats": {},
+    }
     sums, mixed_sums = (
         jax.tree.map(float, eval_step(variables, shard_batch(examples, MESH)))
         for examples in (batch, mixed)

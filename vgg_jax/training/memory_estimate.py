@@ -14,7 +14,7 @@ from vgg_jax.distributed.sharding import make_mesh
 from vgg_jax.model import build_model
 from vgg_jax.runtime.compiler import compiler_options
 from vgg_jax.runtime.memory import free_memory
-from vgg_jax.training.optimizer import sgd
+from vgg_jax.training.optimizer import make_optimizer
 from vgg_jax.training.step import init_variables, jit_steps, state_shapes
 
 # XLA's runtime on a CPU takes memory that no program's plan counts
@@ -40,7 +40,7 @@ def estimate_step_memory(config: TrainConfig, num_classes: int) -> dict[str, int
     config = resolve_learning_rate(config, num_classes)
     model, size = build_model(config, num_classes), config.image_size
     step, _ = jit_steps(config, model, (0.0, 0.0, 0.0), mesh)
-    state = state_shapes(model, sgd(config))
+    state = state_shapes(model, make_optimizer(config))
     batch = {
         "image": jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.uint8),
         "colour_shift": jax.ShapeDtypeStruct((config.batch_size, 3), jnp.float32),

@@ -11,7 +11,7 @@ from jax import Array
 from vgg_jax.configs.train import TrainConfig
 
 
-def sgd(config: TrainConfig) -> optax.GradientTransformation:
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """SGD: v = momentum · v + gradient + weight_decay · w; w -= learning_rate · v (§3.1).
 
     The paper used Caffe, which multiplies the learning rate into the velocity. Both are equal
@@ -62,7 +62,7 @@ def set_learning_rate(
     """Replaces the learning rate in the optimizer's state.
 
     Args:
-        opt_state: State of the optimizer that `sgd` returns.
+        opt_state: State of the optimizer that `make_optimizer` returns.
         lr: The new learning rate.
 
     Returns:

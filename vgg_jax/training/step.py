@@ -33,7 +33,7 @@ from vgg_jax.ops.epilogue import materialize_on_cpu
 from vgg_jax.preprocessing import subtract_mean
 from vgg_jax.runtime.compiler import compiler_options
 from vgg_jax.training.layer_statistics import layer_statistics
-from vgg_jax.training.optimizer import sgd
+from vgg_jax.training.optimizer import make_optimizer
 
 Batch = dict[str, Array]
 
@@ -60,7 +60,7 @@ def init_state(
 
     Args:
         model: The net.
-        optimizer: The optimizer, see `vgg_jax.training.optimizer.sgd`.
+        optimizer: The optimizer, see `vgg_jax.training.optimizer.make_optimizer`.
         seed: Seed of the parameters and of all later steps.
         mesh: Devices.
         mesh_config: The parallelism of the run.
@@ -524,7 +524,7 @@ def jit_steps(
     Returns:
         `train_step(state, batch)` and `eval_step(variables, batch)`.
     """
-    optimizer = sgd(config)
+    optimizer = make_optimizer(config)
     static: dict[str, Any] = {
         "model": model,
         "mean_rgb": mean_rgb,

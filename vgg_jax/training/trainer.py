@@ -38,7 +38,7 @@ from vgg_jax.training.init_from import Pretrained, init_from_pretrained
 from vgg_jax.training.layer_statistics import name_statistics
 from vgg_jax.training.memory_estimate import describe_remedy, free_device_memory, peak_bytes
 from vgg_jax.training.nan_check import first_nonfinite
-from vgg_jax.training.optimizer import next_epoch_lr, set_learning_rate, sgd
+from vgg_jax.training.optimizer import make_optimizer, next_epoch_lr, set_learning_rate
 from vgg_jax.training.report import at_chance_hint, epoch_record, format_epoch, is_at_chance
 from vgg_jax.training.setup import Setup, Start
 from vgg_jax.training.step import Batch, TrainState, feature_step, init_state, jit_steps
@@ -165,7 +165,7 @@ class Trainer:
         self._crop = crop_function(
             config, setup.run.colours, NamedSharding(mesh, PartitionSpec(DATA))
         )
-        self.state = init_state(self._model, sgd(config), config.seed, mesh, mesh_config)
+        self.state = init_state(self._model, make_optimizer(config), config.seed, mesh, mesh_config)
         self._synchronizer = StepSynchronizer(mesh)
 
         self._steps_per_epoch = -(-setup.train.size // config.batch_size)  # the last is padded
