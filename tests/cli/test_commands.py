@@ -49,6 +49,8 @@ def test_summary_predicts_step_memory(capsys):
     assert code == 0
     assert "A training step of 4 images takes 0." in out
     assert "0.23 GB for parameters and momentum" in out  # 28.1 million, twice, 4 bytes each
+    _, out, _ = run_cli(capsys, "summary", "A", *sizes, "--optimizer", "adamw")
+    assert "0.34 GB for parameters and the moments of AdamW" in out
     code, out, err = run_cli(capsys, "summary", "A", "--batch-size", "4", "--microbatch", "3")
     assert code == 2
     assert "microbatch is 3: expected a divisor of the batch size, 4" in err
@@ -227,6 +229,19 @@ def test_compilation_cache_that_cannot_be_written(name, monkeypatch, tmp_path, c
         (("train", "--batch-size", "7"), ("7", "2 devices", "--batch-size")),
         (("train", "--init-from", "no_run"), ("no_run", "run's folder")),
         (("train", "--patience", "3"), ("patience", "schedule", "step", "plateau")),
+        (("train", "--optimizer", "adam"), ("--optimizer", "'adam'", "sgd", "adamw")),
+        (
+            ("train", "--optimizer", "adamw", "--momentum", "0.9"),
+            ("momentum is 0.9", "optimizer 'adamw'", "optimizer 'sgd'"),
+        ),
+        (("train", "--warmup-epochs", "1"), ("warmup_epochs is 1", "'step'", "'cosine'")),
+        (
+            ("train", "--schedule", "cosine", "--warmup-epochs", "3", "--epochs", "3"),
+            ("warmup_epochs is 3", "less than the epochs, 3"),
+        ),
+        (("train", "--schedule", "cosine", "--drops", "1"), ("drops is 1", "'cosine'")),
+        (("train", "--label-smoothing", "1"), ("label_smoothing is 1.0", "less than 1")),
+        (("summary", "D", "--optimizer", "adamw"), ("optimizer is adamw", "--batch-size")),
         (("train", "--workdir", "/dev/null/w"), ("/dev/null/w", "--workdir")),
         (("statistics", "digits", "--split", "test"), ("digits", "test", "train")),
     ],

@@ -17,9 +17,10 @@ FLAGS = """--net E --batch-norm --fc 10 20 --dropout-rate 0.1 --initializer pape
 --scale 300 --crop centre --cache-features --no-flip --colour-shift 0
 --colour-convention variance --no-exif --statistics measure
 --validation-fraction 0.2 --skip-bad --batch-size 8 --microbatch 4
---class-weights balanced --learning-rate 0.1 --momentum 0.8 --weight-decay 0 --decay-biases
---schedule step --patience 1 --drops 1 --drop-epochs 2 3 --epochs 4 --seed 7 --exclude list"""
-WITHOUT_EFFECT = {"patience", "drops"}  # with --schedule step
+--class-weights balanced --label-smoothing 0.1 --optimizer sgd --learning-rate 0.1 --momentum 0.8
+--weight-decay 0 --decay-biases --schedule step --patience 1 --drops 1 --drop-epochs 2 3
+--warmup-epochs 1 --epochs 4 --seed 7 --exclude list"""
+WITHOUT_EFFECT = {"patience", "drops", "warmup_epochs"}  # with --schedule step
 COMMAND_FLAGS = {"command", "workdir", "data_dir", "download", "compilation_cache", "verbose"}
 
 

@@ -30,6 +30,17 @@ def test_learning_rate_by_number_of_classes():
     assert preset("cifar10").learning_rate == preset("digits").learning_rate == 1e-2
 
 
+def test_learning_rate_of_adamw():
+    """The rate of a preset is SGD's. A new fc6 divides by the activations, not by their square."""
+    for config in (TrainConfig(optimizer="adamw"), preset("digits", optimizer="adamw")):
+        assert config.learning_rate is None
+        rates = [resolve_learning_rate(config, n).learning_rate for n in (2, 1000)]
+        assert rates == [1e-4, 1e-4]
+        assert resolve_learning_rate(config, 2, activation_rms=10.0).learning_rate == 1e-5
+    assert preset("digits", optimizer="sgd") == preset("digits")
+    assert preset("digits", optimizer="adamw", learning_rate=1e-3).learning_rate == 1e-3
+
+
 @pytest.mark.parametrize(
     ("data", "overrides", "message"),
     [
@@ -39,6 +50,12 @@ def test_learning_rate_by_number_of_classes():
             "patience is 3, which has no effect with schedule 'step': expected schedule 'plateau'",
         ),
         ("cifar10", {"drop_epochs": [3]}, "drop_epochs"),
+        ("cifar10", {"warmup_epochs": 0}, "with schedule 'plateau': expected schedule 'cosine'"),
+        (
+            "cifar10",
+            {"optimizer": "adamw", "momentum": 0.9},
+            "with optimizer 'adamw': expected optimizer 'sgd', or no momentum",
+        ),
         (
             "cifar10",
             {"initializer_std": 0.1},

@@ -59,6 +59,11 @@ def test_initializer_choices_exist():
         ("drop_epochs", (0, 2)),
         ("freeze", ("conv9_9",)),
         ("freeze", ("conv", "fc")),
+        ("optimizer", "adam"),
+        ("label_smoothing", 1.0),
+        ("label_smoothing", -0.1),
+        ("warmup_epochs", -1),
+        ("warmup_epochs", 1),  # without a cosine
         ("seed", -1),
         ("seed", 2**32),
     ],
@@ -75,6 +80,14 @@ def test_invalid_value_is_named(field, value):
         ({"batch_size": 0}, "batch_size is 0: expected more than 0"),
         ({"drops": -1}, "drops is -1: expected at least 0"),
         ({"momentum": 1.0}, "momentum is 1.0: expected at least 0 and less than 1"),
+        (
+            {"optimizer": "adamw", "momentum": 0.5},
+            "momentum is 0.5 and optimizer is 'adamw': expected momentum with optimizer 'sgd' only",
+        ),
+        (
+            {"schedule": "cosine", "epochs": 5, "warmup_epochs": 5},
+            "warmup_epochs is 5: expected less than the epochs, 5",
+        ),
         (
             {"validation_fraction": 0.0},
             "validation_fraction is 0.0: expected more than 0 and less than 1",

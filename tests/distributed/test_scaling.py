@@ -225,6 +225,31 @@ def test_data_and_model_axes_exchange_no_whole_fc6():
 
 
 @pytest.mark.slow
+def test_adamw_matches_one_device():
+    """With a cosine schedule and smoothed labels. Adam divides rounding by itself, so few steps."""
+    config = dataclasses.replace(
+        CONFIG, optimizer="adamw", schedule="cosine", epochs=5, label_smoothing=0.1
+    )
+    model, losses = make_model(batch_norm=False), {}
+    for name, num_devices in (("one", 1), ("data", 2), ("model", 2), ("fsdp", 2)):
+        mesh_config = LAYOUTS.get(name, MeshConfig())
+        mesh = make_mesh(8, jax.devices()[:num_devices], mesh_config)
+        step, _ = jit_steps(config, model, IMAGENET.mean_rgb, mesh, mesh_config, steps_per_epoch=1)
+        state = init_state(model, make_optimizer(config, 1), 0, mesh, mesh_config)
+        losses[name] = []
+        for number in range(3):
+            state, sums = step(state, shard_batch(make_batch(number), mesh))
+            losses[name].append(float(sums.loss))
+        if name in ("model", "fsdp"):
+            second = state.opt_state.inner_state[0].nu["fc6"]["kernel"]
+            sizes = [shard.data.size for shard in second.addressable_shards]
+            assert sizes == [second.size // 2] * 2
+    for name, values in losses.items():
+        assert values == pytest.approx(losses["one"], rel=1e-3), name
+    assert len({round(value, 2) for value in losses["one"]}) == 3
+
+
+@pytest.mark.slow
 def test_fsdp_gathers_fc6_once():
     """Its gradient stays sharded."""
     kernel_size = parameter_sizes()["fc6/kernel"]
@@ -240,10 +265,14 @@ def test_fsdp_gathers_fc6_once():
 @pytest.mark.parametrize(
     "mesh_config", [MeshConfig(fsdp=True), MeshConfig(model=2)], ids=["fsdp", "model"]
 )
-def test_init_state_shards_params_and_momentum(mesh_config):
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_init_state_shards_params_and_momentum(optimizer, mesh_config):
     mesh, model = make_mesh(8, mesh_config=mesh_config), make_model(batch_norm=False)
-    state = init_state(model, make_optimizer(CONFIG), 0, mesh, mesh_config)
-    for tree in (state.params, state.opt_state.inner_state[1][0].trace):
+    config = dataclasses.replace(CONFIG, optimizer=optimizer)
+    state = init_state(model, make_optimizer(config), 0, mesh, mesh_config)
+    inner = state.opt_state.inner_state
+    moments = (inner[0].mu, inner[0].nu) if optimizer == "adamw" else (inner[1][0].trace,)
+    for tree in (state.params, *moments):
         kernel = tree["fc6"]["kernel"]
         assert [shard.data.size for shard in kernel.addressable_shards] == [kernel.size // 2] * 2
         assert tree["conv1_1"]["kernel"].sharding.is_fully_replicated

@@ -8,6 +8,7 @@ from tests.helpers.photos import make_photo_folder
 from tests.helpers.reports import RECORDS, record, write_run
 from vgg_jax import InputError
 from vgg_jax.reporting.history import read_records, read_run, run_name, time_shares
+from vgg_jax.reporting.tables import summarize_run
 
 pytestmark = pytest.mark.usefixtures("small_nets")
 
@@ -19,6 +20,15 @@ def test_reads_best_epoch_and_changes_of_the_learning_rate(tmp_path):
     assert run.best["epoch"] == 2  # the first of two equal ones
     assert run.rate_changes == [(2, 0.01)]
     assert run.divergence is None
+
+
+def test_cosine_schedule_has_no_changes_of_the_learning_rate(tmp_path):
+    """It changes in each step, so a line for each would hide the curves."""
+    photos = make_photo_folder(tmp_path / "photos")
+    settings = {"schedule": "cosine", "optimizer": "adamw"}
+    run = read_run(write_run(tmp_path / "run", photos, **settings))
+    assert run.rate_changes == []
+    assert "AdamW at learning rate 0.1 with a cosine schedule" in summarize_run(run)
 
 
 def test_reads_the_divergence(tmp_path):

@@ -31,9 +31,9 @@ def test_balanced_weights_are_those_of_scikit_learn():
     assert np.isfinite(weights).all() and np.mean(np.array(weights)[LABELS]) == 1
 
 
-def step_by(weights, batch, microbatch=None):
+def step_by(weights, batch, **changes):
     """The change of the parameters by a step of SGD with rate 1, and the sums."""
-    config = dataclasses.replace(PLAIN_SGD, microbatch=microbatch)
+    config = dataclasses.replace(PLAIN_SGD, **changes)
     train_step, _ = jit_steps(
         config, MODEL, IMAGENET.mean_rgb, MESH, donate=False, class_weights=weights
     )

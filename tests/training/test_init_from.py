@@ -123,11 +123,18 @@ def test_init_from_file_of_other_shapes(finished_run, photos, tmp_path, caplog, 
             np.testing.assert_array_equal(trained["params"][layer][param], expected)
 
 
-def test_frozen_layers_stay_to_the_bit(finished_run, photos):
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_frozen_layers_stay_to_the_bit(optimizer, finished_run, photos):
     """Also their batch normalisation and their momentum; all other layers change."""
     source = Pretrained(*vgg_jax.load(finished_run[0]))
     config = make_config(
-        photos, init_from="unused", freeze=("conv",), decay_biases=True, learning_rate=0.1
+        photos,
+        init_from="unused",
+        freeze=("conv",),
+        decay_biases=True,
+        optimizer=optimizer,
+        learning_rate=0.1,
+        weight_decay=0.1,
     )
     model, mesh = build_model(config, 2), make_mesh(8)
     state = init_state(model, make_optimizer(config), 1, mesh)
@@ -143,7 +150,8 @@ def test_frozen_layers_stay_to_the_bit(finished_run, photos):
     }
     for _ in range(3):
         state, _ = train_step(state, shard_batch(batch, mesh))
-    velocity = state.opt_state.inner_state[1][0].trace
+    inner = state.opt_state.inner_state
+    velocity = inner[0].mu if optimizer == "adamw" else inner[1][0].trace
     for name, layer in state.params.items():
         for param, array in layer.items():
             is_unchanged = np.array_equal(array, params[name][param])

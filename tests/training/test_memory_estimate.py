@@ -34,6 +34,9 @@ def test_estimate_counts_state_and_activations():
     num_params = summary.totals(summary.summarize(config.vgg, 5, image_size=64))["params"]
     # The state also holds the learning rate and a count of steps.
     assert whole["state"] == micro["state"] == pytest.approx(2 * 4 * num_params, abs=100)
+    adamw = estimate_step_memory(dataclasses.replace(config, optimizer="adamw"), 5)
+    assert adamw["state"] == pytest.approx(3 * 4 * num_params, abs=100)
+    assert adamw["total"] - whole["total"] > 3.5 * num_params
     conv1_1_bytes = 128 * 64 * 64 * 64 * 4
     assert whole["total"] > whole["state"] + 4 * num_params + conv1_1_bytes
     assert whole["total"] - micro["total"] > conv1_1_bytes
@@ -67,6 +70,25 @@ def test_largest_microbatch(free, num_devices, expected, monkeypatch):
     assert largest_microbatch(config, 5, num_devices, free) == expected
     remedy = describe_remedy(config, 5, num_devices, free)
     assert remedy.startswith(f"--microbatch {expected} fits" if expected else "no --microbatch")
+
+
+def test_estimate_of_a_cosine_schedule():
+    """It compiles, although the number of steps is unknown, and the state counts them."""
+    config = dataclasses.replace(CONFIG, net="A", fc=(16, 16), schedule="cosine")
+    cosine, plateau = (
+        estimate_step_memory(changed, 5)["state"]
+        for changed in (config, dataclasses.replace(config, schedule="plateau"))
+    )
+    assert cosine == plateau + 4
+
+
+def test_remedy_of_adamw_is_sgd(monkeypatch):
+    monkeypatch.setattr(memory_estimate, "estimate_step_memory", lambda *_: {"total": 9})
+    remedies = [
+        describe_remedy(dataclasses.replace(CONFIG, optimizer=optimizer), 5, 1, 8)
+        for optimizer in ("sgd", "adamw")
+    ]
+    assert ["--optimizer sgd" in remedy for remedy in remedies] == [False, True]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -179,6 +179,7 @@ def summary(
     microbatch: int | None,
     dtype: str,
     freeze: list[str] | None,
+    optimizer: str | None,
 ) -> ExitCode:
     """Prints a net's layers and cost, and the memory of a training step if asked to."""
     from vgg_jax.summary import table
@@ -203,15 +204,17 @@ def summary(
         scale=(shape.get("image_size", 224),),
         dtype=dtype,
         freeze=tuple(freeze or ()),
+        optimizer=optimizer or "sgd",
     )
     if batch_size is not None:
         config = dataclasses.replace(config, batch_size=batch_size, microbatch=microbatch)
     elif microbatch is not None:
         raise InputError(f"microbatch is {microbatch}: expected --batch-size with it")
-    elif freeze:
+    elif freeze or optimizer:
+        flag = f"freeze is {' '.join(freeze)}" if freeze else f"optimizer is {optimizer}"
         raise InputError(
-            f"freeze is {' '.join(freeze)}: expected --batch-size with it, because it changes the "
-            "memory of a training step only"
+            f"{flag}: expected --batch-size with it, because it changes the memory of a training "
+            "step only"
         )
     if batch_size is not None and in_channels != 3:
         raise InputError(
@@ -226,9 +229,10 @@ def summary(
         free_text = f" {free / 1e9:.2f} GB are free here." if math.isfinite(free) else ""
         memory = estimate_step_memory(config, num_classes)
         total, state = memory["total"] / 1e9, memory["state"] / 1e9
+        kept = "the moments of AdamW" if config.optimizer == "adamw" else "momentum"
         print(
             f"A training step of {batch_size} images takes {total:.2f} GB: "
-            f"{state:.2f} GB for parameters and momentum, the rest for\n"
+            f"{state:.2f} GB for parameters and {kept}, the rest for\n"
             "activations, gradients and XLA, on one device like this; "
             "memory that the process already holds is not included. "
             f"The step was compiled, not run.{free_text}"

@@ -20,6 +20,7 @@ from vgg_jax.configs.train import (
     KEEP,
     MAX_LR_HALVINGS,
     ON_NAN,
+    OPTIMIZERS,
     SAVE_SECONDS,
     TrainConfig,
 )
@@ -538,6 +539,7 @@ def _add_summary(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--microbatch", type=int, help="as for train")
     _add_field(command, TrainConfig.__dataclass_fields__["freeze"])
+    command.add_argument("--optimizer", choices=OPTIMIZERS, help="as for train (default: sgd)")
     command.add_argument("--dtype", default="float32", choices=DTYPES, help="as for train")
 
 

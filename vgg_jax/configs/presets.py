@@ -41,6 +41,8 @@ _REQUIRES = {
     "patience": ("schedule", "plateau"),
     "drops": ("schedule", "plateau"),
     "drop_epochs": ("schedule", "step"),
+    "warmup_epochs": ("schedule", "cosine"),
+    "momentum": ("optimizer", "sgd"),
     "initializer_std": ("initializer", "paper"),
 }
 
@@ -68,6 +70,9 @@ def preset(data: str, **overrides: Any) -> TrainConfig:
         # The preset's epochs belong to its own schedule.
         schedule_fields = ("drop_epochs", "epochs")
         defaults = {name: value for name, value in defaults.items() if name not in schedule_fields}
+    if overrides.get("optimizer", "sgd") != "sgd":
+        # The preset's learning rate is for SGD.
+        defaults = {name: value for name, value in defaults.items() if name != "learning_rate"}
     if "image_size" in overrides:
         # The preset's scales belong to its own image size.
         defaults = {name: value for name, value in defaults.items() if name != "scale"}
@@ -85,7 +90,9 @@ def preset(data: str, **overrides: Any) -> TrainConfig:
 def resolve_learning_rate(
     config: TrainConfig, num_classes: int, activation_rms: float | None = None
 ) -> TrainConfig:
-    """Fills in the default learning rate: the paper's 1e-2, or 1e-3 for fewer than 100 classes.
+    """Fills in the default learning rate.
+
+    SGD has the paper's 1e-2, or 1e-3 for fewer than 100 classes.
 
     Few classes mean that many images pull at the same logit. A net then diverges at 1e-2
     (docs/performance.md#learning-rate-and-classes).
@@ -93,6 +100,9 @@ def resolve_learning_rate(
     The gradient of a new fc6 grows with the activations that it reads, and so does the change of
     its outputs by a step. So the default is divided by the square of activations above 1
     (docs/performance.md#new-head-on-pretrained-convolutions).
+
+    AdamW has 1e-4 for any number of classes, because its steps do not grow with the gradient. For
+    the same reason the activations themselves divide it, not their square.
 
     Args:
         config: A configuration.
@@ -106,7 +116,8 @@ def resolve_learning_rate(
     """
     if config.learning_rate is not None:
         return config
-    default = 1e-2 if num_classes >= 100 else 1e-3
+    is_sgd = config.optimizer == "sgd"
+    default = (1e-2 if num_classes >= 100 else 1e-3) if is_sgd else 1e-4
     if activation_rms is not None and activation_rms > 1:
-        default = float(f"{default / activation_rms**2:.0e}")
+        default = float(f"{default / activation_rms ** (2 if is_sgd else 1):.0e}")
     return dataclasses.replace(config, learning_rate=default)

@@ -9,6 +9,7 @@ from vgg_jax.configs.models import CONFIGS, Layer, VGGConfig, layer_table
 from vgg_jax.errors import InputError
 
 DTYPES = ("float32", "bfloat16")  # of the computation
+OPTIMIZERS = ("sgd", "adamw")
 ON_NAN = ("stop", "halve")  # what a run does after a non-finite loss
 MAX_LR_HALVINGS = 5  # halvings of the learning rate in one run, with "halve"
 DISTRIBUTED_MODES = ("auto", "on", "off")  # joining the other processes of a run
@@ -127,19 +128,29 @@ class TrainConfig:
             "balanced", inverse to the number of training images of a class, 1 on average over the
             images. A step divides by the number of its images. The losses and accuracies that are
             reported have no weights.
-        learning_rate: Initial learning rate. None means 0.01 (§3.1), or 0.001 for fewer than 100
-            classes, and less for a new head on large pretrained activations
+        label_smoothing: Share of the target that is spread evenly over all classes, in the loss
+            that training minimises. The losses and accuracies that are reported have none. Not in
+            the paper.
+        optimizer: "sgd", SGD with momentum (§3.1); or "adamw", which is not in the paper.
+        learning_rate: Initial learning rate, or the highest one of "cosine". None means 0.01
+            (§3.1), or 0.001 for fewer than 100 classes; or 0.0001 with "adamw". It means less for
+            a new head on large pretrained activations
             (`vgg_jax.configs.presets.resolve_learning_rate`).
         momentum: Momentum of SGD (§3.1).
-        weight_decay: Factor of the L2 penalty (§3.1): the gradient of w gains weight_decay * w.
+        weight_decay: Factor of the L2 penalty of SGD (§3.1): the gradient of w gains
+            weight_decay * w. With "adamw", w loses learning_rate * weight_decay * w in each step.
         decay_biases: Decay biases and batch normalisation parameters too. Caffe's recipes and
             MatConvNet's VGG do not. The paper does not say.
         schedule: When the learning rate is divided by 10: "plateau", when the validation accuracy
-            stops improving (§3.1); "step", after `drop_epochs`; or "constant", never.
+            stops improving (§3.1); "step", after `drop_epochs`; or "constant", never. "cosine"
+            lowers it in each step instead, by half a cosine from `learning_rate` to 0 at the end
+            of `epochs`. It is not in the paper.
         patience: Epochs without a better validation accuracy that make a plateau. The paper gives
             no number.
         drops: Divisions of the learning rate by "plateau" (§3.1). The next plateau ends the run.
         drop_epochs: Epochs after which "step" divides the learning rate, counted from 1.
+        warmup_epochs: Epochs in which "cosine" first raises the learning rate from 0, by the same
+            amount in each step.
         epochs: Maximum number of epochs (§3.1).
         seed: Seed of every random number, from 0 to 2**32 - 1.
 
@@ -265,17 +276,36 @@ class TrainConfig:
         "weights of the classes in the loss; balanced: inverse to their numbers of images",
         choices=("none", "balanced"),
     )
+    label_smoothing: float = _field(
+        0.0,
+        "optimiser",
+        "share of the target that the loss spreads over all classes",
+        at_least=0,
+        below=1,
+    )
+    optimizer: str = _field(
+        "sgd",
+        "optimiser",
+        "SGD with momentum, or AdamW, whose weight decay is no L2 penalty",
+        choices=OPTIMIZERS,
+    )
     # None: `vgg_jax.configs.presets.resolve_learning_rate` chooses.
     learning_rate: float | None = _field(
         None,
         "optimiser",
-        "initial learning rate (default: 0.01, or 0.001 for fewer than 100 classes, and less for "
-        "a new head on large pretrained activations)",
+        "initial learning rate (default: 0.01, or 0.001 for fewer than 100 classes, or 0.0001 for "
+        "adamw, and less for a new head on large pretrained activations)",
         type=float,
         above=0,
     )
     momentum: float = _field(0.9, "optimiser", "momentum of SGD", at_least=0, below=1)
-    weight_decay: float = _field(5e-4, "optimiser", "factor of the L2 penalty", at_least=0)
+    weight_decay: float = _field(
+        5e-4,
+        "optimiser",
+        "sgd: factor of the L2 penalty; adamw: the share of a weight that a step takes away is "
+        "this times the learning rate",
+        at_least=0,
+    )
     decay_biases: bool = _field(
         False, "optimiser", "decay biases and batch normalisation parameters too"
     )
@@ -283,8 +313,8 @@ class TrainConfig:
     schedule: str = _field(
         "plateau",
         "schedule",
-        "when the learning rate is divided by 10",
-        choices=("plateau", "step", "constant"),
+        "when the learning rate is divided by 10; cosine lowers it to 0 step by step",
+        choices=("plateau", "step", "constant", "cosine"),
     )
     patience: int = _field(
         5, "schedule", "plateau: epochs without a better validation accuracy", above=0
@@ -302,6 +332,9 @@ class TrainConfig:
         type=int,
         nargs="+",
         metavar="EPOCH",
+    )
+    warmup_epochs: int = _field(
+        0, "schedule", "cosine: first epochs, in which the learning rate rises from 0", at_least=0
     )
     epochs: int = _field(74, "schedule", "maximum number of epochs", above=0)
 
@@ -358,6 +391,7 @@ class TrainConfig:
         _check_freeze(self)
         _check_cache_features(self)
         _check_microbatch(self)
+        _check_optimizer(self)
         _check_schedule(self)
 
 
@@ -419,6 +453,14 @@ def _check_microbatch(config: TrainConfig) -> None:
         )
 
 
+def _check_optimizer(config: TrainConfig) -> None:
+    if config.optimizer != "sgd" and config.momentum != TrainConfig.momentum:
+        raise InputError(
+            f"momentum is {config.momentum} and optimizer is {config.optimizer!r}: expected "
+            "momentum with optimizer 'sgd' only"
+        )
+
+
 def _check_schedule(config: TrainConfig) -> None:
     epochs = config.drop_epochs
     if (config.schedule == "step") != bool(epochs):
@@ -429,3 +471,13 @@ def _check_schedule(config: TrainConfig) -> None:
         )
     if list(epochs) != sorted(set(epochs)) or min(epochs, default=1) < 1:
         raise InputError(f"drop_epochs is {epochs}: expected increasing numbers from 1 on")
+    if config.schedule != "cosine" and config.warmup_epochs:
+        raise InputError(
+            f"schedule is {config.schedule!r} and warmup_epochs is {config.warmup_epochs}: "
+            "expected warmup_epochs with schedule 'cosine' only"
+        )
+    if config.warmup_epochs >= config.epochs:
+        raise InputError(
+            f"warmup_epochs is {config.warmup_epochs}: expected less than the epochs, "
+            f"{config.epochs}"
+        )

@@ -81,7 +81,7 @@ class TrainingEvents:
         Args:
             step: Number of the step.
             sums: Sums over its images, as Python numbers.
-            learning_rate: The learning rate.
+            learning_rate: The learning rate of the step.
             statistics: Further numbers of this step, by the names of their curves.
         """
         self._sums, self._step, self._lr = merge(self._sums, sums), step, learning_rate

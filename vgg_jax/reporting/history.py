@@ -39,7 +39,12 @@ class RunHistory:
 
     @property
     def rate_changes(self) -> list[tuple[int, float]]:
-        """The epochs after which the learning rate changed, and the new rates."""
+        """The epochs after which the learning rate changed, and the new rates.
+
+        There are none with the schedule "cosine", which changes it in each step.
+        """
+        if self.run.config.schedule == "cosine":
+            return []
         rates = [record["learning_rate"] for record in self.records]
         changes = enumerate(itertools.pairwise(rates))
         return [

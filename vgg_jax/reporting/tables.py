@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Sequence
 
+from vgg_jax.configs.train import TrainConfig
 from vgg_jax.evaluation.evaluate import Evaluation
 from vgg_jax.reporting.classes import ClassFigures
 from vgg_jax.reporting.collect import RunReport
@@ -89,11 +90,17 @@ def summarize_run(history: RunHistory) -> str:
         f"{net} on {name}",
         f"{config.image_size}-pixel crops at S = {scale}",
         start,
-        f"learning rate {config.learning_rate:g}",
+        _describe_learning_rate(config),
     ]
     if history.records:
         parts.append(history.records[-1]["time"].partition("T")[0])
     return ", ".join(parts) + "."
+
+
+def _describe_learning_rate(config: TrainConfig) -> str:
+    optimizer = "AdamW at " if config.optimizer == "adamw" else ""
+    schedule = " with a cosine schedule" if config.schedule == "cosine" else ""
+    return f"{optimizer}learning rate {config.learning_rate:g}{schedule}"
 
 
 def format_accuracy(evaluation: Evaluation) -> str:

@@ -98,7 +98,8 @@ def check_same_run(workdir: Path, existing: RunMetadata, run: RunMetadata) -> li
     """Checks that a run is the one that its workdir holds already.
 
     The net, the recipe, the seed, and the names of the images and classes may not change. The path
-    of the data, a larger number of epochs, the cache and the micro-batches may.
+    of the data, a larger number of epochs, the cache and the micro-batches may. With the schedule
+    "cosine", the rate of each step depends on the number of epochs, so that may not change.
 
     Args:
         workdir: The folder of the run, for the message.
@@ -116,7 +117,7 @@ def check_same_run(workdir: Path, existing: RunMetadata, run: RunMetadata) -> li
     changes = [name for name in names if _may_change(name, old, new)]
     differences = [
         f"{name} is {_shorten(repr(old[name]))} in run.json and {_shorten(repr(new[name]))} now"
-        + (", and may only grow" if name == "epochs" else "")
+        + (_epochs_rule(new) if name == "epochs" else "")
         for name in names
         if name not in changes
     ]
@@ -147,11 +148,16 @@ def _may_change(name: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
         described = ("storage", "validation_storage", "classes", "train_size", "validation_size")
         return all(_is_equal(field, old[field], new[field]) for field in described)
     if name == "epochs":
-        return old[name] < new[name]
+        return old[name] < new[name] and new["schedule"] != "cosine"
     if name == "cache":
         is_in_parts = old["input_version"] == 1 or BY_A_BUFFER in old["storage"]
         return not ("tfrecord" in old["storage"] and is_in_parts)
     return name in RESUMABLE_CHANGES
+
+
+def _epochs_rule(new: dict[str, Any]) -> str:
+    is_cosine = new["schedule"] == "cosine"
+    return ", and may not change with schedule 'cosine'" if is_cosine else ", and may only grow"
 
 
 def load_run(workdir: Path) -> RunMetadata:

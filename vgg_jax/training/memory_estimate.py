@@ -33,14 +33,16 @@ def estimate_step_memory(config: TrainConfig, num_classes: int) -> dict[str, int
         num_classes: Number of classes.
 
     Returns:
-        Bytes: "state" of parameters and momentum, and "total" of a step or of the
-        initialisation, whichever takes more.
+        Bytes: "state" of parameters and the optimizer, and "total" of a step or of the
+        initialisation, whichever takes more. SGD keeps one number for each parameter, its
+        momentum, and AdamW two.
     """
     mesh = make_mesh(1, jax.devices()[:1])
     config = resolve_learning_rate(config, num_classes)
     model, size = build_model(config, num_classes), config.image_size
-    step, _ = jit_steps(config, model, (0.0, 0.0, 0.0), mesh)
-    state = state_shapes(model, make_optimizer(config))
+    steps_per_epoch = 1  # any number: it changes no shape
+    step, _ = jit_steps(config, model, (0.0, 0.0, 0.0), mesh, steps_per_epoch=steps_per_epoch)
+    state = state_shapes(model, make_optimizer(config, steps_per_epoch))
     batch = {
         "image": jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.uint8),
         "colour_shift": jax.ShapeDtypeStruct((config.batch_size, 3), jnp.float32),
@@ -146,4 +148,5 @@ def describe_remedy(config: TrainConfig, num_classes: int, num_devices: int, fre
         return f"--microbatch {microbatch} fits, and also resumes a run"
     smaller = f"a smaller --batch-size than {config.batch_size}, " if config.batch_size > 1 else ""
     dtype = "" if config.dtype == "bfloat16" else "--dtype bfloat16, "
-    return f"no --microbatch fits: pass {smaller}{dtype}a smaller --fc or --freeze conv"
+    optimizer = "--optimizer sgd, " if config.optimizer == "adamw" else ""
+    return f"no --microbatch fits: pass {smaller}{dtype}{optimizer}a smaller --fc or --freeze conv"

@@ -29,7 +29,7 @@ def epoch_record(
         seconds: Duration of its training.
         input_wait: Seconds of these in which the next batch was not ready.
         validation_seconds: Duration of its validation.
-        lr: Learning rate.
+        lr: Learning rate of the last step.
         train: Sums over the steps, with dropout and augmentation on.
         validation: Sums over the validation images.
         num_images: Number of training images.

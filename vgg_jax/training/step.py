@@ -142,8 +142,9 @@ def train_step(
     microbatch: int | None = None,
     start_after: str | None = None,
     class_weights: tuple[float, ...] | None = None,
+    label_smoothing: float = 0.0,
 ) -> tuple[TrainState, MetricSums]:
-    """One step of SGD on the mean loss of the examples whose mask is true.
+    """One step of the optimizer on the mean loss of the examples whose mask is true.
 
     Args:
         state: The state before the step.
@@ -161,10 +162,11 @@ def train_step(
         class_weights: Factor of the loss of an example, by its class. None: 1. The mean is over
             the number of examples, not over the sum of their weights, so that each example counts
             the same in any batch.
+        label_smoothing: Share of the target that is spread evenly over all classes.
 
     Returns:
         The next state, and the sums over the batch with dropout and augmentation on, without
-        weights.
+        weights and smoothing.
     """
     next_state, sums, _ = _train_step(
         state,
@@ -177,6 +179,7 @@ def train_step(
         microbatch=microbatch,
         start_after=start_after,
         class_weights=class_weights,
+        label_smoothing=label_smoothing,
     )
     return next_state, sums
 
@@ -184,7 +187,7 @@ def train_step(
 def train_step_with_statistics(
     state: TrainState, batch: Batch, *, model: VGG, measure_every: int, **options: Any
 ) -> tuple[TrainState, MetricSums, dict[str, Array]]:
-    """One step of SGD, which measures its layers from time to time.
+    """One step of the optimizer, which measures its layers from time to time.
 
     The next state is that of `train_step`. So is the memory, but jax 0.10.1 on a CPU needs that of
     the parameters once more.
@@ -226,6 +229,7 @@ def _train_step(
     microbatch: int | None = None,
     start_after: str | None = None,
     class_weights: tuple[float, ...] | None = None,
+    label_smoothing: float = 0.0,
 ) -> tuple[TrainState, MetricSums, Any]:
     """The next state, the sums, and the gradients of the summed loss."""
     key = jax.random.fold_in(state.key, state.step)
@@ -237,6 +241,7 @@ def _train_step(
         mean_rgb=mean_rgb,
         start_after=start_after,
         class_weights=class_weights,
+        label_smoothing=label_smoothing,
         num_microbatches=batch_size // (microbatch or batch_size),
         param_specs=param_specs,
         allreduce_dtype=mesh_config.reduce,
@@ -289,8 +294,9 @@ def _loss(
     mean_rgb: tuple[float, float, float],
     start_after: str | None,
     class_weights: tuple[float, ...] | None,
+    label_smoothing: float,
 ) -> tuple[Array, tuple[Any, MetricSums]]:
-    """The summed loss with weights, with the new running statistics and the sums without."""
+    """The summed loss to minimise, the new running statistics, and the sums to report."""
     logits: Any
     logits, updated = _apply(
         model,
@@ -305,12 +311,24 @@ def _loss(
     )
     sums = compute_sums(logits, batch["label"], batch["mask"])
     loss = sums.loss
-    if class_weights is not None:
-        weights = jnp.where(batch["mask"], jnp.asarray(class_weights)[batch["label"]], 0)
+    if class_weights is not None or label_smoothing:
+        losses = _smoothed_losses(logits, batch["label"], label_smoothing)
         # A padding example (mask False) may hold NaN, and 0 · NaN is NaN.
-        losses = jnp.where(batch["mask"], cross_entropies(logits, batch["label"]), 0)
-        loss = (weights * losses).sum()
+        losses = jnp.where(batch["mask"], losses, 0)
+        if class_weights is not None:
+            weights = jnp.where(batch["mask"], jnp.asarray(class_weights)[batch["label"]], 0)
+            losses = weights * losses
+        loss = losses.sum()
     return loss, (updated.get("batch_stats", batch_stats), sums)
+
+
+def _smoothed_losses(logits: Array, labels: Array, label_smoothing: float) -> Array:
+    """The cross-entropy of each example with its label and, by a share, with all classes."""
+    if not label_smoothing:
+        return cross_entropies(logits, labels)
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    targets = jax.nn.one_hot(labels, logits.shape[1], dtype=logits.dtype)
+    return optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, label_smoothing))
 
 
 def _apply(
@@ -338,6 +356,7 @@ def _local_gradients(
     mean_rgb: tuple[float, float, float],
     start_after: str | None,
     class_weights: tuple[float, ...] | None,
+    label_smoothing: float,
     num_microbatches: int,
     param_specs: Any,
     allreduce_dtype: str,
@@ -354,6 +373,7 @@ def _local_gradients(
         mean_rgb=mean_rgb,
         start_after=start_after,
         class_weights=class_weights,
+        label_smoothing=label_smoothing,
     )
     grad_fn = jax.grad(loss_fn, has_aux=True)
     if num_microbatches == 1:
@@ -507,6 +527,7 @@ def jit_steps(
     donate: bool = True,
     class_weights: tuple[float, ...] | None = None,
     measure_every: int | None = None,
+    steps_per_epoch: int | None = None,
 ) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped]:
     """Jits the steps of a run.
 
@@ -520,11 +541,12 @@ def jit_steps(
         class_weights: As for `train_step`.
         measure_every: As for `train_step_with_statistics`, which is then the step. None:
             `train_step`.
+        steps_per_epoch: As for `vgg_jax.training.optimizer.make_optimizer`.
 
     Returns:
         `train_step(state, batch)` and `eval_step(variables, batch)`.
     """
-    optimizer = make_optimizer(config)
+    optimizer = make_optimizer(config, steps_per_epoch)
     static: dict[str, Any] = {
         "model": model,
         "mean_rgb": mean_rgb,
@@ -545,6 +567,7 @@ def jit_steps(
             optimizer=optimizer,
             microbatch=config.microbatch,
             class_weights=class_weights,
+            label_smoothing=config.label_smoothing,
             **static,
         ),
         donate_argnums=0 if donate else (),

@@ -38,7 +38,12 @@ from vgg_jax.training.init_from import Pretrained, init_from_pretrained
 from vgg_jax.training.layer_statistics import name_statistics
 from vgg_jax.training.memory_estimate import describe_remedy, free_device_memory, peak_bytes
 from vgg_jax.training.nan_check import first_nonfinite
-from vgg_jax.training.optimizer import make_optimizer, next_epoch_lr, set_learning_rate
+from vgg_jax.training.optimizer import (
+    make_optimizer,
+    next_epoch_lr,
+    set_learning_rate,
+    step_learning_rates,
+)
 from vgg_jax.training.report import at_chance_hint, epoch_record, format_epoch, is_at_chance
 from vgg_jax.training.setup import Setup, Start
 from vgg_jax.training.step import Batch, TrainState, feature_step, init_state, jit_steps
@@ -57,7 +62,7 @@ class DivergedError(Exception):
     """A loss or a parameter is infinite or NaN. The diverged state is never saved.
 
     Attributes:
-        rate: The learning rate.
+        rate: The learning rate, or the highest one of the schedule "cosine".
         halvings: How often the learning rate had been halved.
         stop: The event that a signal sets. The block of `graceful_stop` has ended when `fit`
             reads it. `fit` does not resume if it is set.
@@ -147,6 +152,7 @@ class Trainer:
         self._events: TrainingEvents | None = None
 
         config, mesh, mesh_config = setup.config, setup.mesh, setup.mesh_config
+        self._steps_per_epoch = -(-setup.train.size // config.batch_size)  # the last is padded
         self._free_memory = free_device_memory(mesh.local_devices[0])
         self._model = build_model(config, len(setup.train.classes))
         self._mean_rgb = setup.run.colours.mean_rgb
@@ -160,15 +166,16 @@ class Trainer:
             donate=not debug_nans,
             class_weights=setup.class_weights,
             measure_every=None if events_folder is None else MEASURE_EVERY,
+            steps_per_epoch=self._steps_per_epoch,
         )
         self._is_compiled = False
         self._crop = crop_function(
             config, setup.run.colours, NamedSharding(mesh, PartitionSpec(DATA))
         )
-        self.state = init_state(self._model, make_optimizer(config), config.seed, mesh, mesh_config)
+        optimizer = make_optimizer(config, self._steps_per_epoch)
+        self.state = init_state(self._model, optimizer, config.seed, mesh, mesh_config)
         self._synchronizer = StepSynchronizer(mesh)
 
-        self._steps_per_epoch = -(-setup.train.size // config.batch_size)  # the last is padded
         data_axis_size = mesh.shape[DATA]
         self._eval_batch_size = min(
             config.microbatch or config.batch_size,
@@ -177,6 +184,7 @@ class Trainer:
         self.progress = Progress([])
         self._timer = RunTimer(config.epochs, may_end_early=config.schedule == "plateau")
         self._epoch, self._lr = 1, 0.0
+        self._step_lrs: list[float] = []  # of the steps of this epoch
         self._pending: PendingStep | None = None  # dispatched; its sums are not read yet
         self._previous: PendingStep | None = None  # the last one whose sums were read
         self._validation, self._validation_seconds = MetricSums(), 0.0
@@ -321,7 +329,10 @@ class Trainer:
         return True
 
     def next_learning_rate(self) -> float | None:
-        """The learning rate of the next epoch, or None at the end of the run."""
+        """The learning rate of the next epoch, or None at the end of the run.
+
+        With the schedule "cosine", it is the highest one of the run.
+        """
         accuracies = [record["validation"]["accuracy"] for record in self.progress.history]
         lr = next_epoch_lr(self.setup.config, accuracies)
         return None if lr is None else lr / 2**self.progress.halvings
@@ -330,7 +341,7 @@ class Trainer:
         """Trains on the batches of the epoch that are left.
 
         Args:
-            lr: The learning rate.
+            lr: The learning rate that `next_learning_rate` returns.
 
         Returns:
             False if the run must stop: a signal came, or an image cannot be read.
@@ -340,6 +351,7 @@ class Trainer:
         """
         setup, progress = self.setup, self.progress
         self._epoch, self._lr = len(progress.history) + 1, lr
+        self._step_lrs = step_learning_rates(setup.config, lr, self._epoch, self._steps_per_epoch)
         opt_state = set_learning_rate(self.state.opt_state, lr)
         self.state = dataclasses.replace(self.state, opt_state=opt_state)
         self._epoch_start = time.monotonic() - progress.seconds
@@ -435,7 +447,8 @@ class Trainer:
             if step.statistics is not None:
                 statistics = name_statistics(self._model, step.statistics)
             number = self._global_step() - self.progress.batch + step.batch_number
-            self._events.add_step(number, step_sums, self._lr, statistics)
+            lr = self._step_lrs[step.batch_number - 1]
+            self._events.add_step(number, step_sums, lr, statistics)
         self._previous, self._pending = step, None
 
     def _show(self, bar: ProgressBar, sums: MetricSums) -> None:
@@ -523,7 +536,7 @@ class Trainer:
             seconds=progress.seconds,
             input_wait=progress.waited,
             validation_seconds=self._validation_seconds,
-            lr=self._lr,
+            lr=self._step_lrs[-1],
             train=progress.sums,
             validation=validation,
             num_images=self.setup.train.size,
@@ -630,8 +643,10 @@ class Trainer:
                 names = file_names_of(self.setup.train, origin)
                 origins.append(f"{words} batch {origin.batch_number} (images {names})")
         place = f", {' or '.join(origins)}" if origins else ""
+        is_cosine = self.setup.config.schedule == "cosine"
+        rate = "a learning rate of at most" if is_cosine else "learning rate"
         return DivergedError(
-            f"{part} is not finite in epoch {self._epoch}{place}, at learning rate {self._lr:g}",
+            f"{part} is not finite in epoch {self._epoch}{place}, at {rate} {self._lr:g}",
             self._lr,
             self.progress.halvings,
             self.stop,
