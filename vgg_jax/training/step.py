@@ -312,13 +312,13 @@ def _loss(
     sums = compute_sums(logits, batch["label"], batch["mask"])
     loss = sums.loss
     if class_weights is not None or label_smoothing:
-        losses = _smoothed_losses(logits, batch["label"], label_smoothing)
-        # A padding example (mask False) may hold NaN, and 0 · NaN is NaN.
-        losses = jnp.where(batch["mask"], losses, 0)
+        weights = batch["mask"]
         if class_weights is not None:
-            weights = jnp.where(batch["mask"], jnp.asarray(class_weights)[batch["label"]], 0)
-            losses = weights * losses
-        loss = losses.sum()
+            weights = jnp.where(weights, jnp.asarray(class_weights)[batch["label"]], 0)
+        # A padding example (mask False) may hold NaN, and 0 · NaN is NaN.
+        losses = _smoothed_losses(logits, batch["label"], label_smoothing)
+        losses = jnp.where(batch["mask"], losses, 0)
+        loss = (weights * losses).sum()
     return loss, (updated.get("batch_stats", batch_stats), sums)
 
 
