@@ -25,8 +25,8 @@ NOTE = f"""\
 Epochs are of {IMAGES_PER_EPOCH:,} images, and as many as there can be: plateaus may end a stage
 earlier. Hours are those of training steps in bfloat16 with all layers, without validation.
 1 H200: as measured for D and E (results/gpu.json), with images in memory. Other nets: with D's
-operations a second. 8 H200 and the TPU: not measured. scaling_model.py predicts them, and assumes
-what a host reads: at most {scaling_model.MACHINES["h200"].images:,} images a second beside 8 H200."""
+operations a second. 8 H200 and the TPU: not measured. scaling_model.py predicts them. It assumes
+that a host of 8 H200 reads at most {scaling_model.MACHINES["h200"].images:,} images a second."""
 
 
 def training_operations(net: str, images: int) -> int:
