@@ -271,6 +271,7 @@ def main(argv: Sequence[str] | None = None) -> ExitCode:
 
 
 if __name__ == "__main__":
+    logging.root.handlers.clear()  # orbax adds one, which would print each message twice
     exit_on_second_signal()
     code = main()
     sys.stdout.flush()
