@@ -1,6 +1,7 @@
 """Convolution against hand-written loops and XLA's direct convolution, in several dtypes."""
 
 import functools
+import re
 from pathlib import Path
 
 import jax
@@ -32,6 +33,7 @@ SHAPES = [
     (2, 64, 33, 6, 4, 3),
     (1, 113, 8, 6, 4, 3),
     (2, 12, 11, 6, 4, 5),
+    (2, 8, 9, 6, 4, 7),
     (2, 5, 6, 8, 5, 1),
 ]
 SHAPES_WITHOUT_EPILOGUE = [
@@ -133,6 +135,16 @@ def test_convolution_masks_gradient(n, h, w, c):
             for f in (convolution, reference_conv)
         )
         assert_all_close(actual, expected, 1e-12)
+
+
+def test_large_kernel_gradients_are_convolutions_in_xlas_order():
+    """XLA reorders others itself, but not in a loop (docs/performance.md#5x5-kernels)."""
+    x, kernel, bias, g = map(jnp.asarray, random_arrays(2, 12, 11, 6, 4, 5))
+    gradients = jax.jit(jax.grad(lambda *args: (convolution(*args) * g).sum(), (0, 1)))
+    text = gradients.trace(x, kernel, bias).lower(lowering_platforms=("cpu",)).as_text()
+    orders = re.findall(r"stablehlo\.convolution.*?dim_numbers = (.*?),? window", text)
+    assert len(orders) == 2
+    assert set(orders) == {"[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]"}
 
 
 @pytest.mark.parametrize("kind", ["none", "relu_pool"])

@@ -8,7 +8,8 @@ Three of the four float32 paths replace a slow XLA path:
   (docs/performance.md#image-gradients).
 - 3x3 kernels: Winograd, with 36 multiplications per 4x4 output tile instead of 144. It runs block
   by block, and applies the epilogue while a block is in cache (docs/performance.md#winograd).
-- Other kernels: XLA (docs/performance.md#5x5-kernels).
+- Other kernels: XLA, with gradients as convolutions in its own order of dimensions
+  (docs/performance.md#5x5-kernels).
 
 3x3 bfloat16 convolutions run in oneDNN where XLA delegates them (`has_onednn_bfloat16`). XLA does
 not delegate kernel gradients, so those are computed in float32. All other 16-bit convolutions run
@@ -40,7 +41,7 @@ from vgg_jax.ops.epilogue import (
     pooled_bias_tangent,
 )
 from vgg_jax.ops.pooling import crop_to_even
-from vgg_jax.ops.xla import MAX_IMAGE_CHANNELS, xla_conv
+from vgg_jax.ops.xla import DIMENSION_NUMBERS, MAX_IMAGE_CHANNELS, xla_conv
 from vgg_jax.runtime.compiler import has_onednn_bfloat16
 
 # The first layer's gradients are computed for this many positions at a time, so that their windows
@@ -75,7 +76,7 @@ def cpu_conv(
             return _conv_with_filters(x, filters, bias, epilogue)
         return _conv_winograd(x, kernel, bias, epilogue)
     else:
-        y = xla_conv(x, kernel)
+        y = _conv_xla(x, kernel)
     return apply_epilogue(y, bias, epilogue)
 
 
@@ -126,6 +127,34 @@ _conv_im2col = bilinear_conv(
     forward=_im2col,
     input_gradient=_im2col_input_gradient,
     kernel_gradient=_im2col_kernel_gradient,
+)
+
+
+# Kernels larger than 3x3
+
+
+def _xla_input_gradient(kernel: Array, g: Array, *, shape: tuple[int, ...]) -> Array:
+    return xla_conv(g, lax.optimization_barrier(kernel.swapaxes(2, 3))[::-1, ::-1])
+
+
+def _xla_kernel_gradient(x: Array, g: Array, *, shape: tuple[int, ...]) -> Array:
+    """Convolves with images as channels, channels as images, and `g` as the kernel."""
+    images, kernel = x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3)
+    images, kernel = lax.optimization_barrier((images, kernel))
+    pad = (shape[0] // 2, shape[0] // 2)
+    gradient = lax.conv_general_dilated(
+        images, kernel, (1, 1), (pad, pad), dimension_numbers=DIMENSION_NUMBERS
+    )
+    return gradient.transpose(1, 2, 0, 3)
+
+
+# XLA computes a convolution in its own order of dimensions in a fast library. It reorders others
+# by itself only outside of loops and called functions (docs/performance.md#5x5-kernels).
+_conv_xla = bilinear_conv(
+    "xla_conv",
+    forward=xla_conv,
+    input_gradient=_xla_input_gradient,
+    kernel_gradient=_xla_kernel_gradient,
 )
 
 
