@@ -179,11 +179,21 @@ def _crop(
     resized = jnp.asarray(table)[scale - scales[0]]
     last = resized - size
     offset = jnp.minimum(jnp.floor(fractions * (last + 1)).astype(jnp.int32), last)
-    return _resample(pixels, (size, size), resized / jnp.array(sides), -offset)
+    return resample(pixels, (size, size), resized / jnp.array(sides), -offset)
 
 
-def _resample(pixels: Array, sides: tuple[int, int], zoom: Array, translation: Array) -> Array:
-    """Resamples an image, antialiased and bilinear, to uint8 (height, width, 3)."""
+def resample(pixels: Array, sides: tuple[int, int], zoom: Array, translation: Array) -> Array:
+    """Resamples an image, antialiased and bilinear.
+
+    Args:
+        pixels: The image, uint8 (H, W, C).
+        sides: Height and width of the result.
+        zoom: Factor along y and x, float (2,).
+        translation: Shift of the zoomed image along y and x in pixels, float (2,).
+
+    Returns:
+        uint8 (height, width, 3).
+    """
     image = jax.image.scale_and_translate(
         pixels.astype(jnp.float32),
         (*sides, pixels.shape[-1]),
@@ -192,8 +202,9 @@ def _resample(pixels: Array, sides: tuple[int, int], zoom: Array, translation: A
         translation.astype(jnp.float32),
         "linear",
     )
-    # Halves are rounded up, also those that rounding errors put just below a half.
-    levels = (image + (0.5 + 2**-10)).astype(jnp.uint8)
+    # Halves are rounded up, also those that rounding errors put just below a half. The conversion
+    # alone would round again where it is fused with a product of YNN (docs/performance.md#ynn).
+    levels = jnp.floor(image + (0.5 + 2**-10)).astype(jnp.uint8)
     return jnp.broadcast_to(levels, (*sides, 3))
 
 
@@ -223,7 +234,7 @@ def rescaled_images(
                 f"pixels at the test scale {scale}: pass a smaller one"
             )
         zoom = jnp.array(target) / jnp.array(sides)
-        resize = partial(_resample, sides=target, zoom=zoom, translation=jnp.zeros(2))
+        resize = partial(resample, sides=target, zoom=zoom, translation=jnp.zeros(2))
         resizers.append(jax.jit(jax.vmap(resize)))
     for start in range(0, source.size, IMAGES_PER_CALL):
         indices = source.indices[start : start + IMAGES_PER_CALL]
