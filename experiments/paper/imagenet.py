@@ -35,14 +35,16 @@ Other than the paper's: validation images are those of ILSVRC 2012, so Table 6 h
 """
 
 import argparse
+import hashlib
 import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 import vgg_jax
 from experiments.paper.imagenet_plan import format_plan
@@ -73,6 +75,8 @@ from vgg_jax.runtime.signals import exit_on_second_signal, interrupt_on_sigterm
 from vgg_jax.training.loop import fit
 from vgg_jax.training.report import divergence_hint
 from vgg_jax.training.trainer import DivergedError
+
+NET_DIGEST = "net.sha256"  # file of an evaluation, with the digest of its net
 
 
 def train(stages: Sequence[Stage], args: argparse.Namespace) -> bool:
@@ -115,9 +119,10 @@ def evaluate_stage(stage: Stage, parts: Sequence[Part], args: argparse.Namespace
     if not parts:
         return
     net = vgg_jax.load(os.path.join(args.out, stage.name))
+    digest = digest_of(net[1])
     for part in parts:
         folder = evaluation_folder(part, args)
-        if is_evaluated(folder, net[2]["epoch"]):
+        if evaluated_net(folder) == digest:
             continue
         say(f"evaluation {part.name}")
         evaluate(
@@ -129,19 +134,25 @@ def evaluate_stage(stage: Stage, parts: Sequence[Part], args: argparse.Namespace
             pixels=args.pixels,
             out=folder,
         )
+        atomic_write(to_path(folder) / NET_DIGEST, digest.encode())  # last: the folder is complete
 
 
 def evaluation_folder(part: Part, args: argparse.Namespace) -> str:
     return os.path.join(args.out, "evaluations", part.name)
 
 
-def is_evaluated(folder: str, epoch: int) -> bool:
-    """Tells if a folder has the finished evaluation of a net's best epoch.
+def digest_of(variables: Mapping[str, Any]) -> str:
+    """A digest of all weights. More epochs, or a stage that was trained again, change it."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(variables):
+        digest.update(np.ascontiguousarray(leaf).data)
+    return digest.hexdigest()
 
-    More epochs of training may have found a better one since.
-    """
-    path = to_path(folder) / "evaluation.json"  # written last
-    return path.exists() and json.loads(path.read_text())["epoch"] == epoch
+
+def evaluated_net(folder: str) -> str | None:
+    """The digest of the net of a finished evaluation, or None."""
+    path = to_path(folder) / NET_DIGEST
+    return path.read_text() if path.exists() else None
 
 
 def row_result(row: Row, args: argparse.Namespace) -> dict[str, Any]:
