@@ -8,7 +8,7 @@ Run it after a result has changed. tests/test_docs.py fails if a page or a plot 
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -645,17 +645,27 @@ def svg_description(data: Any) -> str:
     return json.dumps(data)
 
 
-def main() -> None:
-    """Writes the page, the plots and the tables."""
+def save_plots(plots: dict[str, Any], draw: Callable[[str, Any], Any]) -> None:
+    """Writes the SVG files of a page.
+
+    Args:
+        plots: The data of each plot, by the name of its file.
+        draw: Draws a plot as a matplotlib figure, from its name and data.
+    """
     import matplotlib
 
     matplotlib.use("svg")
     # Text stays text, and the file depends on the data alone.
     matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "vgg_jax", "font.size": 9}
     IMAGES.mkdir(exist_ok=True)
-    for name, data in plots().items():
+    for name, data in plots.items():
         metadata = {"Date": None, "Creator": None, "Description": svg_description(data)}
         draw(name, data).savefig(IMAGES / f"{name}.svg", metadata=metadata)
+
+
+def main() -> None:
+    """Writes the page, the plots and the tables."""
+    save_plots(plots(), draw)
     PAGE.write_text(page())
     for name in TABLES:
         (ROOT / name).write_text(with_tables(name))

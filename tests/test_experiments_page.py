@@ -1,0 +1,146 @@
+"""The page about experiments, from results by hand: some of them finished, others half done."""
+
+import matplotlib
+import matplotlib.pyplot as plt
+import pytest
+
+from tools import experiments_page
+
+matplotlib.use("svg")
+
+PART = {"device": "a CPU", "versions": {"jax": "0.1"}, "command": "python -m experiments"}
+EPOCHS = [
+    {
+        split: {"loss": loss, "accuracy": accuracy}
+        for split, loss, accuracy in (("train", 2.0, 0.25), ("validation", 1.5, 0.5))
+    }
+]
+CLAIMS = PART | {
+    "settings": {
+        "width_divisor": 8,
+        "epochs": 3,
+        "batch_size": 64,
+        "learning_rate": 0.01,
+        "train_images": 45000,
+        "test_images": 10000,
+        "crop_images": 2000,
+    },
+    "claims": [
+        {
+            "claim": "B over A",
+            "section": "4.1",
+            "paper": [29.6, 28.7],
+            "seeds": [0, 1, 2],
+            "before": [0.5, 0.51, 0.52],
+            "after": [0.25, 0.25, 0.25],
+            "gain": 0.26,
+            "interval": [0.2, 0.3],
+            "p": 0.0123,
+            "outcome": "holds",
+        },
+        {"claim": "C over B", "section": "4.1", "paper": None, "seeds": [], "outcome": "not run"},
+    ],
+    "nets": {
+        "A": {"0": {"epochs": EPOCHS, "losses": [[1, 2.5], [2, 2.0]], "diverged": False}},
+        "D": {"0": {"epochs": [], "losses": [], "diverged": True}},
+        "D, normal": {},
+        "D, from A": {},
+        "D, BN": {},
+    },
+}
+STEPS = PART | {
+    "runs": [
+        {
+            "batch_norm": False,
+            "dtype": "float64",
+            "learning_rate": 0.01,
+            "losses": {"jax": [2.3] * 50, "torch": [2.3] * 50},
+            "largest_difference": 1.4e-10,
+            "validation_difference": 4.7e-11,
+            "bound": 1e-4,
+            "within_bound": True,
+        }
+    ]
+}
+CELL = {"jax": 0.5, "torch": 0.25, "difference": 0.25, "limit": 0.125, "within_noise": False}
+BASELINE = PART | {
+    "settings": {
+        "width_divisor": 8,
+        "train_images": 90,
+        "valid_images": 10,
+        "epochs": 1,
+        "learning_rate": 0.001,
+    },
+    "runs": [{"framework": "jax", "seed": 0, "epochs": [{"train_loss": 2.0, "valid_loss": 1.5}]}],
+    "summary": None,
+}
+COMPARISON = [dict.fromkeys(("train_loss", "valid_loss", "train_accuracy", "valid_accuracy"), CELL)]
+
+
+@pytest.fixture
+def results(monkeypatch):
+    """Results that experiments_page reads, which a test may change."""
+    documents = {
+        "claims": CLAIMS,
+        "parity": {"first_steps": STEPS},
+        "baseline": {"digits_sgd": BASELINE},
+        "receptive_field": {},
+    }
+    monkeypatch.setattr(experiments_page, "load", documents.__getitem__)
+    return documents
+
+
+def test_page_of_half_done_results(results):
+    page = experiments_page.page()
+    assert (
+        "| B over A | 4.1 | 29.6 → 28.7 | 51.0 ± 1.0 → 25.0 ± 0.0 | +26.0 | 0.012 | 3 | **holds** |"
+        in page
+    )
+    assert "Not run: C over B." in page
+    assert "Diverged: D (1 of 1)." in page
+    assert "| A | 2.000 | 25.0 | 50.0 | 1 |" in page
+    assert "| without | float64 | 0.01 | 1.4e-10 | 4.7e-11 | 0.0001 | yes | – |" in page
+    assert "Whole runs" not in page
+    plots = experiments_page.plots()
+    assert plots["claims_gains"] == [["B over A", 26.0, [20.0, 30.0], "holds"]]
+    assert plots["baseline_digits_sgd"]["valid"] == {"vgg_jax": [[1.5]], "PyTorch": []}
+
+
+def test_page_names_what_differs(results):
+    results["baseline"] = {"digits_sgd": BASELINE | {"summary": COMPARISON}}
+    page = experiments_page.page()
+    assert "| valid loss | 0.5000 | 0.2500 | +0.2500 | 0.1250 | **no** |" in page
+
+
+def test_page_of_stacks_and_nets(results):
+    field = {"height": 7}
+    numbers = {"params": 1, "macs": 2, "receptive_field": field}
+    run = {"pair": "three 3x3, one 7x7", "channels": 8, "side": 4}
+    run |= {"three 3x3": numbers, "one 7x7": numbers | {"params": 1234}}
+    run["ratios"] = {"macs": 1.8148, "forward_seconds": 2.0, "gradients_seconds": 3.0}
+    net = {"seed": 0, "params": 1000, "macs": 2000}
+    results["receptive_field"] = {
+        "layers": PART | {"runs": [run]},
+        "nets": PART
+        | {
+            "settings": {"width_divisor": 8, "epochs": 3, "train_images": 100},
+            "runs": [net | {"net": "B"}, net | {"net": "B-5x5", "params": 1500}],
+            "summary": {
+                "B - B-5x5": {
+                    "seeds": [0, 1],
+                    "differences": [0.01, 0.03],
+                    "accuracies": {"B": [0.5, 0.52], "B-5x5": [0.49, 0.49]},
+                }
+            },
+        },
+    }
+    page = experiments_page.page()
+    assert "| three 3x3, one 7x7 | 4x4x8 | 1 → 1,234 | 1.81 | 7 → 7 | 2.00 | 3.00 |" in page
+    assert "| B-5x5 → B | 1,500 → 1,000 | 2,000 → 2,000 | 49.0 ± 0.0 → 51.0 ± 1.4 |" in page
+
+
+def test_plots_can_be_drawn(results):
+    figures = [experiments_page.draw(*item) for item in experiments_page.plots().items()]
+    assert all(figure.axes for figure in figures)
+    for figure in figures:
+        plt.close(figure)

@@ -1,0 +1,523 @@
+"""Writes docs/experiments.md and its plots from experiments/results/*.json.
+
+    pip install -e '.[docs]'
+    python -m tools.experiments_page
+
+Run it after a result has changed. The page needs the results of claims, parity, baseline and
+receptive_field.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tools.benchmarks_page import OURS, PEER, ROOT, load, save_plots, table
+
+PAGE = ROOT / "docs" / "experiments.md"
+FRAMEWORKS = {"jax": "vgg_jax", "torch": "PyTorch"}
+COLOURS = {"holds": "#2ca02c", "fails": OURS, "undecided": PEER}
+
+INTRODUCTION = """# The paper as experiments
+
+`python -m tools.experiments_page` writes this page from the files in `experiments/results`.
+
+Each program in `experiments/paper` asks one question about the paper. Each one can be stopped and
+goes on with the same command. Numbers after ± are standard deviations over seeds.
+
+| question | program | section |
+|---|---|---|
+| Which claims of the paper hold for small nets? | `claims.py` | [Claims](#claims) |
+| Does a net train as in PyTorch, from the same weights? | `parity.py` | [Parity](#parity) |
+| Does the usual VGG16 with batch normalisation? | `baseline.py` | [Baseline](#baseline) |
+| Are three 3x3 layers better than one 7x7? | `receptive_field.py` | [Field](#receptive-field) |
+| What does the whole recipe give on ImageNet? | `imagenet.py` | [ImageNet](#imagenet) |
+"""
+
+CLAIMS = """## Claims
+
+Which claims of the paper hold for small nets on CIFAR-10? The nets are made small by one rule:
+
+- All widths of Table 1, and those of fc6 and fc7, are divided by {width_divisor}.
+- Images have 32 pixels instead of 224. All scales have the paper's ratio to them: S = 256 is 37.
+- Each net sees {train_images:,} images in {epochs} epochs, in batches of {batch_size}. The
+  learning rate falls from {learning_rate} along a cosine. The paper trains for 74 epochs.
+- Dense evaluation rounds odd maps down. Caffe rounds them up, which adds windows of a few pixels to
+  maps that are as small as these.
+- Nets with scale jitter start from random weights. The paper starts them from those of S = 384.
+- The mean colour is that of the training images. All other settings are the paper's. Kernels
+  start from Glorot's distribution where nothing else is said.
+
+"Gain" is the first top-1 error minus the second, in points. Errors are those of dense evaluation
+on {test_images:,} test images. Claims with crops are tested on the first {crop_images:,} of them.
+Both nets of a claim have the same seed: the same order of images and the same crops.
+
+A claim holds if the gain is positive and the paired t-test over seeds has p < 0.05. It fails if
+the gain is negative with p < 0.05. The claim that something does not help holds if the whole 95 %
+interval of its gain is below 1 point. All others are undecided: three seeds decide only what is
+large beside their spread. The p-values are not corrected for {number} claims, of which one in
+twenty is expected to have p < 0.05 by chance. The nets are trained briefly, so an outcome here
+says little about long training.
+"""
+
+STARTS_TEXT = """### Net D by its start
+
+![Training losses of net D, by its start](images/claims_starts.svg)
+
+"Normal" is the paper's random initialisation, a normal distribution with a standard deviation of
+0.01 at full width. In a small net it is larger, so that each layer changes the size of its signal
+as in the full net. The dotted line is the loss of guessing, ln 10. "From A" copies the first
+convolutions and the fully connected layers of net A, which was trained from the same
+distribution.
+"""
+
+PARITY = """## Parity
+
+Does net D train in vgg_jax as in PyTorch, from the same weights, on the same crops in the same
+order?
+
+### First steps
+
+The largest difference of the losses in the first {steps} steps, and of the loss on the held-out
+images after them. There is no dropout, because the two draw other masks. "Control" is the
+difference of our own losses from those of a start that is changed by one part in 10 million: how
+far rounding grows in these steps.
+"""
+
+
+BASELINE = """## Baseline
+
+Does the usual VGG16 with batch normalisation learn in vgg_jax as in PyTorch? Ten classes, batches
+of 4, images divided by the mean deviation of an image, no augmentation, and a rate that is
+divided by 10 once. Both frameworks start from the same weights, and see the same images in the
+same order. Dropout differs. Losses are in nats. The limit is Student's 95 % quantile for the
+difference of two means over the seeds: one quantity in twenty exceeds it by chance.
+"""
+
+RECEPTIVE_FIELD = """## Receptive field
+
+Are stacks of 3x3 layers better than one large layer with the same field (§2.3)? The field is
+measured: the side of the square of pixels on which one output depends. "Operations", "forward" and
+"with gradients" are ratios: the large layer's multiply-adds or time, divided by those of the stack.
+On a CPU the 3x3 layers run as Winograd's, and the large ones as XLA's convolutions, so the times
+compare these too.
+"""
+
+
+def percent(values: Sequence[float]) -> str:
+    """Mean ± standard deviation in %, of fractions."""
+    mean = f"{100 * statistics.mean(values):.1f}"
+    return f"{mean} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else mean
+
+
+def facts(part: dict[str, Any]) -> str:
+    """The device, the versions and the commands of a result."""
+    commands = part.get("commands", part.get("command", []))
+    code = "\n".join([commands] if isinstance(commands, str) else commands)
+    known = part.get("versions", {})
+    for run in part.get("runs", []):
+        known = known | run.get("versions", {})
+    versions = ", ".join(f"{name} {version}" for name, version in known.items())
+    return f"Machine: {part['device']}. Versions: {versions}.\n\n```text\n{code}\n```"
+
+
+def claims_section() -> str:
+    """The table of claims, the start of net D, and all nets."""
+    result = load("claims")
+    text = CLAIMS.format(number=len(result["claims"]), **result["settings"])
+    rows = [row for row in result["claims"] if row["seeds"]]
+    not_run = [row["claim"] for row in result["claims"] if not row["seeds"]]
+    cells = (
+        (
+            row["claim"],
+            row["section"],
+            _paper(row["paper"]),
+            f"{percent(row['before'])} → {percent(row['after'])}",
+            f"{100 * row['gain']:+.1f}",
+            "–" if row["p"] is None else f"{row['p']:.3f}",
+            len(row["seeds"]),
+            f"**{row['outcome']}**",
+        )
+        for row in rows
+    )
+    header = ("claim", "§", "paper, %", "ours, %", "gain", "p", "seeds", "outcome")
+    parts = [text, table(header, cells)]
+    if not_run:
+        parts.append("Not run: " + "; ".join(not_run) + ".")
+    diverged = {
+        name: sum(run["diverged"] for run in seeds.values())
+        for name, seeds in result["nets"].items()
+    }
+    if any(diverged.values()):
+        counts = (
+            f"{name} ({number} of {len(result['nets'][name])})"
+            for name, number in diverged.items()
+            if number
+        )
+        parts.append("Diverged: " + ", ".join(counts) + ".")
+    parts += [
+        "![Gains with their 95 % intervals](images/claims_gains.svg)",
+        facts(result),
+        STARTS_TEXT,
+        nets_table(result),
+    ]
+    return "\n\n".join(part.strip() for part in parts)
+
+
+def _paper(paper: Any) -> str:
+    if isinstance(paper, list):
+        return " → ".join(map(str, paper))
+    return paper or "–"
+
+
+def nets_table(result: dict[str, Any]) -> str:
+    """The last epoch of all nets."""
+    rows = []
+    for name, seeds in result["nets"].items():
+        last = [run["epochs"][-1] for run in seeds.values() if not run["diverged"]]
+        if last:
+            accuracies = (
+                percent([epoch[split]["accuracy"] for epoch in last])
+                for split in ("train", "validation")
+            )
+            loss = statistics.mean(epoch["train"]["loss"] for epoch in last)
+            rows.append((name, f"{loss:.3f}", *accuracies, len(last)))
+    header = ("net", "training loss", "training accuracy, %", "held-out accuracy, %", "seeds")
+    text = "### All nets\n\nThe last epoch. Training has dropout and random crops.\n\n"
+    return text + table(header, rows)
+
+
+STARTS = {
+    "D, normal": "normal, 0.01",
+    "D, from A": "from A",
+    "D": "Glorot",
+    "D, BN": "Glorot, batch normalisation",
+}
+
+
+def starts_data() -> dict[str, Any]:
+    """The losses of net D by its start, one curve for each seed."""
+    nets = load("claims")["nets"]
+    return {
+        label: [run["losses"] for run in nets[name].values() if run["losses"]]
+        for name, label in STARTS.items()
+    }
+
+
+def draw_starts(data: dict[str, Any], axes: Any) -> None:
+    """Draws the losses of net D by its start."""
+    for number, (label, runs) in enumerate(data.items()):
+        for k, losses in enumerate(runs):
+            steps, values = zip(*losses, strict=True)
+            axes.plot(steps, values, color=f"C{number}", lw=1, label=None if k else label)
+    axes.axhline(math.log(10), color="black", lw=1, ls=":")
+    axes.set_xlabel("step")
+    axes.set_ylabel("training loss")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
+
+
+def gains_data() -> list[Any]:
+    """Claim, gain, interval and outcome of the claims with an interval, in points."""
+    return [
+        [row["claim"], 100 * row["gain"], [100 * x for x in row["interval"]], row["outcome"]]
+        for row in load("claims")["claims"]
+        if row.get("interval")
+    ]
+
+
+def draw_gains(data: list[Any], axes: Any) -> None:
+    """Draws the gains of all claims with their intervals."""
+    for number, (_, gain, (low, high), outcome) in enumerate(reversed(data)):
+        axes.plot((low, high), (number, number), color=COLOURS[outcome], lw=2)
+        axes.plot(gain, number, "o", color=COLOURS[outcome], ms=4)
+    axes.set_yticks(range(len(data)), [row[0] for row in reversed(data)])
+    axes.axvline(0, color="black", lw=0.8)
+    widest = 2 + max(abs(row[1]) for row in data)
+    axes.set_xlim(-widest, widest)  # intervals may be cut off, gains are not
+    axes.set_xlabel("gain in points of top-1 error, with its 95 % interval")
+
+
+def parity_section() -> str:
+    """The first steps and whole runs of both frameworks."""
+    result = load("parity")
+    steps = result["first_steps"]
+    rows = (
+        (
+            "with" if run["batch_norm"] else "without",
+            run["dtype"],
+            run["learning_rate"],
+            f"{run['largest_difference']:.1e}",
+            f"{run['validation_difference']:.1e}",
+            f"{run['bound']:g}",
+            "yes" if run["within_bound"] else "**no**",
+            f"{run['perturbed_difference']:.1e}" if "perturbed_difference" in run else "–",
+        )
+        for run in steps["runs"]
+    )
+    header = (
+        "batch normalisation",
+        "dtype",
+        "rate",
+        "in a step",
+        "held out",
+        "bound",
+        "within it",
+        "control",
+    )
+    parts = [
+        PARITY.format(steps=len(steps["runs"][0]["losses"]["jax"])),
+        table(header, rows),
+        facts(steps),
+    ]
+    if result.get("runs", {}).get("summary"):
+        parts.append(whole_runs(result["runs"]))
+    return "\n\n".join(part.strip() for part in parts)
+
+
+def whole_runs(part: dict[str, Any]) -> str:
+    """Whole runs of both frameworks, and their test accuracies."""
+    settings, summary = part["settings"], part["summary"]
+    text = (
+        f"### Whole runs\n\nNet {settings['net']} with batch normalisation, widths divided by "
+        f"{settings['width_divisor']}, {settings['train_images']:,} images of which a tenth is "
+        f"held out, {settings['epochs']} epochs. Dropout differs."
+    )
+    rows = (
+        (name, percent(summary[key]["test_accuracies"]), len(summary["seeds"]))
+        for key, name in FRAMEWORKS.items()
+    )
+    outcome = "lies" if summary["within_spread"] else "does not lie"
+    difference = (
+        f"The difference of the means, {100 * summary['difference_of_means']:+.2f} points, "
+        f"{outcome} within the range of the seeds."
+    )
+    return "\n\n".join(
+        (
+            text,
+            "![Losses of both frameworks](images/parity.svg)",
+            table(("framework", "test accuracy, %", "seeds"), rows),
+            difference,
+            facts(part),
+        )
+    )
+
+
+def parity_data() -> dict[str, Any]:
+    """The losses of each epoch by split and framework, one curve for each seed."""
+    runs = load("parity").get("runs", {}).get("runs", [])
+    return {
+        split: loss_curves(runs, lambda epoch, split=split: epoch[split]["loss"])
+        for split in ("train", "validation")
+    }
+
+
+def draw_frameworks(data: dict[str, Any], axes: Any) -> None:
+    """Draws losses by epoch: ours and PyTorch's, training and held-out images."""
+    styles = dict(zip(data, ("-", "--"), strict=True))
+    for split, frameworks in data.items():
+        for (name, curves), colour in zip(frameworks.items(), (OURS, PEER), strict=True):
+            for k, curve in enumerate(curves):
+                label = None if k else f"{name}, {split}"
+                epochs = range(1, len(curve) + 1)
+                axes.plot(epochs, curve, color=colour, ls=styles[split], lw=1.2, label=label)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("loss")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
+
+
+def baseline_section() -> str:
+    """VGG16 with batch normalisation and batches of 4, in both frameworks."""
+    parts = [BASELINE]
+    for name, part in load("baseline").items():
+        settings = part["settings"]
+        data, _, optimizer = name.rpartition("_")
+        text = (
+            f"### {data}, {optimizer.upper()}\n\nWidths divided by {settings['width_divisor']}, "
+            f"{settings['train_images']:,} images to train on and {settings['valid_images']:,} "
+            f"held out, {settings['epochs']} epochs, learning rate {settings['learning_rate']:g}."
+        )
+        parts += [text, f"![Losses of both frameworks](images/baseline_{name}.svg)"]
+        if part["summary"]:
+            parts.append(last_epoch(part["summary"][-1]))
+        parts.append(facts(part))
+    return "\n\n".join(part.strip() for part in parts)
+
+
+def last_epoch(row: dict[str, Any]) -> str:
+    """The means over seeds of both frameworks, and whether they differ by more than the noise."""
+    rows = []
+    for quantity in ("train_loss", "valid_loss", "train_accuracy", "valid_accuracy"):
+        cell = row[quantity]
+        noise = ("–", "one seed")
+        if cell["limit"] is not None:
+            noise = (f"{cell['limit']:.4f}", "yes" if cell["within_noise"] else "**no**")
+        means = (f"{cell[framework]:.4f}" for framework in FRAMEWORKS)
+        rows.append((quantity.replace("_", " "), *means, f"{cell['difference']:+.4f}", *noise))
+    header = ("last epoch", *FRAMEWORKS.values(), "difference", "limit", "within it")
+    return table(header, rows)
+
+
+def baseline_data() -> dict[str, Any]:
+    """The losses of each epoch, for each data set and optimiser."""
+    return {
+        f"baseline_{name}": {
+            split: loss_curves(part["runs"], lambda epoch, split=split: epoch[f"{split}_loss"])
+            for split in ("train", "valid")
+        }
+        for name, part in load("baseline").items()
+    }
+
+
+def loss_curves(runs: list[dict[str, Any]], loss: Callable[[dict[str, Any]], float]) -> Any:
+    """The losses of all epochs by framework, one curve for each seed."""
+    return {
+        name: [
+            [loss(epoch) for epoch in run["epochs"]]
+            for run in runs
+            if run["framework"] == framework
+        ]
+        for framework, name in FRAMEWORKS.items()
+    }
+
+
+def receptive_field_section() -> str:
+    """Stacks of small kernels against large ones, alone and in nets."""
+    result = load("receptive_field")
+    parts = [RECEPTIVE_FIELD]
+    if "layers" in result:
+        parts += [layers_table(result["layers"]), facts(result["layers"])]
+    if "nets" in result:
+        parts += [nets_with_large_kernels(result["nets"]), facts(result["nets"])]
+    else:
+        parts.append("Nets with these layers were not trained yet.")
+    return "\n\n".join(part.strip() for part in parts)
+
+
+def layers_table(part: dict[str, Any]) -> str:
+    """Parameters, operations, field and time of the layers alone."""
+    rows = []
+    for run in part["runs"]:
+        small, large = (run[name] for name in run["pair"].split(", "))
+        ratios = run["ratios"]
+        rows.append(
+            (
+                run["pair"],
+                f"{run['side']}x{run['side']}x{run['channels']}",
+                f"{small['params']:,} → {large['params']:,}",
+                f"{ratios['macs']:.2f}",
+                f"{small['receptive_field']['height']} → {large['receptive_field']['height']}",
+                f"{ratios['forward_seconds']:.2f}",
+                f"{ratios['gradients_seconds']:.2f}",
+            )
+        )
+    header = ("layers", "maps", "parameters", "operations", "field", "forward", "with gradients")
+    return table(header, rows)
+
+
+def nets_with_large_kernels(part: dict[str, Any]) -> str:
+    """Accuracies of nets with small and with large kernels."""
+    settings, rows = part["settings"], []
+    for pair, summary in (part["summary"] or {}).items():
+        small, large = pair.split(" - ")
+        first = {
+            name: next(run for run in part["runs"] if run["net"] == name) for name in (small, large)
+        }
+        counts = (
+            " → ".join(f"{first[name][number]:,}" for name in (large, small))
+            for number in ("params", "macs")
+        )
+        accuracies = " → ".join(percent(summary["accuracies"][name]) for name in (large, small))
+        difference = percent(summary["differences"])
+        rows.append((f"{large} → {small}", *counts, accuracies, difference, len(summary["seeds"])))
+    text = (
+        "### In nets\n\nD-7x7 is D with one 7x7 layer in place of the three 3x3 layers of stages 3 "
+        f"to 5. Widths are divided by {settings['width_divisor']}, all nets have batch "
+        f"normalisation, {settings['epochs']} epochs of {settings['train_images']:,} images of "
+        "CIFAR-10, of which a tenth is held out. Accuracies are on the 10,000 test images.\n\n"
+    )
+    header = ("nets", "parameters", "multiply-adds", "accuracy, %", "difference", "seeds")
+    return text + table(header, rows)
+
+
+IMAGENET = """## ImageNet
+
+What does the whole recipe give on ImageNet? Nobody has run it at full size: the tests run all its
+stages in miniature.
+
+```text
+python -m experiments.paper.imagenet --plan
+python -m experiments.paper.imagenet IMAGENET --out runs/imagenet --dtype bfloat16
+```
+
+- `--plan` trains nothing. It prints the stages, and the hours that one GPU, eight GPUs and a TPU
+  pod are expected to take. Only the rates of D and E on one GPU were measured.
+- A and A-LRN start from random layers. B, C, D and E start from seven layers of A, at S = 256. S
+  = 384 continues from S = 256 at a tenth of the rate, and jitter from S = 384 with all layers.
+  The submission's D, in Table 6, has jitter for its fully connected layers only.
+- Each stage is a run of `vgg-jax train`, in `OUT/STAGE`. The rate drops when the validation
+  accuracy stops improving.
+- No evaluation is computed twice. `OUT/tables.json` has the rows of Tables 3 to 6, with the
+  paper's errors beside ours.
+- Ctrl-C and SIGTERM end the program with exit code 75. The same command goes on. `--nets A` and
+  later `--nets A D` is a smaller start.
+- Several processes train together as `vgg-jax train` does. Run the same command in one process
+  then, which evaluates.
+
+Try the program first, with small crops. S and Q keep their ratio to `--image-size`:
+
+```text
+python -m experiments.paper.imagenet PHOTOS --out runs/try --nets A D --image-size 32 \\
+    --fc 16 16 --batch-size 8 --epochs 2 --fine-tune-epochs 1
+```
+
+The paper does not say how long the later stages are, and at which rate jitter starts. Here S =
+384 and jitter start at 0.001 and end after two drops, at the last rate of S = 256.
+`--fine-tune-epochs` and `--jitter-rate` change this.
+"""
+
+PLOTS = {
+    "claims_gains": (gains_data, draw_gains, 6.5),
+    "claims_starts": (starts_data, draw_starts, 3.2),
+    "parity": (parity_data, draw_frameworks, 3.2),
+}
+
+
+def page() -> str:
+    """The whole page."""
+    sections = (
+        INTRODUCTION,
+        claims_section(),
+        parity_section(),
+        baseline_section(),
+        receptive_field_section(),
+        IMAGENET,
+    )
+    return "\n\n".join(text.strip() for text in sections if text) + "\n"
+
+
+def plots() -> dict[str, Any]:
+    """The data of all plots by name."""
+    return {name: data() for name, (data, _, _) in PLOTS.items()} | baseline_data()
+
+
+def draw(name: str, data: Any) -> Any:
+    """Draws a plot as a matplotlib figure."""
+    import matplotlib.pyplot as plt
+
+    _, draw_axes, height = PLOTS.get(name, PLOTS["parity"])
+    figure, axes = plt.subplots(figsize=(7.5, height), layout="constrained")
+    draw_axes(data, axes)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def main() -> None:
+    """Writes the page and the plots."""
+    save_plots(plots(), draw)
+    PAGE.write_text(page())
+
+
+if __name__ == "__main__":
+    main()
