@@ -27,7 +27,6 @@ import dataclasses
 import itertools
 import json
 import platform
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,6 +37,7 @@ import numpy as np
 
 from experiments.paper.claims_table import CLAIMS, Part, claim_row
 from experiments.paper.imagenet_recipe import scaled
+from experiments.paper.result_file import log
 from experiments.paper.scan_training import (
     Data,
     Result,
@@ -53,7 +53,7 @@ from vgg_jax.configs.models import CONFIGS
 from vgg_jax.configs.train import TrainConfig
 from vgg_jax.errors import InputError
 from vgg_jax.model import PAPER_INIT_LAYERS, VGG, copy_matching_layers
-from vgg_jax.runs.files import atomic_write, workdir_lock
+from vgg_jax.runs.files import LockedError, atomic_write, workdir_lock
 from vgg_jax.runtime.compilation_cache import enable_compilation_cache
 
 IMAGE_SIZE = 32
@@ -125,7 +125,7 @@ def train_net(args: argparse.Namespace, data: Data, name: str, seed: int) -> Non
         source = load_variables(run_folder(args, net.start, seed))
         return copy_matching_layers(source=source, target=variables, layers=PAPER_INIT_LAYERS)[0]
 
-    result = train(config, model, data, start_from, lambda line: report(f"{name}, {seed}: {line}"))
+    result = train(config, model, data, start_from, lambda line: log(f"{name}, {seed}: {line}"))
     trained = time.monotonic()
     arrays = {}
     for part in () if result.diverged else needed_parts(name):
@@ -235,16 +235,14 @@ def train_all(args: argparse.Namespace, data: Data) -> None:
             if is_finished(args, name, seed):
                 continue
             if start is not None and not is_finished(args, start, seed):
-                report(f"{name}, {seed}: skipped, since {start} is not finished")
+                log(f"{name}, {seed}: skipped, since {start} is not finished")
                 continue
             try:
                 with workdir_lock(run_folder(args, name, seed)):
                     if not is_finished(args, name, seed):  # another process may have been faster
                         train_net(args, data, name, seed)
-            except InputError as error:
-                if "another process" not in str(error):
-                    raise
-                report(f"{name}, {seed}: skipped, since another process trains it")
+            except LockedError:
+                log(f"{name}, {seed}: skipped, since another process trains it")
 
 
 def collect(args: argparse.Namespace, data: Data) -> dict[str, Any]:
@@ -269,10 +267,6 @@ def collect(args: argparse.Namespace, data: Data) -> dict[str, Any]:
         "claims": [claim_row(claim, args.seeds, load, data.test.labels) for claim in CLAIMS],
         "nets": nets,
     }
-
-
-def report(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def main() -> None:

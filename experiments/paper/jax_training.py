@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.paper.scan_training import EVAL_BATCH, Data, gather, padded_order
+from experiments.paper.scan_training import Data, gather, in_batches, padded_order
 from vgg_jax import VGG, TrainConfig
 from vgg_jax.array_batches import crop_function
 from vgg_jax.arrays import ArraySource
@@ -36,9 +36,7 @@ class Crops:
 
     def centre(self, source: ArraySource) -> Batches:
         """The centre crops of a source."""
-        indices = source.indices.astype(np.int32)
-        padded = np.pad(indices, (0, -len(indices) % EVAL_BATCH), constant_values=-1)
-        return _stack(self._make(source, padded.reshape(-1, EVAL_BATCH), None))
+        return _stack(self._make(source, in_batches(source.indices), None))
 
     def _make(
         self, source: ArraySource, order: np.ndarray, epoch: int | None

@@ -27,7 +27,7 @@ from vgg_jax.distributed.sharding import make_mesh
 from vgg_jax.errors import InputError
 from vgg_jax.evaluation.dense import crop_offsets
 from vgg_jax.metrics import MetricSums
-from vgg_jax.model import VGG
+from vgg_jax.model import VGG, build_model
 from vgg_jax.preprocessing import subtract_mean
 from vgg_jax.runtime.compiler import compiler_options
 from vgg_jax.training.optimizer import make_optimizer, next_epoch_lr, set_learning_rate
@@ -94,16 +94,8 @@ def divide_widths(config: VGGConfig, divisor: int) -> VGGConfig:
 
 def build_small_model(config: TrainConfig, divisor: int, num_classes: int) -> VGG:
     """The net of a run, with all widths divided."""
-    return VGG(
-        config=divide_widths(config.vgg, divisor),
-        num_classes=num_classes,
-        batch_norm=config.batch_norm,
-        dropout_rate=config.dropout_rate,
-        dtype=jnp.dtype(config.dtype),
-        image_size=config.image_size,
-        initializer=config.initializer,
-        initializer_std=config.initializer_std,
-    )
+    model = build_model(config, num_classes)
+    return model.clone(config=divide_widths(config.vgg, divisor))
 
 
 def keep_gains(model: VGG, full: VGG, variables: dict[str, Any]) -> dict[str, Any]:
@@ -138,6 +130,13 @@ def padded_order(source: ArraySource, config: TrainConfig, epoch: int) -> np.nda
     steps = -(-source.size // config.batch_size)
     padding = steps * config.batch_size - source.size
     return np.pad(order, (0, padding), constant_values=-1).reshape(steps, config.batch_size)
+
+
+def in_batches(positions: np.ndarray) -> np.ndarray:
+    """Positions of images to evaluate, int32 (steps, `EVAL_BATCH`), padded with -1."""
+    padding = -len(positions) % EVAL_BATCH
+    padded = np.pad(positions.astype(np.int32), (0, padding), constant_values=-1)
+    return padded.reshape(-1, EVAL_BATCH)
 
 
 def gather(pixels: Array, labels: Array, indices: Array) -> dict[str, Array]:
@@ -287,7 +286,7 @@ def train(
     variables = change({"params": state.params, "batch_stats": state.batch_stats})
     state = dataclasses.replace(state, **variables)
     pixels, labels = jnp.asarray(data.train.images), jnp.asarray(data.train.all_labels)
-    held_out = _in_batches(data.validation.indices, EVAL_BATCH)
+    held_out = in_batches(data.validation.indices)
     epochs: list[dict[str, Any]] = []
     losses: list[float] = []
     accuracies: list[float] = []
@@ -311,12 +310,6 @@ def train(
         if not np.isfinite(losses).all():
             break
     return Result({"params": state.params, "batch_stats": state.batch_stats}, epochs, losses)
-
-
-def _in_batches(indices: np.ndarray, size: int) -> np.ndarray:
-    padding = -len(indices) % size
-    padded = np.pad(indices.astype(np.int32), (0, padding), constant_values=-1)
-    return padded.reshape(-1, size)
 
 
 def _means(sums: MetricSums) -> dict[str, float]:
@@ -372,6 +365,6 @@ def posteriors(
         both = jnp.concatenate([logits(variables, x) for x in (images, images[:, :, ::-1])])
         return None, jax.nn.softmax(both, -1).mean(0)
 
-    batches = _in_batches(np.arange(len(pixels)), EVAL_BATCH)
+    batches = in_batches(np.arange(len(pixels)))
     _, scores = jit_scan(batch_posteriors)(None, pixels[np.maximum(batches, 0)], variables)
     return np.asarray(scores).reshape(-1, model.num_classes)[: len(pixels)]

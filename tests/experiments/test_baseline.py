@@ -14,6 +14,7 @@ from experiments.paper import baseline
 from experiments.paper.baseline_images import crop_images, load_images
 from experiments.paper.framework_curves import QUANTITIES, compare, epoch_line, plot
 from experiments.paper.scan_training import build_small_model, train
+from tests.helpers.arrays import save_bright_images
 from vgg_jax import CONFIGS
 from vgg_jax.configs.models import VGGConfig
 from vgg_jax.configs.presets import preset
@@ -27,16 +28,7 @@ SMALL = ["--image-size", "16", "--width-divisor", "64", "--epochs", "2", "--step
 @pytest.fixture(scope="module")
 def npz(tmp_path_factory):
     """50 training images of two classes, which differ in brightness, and two test images."""
-    rng = np.random.default_rng(0)
-    arrays = {}
-    for split, count in (("train", 50), ("test", 2)):
-        labels = np.arange(count) % 2
-        noise = rng.integers(0, 180, (count, 16, 16, 3))
-        arrays[f"x_{split}"] = np.uint8(noise + 75 * labels[:, None, None, None])
-        arrays[f"y_{split}"] = labels
-    path = tmp_path_factory.mktemp("data") / "bright.npz"
-    np.savez(path, **arrays)
-    return path
+    return save_bright_images(tmp_path_factory.mktemp("data"), 50, 2, 16)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import vgg_jax
 from experiments.paper import parity
 from experiments.paper.jax_training import Crops, perturb
 from experiments.paper.scan_training import build_small_model, load_data
+from tests.helpers.arrays import save_bright_images
 from vgg_jax import CONFIGS, TrainConfig
 from vgg_jax.configs.models import VGGConfig
 from vgg_jax.errors import InputError
@@ -34,16 +35,7 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def npz(tmp_path_factory):
     """120 training and 20 test images of two classes, which differ in brightness."""
-    rng = np.random.default_rng(0)
-    arrays = {}
-    for split, n in (("train", 120), ("test", 20)):
-        y = np.arange(n) % 2
-        noise = rng.integers(0, 180, (n, 20, 20, 3))
-        arrays[f"x_{split}"] = np.uint8(noise + 75 * y[:, None, None, None])
-        arrays[f"y_{split}"] = y
-    path = tmp_path_factory.mktemp("data") / "bright.npz"
-    np.savez(path, **arrays)
-    return path
+    return save_bright_images(tmp_path_factory.mktemp("data"), 120, 20, 20)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from experiments.paper.scan_training import (
     posteriors,
     train,
 )
+from tests.helpers.arrays import save_bright_images
 from vgg_jax import CONFIGS, VGG, TrainConfig
 from vgg_jax.configs.evaluation import EvalProtocol
 from vgg_jax.configs.models import VGGConfig
@@ -35,16 +36,7 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def npz(tmp_path_factory):
     """60 training and 20 test images of two classes, which differ in brightness."""
-    rng = np.random.default_rng(0)
-    labels = {"train": np.arange(60) % 2, "test": np.arange(20) % 2}
-    arrays = {}
-    for split, y in labels.items():
-        noise = rng.integers(0, 180, (len(y), 20, 20, 3))
-        arrays[f"x_{split}"] = np.uint8(noise + 75 * y[:, None, None, None])
-        arrays[f"y_{split}"] = y
-    path = tmp_path_factory.mktemp("data") / "bright.npz"
-    np.savez(path, **arrays)
-    return path
+    return save_bright_images(tmp_path_factory.mktemp("data"), 60, 20, 20)
 
 
 @pytest.fixture

@@ -22,6 +22,10 @@ UNSUPPORTED_ERRNOS = {
 }
 
 
+class LockedError(InputError):
+    """Another process holds the lock of a workdir."""
+
+
 @contextlib.contextmanager
 def workdir_lock(workdir: Path) -> Iterator[None]:
     """Creates a workdir if necessary, and locks it for one process at a time.
@@ -33,7 +37,8 @@ def workdir_lock(workdir: Path) -> Iterator[None]:
         workdir: The folder of a run. An object store has no locks, so nothing happens there.
 
     Raises:
-        InputError: Another process holds the lock, or the workdir cannot be written to.
+        LockedError: Another process holds the lock.
+        InputError: The workdir cannot be written to.
     """
     if is_remote(workdir):
         yield
@@ -50,7 +55,7 @@ def workdir_lock(workdir: Path) -> Iterator[None]:
             if os.fstat(file.fileno()).st_ino != path.stat().st_ino:
                 raise BlockingIOError
         except (BlockingIOError, FileNotFoundError) as error:
-            raise InputError(
+            raise LockedError(
                 f"another process trains in {workdir}: expected one at a time; wait until it ends, "
                 "or pass another --workdir"
             ) from error
