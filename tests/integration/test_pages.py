@@ -36,6 +36,8 @@ CLASS_FOLDERS = {"blue": "class 0", "red": "class 1"}
 FINE_TUNED = "--net D --init-from vgg16.safetensors --freeze conv"
 SMALLER = {
     "vgg-jax train": f"{SMALL_RUN} --no-compilation-cache",
+    # The warm-up must end before the run.
+    "vgg-jax train PHOTOS --net D --optimizer adamw": "--epochs 2",
     # Cached features need one scale.
     f"vgg-jax train PHOTOS {FINE_TUNED} --cache-features": "--scale 32",
     "vgg-jax evaluate": "--no-compilation-cache",
