@@ -114,13 +114,14 @@ def crop_function(
     Returns:
         Maps a batch with "pixels", "label", "mask", "position" and perhaps "epoch" to one with
         "image" and "colour_shift". A batch without "epoch" gets the centre crop at the test scale.
+        "key", if there is one, replaces `jax.random.key(config.seed)`, so that one program serves
+        all seeds.
     """
     basis = shift_components(config.colour_convention, statistics)
     components = jnp.asarray(basis.T * config.colour_shift, jnp.float32)
     crop = partial(_crop, size=config.image_size)
 
-    def augment(pixels: Array, epoch: Array, index: Array) -> tuple[Array, Array]:
-        stream = jax.random.fold_in(jax.random.key(config.seed), _AUGMENTATION)
+    def augment(stream: Array, pixels: Array, epoch: Array, index: Array) -> tuple[Array, Array]:
         key = jax.random.fold_in(jax.random.fold_in(stream, epoch), index)
         scale_key, offset_key, flip_key, shift_key = jax.random.split(key, 4)
         scales = (config.scale[0], config.scale[-1])
@@ -136,7 +137,9 @@ def crop_function(
     def crop_batch(batch: dict[str, Array]) -> dict[str, Array]:
         pixels = batch["pixels"]
         if "epoch" in batch:
-            image, shift = jax.vmap(augment)(pixels, batch["epoch"], batch["position"])
+            key = batch["key"] if "key" in batch else jax.random.key(config.seed)
+            draw = partial(augment, jax.random.fold_in(key, _AUGMENTATION))
+            image, shift = jax.vmap(draw)(pixels, batch["epoch"], batch["position"])
         else:
             scale = config.test_scale
             centre = partial(

@@ -190,7 +190,8 @@ def make_programs(
         state: TrainState, indices: Array, pixels: Array, labels: Array, epoch: Array
     ) -> tuple[TrainState, MetricSums]:
         examples = gather(pixels, labels, indices)
-        batch = crop(examples | {"epoch": jnp.full(len(indices), epoch)})
+        # The seed comes with the state, so one compiled program trains with all seeds.
+        batch = crop(examples | {"epoch": jnp.full(len(indices), epoch), "key": state.key})
         return train_step(
             state, batch, optimizer=optimizer, label_smoothing=config.label_smoothing, **options
         )
@@ -335,8 +336,9 @@ def posteriors(
         model: The net.
         variables: Its variables.
         data: The images.
-        protocol: "dense" or "multi-crop". Dense evaluation rounds odd maps down. Rounded up, as
-            Caffe does, a map of a small image has mostly windows that see a strip of it.
+        protocol: "dense" or "multi-crop". Dense evaluation sees the centre of the image, with
+            sides that the stride divides. Of a small image, each window is a large part, so rounded
+            maps would lose its right and lower edge, or have windows of a strip of it.
         scale: The test scale Q.
 
     Returns:
@@ -344,6 +346,8 @@ def posteriors(
     """
     pixels = data.test.images[data.test.indices]
     mean_rgb, size = data.colours.mean_rgb, model.image_size
+    stride = 2 ** len(model.config.stages)
+    centre = slice(scale % stride // 2, scale % stride // 2 + scale // stride * stride)
     offsets = crop_offsets(scale, size, 5)
 
     def logits(variables: dict[str, Any], images: Array) -> Array:
@@ -362,6 +366,8 @@ def posteriors(
         zoom = jnp.full(2, scale / pixels.shape[1])
         resize = partial(resample, sides=(scale, scale), zoom=zoom, translation=jnp.zeros(2))
         images = subtract_mean(jax.vmap(resize)(pixels), mean_rgb)
+        if protocol == "dense":
+            images = images[:, centre, centre]
         both = jnp.concatenate([logits(variables, x) for x in (images, images[:, :, ::-1])])
         return None, jax.nn.softmax(both, -1).mean(0)
 

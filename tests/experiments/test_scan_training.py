@@ -1,5 +1,7 @@
 """Training with all steps of an epoch in one program, compared with `vgg_jax.fit`."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from experiments.paper.scan_training import (
     divide_widths,
     keep_gains,
     load_data,
+    make_programs,
     padded_order,
     posteriors,
     train,
@@ -117,6 +120,36 @@ def test_keep_gains_gives_each_layer_the_gain_of_full_width():
         kernel = np.asarray(variables["params"][name]["kernel"])
         gain = kernel.std() * np.prod(kernel.shape[:-1]) ** 0.5
         assert gain == pytest.approx(0.01 * number**0.5, rel=0.15), name  # a small sample
+
+
+def test_one_program_trains_with_all_seeds(npz, narrow):
+    programs = []
+    data = load_data(npz)
+    for seed in (0, 1):
+        config = TrainConfig(data=str(npz), seed=seed, **SETTINGS)
+        run = make_programs(config, build_small_model(config, 1, 2), data)
+        order = padded_order(data.train, config, 0)
+        arrays = (data.train.images, data.train.all_labels, np.int32(0))
+        programs.append(run.run_epoch.lower(run.start(), order, *arrays).as_text())
+    assert programs[0] == programs[1]
+
+
+@pytest.mark.slow
+def test_dense_posteriors_are_those_of_the_centre(npz, narrow):
+    """Of 23 pixels, two stages see 20: all but one at the left and top, two at the other edges."""
+    config = TrainConfig(data=str(npz), **SETTINGS)
+    model, data = build_small_model(config, 1, 2), load_data(npz)
+    variables = init_variables(model, jax.random.key(1))
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (3, 23, 23, 3), np.uint8)
+    whole, centre = (
+        posteriors(model, variables, data._replace(test=source), "dense", scale)
+        for source, scale in (
+            (replace(data.test, images=images, indices=np.arange(3)), 23),
+            (replace(data.test, images=images[:, 1:21, 1:21], indices=np.arange(3)), 20),
+        )
+    )
+    np.testing.assert_allclose(whole, centre, rtol=1e-5)
 
 
 @pytest.mark.slow
