@@ -11,7 +11,7 @@ import pytest
 
 import vgg_jax
 from tests.helpers.pages import PAGES, ROOT, anchors, blocks, commands, prose
-from tools import benchmarks_page
+from tools import benchmarks_page, experiments_page
 from vgg_jax import CONFIGS, VGG
 from vgg_jax.cli.commands import COMMANDS
 from vgg_jax.cli.exit_codes import ExitCode
@@ -143,15 +143,20 @@ def test_paper_page_names_files():
         assert (ROOT / path).exists(), path
 
 
-def test_benchmarks_page_is_fresh():
-    """`python -m tools.benchmarks_page` renews it."""
-    assert benchmarks_page.page() == benchmarks_page.PAGE.read_text()
-    for name in benchmarks_page.TABLES:
-        assert benchmarks_page.with_tables(name) == (ROOT / name).read_text()
-    for name, data in benchmarks_page.plots().items():
+@pytest.mark.parametrize("generator", [benchmarks_page, experiments_page])
+def test_page_of_results_is_fresh(generator):
+    """`python -m tools.benchmarks_page` and `python -m tools.experiments_page` renew them."""
+    assert generator.page() == generator.PAGE.read_text()
+    for name, data in generator.plots().items():
         text = (benchmarks_page.IMAGES / f"{name}.svg").read_text()
         description = re.search(r"<dc:description>(.*?)</dc:description>", text, re.DOTALL)
         assert json.loads(description.group(1)) == json.loads(json.dumps(data))
+
+
+def test_tables_of_benchmarks_are_fresh():
+    """`python -m tools.benchmarks_page` renews them."""
+    for name in benchmarks_page.TABLES:
+        assert benchmarks_page.with_tables(name) == (ROOT / name).read_text()
 
 
 def test_floor_never_rounds_up():

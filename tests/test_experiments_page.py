@@ -4,7 +4,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import pytest
 
-from tools import experiments_page
+from tools import claims_section, experiments_page
 
 matplotlib.use("svg")
 
@@ -43,7 +43,14 @@ CLAIMS = PART | {
     "nets": {
         "A": {"0": {"epochs": EPOCHS, "losses": [[1, 2.5], [2, 2.0]], "diverged": False}},
         "D": {"0": {"epochs": [], "losses": [], "diverged": True}},
-        "D, normal": {},
+        "D, normal": {
+            "0": {
+                "epochs": [EPOCHS[0] | {"train": {"loss": 2.3, "accuracy": 0.1}}],
+                "losses": [[1, 2.3]],
+                "diverged": False,
+            },
+            "1": {"epochs": EPOCHS, "losses": [[1, 2.3]], "diverged": False},
+        },
         "D, from A": {},
         "D, BN": {},
     },
@@ -86,7 +93,8 @@ def results(monkeypatch):
         "baseline": {"digits_sgd": BASELINE},
         "receptive_field": {},
     }
-    monkeypatch.setattr(experiments_page, "load", documents.__getitem__)
+    for module in (experiments_page, claims_section):
+        monkeypatch.setattr(module, "load", documents.__getitem__)
     return documents
 
 
@@ -96,13 +104,15 @@ def test_page_of_half_done_results(results):
         "| B over A | 4.1 | 29.6 → 28.7 | 51.0 ± 1.0 → 25.0 ± 0.0 | +26.0 | 0.012 | 3 | **holds** |"
         in page
     )
+    assert "Here 1 hold, 0 fail, and\n0 are undecided." in page
     assert "Not run: C over B." in page
     assert "Diverged: D (1 of 1)." in page
+    assert "Learned nothing, with a loss of ln 10: D, normal (1 of 2)." in page
     assert "| A | 2.000 | 25.0 | 50.0 | 1 |" in page
     assert "| without | float64 | 0.01 | 1.4e-10 | 4.7e-11 | 0.0001 | yes | – |" in page
     assert "Whole runs" not in page
     plots = experiments_page.plots()
-    assert plots["claims_gains"] == [["B over A", 26.0, [20.0, 30.0], "holds"]]
+    assert plots["claims_gains"] == [["B over A", [25.0, 26.0, 27.0], [20.0, 30.0], "holds"]]
     assert plots["baseline_digits_sgd"]["valid"] == {"vgg_jax": [[1.5]], "PyTorch": []}
 
 

@@ -7,16 +7,21 @@ Run it after a result has changed. The page needs the results of claims, parity,
 receptive_field.
 """
 
-import math
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from tools.benchmarks_page import OURS, PEER, ROOT, load, save_plots, table
+from tools.claims_section import (
+    claims_section,
+    draw_gains,
+    draw_starts,
+    gains_data,
+    starts_data,
+)
+from tools.page_text import facts, percent
 
 PAGE = ROOT / "docs" / "experiments.md"
 FRAMEWORKS = {"jax": "vgg_jax", "torch": "PyTorch"}
-COLOURS = {"holds": "#2ca02c", "fails": OURS, "undecided": PEER}
 
 INTRODUCTION = """# The paper as experiments
 
@@ -32,43 +37,6 @@ goes on with the same command. Numbers after ± are standard deviations over see
 | Does the usual VGG16 with batch normalisation? | `baseline.py` | [Baseline](#baseline) |
 | Are three 3x3 layers better than one 7x7? | `receptive_field.py` | [Field](#receptive-field) |
 | What does the whole recipe give on ImageNet? | `imagenet.py` | [ImageNet](#imagenet) |
-"""
-
-CLAIMS = """## Claims
-
-Which claims of the paper hold for small nets on CIFAR-10? The nets are made small by one rule:
-
-- All widths of Table 1, and those of fc6 and fc7, are divided by {width_divisor}.
-- Images have 32 pixels instead of 224. All scales have the paper's ratio to them: S = 256 is 37.
-- Each net sees {train_images:,} images in {epochs} epochs, in batches of {batch_size}. The
-  learning rate falls from {learning_rate} along a cosine. The paper trains for 74 epochs.
-- Dense evaluation rounds odd maps down. Caffe rounds them up, which adds windows of a few pixels to
-  maps that are as small as these.
-- Nets with scale jitter start from random weights. The paper starts them from those of S = 384.
-- The mean colour is that of the training images. All other settings are the paper's. Kernels
-  start from Glorot's distribution where nothing else is said.
-
-"Gain" is the first top-1 error minus the second, in points. Errors are those of dense evaluation
-on {test_images:,} test images. Claims with crops are tested on the first {crop_images:,} of them.
-Both nets of a claim have the same seed: the same order of images and the same crops.
-
-A claim holds if the gain is positive and the paired t-test over seeds has p < 0.05. It fails if
-the gain is negative with p < 0.05. The claim that something does not help holds if the whole 95 %
-interval of its gain is below 1 point. All others are undecided: three seeds decide only what is
-large beside their spread. The p-values are not corrected for {number} claims, of which one in
-twenty is expected to have p < 0.05 by chance. The nets are trained briefly, so an outcome here
-says little about long training.
-"""
-
-STARTS_TEXT = """### Net D by its start
-
-![Training losses of net D, by its start](images/claims_starts.svg)
-
-"Normal" is the paper's random initialisation, a normal distribution with a standard deviation of
-0.01 at full width. In a small net it is larger, so that each layer changes the size of its signal
-as in the full net. The dotted line is the loss of guessing, ln 10. "From A" copies the first
-convolutions and the fully connected layers of net A, which was trained from the same
-distribution.
 """
 
 PARITY = """## Parity
@@ -102,140 +70,6 @@ measured: the side of the square of pixels on which one output depends. "Operati
 On a CPU the 3x3 layers run as Winograd's, and the large ones as XLA's convolutions, so the times
 compare these too.
 """
-
-
-def percent(values: Sequence[float]) -> str:
-    """Mean ± standard deviation in %, of fractions."""
-    mean = f"{100 * statistics.mean(values):.1f}"
-    return f"{mean} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else mean
-
-
-def facts(part: dict[str, Any]) -> str:
-    """The device, the versions and the commands of a result."""
-    commands = part.get("commands", part.get("command", []))
-    code = "\n".join([commands] if isinstance(commands, str) else commands)
-    known = part.get("versions", {})
-    for run in part.get("runs", []):
-        known = known | run.get("versions", {})
-    versions = ", ".join(f"{name} {version}" for name, version in known.items())
-    return f"Machine: {part['device']}. Versions: {versions}.\n\n```text\n{code}\n```"
-
-
-def claims_section() -> str:
-    """The table of claims, the start of net D, and all nets."""
-    result = load("claims")
-    text = CLAIMS.format(number=len(result["claims"]), **result["settings"])
-    rows = [row for row in result["claims"] if row["seeds"]]
-    not_run = [row["claim"] for row in result["claims"] if not row["seeds"]]
-    cells = (
-        (
-            row["claim"],
-            row["section"],
-            _paper(row["paper"]),
-            f"{percent(row['before'])} → {percent(row['after'])}",
-            f"{100 * row['gain']:+.1f}",
-            "–" if row["p"] is None else f"{row['p']:.3f}",
-            len(row["seeds"]),
-            f"**{row['outcome']}**",
-        )
-        for row in rows
-    )
-    header = ("claim", "§", "paper, %", "ours, %", "gain", "p", "seeds", "outcome")
-    parts = [text, table(header, cells)]
-    if not_run:
-        parts.append("Not run: " + "; ".join(not_run) + ".")
-    diverged = {
-        name: sum(run["diverged"] for run in seeds.values())
-        for name, seeds in result["nets"].items()
-    }
-    if any(diverged.values()):
-        counts = (
-            f"{name} ({number} of {len(result['nets'][name])})"
-            for name, number in diverged.items()
-            if number
-        )
-        parts.append("Diverged: " + ", ".join(counts) + ".")
-    parts += [
-        "![Gains with their 95 % intervals](images/claims_gains.svg)",
-        facts(result),
-        STARTS_TEXT,
-        nets_table(result),
-    ]
-    return "\n\n".join(part.strip() for part in parts)
-
-
-def _paper(paper: Any) -> str:
-    if isinstance(paper, list):
-        return " → ".join(map(str, paper))
-    return paper or "–"
-
-
-def nets_table(result: dict[str, Any]) -> str:
-    """The last epoch of all nets."""
-    rows = []
-    for name, seeds in result["nets"].items():
-        last = [run["epochs"][-1] for run in seeds.values() if not run["diverged"]]
-        if last:
-            accuracies = (
-                percent([epoch[split]["accuracy"] for epoch in last])
-                for split in ("train", "validation")
-            )
-            loss = statistics.mean(epoch["train"]["loss"] for epoch in last)
-            rows.append((name, f"{loss:.3f}", *accuracies, len(last)))
-    header = ("net", "training loss", "training accuracy, %", "held-out accuracy, %", "seeds")
-    text = "### All nets\n\nThe last epoch. Training has dropout and random crops.\n\n"
-    return text + table(header, rows)
-
-
-STARTS = {
-    "D, normal": "normal, 0.01",
-    "D, from A": "from A",
-    "D": "Glorot",
-    "D, BN": "Glorot, batch normalisation",
-}
-
-
-def starts_data() -> dict[str, Any]:
-    """The losses of net D by its start, one curve for each seed."""
-    nets = load("claims")["nets"]
-    return {
-        label: [run["losses"] for run in nets[name].values() if run["losses"]]
-        for name, label in STARTS.items()
-    }
-
-
-def draw_starts(data: dict[str, Any], axes: Any) -> None:
-    """Draws the losses of net D by its start."""
-    for number, (label, runs) in enumerate(data.items()):
-        for k, losses in enumerate(runs):
-            steps, values = zip(*losses, strict=True)
-            axes.plot(steps, values, color=f"C{number}", lw=1, label=None if k else label)
-    axes.axhline(math.log(10), color="black", lw=1, ls=":")
-    axes.set_xlabel("step")
-    axes.set_ylabel("training loss")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False)
-
-
-def gains_data() -> list[Any]:
-    """Claim, gain, interval and outcome of the claims with an interval, in points."""
-    return [
-        [row["claim"], 100 * row["gain"], [100 * x for x in row["interval"]], row["outcome"]]
-        for row in load("claims")["claims"]
-        if row.get("interval")
-    ]
-
-
-def draw_gains(data: list[Any], axes: Any) -> None:
-    """Draws the gains of all claims with their intervals."""
-    for number, (_, gain, (low, high), outcome) in enumerate(reversed(data)):
-        axes.plot((low, high), (number, number), color=COLOURS[outcome], lw=2)
-        axes.plot(gain, number, "o", color=COLOURS[outcome], ms=4)
-    axes.set_yticks(range(len(data)), [row[0] for row in reversed(data)])
-    axes.axvline(0, color="black", lw=0.8)
-    widest = 2 + max(abs(row[1]) for row in data)
-    axes.set_xlim(-widest, widest)  # intervals may be cut off, gains are not
-    axes.set_xlabel("gain in points of top-1 error, with its 95 % interval")
 
 
 def parity_section() -> str:

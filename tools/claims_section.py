@@ -1,0 +1,213 @@
+"""The claims of the paper on docs/experiments.md: their table, two plots, and all nets."""
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from tools.benchmarks_page import OURS, PEER, load, table
+from tools.page_text import facts, percent
+
+COLOURS = {"holds": "#2ca02c", "fails": OURS, "undecided": PEER}
+GAIN_LIMIT = 5  # points that the plot of the gains shows on each side; larger means are numbers
+STALLED = 0.01  # nats below the loss of guessing, within which a run has learned nothing
+
+CLAIMS = """## Claims
+
+Which claims of the paper hold for small nets on CIFAR-10? Here {holds} hold, {fails} fail, and
+{undecided} are undecided{few}. The nets are made small by one rule:
+
+- All widths of Table 1, and those of fc6 and fc7, are divided by {width_divisor}.
+- Images have 64 pixels instead of 224, enlarged from CIFAR-10's 32. All scales have the paper's
+  ratio to them: S = 256 is 73, and 384 is 110.
+- Each net sees {train_images:,} images in {epochs} epochs, in batches of {batch_size}. The
+  learning rate falls from {learning_rate} along a cosine. The paper trains for 74 epochs.
+- Dense evaluation sees the centre of an image, with sides that 32 divides. At Q = 256 that is one
+  window, where the paper has four, and at Q = 512 nine, where it has 100.
+- Nets with scale jitter start from random weights. The paper starts them from those of S = 384.
+- The mean colour is that of the training images. All other settings are the paper's. Kernels
+  start from Glorot's distribution where nothing else is said.
+
+"Gain" is the first top-1 error minus the second, in points. Errors are those of dense evaluation
+on {test_images:,} test images. Claims with crops are tested on the first {crop_images:,} of them.
+Both nets of a claim have the same seed: the same order of images and the same crops.
+
+A claim holds if the gain is positive and the paired t-test over seeds has p < 0.05. It fails if
+the gain is negative with p < 0.05. The claim that something does not help holds if the whole 95 %
+interval of its gain is below 1 point. All others are undecided: three seeds decide only what is
+large beside their spread, and two decide nothing. The p-values are not corrected for {number}
+claims, of which one in twenty is expected to have p < 0.05 by chance. The nets are trained briefly,
+so an outcome here says little about long training.
+"""
+
+GAINS_TEXT = """![Gains with their 95 % intervals](images/claims_gains.svg)
+
+Each dot is a seed, and each line the 95 % interval of three. Gains beyond the frame have their mean
+as a number. Claims that hold are green, those that fail red, and the others grey.
+"""
+
+JITTER_TEXT = """Scale jitter and S = 384 cost accuracy here. A crop at S = 384 sees a third of an
+image, and an object of CIFAR-10 fills its image. Photos of ImageNet have space around the object.
+The nets with jitter also have low training accuracies below, so {epochs} epochs may be too few for
+them.
+"""
+
+STARTS_TEXT = """### Net D by its start
+
+![Training losses of net D, by its start](images/claims_starts.svg)
+
+"Normal" is the paper's random initialisation, a normal distribution with a standard deviation of
+0.01 at full width. In a small net it is larger, so that each layer changes the size of its signal
+as in the full net. The dotted line is the loss of guessing, ln 10. "From A" copies the first
+convolutions and the fully connected layers of net A, which was trained from the same
+distribution.
+"""
+
+
+def claims_section() -> str:
+    """The table of claims, the start of net D, and all nets."""
+    result = load("claims")
+    rows = [row for row in result["claims"] if row["seeds"]]
+    few = sum(len(row["seeds"]) < 3 for row in rows)
+    outcomes = Counter(row["outcome"] for row in rows)
+    text = CLAIMS.format(
+        number=len(result["claims"]),
+        holds=outcomes["holds"],
+        fails=outcomes["fails"],
+        undecided=outcomes["undecided"],
+        few=f", of which {few} have fewer than three seeds" if few else "",
+        **result["settings"],
+    )
+    not_run = [row["claim"] for row in result["claims"] if not row["seeds"]]
+    cells = (
+        (
+            row["claim"],
+            row["section"],
+            _paper(row["paper"]),
+            f"{percent(row['before'])} → {percent(row['after'])}",
+            f"{100 * row['gain']:+.1f}",
+            "–" if row["p"] is None else f"{row['p']:.3f}",
+            len(row["seeds"]),
+            f"**{row['outcome']}**",
+        )
+        for row in rows
+    )
+    header = ("claim", "§", "paper, %", "ours, %", "gain", "p", "seeds", "outcome")
+    parts = [text, table(header, cells)]
+    if not_run:
+        parts.append("Not run: " + "; ".join(not_run) + ".")
+    for text, predicate in (
+        ("Diverged", lambda run: run["diverged"]),
+        ("Learned nothing, with a loss of ln 10", has_stalled),
+    ):
+        if runs := count_runs(result["nets"], predicate):
+            parts.append(f"{text}: {runs}.")
+    parts += [
+        GAINS_TEXT,
+        JITTER_TEXT.format(**result["settings"]),
+        facts(result),
+        STARTS_TEXT,
+        nets_table(result),
+    ]
+    return "\n\n".join(part.strip() for part in parts)
+
+
+def count_runs(nets: dict[str, Any], predicate: Callable[[dict[str, Any]], bool]) -> str:
+    """The nets that have runs of a kind, and how many: "D, normal (3 of 3)"."""
+    counts = {name: sum(map(predicate, seeds.values())) for name, seeds in nets.items()}
+    return ", ".join(f"{name} ({n} of {len(nets[name])})" for name, n in counts.items() if n)
+
+
+def has_stalled(run: dict[str, Any]) -> bool:
+    """Tells if the last loss of a run is that of guessing one of ten classes."""
+    return not run["diverged"] and run["epochs"][-1]["train"]["loss"] > math.log(10) - STALLED
+
+
+def _paper(paper: Any) -> str:
+    if isinstance(paper, list):
+        return " → ".join(map(str, paper))
+    return paper or "–"
+
+
+def nets_table(result: dict[str, Any]) -> str:
+    """The last epoch of all nets."""
+    rows = []
+    for name, seeds in result["nets"].items():
+        last = [run["epochs"][-1] for run in seeds.values() if not run["diverged"]]
+        if last:
+            accuracies = (
+                percent([epoch[split]["accuracy"] for epoch in last])
+                for split in ("train", "validation")
+            )
+            loss = statistics.mean(epoch["train"]["loss"] for epoch in last)
+            rows.append((name, f"{loss:.3f}", *accuracies, len(last)))
+    header = ("net", "training loss", "training accuracy, %", "held-out accuracy, %", "seeds")
+    text = "### All nets\n\nThe last epoch. Training has dropout and random crops.\n\n"
+    return text + table(header, rows)
+
+
+STARTS = {
+    "D, normal": "normal, 0.01",
+    "D, from A": "from A",
+    "D": "Glorot",
+    "D, BN": "Glorot, batch normalisation",
+}
+
+
+def starts_data() -> dict[str, Any]:
+    """The losses of net D by its start, one curve for each seed."""
+    nets = load("claims")["nets"]
+    return {
+        label: [run["losses"] for run in nets[name].values() if run["losses"]]
+        for name, label in STARTS.items()
+    }
+
+
+def draw_starts(data: dict[str, Any], axes: Any) -> None:
+    """Draws the losses of net D by its start."""
+    for number, (label, runs) in enumerate(data.items()):
+        for k, losses in enumerate(runs):
+            steps, values = zip(*losses, strict=True)
+            axes.plot(steps, values, color=f"C{number}", lw=1, label=None if k else label)
+    axes.axhline(math.log(10), color="black", lw=1, ls=":")
+    axes.set_xlabel("step")
+    axes.set_ylabel("training loss")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
+
+
+def gains_data() -> list[Any]:
+    """Claim, the gain of each seed, their interval and the outcome, in points."""
+    return [
+        [
+            row["claim"],
+            [100 * (b - a) for b, a in zip(row["before"], row["after"], strict=True)],
+            row.get("interval") and [100 * bound for bound in row["interval"]],
+            row["outcome"],
+        ]
+        for row in load("claims")["claims"]
+        if row["seeds"]
+    ]
+
+
+def draw_gains(data: list[Any], axes: Any) -> None:
+    """Draws the gains of all claims with their intervals."""
+    for number, (_, gains, interval, outcome) in enumerate(reversed(data)):
+        colour, mean = COLOURS[outcome], statistics.mean(gains)
+        if interval:
+            axes.plot(interval, (number, number), color=colour, lw=2)
+        axes.plot(gains, [number] * len(gains), "o", color=colour, ms=3)
+        if abs(mean) > GAIN_LIMIT:
+            axes.annotate(
+                f"{mean:+.0f}",
+                (GAIN_LIMIT if mean > 0 else -GAIN_LIMIT, number),
+                ha="right" if mean > 0 else "left",
+                va="bottom",
+                color=colour,
+                size=8,
+            )
+    axes.set_yticks(range(len(data)), [row[0] for row in reversed(data)], size=8)
+    axes.axvline(0, color="black", lw=0.8)
+    axes.set_xlim(-GAIN_LIMIT, GAIN_LIMIT)
+    axes.set_xlabel("gain in points of top-1 error")
