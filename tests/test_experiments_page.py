@@ -71,6 +71,8 @@ STEPS = PART | {
 }
 CELL = {"jax": 0.5, "torch": 0.25, "difference": 0.25, "limit": 0.125, "within_noise": False}
 BASELINE = PART | {
+    "data": "digits",
+    "optimizer": "sgd",
     "settings": {
         "width_divisor": 8,
         "train_images": 90,
@@ -90,7 +92,7 @@ def results(monkeypatch):
     documents = {
         "claims": CLAIMS,
         "parity": {"first_steps": STEPS},
-        "baseline": {"digits_sgd": BASELINE},
+        "baseline": {"digits_sgd_8": BASELINE},
         "receptive_field": {},
     }
     for module in (experiments_page, claims_section):
@@ -113,11 +115,11 @@ def test_page_of_half_done_results(results):
     assert "Whole runs" not in page
     plots = experiments_page.plots()
     assert plots["claims_gains"] == [["B over A", [25.0, 26.0, 27.0], [20.0, 30.0], "holds"]]
-    assert plots["baseline_digits_sgd"]["valid"] == {"vgg_jax": [[1.5]], "PyTorch": []}
+    assert plots["baseline_digits_sgd_8"]["valid"] == {"vgg_jax": [[1.5]], "PyTorch": []}
 
 
 def test_page_names_what_differs(results):
-    results["baseline"] = {"digits_sgd": BASELINE | {"summary": COMPARISON}}
+    results["baseline"] = {"digits_sgd_8": BASELINE | {"summary": COMPARISON}}
     page = experiments_page.page()
     assert "| valid loss | 0.5000 | 0.2500 | +0.2500 | 0.1250 | **no** |" in page
 

@@ -166,9 +166,8 @@ def baseline_section() -> str:
     parts = [BASELINE]
     for name, part in load("baseline").items():
         settings = part["settings"]
-        data, _, optimizer = name.rpartition("_")
         text = (
-            f"### {data}, {optimizer.upper()}\n\nWidths divided by {settings['width_divisor']}, "
+            f"### {part['data']}, {part['optimizer'].upper()}, {_widths(settings)}\n\n"
             f"{settings['train_images']:,} images to train on and {settings['valid_images']:,} "
             f"held out, {settings['epochs']} epochs, learning rate {settings['learning_rate']:g}."
         )
@@ -177,6 +176,11 @@ def baseline_section() -> str:
             parts.append(last_epoch(part["summary"][-1]))
         parts.append(facts(part))
     return "\n\n".join(part.strip() for part in parts)
+
+
+def _widths(settings: dict[str, Any]) -> str:
+    divisor = settings["width_divisor"]
+    return "full width" if divisor == 1 else f"widths / {divisor}"
 
 
 def last_epoch(row: dict[str, Any]) -> str:

@@ -210,7 +210,7 @@ def main() -> None:
     name = Path(args.data).stem
     results = ResultPart(
         args.out,
-        f"{name}_{args.optimizer}",
+        f"{name}_{args.optimizer}_{args.width_divisor}",
         {
             "data": name,
             "optimizer": args.optimizer,
