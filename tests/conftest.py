@@ -38,6 +38,9 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
+# Which way is faster depends on what else runs, so only tests/ops/test_bfloat16.py measures it.
+os.environ["VGG_JAX_BFLOAT16"] = "onednn"
+
 # Photos and weights that are not part of the project. Without them this is no folder.
 DATA = Path(os.environ.get("VGG_JAX_DATA", os.devnull))
 

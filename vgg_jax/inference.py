@@ -9,8 +9,30 @@ import jax.numpy as jnp
 
 from vgg_jax.model import VGG, check_net
 from vgg_jax.ops import winograd
+from vgg_jax.ops.bfloat16 import choose_bfloat16_conv
 from vgg_jax.ops.xla import MAX_IMAGE_CHANNELS
-from vgg_jax.runtime.compiler import compiler_options, has_onednn_bfloat16
+from vgg_jax.runtime.compiler import compiler_options
+
+
+def fastest_model(model: VGG) -> VGG:
+    """Sets the type in which this device infers fastest.
+
+    A 16-bit net computes in float32 on a CPU unless oneDNN convolves its bfloat16 faster
+    (`vgg_jax.ops.bfloat16`). That is more accurate, too.
+
+    Args:
+        model: The net.
+
+    Returns:
+        The net, with a `dtype` of at least its own precision.
+    """
+    if jax.default_backend() != "cpu" or _convolves_in_onednn(model.dtype):
+        return model
+    return model.clone(dtype=jnp.promote_types(model.dtype, jnp.float32))
+
+
+def _convolves_in_onednn(dtype: Any) -> bool:
+    return dtype == jnp.bfloat16 and choose_bfloat16_conv().inference_in_onednn
 
 
 def pack_kernels(
@@ -18,7 +40,7 @@ def pack_kernels(
 ) -> dict[str, Any]:
     """Adds a copy of the kernels in the layout that inference on a CPU reads fastest.
 
-    3x3 kernels become Winograd filters, which take four times the memory. They are left out where
+    3x3 kernels become Winograd filters, which take four times the memory. They are left out if
     oneDNN convolves bfloat16. Kernels of fully connected layers are transposed
     (docs/performance.md#packed-kernels).
 
@@ -32,7 +54,7 @@ def pack_kernels(
     """
     if jax.default_backend() != "cpu":
         return dict(variables)
-    use_winograd = not (dtype == jnp.bfloat16 and has_onednn_bfloat16())
+    use_winograd = not _convolves_in_onednn(dtype)
 
     def should_pack(kernel: jax.Array) -> bool:
         return kernel.ndim == 2 or (
@@ -64,8 +86,8 @@ def compile_inference(
     """Makes the fastest function for `model.apply(variables, images)` on this device.
 
     The function holds the kernels in the type in which the net computes, and on a CPU a packed copy
-    of them (`pack_kernels`). A bfloat16 net computes in float32 on a CPU where XLA has no fast
-    bfloat16 convolution: that is faster there, and more accurate. The result is still bfloat16.
+    of them (`pack_kernels`). A 16-bit net computes in float32 on a CPU where that is faster
+    (`fastest_model`). The result still has the type of the net.
 
     Args:
         model: The net.
@@ -81,11 +103,7 @@ def compile_inference(
         InputError: The arguments are not a net and its variables.
     """
     check_net(model, variables)
-    compute_model = model
-    if jax.default_backend() == "cpu" and not (
-        model.dtype == jnp.bfloat16 and has_onednn_bfloat16()
-    ):
-        compute_model = model.clone(dtype=jnp.promote_types(model.dtype, jnp.float32))
+    compute_model = fastest_model(model)
 
     def run(variables: Any, images: jax.Array) -> Any:
         outputs = compute_model.apply(variables, images, method=method, **settings)

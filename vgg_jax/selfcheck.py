@@ -13,6 +13,7 @@ import numpy as np
 
 from vgg_jax.configs.models import Conv, VGGConfig
 from vgg_jax.model import VGG
+from vgg_jax.ops.bfloat16 import choose_bfloat16_conv
 from vgg_jax.runtime.compiler import compiler_options
 
 # Allowed differences, relative to the largest value (docs/performance.md#self-check).
@@ -216,6 +217,11 @@ def numpy_directional_derivatives(
 def known_fault() -> str:
     """Describes the known fault of this release of jax; empty if there is none."""
     return BROKEN_JAX_VERSIONS.get(jax.__version__, "")
+
+
+def describe_bfloat16() -> str:
+    """Describes in one line how the CPU convolves bfloat16; empty on an accelerator."""
+    return choose_bfloat16_conv().describe() if jax.default_backend() == "cpu" else ""
 
 
 def report(results: list[CheckResult]) -> str:

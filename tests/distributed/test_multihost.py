@@ -21,6 +21,7 @@ from tests.helpers.events import read_images, read_scalars
 from tools.soak import result
 from vgg_jax.distributed import multihost
 from vgg_jax.errors import InputError
+from vgg_jax.runtime.compiler import has_onednn_bfloat16
 
 pytestmark = pytest.mark.usefixtures("small_nets")
 
@@ -50,7 +51,7 @@ def photos(tmp_path_factory):
     return root
 
 
-def start(count, photos, workdir, *flags, devices=1, last_process_flags=()):
+def start(count, photos, workdir, *flags, devices=1, last_process_flags=(), last_process_env=None):
     """Starts `vgg-jax train` in `count` processes with `devices` devices each."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
@@ -70,10 +71,13 @@ def start(count, photos, workdir, *flags, devices=1, last_process_flags=()):
             "JAX_NUM_PROCESSES": str(count),
             "JAX_PROCESS_ID": str(index),
         }
+        is_last = index == count - 1
         processes.append(
             subprocess.Popen(
-                [*command, *(last_process_flags if index == count - 1 else ())],
-                env=environment | (cluster if count > 1 else {}),
+                [*command, *(last_process_flags if is_last else ())],
+                env=environment
+                | (cluster if count > 1 else {})
+                | ((last_process_env if is_last else None) or {}),
                 cwd=ROOT,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -222,6 +226,18 @@ def test_different_settings_are_rejected(photos, tmp_path):
     for code, _, stderr in wait_all(processes):
         assert code == 2 and stderr.count("\n") == 1
         assert re.search(r"in process \d weight_decay is 0\.\d+; expected", stderr)
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+@pytest.mark.skipif(not has_onednn_bfloat16(), reason="needs oneDNN's bfloat16 convolution")
+def test_different_convolutions_are_rejected(photos, tmp_path):
+    """In bfloat16, the processes would compile different programs."""
+    flags, last = ("--epochs", "1", "--dtype", "bfloat16"), {"VGG_JAX_BFLOAT16": "float32"}
+    processes = start(2, photos, tmp_path / "run", *flags, last_process_env=last)
+    for code, _, stderr in wait_all(processes):
+        assert code == 2 and stderr.count("\n") == 1
+        assert re.search(r"in process \d bfloat16 is .*VGG_JAX_BFLOAT16.*expected the", stderr)
 
 
 @pytest.mark.slow

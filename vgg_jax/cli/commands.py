@@ -442,10 +442,12 @@ def verify(file: str) -> ExitCode:
 
 def selfcheck() -> ExitCode:
     """Compares a tiny net on the local devices with NumPy."""
-    from vgg_jax.selfcheck import known_fault, report, run_checks
+    from vgg_jax.selfcheck import describe_bfloat16, known_fault, report, run_checks
 
     results = run_checks()
     print(report(results))
+    if way := describe_bfloat16():
+        print(way)
     is_right = all(result.ok for result in results) and not known_fault()
     return ExitCode.DONE if is_right else ExitCode.CHECK_FAILED
 

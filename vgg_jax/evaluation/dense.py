@@ -22,7 +22,7 @@ from vgg_jax.configs.evaluation import DENSE, MAX_IMAGE_PIXELS, MAX_PIXELS_PER_B
 from vgg_jax.distributed.sharding import make_mesh, replicated, shard_batch
 from vgg_jax.errors import InputError
 from vgg_jax.evaluation.packing import Batch, Window, pack_windows
-from vgg_jax.inference import pack_kernels
+from vgg_jax.inference import fastest_model, pack_kernels
 from vgg_jax.model import VGG, transpose_kernels
 from vgg_jax.preprocessing import centre_offset, subtract_mean
 from vgg_jax.runtime.compiler import compiler_options
@@ -257,6 +257,7 @@ def iter_posteriors(
     """
     if pixels < 1:
         raise InputError(f"pixels is {pixels}: expected at least 1")
+    model = fastest_model(model)
     trunk, head = jitted_stages(model, tuple(mean_rgb), protocol.ceil, mesh)
     head_variables = jax.device_put(dict(variables), replicated(mesh))
     # Weighted posteriors of the windows of each image that is not done yet.

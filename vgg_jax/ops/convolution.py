@@ -32,8 +32,8 @@ def convolution(
 ) -> Array:
     """Cross-correlates with stride 1 and padding k // 2, adds a bias, applies an epilogue.
 
-    bfloat16 is fast on a CPU only if `has_onednn_bfloat16()`, and only in a program that is
-    compiled with `compiler_options(dtype=jnp.bfloat16)` (docs/performance.md#onednn-and-bfloat16).
+    bfloat16 is fast on a CPU only in a program that is compiled with
+    `compiler_options(dtype=jnp.bfloat16)` (docs/performance.md#onednn-and-bfloat16).
 
     Args:
         x: Input (N, H, W, C).

@@ -11,9 +11,10 @@ Three of the four float32 paths replace a slow XLA path:
 - Other kernels: XLA, with gradients as convolutions in its own order of dimensions
   (docs/performance.md#5x5-kernels).
 
-3x3 bfloat16 convolutions run in oneDNN where XLA delegates them (`has_onednn_bfloat16`). XLA does
-not delegate kernel gradients, so those are computed in float32. All other 16-bit convolutions run
-in float32 too, except on maps smaller than the kernel (docs/performance.md#onednn-and-bfloat16).
+3x3 bfloat16 convolutions run in oneDNN where it is faster than float32 (`vgg_jax.ops.bfloat16`).
+XLA does not delegate kernel gradients to it, so those are computed in float32. All other 16-bit
+convolutions run in float32 too, except on maps smaller than the kernel
+(docs/performance.md#onednn-and-bfloat16).
 
 Activations have the shape (N, H, W, C), kernels (k, k, C, K).
 """
@@ -26,6 +27,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from vgg_jax.ops import winograd
+from vgg_jax.ops.bfloat16 import choose_bfloat16_conv
 from vgg_jax.ops.bilinear import bilinear_conv
 from vgg_jax.ops.epilogue import (
     NO_EPILOGUE,
@@ -42,7 +44,6 @@ from vgg_jax.ops.epilogue import (
 )
 from vgg_jax.ops.pooling import crop_to_even
 from vgg_jax.ops.xla import DIMENSION_NUMBERS, MAX_IMAGE_CHANNELS, xla_conv
-from vgg_jax.runtime.compiler import has_onednn_bfloat16
 
 # The first layer's gradients are computed for this many positions at a time, so that their windows
 # stay in cache (docs/performance.md#image-gradients).
@@ -81,11 +82,12 @@ def cpu_conv(
 
 
 def _conv_16_bit(x: Array, kernel: Array, filters: Array | None) -> Array:
-    """Convolves in bfloat16 by oneDNN if possible, else in float32.
+    """Convolves in bfloat16 by oneDNN if that is faster, else in float32.
 
     XLA's own 16-bit convolution is many times slower, and Winograd's transforms need float32.
     """
-    if x.dtype == jnp.bfloat16 and kernel.shape[0] == 3 and has_onednn_bfloat16():
+    is_candidate = x.dtype == jnp.bfloat16 and kernel.shape[0] == 3 and filters is None
+    if is_candidate and choose_bfloat16_conv().training_in_onednn:
         return _conv_onednn(x, kernel)
     zeros = jnp.zeros(kernel.shape[-1], jnp.float32)
     y = cpu_conv(x.astype(jnp.float32), kernel.astype(jnp.float32), zeros, NO_EPILOGUE, filters)

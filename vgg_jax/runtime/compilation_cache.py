@@ -17,6 +17,18 @@ def cache_folder() -> Path:
     return Path(os.path.expanduser(folder))
 
 
+def programs_folder() -> str:
+    """Returns jax's folder of compiled programs; if none is set, that of this machine.
+
+    Machines may share a home, and a program for one processor may not run on another. So each
+    machine has its own folder.
+    """
+    import jax  # not at the top: `vgg-jax --help` should not wait for it
+
+    set_folder: str | None = jax.config.values["jax_compilation_cache_dir"]
+    return set_folder or str(cache_folder() / platform.node())
+
+
 def enable_compilation_cache() -> None:
     """Keeps compiled programs on disk, so that the next start need not compile them again.
 
@@ -30,13 +42,10 @@ def enable_compilation_cache() -> None:
     warnings.filterwarnings(
         "ignore", r"(?s)Error writing persistent compilation cache entry.*std::bad_alloc"
     )
-    import jax  # not at the top: `vgg-jax --help` should not wait for it
+    import jax
 
-    if not jax.config.values["jax_compilation_cache_dir"]:
-        # Machines may share a home, and a program for one processor may not run on another. So
-        # each machine has its own folder.
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / platform.node()))
-    folder = jax.config.values["jax_compilation_cache_dir"]
+    folder = programs_folder()
+    jax.config.update("jax_compilation_cache_dir", folder)
     try:
         if "://" not in folder:
             os.makedirs(folder, exist_ok=True)

@@ -1,11 +1,11 @@
-"""XLA's compiler options for this machine, and a probe of its fast bfloat16.
+"""XLA's compiler options for this machine, and a probe for oneDNN's bfloat16.
 
 Only a CPU needs options:
 
 - The library YNN is limited to matrix products. It slows down the kernel gradient of a convolution.
 - LLVM optimises less: programs compile much faster. Inference can ask for more
   (`optimize_runtime`).
-- A bfloat16 net runs in oneDNN, which uses the CPU's bfloat16 instructions.
+- A bfloat16 net may use oneDNN, which uses the CPU's bfloat16 instructions.
 """
 
 import functools
@@ -38,7 +38,7 @@ def compiler_options(
         optimize_runtime: Optimise more. Compiling takes longer, which pays off in minutes of
             inference (docs/performance.md#llvm-optimisation-level).
         dtype: Type in which the net computes. bfloat16 uses oneDNN where
-            `has_onednn_bfloat16()`.
+            `has_onednn_bfloat16()`, for matrix products also if its convolutions are float32.
 
     Returns:
         Options for `jax.jit(f, compiler_options=...)`; none on an accelerator.
@@ -62,10 +62,10 @@ def has_onednn_bfloat16() -> bool:
     """Probes if XLA delegates a bfloat16 convolution to oneDNN here.
 
     jaxlib 0.12 does on a CPU with instructions for bfloat16. The probe compiles one convolution,
-    once. The answer may differ between machines: all processes of a run need CPUs of one kind.
+    once. `vgg_jax.ops.bfloat16` chooses between oneDNN and float32.
 
     Returns:
-        True if bfloat16 convolutions run in oneDNN on the default backend.
+        True if bfloat16 convolutions can run in oneDNN on the default backend.
     """
     if jax.default_backend() != "cpu":
         return False

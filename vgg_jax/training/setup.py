@@ -30,6 +30,7 @@ from vgg_jax.input_data import (
     measure_colours,
     open_train_val,
 )
+from vgg_jax.ops.bfloat16 import choose_bfloat16_conv
 from vgg_jax.paths import is_npz
 from vgg_jax.runs.metadata import (
     RunMetadata,
@@ -138,6 +139,8 @@ def prepare_run(
         as_json(run)["config"]
         | {"data": [run.storage, run.train_size, run.validation_size], "mesh_config": mesh_config}
         | {"validation": run.validation_storage}
+        # A program that differs between processes may hang.
+        | ({"bfloat16": choose_bfloat16_conv().describe()} if config.dtype == "bfloat16" else {})
     )
     if existing is not None and (changes := check_same_run(workdir, existing, run)):
         _log_changes(workdir, changes, config)
