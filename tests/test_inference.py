@@ -8,6 +8,7 @@ import pytest
 from tests.helpers.compare import assert_close_to_largest
 from tests.helpers.tiny import DEEP, images, init
 from vgg_jax import VGG, Conv, VGGConfig, compile_inference, compiler_options
+from vgg_jax.runtime.compiler import has_onednn_bfloat16
 
 
 @pytest.mark.slow
@@ -69,3 +70,18 @@ def test_compile_inference_bfloat16():
     logits = compile_inference(model, variables)(x)
     assert logits.dtype == jnp.bfloat16
     np.testing.assert_allclose(logits.astype(jnp.float32), exact, atol=0.05 * np.abs(exact).max())
+
+
+@pytest.mark.skipif(not has_onednn_bfloat16(), reason="needs oneDNN's bfloat16 convolution")
+def test_compile_inference_lays_out_onednn_kernels_once():
+    """XLA lays out all kernels when it compiles, and oneDNN adds the biases itself."""
+    model = VGG(DEEP, 7, image_size=32, dtype=jnp.bfloat16)
+    variables = init(model)
+    for layer in variables["params"].values():
+        layer["bias"] += jnp.arange(layer["bias"].size)  # XLA simplifies equal biases
+    compiled = compile_inference(model, variables)
+    text = compiled.func.lower(*compiled.args, images(2, 32, 32)).compile().as_text()
+    assert text.count('custom_call_target="__onednn$convolution"') == 4
+    assert text.count('"weights_prepacked":true') == 4
+    assert text.count('"ops":["BIAS"') == 4
+    assert compiled.args[0]["params"].keys() == {"fc6", "fc7", "fc8"}

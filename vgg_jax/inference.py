@@ -86,8 +86,9 @@ def compile_inference(
     """Makes the fastest function for `model.apply(variables, images)` on this device.
 
     The function holds the kernels in the type in which the net computes, and on a CPU a packed copy
-    of them (`pack_kernels`). A 16-bit net computes in float32 on a CPU where that is faster
-    (`fastest_model`). The result still has the type of the net.
+    of them (`pack_kernels`). If oneDNN convolves, its kernels are constants of the compiled program
+    instead. A 16-bit net computes in float32 on a CPU where that is faster (`fastest_model`). The
+    result still has the type of the net.
 
     Args:
         model: The net.
@@ -104,8 +105,10 @@ def compile_inference(
     """
     check_net(model, variables)
     compute_model = fastest_model(model)
+    constants: dict[str, Any] = {}
 
     def run(variables: Any, images: jax.Array) -> Any:
+        variables = {**variables, "params": {**variables["params"], **constants}}
         outputs = compute_model.apply(variables, images, method=method, **settings)
         return jax.tree.map(lambda x: x.astype(jnp.result_type(model.dtype)), outputs)
 
@@ -117,6 +120,10 @@ def compile_inference(
         else layer
         for name, layer in variables["params"].items()
     }
+    if _convolves_in_onednn(compute_model.dtype):
+        # XLA lets oneDNN lay out kernels when it compiles if they are constants, and else at each
+        # call (docs/performance.md#packed-kernels).
+        constants |= {name: params.pop(name) for name in list(params) if name.startswith("conv")}
     options = compiler_options(optimize_runtime=True, dtype=compute_model.dtype)
     jitted = jax.jit(run, compiler_options=options)
     return functools.partial(jitted, {**variables, "params": params})
