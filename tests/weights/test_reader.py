@@ -1,15 +1,19 @@
 """Preprocessing and classes of files and runs."""
 
+import dataclasses
 import json
 import struct
+import tracemalloc
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import vgg_jax
+from tests.helpers.tiny import init
 from tests.helpers.weights_files import random_tensors, torchvision_state
-from vgg_jax import InputError, load
+from vgg_jax import CONFIGS, IMAGENET, VGG, InputError, load
 from vgg_jax.weights import imagenet, read, save
 
 
@@ -111,3 +115,34 @@ def test_imagenet_class_order():
         "n02099601 golden retriever",
         "n15075141 toilet tissue, toilet paper, bathroom tissue",
     ]
+
+
+@pytest.mark.parametrize("file", ["safetensors", "pth"])
+def test_weights_survive_a_change_of_the_file(file, tmp_path):
+    """Files may be mapped into memory. A new version of a file must not change a net in use."""
+    state = torchvision_state(random_tensors("A"), "A")
+    path = tmp_path / f"vgg.{file}"
+    if file == "pth":
+        torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
+        torch.save({name: torch.from_numpy(array) for name, array in state.items()}, path)
+    else:
+        save_file(state, path)
+    params = read(path).params
+    with path.open("r+b") as stream:
+        stream.write(bytes(path.stat().st_size))
+    np.testing.assert_array_equal(params["conv1_1"]["bias"], state["features.0.bias"])
+    np.testing.assert_array_equal(params["fc8"]["kernel"], state["classifier.6.weight"].T)
+
+
+def test_own_files_are_read_without_a_second_copy(tmp_path):
+    model = VGG(dataclasses.replace(CONFIGS["A"], fc=(512, 8)), image_size=32)
+    preprocessing = {"mean_rgb": IMAGENET.mean_rgb, "range": (0, 255), "channels": "RGB"}
+    classes = tuple(map(str, range(1000)))
+    path = tmp_path / "net.safetensors"
+    metadata = {"net": "A", "classes": classes, "preprocessing": preprocessing}
+    vgg_jax.save(path, model, init(model), metadata)
+    tracemalloc.start()
+    read(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.2 * path.stat().st_size

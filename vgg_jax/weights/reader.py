@@ -369,7 +369,10 @@ def _read_tensors(path: Path, file: TensorFile, detected: DetectedModel, bgr: bo
             if array.dtype.kind in "biuc":
                 raise unsupported_dtype(path, tensor.foreign_name, array.dtype)
             if tensor.path != CONV1_KERNEL or array.dtype != np.float64:
-                array = array.astype(np.float32)
+                # A copy of all kernels takes a second. Read-only arrays, and the vectors that
+                # PyTorch maps, are pages of the file, which may change.
+                is_mapped = array.ndim == 1 or not array.flags.writeable
+                array = array.astype(np.float32, copy=is_mapped)
             if tensor.path == CONV1_KERNEL:
                 tensor = tensor._replace(bgr=bgr and tensor.shape[2] == 3)
             trees[collection].setdefault(layer, {})[param] = tensor.from_foreign(array)
