@@ -85,3 +85,14 @@ def test_public_names_exist():
         assert getattr(vgg_jax, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'vgg12'"):
         vgg_jax.vgg12  # noqa: B018
+
+
+@pytest.mark.slow
+def test_data_does_not_import_keras():
+    """TensorFlow would, which takes a second. It can still be used."""
+    program = (
+        "import sys, vgg_jax.data; assert 'keras' not in sys.modules;"
+        "import tensorflow as tf; print(tf.keras.layers.Dense(2)(tf.zeros((1, 3))).shape)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "(1, 2)\n"), result.stderr

@@ -6,6 +6,7 @@ operation.
 
 import contextlib
 import os
+import sys
 
 from vgg_jax.errors import InputError, install_hint
 
@@ -15,12 +16,18 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 try:
+    # TensorFlow imports Keras if it can, which takes a second or two. `tf.keras` imports it later,
+    # if anybody uses it (docs/performance.md#first-answer).
+    sys.modules.setdefault("keras", None)  # type: ignore[arg-type]
     import tensorflow as tf
 except ImportError as error:
     raise InputError(
         f"the data pipeline needs TensorFlow, which cannot be imported ({error}): "
         f"{install_hint('train')}"
     ) from error
+finally:
+    if sys.modules["keras"] is None:
+        del sys.modules["keras"]
 
 # TensorFlow refuses if it was used before, for example in a notebook.
 with contextlib.suppress(RuntimeError):
