@@ -671,12 +671,17 @@ def transpose_kernels(variables: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         Variables that map transposed images (N, W, H, 3) to transposed activations.
     """
+    params = variables["params"]
+    kernels = {name: params[name]["kernel"] for name in params if name.startswith("conv")}
     transposed = {
-        name: {**layer, "kernel": layer["kernel"].swapaxes(0, 1)}
-        for name, layer in variables["params"].items()
-        if name.startswith("conv")
+        name: {**params[name], "kernel": kernel} for name, kernel in _transpose(kernels).items()
     }
-    return {**variables, "params": {**variables["params"], **transposed}}
+    return {**variables, "params": {**params, **transposed}}
+
+
+@jax.jit  # one program for all kernels
+def _transpose(kernels: dict[str, Array]) -> dict[str, Array]:
+    return {name: kernel.swapaxes(0, 1) for name, kernel in kernels.items()}
 
 
 # The fields of VGG but `config`: the arguments of the published networks.

@@ -15,6 +15,7 @@ from tests.helpers.tiny_data import noise
 from vgg_jax import CONFIGS, IMAGENET, VGG, InputError, cli, evaluate, preprocess
 from vgg_jax.configs.evaluation import ROUNDINGS, EvalProtocol
 from vgg_jax.data import decode, resize_shorter_side
+from vgg_jax.evaluation import dense
 from vgg_jax.evaluation.dense import class_posteriors
 from vgg_jax.evaluation.evaluate import load_evaluation
 from vgg_jax.evaluation.predict import expand_paths, predict
@@ -250,3 +251,19 @@ def test_predict_rejects_net_without_head(weight_file, tmp_path, photos):
     save(headless, dataclasses.replace(weights, params=params, top=False))
     with pytest.raises(InputError, match=r"headless\.safetensors has no fully connected layers"):
         list(predict(headless, [str(photos / "b.png")]))
+
+
+@pytest.mark.parametrize("number, is_optimized", [(1, False), (40, True)])
+def test_few_files_are_compiled_sooner(number, is_optimized, weight_file, photos, monkeypatch):
+    options = []
+
+    def compiler_options(optimize_runtime, dtype):
+        options.append(optimize_runtime)
+        return {}
+
+    monkeypatch.setattr(dense, "compiler_options", compiler_options)
+    dense.jitted_stages.cache_clear()
+    files = [str(photos / "b.png")] * number
+    assert len(list(predict(weight_file, files))) == number
+    dense.jitted_stages.cache_clear()
+    assert options == [is_optimized]

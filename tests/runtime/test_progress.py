@@ -7,7 +7,14 @@ import sys
 import pytest
 
 from vgg_jax.runtime import progress
-from vgg_jax.runtime.progress import ProgressBar, RunTimer, format_duration, run_seconds_left
+from vgg_jax.runtime.progress import (
+    ERASE_LINE,
+    ProgressBar,
+    RunTimer,
+    format_duration,
+    run_seconds_left,
+    waiting_line,
+)
 
 
 @pytest.fixture
@@ -129,3 +136,22 @@ def test_run_timer_of_resumed_epoch(clock):
     timer.finish_epoch()
     timer.start_epoch(3, 0.0)
     assert timer.note() == ""
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_waiting_line_is_erased(monkeypatch):
+    monkeypatch.setattr("sys.stderr", Terminal())
+    with pytest.raises(KeyError), waiting_line("compiling the network"):
+        assert sys.stderr.getvalue() == "compiling the network …"
+        raise KeyError
+    assert sys.stderr.getvalue().endswith(f" …{ERASE_LINE}")
+
+
+def test_waiting_line_is_for_terminals_only(capsys):
+    with waiting_line("compiling the network"):
+        pass
+    assert capsys.readouterr().err == ""

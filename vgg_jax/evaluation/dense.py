@@ -6,6 +6,7 @@ their score maps is computed as a small map of its own. This module reads no fil
 imports TensorFlow.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections import Counter
@@ -26,6 +27,7 @@ from vgg_jax.inference import fastest_model, pack_kernels
 from vgg_jax.model import VGG, transpose_kernels
 from vgg_jax.preprocessing import centre_offset, subtract_mean
 from vgg_jax.runtime.compiler import compiler_options
+from vgg_jax.runtime.progress import waiting_line
 
 # Positions of score maps that are computed together, per device. They are padded to a multiple of
 # the step, so that few shapes are compiled. The maximum bounds the memory, because neighbouring
@@ -94,7 +96,11 @@ def logits_at_positions(
 
 @functools.lru_cache(maxsize=8)
 def jitted_stages(
-    model: VGG, mean_rgb: tuple[float, float, float], ceil: bool, mesh: jax.sharding.Mesh
+    model: VGG,
+    mean_rgb: tuple[float, float, float],
+    ceil: bool,
+    mesh: jax.sharding.Mesh,
+    optimize_runtime: bool,
 ) -> tuple[Callable[..., Array], Callable[..., Array]]:
     """Jits `trunk_activations` and `logits_at_positions`.
 
@@ -105,12 +111,13 @@ def jitted_stages(
         mean_rgb: Mean that is subtracted from the pixels.
         ceil: True if poolings round an odd side up.
         mesh: The devices. Results are replicated over them.
+        optimize_runtime: As for `compiler_options`.
 
     Returns:
         The two jitted functions, without the arguments given here.
     """
     options: Any = {
-        "compiler_options": compiler_options(optimize_runtime=True, dtype=model.dtype),
+        "compiler_options": compiler_options(optimize_runtime, model.dtype),
         "out_shardings": replicated(mesh),
     }
     trunk = functools.partial(trunk_activations, model=model, mean_rgb=mean_rgb, ceil=ceil)
@@ -231,6 +238,7 @@ def iter_posteriors(
     protocol: EvalProtocol = DENSE,
     mean_rgb: tuple[float, float, float] = IMAGENET.mean_rgb,
     pixels: int = MAX_PIXELS_PER_BATCH,
+    optimize_runtime: bool = True,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Computes the class posteriors of a stream of images.
 
@@ -247,6 +255,7 @@ def iter_posteriors(
         protocol: The evaluation protocol.
         mean_rgb: Mean that is subtracted from the pixels.
         pixels: Most pixels of the windows that are computed at once.
+        optimize_runtime: Compile for a longer time, which pays off with dozens of images.
 
     Yields:
         `(index, posterior)` of each image as soon as it is done; the posterior is float64 (K,).
@@ -258,7 +267,7 @@ def iter_posteriors(
     if pixels < 1:
         raise InputError(f"pixels is {pixels}: expected at least 1")
     model = fastest_model(model)
-    trunk, head = jitted_stages(model, tuple(mean_rgb), protocol.ceil, mesh)
+    trunk, head = jitted_stages(model, tuple(mean_rgb), protocol.ceil, mesh, optimize_runtime)
     head_variables = jax.device_put(dict(variables), replicated(mesh))
     # Weighted posteriors of the windows of each image that is not done yet.
     pending: dict[int, list[Any]] = {}
@@ -276,11 +285,15 @@ def iter_posteriors(
             pending[index] = [None] * len(windows)
             yield from windows
 
+    # Only before the first batch: a progress bar may follow.
+    compiling: Any = waiting_line("compiling the network")
     for batch in pack_windows(
         all_windows(), model.config, ceil=protocol.ceil, pixels=pixels, devices=mesh.size
     ):
         canvases = shard_batch(_paint_canvases(batch), mesh)
-        activations = trunk(trunk_variables(batch.transposed), **canvases)
+        with compiling:
+            activations = trunk(trunk_variables(batch.transposed), **canvases)
+        compiling = contextlib.nullcontext()
         positions, ends = _score_map_positions(batch, model, protocol.ceil)
         logits = np.zeros((len(positions), model.num_classes))
         for start in range(0, len(positions), MAX_POSITIONS * mesh.size):

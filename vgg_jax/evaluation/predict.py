@@ -25,6 +25,10 @@ from vgg_jax.weights import load
 
 logger = logging.getLogger(__name__)
 
+# Up to this number, a program that is compiled sooner gives the last answer sooner
+# (docs/performance.md#first-answer).
+FEW_FILES = 32
+
 
 class Prediction(NamedTuple):
     """The most probable classes of a file, or the reason why there are none."""
@@ -93,6 +97,7 @@ def predict(
         mesh=make_mesh(1, jax.devices()[:1]),
         protocol=protocol,
         mean_rgb=expected["mean_rgb"],
+        optimize_runtime=len(files) > FEW_FILES,
     )
     first = 0  # position of the next prediction to yield
     for index, posterior in posteriors:

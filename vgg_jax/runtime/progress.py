@@ -1,13 +1,35 @@
 """Progress of a long loop: a bar on a terminal, a line a minute in a log; and of a whole run."""
 
+import contextlib
 import logging
+import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
 SECONDS_PER_LINE = 60
 BAR_DELAY = 2  # seconds; a shorter loop shows no bar
+ERASE_LINE = "\r\x1b[K"
+
+
+@contextlib.contextmanager
+def waiting_line(text: str) -> Iterator[None]:
+    """Shows a text on stderr until the block ends, if stderr is a terminal.
+
+    Args:
+        text: What is happening: "compiling the training step".
+    """
+    stream = sys.stderr
+    if not stream.isatty():
+        yield
+        return
+    print(f"{text} …", end="", file=stream, flush=True)
+    try:
+        yield
+    finally:
+        print(ERASE_LINE, end="", file=stream, flush=True)
 
 
 class ProgressBar:

@@ -32,7 +32,7 @@ from vgg_jax.reporting.events import MAX_CROPS, TrainingEvents
 from vgg_jax.runs.checkpoint import CheckpointSaveError
 from vgg_jax.runtime.compiler import compiler_options
 from vgg_jax.runtime.profile import StepProfile
-from vgg_jax.runtime.progress import ProgressBar, RunTimer
+from vgg_jax.runtime.progress import ProgressBar, RunTimer, waiting_line
 from vgg_jax.training.checkpointer import BestInfo, Checkpointer
 from vgg_jax.training.init_from import Pretrained, init_from_pretrained
 from vgg_jax.training.layer_statistics import name_statistics
@@ -398,9 +398,10 @@ class Trainer:
         device_batch, state = self.put_batch(batch), self.state
         if not self._is_compiled:
             compile_step = partial(self.compile_train_step, state, device_batch)
-            # Calling the step repeats an error of its compilation.
-            if run_unless_stopped(compile_step, self.stop) is None:
-                return False
+            with waiting_line("compiling the training step"):
+                # Calling the step repeats an error of its compilation.
+                if run_unless_stopped(compile_step, self.stop) is None:
+                    return False
             self._is_compiled = True
         is_measured = self._events is not None and self._global_step() % MEASURE_EVERY == 0
         self.state, sums, *statistics = self.train_step(state, device_batch)
