@@ -53,12 +53,14 @@ def _cosine_factor(config: TrainConfig, steps_per_epoch: int | None) -> optax.Sc
     """The share of the highest learning rate that each step has, counted from 0."""
     if steps_per_epoch is None:
         raise ValueError("steps_per_epoch is None: the schedule 'cosine' needs it")
-    return optax.warmup_cosine_decay_schedule(
+    schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=1.0,
         warmup_steps=config.warmup_epochs * steps_per_epoch,
         decay_steps=config.epochs * steps_per_epoch,
     )
+    # `float` is float64 in 64-bit mode: rates in float32 would be wrong by up to 6e-8.
+    return lambda step: schedule(jnp.asarray(step, float))
 
 
 def _initial_lr(config: TrainConfig) -> float:
