@@ -66,6 +66,8 @@ STEPS = PART | {
             "validation_difference": 4.7e-11,
             "bound": 1e-4,
             "within_bound": True,
+            "perturbed_difference": 4.6e-3,
+            "steps_within_bound": {"torch": 50, "perturbed": 12},
         }
     ]
 }
@@ -111,7 +113,10 @@ def test_page_of_half_done_results(results):
     assert "Diverged: D (1 of 1)." in page
     assert "Learned nothing, with a loss of ln 10: D, normal (1 of 2)." in page
     assert "| A | 2.000 | 25.0 | 50.0 | 1 |" in page
-    assert "| without | float64 | 0.01 | 1.4e-10 | 4.7e-11 | 0.0001 | yes | – |" in page
+    assert (
+        "| without | float64 | 0.01 | 1.4e-10 | 4.7e-11 | 0.0001 | yes | 4.6e-03 | 50 / 12 |"
+        in page
+    )
     assert "Whole runs" not in page
     plots = experiments_page.plots()
     assert plots["claims_gains"] == [["B over A", [25.0, 26.0, 27.0], [20.0, 30.0], "holds"]]

@@ -49,7 +49,8 @@ order?
 The largest difference of the losses in the first {steps} steps, and of the loss on the held-out
 images after them. There is no dropout, because the two draw other masks. "Control" is the
 difference of our own losses from those of a start that is changed by one part in 10 million: how
-far rounding grows in these steps.
+far rounding grows in these steps. "Steps within" counts the first steps that stay within the bound,
+of PyTorch and of the control.
 """
 
 
@@ -85,7 +86,8 @@ def parity_section() -> str:
             f"{run['validation_difference']:.1e}",
             f"{run['bound']:g}",
             "yes" if run["within_bound"] else "**no**",
-            f"{run['perturbed_difference']:.1e}" if "perturbed_difference" in run else "–",
+            f"{run['perturbed_difference']:.1e}",
+            " / ".join(str(run["steps_within_bound"][name]) for name in ("torch", "perturbed")),
         )
         for run in steps["runs"]
     )
@@ -98,6 +100,7 @@ def parity_section() -> str:
         "bound",
         "within it",
         "control",
+        "steps within",
     )
     parts = [
         PARITY.format(steps=len(steps["runs"][0]["losses"]["jax"])),

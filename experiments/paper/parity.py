@@ -130,9 +130,9 @@ def compare_first_steps(
         num_steps: Number of steps, at most those of an epoch.
 
     Returns:
-        The losses of both, and their largest difference; the loss of each on the held-out images,
-        and the difference; and the "perturbed_difference" of the control: the largest difference
-        between our losses and those that we get from weights changed by one part in 1e7.
+        The "losses" of "jax", "torch" and the control, "perturbed": those that we get from weights
+        changed by one part in 1e7. The largest difference of PyTorch's and of the control's from
+        ours. The loss of each framework on the held-out images, and the difference.
     """
     steps_per_epoch = -(-data.train.size // config.batch_size)
     if not 0 < num_steps <= steps_per_epoch:
@@ -152,11 +152,11 @@ def compare_first_steps(
         validation[framework] = means(training.evaluate(held_out))["loss"]
     ours.restart(perturb(variables["params"]))
     sums = ours.train(batches)
-    perturbed = sums["loss"] / sums["count"]
+    losses["perturbed"] = sums["loss"] / sums["count"]
     return {
         "losses": {name: values.tolist() for name, values in losses.items()},
         "largest_difference": _largest_difference(losses["jax"], losses["torch"]),
-        "perturbed_difference": _largest_difference(losses["jax"], perturbed),
+        "perturbed_difference": _largest_difference(losses["jax"], losses["perturbed"]),
         "validation_loss": validation,
         "validation_difference": abs(validation["jax"] - validation["torch"]),
     }
@@ -164,6 +164,12 @@ def compare_first_steps(
 
 def _largest_difference(ours: np.ndarray, others: np.ndarray) -> float:
     return float(np.abs(ours - others).max())
+
+
+def steps_within(ours: list[float], others: list[float], bound: float) -> int:
+    """The number of first steps whose losses all differ by less than a bound."""
+    over = np.abs(np.subtract(ours, others)) >= bound
+    return int(over.argmax()) if over.any() else len(over)
 
 
 def first_steps(args: argparse.Namespace, data: Data, results: ResultPart) -> None:
@@ -183,7 +189,15 @@ def first_steps(args: argparse.Namespace, data: Data, results: ResultPart) -> No
                 outcome = compare_first_steps(config, model, data, args.steps)
             differences = (outcome["largest_difference"], outcome["validation_difference"])
             comparison = key | {"bound": bound}
-            comparison |= {"within_bound": max(differences) < bound} | outcome
+            losses = outcome["losses"]
+            comparison |= {
+                "within_bound": max(differences) < bound,
+                "steps_within_bound": {
+                    name: steps_within(losses["jax"], losses[name], bound)
+                    for name in ("torch", "perturbed")
+                },
+            }
+            comparison |= outcome
             results.add(comparison)
             log(
                 f"{key}: {differences[0]:.2g} in a step, {differences[1]:.2g} held out; "
