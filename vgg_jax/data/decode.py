@@ -12,6 +12,8 @@ from vgg_jax.preprocessing import (
 # Pillow and torchvision decode JPEG with this method, so the pixels equal theirs. TensorFlow's
 # default differs (docs/performance.md#jpeg-decoding).
 DCT = "INTEGER_ACCURATE"
+# Segments of a JPEG that are passed over in search of EXIF: JFIF, a colour profile, a comment, ….
+SEGMENTS_BEFORE_TABLES = 3
 
 
 def decode(encoded: tf.Tensor, exif: bool = True) -> tf.Tensor:
@@ -130,20 +132,35 @@ def exif_orientation(encoded: tf.Tensor) -> tf.Tensor:
         orientation = tf.numpy_function(_file_orientation, [encoded], tf.int32)
         return tf.ensure_shape(orientation, ())
 
-    # Only files that may have EXIF are worth a call of Python. Most JPEGs begin with the tables of
-    # their pixels, alone or after 18 bytes of JFIF.
-    head = tf.strings.join([tf.strings.substr(encoded, 0, 22), tf.constant(bytes(22))])
-    is_jfif = tf.strings.substr(head, 2, 4) == b"\xff\xe0\x00\x10"
-    begins_with_tables = tf.strings.substr(head, tf.where(is_jfif, 20, 2), 2) == b"\xff\xdb"
+    # Only files that may have EXIF are worth a call of Python (docs/performance.md#exif).
     is_png = tf.strings.substr(encoded, 0, 4) == b"\x89PNG"
     may_have_exif = tf.case(
         [
-            (is_jpeg(encoded), lambda: ~begins_with_tables),
+            (is_jpeg(encoded), lambda: _jpeg_may_have_exif(encoded)),
             (is_png, lambda: tf.strings.regex_full_match(encoded, r"\C*eXIf\C*")),
         ],
         default=lambda: tf.constant(True),
     )
     return tf.cond(may_have_exif, read, lambda: tf.constant(1))
+
+
+def _jpeg_may_have_exif(encoded: tf.Tensor) -> tf.Tensor:
+    """Tells whether another segment than those without EXIF precedes the tables of the pixels."""
+
+    def read_segment(position: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        head = tf.strings.substr(encoded, position, 4)
+        numbers = tf.io.decode_raw(head, tf.uint16, little_endian=False, fixed_length=4)
+        marker, length = tf.unstack(tf.cast(numbers, tf.int32), 2)
+        return marker, tf.minimum(position + 2 + length, tf.strings.length(encoded))
+
+    position = tf.constant(2)
+    for _ in range(SEGMENTS_BEFORE_TABLES):
+        marker, end = read_segment(position)
+        is_application = (marker >= 0xFFE0) & (marker <= 0xFFEF)
+        has_no_exif = (is_application & (marker != 0xFFE1)) | (marker == 0xFFFE)
+        position = tf.where(has_no_exif, end, position)
+    marker, _ = read_segment(position)
+    return marker != 0xFFDB
 
 
 def apply_orientation(image: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
