@@ -165,25 +165,30 @@ def resize_and_crop(
     orientation = exif_orientation(encoded) if exif else tf.constant(1)
     fractions = tf.cast(tf.stack([y_fraction, x_fraction]), tf.float64)
 
-    def from_jpeg() -> tf.Tensor:
-        sides = tf.io.extract_jpeg_shape(encoded)[:2]
-        window = source_window(sides, scale, size, fractions)
-        pixels = tf.io.decode_and_crop_jpeg(
-            check_pixel_limit(encoded, sides),
-            tf.concat([window.first, window.sides], 0),
-            channels=3,
-            dct_method=DCT,
-        )
-        return _resample(pixels, (size, size), window.zoom, window.translation)
-
-    def from_image() -> tf.Tensor:
-        image = apply_orientation(decode_pixels(encoded), orientation)
-        window = source_window(tf.shape(image)[:2], scale, size, fractions)
-        pixels = tf.slice(image, [*tf.unstack(window.first), 0], [*tf.unstack(window.sides), 3])
-        return _resample(pixels, (size, size), window.zoom, window.translation)
-
     is_upright_jpeg = is_jpeg(encoded) & (orientation == 1)
-    return tf.ensure_shape(tf.cond(is_upright_jpeg, from_jpeg, from_image), (size, size, 3))
+
+    # The branches are short, because the operations of the branch that is not taken cost time, too.
+    def read_sides() -> tuple[tf.Tensor, tf.Tensor]:
+        return tf.io.extract_jpeg_shape(encoded)[:2], tf.zeros((0, 0, 3), tf.uint8)
+
+    def decode_whole() -> tuple[tf.Tensor, tf.Tensor]:
+        image = apply_orientation(decode_pixels(encoded), orientation)
+        return tf.shape(image)[:2], image
+
+    sides, image = tf.cond(is_upright_jpeg, read_sides, decode_whole)
+    window = source_window(sides, scale, size, fractions)
+
+    def decode_window() -> tf.Tensor:
+        rectangle = tf.concat([window.first, window.sides], 0)
+        checked = check_pixel_limit(encoded, sides)
+        return tf.io.decode_and_crop_jpeg(checked, rectangle, channels=3, dct_method=DCT)
+
+    def cut_window() -> tf.Tensor:
+        return tf.slice(image, [*tf.unstack(window.first), 0], [*tf.unstack(window.sides), 3])
+
+    pixels = tf.cond(is_upright_jpeg, decode_window, cut_window)
+    cropped = _resample(pixels, (size, size), window.zoom, window.translation)
+    return tf.ensure_shape(cropped, (size, size, 3))
 
 
 def source_window(
