@@ -1,6 +1,8 @@
 """Pixels of image files, against Pillow's."""
 
+import importlib
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -108,6 +110,41 @@ def test_decode_tiff_orientation(orientation, compression, map_rows):
     np.testing.assert_array_equal(upright, decode_by_pillow(encoded))
     (stored,) = map_rows(lambda encoded: decode(encoded, exif=False), [encoded])
     np.testing.assert_array_equal(stored, PHOTO)
+
+
+def with_segments(encoded: bytes, markers: bytes) -> bytes:
+    """Inserts segments of 60,000 bytes behind the 18 bytes of JFIF."""
+    segments = [
+        b"\xff%c" % marker + struct.pack(">H", 60_000) + bytes(59_998) for marker in markers
+    ]
+    return encoded[:20] + b"".join(segments) + encoded[20:]
+
+
+# A colour profile, a comment, Photoshop's data, ….
+SEGMENTS = [b"", b"\xe2", b"\xfe\xed", b"\xed\xe2\xfe", b"\xe2" * 6]
+
+
+def test_decode_finds_exif_behind_other_segments(map_rows):
+    files = [with_segments(encode_with_exif(6), markers) for markers in SEGMENTS]
+    for encoded, pixels in zip(files, map_rows(decode, files), strict=True):
+        np.testing.assert_array_equal(pixels, decode_by_pillow(encoded))
+        assert pixels.shape == (34, 21, 3)
+
+
+def test_decode_calls_python_only_for_exif(map_rows, monkeypatch):
+    module, calls = importlib.import_module("vgg_jax.data.decode"), []
+
+    def count(encoded):
+        calls.append(encoded)
+        return np.int32(1)
+
+    monkeypatch.setattr(module, "_file_orientation", count)
+    photo = encode(noise(21, 34), "JPEG")
+    without = [photo, photo[:2] + photo[20:], *(with_segments(photo, m) for m in SEGMENTS[:3])]
+    map_rows(decode, without)
+    assert not calls
+    map_rows(decode, [encode_with_exif(1)])
+    assert calls
 
 
 def test_decode_ignores_broken_exif(map_rows):

@@ -167,7 +167,7 @@ def resize_and_crop(
 
     is_upright_jpeg = is_jpeg(encoded) & (orientation == 1)
 
-    # The branches are short, because the operations of the branch that is not taken cost time, too.
+    # Untaken branches cost time, so they are short (docs/performance.md#untaken-branches).
     def read_sides() -> tuple[tf.Tensor, tf.Tensor]:
         return tf.io.extract_jpeg_shape(encoded)[:2], tf.zeros((0, 0, 3), tf.uint8)
 
