@@ -8,6 +8,7 @@ Run it after a result has changed. tests/test_docs.py fails if a page or a plot 
 
 import json
 import math
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -261,6 +262,32 @@ def memory_section() -> str:
     return section("Memory", result, text)
 
 
+def first_answer_section() -> str:
+    """Seconds from the start of a process to its first result, beside PyTorch."""
+    result = load("first_answer")
+    names = ("nothing compiled", "compiled before", "PyTorch")
+
+    def cells(row: dict[str, Any]) -> tuple[Any, ...]:
+        seconds, ratios = row["seconds"], row["median_ratios"]
+        return (
+            row["row"],
+            *(f"{statistics.median(seconds[name]):.1f}" for name in names),
+            *(floor(ratios[name]) for name in names[:2]),
+            len(seconds["PyTorch"]),
+        )
+
+    text = (
+        "Seconds from the start of a process to its first result: the medians, and the medians of "
+        "the ratios, PyTorch's seconds divided by ours. The peer is PyTorch, "
+        "without torchvision.\n\n"
+        + table(
+            ("first result", *names, "ratio", "ratio, compiled before", "rounds"),
+            map(cells, result["rows"]),
+        )
+    )
+    return section("First answer", result, text)
+
+
 def growth_section() -> str:
     """Time and memory by the size of the data."""
     result, start = load("growth"), load("start")
@@ -443,6 +470,7 @@ SECTIONS = (
     input_section,
     runtimes_section,
     memory_section,
+    first_answer_section,
     growth_section,
     accuracy_section,
     fine_tuning_section,
