@@ -269,9 +269,11 @@ def first_answer_section() -> str:
 
     def cells(row: dict[str, Any]) -> tuple[Any, ...]:
         seconds, ratios = row["seconds"], row["median_ratios"]
+        before = statistics.median(row["seconds before"]["nothing compiled"])
         return (
             row["row"],
             *(f"{statistics.median(seconds[name]):.1f}" for name in names),
+            f"{before:.1f}",
             *(floor(ratios[name]) for name in names[:2]),
             len(seconds["PyTorch"]),
         )
@@ -279,9 +281,17 @@ def first_answer_section() -> str:
     text = (
         "Seconds from the start of a process to its first result: the medians, and the medians of "
         "the ratios, PyTorch's seconds divided by ours. The peer is PyTorch, "
-        "without torchvision.\n\n"
+        'without torchvision. "Earlier" is the code before the changes under '
+        "[First answer](performance.md#first-answer), two rounds.\n\n"
         + table(
-            ("first result", *names, "ratio", "ratio, compiled before", "rounds"),
+            (
+                "first result",
+                *names,
+                "nothing compiled, earlier",
+                "ratio",
+                "ratio, compiled before",
+                "rounds",
+            ),
             map(cells, result["rows"]),
         )
     )
