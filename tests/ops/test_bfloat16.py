@@ -33,6 +33,7 @@ def races(monkeypatch, tmp_path):
     monkeypatch.setattr(bfloat16, "has_onednn_bfloat16", lambda: True)
     monkeypatch.setattr(bfloat16, "programs_folder", lambda: str(tmp_path / "programs"))
     monkeypatch.setattr(bfloat16, "_measure", queue.pop)
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
     choose_bfloat16_conv.cache_clear()
     jax.clear_caches()  # traces contain the choice
     yield queue
@@ -136,6 +137,16 @@ def test_folder_that_cannot_be_written(races, tmp_path):
     for _ in range(2):
         assert "measured, and not kept in " in choose_again().describe()
     assert not races
+
+
+def test_times_of_a_busy_machine_are_not_kept(races, monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "getloadavg", lambda: (os.cpu_count() + 0.1, 0.0, 0.0))
+    assert "measured while other programs ran, and not kept" in choose_bfloat16_conv().describe()
+    assert not (tmp_path / "programs").exists()
+    monkeypatch.setattr(os, "getloadavg", lambda: (os.cpu_count() - 0.1, 0.0, 0.0))
+    races[:] = [TIMES]
+    choose_again()
+    assert len(kept_files(tmp_path)) == 1
 
 
 def test_store_is_not_written(races, monkeypatch, tmp_path):

@@ -2,7 +2,7 @@
 
 CPUs differ: AMX makes oneDNN many times faster than float32, and other instructions for bfloat16 do
 not (docs/performance.md#onednn-and-bfloat16). So one convolution is timed in each way. The times
-are kept in the folder of compiled programs.
+are kept in the folder of compiled programs, unless other programs use all cores.
 
 Several processes of a run measure nothing, because they must compile the same program. They use
 oneDNN on a CPU with AMX, and float32 on others.
@@ -124,11 +124,18 @@ def _read_or_measure() -> tuple[ConvTimes, str]:
         times = pool.submit(_measure).result()
     if "://" in folder:
         return times, f"measured, and not kept in {folder}"
+    if _is_busy():
+        return times, "measured while other programs ran, and not kept"
     try:
         _write(file, {"seconds": times._asdict(), **conditions})
     except OSError as error:
         return times, f"measured, and not kept in {folder}: {single_line(error.strerror or error)}"
     return times, f"measured, {file}"
+
+
+def _is_busy() -> bool:
+    """Tells if more threads wanted to run in the last minute than the machine has cores."""
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1)
 
 
 def _conditions() -> dict[str, str | int]:
