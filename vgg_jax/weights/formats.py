@@ -266,7 +266,7 @@ def _read_safetensors(path: Path) -> TensorFile:
         raise InputError(
             f"{path} has metadata of the type {type(metadata).__name__}: expected an object"
         )
-    return TensorFile(tensors, metadata)
+    return TensorFile(tensors, metadata, is_copied=True)
 
 
 def _read_pytorch(path: Path) -> TensorFile:

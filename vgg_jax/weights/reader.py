@@ -369,10 +369,8 @@ def _read_tensors(path: Path, file: TensorFile, detected: DetectedModel, bgr: bo
             if array.dtype.kind in "biuc":
                 raise unsupported_dtype(path, tensor.foreign_name, array.dtype)
             if tensor.path != CONV1_KERNEL or array.dtype != np.float64:
-                # A copy of all kernels takes a second. Read-only arrays, and the vectors that
-                # PyTorch maps, are pages of the file, which may change.
-                is_mapped = array.ndim == 1 or not array.flags.writeable
-                array = array.astype(np.float32, copy=is_mapped)
+                # A second copy of net D takes a second (docs/performance.md#first-answer).
+                array = array.astype(np.float32, copy=not file.is_copied)
             if tensor.path == CONV1_KERNEL:
                 tensor = tensor._replace(bgr=bgr and tensor.shape[2] == 3)
             trees[collection].setdefault(layer, {})[param] = tensor.from_foreign(array)

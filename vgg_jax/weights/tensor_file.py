@@ -25,3 +25,4 @@ class TensorFile(NamedTuple):
     num_bytes: int = 0  # on the disk
     config: str | bytes = ""  # JSON that describes a model of Keras
     note: str = ""  # what the head was taken for, if its names leave that open
+    is_copied: bool = False  # arrays are in memory of their own, and not in a mapped file
