@@ -7,6 +7,7 @@ operation.
 import contextlib
 import os
 import sys
+import types
 
 from vgg_jax.errors import InputError, install_hint
 
@@ -16,9 +17,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 try:
-    # TensorFlow imports Keras if it can, which takes a second or two. `tf.keras` imports it later,
-    # if anybody uses it (docs/performance.md#first-answer).
-    sys.modules.setdefault("keras", None)  # type: ignore[arg-type]
+    _NO_OPTIMIZERS = types.ModuleType("keras.src.optimizers")
+    # TensorFlow imports Keras for its optimizers, which takes a second or two. With this empty
+    # module, Keras is imported when it is used (docs/performance.md#first-answer).
+    sys.modules.setdefault("keras.src.optimizers", _NO_OPTIMIZERS)
     import tensorflow as tf
 except ImportError as error:
     raise InputError(
@@ -26,8 +28,8 @@ except ImportError as error:
         f"{install_hint('train')}"
     ) from error
 finally:
-    if sys.modules["keras"] is None:
-        del sys.modules["keras"]
+    if sys.modules.get("keras.src.optimizers") is _NO_OPTIMIZERS:
+        del sys.modules["keras.src.optimizers"]
 
 # TensorFlow refuses if it was used before, for example in a notebook.
 with contextlib.suppress(RuntimeError):
