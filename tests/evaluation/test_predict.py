@@ -253,7 +253,7 @@ def test_predict_rejects_net_without_head(weight_file, tmp_path, photos):
         list(predict(headless, [str(photos / "b.png")]))
 
 
-@pytest.mark.parametrize("number, is_optimized", [(1, False), (40, True)])
+@pytest.mark.parametrize("number, is_optimized", [(16, False), (17, True)])
 def test_few_files_are_compiled_sooner(number, is_optimized, weight_file, photos, monkeypatch):
     options = []
 

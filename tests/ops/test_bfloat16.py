@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="only a C
 
 
 @pytest.fixture(autouse=True)
-def races(monkeypatch, tmp_path):
+def measurements(monkeypatch, tmp_path):
     """An empty folder, XLA with oneDNN, and a list: each measurement takes its last times."""
     queue = [TIMES]
     monkeypatch.delenv("VGG_JAX_BFLOAT16", raising=False)
@@ -35,7 +35,7 @@ def races(monkeypatch, tmp_path):
     monkeypatch.setattr(bfloat16, "_measure", queue.pop)
     monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
     choose_bfloat16_conv.cache_clear()
-    jax.clear_caches()  # traces contain the choice
+    jax.clear_caches()  # tmeasurements contain the choice
     yield queue
     choose_bfloat16_conv.cache_clear()
     jax.clear_caches()
@@ -61,11 +61,11 @@ def kept_files(tmp_path):
         ((2, 2.5, 2.5), False, False),  # too close
     ],
 )
-def test_shorter_time_decides(milliseconds, inference, training, races):
-    races[:] = [ConvTimes(*(value / 1000 for value in milliseconds))]
+def test_shorter_time_decides(milliseconds, inference, training, measurements):
+    measurements[:] = [ConvTimes(*(value / 1000 for value in milliseconds))]
     assert choose_bfloat16_conv()[:2] == (inference, training)
     assert choose_bfloat16_conv()[:2] == (inference, training)
-    assert not races  # measured once
+    assert not measurements  # measured once
 
 
 def test_shortest_times():
@@ -81,7 +81,7 @@ def test_shortest_times():
     assert next(durations, None) is None
 
 
-def test_times_are_kept(races, tmp_path):
+def test_times_are_kept(measurements, tmp_path):
     assert "; measured, " in choose_bfloat16_conv().describe()
     (file,) = kept_files(tmp_path)
     content = json.loads(file.read_text())
@@ -94,8 +94,8 @@ def test_times_are_kept(races, tmp_path):
 
 
 @pytest.mark.parametrize("changed", ["jaxlib", "threads", "cpu"])
-def test_other_conditions_are_measured_again(changed, races, monkeypatch, tmp_path):
-    races.insert(0, ConvTimes(1e-3, 2e-3, 4e-3))
+def test_other_conditions_are_measured_again(changed, measurements, monkeypatch, tmp_path):
+    measurements.insert(0, ConvTimes(1e-3, 2e-3, 4e-3))
     assert not choose_bfloat16_conv().inference_in_onednn
     conditions = bfloat16._conditions()
     monkeypatch.setattr(bfloat16, "_conditions", lambda: conditions | {changed: "other"})
@@ -119,37 +119,37 @@ def test_other_conditions_are_measured_again(changed, races, monkeypatch, tmp_pa
         "\udcff",
     ],
 )
-def test_damaged_file_is_measured_again(content, races, tmp_path):
-    races.append(TIMES)
+def test_damaged_file_is_measured_again(content, measurements, tmp_path):
+    measurements.append(TIMES)
     choose_bfloat16_conv()
     (file,) = kept_files(tmp_path)
     whole = file.read_bytes()
     file.write_bytes(content.encode(errors="surrogateescape"))
     assert choose_again()[:2] == (False, True)
-    assert not races
+    assert not measurements
     assert file.read_bytes() == whole
 
 
-def test_folder_that_cannot_be_written(races, tmp_path):
+def test_folder_that_cannot_be_written(measurements, tmp_path):
     """The times are measured in each process."""
-    races.append(TIMES)
+    measurements.append(TIMES)
     (tmp_path / "programs").write_text("")
     for _ in range(2):
         assert "measured, and not kept in " in choose_again().describe()
-    assert not races
+    assert not measurements
 
 
-def test_times_of_a_busy_machine_are_not_kept(races, monkeypatch, tmp_path):
-    monkeypatch.setattr(os, "getloadavg", lambda: (os.cpu_count() + 0.1, 0.0, 0.0))
+def test_times_of_a_busy_machine_are_not_kept(measurements, monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "getloadavg", lambda: (bfloat16._count_threads() + 0.1, 0.0, 0.0))
     assert "measured while other programs ran, and not kept" in choose_bfloat16_conv().describe()
     assert not (tmp_path / "programs").exists()
-    monkeypatch.setattr(os, "getloadavg", lambda: (os.cpu_count() - 0.1, 0.0, 0.0))
-    races[:] = [TIMES]
+    monkeypatch.setattr(os, "getloadavg", lambda: (bfloat16._count_threads() - 0.1, 0.0, 0.0))
+    measurements[:] = [TIMES]
     choose_again()
     assert len(kept_files(tmp_path)) == 1
 
 
-def test_store_is_not_written(races, monkeypatch, tmp_path):
+def test_store_is_not_written(measurements, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bfloat16, "programs_folder", lambda: "gs://bucket/programs")
     assert (
@@ -161,10 +161,10 @@ def test_store_is_not_written(races, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(("setting", "onednn"), [("onednn", True), ("float32", False)])
-def test_variable_replaces_choice(setting, onednn, races, monkeypatch):
+def test_variable_replaces_choice(setting, onednn, measurements, monkeypatch):
     monkeypatch.setenv("VGG_JAX_BFLOAT16", setting)
     assert choose_bfloat16_conv()[:2] == (onednn, onednn)
-    assert races  # nothing was measured
+    assert measurements  # nothing was measured
     assert f"(VGG_JAX_BFLOAT16 is '{setting}')" in choose_bfloat16_conv().describe()
     monkeypatch.setattr(bfloat16, "has_onednn_bfloat16", lambda: False)
     assert choose_again()[:2] == (False, False)
@@ -178,15 +178,15 @@ def test_variable_rejects_other_values(monkeypatch):
 
 
 @pytest.mark.parametrize(("flags", "onednn"), [("avx512_bf16 amx_bf16", True), ("avx512_bf16", 0)])
-def test_processes_of_one_run_measure_nothing(flags, onednn, races, monkeypatch):
+def test_processes_of_one_run_measure_nothing(flags, onednn, measurements, monkeypatch):
     """The times differ between processes, and would give them different programs."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(bfloat16, "_describe_cpu", lambda: f"A processor {flags}")
     assert choose_bfloat16_conv()[:2] == (onednn, onednn)
-    assert races
+    assert measurements
 
 
-def test_selfcheck_prints_choice(races, monkeypatch, capsys):
+def test_selfcheck_prints_choice(measurements, monkeypatch, capsys):
     monkeypatch.setattr("vgg_jax.selfcheck.run_checks", lambda: [])
     main(["selfcheck"])
     line = capsys.readouterr().out.splitlines()[-1]
@@ -240,9 +240,9 @@ def test_ways_are_accurate(setting, monkeypatch):
 
 
 @pytest.mark.parametrize(("onednn", "dtype"), [(1e-3, jnp.bfloat16), (9e-3, jnp.float32)])
-def test_inference_takes_faster_way(onednn, dtype, races):
+def test_inference_takes_faster_way(onednn, dtype, measurements):
     """Float32 filters are packed for the float32 way, whose result is also closer to the net's."""
-    races[:] = [TIMES._replace(onednn=onednn)]
+    measurements[:] = [TIMES._replace(onednn=onednn)]
     model = VGG(DEEP, 7, image_size=32, dtype=jnp.bfloat16)
     variables, x = init(model), images(2, 32, 32)
     packed = pack_kernels(variables, jnp.bfloat16)["packed"]
@@ -256,9 +256,9 @@ def test_inference_takes_faster_way(onednn, dtype, races):
     assert_close_to_largest(logits.astype(jnp.float32), exact, tolerance)
 
 
-def test_predictions_take_faster_way(races):
+def test_predictions_take_faster_way(measurements):
     """If float32 wins, a bfloat16 net predicts what the float32 one does."""
-    races[:] = [TIMES._replace(onednn=9e-3)]
+    measurements[:] = [TIMES._replace(onednn=9e-3)]
     model = VGG(DEEP, 7, image_size=32)
     variables = init(model)
     photos = np.random.default_rng(0).integers(256, size=(2, 40, 36, 3), dtype=np.uint8)

@@ -151,6 +151,13 @@ def test_waiting_line_is_erased(monkeypatch):
     assert sys.stderr.getvalue().endswith(f" …{ERASE_LINE}")
 
 
+def test_quiet_process_shows_no_waiting_line(monkeypatch):
+    monkeypatch.setattr("sys.stderr", Terminal())
+    with waiting_line("compiling the network", quiet=True):
+        pass
+    assert sys.stderr.getvalue() == ""
+
+
 def test_waiting_line_is_for_terminals_only(capsys):
     with waiting_line("compiling the network"):
         pass

@@ -145,7 +145,10 @@ def exif_orientation(encoded: tf.Tensor) -> tf.Tensor:
 
 
 def _jpeg_may_have_exif(encoded: tf.Tensor) -> tf.Tensor:
-    """Tells whether another segment than those without EXIF precedes the tables of the pixels."""
+    """Tells whether a segment that may have EXIF precedes the tables of the pixels.
+
+    EXIF must be the first or second segment by its standard. EXIF behind the tables is not found.
+    """
 
     def read_segment(position: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         head = tf.strings.substr(encoded, position, 4)

@@ -286,7 +286,7 @@ def iter_posteriors(
             yield from windows
 
     # Only before the first batch: a progress bar may follow.
-    compiling: Any = waiting_line("compiling the network")
+    compiling: Any = waiting_line("compiling the network", quiet=jax.process_index() > 0)
     for batch in pack_windows(
         all_windows(), model.config, ceil=protocol.ceil, pixels=pixels, devices=mesh.size
     ):

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 # Up to this number, a program that is compiled sooner gives the last answer sooner
 # (docs/performance.md#first-answer).
-FEW_FILES = 32
+FEW_FILES = 16
 
 
 class Prediction(NamedTuple):

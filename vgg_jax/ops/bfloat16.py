@@ -48,7 +48,7 @@ _CPU_FIELDS = ("model name", "flags", "Features", "CPU implementer", "CPU part")
 class ConvTimes(NamedTuple):
     """Seconds of one 3x3 convolution in each way."""
 
-    onednn: float  # in bfloat16
+    onednn: float  # in bfloat16; the kernel is laid out at each call
     packed: float  # in float32, with the kernel transformed in advance
     unpacked: float  # in float32, with the transform of the kernel
 
@@ -56,7 +56,7 @@ class ConvTimes(NamedTuple):
 class Choice(NamedTuple):
     """The ways of convolving bfloat16, and the reason for them."""
 
-    inference_in_onednn: bool  # with kernels that are laid out in advance
+    inference_in_onednn: bool
     training_in_onednn: bool
     reason: str
 
@@ -93,7 +93,7 @@ def choose_bfloat16_conv() -> Choice:
         found = "with" if has_amx else "without"
         return _same_for_both(has_amx, f"several processes, CPU {found} AMX")
     times, place = _read_or_measure()
-    # Transforming the kernel takes time. If oneDNN is faster without it, then also with it.
+    # The transform of the kernel can only add time. A shorter time with it is noise.
     slowest_float32 = max(times.packed, times.unpacked)
     return Choice(
         _MIN_SPEEDUP * times.onednn < times.packed,
@@ -134,18 +134,23 @@ def _read_or_measure() -> tuple[ConvTimes, str]:
 
 
 def _is_busy() -> bool:
-    """Tells if more threads wanted to run in the last minute than the machine has cores."""
-    return hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1)
+    """Tells if more threads wanted to run in the last minute than this process has cores."""
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > _count_threads()
 
 
 def _conditions() -> dict[str, str | int]:
     """The things that the times depend on."""
-    can_count = hasattr(os, "sched_getaffinity")
     return {
         "jaxlib": jaxlib.version.__version__,
-        "threads": len(os.sched_getaffinity(0)) if can_count else os.cpu_count() or 1,
+        "threads": _count_threads(),
         "cpu": _describe_cpu(),
     }
+
+
+def _count_threads() -> int:
+    """The number of cores that this process may use."""
+    can_count = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if can_count else os.cpu_count() or 1
 
 
 def _describe_cpu() -> str:

@@ -15,14 +15,15 @@ ERASE_LINE = "\r\x1b[K"
 
 
 @contextlib.contextmanager
-def waiting_line(text: str) -> Iterator[None]:
+def waiting_line(text: str, quiet: bool = False) -> Iterator[None]:
     """Shows a text on stderr until the block ends, if stderr is a terminal.
 
     Args:
         text: What is happening: "compiling the training step".
+        quiet: Show nothing, as in all processes of a run but one.
     """
     stream = sys.stderr
-    if not stream.isatty():
+    if quiet or not stream.isatty():
         yield
         return
     print(f"{text} …", end="", file=stream, flush=True)

@@ -398,7 +398,7 @@ class Trainer:
         device_batch, state = self.put_batch(batch), self.state
         if not self._is_compiled:
             compile_step = partial(self.compile_train_step, state, device_batch)
-            with waiting_line("compiling the training step"):
+            with waiting_line("compiling the training step", quiet=not is_main_process()):
                 # Calling the step repeats an error of its compilation.
                 if run_unless_stopped(compile_step, self.stop) is None:
                     return False
