@@ -29,6 +29,7 @@ CLAIMS = PART | {
         {
             "claim": "B over A",
             "section": "4.1",
+            "kind": "lower",
             "paper": [29.6, 28.7],
             "seeds": [0, 1, 2],
             "before": [0.5, 0.51, 0.52],

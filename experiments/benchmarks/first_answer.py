@@ -5,10 +5,10 @@
         --out experiments/results/first_answer.json
 
 Rows: `vgg-jax predict` of a photo with net D, a program that compiles D for inference, and the
-first training step of A with 32 pixels and of D with 224. Each process runs three times in turn:
-ours with an empty compilation cache, ours again with the programs of the first time, and PyTorch's.
-PyTorch reads its own file, and ours is converted once before. --peer-python is the Python that has
-torch. The ratio is PyTorch's seconds divided by ours. Prints one line for each row.
+first training step of A with 32 pixels and of D with 224. Each of --rounds has three processes in
+turn: ours with an empty compilation cache, ours again with the programs of the first, and
+PyTorch's. PyTorch reads its own file, and ours is converted once before. --peer-python is the
+Python that has torch. The ratio is PyTorch's seconds divided by ours. Prints a line for each row.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 
+from experiments.paper.result_file import command_line
 from experiments.script import run, stdout_of
 from vgg_jax.runs.files import atomic_write
 
@@ -99,7 +100,7 @@ def main() -> None:
             rows.append(measure(row, args, files))
             print(json.dumps(rows[-1]), flush=True)
     result = {
-        "command": "python -m experiments.benchmarks.first_answer vgg16.pth PHOTO.jpg",
+        "command": command_line("experiments.benchmarks.first_answer", args.file),
         "device": args.device,
         "versions": {"jax": jax.__version__, "torch": peer},
         "rows": rows,

@@ -70,7 +70,7 @@ CLAIMS = (
     Claim("More layers help: D (16) over B (13)", "4.1", at_256("B"), at_256("D"), (28.7, 27.0)),
     Claim("More layers help: E (19) over A (11)", "4.1", at_256("A"), at_256("E"), (29.6, 27.3)),
     Claim(
-        "The error saturates at 19 layers: E does not beat D",
+        "The error saturates at 19 layers: E does not beat D by a point",
         "4.1",
         at_256("D"),
         at_256("E"),
@@ -78,7 +78,7 @@ CLAIMS = (
         "not lower",
     ),
     Claim(
-        "Local response normalisation does not help: A-LRN does not beat A",
+        "Local response normalisation does not help: A-LRN does not beat A by a point",
         "4.1",
         at_256("A"),
         at_256("A-LRN"),
@@ -107,7 +107,7 @@ CLAIMS = (
         "a note after submission",
     ),
     Claim(
-        "Glorot's initialisation needs no other net: D from A does not beat it",
+        "Glorot's initialisation needs no other net: D from A does not beat it by a point",
         "3.1",
         at_256("D"),
         at_256("D, from A"),

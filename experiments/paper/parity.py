@@ -17,13 +17,7 @@ between two starts that are one part in 1e7 apart. This control exceeds the boun
 steps as PyTorch: after 2 with batch normalisation, after 37 without. So the bound of 1e-2 cannot
 tell an error from rounding here.
 
-One ReLU is enough for that. Our rates used to be rounded to float32 in each step, by 1e-8. With
-batch normalisation at the rate 0.01, the losses in float64 then differed by 0.08. In the fourth
-step, one of the 262,144 inputs of the ReLU after conv2_2 was -1e-8 here and 1e-8 in PyTorch. It
-changed the gradients of that convolution and of those before it by 0.2 to 0.6 %.
-
-No whole run is recorded with these rates yet. With dropout 0.5, the rate 0.05 and batches of 32,
-our net of seed 0 stayed at 10 % for three epochs. So the runs have a lower rate and less dropout.
+No whole run is recorded yet.
 
 Both train net D by SGD with a cosine schedule. PyTorch gets our initial weights, and the very crops
 and colour shifts of our augmentation. It has its own convolutions, batch normalisation, SGD and
