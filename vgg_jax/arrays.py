@@ -397,8 +397,11 @@ def _open_npz(name: str) -> Iterator[Mapping[str, np.ndarray]]:
     except InputError:
         raise
     except NPZ_ERRORS as error:
+        reason = single_line(error)
+        if "pickle" in reason:  # NumPy's message says how to load them, which is unsafe
+            reason = "it is no .npz file, or holds Python objects"
         raise InputError(
-            f"{name!r} cannot be read ({single_line(error)}): expected an .npz file of arrays of "
+            f"{name!r} cannot be read ({reason}): expected an .npz file of arrays of "
             "numbers or texts, as np.savez writes it"
         ) from error
 

@@ -37,7 +37,8 @@ import dataclasses
 import itertools
 import json
 import time
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -206,7 +207,12 @@ def check_settings(args: argparse.Namespace, data: Data) -> None:
             raise InputError(
                 f"no settings.json in {args.out}: expected the folder of an earlier call"
             )
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"--out {args.out} cannot be made ({error.strerror}): expected a folder"
+            ) from error
         atomic_write(path, json.dumps(settings(args, data), indent=1).encode())
         return
     try:
@@ -227,6 +233,8 @@ def check(args: argparse.Namespace) -> None:
         ("width_divisor", 1, MAX_DIVISOR),
         ("epochs", 1, None),
         ("batch_size", 1, None),
+        ("train_images", 10, None),
+        ("test_images", 1, None),
         ("crop_images", 1, args.test_images),
     ):
         value = getattr(args, name)
@@ -254,19 +262,39 @@ def train_all(args: argparse.Namespace, data: Data) -> None:
                 log(f"{name}, {seed}: skipped, since another process trains it")
 
 
+def read_finished(path: Path, read: Callable[[Path], Any]) -> Any:
+    """Reads a file of a finished net.
+
+    Raises:
+        InputError: It is missing or damaged.
+    """
+    try:
+        return read(path)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise InputError(
+            f"{path} is missing or damaged: expected the file of a finished net; remove its folder "
+            "and run the command again"
+        ) from error
+
+
+def _read_part(path: Path, part: Part) -> np.ndarray | None:
+    with np.load(path) as file:
+        return file.get(f"{part.protocol} {part.scale}")
+
+
 def collect(args: argparse.Namespace, data: Data) -> dict[str, Any]:
     """The table of all claims, and the curves of the finished nets."""
     nets: dict[str, dict[int, Any]] = {name: {} for name in NETS}
     for name, seed in itertools.product(NETS, args.seeds):
         if is_finished(args, name, seed):
             path = run_folder(args, name, seed) / "curves.json"
-            nets[name][seed] = json.loads(path.read_text())
+            nets[name][seed] = read_finished(path, lambda path: json.loads(path.read_text()))
 
     def load(part: Part, seed: int) -> np.ndarray | None:
         if seed not in nets[part.net] or nets[part.net][seed]["diverged"]:
             return None
-        with np.load(run_folder(args, part.net, seed) / "posteriors.npz") as file:
-            return file.get(f"{part.protocol} {part.scale}")
+        path = run_folder(args, part.net, seed) / "posteriors.npz"
+        return read_finished(path, lambda path: _read_part(path, part))
 
     return {
         "command": command_line("experiments.paper.claims", args.data).replace(" --collect", ""),

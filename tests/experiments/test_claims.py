@@ -274,6 +274,7 @@ def test_net_of_another_process_is_skipped(untrained, tmp_path, capsys):
     "flags, message",
     [
         (("--width-divisor", "0"), "--width-divisor is 0: expected 1 to 64"),
+        (("--train-images", "9"), "--train-images is 9: expected at least 10"),
         (("--crop-images", "11"), "--crop-images is 11: expected 1 to 10"),
         (("--collect",), r"no settings.json in .*: expected the folder of an earlier call"),
     ],
@@ -282,3 +283,17 @@ def test_wrong_values_are_refused_before_training(flags, message, untrained, tmp
     with pytest.raises(claims.InputError, match=message):
         untrained[0](*flags)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["curves.json", "posteriors.npz"])
+def test_damaged_net_is_named(name, untrained):
+    out = untrained[0]("--seeds", "0", "--nets", "A", "E")
+    (out / "A-0" / name).write_text("{")
+    with pytest.raises(claims.InputError, match=f"A-0/{name} is missing or damaged: expected"):
+        untrained[0]("--seeds", "0", "--nets", "A", "E")
+
+
+def test_out_must_be_a_folder(untrained, tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(claims.InputError, match=r"--out .*out cannot be made \(File exists\)"):
+        untrained[0]("--seeds", "0", "--nets", "A")
