@@ -360,10 +360,7 @@ def test_npz_that_cannot_be_used(tmp_path):
     with pytest.raises(InputError, match=r"has the arrays pixels, targets: .* x_train and y_train"):
         read_npz(path)
     path = save(tmp_path / "x.npz", images=np.array([IMAGES[0], None], object), labels=[0, 1])
-    with pytest.raises(
-        InputError,
-        match=r"cannot be read \(it is no .npz file, or holds Python objects\): .* numbers or texts",
-    ):
+    with pytest.raises(InputError, match=r"or holds Python objects\): .* numbers or texts"):
         read_npz(path)
     for name, content in {"text": b"hello", "cut": (tmp_path / "x.npz").read_bytes()[:99]}.items():
         (tmp_path / f"{name}.npz").write_bytes(content)
