@@ -57,6 +57,7 @@ CLAIMS = PART | {
     },
 }
 STEPS = PART | {
+    "settings": {"width_divisor": 8},
     "runs": [
         {
             "batch_norm": False,
@@ -70,7 +71,7 @@ STEPS = PART | {
             "perturbed_difference": 4.6e-3,
             "steps_within_bound": {"torch": 50, "perturbed": 12},
         }
-    ]
+    ],
 }
 CELL = {"jax": 0.5, "torch": 0.25, "difference": 0.25, "limit": 0.125, "within_noise": False}
 BASELINE = PART | {
@@ -94,7 +95,7 @@ def results(monkeypatch):
     """Results that experiments_page reads, which a test may change."""
     documents = {
         "claims": CLAIMS,
-        "parity": {"first_steps": STEPS},
+        "parity": {"first_steps_8": STEPS},
         "baseline": {"digits_sgd_8": BASELINE},
         "receptive_field": {},
     }

@@ -77,7 +77,17 @@ compare these too.
 def parity_section() -> str:
     """The first steps and whole runs of both frameworks."""
     result = load("parity")
-    steps = result["first_steps"]
+    steps = [part for name, part in result.items() if name.startswith("first_steps")]
+    parts = [PARITY.format(steps=len(steps[0]["runs"][0]["losses"]["jax"]))]
+    for part in steps:
+        parts += [f"Net D, {_widths(part['settings'])}:", first_steps_table(part), facts(part)]
+    if result.get("runs", {}).get("summary"):
+        parts.append(whole_runs(result["runs"]))
+    return "\n\n".join(part.strip() for part in parts)
+
+
+def first_steps_table(part: dict[str, Any]) -> str:
+    """The differences of the first steps in each setting."""
     rows = (
         (
             "with" if run["batch_norm"] else "without",
@@ -90,7 +100,7 @@ def parity_section() -> str:
             f"{run['perturbed_difference']:.1e}",
             " / ".join(str(run["steps_within_bound"][name]) for name in ("torch", "perturbed")),
         )
-        for run in steps["runs"]
+        for run in part["runs"]
     )
     header = (
         "batch normalisation",
@@ -103,14 +113,7 @@ def parity_section() -> str:
         "control",
         "steps within",
     )
-    parts = [
-        PARITY.format(steps=len(steps["runs"][0]["losses"]["jax"])),
-        table(header, rows),
-        facts(steps),
-    ]
-    if result.get("runs", {}).get("summary"):
-        parts.append(whole_runs(result["runs"]))
-    return "\n\n".join(part.strip() for part in parts)
+    return table(header, rows)
 
 
 def whole_runs(part: dict[str, Any]) -> str:
