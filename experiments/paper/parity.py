@@ -17,7 +17,10 @@ between two starts that are one part in 1e7 apart. This control exceeds the boun
 steps as PyTorch: after 2 with batch normalisation, after 37 without. So the bound of 1e-2 cannot
 tell an error from rounding here.
 
-No whole run is recorded yet.
+Answer for whole runs, with an eighth of the widths and three epochs of 45,000 images: the test
+accuracies are 58.4 ± 0.3 % here and 58.2 ± 1.9 % in PyTorch, and differ by 0.2 points. That is
+within the range of three seeds, 3.4 points in PyTorch. A run took three to six minutes on one core
+of an AMD EPYC that did other work too.
 
 Both train net D by SGD with a cosine schedule. PyTorch gets our initial weights, and the very crops
 and colour shifts of our augmentation. It has its own convolutions, batch normalisation, SGD and
