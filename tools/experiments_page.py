@@ -50,8 +50,8 @@ The largest difference of the losses in the first {steps} steps, and of the loss
 images after them. There is no dropout, because the two draw other masks. "Control" is the
 difference of our own losses from those of a start that is changed by one part in 10 million: how
 far rounding grows in these steps. In float32, PyTorch's losses differ from ours by about as much as
-the control's, so the bound cannot tell an error from rounding there. "Steps within" counts the first
-steps that stay within the bound, of PyTorch and of the control.
+the control's, so the bound cannot tell an error from rounding there. "Steps within" counts the
+first steps that stay within the bound, of PyTorch and of the control.
 """
 
 
