@@ -148,12 +148,12 @@ def test_resumed_run_equals_an_uninterrupted_one(call, tmp_path):
     err, out, results = call("--frameworks", "jax", "--seeds", "0")
     assert "Total params: 138,365,992" not in err  # D is another net in these tests
     assert "jax seed 0: time" in err and out == "null\n"
-    first = results["bright_sgd"]["runs"][0]
+    first = results["bright_sgd_64"]["runs"][0]
     flags = ("--frameworks", "jax", "--seeds", "0", "1", "--figures", str(tmp_path / "figures"))
     err, _, results = call(*flags)
     assert "jax seed 0: skipped" in err
-    assert results.keys() == {"bright_sgd"}
-    part = results["bright_sgd"]
+    assert results.keys() == {"bright_sgd_64"}
+    part = results["bright_sgd_64"]
     assert part["runs"][0] == first and part["runs"][1]["seed"] == 1
     assert "bright.npz" in part["command"] and str(tmp_path) not in part["command"]
     assert part["nets"]["trained"]["params"] > 0 and part["summary"] is None
@@ -163,7 +163,7 @@ def test_resumed_run_equals_an_uninterrupted_one(call, tmp_path):
 
     (tmp_path / "baseline.json").unlink()
     _, _, whole = call("--frameworks", "jax", "--seeds", "0", "1")
-    for resumed, uninterrupted in zip(part["runs"], whole["bright_sgd"]["runs"], strict=True):
+    for resumed, uninterrupted in zip(part["runs"], whole["bright_sgd_64"]["runs"], strict=True):
         for epoch in resumed["epochs"] + uninterrupted["epochs"]:
             assert epoch.pop("seconds") > 0
         assert resumed == uninterrupted
