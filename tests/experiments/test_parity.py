@@ -8,13 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import vgg_jax
 from experiments.paper import parity
 from experiments.paper.jax_training import Crops, perturb
 from experiments.paper.scan_training import build_small_model, load_data
 from tests.helpers.arrays import save_bright_images
-from vgg_jax import CONFIGS, TrainConfig
-from vgg_jax.configs.models import VGGConfig
+from vgg_jax import TrainConfig
 from vgg_jax.errors import InputError
 
 SETTINGS = {
@@ -36,13 +34,6 @@ SETTINGS = {
 def npz(tmp_path_factory):
     """120 training and 20 test images of two classes, which differ in brightness."""
     return save_bright_images(tmp_path_factory.mktemp("data"), 120, 20, 20)
-
-
-@pytest.fixture
-def narrow(monkeypatch):
-    """The name of a net with two narrow stages."""
-    config = VGGConfig(((vgg_jax.Conv(4),), (vgg_jax.Conv(8),)), fc=(12, 8))
-    monkeypatch.setitem(CONFIGS, "narrow", config)
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ from experiments.paper.scan_training import (
 from tests.helpers.arrays import save_bright_images
 from vgg_jax import CONFIGS, VGG, TrainConfig
 from vgg_jax.configs.evaluation import EvalProtocol
-from vgg_jax.configs.models import VGGConfig
 from vgg_jax.errors import InputError
 from vgg_jax.training.step import init_variables
 
@@ -40,14 +39,6 @@ SETTINGS = {
 def npz(tmp_path_factory):
     """60 training and 20 test images of two classes, which differ in brightness."""
     return save_bright_images(tmp_path_factory.mktemp("data"), 60, 20, 20)
-
-
-@pytest.fixture
-def narrow(monkeypatch):
-    """The name of a net with two narrow stages."""
-    config = VGGConfig(((vgg_jax.Conv(4),), (vgg_jax.Conv(8),)), fc=(12, 8))
-    monkeypatch.setitem(CONFIGS, "narrow", config)
-    return "narrow"
 
 
 @pytest.mark.slow
