@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +26,7 @@ import jax
 
 from experiments.paper.result_file import command_line
 from experiments.script import run, stdout_of
+from vgg_jax.errors import InputError
 from vgg_jax.runs.files import atomic_write
 
 # Ours, and PyTorch's. NET and FILE are the two weight files, PHOTO is the photo.
@@ -78,6 +80,15 @@ def measure(row: str, args: argparse.Namespace, files: dict[str, str]) -> dict[s
     return {"row": row, "seconds": seconds, "median_ratios": ratios}
 
 
+def torch_version(python: str) -> str:
+    """The version of torch that a Python has."""
+    code = "from importlib.metadata import version; print(version('torch'))"
+    try:
+        return stdout_of([python, "-c", code], stderr=subprocess.DEVNULL).strip()
+    except InputError as error:
+        raise InputError(f"{python} has no torch: pass --peer-python, one that has it") from error
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -89,7 +100,12 @@ def main() -> None:
     parser.add_argument("--peer-python", default=sys.executable)
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
-    peer = stdout_of([args.peer_python, "-c", "import torch; print(torch.__version__)"]).strip()
+    for name in (args.file, args.photo):
+        if not Path(name).is_file():
+            raise InputError(f"no file {name!r}: expected a weight file and a photo")
+    if args.rounds < 1:
+        raise InputError(f"--rounds is {args.rounds}: expected at least 1")
+    peer = torch_version(args.peer_python)
     with tempfile.TemporaryDirectory() as folder:
         net = str(Path(folder) / "net.safetensors")
         # Our own format, as a user has it after `vgg-jax import`, which needs torch here.
