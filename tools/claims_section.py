@@ -21,7 +21,7 @@ Which claims of the paper hold for small nets on CIFAR-10? Here {holds} hold, {f
 - All widths of Table 1, and those of fc6 and fc7, are divided by {width_divisor}.
 - Images have 64 pixels instead of 224, enlarged from CIFAR-10's 32. All scales have the paper's
   ratio to them: S = 256 is 73, and 384 is 110.
-- Each net sees {train_images:,} images in {epochs} epochs, in batches of {batch_size}. The
+- Each net trains for {epochs} epochs on {train_images:,} images, in batches of {batch_size}. The
   learning rate falls from {learning_rate} along a cosine. The paper trains for 74 epochs.
 - Dense evaluation sees the centre of an image, with sides that 32 divides. At Q = 256 that is one
   window, where the paper has four, and at Q = 512 nine, where it has 100.
@@ -111,9 +111,7 @@ def claims_section() -> str:
             parts.append(f"{text}: {runs}.")
     fewer = [f"{name} ({len(runs)})" for name, runs in result["nets"].items() if len(runs) < 3]
     if fewer:
-        parts.append(
-            "Nets with fewer than three seeds, for lack of time: " + ", ".join(fewer) + "."
-        )
+        parts.append("Nets with fewer than three finished seeds: " + ", ".join(fewer) + ".")
     parts += [
         GAINS_TEXT,
         NOTES.format(**result["settings"]),
