@@ -22,8 +22,8 @@ from vgg_jax.ops.convolution_cpu import _images_per_chunk
 from vgg_jax.ops.epilogue import EPILOGUE_KINDS, Epilogue, add_bias
 from vgg_jax.runtime.compiler import compiler_options, has_onednn_bfloat16
 
-# (N, H, W, C, K, kernel size) for each path of a CPU: im2col on small maps and on few channels,
-# Winograd (in several blocks, see test_winograd), XLA, and the matrix product.
+# (N, H, W, C, K, kernel size) for each path of a CPU: matrix products on small maps, im2col on few
+# channels, Winograd (in several blocks, see test_winograd), XLA, and the 1x1 convolution.
 SHAPES = [
     (2, 2, 9, 8, 5, 3),
     (2, 9, 7, 3, 5, 3),
@@ -43,6 +43,7 @@ SHAPES_WITHOUT_EPILOGUE = [
     (2, 3, 3, 8, 5, 5),
     (2, 4, 4, 8, 5, 5),
     (2, 8, 6, 1, 2, 3),
+    (2, 2, 3, 4, 5, 7),
 ]
 
 
@@ -85,6 +86,14 @@ def test_convolution_gradients(shape, kind):
     assert {a.dtype for a in single} == {np.dtype(np.float32)}
     assert_all_close(double, expected, 1e-12)
     assert_all_close(single, expected, 1e-5)
+
+
+def test_small_maps_are_not_multiplied_with_padding():
+    """On 2x2 pixels, each of four outputs reads four inputs: 16 products of nine times four."""
+    x, kernel = jnp.ones((8, 2, 2, 16)), jnp.ones((3, 3, 16, 32))
+    compiled = jax.jit(convolution).lower(x, kernel, jnp.zeros(32)).compile()
+    multiply_adds = 8 * 16 * 16 * 32
+    assert compiled.cost_analysis()["flops"] == pytest.approx(2 * multiply_adds, rel=0.1)
 
 
 @pytest.mark.slow

@@ -2,8 +2,7 @@
 
 Three of the four float32 paths replace a slow XLA path:
 
-- Feature maps smaller than the kernel: im2col, one matrix product
-  (docs/performance.md#im2col-on-small-maps).
+- Feature maps smaller than the kernel: matrix products (`vgg_jax.ops.small_maps`).
 - Inputs of at most `MAX_IMAGE_CHANNELS` channels: XLA forward, im2col for the gradients
   (docs/performance.md#image-gradients).
 - 3x3 kernels: Winograd, with 36 multiplications per 4x4 output tile instead of 144. It runs block
@@ -43,6 +42,7 @@ from vgg_jax.ops.epilogue import (
     pooled_bias_tangent,
 )
 from vgg_jax.ops.pooling import crop_to_even
+from vgg_jax.ops.small_maps import small_map_conv, windows
 from vgg_jax.ops.xla import DIMENSION_NUMBERS, MAX_IMAGE_CHANNELS, xla_conv
 
 # The first layer's gradients are computed for this many positions at a time, so that their windows
@@ -67,7 +67,7 @@ def cpu_conv(
     """
     (h, w, c), size = x.shape[1:], kernel.shape[0]
     if min(h, w) < size:
-        y = _conv_im2col(x, kernel)
+        y = small_map_conv(x, kernel)
     elif jnp.finfo(x.dtype).bits < 32:
         y = _conv_16_bit(x, kernel, filters)
     elif c <= MAX_IMAGE_CHANNELS:
@@ -92,44 +92,6 @@ def _conv_16_bit(x: Array, kernel: Array, filters: Array | None) -> Array:
     zeros = jnp.zeros(kernel.shape[-1], jnp.float32)
     y = cpu_conv(x.astype(jnp.float32), kernel.astype(jnp.float32), zeros, NO_EPILOGUE, filters)
     return y.astype(x.dtype)
-
-
-# Im2col
-
-
-def _windows(x: Array, size: int) -> Array:
-    """The size x size window around each position: (N, H, W, C) -> (N, H, W, size · size · C)."""
-    h, w = x.shape[1:3]
-    pad = (size // 2, size // 2)
-    x = jnp.pad(x, ((0, 0), pad, pad, (0, 0)))
-    shifted = [x[:, i : i + h, j : j + w] for i in range(size) for j in range(size)]
-    return jnp.concatenate(shifted, axis=-1)
-
-
-def _im2col(x: Array, kernel: Array) -> Array:
-    return _windows(x, kernel.shape[0]) @ kernel.reshape(-1, kernel.shape[-1])
-
-
-def _im2col_input_gradient(kernel: Array, g: Array, *, shape: tuple[int, ...]) -> Array:
-    # The transpose of `_windows` would add nine arrays, rounding to bfloat16 each time. A
-    # convolution with the rotated kernel is a single product.
-    return _im2col(g, lax.optimization_barrier(kernel.swapaxes(2, 3))[::-1, ::-1])
-
-
-def _im2col_kernel_gradient(x: Array, g: Array, *, shape: tuple[int, ...]) -> Array:
-    windows = lax.optimization_barrier(_windows(x, shape[0]))
-    # JAX's own kernel gradient would transpose `g` first.
-    gradient = windows.reshape(-1, windows.shape[-1]).T @ g.reshape(-1, g.shape[-1])
-    return gradient.reshape(shape)
-
-
-# For maps smaller than the kernel.
-_conv_im2col = bilinear_conv(
-    "im2col_conv",
-    forward=_im2col,
-    input_gradient=_im2col_input_gradient,
-    kernel_gradient=_im2col_kernel_gradient,
-)
 
 
 # Kernels larger than 3x3
@@ -226,7 +188,7 @@ def _rows_input_gradient(
     channels = shape[-1] - 1
     size = math.isqrt(len(rows) // channels)
     image = jnp.zeros_like(g, shape=(*shape[:-1], channels))
-    _, pullback = jax.vjp(lambda x: _windows(x, size) @ rows[:-1], image)
+    _, pullback = jax.vjp(lambda x: windows(x, size) @ rows[:-1], image)
     grad_output = epilogue_gradient(res, g, (*shape[:-1], rows.shape[-1]))
     bias_channel = grad_output @ rows[-1:].T
     return jnp.concatenate([*pullback(grad_output), bias_channel], axis=-1)
@@ -250,9 +212,9 @@ def _rows_kernel_gradient(
         x, res, g = chunk
         grad_output = epilogue_gradient(res, g, (*x.shape[:-1], shape[-1]))
         grad_output = lax.optimization_barrier(grad_output.astype(acc_dtype))
-        columns = [_windows(x[..., :-1].astype(acc_dtype), size), x[..., -1:].astype(acc_dtype)]
-        windows = lax.optimization_barrier(jnp.concatenate(columns, axis=-1))
-        rows = windows.reshape(-1, windows.shape[-1])
+        columns = [windows(x[..., :-1].astype(acc_dtype), size), x[..., -1:].astype(acc_dtype)]
+        matrix = lax.optimization_barrier(jnp.concatenate(columns, axis=-1))
+        rows = matrix.reshape(-1, matrix.shape[-1])
         return total + rows.T @ grad_output.reshape(-1, shape[-1]), None
 
     chunks = jax.tree.map(lambda a: a.reshape(-1, chunk_size, *a.shape[1:]), (x, res, g))
