@@ -326,7 +326,8 @@ class VGG(nn.Module):
         plan = fuse_epilogues(
             layers,
             [layer.name for layer in layers] if is_recorded else targets,
-            fuse_pool=self.pool == "max" and valid_mask is None,
+            # A pooling that rounds up also reads padding, which the mask must set to 0 before.
+            fuse_pool=self.pool == "max" and not (ceil and valid_mask is not None),
             ceil=ceil,
         )
         types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
@@ -338,11 +339,12 @@ class VGG(nn.Module):
         for layer, epilogue_kind, is_fused, fuse_relu in plan:
             name, layer_type, features, kernel_size = layer
             options = types | {"frozen": name in self.frozen}
-            if is_fused:
+            if is_fused and layer_type != "pool":
                 pass  # the convolution before it has computed it
             elif layer_type == "conv":
-                has_epilogue = epilogue_kind != "none"
-                epilogue = Epilogue(epilogue_kind, valid_mask if has_epilogue else None)
+                # With a pooling, the mask comes after it.
+                mask_in_epilogue = valid_mask if epilogue_kind == "relu" else None
+                epilogue = Epilogue(epilogue_kind, mask_in_epilogue)
                 conv = Conv(features, kernel_size, conv_init, name=name, **options)
                 x = conv(x, epilogue, self.get_variable("packed", name))
             elif layer_type == "bn":
@@ -353,7 +355,8 @@ class VGG(nn.Module):
             elif layer_type == "lrn":
                 x = local_response_norm(x)
             elif layer_type == "pool":
-                x = self._pool(relu_input if fuse_relu else x, ceil, fuse_relu)
+                pool_input = relu_input if fuse_relu else x
+                x = x if is_fused else self._pool(pool_input, ceil, fuse_relu)
                 valid_mask = None if valid_mask is None else pool_mask(valid_mask, ceil)
                 # With an odd size, the last row was pooled together with padding.
                 x = _apply_mask(x, valid_mask)
