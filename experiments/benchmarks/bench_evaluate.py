@@ -16,7 +16,6 @@ On two cores, 200 photos: 4.3 images per second with nothing compiled, then 4.7 
 """
 
 import argparse
-import dataclasses
 import importlib
 import json
 import logging
@@ -32,7 +31,7 @@ import numpy as np
 from experiments.script import json_result, run
 from vgg_jax import CONFIGS, VGG, compiler_options
 from vgg_jax.configs.evaluation import MAX_PIXELS_PER_BATCH, PROTOCOLS, EvalProtocol
-from vgg_jax.data import open_split, rescaled_images
+from vgg_jax.data import open_split, pick, rescaled_images
 from vgg_jax.distributed.sharding import make_mesh
 from vgg_jax.evaluation.dense import iter_posteriors
 from vgg_jax.runtime.memory import configure_malloc
@@ -57,16 +56,6 @@ def count_compilations() -> CompilationCounter:
     return counter
 
 
-def first_images(source: Any, count: int) -> Any:
-    """Returns the source with its first images only."""
-    size = min(source.size, count)
-    return dataclasses.replace(
-        source,
-        size=size,
-        examples=lambda seed, start=0: source.examples(seed, start).take(size),
-    )
-
-
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.cache:
         jax.config.update("jax_compilation_cache_dir", args.cache)
@@ -80,7 +69,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     compilations = count_compilations()
 
     started = time.perf_counter()
-    source = first_images(open_split(args.folder, "train"), args.images)
+    source = open_split(args.folder, "train")
+    source = pick(source, np.arange(min(args.images, source.size)))
     examples = rescaled_images(source, tuple(args.scale), True)
     posteriors = dict(
         iter_posteriors(
