@@ -7,9 +7,10 @@ import struct
 import sys
 
 import h5py
+import jax
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from tests.helpers.weights_files import FC, random_tensors, reorder_kernel, torchvision_state
 from vgg_jax import InputError
@@ -149,6 +150,22 @@ def test_safetensors_with_header_of_any_length(tmp_path):
         low_bytes.add(path.read_bytes()[0])
         assert open_file(path).tensors["weight"].read().tolist() == [1, 1, 1]
     assert low_bytes == set(range(0, 256, 8))
+
+
+def test_safetensors_are_read_for_jax_without_a_copy(tmp_path):
+    """The values are the library's own. On a CPU, jax takes the memory as it is."""
+    path = tmp_path / "net.safetensors"
+    rng = np.random.default_rng(0)
+    shapes = {"a": (3, 5), "b": (), "c": (0, 4), "d": (257,)}
+    arrays = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    save_file(arrays | {"e": np.ones((2, 3), np.float16)}, path)
+    expected = load_file(path)
+    for name, tensor in open_file(path).tensors.items():
+        array = tensor.read()
+        np.testing.assert_array_equal(array, expected[name], strict=True)
+        if array.dtype == np.float32 and array.size and jax.default_backend() == "cpu":
+            placed = jax.device_put(array, jax.devices()[0])
+            assert placed.unsafe_buffer_pointer() == array.ctypes.data
 
 
 def test_name_with_line_break(tmp_path, caplog):
