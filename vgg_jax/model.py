@@ -675,16 +675,13 @@ def transpose_kernels(variables: Mapping[str, Any]) -> dict[str, Any]:
         Variables that map transposed images (N, W, H, 3) to transposed activations.
     """
     params = variables["params"]
-    kernels = {name: params[name]["kernel"] for name in params if name.startswith("conv")}
+    # By NumPy: the program takes longer to compile (docs/performance.md#first-answer).
     transposed = {
-        name: {**params[name], "kernel": kernel} for name, kernel in _transpose(kernels).items()
+        name: {**layer, "kernel": jnp.asarray(np.swapaxes(np.asarray(layer["kernel"]), 0, 1))}
+        for name, layer in params.items()
+        if name.startswith("conv")
     }
     return {**variables, "params": {**params, **transposed}}
-
-
-@jax.jit  # one program for all kernels
-def _transpose(kernels: dict[str, Array]) -> dict[str, Array]:
-    return {name: kernel.swapaxes(0, 1) for name, kernel in kernels.items()}
 
 
 # The fields of VGG but `config`: the arguments of the published networks.
