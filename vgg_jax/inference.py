@@ -92,7 +92,8 @@ def compile_inference(
 
     Args:
         model: The net.
-        variables: Its variables.
+        variables: Its variables. NumPy arrays must not be changed in place afterwards, because jax
+            may use their memory.
         method: Method of the net, such as "score_map" or "features"; by default logits.
         **settings: Further arguments of the method, such as `layers` of "features".
 

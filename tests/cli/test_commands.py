@@ -186,13 +186,23 @@ def test_compilation_cache_folder(monkeypatch, tmp_path):
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     before = jax.config.jax_compilation_cache_dir
+    seconds = "jax_persistent_cache_min_compile_time_secs"
+    seconds_before = jax.config.values[seconds]
     try:
+        jax.config.update(seconds, 5.0)
+        monkeypatch.setenv(seconds.upper(), "5.0")
+        enable_compilation_cache()
+        assert jax.config.values[seconds] == 5
+        monkeypatch.delenv(seconds.upper())
+        enable_compilation_cache()
+        assert jax.config.values[seconds] < 0.2  # the program of predict's FC layers
         enable_compilation_cache()
         assert jax.config.jax_compilation_cache_dir == before  # the user's choice stays
         jax.config.update("jax_compilation_cache_dir", None)
         enable_compilation_cache()
         assert jax.config.jax_compilation_cache_dir.startswith(str(tmp_path / "vgg_jax"))
     finally:
+        jax.config.update(seconds, seconds_before)
         jax.config.update("jax_compilation_cache_dir", before)
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
+_MIN_COMPILE_SECONDS = 0.1  # programs that compile faster are not kept
+
 
 def cache_folder() -> Path:
     """Returns $VGG_JAX_CACHE, or the folder `vgg_jax` in the user's cache folder."""
@@ -46,6 +48,9 @@ def enable_compilation_cache() -> None:
 
     folder = programs_folder()
     jax.config.update("jax_compilation_cache_dir", folder)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        # By default jax keeps none below a second (docs/performance.md#first-answer).
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_SECONDS)
     try:
         if "://" not in folder:
             os.makedirs(folder, exist_ok=True)
