@@ -279,7 +279,8 @@ def _read_safetensors(path: Path) -> TensorFile:
 
 def _aligned_copy(data: np.ndarray) -> np.ndarray:
     """Copies bytes into memory that jax uses without a copy of its own on a CPU."""
-    memory = np.empty(data.size + _ALIGNMENT, np.uint8)
+    # np.empty asks for huge pages, which may take a second (docs/performance.md#first-answer).
+    memory = np.frombuffer(bytearray(data.size + _ALIGNMENT), np.uint8)
     first = -memory.ctypes.data % _ALIGNMENT
     copy = memory[first : first + data.size]
     copy[:] = data
