@@ -288,11 +288,16 @@ def first_answer_section() -> str:
 
     def cells(row: dict[str, Any]) -> tuple[Any, ...]:
         seconds, ratios = row["seconds"], row["median_ratios"]
-        earlier = row.get("seconds before", {}).get("nothing compiled")
+        pairs = row.get("in turn")
         return (
             row["row"],
             *(f"{statistics.median(seconds[name]):.1f}" for name in names),
-            f"{statistics.median(earlier):.1f}" if earlier else "–",
+            *(
+                " -> ".join(f"{statistics.median(side[name]):.1f}" for side in pairs.values())
+                if pairs
+                else "–"
+                for name in names[:2]
+            ),
             *(floor(ratios[name]) for name in names[:2]),
             len(seconds["PyTorch"]),
         )
@@ -300,15 +305,16 @@ def first_answer_section() -> str:
     text = (
         "Seconds from the start of a process to its first result: the medians, and the medians of "
         "the ratios, PyTorch's seconds divided by ours. The peer is PyTorch, "
-        'without torchvision. "Earlier" is the code before the changes under '
-        "[First answer](performance.md#first-answer), two rounds. To predict, ours evaluates the "
-        "whole photo, and PyTorch a crop of 224 pixels. With `compile_inference`, ours reads "
-        "zeros, and PyTorch the photo.\n\n"
+        "without torchvision. To predict, ours evaluates the whole photo, and PyTorch a crop of "
+        "224 pixels. With `compile_inference`, ours reads zeros, and PyTorch the photo. The "
+        "processes before and after the last changes under "
+        "[First answer](performance.md#first-answer) ran in turn by themselves.\n\n"
         + table(
             (
                 "first result",
                 *names,
-                "nothing compiled, earlier",
+                "nothing compiled, before -> after",
+                "compiled before, before -> after",
                 "ratio",
                 "ratio, compiled before",
                 "rounds",
