@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from tests.helpers.tiny import images, init
 from vgg_jax import VGG, Conv, InputError, VGGConfig
-from vgg_jax.ops.convolution import convolution, cuda_conv, default_conv, pointwise_conv
+from vgg_jax.ops.convolution import convolution, default_conv, first_cuda_conv, pointwise_conv
 
 PAGE = Path(__file__).parents[1] / "docs" / "transformations.md"
 
@@ -227,7 +227,7 @@ def test_transformation_in_float32_and_bfloat16(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [cuda_conv, default_conv])
+@pytest.mark.parametrize("path", [first_cuda_conv, default_conv])
 def test_transformations_on_paths_of_accelerators(path, monkeypatch):
     """The CPU computes what a GPU or a TPU would. The other transformations are like these."""
     names = ("`jax.jvp`", "`jax.hessian`", "forward-over-reverse product", "explicit mesh axes")

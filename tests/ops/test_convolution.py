@@ -17,7 +17,12 @@ from tests.helpers.convolution import (
     value_and_grads,
 )
 from vgg_jax.ops import convolution_cpu
-from vgg_jax.ops.convolution import _conv_rows_as_channels, convolution, cuda_conv, default_conv
+from vgg_jax.ops.convolution import (
+    _conv_rows_as_channels,
+    convolution,
+    default_conv,
+    first_cuda_conv,
+)
 from vgg_jax.ops.convolution_cpu import _images_per_chunk
 from vgg_jax.ops.epilogue import EPILOGUE_KINDS, Epilogue, add_bias
 from vgg_jax.runtime.compiler import compiler_options, has_onednn_bfloat16
@@ -98,9 +103,7 @@ def test_small_maps_are_not_multiplied_with_padding():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", EPILOGUE_KINDS)
-@pytest.mark.parametrize(
-    ("function", "channels"), [(default_conv, 6), (cuda_conv, 6), (cuda_conv, 3)]
-)
+@pytest.mark.parametrize(("function", "channels"), [(default_conv, 6), (first_cuda_conv, 3)])
 def test_accelerator_conv_gradients(function, channels, kind):
     epilogue = Epilogue(kind)
     with jax.enable_x64(True):
@@ -110,6 +113,14 @@ def test_accelerator_conv_gradients(function, channels, kind):
             for f in (function, reference_conv)
         )
         assert_all_close(actual, expected, 1e-12)
+
+
+@pytest.mark.parametrize(("channels", "has_rows_as_channels"), [(3, True), (6, False)])
+def test_gpus_stack_the_rows_of_images_only(channels, has_rows_as_channels):
+    x, kernel, bias = jnp.ones((2, 8, 8, channels)), jnp.ones((3, 3, channels, 4)), jnp.ones(4)
+    traced = jax.jit(convolution).trace(x, kernel, bias)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert ("tensor<3x1x" in text) == has_rows_as_channels
 
 
 @pytest.mark.slow

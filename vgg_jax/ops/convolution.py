@@ -62,14 +62,16 @@ def _convolve(
         return apply_epilogue(_pointwise_conv(x, kernel[0, 0]), bias, epilogue)
     if not all(isinstance(size, int) for size in x.shape):  # a symbolic size, from jax.export
         return default_conv(x, kernel, bias, epilogue)
+    # JAX traces the path of every platform, so a GPU has one of its own in the first layer only.
+    own_paths = {"cuda": first_cuda_conv} if x.shape[-1] <= MAX_IMAGE_CHANNELS else {}
     return lax.platform_dependent(
         x,
         kernel,
         bias,
         epilogue,
         cpu=functools.partial(cpu_conv, filters=filters),
-        cuda=cuda_conv,
         default=default_conv,
+        **own_paths,
     )
 
 
@@ -88,8 +90,8 @@ def default_conv(x: Array, kernel: Array, bias: Array, epilogue: Epilogue) -> Ar
     return apply_epilogue(xla_conv(x, kernel), bias, epilogue)
 
 
-def cuda_conv(x: Array, kernel: Array, bias: Array, epilogue: Epilogue) -> Array:
-    """Convolves on a CUDA GPU.
+def first_cuda_conv(x: Array, kernel: Array, bias: Array, epilogue: Epilogue) -> Array:
+    """Convolves an image of at most `MAX_IMAGE_CHANNELS` channels on a CUDA GPU.
 
     Args:
         x: Input (N, H, W, C).
@@ -100,11 +102,7 @@ def cuda_conv(x: Array, kernel: Array, bias: Array, epilogue: Epilogue) -> Array
     Returns:
         (N, H, W, K), or (N, H // 2, W // 2, K) if the epilogue pools.
     """
-    if x.shape[-1] <= MAX_IMAGE_CHANNELS:
-        y = _conv_rows_as_channels(x, kernel)
-    else:
-        y = xla_conv(x, kernel)
-    return apply_epilogue(y, bias, epilogue)
+    return apply_epilogue(_conv_rows_as_channels(x, kernel), bias, epilogue)
 
 
 def _conv_rows_as_channels(x: Array, kernel: Array) -> Array:
