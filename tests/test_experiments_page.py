@@ -148,6 +148,7 @@ def test_page_of_stacks_and_nets(results):
                 "B - B-5x5": {
                     "seeds": [0, 1],
                     "differences": [0.01, 0.03],
+                    "p": 0.295,
                     "accuracies": {"B": [0.5, 0.52], "B-5x5": [0.49, 0.49]},
                 }
             },
@@ -155,7 +156,7 @@ def test_page_of_stacks_and_nets(results):
     }
     page = experiments_page.page()
     assert "| three 3x3, one 7x7 | 4x4x8 | 1 → 1,234 | 1.81 | 7 → 7 | 2.00 | 3.00 |" in page
-    assert "| B-5x5 → B | 1,500 → 1,000 | 2,000 → 2,000 | 49.0 ± 0.0 → 51.0 ± 1.4 |" in page
+    assert "| B-5x5 → B | 1,500 → 1,000 | 2,000 → 2,000 | 49.0 ± 0.0 → 51.0 ± 1.4 | 2.0 ± 1.4 | 0.29 | 2 |" in page
 
 
 def test_plots_can_be_drawn(results):

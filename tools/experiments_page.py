@@ -275,14 +275,18 @@ def nets_with_large_kernels(part: dict[str, Any]) -> str:
         )
         accuracies = " → ".join(percent(summary["accuracies"][name]) for name in (large, small))
         difference = percent(summary["differences"])
-        rows.append((f"{large} → {small}", *counts, accuracies, difference, len(summary["seeds"])))
+        p = f"{summary['p']:.2f}"
+        seeds = len(summary["seeds"])
+        rows.append((f"{large} → {small}", *counts, accuracies, difference, p, seeds))
     text = (
         "### In nets\n\nD-7x7 is D with one 7x7 layer in place of the three 3x3 layers of stages 3 "
         f"to 5. Widths are divided by {settings['width_divisor']}, all nets have batch "
         f"normalisation, {settings['epochs']} epochs of {settings['train_images']:,} images of "
-        "CIFAR-10, of which a tenth is held out. Accuracies are on the 10,000 test images.\n\n"
+        "CIFAR-10, of which a tenth is held out. Accuracies are on the 10,000 test images. A "
+        "positive difference is in favour of 3x3 layers. The p-value is that of the paired t-test "
+        "over seeds: at 0.05 or more, the difference is not shown.\n\n"
     )
-    header = ("nets", "parameters", "multiply-adds", "accuracy, %", "difference", "seeds")
+    header = ("nets", "parameters", "multiply-adds", "accuracy, %", "difference", "p", "seeds")
     return text + table(header, rows)
 
 

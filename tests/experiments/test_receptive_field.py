@@ -63,6 +63,8 @@ def test_paired_differences_by_hand():
     assert summary["B - B-5x5"]["accuracies"] == {"B": [0.6, 0.7], "B-5x5": [0.5, 0.4]}
     assert summary["B - B-5x5"]["mean"] == pytest.approx(0.2)
     assert summary["B - B-5x5"]["deviation"] == pytest.approx(0.2 / 2**0.5)
+    # t = 0.2 / (0.2 / √2 / √2) = 2, with one degree of freedom: a Cauchy distribution.
+    assert summary["B - B-5x5"]["p"] == pytest.approx(1 - 2 * np.arctan(2) / np.pi)
 
 
 def run_main(monkeypatch, *arguments):
