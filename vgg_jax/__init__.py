@@ -208,7 +208,8 @@ def load(
 
     Returns:
         The model, its variables, and metadata such as `classes` and `preprocessing`. "source" tells
-        what was assumed of a file.
+        what was assumed of a file. The variables of a file are NumPy arrays. They must not be
+        changed in place once jax has them, because on a CPU it may use their memory.
 
     Raises:
         InputError: If there is no such run or file, the file does not hold a VGG, or the other

@@ -358,7 +358,8 @@ class VGG(nn.Module):
                 pool_input = relu_input if fuse_relu else x
                 x = x if is_fused else self._pool(pool_input, ceil, fuse_relu)
                 valid_mask = None if valid_mask is None else pool_mask(valid_mask, ceil)
-                # With an odd size, the last row was pooled together with padding.
+                # A convolution that pools leaves numbers in the padding, and with an odd size the
+                # last row was pooled together with padding.
                 x = _apply_mask(x, valid_mask)
             elif layer_type == "fc":
                 fc = FullyConnected(features, kernel_size, fc_init, name=name, **options)
@@ -669,7 +670,7 @@ def transpose_kernels(variables: Mapping[str, Any]) -> dict[str, Any]:
     """Transposes the convolutions, for images that are transposed.
 
     Args:
-        variables: Variables of a net.
+        variables: Variables of a net: arrays that this process can read, outside of `jax.jit`.
 
     Returns:
         Variables that map transposed images (N, W, H, 3) to transposed activations.

@@ -133,6 +133,25 @@ def test_trunk_isolates_windows(side, ceil):
             assert not activations[first + h : first + h + h % 2].any()
 
 
+def test_poolings_of_canvases_are_part_of_the_convolution(small_net, monkeypatch):
+    """Pooling by itself would need a mask of four times as many values before it."""
+    model, variables = small_net
+    pools = []
+    pool = VGG._pool
+
+    def count_pool(self, *args):
+        pools.append(args)
+        return pool(self, *args)
+
+    monkeypatch.setattr(VGG, "_pool", count_pool)
+    images, valid_mask = np.ones((1, 32, 32, 3), np.float32), np.ones((1, 32, 32), bool)
+    # The head has the last pooling. One that rounds up needs the mask before it.
+    for ceil, expected in ((False, 0), (True, len(model.config.stages) - 1)):
+        pools.clear()
+        model.apply(variables, images, valid_mask, ceil, method="trunk")
+        assert len(pools) == expected
+
+
 def test_dense_on_one_crop_is_forward_pass(small_net):
     image = photos([(SIZE, SIZE)])
     posteriors = class_posteriors(*small_net, image, protocol=EvalProtocol(flip=False))

@@ -1,9 +1,10 @@
 """Convolution of feature maps smaller than the kernel, on a CPU.
 
 XLA's convolution is slow on them (docs/performance.md#small-maps). In float32 and float64, each
-element of the kernel is one matrix product with those inputs that it meets inside the map: 4 of 9
-on average for a 3x3 kernel on 2x2 pixels. In 16 bits, im2col is one product for all elements, zeros
-of the padding included: a sum of several products would be rounded several times.
+element of the kernel is one matrix product of the inputs and outputs that it connects, and the
+products are added. On 2x2 pixels, a 3x3 kernel then needs 16 products of pixels, instead of 36 with
+the padding. In 16 bits, each addition would round, so im2col makes one product, with the padding.
+A kernel gradient has nothing to add, so it is computed by elements in 16 bits, too.
 
 Activations have the shape (N, H, W, C), kernels (k, k, C, K).
 """
@@ -122,16 +123,9 @@ def _im2col_input_gradient(kernel: Array, g: Array, *, shape: tuple[int, ...]) -
     return _im2col(g, lax.optimization_barrier(kernel.swapaxes(2, 3))[::-1, ::-1])
 
 
-def _im2col_kernel_gradient(x: Array, g: Array, *, shape: tuple[int, ...]) -> Array:
-    columns = lax.optimization_barrier(windows(x, shape[0]))
-    # JAX's own kernel gradient would transpose `g` first.
-    gradient = columns.reshape(-1, columns.shape[-1]).T @ g.reshape(-1, g.shape[-1])
-    return gradient.reshape(shape)
-
-
 _conv_by_im2col = bilinear_conv(
     "im2col_conv",
     forward=_im2col,
     input_gradient=_im2col_input_gradient,
-    kernel_gradient=_im2col_kernel_gradient,
+    kernel_gradient=_kernel_gradient,
 )

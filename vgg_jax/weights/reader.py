@@ -153,7 +153,9 @@ def load_file(
         minus `metadata["preprocessing"]["mean_rgb"]`; `model.in_channels` may be other than 3 in a
         file of vgg_jax. A std of the preprocessing is folded into conv1_1; `metadata["source"]`
         names such changes and what was assumed, and `metadata["path"]` is `path`. If
-        the file has no fully connected layers, the model gives `features` up to pool5 only.
+        the file has no fully connected layers, the model gives `features` up to pool5 only. The
+        variables are NumPy arrays. They must not be changed in place once jax has them, because on
+        a CPU it may use their memory.
 
     Raises:
         InputError: As `read` does.
