@@ -83,43 +83,62 @@ def peer_name(row: dict[str, Any]) -> str:
     )
 
 
-def steps_section() -> str:
-    """Training and inference steps on a CPU."""
-    result = load("steps")
+def steps_tables(steps: Sequence[dict[str, Any]], image_prefix: str) -> str:
+    """Training and inference steps beside their peers, with plots."""
+    header = ("net", "peer", "vgg_jax, s", "peer, s", "ratio", "pairs")
     parts = []
     for mode, title in (("train", "Training"), ("infer", "Inference")):
-        rows = [row for row in result["steps"] if row["mode"] == mode]
-        parts.append(f"\n### {title}\n\n![{title} steps](images/steps_{mode}.svg)\n")
-        parts.append(
-            table(
-                ("net", "peer", "vgg_jax, s", "peer, s", "ratio", "pairs"),
-                (
-                    (
-                        step_name(row),
-                        peer_name(row),
-                        f"{median(ours for ours, _ in row['pairs']):.3f}",
-                        f"{median(peer for _, peer in row['pairs']):.3f}",
-                        floor(row["median_ratio"]),
-                        len(row["pairs"]),
-                    )
-                    for row in rows
-                ),
+        rows = [
+            (
+                step_name(row),
+                peer_name(row),
+                f"{median(ours for ours, _ in row['pairs']):.3f}",
+                f"{median(peer for _, peer in row['pairs']):.3f}",
+                floor(row["median_ratio"]),
+                len(row["pairs"]),
             )
-        )
-    peers = "; ".join(sorted({row["peer"] for row in result["steps"]}))
-    older = result["steps on jax 0.10.1, the same night"]
-    parts.append("\n### With jax 0.10.1\n")
-    parts.append(
-        table(
-            ("net", "mode", "peer", "ratio"),
-            ((step_name(r), r["mode"], peer_name(r), floor(r["median_ratio"])) for r in older),
-        )
+            for row in steps
+            if row["mode"] == mode
+        ]
+        plot = f"![{title} steps](images/{image_prefix}_{mode}.svg)"
+        parts.append(f"{title}:\n\n{plot}\n\n{table(header, rows)}")
+    return "\n\n".join(parts)
+
+
+def peers(steps: Sequence[dict[str, Any]]) -> str:
+    """Names the peers of steps, with their versions."""
+    return "; ".join(sorted({row["peer"] for row in steps}))
+
+
+def steps_section() -> str:
+    """Training and inference steps on a CPU without AMX."""
+    result = load("steps_without_amx")
+    text = (
+        "A step of training, or a batch of inference, on two cores of a CPU with instructions for "
+        f"bfloat16 but without AMX. Peers: {peers(result['steps'])}. {result['remark']}\n\n"
+        + steps_tables(result["steps"], "steps_without_amx")
+    )
+    return section("Steps on a CPU", result, text)
+
+
+def steps_with_amx_section() -> str:
+    """Training and inference steps on a CPU with AMX."""
+    result = load("steps")
+    older = table(
+        ("net", "mode", "peer", "ratio"),
+        (
+            (step_name(row), row["mode"], peer_name(row), floor(row["median_ratio"]))
+            for row in result["steps_older_jax"]
+        ),
     )
     text = (
-        f"A step of training, or a batch of inference, on two cores. Peers: {peers}.\n"
-        + "\n".join(parts)
+        "These rows are older. Since then `compile_inference` lets oneDNN lay out its kernels once "
+        "([Packed kernels](performance.md#packed-kernels)), which was not measured with AMX. "
+        f"Peers: {peers(result['steps'])}. {result['remark']}\n\n"
+        + steps_tables(result["steps"], "steps")
+        + f"\n\nWith jax 0.10.1:\n\n{older}"
     )
-    return section("Steps on a CPU", result, text, python="3.13.0", jax="0.12.0.1")
+    return section("Steps on a CPU with AMX", result, text)
 
 
 def gpu_section() -> str:
@@ -145,46 +164,37 @@ def gpu_section() -> str:
 
 
 def evaluation_section() -> str:
-    """The dense evaluation and the crops beside PyTorch. Each row is one pair."""
-    result, dense = load("evaluate_A_256"), load("check_dense")
-    states = ["nothing compiled before", "everything compiled before", "everything compiled before"]
+    """The dense evaluation and the crops beside PyTorch."""
+    result, exactness = load("evaluate_A_256"), load("check_dense")
     rows = [
-        (f"dense, {state}", f"{ours:.2f}", f"{peer:.2f}", floor(ratio))
-        for state, (ours, peer), ratio in zip(
-            states, result["pairs"], result["ratios"], strict=True
+        (
+            row["evaluation"],
+            row["images"],
+            f"{median(ours for ours, _ in row['pairs']):.2f}",
+            f"{median(peer for _, peer in row['pairs']):.2f}",
+            floor(row["median_ratio"]),
+            len(row["pairs"]),
         )
+        for row in result["rows"]
     ]
-    for crops, row in result["crops"].items():
-        ours, peer = row["ours, with compilation; torch"]
-        rows.append(
-            (
-                f"{crops} crops, nothing compiled before",
-                f"{ours:.3f}",
-                f"{peer:.3f}",
-                floor(row["ratio"]),
-            )
-        )
-    warm = result["everything compiled before"]
-    warm_rows = [
-        (name, warm[name]["images"], f"{ours:.2f}", f"{peer:.2f}", floor(ratio))
-        for name in ("dense", "50 crops")
-        for (ours, peer), ratio in zip(warm[name]["pairs"], warm[name]["ratios"], strict=True)
+    cold = result["nothing_compiled_before"]
+    cold_rows = [
+        (row["evaluation"], row["images"], f"{ours:.2f}", f"{peer:.2f}", floor(row["ratio"]))
+        for row in cold["rows"]
+        for ours, peer in (row["pair"],)
     ]
-    largest = max(run["largest_difference"] for run in dense["runs"])
+    largest = max(run["largest_difference"] for run in exactness["runs"])
+    names = ("evaluation", "photos", "vgg_jax, images/s", "PyTorch, images/s", "ratio")
     text = (
-        "Images a second of net A at Q = 256, with decoding and mirror images. 200 photos of all "
-        "sizes (§3.2), or 16 and 6 photos by crops. PyTorch takes one image at a time. Each row is "
-        "one pair.\n\n"
-        + table(("evaluation", "vgg_jax, images/s", "PyTorch, images/s", "ratio"), rows)
-        + f"\n\nWith every program compiled before, on {warm['device']}, at commit "
-        f"`{warm['commit']}` with PyTorch {warm['torch']}:\n\n"
-        + table(
-            ("evaluation", "photos", "vgg_jax, images/s", "PyTorch, images/s", "ratio"), warm_rows
-        )
-        + f"\n\nRun it by `{warm['dense']['command']}`."
-        + f"\n\nThe dense posteriors of {dense['runs'][0]['images']} photos differ from PyTorch's "
-        f"by at most {largest:.0e} (A, A-LRN, C and D with batch normalisation, Q = 256 and 384; "
-        f"commit `{dense['commit']}`)."
+        "Images a second of net A at Q = 256, with decoding and mirror images. The photos have all "
+        "sizes (§3.2). PyTorch takes one image at a time. Every program was compiled before.\n\n"
+        + table((*names, "pairs"), rows)
+        + "\n\nWith nothing compiled before, older code in one pair each "
+        f"(commit `{cold['commit']}`, {cold['device']}):\n\n"
+        + table(names, cold_rows)
+        + f"\n\nThe dense posteriors of {exactness['runs'][0]['images']} photos differ from "
+        f"PyTorch's by at most {largest:.0e} (A, A-LRN, C and D with batch normalisation, Q = 256 "
+        f"and 384; commit `{exactness['commit']}`). {result['remark']}"
     )
     return section("Evaluation", result, text)
 
@@ -225,7 +235,7 @@ def input_section() -> str:
         )
     text = (
         "500 ImageNet photos, decoded, rescaled to S in [256; 512], cropped to 224 pixels and "
-        "mirrored. The peer is torchvision with two workers.\n\n"
+        f"mirrored. The peer is torchvision with two workers. {result['remark']}\n\n"
         + table(("read from", "vgg_jax, images/s", "torchvision, images/s", "ratio", "pairs"), rows)
     )
     return section("Training input", result, text)
@@ -285,42 +295,22 @@ def first_answer_section() -> str:
     """Seconds from the start of a process to its first result, beside PyTorch."""
     result = load("first_answer")
     names = ("nothing compiled", "compiled before", "PyTorch")
-
-    def cells(row: dict[str, Any]) -> tuple[Any, ...]:
-        seconds, ratios = row["seconds"], row["median_ratios"]
-        pairs = row.get("in turn")
-        return (
+    rows = [
+        (
             row["row"],
-            *(f"{statistics.median(seconds[name]):.1f}" for name in names),
-            *(
-                " -> ".join(f"{statistics.median(side[name]):.1f}" for side in pairs.values())
-                if pairs
-                else "–"
-                for name in names[:2]
-            ),
-            *(floor(ratios[name]) for name in names[:2]),
-            len(seconds["PyTorch"]),
+            *(f"{statistics.median(row['seconds'][name]):.1f}" for name in names),
+            *(floor(row["median_ratios"][name]) for name in names[:2]),
+            len(row["seconds"]["PyTorch"]),
         )
-
+        for row in result["rows"]
+    ]
     text = (
         "Seconds from the start of a process to its first result: the medians, and the medians of "
-        "the ratios, PyTorch's seconds divided by ours. The peer is PyTorch, "
-        "without torchvision. To predict, ours evaluates the whole photo, and PyTorch a crop of "
-        "224 pixels. With `compile_inference`, ours reads zeros, and PyTorch the photo. The "
-        "processes before and after the last changes under "
-        "[First answer](performance.md#first-answer) ran in turn by themselves.\n\n"
-        + table(
-            (
-                "first result",
-                *names,
-                "nothing compiled, before -> after",
-                "compiled before, before -> after",
-                "ratio",
-                "ratio, compiled before",
-                "rounds",
-            ),
-            map(cells, result["rows"]),
-        )
+        "the ratios, PyTorch's seconds divided by ours. The peer is PyTorch, without torchvision. "
+        "To predict, ours evaluates the whole photo, and PyTorch a crop of 224 pixels. With "
+        "`compile_inference`, ours reads zeros, and PyTorch the photo. "
+        "[First answer](performance.md#first-answer) says where the time goes.\n\n"
+        + table(("first result", *names, "ratio", "ratio, compiled before", "rounds"), rows)
     )
     return section("First answer", result, text)
 
@@ -501,6 +491,7 @@ def _two_digits(value: float | None) -> str:
 SHOWN_DEVICES = (1, 2, 4, 8, 64, 256, 1024)
 SECTIONS = (
     steps_section,
+    steps_with_amx_section,
     gpu_section,
     evaluation_section,
     techniques_section,
@@ -524,34 +515,40 @@ def page() -> str:
 def highlights() -> str:
     """The README's table of ratios."""
 
-    def step(mode: str, dtype: str, peer: str) -> str:
+    def step(mode: str, dtype: str, peer: str, results: str = "steps_without_amx") -> str:
         """The lowest ratio of net D at 224 pixels, of all batches."""
         wanted = {"net": "D", "image_size": 224, "mode": mode, "dtype": dtype}
-        rows = [row for row in load("steps")["steps"] if row.items() >= wanted.items()]
+        rows = [row for row in load(results)["steps"] if row.items() >= wanted.items()]
         return floor(min(r["median_ratio"] for r in rows if r["peer"].startswith(peer)))
 
     gpu = next(r for r in load("gpu")["steps"] if r["net"] == "D" and r["mode"] == "train")
     folder = next(run for run in load("input")["runs"] if "ratios" in run)
-    evaluation = load("evaluate_A_256")
+    dense = next(r for r in load("evaluate_A_256")["rows"] if r["evaluation"] == "dense")
     page = "docs/benchmarks.md"
     rows = [
         (
             "Training, net D, float32, CPU",
             step("train", "float32", "PyTorch"),
             "PyTorch",
-            "training",
+            "steps-on-a-cpu",
         ),
         (
             "Inference, net D, float32, CPU",
             step("infer", "float32", "OpenVINO"),
             "OpenVINO",
-            "inference",
+            "steps-on-a-cpu",
         ),
         (
-            "Inference, net D, bfloat16, CPU",
+            "Inference, net D, bfloat16, CPU without AMX",
             step("infer", "bfloat16", "OpenVINO"),
+            "OpenVINO",
+            "steps-on-a-cpu",
+        ),
+        (
+            "Inference, net D, bfloat16, CPU with AMX",
+            step("infer", "bfloat16", "OpenVINO", results="steps"),
             "OpenVINO (vgg_jax is slower)",
-            "inference",
+            "steps-on-a-cpu-with-amx",
         ),
         (
             "Training, net D, bfloat16, H200",
@@ -561,7 +558,7 @@ def highlights() -> str:
         ),
         (
             "Dense evaluation of photos, CPU",
-            floor(min(evaluation["ratios"])),
+            floor(dense["median_ratio"]),
             "PyTorch",
             "evaluation",
         ),
@@ -655,13 +652,13 @@ def with_tables(page: str) -> str:
 
 def plots() -> dict[str, Any]:
     """The data of each plot, by the name of its file."""
-    steps = load("steps")["steps"]
     bars = {
-        f"steps_{mode}": [
+        f"{results}_{mode}": [
             [f"{step_name(row)}, {peer_name(row)}", row["median_ratio"]]
-            for row in steps
+            for row in load(results)["steps"]
             if row["mode"] == mode and "compile" not in row["peer"]
         ]
+        for results in ("steps_without_amx", "steps")
         for mode in ("train", "infer")
     }
     runtimes = {row["net"]: row["images_per_second"] for row in load("compare_runtimes")["nets"]}
