@@ -1,5 +1,6 @@
-"""Functions that all scripts share: one runs `main`, and two read what a command prints."""
+"""Functions that all scripts share: run `main`, check flags, read what a command prints."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -20,6 +21,22 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def check_at_least_one(args: argparse.Namespace, *names: str) -> None:
+    """Checks flags that are counts.
+
+    Args:
+        args: The parsed flags.
+        *names: Names of fields of `args`.
+
+    Raises:
+        InputError: A value is smaller than 1.
+    """
+    for name in names:
+        if getattr(args, name) < 1:
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag} is {getattr(args, name)}: expected at least 1")
 
 
 def stdout_of(command: list[str], **options: Any) -> str:

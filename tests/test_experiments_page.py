@@ -156,7 +156,8 @@ def test_page_of_stacks_and_nets(results):
     }
     page = experiments_page.page()
     assert "| three 3x3, one 7x7 | 4x4x8 | 1 → 1,234 | 1.81 | 7 → 7 | 2.00 | 3.00 |" in page
-    assert "| B-5x5 → B | 1,500 → 1,000 | 2,000 → 2,000 | 49.0 ± 0.0 → 51.0 ± 1.4 | 2.0 ± 1.4 | 0.29 | 2 |" in page
+    cells = "B-5x5 → B | 1,500 → 1,000 | 2,000 → 2,000 | 49.0 ± 0.0 → 51.0 ± 1.4 | 2.0 ± 1.4 | 0.29"
+    assert f"| {cells} | 2 |" in page
 
 
 def test_plots_can_be_drawn(results):

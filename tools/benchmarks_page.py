@@ -25,10 +25,11 @@ INTRODUCTION = """# Benchmarks
 
 - A ratio says how many times as fast vgg_jax is. Below 1 the other library is faster.
 - The two programs of a pair run in turn, each in its own process.
-- A ratio is the median of its pairs.
+- A ratio is the median of its pairs. Seconds and rates are the medians of each program.
 - Ratios are rounded down.
 - Each section names the commit that recorded its results. Later commits may be faster or slower.
-- PyTorch's and torchvision's scripts, `torch_*.py`, are not in the repository.
+- `torch_step.py`, `torch_dense.py` and `torch_input.py`, scripts of PyTorch and torchvision, are
+  not in the repository.
 - The commands have the paths of their day: `experiments/bench_step.py` is now
   `python -m experiments.benchmarks.bench_step`. `experiments/README.md` lists all scripts.
 """
@@ -85,7 +86,7 @@ def peer_name(row: dict[str, Any]) -> str:
 
 def steps_tables(steps: Sequence[dict[str, Any]], image_prefix: str) -> str:
     """Training and inference steps beside their peers, with plots."""
-    header = ("net", "peer", "vgg_jax, s", "peer, s", "ratio", "pairs")
+    header = ("net", "peer", "vgg_jax, s", "peer, s", "ratio", "of the pairs", "pairs")
     parts = []
     for mode, title in (("train", "Training"), ("infer", "Inference")):
         rows = [
@@ -95,6 +96,7 @@ def steps_tables(steps: Sequence[dict[str, Any]], image_prefix: str) -> str:
                 f"{median(ours for ours, _ in row['pairs']):.3f}",
                 f"{median(peer for _, peer in row['pairs']):.3f}",
                 floor(row["median_ratio"]),
+                " to ".join(floor(limit(row["ratios"])) for limit in (min, max)),
                 len(row["pairs"]),
             )
             for row in steps
@@ -115,7 +117,9 @@ def steps_section() -> str:
     result = load("steps_without_amx")
     text = (
         "A step of training, or a batch of inference, on two cores of a CPU with instructions for "
-        f"bfloat16 but without AMX. Peers: {peers(result['steps'])}. {result['remark']}\n\n"
+        "bfloat16 but without AMX. There, the convolutions of a net in bfloat16 are computed in "
+        "float32, which is faster ([oneDNN and bfloat16](performance.md#onednn-and-bfloat16)). "
+        f"Peers: {peers(result['steps'])}. {result['remark']}\n\n"
         + steps_tables(result["steps"], "steps_without_amx")
     )
     return section("Steps on a CPU", result, text)
@@ -521,6 +525,7 @@ def highlights() -> str:
         rows = [row for row in load(results)["steps"] if row.items() >= wanted.items()]
         return floor(min(r["median_ratio"] for r in rows if r["peer"].startswith(peer)))
 
+    first = next(r for r in load("first_answer")["rows"] if r["row"].startswith("predict"))
     gpu = next(r for r in load("gpu")["steps"] if r["net"] == "D" and r["mode"] == "train")
     folder = next(run for run in load("input")["runs"] if "ratios" in run)
     dense = next(r for r in load("evaluate_A_256")["rows"] if r["evaluation"] == "dense")
@@ -567,6 +572,12 @@ def highlights() -> str:
             floor(folder["median_ratio"]),
             "torchvision",
             "training-input",
+        ),
+        (
+            "First answer for a photo, net D, nothing compiled, CPU",
+            floor(first["median_ratios"]["nothing compiled"]),
+            "PyTorch (vgg_jax is slower)",
+            "first-answer",
         ),
     ]
     return table(

@@ -98,7 +98,8 @@ def compile_inference(
         **settings: Further arguments of the method, such as `layers` of "features".
 
     Returns:
-        A function from images to the result. It compiles once for each shape of images, with
+        A function from images (N, H, W, in_channels), as the net reads them
+        (`vgg_jax.preprocess`), to the result. It compiles once for each shape of images, with
         options of its own: it cannot be called inside `jax.jit`.
 
     Raises:

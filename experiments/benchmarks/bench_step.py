@@ -6,8 +6,8 @@
     python -m experiments.benchmarks.bench_step --net D --image-size 224 --batch 256 --fc 4096 \\
         --dtype bfloat16 --peak-teraflops 989    # on an H100
 
-Half a minute for net A at the defaults on two cores of a Xeon with jax 0.12: 0.33 to 0.37 s a step,
-PyTorch 0.65 to 0.70 (results/steps.json).
+Half a minute for net A at the defaults on two cores of an AMD EPYC with jax 0.12: 0.29 to 0.33 s a
+step, PyTorch 0.59 to 0.61 (results/steps_without_amx.json).
 
 Prints one JSON line. "seconds" is the median of --runs warm steps. "teraflops" counts the
 operations of the definition; Winograd needs fewer. "device_memory" is the peak on an accelerator.
@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.script import json_result, run
+from experiments.script import check_at_least_one, json_result, run
 from vgg_jax import CONFIGS, IMAGENET, VGG, TrainConfig, compile_inference
 from vgg_jax.distributed.sharding import make_mesh, shard_batch
 from vgg_jax.preprocessing import subtract_mean
@@ -163,6 +163,7 @@ def main() -> None:
     parser.add_argument("--peer", help="a command to run in turn with this script")
     parser.add_argument("--pairs", type=int, default=3, help="pairs of runs with --peer")
     args = parser.parse_args()
+    check_at_least_one(args, "image_size", "batch", "fc", "runs", "pairs")
     settings = {name: value for name, value in vars(args).items() if name not in ("peer", "pairs")}
     if args.peer is not None:
         print(json.dumps(settings | compare_with_peer(args, settings)))

@@ -25,7 +25,7 @@ from typing import Any
 import jax
 
 from experiments.paper.result_file import command_line
-from experiments.script import run, stdout_of
+from experiments.script import check_at_least_one, run, stdout_of
 from vgg_jax.errors import InputError
 from vgg_jax.runs.files import atomic_write
 
@@ -103,8 +103,7 @@ def main() -> None:
     for name in (args.file, args.photo):
         if not Path(name).is_file():
             raise InputError(f"no file {name!r}: expected a weight file and a photo")
-    if args.rounds < 1:
-        raise InputError(f"--rounds is {args.rounds}: expected at least 1")
+    check_at_least_one(args, "rounds")
     peer = torch_version(args.peer_python)
     with tempfile.TemporaryDirectory() as folder:
         net = str(Path(folder) / "net.safetensors")

@@ -58,7 +58,7 @@ from experiments.paper.framework_curves import FRAMEWORKS, means
 from experiments.paper.jax_training import Crops, JaxTraining, perturb
 from experiments.paper.result_file import ResultPart, Runs, log, make_header
 from experiments.paper.scan_training import Data, build_small_model, load_data
-from experiments.script import run
+from experiments.script import check_at_least_one, run
 from vgg_jax import CONFIGS, VGG, TrainConfig, preset
 from vgg_jax.errors import InputError
 from vgg_jax.runtime.compilation_cache import enable_compilation_cache
@@ -293,8 +293,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=50, help="first-steps: number of steps")
     args = parser.parse_args()
-    if args.width_divisor < 1:
-        raise InputError(f"--width-divisor is {args.width_divisor}: expected at least 1")
+    check_at_least_one(args, "width_divisor")
     enable_compilation_cache()
     import_torch()
     first = args.part == "first-steps"

@@ -49,7 +49,7 @@ from experiments.paper.scan_training import (
     posteriors,
     train,
 )
-from experiments.script import run
+from experiments.script import check_at_least_one, run
 from vgg_jax import CONFIGS, Conv, VGGConfig, preset
 from vgg_jax.errors import InputError
 from vgg_jax.runtime.compilation_cache import enable_compilation_cache
@@ -193,12 +193,9 @@ def main() -> None:
     is_layers = args.part == "layers"
     if not is_layers and args.data is None:
         raise InputError("no data: expected an .npz file after nets")
-    for name in ("width_divisor", "batch", "rounds", *(() if is_layers else ("train_images",))):
-        if getattr(args, name) < 1:
-            raise InputError(
-                f"--{name.replace('_', '-')} is {getattr(args, name)}: expected at least 1"
-            )
+    check_at_least_one(args, "width_divisor", "batch", "rounds", "train_images")
     enable_compilation_cache()
+    log(f"finished runs are kept in {args.out} and not repeated")
     other_flags = net_flags if is_layers else layer_flags
     # Runs of other seeds and sizes may be added.
     added = ("channels", "sides", "seeds")
