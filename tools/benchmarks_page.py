@@ -539,8 +539,8 @@ def highlights() -> str:
         ),
         (
             "Inference, net D, float32, CPU",
-            step("infer", "float32", "OpenVINO"),
-            "OpenVINO",
+            step("infer", "float32", "ONNX Runtime"),
+            "ONNX Runtime",
             "steps-on-a-cpu",
         ),
         (
