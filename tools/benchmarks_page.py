@@ -562,7 +562,7 @@ def highlights() -> str:
             "steps-on-a-gpu",
         ),
         (
-            "Dense evaluation of photos, CPU",
+            "Dense evaluation of photos, compiled before, CPU",
             floor(dense["median_ratio"]),
             "PyTorch",
             "evaluation",

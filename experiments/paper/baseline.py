@@ -12,7 +12,8 @@ Answer: yes, with an eighth of the widths. On the digits and on 9,000 images of 
 by Adam, the losses and accuracies of the last epoch differ by less than the noise over three seeds.
 The full width was not run. A run by SGD took 20 to 80 seconds on the digits and 90 to 220 on
 CIFAR-10, in both frameworks, on one core of an AMD EPYC that did other work too. The code was
-edited since then. A run of each framework on the digits was repeated, and has the same curves.
+edited since then. A run of each framework on the digits was repeated, and has the same curves. The
+seconds of CIFAR-10 by Adam include pauses of up to 20 minutes.
 
 The net, the summary and the epoch line are those of a review's baseline in PyTorch: ten classes,
 SGD or Adam, StepLR. The images are resized and not augmented. Public versions of it take the mean

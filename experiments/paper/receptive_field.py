@@ -18,6 +18,8 @@ Answer for nets, with an eighth of the widths and five epochs: undecided. B and 
 than the spread over three seeds. D is worse than D-7x7 with each seed, by 5 to 15 points, with
 p = 0.08. D has six layers more than D-7x7, and five epochs may be too few for it. A run takes three
 to four minutes on one core of an AMD EPYC. The recorded seconds include pauses for other work.
+Seed 2 ran in a second process with --seeds 2. B and B-5x5 with seed 0 ran before the products on
+small maps changed, which changed the rounding.
 
 - layers: two 3x3 layers against one 5x5, and three 3x3 against one 7x7, each with C channels and a
   ReLU after each layer. Parameters, multiply-adds, the receptive field as measured by gradients,
