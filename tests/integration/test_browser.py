@@ -3,7 +3,7 @@
 import functools
 import http.server
 import json
-import re
+import queue
 import shutil
 import subprocess
 import threading
@@ -21,11 +21,21 @@ from vgg_jax.evaluation.predict import predict
 from vgg_jax.export import ExportSpec, write
 from vgg_jax.weights import save
 
-CLASSIFY = '<script>fetch("photo.png").then(file => file.blob()).then(show)</script>'
+# The page sends its answer, or its error: Chromium cannot tell when the net has answered.
+CLASSIFY = """<script>
+fetch("photo.png").then(file => file.blob()).then(show)
+  .then(() => document.getElementById("answer").textContent, error => `error: ${error}`)
+  .then(body => fetch("answer", {method: "POST", body}));
+</script>"""
 
 
-class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder without a log."""
+class PageHandler(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder without a log, and keeps what the page sends in `server.answers`."""
+
+    def do_POST(self):
+        self.server.answers.put(self.rfile.read(int(self.headers["Content-Length"])).decode())
+        self.send_response(204)
+        self.end_headers()
 
     def log_message(self, *_):
         pass
@@ -45,22 +55,19 @@ def folder(tmp_path):
 
 def answer_of_page(folder):
     """Opens the folder's page in Chromium, and returns the text of its answer."""
-    handler = functools.partial(QuietHandler, directory=folder)
+    handler = functools.partial(PageHandler, directory=folder)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
-        command += ["--virtual-time-budget=60000", f"--user-data-dir={folder / 'profile'}"]
-        process = subprocess.run(
-            [*command, f"http://127.0.0.1:{server.server_port}/index.html"],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=300,
-        )
-        server.shutdown()
-        thread.join()
-    return re.search(r'<pre id="answer">(.*?)</pre>', process.stdout, re.DOTALL).group(1)
+        server.answers = queue.Queue()
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu"]
+        command += ["--remote-debugging-port=0", f"--user-data-dir={folder / 'profile'}"]
+        page = f"http://127.0.0.1:{server.server_port}/index.html"
+        with subprocess.Popen([*command, page], stderr=subprocess.DEVNULL) as browser:
+            try:
+                return server.answers.get(timeout=300)
+            finally:
+                browser.terminate()
+                server.shutdown()
 
 
 @pytest.mark.slow
