@@ -26,8 +26,10 @@ same seed: the same order of images and the same crops. The nets are made small 
 - The "normal" initialiser has a deviation of 0.01 in the full net. In a small one it is larger, so
   that each layer changes the size of its signal as in the full net.
 
-The program is resumable: a finished net is kept in --out, and the same command goes on. Several
-processes may share --out, also on one GPU, each with a part of its memory
+The program is resumable: a finished net is kept in --out, and the same command goes on, with a net
+that was interrupted after its last whole epoch (its train_seconds then count from the restart).
+Another machine may go on with the same --out: each net records its own --device. Several processes
+may share --out, also on one GPU, each with a part of its memory
 (XLA_PYTHON_CLIENT_MEM_FRACTION=.11). --collect trains nothing and writes the table of what is
 finished.
 """
@@ -135,7 +137,16 @@ def train_net(args: argparse.Namespace, data: Data, name: str, seed: int) -> Non
         source = load_variables(run_folder(args, net.start, seed))
         return copy_matching_layers(source=source, target=variables, layers=PAPER_INIT_LAYERS)[0]
 
-    result = train(config, model, data, start_from, lambda line: log(f"{name}, {seed}: {line}"))
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = folder / "state.npz"
+    result = train(
+        config,
+        model,
+        data,
+        start_from,
+        lambda line: log(f"{name}, {seed}: {line}"),
+        checkpoint=checkpoint,
+    )
     trained = time.monotonic()
     arrays = {}
     for part in () if result.diverged else needed_parts(name):
@@ -146,13 +157,16 @@ def train_net(args: argparse.Namespace, data: Data, name: str, seed: int) -> Non
         )
     save(folder, result, arrays)
     curves = {
+        "device": args.device,
+        "jax": jax.__version__,
         "train_seconds": round(trained - started, 1),
         "evaluate_seconds": round(time.monotonic() - trained, 1),
         "diverged": result.diverged,
         "epochs": [] if result.diverged else result.epochs,
         "losses": [] if result.diverged else thin(result.losses),
     }
-    atomic_write(folder / "curves.json", json.dumps(curves).encode())  # last: it ends the run
+    atomic_write(folder / "curves.json", json.dumps(curves).encode())  # it ends the run
+    checkpoint.unlink(missing_ok=True)
 
 
 def first(source: ArraySource, count: int) -> ArraySource:
@@ -194,8 +208,6 @@ def settings(args: argparse.Namespace, data: Data) -> dict[str, Any]:
         "train_images": data.train.size,
         "test_images": data.test.size,
         "images": [data.train.storage, data.test.storage],
-        "device": args.device,
-        "jax": jax.__version__,
     }
 
 
@@ -298,12 +310,18 @@ def collect(args: argparse.Namespace, data: Data) -> dict[str, Any]:
 
     return {
         "command": command_line("experiments.paper.claims", args.data).replace(" --collect", ""),
-        "device": args.device,
-        "versions": {"jax": jax.__version__},
+        "device": recorded(nets, "device"),
+        "versions": {"jax": recorded(nets, "jax")},
         "settings": settings(args, data),
         "claims": [claim_row(claim, args.seeds, load, data.test.labels) for claim in CLAIMS],
         "nets": nets,
     }
+
+
+def recorded(nets: Mapping[str, Mapping[int, Any]], key: str) -> str:
+    """What the finished nets have under a key, each value once."""
+    values = (curves[key] for seeds in nets.values() for curves in seeds.values())
+    return "; ".join(dict.fromkeys(values))
 
 
 def main() -> None:

@@ -7,7 +7,10 @@ TensorFlow is not used.
 """
 
 import dataclasses
+import json
 import math
+import os
+import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -267,6 +270,7 @@ def train(
     log: Callable[[str], None] = lambda line: None,
     std_rgb: tuple[float, float, float] | None = None,
     on_epoch: Callable[[dict[str, Any]], None] = lambda epoch: None,
+    checkpoint: Path | None = None,
 ) -> Result:
     """Trains a net.
 
@@ -278,9 +282,14 @@ def train(
         log: Receives a line for each epoch.
         std_rgb: As for `make_programs`.
         on_epoch: Receives the entry of `Result.epochs` for each epoch, when it ends.
+        checkpoint: A file to which the state is written after each epoch. If it exists, training
+            goes on from it, and the result is that of an uninterrupted run. None: nothing is kept.
 
     Returns:
         The state after the last epoch, and the curves.
+
+    Raises:
+        InputError: The checkpoint cannot be read.
     """
     programs = make_programs(config, model, data, std_rgb)
     state = programs.start()
@@ -290,7 +299,10 @@ def train(
     held_out = in_batches(data.validation.indices)
     epochs: list[dict[str, Any]] = []
     losses: list[float] = []
-    accuracies: list[float] = []
+    if checkpoint is not None and checkpoint.exists():
+        state, epochs, losses = load_checkpoint(checkpoint, state)
+        log(f"goes on after epoch {len(epochs)}")
+    accuracies = [epoch["validation"]["accuracy"] for epoch in epochs]
     while (rate := next_epoch_lr(config, accuracies)) is not None:
         state = dataclasses.replace(state, opt_state=set_learning_rate(state.opt_state, rate))
         order = padded_order(data.train, config, len(epochs))
@@ -310,7 +322,50 @@ def train(
         on_epoch(epochs[-1])
         if not np.isfinite(losses).all():
             break
+        if checkpoint is not None:
+            save_checkpoint(checkpoint, state, epochs, losses)
     return Result({"params": state.params, "batch_stats": state.batch_stats}, epochs, losses)
+
+
+def save_checkpoint(
+    path: Path, state: TrainState, epochs: list[dict[str, Any]], losses: list[float]
+) -> None:
+    """Writes a state and its curves. The earlier file is replaced once the new one is whole."""
+    state = dataclasses.replace(state, key=jax.random.key_data(state.key))
+    leaves = jax.device_get(jax.tree.leaves(state))
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("wb") as file:
+        np.savez(file, *leaves, curves=np.array(json.dumps([epochs, losses])))
+    os.replace(temporary, path)
+
+
+def load_checkpoint(
+    path: Path, state: TrainState
+) -> tuple[TrainState, list[dict[str, Any]], list[float]]:
+    """Reads what `save_checkpoint` wrote.
+
+    Args:
+        path: The file.
+        state: A state of the same net and optimizer, which is replaced.
+
+    Returns:
+        The state and the curves.
+
+    Raises:
+        InputError: The file is damaged.
+    """
+    old, structure = jax.tree.flatten(state)
+    try:
+        with path.open("rb") as opened, np.load(opened) as file:
+            epochs, losses = json.loads(str(file["curves"]))
+            leaves = [jnp.asarray(file[f"arr_{i}"]) for i in range(len(old))]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(
+            f"{path} is damaged: expected the state after an epoch; delete it to train this net "
+            "from its first epoch"
+        ) from error
+    state = jax.tree.unflatten(structure, leaves)
+    return dataclasses.replace(state, key=jax.random.wrap_key_data(state.key)), epochs, losses
 
 
 def _means(sums: MetricSums) -> dict[str, float]:

@@ -199,6 +199,7 @@ def test_program_resumes_and_refuses_other_settings(tiny, capsys, monkeypatch):
     assert set(after["nets"]["D, from A"]) == {"0", "1"}
     assert after["nets"]["A, normal"]["0"] == first["nets"]["A, normal"]["0"]
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    assert not list(out.rglob("state.npz"))
 
     with pytest.raises(claims.InputError, match="epochs is 2, and 1 in"):
         tiny("--epochs", "2")
@@ -212,7 +213,7 @@ def untrained(tiny, monkeypatch):
     """
     posteriors = {}
 
-    def train(config, model, data, change, log):
+    def train(config, model, data, change, log, checkpoint):
         value = jnp.ones if config.net == "A" else jnp.zeros
         shapes = jax.eval_shape(model.lazy_init, jax.random.key(0), model.one_image())
         variables = jax.tree.map(lambda leaf: value(leaf.shape), shapes)
@@ -254,12 +255,24 @@ def test_diverged_net_is_in_no_claim(untrained, monkeypatch, capsys):
     start, _ = untrained
     train = claims.train
     monkeypatch.setattr(
-        claims, "train", lambda *args: train(*args)._replace(losses=[1.0, float("nan")])
+        claims,
+        "train",
+        lambda *args, **options: train(*args, **options)._replace(losses=[1.0, float("nan")]),
     )
     start("--seeds", "0", "--nets", "A", "E")
     document = json.loads(capsys.readouterr().out)
     assert document["nets"]["A"]["0"]["diverged"]
     assert {row["outcome"] for row in document["claims"]} == {"not run"}
+
+
+def test_another_machine_goes_on(untrained, capsys):
+    start, _ = untrained
+    start("--seeds", "0", "--nets", "A", "E")
+    start("--seeds", "0", "1", "--nets", "A", "E", "--device", "another machine")
+    document = json.loads(capsys.readouterr().out.split("\n}\n")[1] + "}")
+    devices = [document["nets"]["A"][seed]["device"] for seed in ("0", "1")]
+    assert devices == ["a test", "another machine"]
+    assert document["device"] == "a test; another machine"
 
 
 def test_net_of_another_process_is_skipped(untrained, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Training with all steps of an epoch in one program, compared with `vgg_jax.fit`."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import numpy as np
@@ -73,6 +74,36 @@ def test_train_starts_from_changed_variables(npz, narrow):
         jax.tree.leaves(start["params"]), jax.tree.leaves(result.variables["params"]), strict=True
     ):
         np.testing.assert_allclose(after, before + 1, rtol=1e-6)
+
+
+def test_interrupted_training_goes_on_after_its_last_epoch(npz, narrow, tmp_path):
+    config = TrainConfig(data=str(npz), **SETTINGS | {"batch_norm": True, "learning_rate": 0.01})
+    run = partial(train, config, build_small_model(config, 1, 2), load_data(npz))
+    whole, path, lines = run(), tmp_path / "state.npz", []
+
+    def interrupt(line):
+        if line.startswith("epoch 3"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(log=interrupt, checkpoint=path)
+    resumed = run(log=lines.append, checkpoint=path)
+    assert lines[0] == "goes on after epoch 2" and len(lines) == 2
+    assert resumed.epochs == whole.epochs and resumed.losses == whole.losses
+    jax.tree.map(np.testing.assert_array_equal, resumed.variables, whole.variables)
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 1000])
+def test_damaged_checkpoint_is_named(kept_bytes, npz, narrow, tmp_path):
+    config = TrainConfig(data=str(npz), **SETTINGS | {"epochs": 1})
+    run = partial(train, config, build_small_model(config, 1, 2), load_data(npz))
+    path = tmp_path / "state.npz"
+    run(checkpoint=path)
+    path.write_bytes(path.read_bytes()[:kept_bytes])
+    with pytest.raises(
+        InputError, match=r"state\.npz is damaged: expected the state after an epoch"
+    ):
+        run(checkpoint=path)
 
 
 def test_load_data_divides_the_training_images(npz):
