@@ -9,6 +9,10 @@ outputs takes 36 products where the definition takes 144. Three things make it f
   stay in cache from the padding to the epilogue (docs/performance.md#winograd).
 
 bfloat16 is too coarse for the transforms (docs/performance.md#winograd).
+
+The transforms are hundreds of operations in a net. They use `lax`, which traces faster than jnp,
+and `jax.jit` with `inline` keeps their traces for blocks of equal shape
+(docs/performance.md#first-answer).
 """
 
 import functools
@@ -61,18 +65,25 @@ def _blocks(shape: Sequence[int], tiles: int) -> _Blocks:
     return _Blocks(-(-n // groups), groups, -(-rows // strips), strips, columns)
 
 
+def _scaled(factor: int, plane: Array) -> Array:
+    if factor in (1, -1):
+        return plane if factor == 1 else lax.neg(plane)
+    return lax.mul(plane, lax.full_like(plane, factor))
+
+
 def _apply_matrix(matrix: np.ndarray, planes: Sequence[Array], axis: int) -> Array:
     """Multiplies planes by a small matrix, and stacks the sums of scaled planes.
 
     Planes have at most three axes: LLVM is slow to compile some shapes of four.
     """
     rows = [
-        functools.reduce(jnp.add, (float(m) * p for m, p in zip(row, planes, strict=True) if m))
-        for row in matrix
+        functools.reduce(lax.add, (_scaled(m, p) for m, p in zip(row, planes, strict=True) if m))
+        for row in matrix.tolist()
     ]
+    stacked = lax.concatenate([lax.expand_dims(row, (axis,)) for row in rows], axis)
     # Without the barrier, the first of two transforms fuses into the second: it would be computed
     # six times, and compile slowly.
-    return lax.optimization_barrier(jnp.stack(rows, axis))
+    return lax.optimization_barrier(stacked)
 
 
 def transform_filters(kernel: Array, rotated: bool = False) -> Array:
@@ -89,6 +100,7 @@ def transform_filters(kernel: Array, rotated: bool = False) -> Array:
     return (matrix @ kernel.reshape(9, -1)).reshape(36, *kernel.shape[2:])
 
 
+@functools.partial(jax.jit, inline=True)
 def _input_tiles(x: Array) -> Array:
     """Cuts 6x6 windows with stride 4 and transforms them.
 
@@ -100,6 +112,7 @@ def _input_tiles(x: Array) -> Array:
     return _apply_matrix(_BT, [x[:, :, j : j + w - 5 : 4] for j in range(6)], 1).reshape(36, -1, c)
 
 
+@functools.partial(jax.jit, inline=True, static_argnums=(1, 2, 3))
 def _output_image(tiles: Array, n: int, rows: int, columns: int) -> Array:
     """Transforms products back to output: (36, tiles, K) -> (n, 4 rows, 4 columns, K)."""
     k = tiles.shape[-1]
@@ -108,6 +121,7 @@ def _output_image(tiles: Array, n: int, rows: int, columns: int) -> Array:
     return _apply_matrix(_AT, list(y), 2).reshape(n, 4 * rows, 4 * columns, k)
 
 
+@functools.partial(jax.jit, inline=True)
 def _gradient_tiles(g: Array) -> Array:
     """Transpose of `_output_image`: (n, 4 rows, 4 columns, K) -> (36, tiles, K)."""
     n, h, w, k = g.shape
