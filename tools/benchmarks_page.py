@@ -315,8 +315,24 @@ def first_answer_section() -> str:
         "`compile_inference`, ours reads zeros, and PyTorch the photo. "
         "[First answer](performance.md#first-answer) says where the time goes.\n\n"
         + table(("first result", *names, "ratio", "ratio, compiled before", "rounds"), rows)
+        + "\n\nThe median ratios of these seconds to those of the version before the changes that "
+        f"[First answer](performance.md#first-answer) lists ({result['earlier_commit']}), whose "
+        "rounds took turns with these:\n\n"
+        + table(
+            ("first result", *names[:2]),
+            [
+                (row["row"], *(_median_ratio(row, earlier, name) for name in names[:2]))
+                for row, earlier in zip(result["rows"], result["earlier_rows"], strict=True)
+            ],
+        )
     )
     return section("First answer", result, text)
+
+
+def _median_ratio(row: dict[str, Any], earlier: dict[str, Any], name: str) -> str:
+    """The median ratio of the seconds of two rows, round by round."""
+    pairs = zip(row["seconds"][name], earlier["seconds"][name], strict=True)
+    return f"{statistics.median(ours / theirs for ours, theirs in pairs):.2f}"
 
 
 def growth_section() -> str:
