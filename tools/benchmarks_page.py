@@ -315,9 +315,10 @@ def first_answer_section() -> str:
         "`compile_inference`, ours reads zeros, and PyTorch the photo. "
         "[First answer](performance.md#first-answer) says where the time goes.\n\n"
         + table(("first result", *names, "ratio", "ratio, compiled before", "rounds"), rows)
-        + "\n\nThe median ratios of these seconds to those of the version before the changes that "
-        f"[First answer](performance.md#first-answer) lists ({result['earlier_commit']}), whose "
-        "rounds took turns with these:\n\n"
+        + "\n\nAn earlier version took turns with these rounds. It has none of the changes that "
+        "[First answer](performance.md#first-answer) lists "
+        f"(commit {result['earlier_commit']}). "
+        "The median ratios of the seconds, now to then:\n\n"
         + table(
             ("first result", *names[:2]),
             [
@@ -330,9 +331,10 @@ def first_answer_section() -> str:
 
 
 def _median_ratio(row: dict[str, Any], earlier: dict[str, Any], name: str) -> str:
-    """The median ratio of the seconds of two rows, round by round."""
+    """The median ratio of the seconds of two rows, round by round. It is rounded up."""
     pairs = zip(row["seconds"][name], earlier["seconds"][name], strict=True)
-    return f"{statistics.median(ours / theirs for ours, theirs in pairs):.2f}"
+    ratio = statistics.median(seconds / before for seconds, before in pairs)
+    return f"{math.ceil(100 * ratio) / 100:.2f}"
 
 
 def growth_section() -> str:

@@ -73,7 +73,7 @@ def measure(row: str, args: argparse.Namespace, files: dict[str, str]) -> dict[s
                 theirs / ours
                 for ours, theirs in zip(seconds[name], seconds["PyTorch"], strict=True)
             ),
-            2,
+            4,
         )
         for name in names[:2]
     }

@@ -26,10 +26,10 @@ same seed: the same order of images and the same crops. The nets are made small 
 - The "normal" initialiser has a deviation of 0.01 in the full net. In a small one it is larger, so
   that each layer changes the size of its signal as in the full net.
 
-The program is resumable: a finished net is kept in --out, and the same command goes on, with a net
-that was interrupted after its last whole epoch (its train_seconds then count from the restart).
-Another machine may go on with the same --out: each net records its own --device. Several processes
-may share --out, also on one GPU, each with a part of its memory
+The program is resumable. --out keeps each finished net, and the state of an unfinished one after
+each epoch, from which the same command goes on. The train_seconds of such a net count from its last
+start. Another machine may go on with the same --out: each net records its own --device. Several
+processes may share --out, also on one GPU, each with a part of its memory
 (XLA_PYTHON_CLIENT_MEM_FRACTION=.11). --collect trains nothing and writes the table of what is
 finished.
 """
@@ -320,7 +320,9 @@ def collect(args: argparse.Namespace, data: Data) -> dict[str, Any]:
 
 def recorded(nets: Mapping[str, Mapping[int, Any]], key: str) -> str:
     """What the finished nets have under a key, each value once."""
-    values = (curves[key] for seeds in nets.values() for curves in seeds.values())
+    values = (
+        curves.get(key, "not recorded") for seeds in nets.values() for curves in seeds.values()
+    )
     return "; ".join(dict.fromkeys(values))
 
 

@@ -7,10 +7,7 @@ TensorFlow is not used.
 """
 
 import dataclasses
-import json
 import math
-import os
-import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from experiments.paper.training_state import load_state, save_state
 from vgg_jax.array_batches import crop_function, epoch_order, measure_colours, resample
 from vgg_jax.arrays import Arrays, ArraySource, read_npz, train_val_sources, whole_source
 from vgg_jax.configs.colours import ColourStatistics
@@ -300,7 +298,7 @@ def train(
     epochs: list[dict[str, Any]] = []
     losses: list[float] = []
     if checkpoint is not None and checkpoint.exists():
-        state, epochs, losses = load_checkpoint(checkpoint, state)
+        state, epochs, losses = load_state(checkpoint, state)
         log(f"goes on after epoch {len(epochs)}")
     accuracies = [epoch["validation"]["accuracy"] for epoch in epochs]
     while (rate := next_epoch_lr(config, accuracies)) is not None:
@@ -323,49 +321,8 @@ def train(
         if not np.isfinite(losses).all():
             break
         if checkpoint is not None:
-            save_checkpoint(checkpoint, state, epochs, losses)
+            save_state(checkpoint, state, epochs, losses)
     return Result({"params": state.params, "batch_stats": state.batch_stats}, epochs, losses)
-
-
-def save_checkpoint(
-    path: Path, state: TrainState, epochs: list[dict[str, Any]], losses: list[float]
-) -> None:
-    """Writes a state and its curves. The earlier file is replaced once the new one is whole."""
-    state = dataclasses.replace(state, key=jax.random.key_data(state.key))
-    leaves = jax.device_get(jax.tree.leaves(state))
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        np.savez(file, *leaves, curves=np.array(json.dumps([epochs, losses])))
-    os.replace(temporary, path)
-
-
-def load_checkpoint(
-    path: Path, state: TrainState
-) -> tuple[TrainState, list[dict[str, Any]], list[float]]:
-    """Reads what `save_checkpoint` wrote.
-
-    Args:
-        path: The file.
-        state: A state of the same net and optimizer, which is replaced.
-
-    Returns:
-        The state and the curves.
-
-    Raises:
-        InputError: The file is damaged.
-    """
-    old, structure = jax.tree.flatten(state)
-    try:
-        with path.open("rb") as opened, np.load(opened) as file:
-            epochs, losses = json.loads(str(file["curves"]))
-            leaves = [jnp.asarray(file[f"arr_{i}"]) for i in range(len(old))]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(
-            f"{path} is damaged: expected the state after an epoch; delete it to train this net "
-            "from its first epoch"
-        ) from error
-    state = jax.tree.unflatten(structure, leaves)
-    return dataclasses.replace(state, key=jax.random.wrap_key_data(state.key)), epochs, losses
 
 
 def _means(sums: MetricSums) -> dict[str, float]:

@@ -42,13 +42,13 @@ def find_label_file(root: str, split: str, folder: str) -> str | None:
         names += [SOLUTION, truth, f"{DEVKIT}/{truth}"]
     parents = dict.fromkeys((root, folder))
     paths = [os.path.join(parent, name) for parent in parents for name in names]
-    found = list(filter(exists, paths))
-    if len(found) > 1:
+    label_files = list(filter(exists, paths))
+    if len(label_files) > 1:
         raise InputError(
-            f"{len(found)} files may have the labels of {folder!r}: "
-            f"{', '.join(map(repr, found))}; expected one; rename or move the others"
+            f"{len(label_files)} files may have the labels of {folder!r}: "
+            f"{', '.join(map(repr, label_files))}; expected one; rename or move the others"
         )
-    return found[0] if found else None
+    return label_files[0] if label_files else None
 
 
 def read_flat_labels(

@@ -307,8 +307,10 @@ def _read_pytorch(path: Path) -> TensorFile:
             *((_Placeholder, name) for name in _SKIPPED_VALUES),
         ]
         # At its end, the block would remove what the caller had allowed before.
-        known = torch.serialization.get_safe_globals()
-        with torch.serialization.safe_globals([item for item in allowed if item not in known]):
+        allowed_before = torch.serialization.get_safe_globals()
+        with torch.serialization.safe_globals(
+            [item for item in allowed if item not in allowed_before]
+        ):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         raise InputError(

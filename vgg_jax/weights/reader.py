@@ -111,8 +111,8 @@ def load(
     """
     if not to_path(path).is_dir():
         return load_file(path, net, preprocessing, image_size, classes, download)
-    passed = {"net": net, "preprocessing": preprocessing, "image_size": image_size}
-    for name, value in passed.items():
+    for_files_only = {"net": net, "preprocessing": preprocessing, "image_size": image_size}
+    for name, value in for_files_only.items():
         if value is not None:
             raise InputError(
                 f"{name} is {value!r} and {path} is a folder: "
