@@ -21,7 +21,7 @@ from vgg_jax.evaluation.predict import predict
 from vgg_jax.export import ExportSpec, write
 from vgg_jax.weights import save
 
-# The page sends its answer, or its error: Chromium cannot tell when the net has answered.
+# The page sends its answer, or its error: Chromium does not know when it is complete.
 CLASSIFY = """<script>
 fetch("photo.png").then(file => file.blob()).then(show)
   .then(() => document.getElementById("answer").textContent, error => `error: ${error}`)
@@ -88,6 +88,8 @@ def test_page_answers_as_predict(folder, monkeypatch):
         ((_, top, _),) = predict(
             folder / "net.safetensors", [photo], protocol=EvalProtocol("center")
         )
-        lines = [line.split(" % ") for line in answer_of_page(folder).splitlines()]
+        answer = answer_of_page(folder)
+        assert not answer.startswith("error: "), answer
+        lines = [line.split(" % ") for line in answer.splitlines()]
         actual = {name: float(percent) / 100 for percent, name in lines}
         assert actual == pytest.approx(dict(top), abs=1e-3)
