@@ -352,6 +352,7 @@ def test_with_new_head_errors(tiny_net):
         ({"num_classes": ["cat", "dog"]}, r"num_classes is \['cat', 'dog'\]: expected one integer"),
         ({"num_classes": True}, "num_classes is True: expected one integer"),
         ({"batch_norm": "x"}, "batch_norm is 'x': expected True or False"),
+        ({"quick_compile": 1}, "quick_compile is 1: expected True or False"),
         ({"dtype": "nope"}, r"dtype is 'nope': expected a type of floats, such as jnp\.float32"),
         ({"dtype": jnp.int32}, "dtype is .*int32.*: expected a type of floats"),
         ({"param_dtype": "nope"}, "param_dtype is 'nope': expected a type of floats"),
@@ -371,6 +372,21 @@ def test_wrong_fields(fields, message):
     """A wrong field is an error where the net is made, not where it first runs."""
     with pytest.raises(InputError, match=message):
         VGG(**({"config": TINY} | fields))
+
+
+def test_quick_compile(tiny_net):
+    """The convolutions become XLA's, which compile quickly, and the logits stay as they are."""
+    model, variables = tiny_net
+    quick = model.clone(quick_compile=True)
+    x = images(2, model.image_size, model.image_size)
+    np.testing.assert_allclose(
+        jax.jit(quick.apply)(variables, x), jax.jit(model.apply)(variables, x), rtol=1e-4, atol=1e-5
+    )
+    convolutions = [
+        jax.jit(net.apply).lower(variables, x).as_text().count("stablehlo.convolution")
+        for net in (model, quick)
+    ]
+    assert convolutions == [1, sum(map(len, model.config.stages))]  # the first one is always XLA's
 
 
 def test_integer_images(tiny_net):

@@ -11,9 +11,8 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jax import Array, lax
 
-from vgg_jax.ops.convolution import convolution, default_conv, pointwise_conv
+from vgg_jax.ops.convolution import convolution, default_conv, pointwise_conv, window_conv
 from vgg_jax.ops.epilogue import NO_EPILOGUE, Epilogue, materialize_on_cpu
-from vgg_jax.ops.xla import DIMENSION_NUMBERS
 
 
 def local_response_norm(
@@ -57,6 +56,7 @@ class Conv(nn.Module):
         dtype: Type of the computation.
         param_dtype: Type of the parameters.
         frozen: The gradients of the parameters are 0.
+        quick_compile: Convolve by XLA on every platform.
     """
 
     features: int
@@ -65,6 +65,7 @@ class Conv(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     frozen: bool = False
+    quick_compile: bool = False
 
     @nn.compact
     def __call__(
@@ -84,9 +85,9 @@ class Conv(nn.Module):
         shape = (size, size, x.shape[-1], self.features)
         kernel, bias = _kernel_and_bias(self, shape)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-        if self.is_initializing():
-            # `init` often runs outside of jit, where XLA's own convolution compiles much faster
-            # (docs/performance.md#compile-time-of-init).
+        # `init` often runs outside of jit, where XLA's own convolution compiles much faster
+        # (docs/performance.md#compile-time-of-init).
+        if self.quick_compile or self.is_initializing():
             return default_conv(x, kernel, bias, epilogue)
         return convolution(x, kernel, bias, epilogue, filters)
 
@@ -257,10 +258,7 @@ class FullyConnected(nn.Module):
             else:
                 y = _multiply_transposed(x, kernel_t.astype(x.dtype))
         else:
-            window = kernel.reshape(size, size, c, self.features)
-            y = lax.conv_general_dilated(
-                x, window, (1, 1), "VALID", dimension_numbers=DIMENSION_NUMBERS
-            )
+            y = window_conv(x, kernel)
         return y + bias[None, None, None]
 
 

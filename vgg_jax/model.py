@@ -82,6 +82,9 @@ class VGG(nn.Module):
         axis_name: Axis of the surrounding `shard_map` over which the batch is split, if any.
             Batch statistics and dropout then cover the global batch.
         in_channels: Channels C of the images. `vgg_jax.with_in_channels` adapts a trained net.
+        quick_compile: Convolve by XLA on a CPU, too. A program then compiles in a fraction of the
+            time and runs more slowly, its gradients far more slowly: for a net that is applied
+            once or twice. Elsewhere it changes little.
         other_sizes: Logits of images that are not image_size x image_size.
 
             - "error": an `InputError`.
@@ -112,6 +115,7 @@ class VGG(nn.Module):
     pool: str = "max"
     axis_name: str | None = None
     in_channels: int = 3
+    quick_compile: bool = False
     other_sizes: str = "error"
 
     def __post_init__(self) -> None:
@@ -345,6 +349,7 @@ class VGG(nn.Module):
                 # With a pooling, the mask comes after it.
                 mask_in_epilogue = valid_mask if epilogue_kind == "relu" else None
                 epilogue = Epilogue(epilogue_kind, mask_in_epilogue)
+                options |= {"quick_compile": self.quick_compile}
                 conv = Conv(features, kernel_size, conv_init, name=name, **options)
                 x = conv(x, epilogue, self.get_variable("packed", name))
             elif layer_type == "bn":
@@ -385,8 +390,10 @@ class VGG(nn.Module):
             value = getattr(self, name)
             if not isinstance(value, numbers.Integral) or isinstance(value, bool):
                 raise InputError(f"{name} is {value!r}: expected one integer")
-        if not isinstance(self.batch_norm, bool | np.bool_):
-            raise InputError(f"batch_norm is {self.batch_norm!r}: expected True or False")
+        for name in ("batch_norm", "quick_compile"):
+            value = getattr(self, name)
+            if not isinstance(value, bool | np.bool_):
+                raise InputError(f"{name} is {value!r}: expected True or False")
         for name in ("dtype", "param_dtype"):
             _check_dtype(name, getattr(self, name))
         for name, value, allowed in (
@@ -676,9 +683,9 @@ def transpose_kernels(variables: Mapping[str, Any]) -> dict[str, Any]:
         Variables that map transposed images (N, W, H, 3) to transposed activations.
     """
     params = variables["params"]
-    # By NumPy: the program takes longer to compile (docs/performance.md#first-answer).
+    # By NumPy and `device_put`, which compile nothing (docs/performance.md#first-answer).
     transposed = {
-        name: {**layer, "kernel": jnp.asarray(np.swapaxes(np.asarray(layer["kernel"]), 0, 1))}
+        name: {**layer, "kernel": jax.device_put(np.swapaxes(np.asarray(layer["kernel"]), 0, 1))}
         for name, layer in params.items()
         if name.startswith("conv")
     }

@@ -12,7 +12,14 @@ from tests.helpers.tiny import init
 from vgg_jax import IMAGENET, VGG, Conv, InputError, VGGConfig
 from vgg_jax.configs.evaluation import DENSE, PROTOCOLS, EvalProtocol
 from vgg_jax.distributed.sharding import make_mesh
-from vgg_jax.evaluation.dense import class_posteriors, crop_offsets, iter_posteriors, iter_windows
+from vgg_jax.evaluation import dense
+from vgg_jax.evaluation.dense import (
+    class_posteriors,
+    crop_offsets,
+    iter_posteriors,
+    iter_windows,
+    trunk_activations,
+)
 from vgg_jax.evaluation.packing import row_extent
 
 SMALL = VGGConfig(((Conv(8),), (Conv(16), Conv(16)), (Conv(24),)), fc=(24, 16))
@@ -254,6 +261,33 @@ def test_crop_offsets():
     assert crop_offsets(224, 224, 5) == (0, 0, 0, 0, 0)
     with pytest.raises(InputError, match="crop is 224 pixels and the image side 223"):
         crop_offsets(223, 224, 5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "most_pixels", "is_quick"),
+    [
+        ({}, dense.QUICK_PIXELS, False),
+        ({"few_images": True}, dense.QUICK_PIXELS, True),
+        ({"few_images": True}, 100, False),
+    ],
+)
+def test_few_images_compile_quickly(small_net, settings, most_pixels, is_quick, monkeypatch):
+    """Small canvases of few images are convolved by XLA, with equal results."""
+    is_quick_trunk = []
+
+    def trunk(*args, model, **others):
+        is_quick_trunk.append(model.quick_compile)
+        return trunk_activations(*args, model=model, **others)
+
+    monkeypatch.setattr(dense, "trunk_activations", trunk)
+    monkeypatch.setattr(dense, "QUICK_PIXELS", most_pixels)
+    dense.jitted_stages.cache_clear()
+    images = photos([(16, 40), (47, 16)])  # the first one is transposed
+    actual = class_posteriors(*small_net, images, **settings)
+    dense.jitted_stages.cache_clear()
+    assert set(is_quick_trunk) == {is_quick}
+    expected = [class_posteriors(*small_net, [image])[0] for image in images]
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
 def test_class_posteriors_of_no_images(small_net):

@@ -22,6 +22,7 @@ from vgg_jax.ops.convolution import (
     convolution,
     default_conv,
     first_cuda_conv,
+    window_conv,
 )
 from vgg_jax.ops.convolution_cpu import _images_per_chunk
 from vgg_jax.ops.epilogue import EPILOGUE_KINDS, Epilogue, add_bias
@@ -281,3 +282,44 @@ def test_add_bias_gradients():
     first = (3 * (x + bias) ** 2).sum((0, 1, 2))
     expected = 2 * first * (6 * (x + bias)).sum((0, 1, 2))
     np.testing.assert_allclose(jax.grad(penalty)(bias), expected, rtol=1e-4)
+
+
+def windows_of(x, size):
+    """The windows inside a map (N, h, w, C), one by one: (N, h', w', size · size · C)."""
+    _, h, w, _ = x.shape
+    rows = [
+        [x[:, i : i + size, j : j + size].reshape(len(x), -1) for j in range(w - size + 1)]
+        for i in range(h - size + 1)
+    ]
+    return np.stack([np.stack(row, 1) for row in rows], 1)
+
+
+@pytest.mark.parametrize(("h", "w", "size"), [(5, 4, 3), (3, 6, 3), (7, 9, 7), (2, 2, 2)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_window_conv(h, w, size, dtype):
+    """The output and both gradients, from windows that are cut one by one."""
+    rng = np.random.default_rng(0)
+    shapes = (2, h, w, 4), (size * size * 4, 3), (2, h - size + 1, w - size + 1, 3)
+    x, kernel, g = (jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
+    y, pullback = jax.vjp(jax.jit(window_conv), x, kernel)
+    actual = (y, *pullback(g))
+    x, kernel, g = (np.asarray(array, np.float64) for array in (x, kernel, g))
+    windows = windows_of(x, size)
+    input_gradient = np.zeros_like(x)
+    for i, j in np.ndindex(g.shape[1:3]):
+        products = (g[:, i, j] @ kernel.T).reshape(2, size, size, 4)
+        input_gradient[:, i : i + size, j : j + size] += products
+    kernel_gradient = np.einsum("nhwa,nhwb->ab", windows, g)
+    assert_all_close(
+        actual,
+        (windows @ kernel, input_gradient, kernel_gradient),
+        1e-5 if dtype == jnp.float32 else 2e-2,
+    )
+
+
+def test_window_conv_has_products_as_gradients():
+    """XLA's gradients of this convolution take a CPU many times as long."""
+    x, kernel = jnp.ones((1, 8, 9, 4)), jnp.ones((7 * 7 * 4, 3))
+    gradients = jax.jit(jax.grad(lambda x, kernel: window_conv(x, kernel).sum(), (0, 1)))
+    text = gradients.lower(x, kernel).as_text()
+    assert "stablehlo.convolution" not in text and text.count("stablehlo.dot_general") == 2

@@ -8,6 +8,7 @@ import sys
 
 import h5py
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -16,6 +17,7 @@ from tests.helpers.weights_files import FC, random_tensors, reorder_kernel, torc
 from vgg_jax import InputError
 from vgg_jax.weights import load, read
 from vgg_jax.weights.formats import open_file
+from vgg_jax.weights.memory import copy_for_jax
 
 
 class OpensFile:
@@ -152,8 +154,8 @@ def test_safetensors_with_header_of_any_length(tmp_path):
     assert low_bytes == set(range(0, 256, 8))
 
 
-def test_safetensors_are_read_for_jax_without_a_copy(tmp_path):
-    """The values are the library's own. On a CPU, jax takes the memory as it is."""
+def test_safetensors_equal_the_library(tmp_path):
+    """Float32 values are read without the library."""
     path = tmp_path / "net.safetensors"
     rng = np.random.default_rng(0)
     shapes = {"a": (3, 5), "b": (), "c": (0, 4), "d": (257,)}
@@ -161,11 +163,20 @@ def test_safetensors_are_read_for_jax_without_a_copy(tmp_path):
     save_file(arrays | {"e": np.ones((2, 3), np.float16)}, path)
     expected = load_file(path)
     for name, tensor in open_file(path).tensors.items():
-        array = tensor.read()
-        np.testing.assert_array_equal(array, expected[name], strict=True)
-        if array.dtype == np.float32 and array.size and jax.default_backend() == "cpu":
-            placed = jax.device_put(array, jax.devices()[0])
-            assert placed.unsafe_buffer_pointer() == array.ctypes.data
+        np.testing.assert_array_equal(tensor.read(), expected[name], strict=True)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (), (0, 4), (2**21, 3)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, ">f4"])
+def test_copy_for_jax(shape, dtype):
+    """The copy has memory of its own, and on a CPU, jax takes that memory as it is."""
+    array = np.random.default_rng(0).standard_normal(shape, np.float32).astype(dtype).T
+    copy = copy_for_jax(array, np.float32)
+    np.testing.assert_array_equal(copy, array.astype(np.float32), strict=True)
+    assert copy.flags.c_contiguous and not np.shares_memory(copy, array)
+    if copy.size and jax.default_backend() == "cpu":
+        placed = jax.device_put(copy, jax.devices()[0])
+        assert placed.unsafe_buffer_pointer() == copy.ctypes.data
 
 
 def test_name_with_line_break(tmp_path, caplog):

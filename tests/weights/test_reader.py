@@ -151,4 +151,5 @@ def test_own_files_are_read_without_a_second_copy(tmp_path):
     read(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 1.2 * path.stat().st_size
+    # The one copy is in memory that tracemalloc does not see.
+    assert peak < 0.2 * path.stat().st_size

@@ -9,6 +9,7 @@ imports TensorFlow.
 import contextlib
 import dataclasses
 import functools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -23,7 +24,7 @@ from vgg_jax.configs.evaluation import DENSE, MAX_IMAGE_PIXELS, MAX_PIXELS_PER_B
 from vgg_jax.distributed.sharding import make_mesh, replicated, shard_batch
 from vgg_jax.errors import InputError
 from vgg_jax.evaluation.packing import Batch, Window, pack_windows
-from vgg_jax.inference import fastest_model, pack_kernels
+from vgg_jax.inference import fastest_model, pack_kernels, quick_model
 from vgg_jax.model import VGG, transpose_kernels
 from vgg_jax.preprocessing import centre_offset, subtract_mean
 from vgg_jax.runtime.compiler import compiler_options
@@ -34,6 +35,10 @@ from vgg_jax.runtime.progress import waiting_line
 # positions read overlapping activations (docs/performance.md#score-map-positions).
 POSITIONS_STEP = 16
 MAX_POSITIONS = 256
+
+# Most pixels of canvases for which a program that compiles quickly is worth its slower run: two
+# photos and their mirror images at Q = 256 (docs/performance.md#first-answer).
+QUICK_PIXELS = 400_000
 
 # Crops along each side of an image, by protocol.
 _CROPS_PER_SIDE = {"center": 0, "ten-crop": 2, "multi-crop": 5, "both": 5}
@@ -238,7 +243,7 @@ def iter_posteriors(
     protocol: EvalProtocol = DENSE,
     mean_rgb: tuple[float, float, float] = IMAGENET.mean_rgb,
     pixels: int = MAX_PIXELS_PER_BATCH,
-    optimize_runtime: bool = True,
+    few_images: bool = False,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Computes the class posteriors of a stream of images.
 
@@ -255,7 +260,7 @@ def iter_posteriors(
         protocol: The evaluation protocol.
         mean_rgb: Mean that is subtracted from the pixels.
         pixels: Most pixels of the windows that are computed at once.
-        optimize_runtime: Compile for a longer time, which pays off with dozens of images.
+        few_images: Compile for a shorter time. With dozens of images, slower programs lose more.
 
     Yields:
         `(index, posterior)` of each image as soon as it is done; the posterior is float64 (K,).
@@ -267,17 +272,17 @@ def iter_posteriors(
     if pixels < 1:
         raise InputError(f"pixels is {pixels}: expected at least 1")
     model = fastest_model(model)
-    trunk, head = jitted_stages(model, tuple(mean_rgb), protocol.ceil, mesh, optimize_runtime)
+    stages = functools.partial(
+        jitted_stages, mean_rgb=tuple(mean_rgb), ceil=protocol.ceil, mesh=mesh
+    )
+    trunk, head = stages(model, optimize_runtime=not few_images)
+    quick_trunk, _ = stages(quick_model(model), optimize_runtime=False)
     head_variables = jax.device_put(dict(variables), replicated(mesh))
+    run_trunk = _trunk_runner(
+        trunk, quick_trunk if few_images else None, head_variables, model.dtype, mesh
+    )
     # Weighted posteriors of the windows of each image that is not done yet.
     pending: dict[int, list[Any]] = {}
-
-    @functools.cache
-    def trunk_variables(transposed: bool) -> dict[str, Any]:
-        oriented = transpose_kernels(head_variables) if transposed else head_variables
-        # Packed FC kernels are no faster for hundreds of positions at once.
-        packed = pack_kernels(oriented, model.dtype, kinds=("conv",))
-        return jax.device_put(packed, replicated(mesh))
 
     def all_windows() -> Iterator[Window]:
         for index, scaled_images in enumerate(images):
@@ -290,9 +295,8 @@ def iter_posteriors(
     for batch in pack_windows(
         all_windows(), model.config, ceil=protocol.ceil, pixels=pixels, devices=mesh.size
     ):
-        canvases = shard_batch(_paint_canvases(batch), mesh)
         with compiling:
-            activations = trunk(trunk_variables(batch.transposed), **canvases)
+            activations = run_trunk(batch)
         compiling = contextlib.nullcontext()
         positions, ends = _score_map_positions(batch, model, protocol.ceil)
         logits = np.zeros((len(positions), model.num_classes))
@@ -308,6 +312,40 @@ def iter_posteriors(
             posteriors[window.number] = window.weight * _mean_posterior(scores, protocol)
             if all(posterior is not None for posterior in posteriors):
                 yield window.image, np.sum(pending.pop(window.image), 0)
+
+
+def _trunk_runner(
+    trunk: Callable[..., Array],
+    quick_trunk: Callable[..., Array] | None,
+    variables: dict[str, Any],
+    dtype: Any,
+    mesh: jax.sharding.Mesh,
+) -> Callable[[Batch], Array]:
+    """Makes a function that computes the trunk of a batch.
+
+    The kernels are transposed and packed once, when the first batch needs them. `quick_trunk`, if
+    there is one, computes small batches, from kernels that are not packed.
+    """
+
+    @functools.cache
+    def oriented(transposed: bool) -> dict[str, Any]:
+        if not transposed:
+            return variables
+        return jax.device_put(transpose_kernels(variables), replicated(mesh))
+
+    @functools.cache
+    def packed(transposed: bool) -> dict[str, Any]:
+        # Packed FC kernels are no faster for hundreds of positions at once.
+        kernels = pack_kernels(oriented(transposed), dtype, kinds=("conv",))
+        return jax.device_put(kernels, replicated(mesh))
+
+    def run(batch: Batch) -> Array:
+        canvases = shard_batch(_paint_canvases(batch), mesh)
+        if quick_trunk is not None and math.prod(batch.shape) <= QUICK_PIXELS:
+            return quick_trunk(oriented(batch.transposed), **canvases)
+        return trunk(packed(batch.transposed), **canvases)
+
+    return run
 
 
 def _paint_canvases(batch: Batch) -> dict[str, np.ndarray]:

@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from vgg_jax.errors import InputError
+from vgg_jax.inference import quick_model
 from vgg_jax.model import VGG
 from vgg_jax.preprocessing import subtract_mean
 from vgg_jax.runtime.compiler import compiler_options
@@ -132,7 +133,7 @@ def _check_classes(model: VGG, classes: Sequence[int] | None, count: int) -> np.
 
 @functools.lru_cache(maxsize=4)
 def _jitted(model: VGG, mean_rgb: tuple[float, ...], layer: str) -> jax.stages.Wrapped:
-    compute = functools.partial(_explain, model=model, mean_rgb=mean_rgb, layer=layer)
+    compute = functools.partial(_explain, model=quick_model(model), mean_rgb=mean_rgb, layer=layer)
     return jax.jit(compute, compiler_options=compiler_options(dtype=model.dtype))
 
 

@@ -97,7 +97,7 @@ def predict(
         mesh=make_mesh(1, jax.devices()[:1]),
         protocol=protocol,
         mean_rgb=expected["mean_rgb"],
-        optimize_runtime=len(files) > FEW_FILES,
+        few_images=len(files) <= FEW_FILES,
     )
     first = 0  # position of the next prediction to yield
     for index, posterior in posteriors:

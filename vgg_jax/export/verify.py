@@ -136,6 +136,7 @@ def _open_safetensors(path: Path) -> OpenedFile:
     import jax
     from safetensors import safe_open
 
+    from vgg_jax.inference import quick_model
     from vgg_jax.weights import load_file
 
     with safe_open(path, framework="numpy") as file:
@@ -144,7 +145,8 @@ def _open_safetensors(path: Path) -> OpenedFile:
     mean = np.array(weights_metadata["preprocessing"]["mean_rgb"], np.float32)
 
     def forward(images: np.ndarray) -> np.ndarray:
-        return np.asarray(jax.jit(model.apply)(variables, images.astype(np.float32) - mean))
+        forward = jax.jit(quick_model(model).apply)
+        return np.asarray(forward(variables, images.astype(np.float32) - mean))
 
     return metadata, forward
 

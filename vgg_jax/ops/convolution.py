@@ -5,11 +5,13 @@
   tensor cores make poor use of three channels.
 - Other platforms: XLA's convolution.
 - 1x1 kernels, on every platform: a matrix product.
+- Fully connected layers on a larger map: XLA's convolution, with matrix products as gradients.
 
 Activations have the shape (N, H, W, C), kernels (k, k, C, K).
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -149,4 +151,57 @@ _pointwise_conv = bilinear_conv(
         x.reshape(-1, x.shape[-1]).T @ g.reshape(-1, g.shape[-1])
     ),
     is_matrix_product=True,
+)
+
+
+def window_conv(x: Array, kernel: Array) -> Array:
+    """Applies a fully connected layer to every window of a map, without padding (§3.2).
+
+    Args:
+        x: Input (N, h, w, C).
+        kernel: Kernel (k · k · C, K), with rows in the order y, x, channel.
+
+    Returns:
+        Output (N, h - k + 1, w - k + 1, K).
+    """
+    is_symbolic = not all(isinstance(size, int) for size in x.shape)  # from jax.export
+    if is_symbolic or any(explicit_spec(x)) or any(explicit_spec(kernel)):
+        return _window_conv_forward(x, kernel)
+    return _window_conv(x, kernel)
+
+
+def _window_conv_forward(x: Array, kernel: Array) -> Array:
+    channels = x.shape[-1]
+    size = math.isqrt(len(kernel) // channels)
+    window = kernel.reshape(size, size, channels, -1)
+    return lax.conv_general_dilated(x, window, (1, 1), "VALID", dimension_numbers=DIMENSION_NUMBERS)
+
+
+def _inner_windows(x: Array, size: int) -> Array:
+    """The size x size windows inside a map: (N, h, w, C) -> (N, h', w', size · size · C)."""
+    height, width = (side - size + 1 for side in x.shape[1:3])
+    rows = jnp.stack([x[:, :, j : j + width] for j in range(size)], axis=3)
+    windows = jnp.stack([rows[:, i : i + height] for i in range(size)], axis=3)
+    return windows.reshape(*windows.shape[:3], -1)
+
+
+def _window_input_gradient(kernel: Array, g: Array, *, shape: tuple[int, ...]) -> Array:
+    take_windows = functools.partial(_inner_windows, size=math.isqrt(len(kernel) // shape[-1]))
+    sum_dtype = jnp.promote_types(g.dtype, jnp.float32)  # each addition in 16 bits would round
+    x = jax.ShapeDtypeStruct(shape, sum_dtype)
+    (gradient,) = jax.linear_transpose(take_windows, x)((g @ kernel.T).astype(sum_dtype))
+    return gradient.astype(g.dtype)
+
+
+def _window_kernel_gradient(x: Array, g: Array, *, shape: tuple[int, ...]) -> Array:
+    windows = _inner_windows(x, x.shape[1] - g.shape[1] + 1)
+    return windows.reshape(-1, shape[0]).T @ g.reshape(-1, shape[1])
+
+
+# XLA's own gradients take a CPU many times as long (docs/performance.md#windows-of-score-maps).
+_window_conv = bilinear_conv(
+    "window_conv",
+    forward=_window_conv_forward,
+    input_gradient=_window_input_gradient,
+    kernel_gradient=_window_kernel_gradient,
 )

@@ -46,8 +46,6 @@ logger = logging.getLogger(__name__)
 
 SAFE_TORCH = (2, 10)  # older releases have CVE-2025-32434 or CVE-2026-24747
 _MAX_HDF5_DEPTH = 8
-# jax copies an array whose address is no multiple of it (docs/performance.md#first-answer).
-_ALIGNMENT = 64
 _EXPECTED = (
     "a .safetensors, .pth (PyTorch), .h5 or .keras (Keras, flaxmodels), .caffemodel or .mat "
     "(MatConvNet) file"
@@ -258,7 +256,7 @@ def _read_safetensors(path: Path) -> TensorFile:
         dtype = file.get_slice(name).get_dtype()
         if dtype == "F32":
             start, end = (data_start + offset for offset in header[name]["data_offsets"])
-            return _aligned_copy(content[start:end]).view("<f4").reshape(header[name]["shape"])
+            return content[start:end].view("<f4").reshape(header[name]["shape"])
         if re.match(r"F\d(_|$)", dtype):
             raise unsupported_dtype(path, name, dtype)
         if dtype == "BF16":  # NumPy has no such type, JAX has
@@ -274,17 +272,7 @@ def _read_safetensors(path: Path) -> TensorFile:
         raise InputError(
             f"{path} has metadata of the type {type(metadata).__name__}: expected an object"
         )
-    return TensorFile(tensors, metadata, is_copied=True)
-
-
-def _aligned_copy(data: np.ndarray) -> np.ndarray:
-    """Copies bytes into memory that jax uses without a copy of its own on a CPU."""
-    # np.empty asks for huge pages, which may take a second (docs/performance.md#first-answer).
-    memory = np.frombuffer(bytearray(data.size + _ALIGNMENT), np.uint8)
-    first = -memory.ctypes.data % _ALIGNMENT
-    copy = memory[first : first + data.size]
-    copy[:] = data
-    return copy
+    return TensorFile(tensors, metadata)
 
 
 def _read_pytorch(path: Path) -> TensorFile:

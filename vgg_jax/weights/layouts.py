@@ -102,18 +102,20 @@ class TensorMapping(NamedTuple):
     shape: tuple[int, ...]
     bgr: bool = False
 
-    def from_foreign(self, array: np.ndarray) -> np.ndarray:
+    def from_foreign(
+        self, array: np.ndarray, copy: Callable[[np.ndarray], np.ndarray] = np.ascontiguousarray
+    ) -> np.ndarray:
         """Reorders the axes of an array from the file's layout to vgg_jax's.
 
         Args:
             array: Array of `foreign_shape`.
+            copy: Makes a contiguous array of a view.
 
         Returns:
             Array of `shape`.
         """
         array = array.reshape(self.split_shape).transpose(self.axes)
-        array = array[:, :, ::-1] if self.bgr else array
-        return np.ascontiguousarray(array).reshape(self.shape)
+        return copy(array[:, :, ::-1] if self.bgr else array).reshape(self.shape)
 
     def to_foreign(self, array: np.ndarray) -> np.ndarray:
         """Reorders the axes of an array from vgg_jax's layout to the file's.

@@ -5,6 +5,7 @@ import math
 import numbers
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from vgg_jax.weights.formats import open_file, reraise_damaged, unsupported_dtyp
 from vgg_jax.weights.imagenet import CLASSES
 from vgg_jax.weights.keras_hub import find_preprocessing, has_layer
 from vgg_jax.weights.layouts import CONV1_KERNEL, TORCHVISION_FEATURES, UNIT_STD
+from vgg_jax.weights.memory import copy_for_jax
 from vgg_jax.weights.source_images import (
     SourceImages,
     check_classes,
@@ -370,12 +372,13 @@ def _read_tensors(path: Path, file: TensorFile, detected: DetectedModel, bgr: bo
             array = file.tensors[tensor.foreign_name].read()
             if array.dtype.kind in "biuc":
                 raise unsupported_dtype(path, tensor.foreign_name, array.dtype)
-            if tensor.path != CONV1_KERNEL or array.dtype != np.float64:
-                # A second copy of net D takes a second (docs/performance.md#first-answer).
-                array = array.astype(np.float32, copy=not file.is_copied)
-            if tensor.path == CONV1_KERNEL:
+            is_conv1 = tensor.path == CONV1_KERNEL
+            dtype = np.float64 if is_conv1 and array.dtype == np.float64 else np.float32
+            if is_conv1:
                 tensor = tensor._replace(bgr=bgr and tensor.shape[2] == 3)
-            trees[collection].setdefault(layer, {})[param] = tensor.from_foreign(array)
+            # One copy: of net D, a second one takes a second (docs/performance.md#first-answer).
+            value = tensor.from_foreign(array, partial(copy_for_jax, dtype=dtype))
+            trees[collection].setdefault(layer, {})[param] = value
     if detected.mean_window > 1:
         fc6, positions = trees["params"]["fc6"], detected.mean_window**2
         fc6["kernel"] = np.tile(fc6["kernel"] / np.float32(positions), (positions, 1))

@@ -14,7 +14,7 @@ class Tensor(NamedTuple):
     """A tensor in a file."""
 
     shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
+    read: Callable[[], np.ndarray]  # the array may be a part of the file, mapped into memory
 
 
 class TensorFile(NamedTuple):
@@ -25,4 +25,3 @@ class TensorFile(NamedTuple):
     num_bytes: int = 0  # on the disk
     config: str | bytes = ""  # JSON that describes a model of Keras
     note: str = ""  # what the head was taken for, if its names leave that open
-    is_copied: bool = False  # arrays are in memory of their own, and not in a mapped file
