@@ -313,7 +313,8 @@ def first_answer_section() -> str:
         "the ratios, PyTorch's seconds divided by ours. The peer is PyTorch, without torchvision. "
         "To predict, ours evaluates the whole photo, and PyTorch a crop of 224 pixels. With "
         "`compile_inference`, ours reads zeros, and PyTorch the photo. "
-        "[First answer](performance.md#first-answer) says where the time goes.\n\n"
+        "[First answer](performance.md#first-answer) says where the time goes. "
+        f"{result['remark']}\n\n"
         + table(("first result", *names, "ratio", "ratio, compiled before", "rounds"), rows)
         + "\n\nAn earlier version took turns with these rounds. It has none of the changes that "
         "[First answer](performance.md#first-answer) lists "
