@@ -8,6 +8,7 @@ import pytest
 from tests.helpers.compare import assert_close_to_largest
 from tests.helpers.tiny import DEEP, images, init
 from vgg_jax import VGG, Conv, VGGConfig, compile_inference, compiler_options
+from vgg_jax.inference import quick_model
 from vgg_jax.runtime.compiler import has_onednn_bfloat16
 
 
@@ -32,17 +33,29 @@ def test_compile_inference_equals_apply(batch_norm):
         assert_close_to_largest(features[name], expected_features[name], 1e-4)
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="only a CPU has quick programs")
+@pytest.mark.parametrize(
+    ("dtype", "is_quick"),
+    [(jnp.float32, True), (jnp.float64, True), (jnp.bfloat16, False), (jnp.float16, False)],
+)
+def test_quick_model(dtype, is_quick):
+    """XLA's own convolutions are slow in 16 bits."""
+    assert quick_model(VGG(DEEP, dtype=dtype)).quick_compile is is_quick
+
+
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="only a CPU packs kernels")
-def test_compile_inference_packs_kernels_once(monkeypatch):
-    """The call itself transforms no kernel."""
-    model = VGG(DEEP, 7, image_size=32)
+@pytest.mark.parametrize("quick_compile", [False, True])
+def test_compile_inference_packs_kernels_once(quick_compile, monkeypatch):
+    """The call itself transforms no kernel. `quick_compile` is for nets that are applied once."""
+    model = VGG(DEEP, 7, image_size=32, quick_compile=quick_compile)
     variables = init(model)
     compiled = compile_inference(model, variables)
     monkeypatch.setattr(
         "vgg_jax.ops.winograd.transform_filters", lambda *_: pytest.fail("transformed again")
     )
-    x = images(5, 32, 32)  # a shape for which no other test has traced a convolution
-    assert compiled(x).shape == (5, 7)
+    x = images(5 + quick_compile, 32, 32)  # no other test has traced convolutions of this shape
+    assert compiled(x).shape == (len(x), 7)
+    assert compiled.func.lower(*compiled.args, x).as_text().count("stablehlo.convolution") == 1
     (packed_variables,) = compiled.args
     assert packed_variables["packed"].keys() == variables["params"].keys() - {"conv1_1"}
 

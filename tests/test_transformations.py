@@ -19,7 +19,13 @@ from jax.sharding import PartitionSpec as P
 
 from tests.helpers.tiny import images, init
 from vgg_jax import VGG, Conv, InputError, VGGConfig
-from vgg_jax.ops.convolution import convolution, default_conv, first_cuda_conv, pointwise_conv
+from vgg_jax.ops.convolution import (
+    convolution,
+    default_conv,
+    first_cuda_conv,
+    pointwise_conv,
+    window_conv,
+)
 
 PAGE = Path(__file__).parents[1] / "docs" / "transformations.md"
 
@@ -224,6 +230,37 @@ def test_transformation_in_float32_and_bfloat16(name):
     assert largest_error(actual, exact) < 2e-5
     actual, plain = outcomes(name, jnp.bfloat16, jnp.float32)
     assert largest_error(actual, exact) < 2 * largest_error(plain, exact)
+
+
+def scores(params, x):
+    """Mean scores of the 2x2 windows of a scaled map."""
+    return window_conv(x * params["scale"], params["kernel"]).mean((1, 2))
+
+
+def scores_by_windows(params, x):
+    """The same from windows that are cut one by one."""
+    x = x * params["scale"]
+    windows = [
+        x[:, i : i + 2, j : j + 2].reshape(len(x), -1)
+        for i in range(x.shape[1] - 1)
+        for j in range(x.shape[2] - 1)
+    ]
+    return sum(window @ params["kernel"] for window in windows) / len(windows)
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_transformation_of_score_map(name):
+    """fc6 on a map that is larger than its window."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        shapes = {"x": (2, 5, 4, 3), "kernel": (12, 3), "scale": (1, 1, 1, 3)}
+        arrays = {key: jnp.asarray(rng.normal(size=shape)) for key, shape in shapes.items()}
+        x = arrays.pop("x")
+        actual, expected = (
+            [np.asarray(a) for a in jax.tree.leaves(TRANSFORMATIONS[name](net, arrays, x))]
+            for net in (scores, scores_by_windows)
+        )
+        assert largest_error(actual, expected) < 1e-12
 
 
 @pytest.mark.slow

@@ -24,8 +24,9 @@ def fastest_model(model: VGG) -> VGG:
         model: The net.
 
     Returns:
-        The net, with a `dtype` of at least its own precision.
+        The net, with a `dtype` of at least its own precision, and without `quick_compile`.
     """
+    model = model.clone(quick_compile=False)
     if jax.default_backend() != "cpu" or _convolves_in_onednn(model.dtype):
         return model
     return model.clone(dtype=jnp.promote_types(model.dtype, jnp.float32))

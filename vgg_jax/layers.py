@@ -56,7 +56,7 @@ class Conv(nn.Module):
         dtype: Type of the computation.
         param_dtype: Type of the parameters.
         frozen: The gradients of the parameters are 0.
-        quick_compile: Convolve by XLA on every platform.
+        quick_compile: Convolve by XLA, which compiles sooner on a CPU and is slower.
     """
 
     features: int

@@ -21,6 +21,7 @@ from vgg_jax.evaluation.dense import (
     trunk_activations,
 )
 from vgg_jax.evaluation.packing import row_extent
+from vgg_jax.inference import pack_kernels
 
 SMALL = VGGConfig(((Conv(8),), (Conv(16), Conv(16)), (Conv(24),)), fc=(24, 16))
 STAGES = [[8], [16, 16], [24]]  # of SMALL, for PyTorch
@@ -263,29 +264,35 @@ def test_crop_offsets():
         crop_offsets(223, 224, 5)
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="only a CPU has quick programs")
 @pytest.mark.parametrize(
-    ("settings", "most_pixels", "is_quick"),
+    ("settings", "max_pixels", "is_quick"),
     [
-        ({}, dense.QUICK_PIXELS, False),
-        ({"few_images": True}, dense.QUICK_PIXELS, True),
+        ({}, dense.MAX_QUICK_PIXELS, False),
+        ({"few_images": True}, dense.MAX_QUICK_PIXELS, True),
         ({"few_images": True}, 100, False),
     ],
 )
-def test_few_images_compile_quickly(small_net, settings, most_pixels, is_quick, monkeypatch):
-    """Small canvases of few images are convolved by XLA, with equal results."""
-    is_quick_trunk = []
+def test_few_images_compile_quickly(small_net, settings, max_pixels, is_quick, monkeypatch):
+    """Small canvases of few images are convolved by XLA, with equal results and no packing."""
+    is_quick_trunk, packed = [], []
 
     def trunk(*args, model, **others):
         is_quick_trunk.append(model.quick_compile)
         return trunk_activations(*args, model=model, **others)
 
+    def pack(*args, **others):
+        packed.append(args)
+        return pack_kernels(*args, **others)
+
     monkeypatch.setattr(dense, "trunk_activations", trunk)
-    monkeypatch.setattr(dense, "QUICK_PIXELS", most_pixels)
+    monkeypatch.setattr(dense, "pack_kernels", pack)
+    monkeypatch.setattr(dense, "MAX_QUICK_PIXELS", max_pixels)
     dense.jitted_stages.cache_clear()
     images = photos([(16, 40), (47, 16)])  # the first one is transposed
     actual = class_posteriors(*small_net, images, **settings)
     dense.jitted_stages.cache_clear()
-    assert set(is_quick_trunk) == {is_quick}
+    assert set(is_quick_trunk) == {is_quick} and len(packed) == (0 if is_quick else 2)
     expected = [class_posteriors(*small_net, [image])[0] for image in images]
     np.testing.assert_allclose(actual, expected, rtol=1e-5)
 

@@ -2,12 +2,13 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
 from tests.helpers.tiny import SHALLOW, TINY, init
 from vgg_jax import CONFIGS, VGG, InputError
-from vgg_jax.evaluation.explain import explain, grad_cam_layer
+from vgg_jax.evaluation.explain import _jitted, explain, grad_cam_layer
 
 MEAN = (120.0, 110.0, 100.0)
 
@@ -152,3 +153,13 @@ def test_errors_name_the_choices():
     for wrong in (np.float32(images), images[0], images[:0], "photo.jpg"):
         with pytest.raises(InputError, match=r"the images are .*: expected uint8 \(N, H, W, C\)"):
             explain(model, variables, wrong, mean_rgb=MEAN)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="only a CPU has quick programs")
+@pytest.mark.parametrize(("count", "convolutions"), [(2, 3), (3, 2)])
+def test_few_images_compile_quickly(count, convolutions):
+    """XLA convolves one or two images. Of more, it computes the first layer and fc6 on windows."""
+    model = VGG(SHALLOW, num_classes=3, image_size=16)
+    variables, images = init(model), random_images(count, 16, 20)
+    program = _jitted(model, MEAN, "relu2_1").lower(variables, images, np.full(count, -1))
+    assert program.as_text().count("stablehlo.convolution") == convolutions

@@ -1,7 +1,9 @@
 """Damaged, hostile and unusual files in each format."""
 
+import errno
 import itertools
 import json
+import mmap
 import re
 import struct
 import sys
@@ -177,6 +179,23 @@ def test_copy_for_jax(shape, dtype):
     if copy.size and jax.default_backend() == "cpu":
         placed = jax.device_put(copy, jax.devices()[0])
         assert placed.unsafe_buffer_pointer() == copy.ctypes.data
+
+
+def test_copy_without_memory(tmp_path, monkeypatch):
+    """Too little memory is no damaged file."""
+
+    map_memory = mmap.mmap
+
+    def refuse(file, *args, **settings):
+        if file == -1:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return map_memory(file, *args, **settings)
+
+    path = tmp_path / "net.safetensors"
+    save_file(torchvision_state(random_tensors("A"), "A"), path)
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    with pytest.raises(InputError, match="more data than fits into memory"):
+        read(path)
 
 
 def test_name_with_line_break(tmp_path, caplog):

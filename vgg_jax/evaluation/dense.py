@@ -38,7 +38,7 @@ MAX_POSITIONS = 256
 
 # Most pixels of canvases for which a program that compiles quickly is worth its slower run: two
 # photos and their mirror images at Q = 256 (docs/performance.md#first-answer).
-QUICK_PIXELS = 400_000
+MAX_QUICK_PIXELS = 400_000
 
 # Crops along each side of an image, by protocol.
 _CROPS_PER_SIDE = {"center": 0, "ten-crop": 2, "multi-crop": 5, "both": 5}
@@ -275,12 +275,9 @@ def iter_posteriors(
     stages = functools.partial(
         jitted_stages, mean_rgb=tuple(mean_rgb), ceil=protocol.ceil, mesh=mesh
     )
-    trunk, head = stages(model, optimize_runtime=not few_images)
-    quick_trunk, _ = stages(quick_model(model), optimize_runtime=False)
+    _, head = stages(model, optimize_runtime=not few_images)
     head_variables = jax.device_put(dict(variables), replicated(mesh))
-    run_trunk = _trunk_runner(
-        trunk, quick_trunk if few_images else None, head_variables, model.dtype, mesh
-    )
+    run_trunk = _trunk_runner(model, head_variables, stages, mesh, few_images)
     # Weighted posteriors of the windows of each image that is not done yet.
     pending: dict[int, list[Any]] = {}
 
@@ -315,17 +312,22 @@ def iter_posteriors(
 
 
 def _trunk_runner(
-    trunk: Callable[..., Array],
-    quick_trunk: Callable[..., Array] | None,
+    model: VGG,
     variables: dict[str, Any],
-    dtype: Any,
+    stages: Callable[..., tuple[Callable[..., Array], Callable[..., Array]]],
     mesh: jax.sharding.Mesh,
+    few_images: bool,
 ) -> Callable[[Batch], Array]:
     """Makes a function that computes the trunk of a batch.
 
-    The kernels are transposed and packed once, when the first batch needs them. `quick_trunk`, if
-    there is one, computes small batches, from kernels that are not packed.
+    The kernels are transposed and packed once, when the first batch needs them. If there are few
+    images, a program that compiles quickly computes small batches, from kernels that are not
+    packed.
     """
+    trunk, _ = stages(model, optimize_runtime=not few_images)
+    quick_trunk = None
+    if few_images:
+        quick_trunk, _ = stages(quick_model(model), optimize_runtime=False)
 
     @functools.cache
     def oriented(transposed: bool) -> dict[str, Any]:
@@ -336,12 +338,12 @@ def _trunk_runner(
     @functools.cache
     def packed(transposed: bool) -> dict[str, Any]:
         # Packed FC kernels are no faster for hundreds of positions at once.
-        kernels = pack_kernels(oriented(transposed), dtype, kinds=("conv",))
+        kernels = pack_kernels(oriented(transposed), model.dtype, kinds=("conv",))
         return jax.device_put(kernels, replicated(mesh))
 
     def run(batch: Batch) -> Array:
         canvases = shard_batch(_paint_canvases(batch), mesh)
-        if quick_trunk is not None and math.prod(batch.shape) <= QUICK_PIXELS:
+        if quick_trunk is not None and math.prod(batch.shape) <= MAX_QUICK_PIXELS:
             return quick_trunk(oriented(batch.transposed), **canvases)
         return trunk(packed(batch.transposed), **canvases)
 

@@ -18,6 +18,8 @@ from vgg_jax.runtime.compiler import compiler_options
 # Grad-CAM reads the last ReLU whose output has at least this many positions along a side of the
 # net's own images: relu5_3 for net D and 224 pixels. Fewer show no shape.
 SMALLEST_MAP = 7
+# Images for which a forward pass that compiles quickly is worth its slower run.
+MAX_QUICK_IMAGES = 2
 
 
 class Explanation(NamedTuple):
@@ -133,7 +135,7 @@ def _check_classes(model: VGG, classes: Sequence[int] | None, count: int) -> np.
 
 @functools.lru_cache(maxsize=4)
 def _jitted(model: VGG, mean_rgb: tuple[float, ...], layer: str) -> jax.stages.Wrapped:
-    compute = functools.partial(_explain, model=quick_model(model), mean_rgb=mean_rgb, layer=layer)
+    compute = functools.partial(_explain, model=model, mean_rgb=mean_rgb, layer=layer)
     return jax.jit(compute, compiler_options=compiler_options(dtype=model.dtype))
 
 
@@ -148,7 +150,9 @@ def _explain(
 ) -> tuple[Array, ...]:
     """The arrays of `Explanation` for N images. A negative class means the most probable one."""
     inputs = subtract_mean(images, mean_rgb)
-    features: Any = model.apply(variables, inputs, (layer,), method="features")
+    # A program for one or two images is often run once.
+    forward_model = quick_model(model) if len(images) <= MAX_QUICK_IMAGES else model
+    features: Any = forward_model.apply(variables, inputs, (layer,), method="features")
     activations = features[layer].astype(jnp.float32)
 
     def scores_of(activations: Array) -> Array:

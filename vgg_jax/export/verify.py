@@ -144,11 +144,8 @@ def _open_safetensors(path: Path) -> OpenedFile:
     model, variables, weights_metadata = load_file(path)
     mean = np.array(weights_metadata["preprocessing"]["mean_rgb"], np.float32)
 
-    def forward(images: np.ndarray) -> np.ndarray:
-        forward = jax.jit(quick_model(model).apply)
-        return np.asarray(forward(variables, images.astype(np.float32) - mean))
-
-    return metadata, forward
+    apply = jax.jit(quick_model(model).apply)
+    return metadata, lambda images: np.asarray(apply(variables, images.astype(np.float32) - mean))
 
 
 _OPENERS: dict[str, Callable[[Path], OpenedFile]] = {

@@ -5,7 +5,7 @@
   tensor cores make poor use of three channels.
 - Other platforms: XLA's convolution.
 - 1x1 kernels, on every platform: a matrix product.
-- Fully connected layers on a larger map: XLA's convolution, with matrix products as gradients.
+- Fully connected layers on a larger map: XLA's convolution, on a CPU with gradients by products.
 
 Activations have the shape (N, H, W, C), kernels (k, k, C, K).
 """
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from vgg_jax.ops.bilinear import bilinear_conv
+from vgg_jax.ops.bilinear import bilinear_conv, match_varying_axes
 from vgg_jax.ops.convolution_cpu import cpu_conv
 from vgg_jax.ops.epilogue import NO_EPILOGUE, Epilogue, apply_epilogue
 from vgg_jax.ops.explicit_sharding import explicit_spec, map_over_batch
@@ -164,16 +164,22 @@ def window_conv(x: Array, kernel: Array) -> Array:
     Returns:
         Output (N, h - k + 1, w - k + 1, K).
     """
-    is_symbolic = not all(isinstance(size, int) for size in x.shape)  # from jax.export
-    if is_symbolic or any(explicit_spec(x)) or any(explicit_spec(kernel)):
-        return _window_conv_forward(x, kernel)
-    return _window_conv(x, kernel)
+    if any(explicit_spec(kernel)) or any(explicit_spec(x)[1:]):
+        return _xla_window_conv(x, kernel)  # its sharding is JAX's to decide
+    return map_over_batch(_convolve_windows, (x,), (kernel,))
 
 
-def _window_conv_forward(x: Array, kernel: Array) -> Array:
+def _convolve_windows(x: Array, kernel: Array) -> Array:
+    """Chooses the gradients of a size and a platform."""
+    if not all(isinstance(size, int) for size in x.shape):  # a symbolic size, from jax.export
+        return _xla_window_conv(x, kernel)
+    return lax.platform_dependent(x, kernel, cpu=_cpu_window_conv, default=_xla_window_conv)
+
+
+def _xla_window_conv(x: Array, kernel: Array) -> Array:
     channels = x.shape[-1]
     size = math.isqrt(len(kernel) // channels)
-    window = kernel.reshape(size, size, channels, -1)
+    window = kernel.reshape(size, size, channels, kernel.shape[-1])
     return lax.conv_general_dilated(x, window, (1, 1), "VALID", dimension_numbers=DIMENSION_NUMBERS)
 
 
@@ -182,26 +188,29 @@ def _inner_windows(x: Array, size: int) -> Array:
     height, width = (side - size + 1 for side in x.shape[1:3])
     rows = jnp.stack([x[:, :, j : j + width] for j in range(size)], axis=3)
     windows = jnp.stack([rows[:, i : i + height] for i in range(size)], axis=3)
-    return windows.reshape(*windows.shape[:3], -1)
+    return windows.reshape(*windows.shape[:3], size * size * x.shape[-1])
 
 
 def _window_input_gradient(kernel: Array, g: Array, *, shape: tuple[int, ...]) -> Array:
     take_windows = functools.partial(_inner_windows, size=math.isqrt(len(kernel) // shape[-1]))
     sum_dtype = jnp.promote_types(g.dtype, jnp.float32)  # each addition in 16 bits would round
-    x = jax.ShapeDtypeStruct(shape, sum_dtype)
-    (gradient,) = jax.linear_transpose(take_windows, x)((g @ kernel.T).astype(sum_dtype))
+    products = jnp.matmul(g, kernel.T, preferred_element_type=sum_dtype)
+    x, products = match_varying_axes(jnp.zeros(shape, sum_dtype), products)
+    (gradient,) = jax.vjp(take_windows, x)[1](products)
     return gradient.astype(g.dtype)
 
 
 def _window_kernel_gradient(x: Array, g: Array, *, shape: tuple[int, ...]) -> Array:
-    windows = _inner_windows(x, x.shape[1] - g.shape[1] + 1)
-    return windows.reshape(-1, shape[0]).T @ g.reshape(-1, shape[1])
+    count = math.prod(g.shape[:3])
+    windows = _inner_windows(x, math.isqrt(shape[0] // x.shape[-1]))
+    return windows.reshape(count, shape[0]).T @ g.reshape(count, shape[1])
 
 
-# XLA's own gradients take a CPU many times as long (docs/performance.md#windows-of-score-maps).
-_window_conv = bilinear_conv(
+# XLA's input gradient takes a CPU up to 38 times as long
+# (docs/performance.md#windows-of-score-maps).
+_cpu_window_conv = bilinear_conv(
     "window_conv",
-    forward=_window_conv_forward,
+    forward=_xla_window_conv,
     input_gradient=_window_input_gradient,
     kernel_gradient=_window_kernel_gradient,
 )

@@ -11,7 +11,7 @@ import numpy as np
 _THREADS = 4
 _MIN_BYTES = 2**24  # fewer are copied sooner than threads start
 # Windows has no such flags.
-_PRIVATE: dict[str, Any] = (
+_MMAP_FLAGS: dict[str, Any] = (
     {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 )
 
@@ -27,15 +27,22 @@ def copy_for_jax(array: np.ndarray, dtype: Any) -> np.ndarray:
 
     Returns:
         The copy, contiguous.
+
+    Raises:
+        MemoryError: There is too little memory.
     """
     num_bytes = array.size * np.dtype(dtype).itemsize
-    memory = mmap.mmap(-1, max(num_bytes, 1), **_PRIVATE)
+    try:
+        memory = mmap.mmap(-1, max(num_bytes, 1), **_MMAP_FLAGS)
+    except (OSError, OverflowError) as error:
+        raise MemoryError(f"no memory for {num_bytes:,} bytes") from error
     copy = np.frombuffer(memory, dtype, array.size).reshape(array.shape)
-    if num_bytes < _MIN_BYTES:
+    # A conversion stays in this thread, since its warnings depend on the thread's np.errstate.
+    if num_bytes < _MIN_BYTES or array.dtype != copy.dtype:
         np.copyto(copy, array, casting="unsafe")
         return copy
     with ThreadPoolExecutor(_THREADS) as pool:
         parts = zip(np.array_split(copy, _THREADS), np.array_split(array, _THREADS), strict=True)
-        for task in [pool.submit(np.copyto, *part, casting="unsafe") for part in parts]:
+        for task in [pool.submit(np.copyto, *part) for part in parts]:
             task.result()
     return copy
