@@ -13,6 +13,10 @@ from vgg_jax.ops.bfloat16 import choose_bfloat16_conv
 from vgg_jax.ops.xla import MAX_IMAGE_CHANNELS
 from vgg_jax.runtime.compiler import compiler_options
 
+# Images for which a program that compiles quickly is worth its slower run
+# (docs/performance.md#first-answer).
+MAX_QUICK_IMAGES = 2
+
 
 def fastest_model(model: VGG) -> VGG:
     """Sets the type in which this device infers fastest.

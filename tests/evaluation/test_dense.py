@@ -266,15 +266,16 @@ def test_crop_offsets():
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="only a CPU has quick programs")
 @pytest.mark.parametrize(
-    ("settings", "max_pixels", "is_quick"),
+    ("num_images", "max_pixels", "is_quick"),
     [
-        ({}, dense.MAX_QUICK_PIXELS, False),
-        ({"few_images": True}, dense.MAX_QUICK_PIXELS, True),
-        ({"few_images": True}, 100, False),
+        (None, dense.MAX_QUICK_PIXELS, False),
+        (2, dense.MAX_QUICK_PIXELS, True),
+        (3, dense.MAX_QUICK_PIXELS, False),
+        (2, 100, False),
     ],
 )
-def test_few_images_compile_quickly(small_net, settings, max_pixels, is_quick, monkeypatch):
-    """Small canvases of few images are convolved by XLA, with equal results and no packing."""
+def test_two_images_compile_quickly(small_net, num_images, max_pixels, is_quick, monkeypatch):
+    """Small canvases of two images are convolved by XLA, with equal results and no packing."""
     is_quick_trunk, packed = [], []
 
     def trunk(*args, model, **others):
@@ -290,7 +291,7 @@ def test_few_images_compile_quickly(small_net, settings, max_pixels, is_quick, m
     monkeypatch.setattr(dense, "MAX_QUICK_PIXELS", max_pixels)
     dense.jitted_stages.cache_clear()
     images = photos([(16, 40), (47, 16)])  # the first one is transposed
-    actual = class_posteriors(*small_net, images, **settings)
+    actual = class_posteriors(*small_net, images, num_images=num_images)
     dense.jitted_stages.cache_clear()
     assert set(is_quick_trunk) == {is_quick} and len(packed) == (0 if is_quick else 2)
     expected = [class_posteriors(*small_net, [image])[0] for image in images]

@@ -157,7 +157,7 @@ def test_errors_name_the_choices():
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="only a CPU has quick programs")
 @pytest.mark.parametrize(("count", "convolutions"), [(2, 3), (3, 2)])
-def test_few_images_compile_quickly(count, convolutions):
+def test_two_images_compile_quickly(count, convolutions):
     """XLA convolves one or two images. Of more, it computes the first layer and fc6 on windows."""
     model = VGG(SHALLOW, num_classes=3, image_size=16)
     variables, images = init(model), random_images(count, 16, 20)

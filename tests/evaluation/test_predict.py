@@ -253,7 +253,9 @@ def test_predict_rejects_net_without_head(weight_file, tmp_path, photos):
         list(predict(headless, [str(photos / "b.png")]))
 
 
-@pytest.mark.parametrize("number, optimize_runtime", [(16, [False, False]), (17, [True])])
+@pytest.mark.parametrize(
+    "number, optimize_runtime", [(2, [False, False]), (16, [False]), (17, [True])]
+)
 def test_few_files_are_compiled_sooner(number, optimize_runtime, weight_file, photos, monkeypatch):
     options = []
 
@@ -266,4 +268,4 @@ def test_few_files_are_compiled_sooner(number, optimize_runtime, weight_file, ph
     files = [str(photos / "b.png")] * number
     assert len(list(predict(weight_file, files))) == number
     dense.jitted_stages.cache_clear()
-    assert options == optimize_runtime  # the second program is for small batches of few images
+    assert options == optimize_runtime  # the second program is for small batches

@@ -24,7 +24,7 @@ from vgg_jax.configs.evaluation import DENSE, MAX_IMAGE_PIXELS, MAX_PIXELS_PER_B
 from vgg_jax.distributed.sharding import make_mesh, replicated, shard_batch
 from vgg_jax.errors import InputError
 from vgg_jax.evaluation.packing import Batch, Window, pack_windows
-from vgg_jax.inference import fastest_model, pack_kernels, quick_model
+from vgg_jax.inference import MAX_QUICK_IMAGES, fastest_model, pack_kernels, quick_model
 from vgg_jax.model import VGG, transpose_kernels
 from vgg_jax.preprocessing import centre_offset, subtract_mean
 from vgg_jax.runtime.compiler import compiler_options
@@ -36,6 +36,8 @@ from vgg_jax.runtime.progress import waiting_line
 POSITIONS_STEP = 16
 MAX_POSITIONS = 256
 
+# Up to this number of images, it pays to compile with fewer optimisations.
+FEW_IMAGES = 16
 # Most pixels of canvases for which a program that compiles quickly is worth its slower run: two
 # photos and their mirror images at Q = 256 (docs/performance.md#first-answer).
 MAX_QUICK_PIXELS = 400_000
@@ -243,7 +245,7 @@ def iter_posteriors(
     protocol: EvalProtocol = DENSE,
     mean_rgb: tuple[float, float, float] = IMAGENET.mean_rgb,
     pixels: int = MAX_PIXELS_PER_BATCH,
-    few_images: bool = False,
+    num_images: int | None = None,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Computes the class posteriors of a stream of images.
 
@@ -260,7 +262,8 @@ def iter_posteriors(
         protocol: The evaluation protocol.
         mean_rgb: Mean that is subtracted from the pixels.
         pixels: Most pixels of the windows that are computed at once.
-        few_images: Compile for a shorter time. With dozens of images, slower programs lose more.
+        num_images: Number of the images, if it is known. Of a few images, programs that compile
+            sooner give the last answer sooner (docs/performance.md#first-answer).
 
     Yields:
         `(index, posterior)` of each image as soon as it is done; the posterior is float64 (K,).
@@ -275,9 +278,11 @@ def iter_posteriors(
     stages = functools.partial(
         jitted_stages, mean_rgb=tuple(mean_rgb), ceil=protocol.ceil, mesh=mesh
     )
-    _, head = stages(model, optimize_runtime=not few_images)
+    optimize_runtime = num_images is None or num_images > FEW_IMAGES
+    is_quick = num_images is not None and num_images <= MAX_QUICK_IMAGES
+    _, head = stages(model, optimize_runtime=optimize_runtime)
     head_variables = jax.device_put(dict(variables), replicated(mesh))
-    run_trunk = _trunk_runner(model, head_variables, stages, mesh, few_images)
+    run_trunk = _trunk_runner(model, head_variables, stages, mesh, optimize_runtime, is_quick)
     # Weighted posteriors of the windows of each image that is not done yet.
     pending: dict[int, list[Any]] = {}
 
@@ -316,17 +321,17 @@ def _trunk_runner(
     variables: dict[str, Any],
     stages: Callable[..., tuple[Callable[..., Array], Callable[..., Array]]],
     mesh: jax.sharding.Mesh,
-    few_images: bool,
+    optimize_runtime: bool,
+    is_quick: bool,
 ) -> Callable[[Batch], Array]:
     """Makes a function that computes the trunk of a batch.
 
-    The kernels are transposed and packed once, when the first batch needs them. If there are few
-    images, a program that compiles quickly computes small batches, from kernels that are not
-    packed.
+    The kernels are transposed and packed once, when the first batch needs them. If `is_quick`, a
+    program that compiles quickly computes small batches, from kernels that are not packed.
     """
-    trunk, _ = stages(model, optimize_runtime=not few_images)
+    trunk, _ = stages(model, optimize_runtime=optimize_runtime)
     quick_trunk = None
-    if few_images:
+    if is_quick:
         quick_trunk, _ = stages(quick_model(model), optimize_runtime=False)
 
     @functools.cache

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from vgg_jax.errors import InputError
-from vgg_jax.inference import quick_model
+from vgg_jax.inference import MAX_QUICK_IMAGES, quick_model
 from vgg_jax.model import VGG
 from vgg_jax.preprocessing import subtract_mean
 from vgg_jax.runtime.compiler import compiler_options
@@ -18,8 +18,6 @@ from vgg_jax.runtime.compiler import compiler_options
 # Grad-CAM reads the last ReLU whose output has at least this many positions along a side of the
 # net's own images: relu5_3 for net D and 224 pixels. Fewer show no shape.
 SMALLEST_MAP = 7
-# Images for which a forward pass that compiles quickly is worth its slower run.
-MAX_QUICK_IMAGES = 2
 
 
 class Explanation(NamedTuple):
@@ -150,7 +148,6 @@ def _explain(
 ) -> tuple[Array, ...]:
     """The arrays of `Explanation` for N images. A negative class means the most probable one."""
     inputs = subtract_mean(images, mean_rgb)
-    # A program for one or two images is often run once.
     forward_model = quick_model(model) if len(images) <= MAX_QUICK_IMAGES else model
     features: Any = forward_model.apply(variables, inputs, (layer,), method="features")
     activations = features[layer].astype(jnp.float32)

@@ -25,10 +25,6 @@ from vgg_jax.weights import load
 
 logger = logging.getLogger(__name__)
 
-# Up to this number, a program that is compiled sooner gives the last answer sooner
-# (docs/performance.md#first-answer).
-FEW_FILES = 16
-
 
 class Prediction(NamedTuple):
     """The most probable classes of a file, or the reason why there are none."""
@@ -97,7 +93,7 @@ def predict(
         mesh=make_mesh(1, jax.devices()[:1]),
         protocol=protocol,
         mean_rgb=expected["mean_rgb"],
-        few_images=len(files) <= FEW_FILES,
+        num_images=len(files),
     )
     first = 0  # position of the next prediction to yield
     for index, posterior in posteriors:
