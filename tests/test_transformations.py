@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from tests.helpers.tiny import images, init
 from vgg_jax import VGG, Conv, InputError, VGGConfig
+from vgg_jax.layers import BatchNorm
 from vgg_jax.ops.convolution import (
     convolution,
     default_conv,
@@ -259,6 +260,38 @@ def test_transformation_of_score_map(name):
         actual, expected = (
             [np.asarray(a) for a in jax.tree.leaves(TRANSFORMATIONS[name](net, arrays, x))]
             for net in (scores, scores_by_windows)
+        )
+        assert largest_error(actual, expected) < 1e-12
+
+
+def normalised(params, x):
+    """Mean outputs of a batch normalisation in training. The first example does not count."""
+    batch_norm = BatchNorm(dtype=x.dtype, param_dtype=x.dtype)
+    stats = {"mean": jnp.zeros(3), "var": jnp.ones(3)}
+    variables = {"params": params, "batch_stats": stats}
+    mask = jnp.arange(len(x)) != 0 if len(x) > 1 else None
+    y, _ = batch_norm.apply(variables, x, True, mask, mutable=["batch_stats"])
+    return (y * y).mean((1, 2))
+
+
+def normalised_by_formula(params, x):
+    counted = x[1:] if len(x) > 1 else x
+    mean, var = counted.mean((0, 1, 2)), counted.var((0, 1, 2))
+    y = (x - mean[None, None, None]) / jnp.sqrt(var + 1e-5)[None, None, None]
+    y = y * params["scale"][None, None, None] + params["bias"][None, None, None]
+    return (y * y).mean((1, 2))
+
+
+@pytest.mark.parametrize("name", [name for name in TRANSFORMATIONS if name != "explicit mesh axes"])
+def test_transformation_of_batch_norm(name):
+    """`test_gradient_on_explicit_mesh` has the explicit axes."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        params = {key: jnp.asarray(rng.normal(size=3)) for key in ("scale", "bias")}
+        x = jnp.asarray(rng.normal(size=(2, 5, 4, 3)))
+        actual, expected = (
+            [np.asarray(a) for a in jax.tree.leaves(TRANSFORMATIONS[name](net, params, x))]
+            for net in (normalised, normalised_by_formula)
         )
         assert largest_error(actual, expected) < 1e-12
 

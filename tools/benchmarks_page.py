@@ -74,7 +74,8 @@ def section(title: str, result: dict[str, Any], text: str, **versions: str) -> s
 
 def step_name(row: dict[str, Any]) -> str:
     """Names a row of steps.json: net, image size, batch and dtype."""
-    return f"{row['net']}, {row['image_size']} px, batch {row['batch']}, {row['dtype']}"
+    net = f"{row['net']}, batch norm" if row.get("batch_norm") else row["net"]
+    return f"{net}, {row['image_size']} px, batch {row['batch']}, {row['dtype']}"
 
 
 def peer_name(row: dict[str, Any]) -> str:

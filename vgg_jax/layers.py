@@ -12,7 +12,8 @@ from flax.linen.dtypes import promote_dtype
 from jax import Array, lax
 
 from vgg_jax.ops.convolution import convolution, default_conv, pointwise_conv, window_conv
-from vgg_jax.ops.epilogue import NO_EPILOGUE, Epilogue, materialize_on_cpu
+from vgg_jax.ops.epilogue import NO_EPILOGUE, Epilogue, add_bias, materialize_on_cpu
+from vgg_jax.ops.position_sums import channel_scale, position_dot, position_sum
 
 
 def local_response_norm(
@@ -134,40 +135,43 @@ class BatchNorm(nn.Module):
         running_var = self.variable("batch_stats", "var", jnp.ones, channels, self.param_dtype)
         if self.frozen:
             scale, bias = lax.stop_gradient((scale, bias))
+        compute_dtype = jnp.promote_types(self.dtype, jnp.float32)
+        x = x.astype(compute_dtype)
         if train and not self.frozen and not self.is_initializing():
-            mean, var, count = _masked_mean_and_var(x, mask, self.axis_name)
+            mean, centred, var, count = _batch_statistics(x, mask, self.axis_name)
             keep = jnp.where(count > 0, self.momentum, 1.0)  # a micro-batch may be all padding
             new_mean = keep * running_mean.value + (1 - keep) * mean
             running_mean.value = new_mean.astype(self.param_dtype)
             unbiased = var * count / jnp.maximum(count - 1, 1)
             new_var = keep * running_var.value + (1 - keep) * unbiased
             running_var.value = new_var.astype(self.param_dtype)
-        else:
-            mean, var = running_mean.value, running_var.value
+            factor = (scale * lax.rsqrt(var + self.epsilon)).astype(compute_dtype)
+            y = channel_scale(centred, factor)
+            return add_bias(y, bias.astype(compute_dtype)).astype(self.dtype)
+        mean, var = running_mean.value, running_var.value
         factor = scale * lax.rsqrt(var + self.epsilon)
         # In float32, and rounded once: rounded to bfloat16, a large mean would swallow the rest.
-        compute_dtype = jnp.promote_types(self.dtype, jnp.float32)
         x, factor, offset = promote_dtype(x, factor, bias - mean * factor, dtype=compute_dtype)
         return (x * factor[None, None, None] + offset[None, None, None]).astype(self.dtype)
 
 
-def _masked_mean_and_var(
+def _batch_statistics(
     x: Array, mask: Array | None, axis_name: str | None
-) -> tuple[Array, Array, Array]:
-    """Mean (C,), biased variance (C,) and number of positions of the examples in the mask."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+) -> tuple[Array, Array, Array, Array]:
+    """Mean (C,), x minus the mean, biased variance (C,) and number of positions in the mask."""
     mask = jnp.ones(x.shape[0], bool) if mask is None else mask
-    where = mask[:, None, None, None]
 
     def total(values: Array) -> Array:
         return values if axis_name is None else lax.psum(values, axis_name)
 
+    where = mask[:, None, None, None]
     # As a float: the positions of 43,000 photos overflow int32.
     count = total(mask.sum().astype(x.dtype)) * (x.shape[1] * x.shape[2])
-    mean = total(jnp.where(where, x, 0).sum((0, 1, 2))) / jnp.maximum(count, 1)
-    squares = (x - mean[None, None, None]) ** 2
-    var = total(jnp.where(where, squares, 0).sum((0, 1, 2))) / jnp.maximum(count, 1)
-    return mean, var, count
+    mean = total(position_sum(jnp.where(where, x, 0))) / jnp.maximum(count, 1)
+    centred = add_bias(x, -mean)
+    masked = jnp.where(where, centred, 0)
+    var = total(position_dot(masked, masked)) / jnp.maximum(count, 1)
+    return mean, centred, var, count
 
 
 class Dropout(nn.Module):

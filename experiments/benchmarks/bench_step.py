@@ -14,8 +14,8 @@ operations of the definition; Winograd needs fewer. "device_memory" is the peak 
 
 With --peer, each pair of runs is this script's and then the peer's, each in its own process. The
 line then has the pairs and their ratios: the peer's seconds divided by ours. The peer's command
-gets --net, --image-size, --batch, --hidden, --dtype, --mode and --runs. It prints a JSON line with
-"seconds".
+gets --net, --image-size, --batch, --hidden, --dtype, --mode and --runs, and --batch-norm if that is
+set. It prints a JSON line with "seconds".
 
 Training uses huge pages and inference `configure_malloc`, as the command line does. The peer keeps
 its defaults. On a GPU jax computes float32 products in TF32 by default; set
@@ -81,10 +81,12 @@ def time_steps(args: argparse.Namespace) -> dict[str, float | None]:
         batch_size=args.batch,
         microbatch=args.microbatch,
         learning_rate=1e-2,
+        batch_norm=args.batch_norm,
     )
     model = VGG(
         dataclasses.replace(CONFIGS[args.net], fc=config.fc),
         CLASSES,
+        args.batch_norm,
         dtype=jnp.dtype(args.dtype),
         image_size=args.image_size,
     )
@@ -99,7 +101,8 @@ def time_steps(args: argparse.Namespace) -> dict[str, float | None]:
             state, _ = jax.block_until_ready(train_step(state, batch))
     else:
         images = subtract_mean(batch["image"], IMAGENET.mean_rgb)
-        infer = compile_inference(model, {"params": state.params})
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        infer = compile_inference(model, variables)
 
         def run_step() -> None:
             jax.block_until_ready(infer(images))
@@ -124,13 +127,16 @@ def compare_with_peer(args: argparse.Namespace, settings: dict[str, Any]) -> dic
     """Runs this script and the peer in turn, each in its own process."""
     script = [sys.executable, "-m", "experiments.benchmarks.bench_step"]
     for name, value in settings.items():
-        if value is not None:
-            script.append(f"--{name.replace('_', '-')}={value}")
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            script.append(flag)
+        elif value is not None and value is not False:
+            script.append(f"{flag}={value}")
     flags = (
         f"--net {args.net} --image-size {args.image_size} --batch {args.batch} --hidden {args.fc} "
         f"--dtype {args.dtype} --mode {args.mode} --runs {args.runs}"
     )
-    peer = [*shlex.split(args.peer), *flags.split()]
+    peer = [*shlex.split(args.peer), *flags.split(), *["--batch-norm"] * args.batch_norm]
     pairs = [
         (json_result(script, "seconds"), json_result(peer, "seconds")) for _ in range(args.pairs)
     ]
@@ -152,6 +158,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128, help="images of a step")
     parser.add_argument("--microbatch", type=int, help="images at a time, in training")
     parser.add_argument("--fc", type=int, default=512, help="features of fc6 and of fc7")
+    parser.add_argument("--batch-norm", action="store_true", help="after each convolution")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--mode", default="train", choices=["train", "infer"])
     parser.add_argument("--runs", type=int, default=5, help="warm steps that are timed")
