@@ -296,6 +296,39 @@ def test_transformation_of_batch_norm(name):
         assert largest_error(actual, expected) < 1e-12
 
 
+@pytest.mark.parametrize("name", ["scale", "bias"])
+@pytest.mark.parametrize("transform", ["grad", "jvp"])
+def test_one_parameter_of_batch_norm_in_shard_map(name, transform):
+    """Statistics of the whole batch over two devices, and a derivative of one parameter only."""
+    rng = np.random.default_rng(0)
+    x, value = rng.normal(size=(4, 3, 3, 2)), rng.normal(size=2)
+    others = {"scale": np.ones(2), "bias": np.zeros(2)}
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+
+    def derivative(value, x, axis_name):
+        layer = BatchNorm(dtype=x.dtype, param_dtype=x.dtype, axis_name=axis_name)
+        stats = {"mean": jnp.zeros(2), "var": jnp.ones(2)}
+
+        def loss(value):
+            variables = {"params": others | {name: value}, "batch_stats": stats}
+            y, _ = layer.apply(variables, x, True, mutable=["batch_stats"])
+            total = (y**3).sum()
+            return total if axis_name is None else lax.psum(total, axis_name)
+
+        return jax.grad(loss)(value) if transform == "grad" else jax.jvp(loss, [value], [value])[1]
+
+    with jax.enable_x64(True):
+        expected = derivative(jnp.asarray(value), jnp.asarray(x), None)
+        sharded = jax.shard_map(
+            functools.partial(derivative, axis_name="data"),
+            mesh=mesh,
+            in_specs=(P(), P("data")),
+            out_specs=P(),
+        )
+        actual = jax.jit(sharded)(jnp.asarray(value), jnp.asarray(x))
+    np.testing.assert_allclose(actual, expected, rtol=1e-12)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", [first_cuda_conv, default_conv])
 def test_transformations_on_paths_of_accelerators(path, monkeypatch):

@@ -135,7 +135,9 @@ class BatchNorm(nn.Module):
         running_var = self.variable("batch_stats", "var", jnp.ones, channels, self.param_dtype)
         if self.frozen:
             scale, bias = lax.stop_gradient((scale, bias))
-        compute_dtype = jnp.promote_types(self.dtype, jnp.float32)
+        # In at least float32, and rounded once: rounded to bfloat16, a large mean would swallow the
+        # rest.
+        compute_dtype = jnp.promote_types(x.dtype, jnp.promote_types(self.dtype, jnp.float32))
         x = x.astype(compute_dtype)
         if train and not self.frozen and not self.is_initializing():
             mean, centred, var, count = _batch_statistics(x, mask, self.axis_name)
@@ -150,7 +152,6 @@ class BatchNorm(nn.Module):
             return add_bias(y, bias.astype(compute_dtype)).astype(self.dtype)
         mean, var = running_mean.value, running_var.value
         factor = scale * lax.rsqrt(var + self.epsilon)
-        # In float32, and rounded once: rounded to bfloat16, a large mean would swallow the rest.
         x, factor, offset = promote_dtype(x, factor, bias - mean * factor, dtype=compute_dtype)
         return (x * factor[None, None, None] + offset[None, None, None]).astype(self.dtype)
 
@@ -158,7 +159,7 @@ class BatchNorm(nn.Module):
 def _batch_statistics(
     x: Array, mask: Array | None, axis_name: str | None
 ) -> tuple[Array, Array, Array, Array]:
-    """Mean (C,), x minus the mean, biased variance (C,) and number of positions in the mask."""
+    """Mean (C,), all of x minus the mean, biased variance (C,) and number of counted positions."""
     mask = jnp.ones(x.shape[0], bool) if mask is None else mask
 
     def total(values: Array) -> Array:

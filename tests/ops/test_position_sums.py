@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from tests.helpers.convolution import assert_all_close
-from vgg_jax.ops.position_sums import _images_per_chunk, channel_scale, position_dot, position_sum
+from vgg_jax.layers import BatchNorm
+from vgg_jax.ops.position_sums import _largest_divisor, channel_scale, position_dot, position_sum
 
-# One chunk, several, a chunk for each of a prime number of images, images larger than a chunk,
-# and no image.
+# One chunk, several, a prime number of images, images larger than a chunk, and no image.
 SHAPES = [(2, 3, 4, 5), (64, 16, 16, 32), (37, 32, 32, 16), (3, 80, 64, 64), (0, 3, 4, 5)]
 
 
@@ -31,21 +31,36 @@ def test_sums_and_gradients(shape):
     assert_all_close((y, *pullback(g)), (wide_a.sum((0, 1, 2)), np.broadcast_to(g, shape)), 1e-5)
 
 
+@pytest.mark.parametrize("shape", [(128, 32, 32, 8), (16, 96, 96, 8), (3, 320, 320, 4)])
+def test_long_sums_are_accurate(shape):
+    """One sum over all positions would be off by more than 1e-5 in float32."""
+    x = np.random.default_rng(0).normal(3, 1, shape).astype(np.float32)
+    wide = x.astype(np.float64)
+    for actual, expected in ((position_sum(x), wide), (position_dot(x, x), wide * wide)):
+        assert_all_close([actual], [expected.sum((0, 1, 2))], 2e-6)
+
+
 @pytest.mark.parametrize(
-    ("count", "num_bytes", "expected"),
-    [(64, 2**19, 2), (64, 2**20, 1), (64, 2**22, 1), (37, 2**10, 37), (37, 2**16, 1), (0, 1, 1)],
+    ("count", "limit", "expected"),
+    [(64, 2, 2), (64, 63, 32), (64, 100, 64), (37, 36, 1), (0, 9, 1)],
 )
-def test_images_per_chunk(count, num_bytes, expected):
-    assert _images_per_chunk(count, num_bytes) == expected
+def test_largest_divisor(count, limit, expected):
+    assert _largest_divisor(count, limit) == expected
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a path of a CPU")
-def test_sums_are_products():
-    """XLA's reduction over (N, H, W) takes a CPU several times as long."""
+def test_batch_norm_has_no_reduction_over_positions():
+    """It takes a CPU several times as long as a matrix product."""
+    layer, x = BatchNorm(), jnp.ones((4, 3, 3, 2))
+    variables, mask = layer.init(jax.random.key(0), x), jnp.arange(4) < 3
 
-    def total(x, factor):
-        y = channel_scale(x, factor)
-        return (position_sum(y) + position_dot(y, y)).sum()
+    def total(params, x):
+        variables_now = variables | {"params": params}
+        y, _ = layer.apply(variables_now, x, True, mask, mutable=["batch_stats"])
+        return (y**2).sum(-1)
 
-    program = jax.jit(jax.grad(total, (0, 1))).lower(jnp.ones((4, 3, 3, 2)), jnp.ones(2))
-    assert "dimensions = [0, 1, 2]" not in program.as_text()
+    def backward(params, x):
+        return jax.vjp(total, params, x)[1](jnp.ones(x.shape[:3]))
+
+    text = jax.jit(backward).lower(variables["params"], x).as_text()
+    assert "dimensions = [0, 1, 2]" not in text

@@ -262,8 +262,8 @@ def iter_posteriors(
         protocol: The evaluation protocol.
         mean_rgb: Mean that is subtracted from the pixels.
         pixels: Most pixels of the windows that are computed at once.
-        num_images: Number of the images, if it is known. Of a few images, programs that compile
-            sooner give the last answer sooner (docs/performance.md#first-answer).
+        num_images: Number of the images, if it is known. A few of them are computed by programs
+            that compile sooner (docs/performance.md#first-answer).
 
     Yields:
         `(index, posterior)` of each image as soon as it is done; the posterior is float64 (K,).

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
-from vgg_jax.ops.bilinear import bilinear_conv
+from vgg_jax.ops.bilinear import bilinear_conv, match_varying_axes
 from vgg_jax.ops.pooling import crop_to_even, max_pool, max_pool_fwd, pool_tangent, relu
 
 # After the bias: nothing, a ReLU, or a ReLU and 2x2 max-pooling.
@@ -162,7 +162,7 @@ def _add_bias_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     y = add_bias(*primals)
     terms = [] if is_zero(x) else [x]
     if not is_zero(bias):
-        terms.append(broadcast_bias(bias, y.shape))
+        terms.append(match_varying_axes(broadcast_bias(bias, y.shape), y)[0])
     return y, materialize_on_cpu(add_tangents(terms, y))
 
 

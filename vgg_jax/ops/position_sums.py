@@ -1,8 +1,11 @@
-"""Sums over the positions of feature maps, as batch normalisation needs them.
+"""Sums over the positions of feature maps, and factors of channels whose gradients are such sums.
 
-XLA's reduction over (N, H, W) is slow on a CPU (docs/performance.md#batch-normalisation). There, a
-few images at a time are multiplied while they are in cache, and a matrix product with ones adds
-them. Activations have the shape (N, H, W, C).
+Batch normalisation needs them. XLA's reduction over (N, H, W) is slow on a CPU
+(docs/performance.md#batch-normalisation). There, a matrix product with ones adds positions, and
+`position_dot` multiplies a few rows of the maps at a time, while they are in cache. No product adds
+all positions: one long sum in float32 would be less accurate.
+
+Activations have the shape (N, H, W, C).
 """
 
 import jax.numpy as jnp
@@ -11,8 +14,8 @@ from jax import Array, lax
 from vgg_jax.ops.bilinear import bilinear_conv
 from vgg_jax.ops.explicit_sharding import explicit_spec
 
-# Bytes of the images that are multiplied and added at a time.
-_CHUNK_BYTES = 2**20
+# Bytes of the rows of maps that are multiplied and added at a time.
+_CHUNK_BYTES = 2**19
 
 
 def position_dot(a: Array, b: Array) -> Array:
@@ -45,7 +48,10 @@ def position_sum(x: Array) -> Array:
 
 
 def _sum_by_product(x: Array) -> Array:
-    return (jnp.ones((1, x.size // x.shape[-1]), x.dtype) @ x.reshape(-1, x.shape[-1]))[0]
+    """Adds the rows of all maps, and then the positions of the row."""
+    n, h, w, c = x.shape
+    row = jnp.ones((1, n * h), x.dtype) @ x.reshape(n * h, w * c)
+    return row.reshape(w, c).sum(0)
 
 
 def channel_scale(x: Array, factor: Array) -> Array:
@@ -77,19 +83,18 @@ def _sum_of_products(a: Array, b: Array) -> Array:
 
 def _chunked_dot(a: Array, b: Array) -> Array:
     n, h, w, c = a.shape
-    size = _images_per_chunk(n, h * w * c * a.dtype.itemsize)
-    ones = jnp.ones((1, size * h * w), a.dtype)
-    shape = (n // size, size * h * w, c)
+    rows = _largest_divisor(n * h, _CHUNK_BYTES // max(w * c * a.dtype.itemsize, 1))
+    shape = (n * h // rows, rows * w, c)
+    ones = jnp.ones((1, rows * w), a.dtype)
     sums = lax.map(
         lambda chunk: (ones @ (chunk[0] * chunk[1]))[0], (a.reshape(shape), b.reshape(shape))
     )
     return sums.sum(0)
 
 
-def _images_per_chunk(count: int, num_bytes: int) -> int:
-    """The largest divisor of the number of images that fits into a chunk, or 1."""
-    divisors = (i for i in range(1, count + 1) if count % i == 0)
-    return max((i for i in divisors if i * num_bytes <= _CHUNK_BYTES), default=1)
+def _largest_divisor(count: int, limit: int) -> int:
+    """The largest divisor of a number that is at most a limit, or 1."""
+    return max((i for i in range(1, min(count, limit) + 1) if count % i == 0), default=1)
 
 
 def _scale(x: Array, factor: Array, **_: object) -> Array:
@@ -100,6 +105,7 @@ def _dot(a: Array, b: Array, **_: object) -> Array:
     return lax.platform_dependent(a, b, cpu=_chunked_dot, default=_sum_of_products)
 
 
+# The sum of a · b · g is linear in each of them, like that of a convolution.
 _position_dot = bilinear_conv(
     "position_dot",
     forward=_dot,
