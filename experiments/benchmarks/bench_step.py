@@ -86,7 +86,7 @@ def time_steps(args: argparse.Namespace) -> dict[str, float | None]:
     model = VGG(
         dataclasses.replace(CONFIGS[args.net], fc=config.fc),
         CLASSES,
-        args.batch_norm,
+        batch_norm=args.batch_norm,
         dtype=jnp.dtype(args.dtype),
         image_size=args.image_size,
     )

@@ -278,11 +278,9 @@ def iter_posteriors(
     stages = functools.partial(
         jitted_stages, mean_rgb=tuple(mean_rgb), ceil=protocol.ceil, mesh=mesh
     )
-    optimize_runtime = num_images is None or num_images > FEW_IMAGES
-    is_quick = num_images is not None and num_images <= MAX_QUICK_IMAGES
-    _, head = stages(model, optimize_runtime=optimize_runtime)
+    _, head = stages(model, optimize_runtime=not _is_at_most(num_images, FEW_IMAGES))
     head_variables = jax.device_put(dict(variables), replicated(mesh))
-    run_trunk = _trunk_runner(model, head_variables, stages, mesh, optimize_runtime, is_quick)
+    run_trunk = _trunk_runner(model, head_variables, stages, mesh, num_images)
     # Weighted posteriors of the windows of each image that is not done yet.
     pending: dict[int, list[Any]] = {}
 
@@ -316,22 +314,26 @@ def iter_posteriors(
                 yield window.image, np.sum(pending.pop(window.image), 0)
 
 
+def _is_at_most(num_images: int | None, limit: int) -> bool:
+    return num_images is not None and num_images <= limit
+
+
 def _trunk_runner(
     model: VGG,
     variables: dict[str, Any],
     stages: Callable[..., tuple[Callable[..., Array], Callable[..., Array]]],
     mesh: jax.sharding.Mesh,
-    optimize_runtime: bool,
-    is_quick: bool,
+    num_images: int | None,
 ) -> Callable[[Batch], Array]:
     """Makes a function that computes the trunk of a batch.
 
-    The kernels are transposed and packed once, when the first batch needs them. If `is_quick`, a
-    program that compiles quickly computes small batches, from kernels that are not packed.
+    The kernels are transposed and packed once, when the first batch needs them. Small batches of
+    at most `MAX_QUICK_IMAGES` images are computed by a program that compiles quickly, from kernels
+    that are not packed.
     """
-    trunk, _ = stages(model, optimize_runtime=optimize_runtime)
+    trunk, _ = stages(model, optimize_runtime=not _is_at_most(num_images, FEW_IMAGES))
     quick_trunk = None
-    if is_quick:
+    if _is_at_most(num_images, MAX_QUICK_IMAGES):
         quick_trunk, _ = stages(quick_model(model), optimize_runtime=False)
 
     @functools.cache

@@ -399,17 +399,18 @@ def find_posteriors(path: str | os.PathLike) -> str:
         return os.fspath(path)
     if (folder / "posteriors.npz").exists():
         return os.fspath(folder / "posteriors.npz")
-    found = sorted(map(os.fspath, folder.glob("*/posteriors.npz")))
-    if not found:
+    evaluations = sorted(map(os.fspath, folder.glob("*/posteriors.npz")))
+    if not evaluations:
         raise InputError(
             f"{path} holds no evaluation: expected {folder / 'posteriors.npz'}, or one in a "
             f"folder there; run `vgg-jax evaluate {path}` first"
         )
-    if len(found) > 1:
+    if len(evaluations) > 1:
         raise InputError(
-            f"{path} holds {len(found)} evaluations: expected one; pass some of {', '.join(found)}"
+            f"{path} holds {len(evaluations)} evaluations: expected one; pass some of "
+            f"{', '.join(evaluations)}"
         )
-    return found[0]
+    return evaluations[0]
 
 
 def load_evaluation(path: str | os.PathLike) -> Evaluation:

@@ -444,18 +444,18 @@ def remember_digest(path: Path, algorithm: str, digits: str) -> None:
         algorithm: A name of hashlib.
         digits: The digest.
     """
-    known = {file: value for file, value in _known_digests().items() if os.path.exists(file)}
-    known[str(path.absolute())] = {"version": _version(path), algorithm: digits}
+    entries = {file: value for file, value in _known_digests().items() if os.path.exists(file)}
+    entries[str(path.absolute())] = {"version": _version(path), algorithm: digits}
     with contextlib.suppress(OSError):
         _own_folder().mkdir(parents=True, exist_ok=True)
-        atomic_write(_digests_file(), json.dumps(known, indent=1).encode())
+        atomic_write(_digests_file(), json.dumps(entries, indent=1).encode())
 
 
 def _remembered_digest(path: Path, algorithm: str) -> str:
     version = _version(path)
-    known = _known_digests().get(str(path.absolute()), {})
-    if known.get("version") == version and isinstance(known.get(algorithm), str):
-        return known[algorithm]
+    entry = _known_digests().get(str(path.absolute()), {})
+    if entry.get("version") == version and isinstance(entry.get(algorithm), str):
+        return entry[algorithm]
     digits = compute_digest(path, algorithm)
     remember_digest(path, algorithm, digits)
     return digits
