@@ -95,6 +95,7 @@ def results(monkeypatch):
     """Results that experiments_page reads, which a test may change."""
     documents = {
         "claims": CLAIMS,
+        "claims_cpu": CLAIMS | {"settings": CLAIMS["settings"] | {"epochs": 4}},
         "parity": {"first_steps_8": STEPS},
         "baseline": {"digits_sgd_8": BASELINE},
         "receptive_field": {},
@@ -110,7 +111,10 @@ def test_page_of_half_done_results(results):
         "| B over A | 4.1 | 29.6 → 28.7 | 51.0 ± 1.0 → 25.0 ± 0.0 | +26.0 | 0.012 | 3 | **holds** |"
         in page
     )
-    assert "Here 1 hold, 0 fail, and\n0 are undecided." in page
+    assert "Here 1 of 2 claims hold, 0 fail, and 0 are undecided." in page
+    assert "| B over A | 4.1 | +26.0, holds | +26.0, holds |" in page
+    assert "| C over B | 4.1 | not run | not run |" in page
+    assert "trains for 3 epochs" in page and "trains for 4 epochs" in page
     assert "Not run: C over B." in page
     assert "Diverged: D (1 of 1)." in page
     assert "Learned nothing, with a loss of ln 10: D, normal (1 of 2)." in page
@@ -121,7 +125,8 @@ def test_page_of_half_done_results(results):
     )
     assert "Whole runs" not in page
     plots = experiments_page.plots()
-    assert plots["claims_gains"] == [["B over A", [25.0, 26.0, 27.0], [20.0, 30.0], "holds"]]
+    gains = [["B over A", [25.0, 26.0, 27.0], [20.0, 30.0], "holds"]]
+    assert plots["claims_gains"] == plots["claims_cpu_gains"] == gains
     assert plots["baseline_digits_sgd_8"]["valid"] == {"vgg_jax": [[1.5]], "PyTorch": []}
 
 

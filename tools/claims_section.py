@@ -1,4 +1,4 @@
-"""The claims of the paper on docs/experiments.md: their table, two plots, and all nets."""
+"""The claims of the paper on docs/experiments.md: their tables, their plots, and all nets."""
 
 import math
 import statistics
@@ -15,40 +15,52 @@ STALLED = 0.01  # nats below the loss of guessing, within which a run has learne
 
 CLAIMS = """## Claims
 
-Which claims of the paper hold for small nets on CIFAR-10? Here {holds} hold, {fails} fail, and
-{undecided} are undecided{few}. The nets are made small by one rule:
+Which claims of the paper hold for small nets on CIFAR-10? All nets were trained twice: with half
+of their widths on a GPU, and with an eighth on a CPU.
 
-- All widths of Table 1, and those of fc6 and fc7, are divided by {width_divisor}.
+{overview}
+
+The numbers are gains in points of top-1 error: the first error minus the second. The nets are made
+small by one rule:
+
+- All widths of Table 1, and those of fc6 and fc7, are divided by 2 or by 8.
 - Images have 64 pixels instead of 224, enlarged from CIFAR-10's 32. All scales have the paper's
   ratio to them: S = 256 is 73, and 384 is 110.
-- Each net trains for {epochs} epochs on {train_images:,} images, in batches of {batch_size}. The
-  learning rate falls from {learning_rate} along a cosine. The paper trains for 74 epochs.
+- The learning rate falls from its first value along a cosine, for 12 or 4 epochs. The paper trains
+  for 74 epochs.
 - Dense evaluation sees the centre of an image, with sides that 32 divides. At Q = 256 that is one
   window, where the paper has four, and at Q = 512 nine, where it has 100.
 - Nets with scale jitter start from random weights. The paper starts them from those of S = 384.
 - The mean colour is that of the training images. All other settings are the paper's. Kernels
   start from Glorot's distribution where nothing else is said.
 
-"Gain" is the first top-1 error minus the second, in points. Errors are those of dense evaluation
-on {test_images:,} test images. Claims with crops are tested on the first {crop_images:,} of them.
-Both nets of a claim have the same seed: the same order of images and the same crops. A row has the
-seeds that all its nets have.
+Errors are those of dense evaluation on all test images. Claims with crops are tested on the first
+of them. Both nets of a claim have the same seed: the same order of images and the same crops. A row
+has the seeds that all its nets have.
 
 A claim holds if the gain is positive and the paired t-test over seeds has p < 0.05. It fails if
 the gain is negative with p < 0.05. The claim that something does not help holds if the whole 95 %
 interval of its gain is below 1 point. All others are undecided: three seeds decide only what is
-large beside their spread, and two decide nothing. The p-values are not corrected for {number}
+large beside their spread, and two decide nothing. The p-values are not corrected for the number of
 claims, of which one in twenty is expected to have p < 0.05 by chance. The nets are trained briefly,
 so an outcome here says little about long training.
 """
 
-GAINS_TEXT = """![Gains with their 95 % intervals](images/claims_gains.svg)
+PART = """### {title}
+
+Here {holds} of {number} claims hold, {fails} fail, and {undecided} are undecided{few}.
+All widths are divided by {width_divisor}. Each net trains for {epochs} epochs on
+{train_images:,} images, in batches of {batch_size}, at a first rate of {learning_rate}. Claims with
+crops are tested on {crop_images:,} images, and all others on {test_images:,}.
+"""
+
+GAINS_TEXT = """![Gains with their 95 % intervals](images/{name}_gains.svg)
 
 Each dot is a seed, and each line the 95 % interval of three. Gains beyond the frame have their mean
 as a number. Claims that hold are green, those that fail red, and the others grey.
 """
 
-NOTES = """- More layers than those of B do not help here, without batch normalisation: D is worse
+NOTES_HALF = """- More layers than those of B do not help here, without batch normalisation: D is worse
   than B, and E worse than D and A.
 - The two seeds of B-5x5 that learned are worse than B by 7 and 11 points, as in the paper.
 - With each seed that was run, the nets with S = 384 or jitter have higher errors than those with
@@ -58,6 +70,14 @@ NOTES = """- More layers than those of B do not help here, without batch normali
   The claims about crops and fusion use these nets.
 - "D from A" trains for {epochs} epochs after those of A.
 """
+
+NOTES_EIGHTH = ""
+
+# The results, by their file: their title, and what stands out in them.
+RESULTS = {
+    "claims": ("Half of the widths, on a GPU", NOTES_HALF),
+    "claims_cpu": ("An eighth of the widths, on a CPU", NOTES_EIGHTH),
+}
 
 STARTS_TEXT = """### Net D by its start
 
@@ -72,12 +92,35 @@ distribution.
 
 
 def claims_section() -> str:
-    """The table of claims, the start of net D, and all nets."""
-    result = load("claims")
+    """All results about the claims, and the start of net D."""
+    parts = [CLAIMS.format(overview=overview_table())]
+    parts += [claims_part(name) for name in RESULTS]
+    return "\n\n".join(part.strip() for part in (*parts, STARTS_TEXT))
+
+
+def overview_table() -> str:
+    """The gain and the outcome of each claim in each result."""
+    results = [load(name)["claims"] for name in RESULTS]
+    rows = (
+        (same[0]["claim"], same[0]["section"], *(_outcome(row) for row in same))
+        for same in zip(*results, strict=True)
+    )
+    return table(("claim", "§", *(title for title, _ in RESULTS.values())), rows)
+
+
+def _outcome(row: dict[str, Any]) -> str:
+    return f"{100 * row['gain']:+.1f}, {row['outcome']}" if row["seeds"] else "not run"
+
+
+def claims_part(name: str) -> str:
+    """One result: its table of claims, its plot, and its nets."""
+    result = load(name)
+    title, notes = RESULTS[name]
     rows = [row for row in result["claims"] if row["seeds"]]
     few = sum(len(row["seeds"]) < 3 for row in rows)
     outcomes = Counter(row["outcome"] for row in rows)
-    text = CLAIMS.format(
+    text = PART.format(
+        title=title,
         number=len(result["claims"]),
         holds=outcomes["holds"],
         fails=outcomes["fails"],
@@ -113,13 +156,12 @@ def claims_section() -> str:
     if fewer:
         parts.append("Nets with fewer than three finished seeds: " + ", ".join(fewer) + ".")
     parts += [
-        GAINS_TEXT,
-        NOTES.format(**result["settings"]),
+        GAINS_TEXT.format(name=name),
+        notes.format(**result["settings"]),
         facts(result),
-        STARTS_TEXT,
         nets_table(result),
     ]
-    return "\n\n".join(part.strip() for part in parts)
+    return "\n\n".join(part.strip() for part in parts if part)
 
 
 def count_runs(nets: dict[str, Any], predicate: Callable[[dict[str, Any]], bool]) -> str:
@@ -159,7 +201,7 @@ def nets_table(result: dict[str, Any]) -> str:
             loss = statistics.mean(epoch["train"]["loss"] for epoch in last)
             rows.append((name, f"{loss:.3f}", *accuracies, len(last)))
     header = ("net", "training loss", "training accuracy, %", "held-out accuracy, %", "seeds")
-    text = "### All nets\n\nThe last epoch. Training has dropout and random crops.\n\n"
+    text = "The last epoch of all nets. Training has dropout and random crops.\n\n"
     return text + table(header, rows)
 
 
@@ -193,8 +235,8 @@ def draw_starts(data: dict[str, Any], axes: Any) -> None:
         axes.legend(frameon=False)
 
 
-def gains_data() -> list[Any]:
-    """Claim, the gain of each seed, their interval and the outcome, in points."""
+def gains_data(name: str) -> list[Any]:
+    """Claim, the gain of each seed, their interval and the outcome, in points, of a result."""
     return [
         [
             row["claim"],
@@ -202,7 +244,7 @@ def gains_data() -> list[Any]:
             row.get("interval") and [100 * bound for bound in row["interval"]],
             row["outcome"],
         ]
-        for row in load("claims")["claims"]
+        for row in load(name)["claims"]
         if row["seeds"]
     ]
 

@@ -3,15 +3,17 @@
     pip install -e '.[docs]'
     python -m tools.experiments_page
 
-Run it after a result has changed. The page needs the results of claims, parity, baseline and
-receptive_field.
+Run it after a result has changed. The page needs the results of claims (claims.json and
+claims_cpu.json), parity, baseline and receptive_field.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from tools.benchmarks_page import OURS, PEER, ROOT, load, save_plots, table
 from tools.claims_section import (
+    RESULTS,
     claims_section,
     draw_gains,
     draw_starts,
@@ -327,7 +329,7 @@ The paper does not say how long the later stages are, and at which rate jitter s
 """
 
 PLOTS = {
-    "claims_gains": (gains_data, draw_gains, 6.5),
+    **{f"{name}_gains": (partial(gains_data, name), draw_gains, 6.5) for name in RESULTS},
     "claims_starts": (starts_data, draw_starts, 3.2),
     "parity": (parity_data, draw_frameworks, 3.2),
 }
