@@ -1,4 +1,4 @@
-"""Functions that all scripts share: run `main`, check flags, read what a command prints."""
+"""What all scripts share: run `main`, show and check flags, read what a command prints."""
 
 import argparse
 import json
@@ -21,6 +21,25 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows a docstring as it is, and the default of each flag."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        """Adds the default to the help of a flag that has one and does not name it."""
+        has_default = action.option_strings and action.default not in (
+            None,
+            False,
+            argparse.SUPPRESS,
+        )
+        if has_default and "default" not in (action.help or ""):
+            values = (
+                action.default if isinstance(action.default, list | tuple) else [action.default]
+            )
+            shown = "default: " + " ".join(str(value) for value in values).replace("%", "%%")
+            action.help = f"{action.help}; {shown}" if action.help else shown
+        super().add_argument(action)
 
 
 def check_at_least_one(args: argparse.Namespace, *names: str) -> None:

@@ -60,8 +60,8 @@ Each dot is a seed, and each line the 95 % interval of three. Gains beyond the f
 as a number. Claims that hold are green, those that fail red, and the others grey.
 """
 
-NOTES_HALF = """- More layers than those of B do not help here, without batch normalisation: D is worse
-  than B, and E worse than D and A.
+NOTES_HALF = """- More layers than those of B do not help here, without batch normalisation: D is
+  worse than B, and E worse than D and A.
 - The two seeds of B-5x5 that learned are worse than B by 7 and 11 points, as in the paper.
 - With each seed that was run, the nets with S = 384 or jitter have higher errors than those with
   S = 256. The reason is open. A crop at S = 384 sees a third of an image, and an object of CIFAR-10

@@ -28,7 +28,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.script import check_at_least_one, json_result, run
+from experiments.script import HelpFormatter, check_at_least_one, json_result, run
 from vgg_jax import CONFIGS, VGG, compiler_options
 from vgg_jax.configs.evaluation import MAX_PIXELS_PER_BATCH, PROTOCOLS, EvalProtocol
 from vgg_jax.data import open_split, pick, rescaled_images
@@ -114,9 +114,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("folder")
     parser.add_argument("--net", default="A", choices=CONFIGS)
     parser.add_argument("--scale", type=int, nargs="+", default=[256])

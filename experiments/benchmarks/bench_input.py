@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.script import check_at_least_one, json_result, run
+from experiments.script import HelpFormatter, check_at_least_one, json_result, run
 from vgg_jax import IMAGENET, TrainConfig
 from vgg_jax.data import (
     BatchIterator,
@@ -162,9 +162,7 @@ def compare_with_peer(args: argparse.Namespace, settings: dict[str, Any]) -> dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("data")
     parser.add_argument("--data-dir")
     parser.add_argument("--tfrecord", action="store_true")

@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from experiments.script import run
+from experiments.script import HelpFormatter, run
 
 PROCESSES = (1, 2, 4, 8)
 BATCH, IMAGE_SIZE, FEATURES, STEPS = 16, 32, 4096, 7
@@ -198,9 +198,7 @@ def compare() -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:

@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.script import check_at_least_one, json_result, run
+from experiments.script import HelpFormatter, check_at_least_one, json_result, run
 from vgg_jax import CONFIGS, IMAGENET, VGG, TrainConfig, compile_inference
 from vgg_jax.distributed.sharding import make_mesh, shard_batch
 from vgg_jax.preprocessing import subtract_mean
@@ -150,9 +150,7 @@ def compare_with_peer(args: argparse.Namespace, settings: dict[str, Any]) -> dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--net", default="A", choices=CONFIGS)
     parser.add_argument("--image-size", type=int, default=32, help="pixels of a side")
     parser.add_argument("--batch", type=int, default=128, help="images of a step")

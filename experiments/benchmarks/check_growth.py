@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.script import run
+from experiments.script import HelpFormatter, run
 
 BATCH = 128
 MAX_LINKS = 10_000  # to one file, since file systems have a limit
@@ -108,9 +108,7 @@ def peak_memory() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("quantity", choices=("images", "classes", "batch"))
     parser.add_argument("values", type=int, nargs="+")
     args = parser.parse_args()

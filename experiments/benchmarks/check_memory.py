@@ -27,7 +27,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from experiments.script import run, stdout_of
+from experiments.script import HelpFormatter, run, stdout_of
 from vgg_jax import IMAGENET, TrainConfig
 from vgg_jax.distributed.sharding import make_mesh, replicated, shard_batch
 from vgg_jax.model import build_model
@@ -85,9 +85,7 @@ sys.exit(process.returncode)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--net", default="D")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=8)

@@ -27,7 +27,7 @@ import numpy as np
 import onnxruntime
 import torch
 
-from experiments.script import run
+from experiments.script import HelpFormatter, run
 from tests.helpers.torch_vgg import randomize, to_jax, torch_vgg
 from vgg_jax import CONFIGS, IMAGENET, VGG, compiler_options
 from vgg_jax.configs.evaluation import EvalProtocol
@@ -101,9 +101,7 @@ def load_runtimes(net: str, folder: Path) -> dict[str, Runtime]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("folder")
     parser.add_argument(
         "--nets", nargs="+", default=["A", "A-LRN", "B", "C", "D", "E"], choices=CONFIGS

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.paper.record_runs import record_run
-from experiments.script import run, stdout_of
+from experiments.script import HelpFormatter, run, stdout_of
 
 SETTINGS = "--net D --fc 256 256 --batch-size 32 --skip-bad --colour-shift 0"
 CENTRE = "--scale 384 --crop centre --no-flip"
@@ -66,9 +66,7 @@ def fine_tune_peer(args: argparse.Namespace, seed: int, num_epochs: int) -> dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("photos", metavar="PHOTOS")
     parser.add_argument(
         "--init-from", required=True, metavar="FILE", help="pretrained convolutions"

@@ -25,7 +25,7 @@ from typing import Any
 import jax
 
 from experiments.paper.result_file import command_line
-from experiments.script import check_at_least_one, run, stdout_of
+from experiments.script import HelpFormatter, check_at_least_one, run, stdout_of
 from vgg_jax.errors import InputError
 from vgg_jax.runs.files import atomic_write
 
@@ -90,9 +90,7 @@ def torch_version(python: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("file", help="weights of VGG16 in torchvision's layout")
     parser.add_argument("photo")
     parser.add_argument("--device", required=True)

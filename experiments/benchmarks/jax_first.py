@@ -13,7 +13,7 @@ import numpy as np
 
 import vgg_jax
 from experiments.benchmarks.bench_step import random_batch
-from experiments.script import run
+from experiments.script import HelpFormatter, run
 from vgg_jax.configs.colours import IMAGENET
 from vgg_jax.configs.models import CONFIGS
 from vgg_jax.configs.train import TrainConfig
@@ -55,9 +55,7 @@ def step(net: str, image_size: int, batch_size: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("infer").add_argument("file")
     command = commands.add_parser("step")

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from typing import Any
 
-from experiments.script import run
+from experiments.script import HelpFormatter, run
 
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "bad_alloc", "Out of memory", "Cannot allocate memory")
 KILLED = (-9, -6)  # SIGKILL by the kernel, SIGABRT by an allocation that failed
@@ -62,9 +62,7 @@ def search(first: int, unit: int, flags: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--first", type=int, default=64, help="the batch to try first")
     parser.add_argument("--microbatch", type=int, help="images at a time")
     args, flags = parser.parse_known_args()

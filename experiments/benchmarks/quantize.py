@@ -22,7 +22,7 @@ from onnxruntime.quantization import CalibrationDataReader, quantize_dynamic, qu
 from PIL import Image, UnidentifiedImageError
 
 import vgg_jax
-from experiments.script import run
+from experiments.script import HelpFormatter, run
 from vgg_jax.export import export
 
 CALIBRATION_STEP = 2  # every second training photo, so that all classes are among them
@@ -100,9 +100,7 @@ def compare(files: dict[str, Path], images: np.ndarray, labels: list[int]) -> li
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("photos", metavar="PHOTOS", type=Path)
     args = parser.parse_args()

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.script import run
+from experiments.script import HelpFormatter, run
 from vgg_jax import CONFIGS, IMAGENET, VGG, compiler_options
 from vgg_jax.export import ExportSpec, write
 from vgg_jax.weights import Weights
@@ -45,9 +45,7 @@ def load_session(runtime: str, file: Path, dtype: str) -> Callable[[np.ndarray],
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--runtime", choices=("onnxruntime", "openvino"), required=True)
     parser.add_argument("--net", default="A", choices=CONFIGS)
     parser.add_argument("--image-size", type=int, default=224)

@@ -33,7 +33,7 @@ import dataclasses
 import json
 from typing import Any
 
-from experiments.script import run
+from experiments.script import HelpFormatter, run
 from vgg_jax import CONFIGS
 from vgg_jax.summary import summarize
 
@@ -195,9 +195,7 @@ def table(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--machine", choices=MACHINES, default="h200")
     parser.add_argument("--net", choices=CONFIGS, default="D")
     parser.add_argument("--batch", type=int, default=256, help="images a device")

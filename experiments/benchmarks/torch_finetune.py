@@ -22,7 +22,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn
 
-from experiments.script import run
+from experiments.script import HelpFormatter, run
 
 STAGES = [[64] * 2, [128] * 2, [256] * 3, [512] * 3, [512] * 3]
 CROP_SIZE = 224
@@ -173,9 +173,7 @@ def fine_tune(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("photos", help="folder with train/CLASS and val/CLASS")
     parser.add_argument("--init-from", required=True, help="convolutions, a .h5 file")
     parser.add_argument("--freeze", action="store_true", help="freeze the convolutions")

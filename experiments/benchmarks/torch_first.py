@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from experiments.script import run
+from experiments.script import HelpFormatter, run
 
 STAGES = {
     "A": [[64], [128], [256] * 2, [512] * 2, [512] * 2],
@@ -68,9 +68,7 @@ def step(net_name: str, image_size: int, batch: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("predict", "save"):
         command = commands.add_parser(name)

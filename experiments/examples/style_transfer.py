@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from PIL import Image
 
-from experiments.script import run
+from experiments.script import HelpFormatter, run
 from vgg_jax import CONFIGS, IMAGENET, VGG, compiler_options, load
 from vgg_jax.perceptual import content_loss, style_loss
 
@@ -53,9 +53,7 @@ def load_convolutions(weights: str | None) -> tuple[VGG, dict[str, Any], np.ndar
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("content", help="the photo to paint")
     parser.add_argument("style", help="the photo that has the style")
     parser.add_argument("out", help="the image file to write")

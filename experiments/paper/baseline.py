@@ -44,7 +44,7 @@ from experiments.paper.baseline_images import Rgb, load_images
 from experiments.paper.framework_curves import FRAMEWORKS, QUANTITIES, compare, epoch_line, plot
 from experiments.paper.result_file import ResultPart, Runs, command_line, log
 from experiments.paper.scan_training import Data, build_small_model, divide_widths, train
-from experiments.script import run
+from experiments.script import HelpFormatter, run
 from vgg_jax.configs.models import CONFIGS
 from vgg_jax.configs.train import TrainConfig
 from vgg_jax.errors import InputError
@@ -176,9 +176,7 @@ def save_figures(folder: Path, prefix: str, runs: Runs) -> None:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("data", help="digits, or an .npz file of cifar10_arrays")
     parser.add_argument("--device", required=True)
     parser.add_argument("--optimizer", choices=LEARNING_RATES, default="sgd")

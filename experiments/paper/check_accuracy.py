@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from experiments.script import run
+from experiments.script import HelpFormatter, run
 from vgg_jax import IMAGENET
 from vgg_jax.configs.presets import preset
 from vgg_jax.data import (
@@ -89,9 +89,7 @@ def train_and_evaluate(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--images", type=int, default=15_000)
     parser.add_argument("--epochs", type=int, default=5)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from experiments.script import run
+from experiments.script import HelpFormatter, run
 from tests.helpers.torch_vgg import dense_posterior, randomize, score_map, to_jax, torch_vgg
 from vgg_jax import CONFIGS, IMAGENET, VGG
 from vgg_jax.configs.evaluation import EvalProtocol
@@ -66,9 +66,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("folder")
     parser.add_argument("--net", default="A", choices=CONFIGS)
     parser.add_argument("--batch-norm", action="store_true")

@@ -21,7 +21,7 @@ import torchvision
 from PIL import Image
 from safetensors.torch import load_file
 
-from experiments.script import run
+from experiments.script import HelpFormatter, run
 from vgg_jax import CONFIGS, IMAGENET, VGG, compiler_options
 from vgg_jax.errors import InputError
 from vgg_jax.weights import Weights, read, save
@@ -97,9 +97,7 @@ def compare_layers(net: str) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("folder")
     images = load_photos(parser.parse_args().folder, 4)
     for name in NETS:

@@ -12,14 +12,12 @@ import os
 
 import numpy as np
 
-from experiments.script import run
+from experiments.script import HelpFormatter, run
 from vgg_jax.errors import InputError
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("out")
     parser.add_argument("--data-dir")
     parser.add_argument("--download", action="store_true")

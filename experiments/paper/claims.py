@@ -59,7 +59,7 @@ from experiments.paper.scan_training import (
     posteriors,
     train,
 )
-from experiments.script import run
+from experiments.script import HelpFormatter, run
 from vgg_jax.arrays import ArraySource
 from vgg_jax.configs.models import CONFIGS
 from vgg_jax.configs.train import TrainConfig
@@ -327,15 +327,21 @@ def recorded(nets: Mapping[str, Mapping[int, Any]], key: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("data", help="CIFAR-10 as an .npz file")
     parser.add_argument("--out", required=True, help="folder of the finished nets")
     parser.add_argument("--collect", action="store_true", help="train nothing, print the table")
     parser.add_argument("--device", required=True, help="name of the machine, for the results")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--nets", nargs="+", default=list(NETS), choices=NETS, metavar="NET")
+    names = ", ".join(f"'{name}'" for name in NETS)
+    parser.add_argument(
+        "--nets",
+        nargs="+",
+        default=list(NETS),
+        choices=NETS,
+        metavar="NET",
+        help=f"default: all of {names}",
+    )
     parser.add_argument("--width-divisor", type=int, default=8, help="1: the paper's widths")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=64)

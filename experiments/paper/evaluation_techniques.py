@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 import vgg_jax
-from experiments.script import run
+from experiments.script import HelpFormatter, run
 from vgg_jax.evaluation.evaluate import Evaluation, load_evaluation
 from vgg_jax.runtime.compilation_cache import enable_compilation_cache
 
@@ -98,9 +98,7 @@ def combine(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("run")
     parser.add_argument("--data-dir")
     parser.add_argument("--split", default="val", help="val: the run's validation images")

@@ -58,6 +58,7 @@ from experiments.paper.imagenet_recipe import (
     select_stages,
     train_config,
 )
+from experiments.script import HelpFormatter
 from vgg_jax.cli.exit_codes import ExitCode, explain
 from vgg_jax.cli.logs import configure_logging
 from vgg_jax.cli.parser import parse_mesh
@@ -244,9 +245,7 @@ def exit_code(args: argparse.Namespace) -> ExitCode:
 
 def parser() -> argparse.ArgumentParser:
     paper = TrainConfig()
-    result = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = result.add_argument
     add("data", nargs="?", help="a folder with ImageNet, or a name in --data-dir")
     add("--data-dir", help="folder of prepared data sets")

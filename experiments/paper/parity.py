@@ -58,7 +58,7 @@ from experiments.paper.framework_curves import FRAMEWORKS, means
 from experiments.paper.jax_training import Crops, JaxTraining, perturb
 from experiments.paper.result_file import ResultPart, Runs, log, make_header
 from experiments.paper.scan_training import Data, build_small_model, load_data
-from experiments.script import check_at_least_one, run
+from experiments.script import HelpFormatter, check_at_least_one, run
 from vgg_jax import CONFIGS, VGG, TrainConfig, preset
 from vgg_jax.errors import InputError
 from vgg_jax.runtime.compilation_cache import enable_compilation_cache
@@ -274,9 +274,7 @@ def summarize(runs: Runs) -> dict[str, Any] | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("part", choices=("first-steps", "runs"))
     parser.add_argument("data", help="CIFAR-10, an .npz file")
     parser.add_argument("--out", required=True, help="the JSON file, which may have finished runs")

@@ -51,7 +51,7 @@ from experiments.paper.scan_training import (
     posteriors,
     train,
 )
-from experiments.script import check_at_least_one, run
+from experiments.script import HelpFormatter, check_at_least_one, run
 from vgg_jax import CONFIGS, Conv, VGGConfig, preset
 from vgg_jax.errors import InputError
 from vgg_jax.runtime.compilation_cache import enable_compilation_cache
@@ -166,9 +166,7 @@ def compare_nets(runs: Runs) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("part", choices=("layers", "nets"))
     parser.add_argument("data", nargs="?", help="nets: CIFAR-10, an .npz file")
     parser.add_argument("--out", required=True, help="the JSON file, which may have finished runs")

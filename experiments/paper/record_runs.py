@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from experiments.script import run
+from experiments.script import HelpFormatter, run
 from vgg_jax import preset
 from vgg_jax.runs.metadata import load_run
 
@@ -58,9 +58,7 @@ def record_epoch(epoch: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("workdirs", nargs="+")
     parser.add_argument(
         "--command", required=True, action="append", help="a command that made the runs"
