@@ -28,17 +28,12 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def add_argument(self, action: argparse.Action) -> None:
         """Adds the default to the help of a flag that has one and does not name it."""
-        has_default = action.option_strings and action.default not in (
-            None,
-            False,
-            argparse.SUPPRESS,
-        )
-        if has_default and "default" not in (action.help or ""):
-            values = (
-                action.default if isinstance(action.default, list | tuple) else [action.default]
-            )
-            shown = "default: " + " ".join(str(value) for value in values).replace("%", "%%")
-            action.help = f"{action.help}; {shown}" if action.help else shown
+        value, text = action.default, action.help or ""
+        is_default = not (value is None or value is False or value in ("", {}, argparse.SUPPRESS))
+        if action.option_strings and is_default and "default:" not in text:
+            values = value if isinstance(value, list | tuple) else [value]
+            shown = "default: " + " ".join(map(str, values)).replace("%", "%%")
+            action.help = f"{text}; {shown}" if text else shown
         super().add_argument(action)
 
 

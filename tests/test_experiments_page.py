@@ -56,6 +56,25 @@ CLAIMS = PART | {
         "D, BN": {},
     },
 }
+# The second result has the other claim, with two seeds, and one net.
+CLAIMS_CPU = PART | {
+    "settings": CLAIMS["settings"] | {"epochs": 4},
+    "claims": [
+        CLAIMS["claims"][0] | {"seeds": [], "outcome": "not run"},
+        CLAIMS["claims"][0]
+        | {
+            "claim": "C over B",
+            "seeds": [0, 1],
+            "before": [0.5, 0.5],
+            "after": [0.25, 0.5],
+            "gain": 0.125,
+            "interval": None,
+            "p": None,
+            "outcome": "undecided",
+        },
+    ],
+    "nets": {"A": CLAIMS["nets"]["A"], "D, BN": {}},
+}
 STEPS = PART | {
     "settings": {"width_divisor": 8},
     "runs": [
@@ -95,7 +114,7 @@ def results(monkeypatch):
     """Results that experiments_page reads, which a test may change."""
     documents = {
         "claims": CLAIMS,
-        "claims_cpu": CLAIMS | {"settings": CLAIMS["settings"] | {"epochs": 4}},
+        "claims_cpu": CLAIMS_CPU,
         "parity": {"first_steps_8": STEPS},
         "baseline": {"digits_sgd_8": BASELINE},
         "receptive_field": {},
@@ -111,13 +130,19 @@ def test_page_of_half_done_results(results):
         "| B over A | 4.1 | 29.6 → 28.7 | 51.0 ± 1.0 → 25.0 ± 0.0 | +26.0 | 0.012 | 3 | **holds** |"
         in page
     )
-    assert "Here 1 of 2 claims hold, 0 fail, and 0 are undecided." in page
-    assert "| B over A | 4.1 | +26.0, holds | +26.0, holds |" in page
-    assert "| C over B | 4.1 | not run | not run |" in page
+    assert (
+        "Here 1 of 2 claims hold, 0 fail, and 0 are undecided. Claims that were not run: 1." in page
+    )
+    assert "and 1 are undecided, of which 1 have fewer than three seeds. Claims that were" in page
+    assert "| B over A | 4.1 | +26.0, holds | not run |" in page
+    assert "| C over B | 4.1 | not run | +12.5, undecided (2 seeds) |" in page
+    assert "needed 1 of the 5 nets" in page
     assert "trains for 3 epochs" in page and "trains for 4 epochs" in page
-    assert "Not run: C over B." in page
-    assert "Diverged: D (1 of 1)." in page
-    assert "Learned nothing, with a loss of ln 10: D, normal (1 of 2)." in page
+    assert "Diverged: “D” (1 of 1)." in page
+    assert "Learned nothing, with a loss of ln 10: “D, normal” (1 of 2)." in page
+    assert "Nets with fewer than three finished seeds: “A” (1).\n" in page
+    assert "Nets that were not trained: “D, BN”.\n" in page
+    assert "images/claims_cpu_gains.svg" in page
     assert "| A | 2.000 | 25.0 | 50.0 | 1 |" in page
     assert (
         "| without | float64 | 0.01 | 1.4e-10 | 4.7e-11 | 0.0001 | yes | 4.6e-03 | 50 / 12 |"
@@ -125,8 +150,8 @@ def test_page_of_half_done_results(results):
     )
     assert "Whole runs" not in page
     plots = experiments_page.plots()
-    gains = [["B over A", [25.0, 26.0, 27.0], [20.0, 30.0], "holds"]]
-    assert plots["claims_gains"] == plots["claims_cpu_gains"] == gains
+    assert plots["claims_gains"] == [["B over A", [25.0, 26.0, 27.0], [20.0, 30.0], "holds"]]
+    assert plots["claims_cpu_gains"] == [["C over B", [25.0, 0.0], None, "undecided"]]
     assert plots["baseline_digits_sgd_8"]["valid"] == {"vgg_jax": [[1.5]], "PyTorch": []}
 
 

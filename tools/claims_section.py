@@ -15,43 +15,44 @@ STALLED = 0.01  # nats below the loss of guessing, within which a run has learne
 
 CLAIMS = """## Claims
 
-Which claims of the paper hold for small nets on CIFAR-10? All nets were trained twice: with half
-of their widths on a GPU, and with an eighth on a CPU.
+Which claims of the paper hold for small nets on CIFAR-10? All nets were trained with half of their
+widths on a GPU, most of them with three seeds. The claims that have fewer there were tested again
+with an eighth of the widths, on a CPU. That needed {second} of the {number} nets.
 
 {overview}
 
 The numbers are gains in points of top-1 error: the first error minus the second. The nets are made
 small by one rule:
 
-- All widths of Table 1, and those of fc6 and fc7, are divided by 2 or by 8.
+- All widths of Table 1, and those of fc6 and fc7, are divided by one number.
 - Images have 64 pixels instead of 224, enlarged from CIFAR-10's 32. All scales have the paper's
   ratio to them: S = 256 is 73, and 384 is 110.
-- The learning rate falls from its first value along a cosine, for 12 or 4 epochs. The paper trains
-  for 74 epochs.
+- The learning rate falls along a cosine. The paper trains for 74 epochs, and these nets for far
+  fewer.
 - Dense evaluation sees the centre of an image, with sides that 32 divides. At Q = 256 that is one
   window, where the paper has four, and at Q = 512 nine, where it has 100.
 - Nets with scale jitter start from random weights. The paper starts them from those of S = 384.
 - The mean colour is that of the training images. All other settings are the paper's. Kernels
   start from Glorot's distribution where nothing else is said.
 
-Errors are those of dense evaluation on all test images. Claims with crops are tested on the first
-of them. Both nets of a claim have the same seed: the same order of images and the same crops. A row
+Errors are those of dense evaluation on all test images. Claims about crops use only the first test
+images. Both nets of a claim have the same seed: the same order of images and the same crops. A row
 has the seeds that all its nets have.
 
 A claim holds if the gain is positive and the paired t-test over seeds has p < 0.05. It fails if
 the gain is negative with p < 0.05. The claim that something does not help holds if the whole 95 %
 interval of its gain is below 1 point. All others are undecided: three seeds decide only what is
 large beside their spread, and two decide nothing. The p-values are not corrected for the number of
-claims, of which one in twenty is expected to have p < 0.05 by chance. The nets are trained briefly,
+tests, of which one in twenty is expected to have p < 0.05 by chance. The nets are trained briefly,
 so an outcome here says little about long training.
 """
 
 PART = """### {title}
 
-Here {holds} of {number} claims hold, {fails} fail, and {undecided} are undecided{few}.
+Here {holds} of {number} claims hold, {fails} fail, and {undecided} are undecided{few}. {not_run}
 All widths are divided by {width_divisor}. Each net trains for {epochs} epochs on
-{train_images:,} images, in batches of {batch_size}, at a first rate of {learning_rate}. Claims with
-crops are tested on {crop_images:,} images, and all others on {test_images:,}.
+{train_images:,} images, in batches of {batch_size}, with a first learning rate of {learning_rate}.
+Claims about crops are tested on {crop_images:,} images, and all others on {test_images:,}.
 """
 
 GAINS_TEXT = """![Gains with their 95 % intervals](images/{name}_gains.svg)
@@ -83,6 +84,7 @@ STARTS_TEXT = """### Net D by its start
 
 ![Training losses of net D, by its start](images/claims_starts.svg)
 
+These nets have half of the widths, and were trained on the GPU.
 "Normal" is the paper's random initialisation, a normal distribution with a standard deviation of
 0.01 at full width. In a small net it is larger, so that each layer changes the size of its signal
 as in the full net. The dotted line is the loss of guessing, ln 10. "From A" copies the first
@@ -93,23 +95,29 @@ distribution.
 
 def claims_section() -> str:
     """All results about the claims, and the start of net D."""
-    parts = [CLAIMS.format(overview=overview_table())]
-    parts += [claims_part(name) for name in RESULTS]
-    return "\n\n".join(part.strip() for part in (*parts, STARTS_TEXT))
+    first, second = (load(name)["nets"] for name in RESULTS)
+    trained = sum(map(bool, second.values()))
+    text = CLAIMS.format(overview=overview_table(), number=len(first), second=trained)
+    parts = [text, *map(claims_part, RESULTS), STARTS_TEXT]
+    return "\n\n".join(part.strip() for part in parts)
 
 
 def overview_table() -> str:
     """The gain and the outcome of each claim in each result."""
-    results = [load(name)["claims"] for name in RESULTS]
+    first, second = ({row["claim"]: row for row in load(name)["claims"]} for name in RESULTS)
     rows = (
-        (same[0]["claim"], same[0]["section"], *(_outcome(row) for row in same))
-        for same in zip(*results, strict=True)
+        (claim, row["section"], _outcome(row), _outcome(second[claim]))
+        for claim, row in first.items()
     )
     return table(("claim", "§", *(title for title, _ in RESULTS.values())), rows)
 
 
 def _outcome(row: dict[str, Any]) -> str:
-    return f"{100 * row['gain']:+.1f}, {row['outcome']}" if row["seeds"] else "not run"
+    seeds = len(row["seeds"])
+    if not seeds:
+        return "not run"
+    few = f" ({seeds} seed{'s' * (seeds > 1)})" if seeds < 3 else ""
+    return f"{100 * row['gain']:+.1f}, {row['outcome']}{few}"
 
 
 def claims_part(name: str) -> str:
@@ -118,6 +126,7 @@ def claims_part(name: str) -> str:
     title, notes = RESULTS[name]
     rows = [row for row in result["claims"] if row["seeds"]]
     few = sum(len(row["seeds"]) < 3 for row in rows)
+    not_run = len(result["claims"]) - len(rows)
     outcomes = Counter(row["outcome"] for row in rows)
     text = PART.format(
         title=title,
@@ -126,9 +135,9 @@ def claims_part(name: str) -> str:
         fails=outcomes["fails"],
         undecided=outcomes["undecided"],
         few=f", of which {few} have fewer than three seeds" if few else "",
+        not_run=f"Claims that were not run: {not_run}." if not_run else "",
         **result["settings"],
     )
-    not_run = [row["claim"] for row in result["claims"] if not row["seeds"]]
     cells = (
         (
             row["claim"],
@@ -144,17 +153,17 @@ def claims_part(name: str) -> str:
     )
     header = ("claim", "§", "paper, %", "ours, %", "gain", "p", "seeds", "outcome")
     parts = [text, table(header, cells)]
-    if not_run:
-        parts.append("Not run: " + "; ".join(not_run) + ".")
-    for text, predicate in (
-        ("Diverged", lambda run: run["diverged"]),
-        ("Learned nothing, with a loss of ln 10", has_stalled),
+    nets = result["nets"]
+    untrained = [f"“{net}”" for net, runs in nets.items() if not runs]
+    fewer = [f"“{net}” ({len(runs)})" for net, runs in nets.items() if 0 < len(runs) < 3]
+    for text, listed in (
+        ("Diverged", count_runs(nets, lambda run: run["diverged"])),
+        ("Learned nothing, with a loss of ln 10", count_runs(nets, has_stalled)),
+        ("Nets with fewer than three finished seeds", ", ".join(fewer)),
+        ("Nets that were not trained", ", ".join(untrained)),
     ):
-        if runs := count_runs(result["nets"], predicate):
-            parts.append(f"{text}: {runs}.")
-    fewer = [f"{name} ({len(runs)})" for name, runs in result["nets"].items() if len(runs) < 3]
-    if fewer:
-        parts.append("Nets with fewer than three finished seeds: " + ", ".join(fewer) + ".")
+        if listed:
+            parts.append(f"{text}: {listed}.")
     parts += [
         GAINS_TEXT.format(name=name),
         notes.format(**result["settings"]),
@@ -165,9 +174,9 @@ def claims_part(name: str) -> str:
 
 
 def count_runs(nets: dict[str, Any], predicate: Callable[[dict[str, Any]], bool]) -> str:
-    """The nets that have runs of a kind, and how many: "D, normal (3 of 3)"."""
+    """The nets that have runs of a kind, and how many: “D, normal” (3 of 3)."""
     counts = {name: sum(map(predicate, seeds.values())) for name, seeds in nets.items()}
-    return ", ".join(f"{name} ({n} of {len(nets[name])})" for name, n in counts.items() if n)
+    return ", ".join(f"“{name}” ({n} of {len(nets[name])})" for name, n in counts.items() if n)
 
 
 def has_stalled(run: dict[str, Any]) -> bool:
@@ -201,7 +210,7 @@ def nets_table(result: dict[str, Any]) -> str:
             loss = statistics.mean(epoch["train"]["loss"] for epoch in last)
             rows.append((name, f"{loss:.3f}", *accuracies, len(last)))
     header = ("net", "training loss", "training accuracy, %", "held-out accuracy, %", "seeds")
-    text = "The last epoch of all nets. Training has dropout and random crops.\n\n"
+    text = "The last epoch of each net. Training has dropout and random crops.\n\n"
     return text + table(header, rows)
 
 

@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.script import HelpFormatter
 from tests.helpers.weights_files import add_caffe_blob, caffe_messages
 from vgg_jax import CONFIGS, Conv, InputError, VGGConfig
 from vgg_jax.weights import read
@@ -362,9 +363,7 @@ def fuzz(kind: str, seed: int, seconds: float, folder: Path) -> Counter[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--seconds", type=float, default=20, help="for each kind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))

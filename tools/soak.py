@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from experiments.script import HelpFormatter
 from tests.helpers.runs import TIME_FIELDS
 from tests.programs.soak_train import RESOURCE_LOG
 from tests.programs.train_tiny import register_nets
@@ -232,9 +233,7 @@ def run_with_fault(
 
 def main() -> None:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -19,6 +19,8 @@ import torchvision
 from torch import nn
 from torchvision.transforms import v2
 
+from experiments.script import HelpFormatter
+
 STAGES = {
     "A": [[64], [128], [256] * 2, [512] * 2, [512] * 2],
     "B": [[64] * 2, [128] * 2, [256] * 2, [512] * 2, [512] * 2],
@@ -63,9 +65,7 @@ def cut_crops(image: torch.Tensor) -> torch.Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("folder")
     parser.add_argument("--net", default="A", choices=STAGES)
     parser.add_argument("--scale", type=int, nargs="+", default=[256])

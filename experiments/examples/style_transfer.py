@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("out", help="the image file to write")
     parser.add_argument(
         "--weights",
-        help="a file of weights, or a run's folder, of D or E (default: random weights of D)",
+        help="a file of weights, or a run's folder, of D or E; default: random weights of D",
     )
     parser.add_argument("--size", type=int, default=256, help="pixels of the shorter side")
     parser.add_argument("--steps", type=int, default=200)

@@ -259,7 +259,7 @@ def parser() -> argparse.ArgumentParser:
     add("--fine-tune-epochs", type=int, default=paper.epochs, help="most epochs of later stages")
     add("--patience", type=int, default=paper.patience, help="epochs of a plateau")
     add("--learning-rate", type=float, default=1e-2, help="at S = 256; a tenth of it at S = 384")
-    add("--jitter-rate", type=float, help="with jitter (default: as at S = 384)")
+    add("--jitter-rate", type=float, help="with jitter; default: as at S = 384")
     add("--initializer", choices=("paper", "glorot", "he"), default="paper")
     add("--batch-size", type=int, default=paper.batch_size)
     add("--microbatch", type=int, help="images whose activations are held at once")

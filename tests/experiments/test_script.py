@@ -20,12 +20,16 @@ def test_help_shows_defaults():
     parser.add_argument("data", help="a file")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="one net each")
     parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mesh", default={})
     parser.add_argument("--rate", type=float, help="default: that of the paper")
     parser.add_argument("--cache", action="store_true", help="keep them")
     lines = [" ".join(line.split()) for line in parser.format_help().splitlines()]
     assert "data a file" in lines
     assert "--seeds SEEDS [SEEDS ...] one net each; default: 0 1" in " ".join(lines)
     assert "--epochs EPOCHS default: 3" in lines
+    assert "--seed SEED default: 0" in lines
+    assert "--mesh MESH" in lines
     assert "--rate RATE default: that of the paper" in lines
     assert "--cache keep them" in lines
     assert parser.format_help() == parser.format_help()

@@ -152,14 +152,16 @@ def run_module(name, arguments):
 
 
 def run_processes(lines):
-    """Runs commands with environment variables at the same time."""
+    """Runs commands with environment variables at the same time, in a run of their own."""
+    workdir = f"runs/of-{len(lines)}-processes"
+    assert not Path(workdir).exists()
     processes = []
     for words in lines:
         words = [words[0].replace("HOST:8476", "localhost:8476"), *words[1:]]
         settings = dict(word.split("=", 1) for word in words if word.startswith("JAX_"))
         command = [word for word in words if not word.startswith("JAX_")]
         assert command[0] == "vgg-jax"
-        flags = shlex.split(f"--net A {SMALL_RUN} --workdir runs/two --no-compilation-cache")
+        flags = shlex.split(f"--net A {SMALL_RUN} --workdir {workdir} --no-compilation-cache")
         arguments = [sys.executable, "-m", "vgg_jax", *command[1:], *flags]
         processes.append(subprocess.Popen(arguments, env=os.environ | settings))
     assert {process.wait(timeout=300) for process in processes} == {0}
