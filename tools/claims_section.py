@@ -72,8 +72,8 @@ NOTES_HALF = """- More layers than those of B do not help here, without batch no
 - "D from A" trains for {epochs} epochs after those of A.
 """
 
-NOTES_EIGHTH = """- As with half of the widths, the nets with jitter have higher errors than those with
-  S = 256, now with three seeds.
+NOTES_EIGHTH = """- As with half of the widths, the nets with jitter have higher errors than
+  those with S = 256, now with three seeds.
 - Batch normalisation lowers the error of D by 12 points here. With it, E is worse than D with each
   seed.
 - Several test scales help, with a fixed training scale and with jitter. Fusion of D and E helps if
