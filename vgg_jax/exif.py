@@ -101,10 +101,10 @@ def find_exif(encoded: bytes) -> slice:
         chunks, name = _webp_chunks(encoded), b"EXIF"
     else:
         return slice(0)
-    for found, start, stop in chunks:
+    for chunk_name, start, stop in chunks:
         # XMP has the same name in a JPEG.
         is_exif = name != b"\xff\xe1" or encoded.startswith(EXIF_MARKER, start)
-        if found == name and is_exif:
+        if chunk_name == name and is_exif:
             return slice(start, stop)
     return slice(0)
 

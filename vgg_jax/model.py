@@ -623,8 +623,10 @@ def check_layers(
         InputError: A layer is missing, has another shape, or does not belong to the net.
     """
     layers = layers if isinstance(layers, Mapping) else {}
-    found = {name: set(layer) for name, layer in layers.items() if isinstance(layer, Mapping)}
-    missing = [name for name, params in expected.items() if params.keys() - found.get(name, set())]
+    parameters = {name: set(layer) for name, layer in layers.items() if isinstance(layer, Mapping)}
+    missing = [
+        name for name, names in expected.items() if names.keys() - parameters.get(name, set())
+    ]
     if missing:
         remedy = "expected the variables of this net, as vgg_jax.load or model.init returns them"
         if all(name.startswith("fc") for name in missing):

@@ -90,8 +90,8 @@ def choose_bfloat16_conv() -> Choice:
         return _same_for_both(setting == "onednn", f"{VARIABLE} is {setting!r}")
     if jax.process_count() > 1:
         has_amx = "amx_bf16" in _describe_cpu().split()
-        found = "with" if has_amx else "without"
-        return _same_for_both(has_amx, f"several processes, CPU {found} AMX")
+        amx = "with AMX" if has_amx else "without AMX"
+        return _same_for_both(has_amx, f"several processes, CPU {amx}")
     times, place = _read_or_measure()
     # The transform of the kernel can only add time. A shorter time with it is noise.
     slowest_float32 = max(times.packed, times.unpacked)

@@ -200,7 +200,7 @@ def _saved_evaluation(
 
     An evaluation of arrays is not used: nothing says which they were.
     """
-    found = []
+    evaluations = []
     for path in history.path.glob("*/evaluation.json"):
         try:
             results = json.loads(path.read_text())
@@ -218,12 +218,12 @@ def _saved_evaluation(
                     f"All {len(evaluation.labels):,} validation images, protocol "
                     f"{results['protocol']['name']}, Q = {scales}, from {path.parent.name}/."
                 )
-                found.append((_modified(path), evaluation, text))
+                evaluations.append((_modified(path), evaluation, text))
         except (InputError, OSError, ValueError, KeyError, TypeError):
             continue  # of another program, or damaged: the report makes its own
-    if not found:
+    if not evaluations:
         return None
-    _, evaluation, text = max(found, key=lambda item: item[0])
+    _, evaluation, text = max(evaluations, key=lambda item: item[0])
     return evaluation, text
 
 

@@ -21,10 +21,10 @@ def drawable(text: str) -> tuple[str, list[str]]:
     missing = {character for character in text if ord(character) not in _characters(FONT)}
     families = [FONT]
     for family in _other_fonts() if missing else ():
-        found = {character for character in missing if ord(character) in _characters(family)}
-        if found:
+        covered = {character for character in missing if ord(character) in _characters(family)}
+        if covered:
             families.append(family)
-            missing -= found
+            missing -= covered
         if not missing:
             break
     return "".join(BOX if character in missing else character for character in text), families

@@ -151,8 +151,8 @@ def _without_head(shapes: Shapes, candidate: DetectedModel, in_channels: int) ->
     """The convolutions of a candidate, with the names that are left out."""
     layout, net, batch_norm = candidate.layout, candidate.net, candidate.batch_norm
     convolutions = {t.foreign_name: t.foreign_shape for t in _convolutions(candidate)}
-    found = _candidate(convolutions, layout, net, batch_norm, in_channels)
-    return found._replace(left_out=tuple(_head(shapes, candidate)))
+    headless = _candidate(convolutions, layout, net, batch_norm, in_channels)
+    return headless._replace(left_out=tuple(_head(shapes, candidate)))
 
 
 def _has_other_head(shapes: Shapes, candidate: DetectedModel) -> bool:

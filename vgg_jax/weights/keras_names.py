@@ -60,15 +60,15 @@ def _number_dense(name: str, names: Container[str]) -> str:
     return f"{_HEAD}{_CONV_TO_DENSE.get(layer, layer)}/{param}"
 
 
-def _with_outer_head(found: Names, shortened: Mapping[str, str]) -> Names:
+def _with_outer_head(names: Names, shortened: Mapping[str, str]) -> Names:
     """Adds dense layers of the model around a net that has none, if nothing else is around it."""
-    matches = {name: _DENSE_PARAM.fullmatch(shortened[name]) for name in found.others}
-    is_headless = not any(_DENSE_PARAM.fullmatch(name) for name in found.plain.values())
+    matches = {name: _DENSE_PARAM.fullmatch(shortened[name]) for name in names.others}
+    is_headless = not any(_DENSE_PARAM.fullmatch(name) for name in names.plain.values())
     models = {match[1] if match else None for match in matches.values()}
     if len(models) != 1 or None in models or not is_headless:
-        return found
+        return names
     head = {name: match[2] for name, match in matches.items() if match}
-    return found._replace(plain=found.plain | head, others=())
+    return names._replace(plain=names.plain | head, others=())
 
 
 def _shorten(name: str) -> str:

@@ -357,8 +357,8 @@ def _snapshots(folder: Path, entry: PublishedWeights) -> list[Path]:
     paths = (folder / "snapshots").glob(f"*/{entry.file}")
 
     def order(path: Path) -> tuple[bool, bool, str]:
-        found = path.parent.name
-        return found != commit, found != main, found
+        revision = path.parent.name
+        return revision != commit, revision != main, revision
 
     return sorted(paths, key=order)
 
@@ -405,13 +405,13 @@ def find_fault(path: Path, entry: PublishedWeights, digits: str | None = None) -
         fault = entry.size_fault(path.stat().st_size)
         if fault or entry.digest is None:
             return fault
-        found = digits or _remembered_digest(path, entry.digest.algorithm)
+        actual = digits or _remembered_digest(path, entry.digest.algorithm)
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    if found.startswith(entry.digest.digits):
+    if actual.startswith(entry.digest.digits):
         return None
     digits, count = entry.digest.digits[:16], min(len(entry.digest.digits), 16)
-    return f"has {entry.digest.algorithm} {found[:count]}…, not {digits}…"
+    return f"has {entry.digest.algorithm} {actual[:count]}…, not {digits}…"
 
 
 def compute_digest(path: Path, algorithm: str) -> str:
@@ -464,12 +464,12 @@ def _remembered_digest(path: Path, algorithm: str) -> str:
 def _known_digests() -> dict[str, dict[str, Any]]:
     """What was written down; nothing if the file is absent or damaged."""
     try:
-        known = json.loads(_digests_file().read_text())
+        entries = json.loads(_digests_file().read_text())
     except (OSError, ValueError, RecursionError):
         return {}
-    if not isinstance(known, dict):
+    if not isinstance(entries, dict):
         return {}
-    return {path: value for path, value in known.items() if isinstance(value, dict)}
+    return {path: value for path, value in entries.items() if isinstance(value, dict)}
 
 
 def _version(path: Path) -> list[int]:

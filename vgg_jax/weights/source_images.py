@@ -132,8 +132,8 @@ def _parse_fields(
     mean, std = (_parse_colour(name, values[name], in_channels) for name in ("mean", "std"))
     _check_scale(mean, std, values["range"], "range" in fields)
     default = [name for name in _DEFAULTS if name not in fields]
-    given = [name for name in _FIELDS if name in fields]
-    origin = f"passed: {', '.join(given)}" + (f"; default: {', '.join(default)}" * bool(default))
+    explicit = [name for name in _FIELDS if name in fields]
+    origin = f"passed: {', '.join(explicit)}" + (f"; default: {', '.join(default)}" * bool(default))
     # Who trained with PyTorch most likely evaluates with it, whatever the mean is.
     rounding = layout.preprocessing.rounding
     return SourceImages(mean, std, values["range"], values["channels"], origin, rounding)

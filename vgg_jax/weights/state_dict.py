@@ -61,18 +61,18 @@ def find_state_dict(checkpoint: Any) -> tuple[Any, str, tuple[str, ...]]:
         for key, value in checkpoint.items()
         if isinstance(value, Mapping)
     }
-    known = [key for key in CHECKPOINT_KEYS if key in tensors]
+    listed = [key for key in CHECKPOINT_KEYS if key in tensors]
     nets = [key for key, names in tensors.items() if _named_nets(names) or _numbered_nets(names)]
-    if len(nets) > 1 and not set(nets) & set(known):
+    if len(nets) > 1 and not set(nets) & set(listed):
         raise InputError(
             f"it holds several nets, under the keys {', '.join(map(repr, nets))}: "
             "expected one; save the weights of one to a file of their own"
         )
     ranked = (
-        [key for key in known if key in nets],
+        [key for key in listed if key in nets],
         nets,
-        [key for key in known if tensors[key]],
-        known,
+        [key for key in listed if tensors[key]],
+        listed,
     )
     key = next((keys[0] for keys in ranked if keys), None)
     if key is None:
@@ -108,16 +108,16 @@ def plain_names(shapes: Mapping[str, Sequence[int]]) -> Names:
             if name.startswith(prefix) and len(shape) == 2
         }
         rename = partial(_name_place, modules=modules)
-    found = remove_prefix({name: name for name in shapes}, prefixes, rename)
-    numbers = _number_head({plain: shapes[name] for name, plain in found.plain.items()})
+    names = remove_prefix({name: name for name in shapes}, prefixes, rename)
+    numbers = _number_head({plain: shapes[name] for name, plain in names.plain.items()})
     if not numbers or set(numbers) == set(numbers.values()):
-        return found
+        return names
     plain = {}
-    for name, short in found.plain.items():
+    for name, short in names.plain.items():
         module, _, param = short.rpartition(".")
         plain[name] = f"{numbers[module]}.{param}" if module in numbers else short
     note = f"fc6 to fc8 are {', '.join(numbers)}, with a ReLU between them"
-    return found._replace(plain=plain, note=note)
+    return names._replace(plain=plain, note=note)
 
 
 def _number_head(shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
