@@ -49,7 +49,7 @@ so an outcome here says little about long training.
 
 PART = """### {title}
 
-Here {holds} of {number} claims hold, {fails} fail, and {undecided} are undecided{few}. {not_run}
+Here {holds} of {number} claims hold, {fails} fail, and {undecided} are undecided{few}.{not_run}
 All widths are divided by {width_divisor}. Each net trains for {epochs} epochs on
 {train_images:,} images, in batches of {batch_size}, with a first learning rate of {learning_rate}.
 Claims about crops are tested on {crop_images:,} images, and all others on {test_images:,}.
@@ -142,7 +142,7 @@ def claims_part(name: str) -> str:
         fails=outcomes["fails"],
         undecided=outcomes["undecided"],
         few=f", of which {few} have fewer than three seeds" if few else "",
-        not_run=f"Claims that were not run: {not_run}." if not_run else "",
+        not_run=f" Claims that were not run: {not_run}." if not_run else "",
         **result["settings"],
     )
     cells = (
@@ -252,7 +252,7 @@ def draw_starts(data: dict[str, Any], axes: Any) -> None:
 
 
 def gains_data(name: str) -> list[Any]:
-    """Claim, the gain of each seed, their interval and the outcome, in points, of a result."""
+    """The claims of a result: the gain of each seed in points, their interval, and the outcome."""
     return [
         [
             row["claim"],

@@ -17,8 +17,8 @@ With an eighth of the widths and 4 epochs, the nets with jitter do worse than th
 Three test scales help. Fusion of D and E helps if dense and multi-crop posteriors are averaged.
 
 One NVIDIA H200 trained and evaluated 49 of the 57 nets in 12 minutes, in eight processes at once.
-The second command took about two hours of two cores of an AMD EPYC, in two processes: 4 to 9
-minutes for a net, and 14 with jitter.
+The second command took 2.7 hours of two cores of an AMD EPYC, in two processes: 5 to 11 minutes
+for a net, and 13 or 14 with jitter.
 
 Each net of the paper is trained with each seed, and each claim is tested on pairs of nets with the
 same seed: the same order of images and the same crops. The nets are made small by one rule:
