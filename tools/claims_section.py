@@ -74,8 +74,8 @@ NOTES_HALF = """- More layers than those of B do not help here, without batch no
 
 NOTES_EIGHTH = """- As with half of the widths, the nets with jitter have higher errors than
   those with S = 256, now with three seeds.
-- Batch normalisation lowers the error of D by 12 points here. With it, E is worse than D with each
-  seed.
+- Batch normalisation lowers the error of D by 12 points here. With it, E is worse than D and A with
+  each seed.
 - Several test scales help, with a fixed training scale and with jitter. Fusion of D and E helps if
   dense and multi-crop posteriors are averaged. All nets here have errors of 30 to 67 %, so they
   have learned far less than the paper's.
